@@ -1,0 +1,1 @@
+"""Starts ranks and says what they do: command line, local ranks, the demo."""

@@ -1,0 +1,213 @@
+"""Ranks on this machine: processes that are started once, run functions on a gloo group, and are always taken down.
+
+A rank that dies is noticed at once and named; so is one that does not answer in time. When the parent goes, however
+it goes, its ranks go too.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megamoe.parallel.group import EPGroup, init_group
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Work = Callable[Concatenate[EPGroup, P], T]
+
+
+class RankFailed(RuntimeError):
+    """A rank died, did not answer in time, or raised; rank says which."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank, self.message = rank, message
+
+    def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str]]:
+        return type(self), (self.rank, self.message)
+
+
+class LocalRanks:
+    """A context manager with num_ranks processes that wait for work.
+
+    threads_per_rank   torch threads of each; by default the machine's cores shared out, at least one
+    deadline_s         bound on starting, on every wait of the group, and the default for a run as a whole
+
+        with LocalRanks(4) as ranks:
+            outputs = ranks.run(work, 7)     # work(group, 7) on every rank; results in order of rank
+    """
+
+    def __init__(self, num_ranks: int, *, threads_per_rank: int | None = None, deadline_s: float = 60.0) -> None:
+        if num_ranks < 1:
+            raise ValueError(f"num_ranks must be positive, got {num_ranks}")
+        self.num_ranks, self.deadline_s = num_ranks, deadline_s
+        self.threads_per_rank = threads_per_rank or max(1, (os.cpu_count() or 1) // num_ranks)
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+        self._num_runs = 0
+
+    def __enter__(self) -> LocalRanks:
+        context = mp.get_context("spawn")
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        try:
+            for rank in range(self.num_ranks):
+                here, there = context.Pipe()
+                args = (rank, there, self._store.port, self.threads_per_rank, self.deadline_s)
+                process = context.Process(target=_serve, args=args, name=f"megamoe rank {rank}", daemon=True)
+                process.start()
+                there.close()
+                self._processes.append(process)
+                self._pipes.append(here)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends all ranks and returns when they are gone. A second Ctrl-C does not cut this short."""
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+            process.close()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, in order of rank."""
+        return [process.pid or 0 for process in self._processes]
+
+    def run(self, work: Work[P, T], *args: Any, size: int | None = None, timeout_s: float | None = None) -> list[T]:
+        """work(group, *args) on the first `size` ranks, all by default; their results in order of rank.
+
+        Raises what the first rank that raised has raised, with the rank in a note; RankFailed where a rank died or
+        the run took longer than timeout_s. The ranks are then stopped.
+        """
+        outcomes = self.outcomes(work, *args, size=size, timeout_s=timeout_s)
+        results: list[T] = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            results.append(outcome)
+        return results
+
+    def outcomes(
+        self, work: Work[P, T], *args: Any, size: int | None = None, timeout_s: float | None = None
+    ) -> list[T | Exception]:
+        """As run(), but an exception of a rank is its outcome, and only a dead or late rank raises."""
+        size = self.num_ranks if size is None else size
+        if not 1 <= size <= self.num_ranks:
+            raise ValueError(f"size must be in [1, {self.num_ranks}], got {size}")
+        assert self._processes, "the ranks have been stopped"
+        self._num_runs += 1
+        for pipe in self._pipes[:size]:
+            pipe.send_bytes(pickle.dumps((work, args, size, f"run{self._num_runs}")))
+        outcomes: dict[int, T | Exception] = {}
+        until = time.monotonic() + (timeout_s or self.deadline_s)
+        try:
+            while len(outcomes) < size:
+                self._collect(outcomes, [rank for rank in range(size) if rank not in outcomes], until)
+        except BaseException:
+            self.stop()
+            raise
+        return [outcomes[rank] for rank in range(size)]
+
+    def _collect(self, outcomes: dict[int, Any], missing: list[int], until: float) -> None:
+        pipes = {self._pipes[rank]: rank for rank in missing}
+        ready = wait(list(pipes), timeout=max(0.0, until - time.monotonic()))
+        if not ready:
+            raise RankFailed(missing[0], f"{_ranks(missing)} did not finish within the deadline")
+        for pipe in ready:
+            rank = pipes[pipe]  # type: ignore[index]
+            try:
+                outcomes[rank] = pickle.loads(self._pipes[rank].recv_bytes())
+            except (EOFError, ConnectionError) as lost:
+                process = self._processes[rank]
+                process.join()
+                raise RankFailed(rank, f"rank {rank} (process {process.pid}) died: {_cause(process.exitcode)}") from lost
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _cause(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    return f"exit code {exit_code}"
+
+
+def _serve(rank: int, pipe: Connection, port: int, threads: int, deadline_s: float) -> None:
+    """Life of a rank: runs what comes through the pipe, one piece of work at a time, each in a group of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which takes the ranks down
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
+    torch.set_num_threads(threads)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=deadline_s))
+    while True:
+        try:
+            work, args, size, prefix = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        pipe.send_bytes(_outcome(work, args, rank, size, dist.PrefixStore(prefix, store), deadline_s))
+
+
+def _outcome(
+    work: Work[..., Any], args: tuple[Any, ...], rank: int, size: int, store: dist.Store, deadline_s: float
+) -> bytes:
+    try:
+        with init_group("cpu", rank=rank, size=size, store=store, deadline_s=deadline_s) as group:
+            return pickle.dumps(work(group, *args))
+    except Exception as error:  # noqa: BLE001  handed to the parent, which raises it
+        return _portable(rank, error)
+
+
+def _portable(rank: int, error: Exception) -> bytes:
+    """The error as bytes, its traceback kept as a note: a traceback itself does not pickle."""
+    note = f"raised on rank {rank}:\n{''.join(traceback.format_exception(error)).rstrip()}"
+    error.__cause__ = error.__context__ = None
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  an exception class that does not survive the trip goes as text
+        error = RankFailed(rank, note)
+    return pickle.dumps(error)
+
+
+def _follow_parent() -> None:
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _loopback() -> str:
+    """Name of the loopback interface: lo on Linux, lo0 on macOS."""
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")

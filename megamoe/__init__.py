@@ -1,0 +1,71 @@
+"""megamoe: a Mixture-of-Experts layer whose communication hides under its compute.
+
+    hidden [T, H] -- router --> topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32
+      | quantise: E4M3 + one UE8M0 scale per 32
+      v
+    dispatch of wave w:  rows of every rank for this rank's experts of wave w
+      v
+    experts of wave w:   Linear-1 (FP8 x FP4) -> clamp, SiLU(gate)*up*weight -> FP8 -> Linear-2 -> BF16
+      v
+    combine of wave w:   rows go home to slot [token, k]
+      v
+    sum of the slots in ascending order in FP32 -> hidden [T, H] BF16
+
+In steady state dispatch(w+1), experts(w) and combine(w-1) run at the same time.
+
+Rooms, imports pointing down only:
+
+    launch     starts ranks and says what they do: command line, local ranks, the demo
+    model      models that use the layer: routers, checkpoints, blocks
+    megamoe    the layer: number formats, experts, wave schedule
+    parallel   where ranks are and how bytes move: process groups, placement, exchange
+
+Everything here is imported when it is first used, so that commands which need no torch never pay for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megamoe.formats import MXFP4, MXFP8
+    from megamoe.layer import CallRecord, MegaMoE
+    from megamoe.parallel.errors import PeerError
+    from megamoe.parallel.group import EPGroup, init_group
+    from megamoe.shape import MoEShape
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "CallRecord": "megamoe.layer",
+    "EPGroup": "megamoe.parallel.group",
+    "MXFP4": "megamoe.formats",
+    "MXFP8": "megamoe.formats",
+    "MegaMoE": "megamoe.layer",
+    "MoEShape": "megamoe.shape",
+    "PeerError": "megamoe.parallel.errors",
+    "init_group": "megamoe.parallel.group",
+}
+
+__all__ = [
+    "MXFP4",
+    "MXFP8",
+    "CallRecord",
+    "EPGroup",
+    "MegaMoE",
+    "MoEShape",
+    "PeerError",
+    "__version__",
+    "init_group",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'megamoe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

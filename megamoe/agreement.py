@@ -1,0 +1,157 @@
+"""The counts exchange that opens every call: one page from every rank to every rank, before any row moves.
+
+A page says what the rank was called with and how many rows it has for each expert. All ranks see the same pages, so
+all of them find out together when one was called wrongly or differently, and all of them raise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport import Label
+
+PAGE_COUNTS = 384  # counts that a page holds; a layer with more experts sends the rest in a second message
+_PAGE = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("wrong", "<u4"),
+        ("tokens", "<i8"),
+        ("hidden", "<i8"),
+        ("intermediate", "<i8"),
+        ("num_experts", "<i8"),
+        ("topk", "<i8"),
+        ("swiglu_limit", "<f8"),
+        ("call", "<i8"),
+        ("weight_format", "S16"),
+        ("dispatch_format", "S16"),
+        ("combine_format", "S16"),
+        ("waves", "S64"),
+        ("layer", "S64"),
+        ("host", "S64"),
+        ("complaint", "S200"),
+        ("counts", "<i4", (PAGE_COUNTS,)),
+    ]
+)
+_MAGIC = 0x4D4D0001  # "MM", and the version of this layout
+_COMPARED = (
+    "layer",
+    "call",
+    "hidden",
+    "intermediate",
+    "num_experts",
+    "topk",
+    "swiglu_limit",
+    "weight_format",
+    "dispatch_format",
+    "combine_format",
+    "waves",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all ranks must be called with alike. swiglu_limit 0 stands for none."""
+
+    layer: str
+    call: int
+    hidden: int
+    intermediate: int
+    num_experts: int
+    topk: int
+    swiglu_limit: float
+    weight_format: str
+    dispatch_format: str
+    combine_format: str
+    waves: str
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """tokens[r]: T of each rank; counts [P, E] int64 on the CPU: rows that each rank has for each expert."""
+
+    tokens: list[int]
+    counts: Tensor
+
+
+def agree(group: EPGroup, terms: Terms, num_tokens: int, counts: Tensor, complaint: ValueError | None) -> Agreement:
+    """Exchanges pages with all ranks of the group; counts [E] int64 on the CPU.
+
+    Raises the complaint, if this rank has one, after all others have heard of it. ValueError, on every rank alike,
+    where any rank complained or the terms differ; PeerError for a rank that does not answer within the deadline.
+    """
+    if group.transport is None:
+        if complaint is not None:
+            raise complaint
+        return Agreement([num_tokens], counts.unsqueeze(0))
+    page = _write_page(group, terms, num_tokens, counts, complaint)
+    raw = group.transport.gather(torch.from_numpy(page.view(np.uint8)), Label(terms.layer, "counts"))
+    pages: npt.NDArray[np.void] = raw.numpy().view(_PAGE).reshape(-1)
+    group.hosts.update({rank: _text(pages[rank]["host"]) for rank in range(group.size)})
+    if complaint is not None:
+        raise complaint
+    _refuse_differences(group, pages)
+    first = torch.from_numpy(pages["counts"][:, : terms.num_experts].astype(np.int64))
+    if terms.num_experts <= PAGE_COUNTS:
+        return Agreement(pages["tokens"].tolist(), first)
+    rest = counts[PAGE_COUNTS:].to(torch.int32).contiguous().view(torch.uint8)
+    more = group.transport.gather(rest, Label(terms.layer, "more counts"))
+    return Agreement(pages["tokens"].tolist(), torch.cat((first, more.view(torch.int32).to(torch.int64)), 1))
+
+
+def _write_page(
+    group: EPGroup, terms: Terms, num_tokens: int, counts: Tensor, complaint: ValueError | None
+) -> npt.NDArray[np.void]:
+    page = np.zeros(1, _PAGE)
+    page["magic"], page["tokens"] = _MAGIC, num_tokens
+    for name, value in asdict(terms).items():
+        page[name] = _clipped(value, _PAGE[name].itemsize) if isinstance(value, str) else value
+    page["host"] = _clipped(group.host, 64)
+    if complaint is not None:
+        page["wrong"], page["complaint"] = 1, _clipped(str(complaint), 200)
+    head = counts[:PAGE_COUNTS].numpy()
+    page["counts"][0, : len(head)] = head
+    return page
+
+
+def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
+    strangers = [rank for rank in range(group.size) if pages[rank]["magic"] != _MAGIC]
+    if strangers:
+        raise ValueError(f"{_ranks(strangers)} sent no page of this version of megamoe")
+    for rank in range(group.size):
+        if pages[rank]["wrong"]:
+            host, text = group.hosts[rank], _text(pages[rank]["complaint"])
+            raise ValueError(f"rank {rank} on {host} was called wrongly, so no rank computed: {text}")
+    found = []
+    for name in _COMPARED:
+        values = [_plain(pages[rank][name]) for rank in range(group.size)]
+        if len(set(values)) > 1:
+            said = ", ".join(
+                f"{value} on {_ranks([r for r, v in enumerate(values) if v == value])}" for value in dict.fromkeys(values)
+            )
+            found.append(f"{name} is {said}")
+    if found:
+        raise ValueError(f"ranks disagree, so no rank computed: {'; '.join(found)}")
+
+
+def _ranks(ranks: list[int]) -> str:
+    """[2] -> 'rank 2'    [0, 1] -> 'ranks 0, 1'"""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _clipped(text: str, size: int) -> bytes:
+    """UTF-8 of at most `size` bytes, cut between characters."""
+    return text.encode()[:size].decode(errors="ignore").encode()
+
+
+def _text(raw: bytes) -> str:
+    return bytes(raw).decode(errors="replace")
+
+
+def _plain(value: np.generic) -> str | int | float:
+    return _text(value) if isinstance(value, bytes) else value.item()

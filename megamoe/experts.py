@@ -1,0 +1,173 @@
+"""This rank's experts: weights as they are held, and the arithmetic of rows that are sorted by expert."""
+
+# E experts in all   e experts of this rank   H hidden   I intermediate   n rows, each expert's padded
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.formats import BLOCK, MXFP4, MXFP4_MAX_SCALE, dequantize_mxfp4, quantize_mxfp4
+from megamoe.ops import activate, linear, matmul_dtype, silu_table
+from megamoe.shape import MoEShape
+
+WEIGHT_FORMATS = ("mxfp4", "bf16")
+Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
+
+
+class Experts(nn.Module):
+    """The experts [first, first + e) of a layer.
+
+    mxfp4   gate_up uint8 [e, 2I, H/2] + scales [e, 2I, H/32], down uint8 [e, H, I/2] + scales [e, H, I/32]:
+            packed, dequantised one expert at a time into a buffer that is dropped. keep_dequantized=True also
+            keeps a BF16 copy (3 * H * I * 2 bytes an expert more) and spends no time on it in a call.
+    bf16    gate_up bfloat16 [e, 2I, H], down bfloat16 [e, H, I]
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_scales: Tensor
+    down_scales: Tensor
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        ids: range,
+        *,
+        weight_format: str,
+        device: torch.device,
+        keep_dequantized: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape, self.ids, self.weight_format = shape, ids, weight_format
+        self.packed = weight_format == "mxfp4"
+        self.keep_dequantized = keep_dequantized and self.packed
+        self._loaded = [False] * len(ids)
+        sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
+        for name, (rows, columns) in sizes.items():
+            for key, width, dtype in self._layout(name, columns):
+                # plain torch.empty: the pages of a large buffer are not touched before its weights arrive
+                self.register_buffer(key, torch.empty(len(ids), rows, width, dtype=dtype, device=device))
+        self.register_buffer("table", silu_table(shape.swiglu_limit, device), persistent=False)
+        self._matmul_dtype = matmul_dtype(device)
+
+    def _layout(self, name: str, columns: int) -> list[tuple[str, int, torch.dtype]]:
+        if not self.packed:
+            return [(name, columns, torch.bfloat16)]
+        layout = [(name, columns // 2, torch.uint8), (f"{name}_scales", columns // BLOCK, torch.uint8)]
+        if self.keep_dequantized:
+            layout.append((f"{name}_dequantized", columns, torch.bfloat16))
+        return layout
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that this rank's expert weights take, dequantised copies included."""
+        return sum(b.numel() * b.element_size() for name, b in self.named_buffers() if name != "table")
+
+    @property
+    def missing(self) -> list[int]:
+        """Global ids of experts without weights yet."""
+        return [expert for expert, loaded in zip(self.ids, self._loaded, strict=True) if not loaded]
+
+    def load(self, expert: int, gate_up: Weight, down: Weight) -> None:
+        """Takes the weights of one expert, by global id: gate_up [2I, H] with the gate's rows first, down [H, I].
+
+        Each a float tensor, MXFP4, or a pair (packed, scales) of one-byte tensors. What does not come in the
+        layer's format is converted: floats are quantised to MXFP4, MXFP4 is dequantised to BF16 without loss.
+        """
+        if expert not in self.ids:
+            raise ValueError(f"expert {expert} is not of this rank, which holds {describe(self.ids)}")
+        index = expert - self.ids.start
+        shape = self.shape
+        for name, weight, size in (
+            ("gate_up", gate_up, (2 * shape.intermediate, shape.hidden)),
+            ("down", down, (shape.hidden, shape.intermediate)),
+        ):
+            self._store(name, index, weight, size, f"{name} of expert {expert}")
+        self._loaded[index] = True
+
+    def _store(self, name: str, index: int, weight: Weight, size: tuple[int, int], what: str) -> None:
+        weight = as_weight(weight, size, what)
+        if not self.packed:
+            dense = dequantize_mxfp4(weight) if isinstance(weight, MXFP4) else weight
+            self.get_buffer(name)[index] = dense
+            return
+        if not isinstance(weight, MXFP4):
+            try:
+                weight = quantize_mxfp4(weight)
+            except ValueError as refusal:
+                raise ValueError(f"{what}: {refusal}") from refusal
+        self.get_buffer(name)[index] = weight.packed
+        self.get_buffer(f"{name}_scales")[index] = weight.scales
+        if self.keep_dequantized:
+            self.get_buffer(f"{name}_dequantized")[index] = dequantize_mxfp4(weight)
+
+    def _weight(self, name: str, index: int) -> Tensor:
+        """One weight matrix as the matrix product takes it."""
+        if not self.packed:
+            weight = self.get_buffer(name)[index]
+        elif self.keep_dequantized:
+            weight = self.get_buffer(f"{name}_dequantized")[index]
+        else:
+            packed, scales = self.get_buffer(name)[index], self.get_buffer(f"{name}_scales")[index]
+            weight = dequantize_mxfp4(MXFP4(packed, scales))
+        return weight.to(self._matmul_dtype)
+
+    def forward(self, tokens: Tensor, weights: Tensor, experts: range, padded_rows: Sequence[int]) -> Tensor:
+        """Computes rows sorted by expert.
+
+        tokens [n, H] bfloat16, weights [n] float32, experts: global ids in order, padded_rows: rows of each, a
+        multiple of ops.row_multiple(), n in all -> [n, H] bfloat16
+        """
+        # Linear-1 of every expert
+        gate_up = tokens.new_empty(len(tokens), 2 * self.shape.intermediate)
+        for rows, index in self._spans(experts, padded_rows):
+            linear(tokens[rows], self._weight("gate_up", index), gate_up[rows])
+        # clamp, SiLU(gate) * up * weight, rounded as the contract says
+        hidden = activate(gate_up, weights, self.shape.swiglu_limit, self.table, quantized=self.packed)
+        # Linear-2 of every expert
+        out = torch.empty_like(tokens)
+        for rows, index in self._spans(experts, padded_rows):
+            linear(hidden[rows], self._weight("down", index), out[rows])
+        return out
+
+    def _spans(self, experts: range, padded_rows: Sequence[int]) -> list[tuple[slice, int]]:
+        """Rows and local index of each expert that has any.    experts 4..6, rows [8, 0, 16] -> [0:8] 4, [8:24] 6"""
+        spans, start = [], 0
+        for expert, rows in zip(experts, padded_rows, strict=True):
+            if rows:
+                spans.append((slice(start, start + rows), expert - self.ids.start))
+            start += rows
+        return spans
+
+    def extra_repr(self) -> str:
+        held = f"{self.weight_format}, {self.memory_bytes / 1e6:.1f} MB"
+        return f"experts {describe(self.ids)}, {held}" + (", BF16 copy kept" if self.keep_dequantized else "")
+
+
+def describe(ids: range) -> str:
+    """range(4, 8) -> 'experts 4 to 7'"""
+    return f"experts {ids.start} to {ids.stop - 1}" if ids else "no experts"
+
+
+def as_weight(weight: Weight, size: tuple[int, int], what: str) -> Tensor | MXFP4:
+    """A weight matrix of the given size, checked: float tensor or MXFP4. ValueError names what was found."""
+    if isinstance(weight, tuple):
+        if len(weight) != 2:
+            raise ValueError(f"{what} must be a tensor, MXFP4 or (packed, scales), got {len(weight)} items")
+        weight = MXFP4.from_bytes(*weight)
+    if not isinstance(weight, Tensor | MXFP4):
+        raise ValueError(f"{what} must be a tensor, MXFP4 or (packed, scales), got {type(weight).__name__}")
+    if tuple(weight.shape) != size:
+        raise ValueError(f"{what} must have shape {list(size)}, got {list(weight.shape)}")
+    if isinstance(weight, MXFP4):
+        largest = int(weight.scales.max())
+        if largest > MXFP4_MAX_SCALE:
+            raise ValueError(
+                f"{what} has a scale byte of {largest}; above {MXFP4_MAX_SCALE} (2^125) BF16 cannot hold the weights"
+            )
+    elif not weight.is_floating_point():
+        raise ValueError(f"{what} must be a float tensor or MXFP4, got {weight.dtype}")
+    return weight

@@ -1,0 +1,263 @@
+"""The layer: dispatch, FP4 expert compute and combine in waves, so that communication hides under compute."""
+
+# T tokens of this rank   H hidden   K experts per token   E experts in all   P ranks   W waves
+# N rows this rank sends, one per unmasked (token, slot)   B bytes of a dispatched row
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megamoe.agreement import Terms, agree
+from megamoe.call import Call, CallRecord, Parts
+from megamoe.experts import WEIGHT_FORMATS, Experts, Weight
+from megamoe.formats import BLOCK, MXFP4
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.placement import Placement
+from megamoe.rows import route_rows
+from megamoe.shape import MoEShape
+from megamoe.waves import Waves, auto_waves, check_waves, plan_waves
+from megamoe.wire import DISPATCH_FORMATS, Wire
+
+COMBINE_FORMATS = ("bf16",)
+LOOKAHEAD = 2  # waves whose rows may be on their way beyond the one that computes
+class MegaMoE(nn.Module):
+    """Routed experts of a Mixture-of-Experts layer, spread over the ranks of a group.
+
+    shape             sizes of the layer, MoEShape
+    group             torch ProcessGroup or EPGroup; None is one rank
+    weight_format     "mxfp4" (the contract's FP8 x FP4 arithmetic) or "bf16"
+    dispatch_format   "mxfp8" (H + H/32 bytes a row) or "bf16"; with mxfp4 weights the bits are the same
+    combine_format    "bf16"
+    waves             "auto", a number, or relative sizes of uneven waves; the bits are the same
+    device            where the weights are and the tokens must be; the CPU by default
+    name              how errors call this layer; must be the same on all ranks
+    keep_dequantized  also keep a BF16 copy of mxfp4 weights, 3 * H * I * 2 bytes an expert (memory_bytes tells)
+    deadline_s        bound on every wait, where group is not an EPGroup that has its own
+
+    The output of a token is bitwise the same for any number of ranks, any waves and any other tokens in the
+    batch, on one device type. last_call holds the CallRecord of the latest call.
+    """
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        group: EPGroup | dist.ProcessGroup | None = None,
+        *,
+        weight_format: str = "mxfp4",
+        dispatch_format: str = "mxfp8",
+        combine_format: str = "bf16",
+        waves: Waves = "auto",
+        device: torch.device | str | None = None,
+        name: str = "moe",
+        keep_dequantized: bool = False,
+        deadline_s: float = 60.0,
+    ) -> None:
+        super().__init__()
+        _check_formats(shape, weight_format, dispatch_format, combine_format)
+        self.shape, self.name = shape, name
+        self.weight_format, self.dispatch_format, self.combine_format = weight_format, dispatch_format, combine_format
+        self.waves = check_waves(waves)
+        self.device = torch.device(device or "cpu")
+        self.group = EPGroup.of(group, self.device, deadline_s=deadline_s)
+        self.placement = Placement(shape.num_experts, self.group.size)
+        self.experts = Experts(
+            shape,
+            self.placement.experts(self.group.rank),
+            weight_format=weight_format,
+            device=self.device,
+            keep_dequantized=keep_dequantized,
+        )
+        self.wire = Wire(dispatch_format, shape.hidden, round_on_arrival=weight_format == "mxfp4")
+        self.last_call = CallRecord()
+        self._num_calls = 0
+
+    @property
+    def local_experts(self) -> range:
+        """Global ids of the experts on this rank."""
+        return self.experts.ids
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of this rank's expert weights as they are held."""
+        return self.experts.memory_bytes
+
+    def load_expert(self, expert: int, gate_up: Weight, down: Weight) -> None:
+        """Takes one expert's weights, by global id: gate_up [2I, H] (gate rows first), down [H, I]. See Experts.load."""
+        self.experts.load(expert, gate_up, down)
+
+    def load_experts(self, gate_up: Weight, down: Weight) -> None:
+        """Takes gate_up [E, 2I, H] (gate rows first) and down [E, H, I], of all experts or of this rank's only.
+
+        Each a float tensor, MXFP4, or a pair (packed, scales). ValueError for wrong shapes, dtypes, NaN weights in
+        a layer of MXFP4, or scales that BF16 cannot hold.
+        """
+        stacks = {"gate_up": _stack(gate_up, "gate_up"), "down": _stack(down, "down")}
+        ids, everything = self.local_experts, self.shape.num_experts
+        for name, stack in stacks.items():
+            if stack.shape[0] not in (everything, len(ids)):
+                raise ValueError(
+                    f"{name} holds {stack.shape[0]} experts, expected all {everything} or this rank's {len(ids)}"
+                )
+        firsts = {name: 0 if stack.shape[0] == everything else ids.start for name, stack in stacks.items()}
+        for expert in ids:
+            gate_up, down = (_item(stack, expert - firsts[name]) for name, stack in stacks.items())
+            self.experts.load(expert, gate_up, down)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """hidden [T, H] bfloat16 or float32, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
+
+        Float32 input is rounded to BF16 first. Ranks may bring different T, also 0, but all must call. ValueError,
+        on every rank, where any rank's input is wrong or the ranks disagree; PeerError where a rank is lost.
+        """
+        record = CallRecord()
+        with record.timing("total_s"):
+            with record.timing("counts_s"):
+                call = self._open(hidden, topk_ids, topk_weights, record)
+            for wave in range(LOOKAHEAD):
+                call.dispatch(wave)
+            for step in call.steps:
+                if step.arrived:
+                    call.dispatch(step.wave + LOOKAHEAD)
+                call.compute(step)
+                if step.arrived:
+                    call.combine(step.wave)
+            out = call.reduce()
+        self.last_call = record
+        return out
+
+    def _open(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, record: CallRecord) -> Call:
+        """Checks the input and agrees with all ranks on the call, before any row moves."""
+        complaint = self._complaint(hidden, topk_ids, topk_weights)
+        if complaint:
+            tokens, counts = 0, torch.zeros(self.shape.num_experts, dtype=torch.int64)
+        else:
+            tokens, counts = len(hidden), torch.bincount(topk_ids.flatten() + 1, minlength=self.shape.num_experts + 1)[1:]
+        self._num_calls += 1
+        agreed = agree(self.group, self._terms(), tokens, counts.cpu(), complaint)
+        plan = plan_waves(self.placement, self._choose_waves(agreed.tokens))
+        route = route_rows(topk_ids, topk_weights, plan, self.group.rank, agreed.counts[self.group.rank].tolist())
+        parts = Parts(self.name, self.group, self.experts, self.wire)
+        return Call(parts, plan, route, agreed.counts, hidden.to(torch.bfloat16).contiguous(), record)
+
+    def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
+        try:
+            check_input(self.shape, self.device, hidden, topk_ids, topk_weights)
+            if self.experts.missing:
+                raise ValueError(f"layer {self.name!r} has no weights for experts {_short(self.experts.missing)}: load them first")
+        except ValueError as complaint:
+            return complaint
+        return None
+
+    def _terms(self) -> Terms:
+        return Terms(
+            layer=self.name,
+            call=self._num_calls,
+            hidden=self.shape.hidden,
+            intermediate=self.shape.intermediate,
+            num_experts=self.shape.num_experts,
+            topk=self.shape.topk,
+            swiglu_limit=self.shape.swiglu_limit or 0.0,
+            weight_format=self.weight_format,
+            dispatch_format=self.dispatch_format,
+            combine_format=self.combine_format,
+            waves=str(self.waves),
+        )
+
+    def _choose_waves(self, tokens: Sequence[int]) -> int | Sequence[int]:
+        if self.waves != "auto":
+            assert not isinstance(self.waves, str)
+            return self.waves
+        rows_per_rank = sum(tokens) * self.shape.topk / len(tokens)
+        return auto_waves(self.placement, rows_per_rank, self.wire.row_bytes)
+
+    def extra_repr(self) -> str:
+        return (
+            f"rank {self.group.rank} of {self.group.size}, hidden={self.shape.hidden}, "
+            f"intermediate={self.shape.intermediate}, num_experts={self.shape.num_experts}, topk={self.shape.topk}, "
+            f"weights={self.weight_format}, dispatch={self.dispatch_format}, waves={self.waves}"
+        )
+
+
+def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """ValueError that names the argument, what was found and what was expected."""
+    given = {"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device.type != device.type:
+            raise ValueError(f"{name} is on {tensor.device}, the layer is on {device}")
+    _check_shape("hidden", hidden, ("T", shape.hidden))
+    _check_shape("topk_ids", topk_ids, (len(hidden), shape.topk))
+    _check_shape("topk_weights", topk_weights, (len(hidden), shape.topk))
+    if hidden.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"hidden must be torch.bfloat16 or torch.float32, got {hidden.dtype}")
+    if topk_ids.dtype != torch.int64:
+        raise ValueError(f"topk_ids must be torch.int64, got {topk_ids.dtype}")
+    if topk_weights.dtype != torch.float32:
+        raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
+    if hidden.requires_grad and torch.is_grad_enabled():
+        raise ValueError("hidden requires a gradient, and the layer has no backward yet: call it under torch.no_grad()")
+    wrong = (topk_ids < -1) | (topk_ids >= shape.num_experts)
+    if bool(wrong.any()):
+        token, slot = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"topk_ids[{token}, {slot}] is {int(topk_ids[token, slot])}, expected -1 or an expert in "
+            f"[0, {shape.num_experts}); {int(wrong.sum())} of {topk_ids.numel()} are outside"
+        )
+    wrong = ~topk_weights.isfinite() & (topk_ids >= 0)
+    if bool(wrong.any()):
+        token, slot = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"topk_weights[{token}, {slot}] is {float(topk_weights[token, slot])}, expected a finite number; "
+            f"{int(wrong.sum())} of {topk_weights.numel()} are not"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, int]) -> None:
+    fits = tensor.dim() == 2 and all(isinstance(e, str) or e == size for e, size in zip(expected, tensor.shape, strict=True))
+    if not fits:
+        raise ValueError(f"{name} must have shape [{expected[0]}, {expected[1]}], got {list(tensor.shape)}")
+
+
+def _check_formats(shape: MoEShape, weight_format: str, dispatch_format: str, combine_format: str) -> None:
+    for name, value, known in (
+        ("weight_format", weight_format, WEIGHT_FORMATS),
+        ("dispatch_format", dispatch_format, DISPATCH_FORMATS),
+        ("combine_format", combine_format, COMBINE_FORMATS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    blocked = {"hidden": weight_format == "mxfp4" or dispatch_format == "mxfp8", "intermediate": weight_format == "mxfp4"}
+    for name, needed in blocked.items():
+        size = getattr(shape, name)
+        if needed and size % BLOCK:
+            raise ValueError(
+                f"{name} {size} is not a multiple of {BLOCK}, the block of MXFP4 and MXFP8; "
+                'weight_format="bf16" with dispatch_format="bf16" takes any size'
+            )
+
+
+def _stack(weight: Weight, name: str) -> Tensor | MXFP4:
+    """A stack of experts' weights with three dimensions, MXFP4 pairs made one record."""
+    if isinstance(weight, tuple):
+        if len(weight) != 2:
+            raise ValueError(f"{name} must be a tensor, MXFP4 or (packed, scales), got {len(weight)} items")
+        weight = MXFP4.from_bytes(*weight)
+    if not isinstance(weight, Tensor | MXFP4) or len(weight.shape) != 3:
+        found = list(weight.shape) if isinstance(weight, Tensor | MXFP4) else type(weight).__name__
+        raise ValueError(f"{name} must be [experts, rows, columns], got {found}")
+    return weight
+
+
+def _item(stack: Tensor | MXFP4, index: int) -> Tensor | MXFP4:
+    return MXFP4(stack.packed[index], stack.scales[index]) if isinstance(stack, MXFP4) else stack[index]
+
+
+def _short(ids: list[int]) -> str:
+    """[0, 1, 2, 3, 4, 5] -> '0, 1, 2, 3, ... (6)'"""
+    return ", ".join(map(str, ids)) if len(ids) <= 5 else f"{', '.join(map(str, ids[:4]))}, ... ({len(ids)})"

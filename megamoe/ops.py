@@ -1,0 +1,116 @@
+"""The operations of the layer, each with one meaning: the torch body runs on every device and is the oracle.
+
+Bitwise contract: a row's result depends on that row alone, not on how many rows stand beside it, where it stands
+among them, or how many threads work. Element-wise operations keep it by being correctly rounded each; SiLU keeps it
+as a table over all BF16 values; a matrix product keeps it when its rows come in multiples of row_multiple().
+"""
+
+# n rows   H hidden   I intermediate   T tokens   K experts per token   N rows that came home
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamoe.formats import dequantize_mxfp8, quantize_mxfp8
+
+_ROWS_AT_ONCE = 128  # rows whose FP32 temporaries stay in a core's cache
+
+
+def row_multiple(device: torch.device) -> int:
+    """Rows that a matrix product must be padded to a multiple of, so that no row's bits depend on their number.
+
+    BLAS libraries switch kernels, and with them the order of the sum, for one row and for odd remainders. Tried on
+    x86 CPUs with AVX2, AVX-512 and AVX-512-BF16 instructions at 1, 2 and 4 threads: two rows a thread are enough.
+    """
+    if device.type != "cpu":
+        return 16
+    threads = torch.get_num_threads()
+    return max(8, 1 << (2 * threads - 1).bit_length())
+
+
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """BF16, or FP32 on CPUs without BF16 instructions: both hold the operands exactly and sum in FP32.
+
+    Emulated BF16 products are slower there, and their bits change with odd numbers of threads.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    features = torch.cpu.get_capabilities()
+    native = features.get("avx512_bf16") or features.get("amx_bf16") or features.get("avx_vnni_2")
+    return torch.bfloat16 if native else torch.float32
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out [n, N] bfloat16 = x [n, K] @ weight [N, K]^T, FP32 accumulation, rounded once to BF16.
+
+    n must be a multiple of row_multiple(); x and weight bfloat16, out contiguous.
+    """
+    assert len(x) % row_multiple(x.device) == 0, (len(x), row_multiple(x.device))
+    if weight.dtype == torch.float32:
+        return out.copy_(torch.mm(x.to(torch.float32), weight.t()))
+    return torch.mm(x, weight.t(), out=out)
+
+
+def linear_any_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """linear() for any number of rows: pads with zeros, drops what comes of them."""
+    num_rows = len(x)
+    multiple = row_multiple(x.device)
+    padded = x.new_zeros(-(-num_rows // multiple) * multiple, x.shape[1])
+    padded[:num_rows] = x
+    out = x.new_empty(len(padded), len(weight))
+    return linear(padded, weight.to(matmul_dtype(x.device)), out)[:num_rows]
+
+
+def silu_table(limit: float | None, device: torch.device) -> Tensor:
+    """[65536] float32: SiLU(min(g, limit)) for every BF16 g, evaluated in FP64 and rounded once.
+
+    The gate is BF16, so this is the whole function, and vector and scalar code cannot differ in the last bit.
+    """
+    gates = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).to(torch.float64)
+    if limit is not None:
+        gates = gates.clamp(max=limit)
+    return torch.nn.functional.silu(gates).to(torch.float32).to(device)
+
+
+def swiglu(gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor) -> Tensor:
+    """SiLU(min(gate, limit)) * clamp(up, -limit, limit) * weight in FP32.
+
+    gate_up [n, 2I] bfloat16 (gate first), weights [n] float32, table from silu_table(limit) -> [n, I] float32
+    """
+    gate, up = gate_up.chunk(2, -1)
+    codes = gate.contiguous().view(torch.uint16).flatten().to(torch.int32)
+    activated = table.index_select(0, codes).view(gate.shape)
+    up = up.to(torch.float32)
+    if limit is not None:
+        up = up.clamp_(-limit, limit)
+    return activated.mul_(up).mul_(weights.unsqueeze(-1))
+
+
+def activate(gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor, *, quantized: bool) -> Tensor:
+    """Linear-2's input from Linear-1's output: swiglu, rounded to MXFP8 (quantized) or to BF16 -> [n, I] bfloat16."""
+    num_rows, double = gate_up.shape
+    out = gate_up.new_empty(num_rows, double // 2)
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        activated = swiglu(gate_up[rows], weights[rows], limit, table)
+        out[rows] = dequantize_mxfp8(quantize_mxfp8(activated)) if quantized else activated
+    return out
+
+
+def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
+    """Sums each token's rows in ascending slot order in FP32 from zero, rounds once to BF16.
+
+    rows [N + 1, H] bfloat16, the last one zero; positions [T, K] int64, N for a masked slot -> [T, H] bfloat16
+        rows = [a, b, c, 0]   positions = [[2, 0], [3, 1]]  ->  [c + a, b]
+    Adding the zero row changes no bit: a sum that starts from +0 is never -0.
+    """
+    num_tokens, topk = positions.shape
+    out = rows.new_empty(num_tokens, rows.shape[1])
+    for start in range(0, num_tokens, _ROWS_AT_ONCE):
+        chunk = positions[start : start + _ROWS_AT_ONCE]
+        total = torch.zeros(len(chunk), rows.shape[1], dtype=torch.float32, device=rows.device)
+        for slot in range(topk):
+            total += rows.index_select(0, chunk[:, slot])
+        out[start : start + _ROWS_AT_ONCE] = total
+    return out

@@ -1,0 +1,116 @@
+"""Orders of rows: the order in which a rank sends them, and the order in which experts compute them.
+
+A row is one (token, slot) pair with an expert. Everything here is index arithmetic; the data moves once per order.
+"""
+
+# T tokens   K experts per token   N rows of this rank   P ranks   S sources   e experts   R rows of all sources
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megamoe.waves import WavePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """This rank's rows in the order in which they travel: by wave, peer and expert; then its own, by expert.
+
+    tokens [N] int64 and weights [N] float32 say where each row is from; positions [T, K] int64 where the row of a
+    slot is, N for a masked slot. sent[w][r]: rows of wave w to rank r, none to this rank.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    positions: Tensor
+    sent: list[list[int]]
+    wave_starts: list[int]
+    local_starts: list[int]
+
+    @property
+    def num_rows(self) -> int:
+        """N"""
+        return len(self.tokens)
+
+    def remote(self, wave: int) -> slice:
+        """Rows of a wave that leave this rank."""
+        return slice(self.wave_starts[wave], self.wave_starts[wave + 1])
+
+    def local(self, experts: range, first: int) -> slice:
+        """Rows of this rank for its own experts; `first` is its first expert's id."""
+        return slice(self.local_starts[experts.start - first], self.local_starts[experts.stop - first])
+
+
+def route_rows(topk_ids: Tensor, topk_weights: Tensor, plan: WavePlan, ep_rank: int, counts: Sequence[int]) -> Route:
+    """Sorts the slots of topk_ids [T, K] int64 and topk_weights [T, K] float32; counts[E] are the rows of each expert.
+
+    2 ranks, 4 experts, 1 wave, on rank 0:  ids [[2, 0], [3, 2], [1, -1]]  ->  rows of experts 2, 2, 3 | 0, 1
+    tokens [0, 1, 1, 0, 2]    positions [[0, 3], [2, 1], [4, 5]]
+    """
+    others = [rank for rank in range(plan.placement.ep_size) if rank != ep_rank]
+    travelling = [(wave, rank) for wave in range(plan.num_waves) for rank in others]
+    own = plan.placement.experts(ep_rank)
+    order = [e for wave, rank in travelling for e in plan.experts(rank, wave)] + list(own)
+    place = torch.empty(len(order) + 1, dtype=torch.int64)
+    place[order] = torch.arange(len(order))
+    place[-1] = len(order)  # masked slots, id -1, come last
+    place = place.to(topk_ids.device)
+
+    num_rows, topk = sum(counts), topk_ids.shape[1]
+    slots = place[topk_ids.flatten()].argsort(stable=True)
+    positions = torch.empty_like(slots)
+    positions[slots] = torch.arange(len(slots), device=slots.device)
+    slots = slots[:num_rows]
+
+    sent = [[0] * plan.placement.ep_size for _ in range(plan.num_waves)]
+    for wave, rank in travelling:
+        sent[wave][rank] = sum(counts[e] for e in plan.experts(rank, wave))
+    wave_starts = [0, *accumulate(sum(rows) for rows in sent)]
+    return Route(
+        tokens=slots // topk,
+        weights=topk_weights.flatten()[slots],
+        positions=positions.clamp_(max=num_rows).view(topk_ids.shape),
+        sent=sent,
+        wave_starts=wave_starts,
+        local_starts=list(accumulate((counts[e] for e in own), initial=wave_starts[-1])),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How rows ordered by source become rows ordered by expert, each expert's padded, and how they go back.
+
+    gather [n] int64    row of the sources for each computed row; padding repeats row 0
+    back [R] int64      computed row of each row of the sources
+    padded_rows[e]      computed rows of each expert, n in all
+    """
+
+    gather: Tensor
+    back: Tensor
+    padded_rows: list[int]
+
+
+def arrange(counts: Tensor, multiple: int, device: torch.device) -> Arrangement:
+    """counts [S, e] int64 on the CPU: rows of each source, sorted by expert, for each expert.
+
+    [[1, 2], [2, 0]], multiple 4: rows 0 | 1 1 | 0 0 of two sources -> gather [0, 3, 4, 0, 1, 2, 0, 0]
+    back [0, 4, 5, 1, 2]    padded_rows [4, 4]
+    """
+    num_sources, num_experts = counts.shape
+    experts = torch.arange(num_experts).repeat(num_sources).repeat_interleave(counts.flatten())
+    by_expert = experts.argsort(stable=True)
+    rows = counts.sum(0)
+    padded = (rows + multiple - 1) // multiple * multiple
+    # a row moves up by the padding of the experts before its own
+    shift = (padded - rows).cumsum(0) - (padded - rows)
+    places = torch.arange(len(experts)) + shift[experts[by_expert]]
+    gather = torch.zeros(int(padded.sum()), dtype=torch.int64)
+    gather[places] = by_expert
+    back = torch.empty_like(by_expert)
+    back[by_expert] = places
+    return Arrangement(gather.to(device), back.to(device), padded.tolist())

@@ -1,0 +1,1 @@
+"""Where ranks are and how bytes move: process groups, placement, exchange. Knows nothing of experts' arithmetic."""

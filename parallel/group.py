@@ -1,0 +1,102 @@
+"""The ranks that share the experts of a layer: a process group with a deadline, and the transport that suits it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megamoe.parallel.transport import AllToAllTransport, PairTransport, Transport
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EPGroup:
+    """An expert-parallel group as a layer uses it.
+
+    rank, size       this rank and the number of ranks, in the group's own numbering
+    transport        moves rows; None where this rank is alone
+    deadline_s       seconds that any single wait may take
+    host, hosts      this rank's host name; those of the others, filled in at the first call
+    """
+
+    rank: int
+    size: int
+    transport: Transport | None
+    deadline_s: float
+    host: str = field(default_factory=socket.gethostname)
+    hosts: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        group: EPGroup | dist.ProcessGroup | None,
+        device: torch.device | str = "cpu",
+        *,
+        deadline_s: float = DEADLINE_S,
+    ) -> EPGroup:
+        """Wraps a torch process group. None is one rank; an EPGroup is returned as it is.
+
+        gloo gets point-to-point pairs, every other backend all-to-all. ValueError for anything else.
+        """
+        if isinstance(group, EPGroup):
+            return group
+        if deadline_s <= 0:
+            raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+        if group is None:
+            return cls(0, 1, None, deadline_s)
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(f"group must be a torch ProcessGroup, an EPGroup or None, got {type(group).__name__}")
+        hosts: dict[int, str] = {}
+        transport: Transport | None = None
+        if group.size() > 1 and dist.get_backend(group) == "gloo":
+            transport = PairTransport(group, deadline_s, hosts)
+        elif group.size() > 1:
+            transport = AllToAllTransport(group, deadline_s, hosts, torch.device(device))
+        return cls(group.rank(), group.size(), transport, deadline_s, hosts=hosts)
+
+
+@contextmanager
+def init_group(
+    device: torch.device | str = "cpu",
+    *,
+    rank: int,
+    size: int,
+    store: dist.Store | None = None,
+    init_method: str | None = None,
+    deadline_s: float = DEADLINE_S,
+) -> Iterator[EPGroup]:
+    """Starts torch.distributed for this rank with the backend of its device type, and ends it on the way out.
+
+    cuda uses nccl, npu hccl, cpu gloo. Give the store where the ranks meet, or an init_method ("env://" under
+    torchrun). deadline_s bounds the rendezvous, every collective and every wait. ValueError for an unknown
+    device type or a rank outside of [0, size).
+    """
+    device = torch.device(device)
+    if device.type not in BACKENDS:
+        raise ValueError(f"no process-group backend is known for device type {device.type!r}, only {sorted(BACKENDS)}")
+    if not 0 <= rank < size:
+        raise ValueError(f"rank {rank} is not in [0, {size})")
+    if deadline_s <= 0:
+        raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+    dist.init_process_group(
+        BACKENDS[device.type],
+        init_method=init_method,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=deadline_s),
+    )
+    try:
+        world = dist.group.WORLD
+        assert world is not None
+        yield EPGroup.of(world, device, deadline_s=deadline_s)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Claims about megamoe, each checked against the oracle or the contract."""

@@ -1,0 +1,81 @@
+"""Layers and batches that several tests share, made from a seed so that every rank can make them for itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megamoe.layer import MegaMoE
+from megamoe.parallel.group import EPGroup
+from megamoe.reference import moe
+from megamoe.shape import MoEShape
+from megamoe.waves import Waves
+
+
+@dataclass(frozen=True)
+class Batch:
+    """hidden [T, H] bfloat16, ids [T, K] int64, weights [T, K] float32"""
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    def part(self, tokens: slice) -> Batch:
+        return Batch(self.hidden[tokens], self.ids[tokens], self.weights[tokens])
+
+
+def make_weights(shape: MoEShape, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """gate_up [E, 2I, H] and down [E, H, I], float32, large enough that the clamp works."""
+    rng = torch.Generator().manual_seed(seed)
+    gate_up = torch.randn(shape.num_experts, 2 * shape.intermediate, shape.hidden, generator=rng)
+    down = torch.randn(shape.num_experts, shape.hidden, shape.intermediate, generator=rng)
+    return gate_up * 4 / shape.hidden**0.5, down / shape.intermediate**0.5
+
+
+def make_batch(shape: MoEShape, num_tokens: int, seed: int = 1, *, mask: bool = True) -> Batch:
+    """Random routing with repeated ids in a row, masked slots, and the last expert always empty."""
+    rng = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, shape.hidden, generator=rng).to(torch.bfloat16)
+    ids = torch.randint(-1 if mask else 0, max(1, shape.num_experts - 1), (num_tokens, shape.topk), generator=rng)
+    return Batch(hidden, ids, torch.rand(num_tokens, shape.topk, generator=rng) * 2)
+
+
+def split(num_tokens: int, num_ranks: int, *, empty: int | None = None) -> list[slice]:
+    """Uneven shares of the tokens, rank r's weight r + 1; the rank `empty` gets none."""
+    shares = [0 if rank == empty else rank + 1 for rank in range(num_ranks)]
+    if not sum(shares):
+        shares = [1] * num_ranks
+    ends = [num_tokens * sum(shares[: rank + 1]) // sum(shares) for rank in range(num_ranks)]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def oracle(shape: MoEShape, batch: Batch, weight_format: str, dispatch_format: str) -> Tensor:
+    gate_up, down = make_weights(shape)
+    return moe(
+        shape,
+        batch.hidden,
+        batch.ids,
+        batch.weights,
+        gate_up,
+        down,
+        weight_format=weight_format,
+        dispatch_format=dispatch_format,
+    )
+
+
+def make_layer(
+    shape: MoEShape,
+    group: EPGroup | None = None,
+    *,
+    weight_format: str = "mxfp4",
+    dispatch_format: str = "mxfp8",
+    waves: Waves = "auto",
+    name: str = "moe",
+) -> MegaMoE:
+    layer = MegaMoE(
+        shape, group, weight_format=weight_format, dispatch_format=dispatch_format, waves=waves, name=name
+    )
+    layer.load_experts(*make_weights(shape))
+    return layer
