@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from megamoe.parallel.group import EPGroup, init_group
 
@@ -31,14 +31,14 @@ T = TypeVar("T")
 Work = Callable[Concatenate[EPGroup, P], T]
 
 
-class RankFailed(RuntimeError):
+class RankFailedError(RuntimeError):
     """A rank died, did not answer in time, or raised; rank says which."""
 
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(message)
         self.rank, self.message = rank, message
 
-    def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str]]:
+    def __reduce__(self) -> tuple[type[RankFailedError], tuple[int, str]]:
         return type(self), (self.rank, self.message)
 
 
@@ -63,7 +63,7 @@ class LocalRanks:
 
     def __enter__(self) -> LocalRanks:
         context = mp.get_context("spawn")
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         try:
             for rank in range(self.num_ranks):
                 here, there = context.Pipe()
@@ -106,7 +106,7 @@ class LocalRanks:
     def run(self, work: Work[P, T], *args: Any, size: int | None = None, timeout_s: float | None = None) -> list[T]:
         """work(group, *args) on the first `size` ranks, all by default; their results in order of rank.
 
-        Raises what the first rank that raised has raised, with the rank in a note; RankFailed where a rank died or
+        Raises what the first rank that raised has raised, with the rank in a note; RankFailedError where a rank died or
         the run took longer than timeout_s. The ranks are then stopped.
         """
         outcomes = self.outcomes(work, *args, size=size, timeout_s=timeout_s)
@@ -142,7 +142,7 @@ class LocalRanks:
         pipes = {self._pipes[rank]: rank for rank in missing}
         ready = wait(list(pipes), timeout=max(0.0, until - time.monotonic()))
         if not ready:
-            raise RankFailed(missing[0], f"{_ranks(missing)} did not finish within the deadline")
+            raise RankFailedError(missing[0], f"{_ranks(missing)} did not finish within the deadline")
         for pipe in ready:
             rank = pipes[pipe]  # type: ignore[index]
             try:
@@ -150,7 +150,8 @@ class LocalRanks:
             except (EOFError, ConnectionError) as lost:
                 process = self._processes[rank]
                 process.join()
-                raise RankFailed(rank, f"rank {rank} (process {process.pid}) died: {_cause(process.exitcode)}") from lost
+                died = f"rank {rank} (process {process.pid}) died: {_cause(process.exitcode)}"
+                raise RankFailedError(rank, died) from lost
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -169,17 +170,17 @@ def _serve(rank: int, pipe: Connection, port: int, threads: int, deadline_s: flo
     threading.Thread(target=_follow_parent, daemon=True).start()
     os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
     torch.set_num_threads(threads)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=deadline_s))
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=deadline_s))
     while True:
         try:
             work, args, size, prefix = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
-        pipe.send_bytes(_outcome(work, args, rank, size, dist.PrefixStore(prefix, store), deadline_s))
+        pipe.send_bytes(_outcome(work, args, rank, size, PrefixStore(prefix, store), deadline_s))
 
 
 def _outcome(
-    work: Work[..., Any], args: tuple[Any, ...], rank: int, size: int, store: dist.Store, deadline_s: float
+    work: Work[..., Any], args: tuple[Any, ...], rank: int, size: int, store: Store, deadline_s: float
 ) -> bytes:
     try:
         with init_group("cpu", rank=rank, size=size, store=store, deadline_s=deadline_s) as group:
@@ -197,7 +198,7 @@ def _portable(rank: int, error: Exception) -> bytes:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001  an exception class that does not survive the trip goes as text
-        error = RankFailed(rank, note)
+        error = RankFailedError(rank, note)
     return pickle.dumps(error)
 
 

@@ -29,8 +29,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megamoe.call import CallRecord
     from megamoe.formats import MXFP4, MXFP8
-    from megamoe.layer import CallRecord, MegaMoE
+    from megamoe.layer import MegaMoE
     from megamoe.parallel.errors import PeerError
     from megamoe.parallel.group import EPGroup, init_group
     from megamoe.shape import MoEShape
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "CallRecord": "megamoe.layer",
+    "CallRecord": "megamoe.call",
     "EPGroup": "megamoe.parallel.group",
     "MXFP4": "megamoe.formats",
     "MXFP8": "megamoe.formats",

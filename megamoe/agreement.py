@@ -130,11 +130,11 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
     found = []
     for name in _COMPARED:
         values = [_plain(pages[rank][name]) for rank in range(group.size)]
-        if len(set(values)) > 1:
-            said = ", ".join(
-                f"{value} on {_ranks([r for r, v in enumerate(values) if v == value])}" for value in dict.fromkeys(values)
-            )
-            found.append(f"{name} is {said}")
+        said = []
+        for value in dict.fromkeys(values):
+            said.append(f"{value} on {_ranks([rank for rank, other in enumerate(values) if other == value])}")
+        if len(said) > 1:
+            found.append(f"{name} is {', '.join(said)}")
     if found:
         raise ValueError(f"ranks disagree, so no rank computed: {'; '.join(found)}")
 

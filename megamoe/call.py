@@ -189,7 +189,7 @@ class Call:
             return self._results[:0]
         arranged = arrange(counts, row_multiple(rows.device), rows.device)
         tokens, weights = self._wire.decode(rows.index_select(0, arranged.gather))
-        computed = self._experts(tokens, weights, experts, arranged.padded_rows)
+        computed: Tensor = self._experts(tokens, weights, experts, arranged.padded_rows)
         return computed.index_select(0, arranged.back)
 
     def _own_rows(self, experts: range) -> Tensor:

@@ -30,6 +30,7 @@ class Experts(nn.Module):
     down: Tensor
     gate_up_scales: Tensor
     down_scales: Tensor
+    table: Tensor
 
     def __init__(
         self,

@@ -82,6 +82,11 @@ def _check_blocks(size: int, name: str) -> None:
         raise ValueError(f"{name} needs a last dimension that is a multiple of {BLOCK}, got {size}")
 
 
+def _blocks(x: Tensor) -> Tensor:
+    """[..., K] -> [..., G, 32]"""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+
+
 def _ceil_log2_ratio(amax: Tensor, mantissa: int, exponent: int) -> Tensor:
     """Biased exponent of 2^ceil(log2(amax / largest)), exact, from the bits of amax (float32, normal, finite).
 
@@ -109,7 +114,7 @@ def quantize_mxfp8(x: Tensor) -> MXFP8:
     A block with a NaN or an infinity becomes NaN as a whole. ValueError where K is not a multiple of 32.
     """
     _check_blocks(x.shape[-1], "quantize_mxfp8")
-    blocks = x.to(torch.float32).unflatten(-1, (-1, BLOCK))
+    blocks = _blocks(x.to(torch.float32))
     amax = blocks.abs().amax(-1, keepdim=True)
     exponents = _ceil_log2_ratio(amax.clamp_min(_MXFP8_MIN_AMAX), 0x600000, 8)
     # times 2^-e, exact; a NaN or infinity in the block makes every value NaN
@@ -123,9 +128,10 @@ def quantize_mxfp8(x: Tensor) -> MXFP8:
 
 
 def dequantize_mxfp8(q: MXFP8, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """q as bfloat16, float32 or float64 [..., K], exact: E4M3 has 4 significant bits, and a scale is a power of two."""
-    values = _decode_e4m3(q.values).unflatten(-1, (-1, BLOCK)).to(dtype)
-    return (values * e8m0_to_float(q.scales, dtype).unsqueeze(-1)).flatten(-2)
+    """q as bfloat16, float32 or float64 [..., K], exact: E4M3 has 4 significant bits, a scale is a power of two."""
+    values = _blocks(_decode_e4m3(q.values)).to(dtype)
+    out: Tensor = (values * e8m0_to_float(q.scales, dtype).unsqueeze(-1)).flatten(-2)
+    return out
 
 
 def quantize_mxfp4(weight: Tensor) -> MXFP4:
@@ -135,11 +141,13 @@ def quantize_mxfp4(weight: Tensor) -> MXFP4:
         block amax 6.0 -> scale 1.0;    2.5 -> 2.0    -2.5 -> -2.0    0.25 -> 0.0    5.1 -> 6.0
     """
     _check_blocks(weight.shape[-1], "quantize_mxfp4")
-    blocks = weight.to(torch.float32).unflatten(-1, (-1, BLOCK))
+    blocks = _blocks(weight.to(torch.float32))
     amax = blocks.abs().amax(-1, keepdim=True)
     if not bool(amax.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
-        raise ValueError(f"quantize_mxfp4: {bad} of {weight.numel()} weights are NaN or infinite; MXFP4 has no code for them")
+        raise ValueError(
+            f"quantize_mxfp4: {bad} of {weight.numel()} weights are NaN or infinite; MXFP4 has no code for them"
+        )
     exponents = _ceil_log2_ratio(amax, 0x400000, 2)
     if amax.numel() and int(exponents.max()) > MXFP4_MAX_SCALE:
         raise ValueError(f"quantize_mxfp4: the largest weight {float(amax.max()):.4g} is above 1.5 * 2^127 = 2.552e+38")
@@ -170,10 +178,9 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
 
 def dequantize_mxfp4(q: MXFP4, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """q as bfloat16, float32 or float64 [..., K], exact for scale bytes up to MXFP4_MAX_SCALE."""
-    values = _decode_e2m1(q.packed).unflatten(-1, (-1, BLOCK))
-    if dtype == torch.bfloat16:
-        return values.mul_(e8m0_to_float(q.scales, dtype).unsqueeze(-1)).flatten(-2)
-    return (values.to(dtype) * e8m0_to_float(q.scales, dtype).unsqueeze(-1)).flatten(-2)
+    values = _blocks(_decode_e2m1(q.packed))
+    # in place where the decoded values are already of the dtype
+    return values.to(dtype).mul_(e8m0_to_float(q.scales, dtype).unsqueeze(-1)).flatten(-2)
 
 
 def mxfp4_to_e4m3(q: MXFP4, block: int = 128) -> tuple[Tensor, Tensor]:
@@ -190,7 +197,7 @@ def mxfp4_to_e4m3(q: MXFP4, block: int = 128) -> tuple[Tensor, Tensor]:
         raise ValueError(f"mxfp4_to_e4m3: block {block} is not a multiple of {BLOCK}")
     num_rows, num_groups = q.scales.shape
     tall, wide = -(-num_rows // block), -(-num_groups * BLOCK // block)
-    used = ((unpack_e2m1(q.packed) & 7) > 0).unflatten(-1, (-1, BLOCK)).any(-1)
+    used = _blocks((unpack_e2m1(q.packed) & 7) > 0).any(-1)
     exponents = q.scales.to(torch.int32)
     high = _block_max(torch.where(used, exponents, -1), tall, wide, block)
     low = -_block_max(torch.where(used, -exponents, -256), tall, wide, block)
@@ -203,12 +210,41 @@ def mxfp4_to_e4m3(q: MXFP4, block: int = 128) -> tuple[Tensor, Tensor]:
     scales = torch.where(high >= 0, (high - 6).clamp_min(0), 127)
     spread = scales.repeat_interleave(block, 0)[:num_rows].repeat_interleave(block // BLOCK, 1)[:, :num_groups]
     shift = torch.where(used, exponents - spread, 0).to(torch.float32)
-    values = _decode_e2m1(q.packed).to(torch.float32).unflatten(-1, (-1, BLOCK)) * shift.exp2().unsqueeze(-1)
+    values = _blocks(_decode_e2m1(q.packed).to(torch.float32)) * shift.exp2().unsqueeze(-1)
     return values.flatten(-2).to(torch.float8_e4m3fn), scales.to(torch.uint8)
 
 
+def quantize_e4m3_blocks(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """Rounds weight [N, K] to E4M3 with one power of two per block x block, as DeepSeek-V4's dense weights are stored.
+
+    -> values [N, K] float8_e4m3fn, scales [ceil(N/block), ceil(K/block)] uint8. ValueError for NaN and infinities.
+    """
+    if not bool(weight.isfinite().all()):
+        raise ValueError("quantize_e4m3_blocks: weights must be finite")
+    rows, columns = weight.shape
+    tall, wide = -(-rows // block), -(-columns // block)
+    padded = torch.zeros(tall * block, wide * block)
+    padded[:rows, :columns] = weight
+    amax = padded.view(tall, block, wide, block).abs().amax((1, 3)).clamp_min(_MXFP8_MIN_AMAX)
+    scales = _ceil_log2_ratio(amax, 0x600000, 8).to(torch.uint8)
+    spread = _spread_blocks(e8m0_to_float(scales), block, rows, columns)
+    return (weight.to(torch.float32) / spread).to(torch.float8_e4m3fn), scales
+
+
+def dequantize_e4m3_blocks(values: Tensor, scales: Tensor, block: int = 128) -> Tensor:
+    """values [N, K] float8_e4m3fn, scales [ceil(N/block), ceil(K/block)] uint8 -> [N, K] bfloat16, exact"""
+    _check(values, torch.float8_e4m3fn, "E4M3 values")
+    spread = _spread_blocks(e8m0_to_float(scales, torch.bfloat16), block, *values.shape)
+    return values.to(torch.bfloat16) * spread
+
+
+def _spread_blocks(scales: Tensor, block: int, rows: int, columns: int) -> Tensor:
+    """One scale per block -> one per value, [rows, columns]"""
+    return scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+
+
 def _block_max(groups: Tensor, tall: int, wide: int, block: int) -> Tensor:
-    """Largest of groups [N, G] int32 in every block x block/32 tile -> [tall, wide]; what is cut off counts as least."""
+    """Largest of groups [N, G] int32 in every tile of block x block/32 -> [tall, wide]; what is cut off is least."""
     padded = groups.new_full((tall * block, wide * block // BLOCK), -256)
     padded[: groups.shape[0], : groups.shape[1]] = groups
     return padded.view(tall, block, wide, block // BLOCK).amax((1, 3))

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from megamoe.agreement import Terms, agree
 from megamoe.call import Call, CallRecord, Parts
-from megamoe.experts import WEIGHT_FORMATS, Experts, Weight
-from megamoe.formats import BLOCK, MXFP4
+from megamoe.checks import check_formats, check_input
+from megamoe.experts import Experts, Weight
+from megamoe.formats import MXFP4
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.rows import route_rows
 from megamoe.shape import MoEShape
 from megamoe.waves import Waves, auto_waves, check_waves, plan_waves
-from megamoe.wire import DISPATCH_FORMATS, Wire
+from megamoe.wire import Wire
 
-COMBINE_FORMATS = ("bf16",)
 LOOKAHEAD = 2  # waves whose rows may be on their way beyond the one that computes
+
+
 class MegaMoE(nn.Module):
     """Routed experts of a Mixture-of-Experts layer, spread over the ranks of a group.
 
@@ -57,7 +59,7 @@ class MegaMoE(nn.Module):
         deadline_s: float = 60.0,
     ) -> None:
         super().__init__()
-        _check_formats(shape, weight_format, dispatch_format, combine_format)
+        check_formats(shape, weight_format, dispatch_format, combine_format)
         self.shape, self.name = shape, name
         self.weight_format, self.dispatch_format, self.combine_format = weight_format, dispatch_format, combine_format
         self.waves = check_waves(waves)
@@ -86,7 +88,7 @@ class MegaMoE(nn.Module):
         return self.experts.memory_bytes
 
     def load_expert(self, expert: int, gate_up: Weight, down: Weight) -> None:
-        """Takes one expert's weights, by global id: gate_up [2I, H] (gate rows first), down [H, I]. See Experts.load."""
+        """Takes one expert's weights, by global id: gate_up [2I, H], gate rows first, and down [H, I]."""
         self.experts.load(expert, gate_up, down)
 
     def load_experts(self, gate_up: Weight, down: Weight) -> None:
@@ -107,17 +109,17 @@ class MegaMoE(nn.Module):
             gate_up, down = (_item(stack, expert - firsts[name]) for name, stack in stacks.items())
             self.experts.load(expert, gate_up, down)
 
-    @torch.no_grad()
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """hidden [T, H] bfloat16 or float32, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
+        """hidden [T, H], topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
 
-        Float32 input is rounded to BF16 first. Ranks may bring different T, also 0, but all must call. ValueError,
-        on every rank, where any rank's input is wrong or the ranks disagree; PeerError where a rank is lost.
+        hidden is bfloat16 or float32; float32 is rounded to BF16 first. Ranks may bring different T, also 0, but all
+        must call. ValueError, on every rank, where any rank's input is wrong or the ranks disagree; PeerError where a
+        rank is lost.
         """
+        complaint = self._complaint(hidden, topk_ids, topk_weights)
         record = CallRecord()
-        with record.timing("total_s"):
-            with record.timing("counts_s"):
-                call = self._open(hidden, topk_ids, topk_weights, record)
+        with torch.no_grad(), record.timing("total_s"):
+            call = self._open(hidden, topk_ids, topk_weights, complaint, record)
             for wave in range(LOOKAHEAD):
                 call.dispatch(wave)
             for step in call.steps:
@@ -130,25 +132,35 @@ class MegaMoE(nn.Module):
         self.last_call = record
         return out
 
-    def _open(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, record: CallRecord) -> Call:
-        """Checks the input and agrees with all ranks on the call, before any row moves."""
-        complaint = self._complaint(hidden, topk_ids, topk_weights)
-        if complaint:
-            tokens, counts = 0, torch.zeros(self.shape.num_experts, dtype=torch.int64)
-        else:
-            tokens, counts = len(hidden), torch.bincount(topk_ids.flatten() + 1, minlength=self.shape.num_experts + 1)[1:]
+    def _open(
+        self,
+        hidden: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        complaint: ValueError | None,
+        record: CallRecord,
+    ) -> Call:
+        """Agrees with all ranks on the call, before any row moves, and lays out this rank's part of it."""
+        tokens, counts = 0, torch.zeros(self.shape.num_experts, dtype=torch.int64)
+        if complaint is None:
+            tokens = len(hidden)
+            counts = torch.bincount(topk_ids.flatten() + 1, minlength=self.shape.num_experts + 1)[1:].cpu()
         self._num_calls += 1
-        agreed = agree(self.group, self._terms(), tokens, counts.cpu(), complaint)
-        plan = plan_waves(self.placement, self._choose_waves(agreed.tokens))
-        route = route_rows(topk_ids, topk_weights, plan, self.group.rank, agreed.counts[self.group.rank].tolist())
+        with record.timing("counts_s"):
+            agreed = agree(self.group, self._terms(), tokens, counts, complaint)
+        with record.timing("compute_s"):
+            plan = plan_waves(self.placement, self._choose_waves(agreed.tokens))
+            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist())
+            hidden = hidden.to(torch.bfloat16).contiguous()
         parts = Parts(self.name, self.group, self.experts, self.wire)
-        return Call(parts, plan, route, agreed.counts, hidden.to(torch.bfloat16).contiguous(), record)
+        return Call(parts, plan, route, agreed.counts, hidden, record)
 
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
         try:
             check_input(self.shape, self.device, hidden, topk_ids, topk_weights)
             if self.experts.missing:
-                raise ValueError(f"layer {self.name!r} has no weights for experts {_short(self.experts.missing)}: load them first")
+                missing = _short(self.experts.missing)
+                raise ValueError(f"layer {self.name!r} has no weights for experts {missing}: load them first")
         except ValueError as complaint:
             return complaint
         return None
@@ -181,65 +193,6 @@ class MegaMoE(nn.Module):
             f"intermediate={self.shape.intermediate}, num_experts={self.shape.num_experts}, topk={self.shape.topk}, "
             f"weights={self.weight_format}, dispatch={self.dispatch_format}, waves={self.waves}"
         )
-
-
-def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
-    """ValueError that names the argument, what was found and what was expected."""
-    given = {"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights}
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.device.type != device.type:
-            raise ValueError(f"{name} is on {tensor.device}, the layer is on {device}")
-    _check_shape("hidden", hidden, ("T", shape.hidden))
-    _check_shape("topk_ids", topk_ids, (len(hidden), shape.topk))
-    _check_shape("topk_weights", topk_weights, (len(hidden), shape.topk))
-    if hidden.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"hidden must be torch.bfloat16 or torch.float32, got {hidden.dtype}")
-    if topk_ids.dtype != torch.int64:
-        raise ValueError(f"topk_ids must be torch.int64, got {topk_ids.dtype}")
-    if topk_weights.dtype != torch.float32:
-        raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
-    if hidden.requires_grad and torch.is_grad_enabled():
-        raise ValueError("hidden requires a gradient, and the layer has no backward yet: call it under torch.no_grad()")
-    wrong = (topk_ids < -1) | (topk_ids >= shape.num_experts)
-    if bool(wrong.any()):
-        token, slot = (int(i) for i in wrong.nonzero()[0])
-        raise ValueError(
-            f"topk_ids[{token}, {slot}] is {int(topk_ids[token, slot])}, expected -1 or an expert in "
-            f"[0, {shape.num_experts}); {int(wrong.sum())} of {topk_ids.numel()} are outside"
-        )
-    wrong = ~topk_weights.isfinite() & (topk_ids >= 0)
-    if bool(wrong.any()):
-        token, slot = (int(i) for i in wrong.nonzero()[0])
-        raise ValueError(
-            f"topk_weights[{token}, {slot}] is {float(topk_weights[token, slot])}, expected a finite number; "
-            f"{int(wrong.sum())} of {topk_weights.numel()} are not"
-        )
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, int]) -> None:
-    fits = tensor.dim() == 2 and all(isinstance(e, str) or e == size for e, size in zip(expected, tensor.shape, strict=True))
-    if not fits:
-        raise ValueError(f"{name} must have shape [{expected[0]}, {expected[1]}], got {list(tensor.shape)}")
-
-
-def _check_formats(shape: MoEShape, weight_format: str, dispatch_format: str, combine_format: str) -> None:
-    for name, value, known in (
-        ("weight_format", weight_format, WEIGHT_FORMATS),
-        ("dispatch_format", dispatch_format, DISPATCH_FORMATS),
-        ("combine_format", combine_format, COMBINE_FORMATS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    blocked = {"hidden": weight_format == "mxfp4" or dispatch_format == "mxfp8", "intermediate": weight_format == "mxfp4"}
-    for name, needed in blocked.items():
-        size = getattr(shape, name)
-        if needed and size % BLOCK:
-            raise ValueError(
-                f"{name} {size} is not a multiple of {BLOCK}, the block of MXFP4 and MXFP8; "
-                'weight_format="bf16" with dispatch_format="bf16" takes any size'
-            )
 
 
 def _stack(weight: Weight, name: str) -> Tensor | MXFP4:

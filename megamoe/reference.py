@@ -29,7 +29,7 @@ def moe(
 ) -> Tensor:
     """hidden [T, H], topk_ids [T, K], topk_weights [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H] bfloat16"""
     quantized = weight_format == "mxfp4"
-    tokens = round_mxfp8(hidden.to(torch.bfloat16)) if quantized or dispatch_format == "mxfp8" else hidden.to(torch.bfloat16)
+    tokens = _tokens(hidden, quantized or dispatch_format == "mxfp8")
     slots = torch.zeros(*topk_ids.shape, shape.hidden, dtype=torch.bfloat16)  # [T, K, H]
     for expert in range(shape.num_experts):
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
@@ -59,7 +59,7 @@ def moe_fp64(
     Those places are the tokens, Linear-1's BF16 result and Linear-2's input: without them the operands would differ.
     """
     quantized = weight_format == "mxfp4"
-    tokens = round_mxfp8(hidden.to(torch.bfloat16)) if quantized or dispatch_format == "mxfp8" else hidden.to(torch.bfloat16)
+    tokens = _tokens(hidden, quantized or dispatch_format == "mxfp8")
     total = torch.zeros(len(tokens), shape.hidden, dtype=torch.float64)
     for expert in range(shape.num_experts):
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
@@ -83,6 +83,11 @@ def round_mxfp8(x: Tensor) -> Tensor:
     return dequantize_mxfp8(quantize_mxfp8(x))
 
 
+def _tokens(hidden: Tensor, quantized: bool) -> Tensor:
+    tokens = hidden.to(torch.bfloat16)
+    return round_mxfp8(tokens) if quantized else tokens
+
+
 def _round(weight: Tensor, quantized: bool) -> Tensor:
     return dequantize_mxfp4(quantize_mxfp4(weight)) if quantized else weight.to(torch.bfloat16)
 
@@ -93,5 +98,3 @@ def _swiglu(gate: Tensor, up: Tensor, weights: Tensor, limit: float | None) -> T
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return torch.nn.functional.silu(gate).to(torch.float32) * up * weights.unsqueeze(-1)
-
-

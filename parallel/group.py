@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 
 from megamoe.parallel.transport import AllToAllTransport, PairTransport, Transport
 
@@ -69,7 +70,7 @@ def init_group(
     *,
     rank: int,
     size: int,
-    store: dist.Store | None = None,
+    store: Store | None = None,
     init_method: str | None = None,
     deadline_s: float = DEADLINE_S,
 ) -> Iterator[EPGroup]:

@@ -84,7 +84,7 @@ class _Clock:
 
 def _slices(rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """rows [5, ...], counts [2, 0, 3] -> [rows[0:2], rows[2:2], rows[2:5]]"""
-    return list(rows[: sum(counts)].split(list(counts)))
+    return list(torch.split(rows[: sum(counts)], list(counts)))
 
 
 class PairTransfer:
@@ -194,7 +194,9 @@ class AllToAllTransport:
     A collective that fails does not tell which peer failed it: the error then names the next rank and says so.
     """
 
-    def __init__(self, group: dist.ProcessGroup, deadline_s: float, hosts: dict[int, str], device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, deadline_s: float, hosts: dict[int, str], device: torch.device
+    ) -> None:
         self._group, self._clock, self._device = group, _Clock(deadline_s, hosts), device
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> AllToAllTransfer:

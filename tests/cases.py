@@ -74,8 +74,6 @@ def make_layer(
     waves: Waves = "auto",
     name: str = "moe",
 ) -> MegaMoE:
-    layer = MegaMoE(
-        shape, group, weight_format=weight_format, dispatch_format=dispatch_format, waves=waves, name=name
-    )
+    layer = MegaMoE(shape, group, weight_format=weight_format, dispatch_format=dispatch_format, waves=waves, name=name)
     layer.load_experts(*make_weights(shape))
     return layer

