@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Experts(nn.Module):
                 # plain torch.empty: the pages of a large buffer are not touched before its weights arrive
                 self.register_buffer(key, torch.empty(len(ids), rows, width, dtype=dtype, device=device))
         self.register_buffer("table", silu_table(shape.swiglu_limit, device), persistent=False)
-        self._matmul_dtype = matmul_dtype(device)
+        self.matmul_dtype = matmul_dtype(device)
 
     def _layout(self, name: str, columns: int) -> list[tuple[str, int, torch.dtype]]:
         if not self.packed:
@@ -61,6 +62,11 @@ class Experts(nn.Module):
         if self.keep_dequantized:
             layout.append((f"{name}_dequantized", columns, torch.bfloat16))
         return layout
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if all(prefix + name in state_dict for name, _ in self.named_buffers() if name != "table"):
+            self._loaded = [True] * len(self.ids)
 
     @property
     def memory_bytes(self) -> int:
@@ -114,7 +120,7 @@ class Experts(nn.Module):
         else:
             packed, scales = self.get_buffer(name)[index], self.get_buffer(f"{name}_scales")[index]
             weight = dequantize_mxfp4(MXFP4(packed, scales))
-        return weight.to(self._matmul_dtype)
+        return weight.to(self.matmul_dtype)
 
     def forward(self, tokens: Tensor, weights: Tensor, experts: range, padded_rows: Sequence[int]) -> Tensor:
         """Computes rows sorted by expert.

@@ -143,14 +143,15 @@ def quantize_mxfp4(weight: Tensor) -> MXFP4:
     _check_blocks(weight.shape[-1], "quantize_mxfp4")
     blocks = _blocks(weight.to(torch.float32))
     amax = blocks.abs().amax(-1, keepdim=True)
-    if not bool(amax.isfinite().all()):
-        bad = int((~weight.isfinite()).sum())
+    bad = 0 if bool(amax.isfinite().all()) else int((~weight.isfinite()).sum())
+    if bad:
         raise ValueError(
             f"quantize_mxfp4: {bad} of {weight.numel()} weights are NaN or infinite; MXFP4 has no code for them"
         )
     exponents = _ceil_log2_ratio(amax, 0x400000, 2)
     if amax.numel() and int(exponents.max()) > MXFP4_MAX_SCALE:
-        raise ValueError(f"quantize_mxfp4: the largest weight {float(amax.max()):.4g} is above 1.5 * 2^127 = 2.552e+38")
+        largest = float(weight.double().abs().max())
+        raise ValueError(f"quantize_mxfp4: the largest weight {largest:.4g} is above 1.5 * 2^127 = 2.552e+38")
     exponents = exponents.clamp_min(_MXFP4_MIN_SCALE)
     exponents = torch.where(amax == 0, 127, exponents)
     scaled = blocks / e8m0_to_float(exponents.to(torch.uint8))
@@ -235,7 +236,7 @@ def dequantize_e4m3_blocks(values: Tensor, scales: Tensor, block: int = 128) -> 
     """values [N, K] float8_e4m3fn, scales [ceil(N/block), ceil(K/block)] uint8 -> [N, K] bfloat16, exact"""
     _check(values, torch.float8_e4m3fn, "E4M3 values")
     spread = _spread_blocks(e8m0_to_float(scales, torch.bfloat16), block, *values.shape)
-    return values.to(torch.bfloat16) * spread
+    return _decode_e4m3(values).mul_(spread)
 
 
 def _spread_blocks(scales: Tensor, block: int, rows: int, columns: int) -> Tensor:
@@ -280,15 +281,20 @@ def _table(name: str, device: torch.device) -> Tensor:
     return _TABLES[key]
 
 
+def _words(values: Tensor) -> Tensor:
+    """Two one-byte values at a time as a number, [n / 2] int32. A view of two bytes cannot start at an odd one."""
+    flat = values.reshape(-1)
+    flat = flat.clone() if flat.storage_offset() % 2 else flat
+    return flat.view(torch.uint16).to(torch.int32)
+
+
 def _decode_e2m1(packed: Tensor) -> Tensor:
     """packed [..., K/2] uint8, K a multiple of 4 -> BF16 [..., K].    [0x21, 0x00] -> [0.5, 1.0, 0.0, 0.0]"""
-    words = packed.contiguous().view(torch.uint16).reshape(-1).to(torch.int32)
-    decoded = _table("e2m1", packed.device).index_select(0, words)
+    decoded = _table("e2m1", packed.device).index_select(0, _words(packed))
     return decoded.view(torch.bfloat16).view(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
 def _decode_e4m3(values: Tensor) -> Tensor:
     """values [..., K] float8_e4m3fn, K even -> BF16 [..., K]. torch's own cast takes ten times as long on a CPU."""
-    words = values.contiguous().view(torch.uint16).reshape(-1).to(torch.int32)
-    decoded = _table("e4m3", values.device).index_select(0, words)
+    decoded = _table("e4m3", values.device).index_select(0, _words(values))
     return decoded.view(torch.bfloat16).view(values.shape)

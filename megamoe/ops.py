@@ -9,11 +9,14 @@ as a table over all BF16 values; a matrix product keeps it when its rows come in
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from megamoe.formats import dequantize_mxfp8, quantize_mxfp8
 
+_FP32_COLUMNS = 16  # MKL sums the columns beyond a multiple of these in another order when there are more threads
 _ROWS_AT_ONCE = 128  # rows whose FP32 temporaries stay in a core's cache
 
 
@@ -48,7 +51,10 @@ def linear(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """
     assert len(x) % row_multiple(x.device) == 0, (len(x), row_multiple(x.device))
     if weight.dtype == torch.float32:
-        return out.copy_(torch.mm(x.to(torch.float32), weight.t()))
+        num_columns = len(weight)
+        if num_columns % _FP32_COLUMNS:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, -num_columns % _FP32_COLUMNS))
+        return out.copy_(torch.mm(x.to(torch.float32), weight.t())[:, :num_columns])
     return torch.mm(x, weight.t(), out=out)
 
 
@@ -62,10 +68,12 @@ def linear_any_rows(x: Tensor, weight: Tensor) -> Tensor:
     return linear(padded, weight.to(matmul_dtype(x.device)), out)[:num_rows]
 
 
+@lru_cache(maxsize=8)
 def silu_table(limit: float | None, device: torch.device) -> Tensor:
     """[65536] float32: SiLU(min(g, limit)) for every BF16 g, evaluated in FP64 and rounded once.
 
-    The gate is BF16, so this is the whole function, and vector and scalar code cannot differ in the last bit.
+    The gate is BF16, so this is the whole function, and vector and scalar code cannot differ in the last bit. Layers
+    with the same limit share one table.
     """
     gates = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).to(torch.float64)
     if limit is not None:

@@ -60,9 +60,14 @@ class Wire:
 
     def decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """rows [R, B + 4] uint8 -> tokens [R, H] bfloat16 as the experts take them, weights [R] float32."""
-        weights = rows[:, self.token_bytes :].contiguous().view(torch.float32).flatten()
+        weights = _copy(rows[:, self.token_bytes :]).view(torch.float32).flatten()
         if self.dispatch_format == "mxfp8":
-            values = rows[:, : self.hidden].contiguous().view(torch.float8_e4m3fn)
+            values = _copy(rows[:, : self.hidden]).view(torch.float8_e4m3fn)
             return dequantize_mxfp8(MXFP8(values, rows[:, self.hidden : self.token_bytes])), weights
-        tokens = rows[:, : self.token_bytes].contiguous().view(torch.bfloat16)
+        tokens = _copy(rows[:, : self.token_bytes]).view(torch.bfloat16)
         return (dequantize_mxfp8(quantize_mxfp8(tokens)) if self.round_on_arrival else tokens), weights
+
+
+def _copy(columns: Tensor) -> Tensor:
+    """contiguous(), but of a single row too: only a copy starts where wider dtypes may be read."""
+    return columns.clone(memory_format=torch.contiguous_format)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ from megamoe.model.config import DeepSeekV4Config
 
 FP8_BLOCK = 128
 INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class E4M3Blocks:
+    """values [N, K] float8_e4m3fn and one UE8M0 scale per 128 x 128 of them, uint8: DeepSeek's dense weights."""
+
+    values: Tensor
+    scales: Tensor
+
+    def dequantize(self) -> Tensor:
+        """[N, K] bfloat16, exact"""
+        return dequantize_e4m3_blocks(self.values, self.scales, FP8_BLOCK)
 
 
 class Checkpoint:
@@ -62,12 +75,12 @@ class Checkpoint:
         down = self._mxfp4(f"layers.{layer}.ffn.experts.{expert}.w2", hidden, inner)
         return MXFP4(torch.cat((gate.packed, up.packed)), torch.cat((gate.scales, up.scales))), down
 
-    def shared_expert(self, layer: int) -> tuple[Tensor, Tensor]:
-        """gate_up [2I, H] and down [H, I] bfloat16 of the shared expert."""
+    def shared_expert(self, layer: int) -> tuple[E4M3Blocks, E4M3Blocks, E4M3Blocks]:
+        """gate [I, H], up [I, H] and down [H, I] of the shared expert, as they are stored."""
         hidden, inner = self.config.hidden_size, self.config.moe_intermediate_size
-        gate = self._fp8(f"layers.{layer}.ffn.shared_experts.w1", inner, hidden)
-        up = self._fp8(f"layers.{layer}.ffn.shared_experts.w3", inner, hidden)
-        return torch.cat((gate, up)), self._fp8(f"layers.{layer}.ffn.shared_experts.w2", hidden, inner)
+        name = f"layers.{layer}.ffn.shared_experts"
+        gate, up = self._fp8(f"{name}.w1", inner, hidden), self._fp8(f"{name}.w3", inner, hidden)
+        return gate, up, self._fp8(f"{name}.w2", hidden, inner)
 
     def gate_weight(self, layer: int) -> Tensor:
         """[E, H] bfloat16"""
@@ -76,7 +89,7 @@ class Checkpoint:
 
     def gate_bias(self, layer: int) -> Tensor:
         """[E] float32, of a scored layer"""
-        return self.tensor(f"layers.{layer}.ffn.gate.bias", (self.config.n_routed_experts,), "F32")
+        return self.tensor(f"layers.{layer}.ffn.gate.bias", (self.config.n_routed_experts,), "F32").clone()
 
     def gate_table(self, layer: int) -> Tensor:
         """tid2eid [V, K] int32, of a hash-routed layer. ValueError for ids outside of [0, E)."""
@@ -87,11 +100,11 @@ class Checkpoint:
             raise ValueError(
                 f"{self.path}: {name} holds expert ids {low} to {high}, expected [0, {self.config.n_routed_experts})"
             )
-        return table
+        return table.clone()
 
     def norm(self, layer: int) -> Tensor:
         """[H] weight of the normalisation before the expert layer."""
-        return self.tensor(f"layers.{layer}.ffn_norm.weight", (self.config.hidden_size,), "BF16", "F32")
+        return self.tensor(f"layers.{layer}.ffn_norm.weight", (self.config.hidden_size,), "BF16", "F32").clone()
 
     def embedding(self, token_ids: Tensor) -> Tensor:
         """token_ids [T] int64 -> [T, H] bfloat16; only the pages of the rows asked for are read."""
@@ -101,7 +114,10 @@ class Checkpoint:
         return rows
 
     def tensor(self, name: str, shape: Sequence[int], *dtypes: str, count: bool = True) -> Tensor:
-        """One tensor by name. ValueError where it is missing or has another shape or dtype than expected."""
+        """One tensor by name, mapped: clone what is kept, or the whole shard stays mapped with it.
+
+        ValueError where it is missing or has another shape or dtype than expected.
+        """
         if name not in self._where:
             raise ValueError(f"{self.path} has no tensor {name!r}")
         file = self._files[self._where[name]]
@@ -119,11 +135,11 @@ class Checkpoint:
         packed = self.tensor(f"{name}.weight", (rows, columns // 2), "I8")
         return MXFP4.from_bytes(packed, self.tensor(f"{name}.scale", (rows, columns // BLOCK), "F8_E8M0"))
 
-    def _fp8(self, name: str, rows: int, columns: int) -> Tensor:
+    def _fp8(self, name: str, rows: int, columns: int) -> E4M3Blocks:
         values = self.tensor(f"{name}.weight", (rows, columns), "F8_E4M3")
         blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
         scales = self.tensor(f"{name}.scale", blocks, "F8_E8M0")
-        return dequantize_e4m3_blocks(values, scales.view(torch.uint8), FP8_BLOCK)
+        return E4M3Blocks(values.clone(), scales.view(torch.uint8).clone())
 
 
 def _shards(path: Path) -> list[str]:

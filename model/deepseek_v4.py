@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megamoe.call import CallRecord
 from megamoe.layer import MegaMoE
-from megamoe.model.checkpoint import Checkpoint
+from megamoe.model.checkpoint import Checkpoint, E4M3Blocks
 from megamoe.model.router import Router
 from megamoe.ops import activate, linear_any_rows, silu_table
 from megamoe.parallel.group import EPGroup
@@ -17,21 +17,26 @@ from megamoe.waves import Waves
 
 
 class SharedExpert(nn.Module):
-    """The expert that every token visits, on the token's own rank: BF16, clamped like the others."""
+    """The expert that every token visits, on the token's own rank: held in FP8, computed in BF16, clamped alike."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor, limit: float) -> None:
+    def __init__(self, gate: E4M3Blocks, up: E4M3Blocks, down: E4M3Blocks, limit: float) -> None:
         super().__init__()
         self.limit = limit
-        self.register_buffer("gate_up", gate_up)
-        self.register_buffer("down", down)
-        self.register_buffer("table", silu_table(limit, gate_up.device), persistent=False)
+        for name, weight in (("gate", gate), ("up", up), ("down", down)):
+            self.register_buffer(name, weight.values)
+            self.register_buffer(f"{name}_scales", weight.scales)
+        self.register_buffer("table", silu_table(limit, gate.values.device), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, H] bfloat16 -> [T, H] bfloat16"""
-        gate_up = linear_any_rows(hidden, self.get_buffer("gate_up"))
+        gate_up = torch.cat((self._linear(hidden, "gate"), self._linear(hidden, "up")), 1)
         ones = torch.ones(len(hidden), dtype=torch.float32, device=hidden.device)
         activated = activate(gate_up, ones, self.limit, self.get_buffer("table"), quantized=False)
-        return linear_any_rows(activated, self.get_buffer("down"))
+        return self._linear(activated, "down")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        weight = E4M3Blocks(self.get_buffer(name), self.get_buffer(f"{name}_scales"))
+        return linear_any_rows(x, weight.dequantize())
 
 
 class MoEBlock(nn.Module):

@@ -1,0 +1,174 @@
+"""The command line: the demo ends in "identical", bad requests in exit code 2, and Ctrl-C leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import megamoe
+from megamoe.launch.cli import parse_waves
+from megamoe.model.synthetic import write_checkpoint
+from tests.test_model import CONFIG, LAYER_1, truncate
+
+COMMAND = [sys.executable, "-c", "from megamoe.launch.cli import main; main()"]
+
+
+def command(*arguments: object, **options: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "80", **options}
+    line = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the demo's own, but quick to run: the real vocabulary, small experts."""
+    path: Path = tmp_path_factory.mktemp("demo") / "checkpoint"
+    write_checkpoint(path, CONFIG.model_copy(update={"vocab_size": 129_280, "hidden_size": 32}))
+    return path
+
+
+def test_demo_prints_json_alone_with_every_rank_and_identical(checkpoint: Path) -> None:
+    done = command("demo", "--ranks", 3, "--waves", "2", "--format", "json", "--checkpoint", checkpoint)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["identical"] is True
+    assert [rank["rank"] for rank in report["ranks"]] == [0, 1, 2]
+    assert sum(rank["tokens"] for rank in report["ranks"]) == report["tokens"] == report["one_rank"]["tokens"] > 1000
+    rows = report["tokens"] * report["topk"] * report["layers"]
+    assert sum(rank["rows_local"] + rank["rows_received"] for rank in report["ranks"]) == rows
+    for rank in report["ranks"]:
+        assert rank["waves"] == 2
+        assert rank["bytes_sent"] > 0
+        assert rank["compute_ms"] > 0
+        assert rank["read_mb"] < report["one_rank"]["read_mb"]
+    assert report["one_rank"]["bytes_sent"] == 0
+
+
+def test_demo_runs_the_users_text_and_says_identical_in_a_table(checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("Experts are split into waves. 专家分成几波。\n" * 3)
+    done = command("demo", "--ranks", 2, "--text", text, "--checkpoint", checkpoint)
+    assert done.returncode == 0, done.stderr
+    assert "notes.txt: " in done.stdout
+    assert done.stdout.rstrip().endswith("2 ranks against one, every bit of the output: identical")
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
+
+
+def test_one_token_on_more_ranks_than_experts(checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "word.txt"
+    text.write_text("a")
+    done = command("demo", "--ranks", 4, "--text", text, "--checkpoint", checkpoint, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["tokens"] == 1
+    assert report["identical"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ranks", "0"], "ranks must be at least 1, got 0"),
+        (["--ranks", "two"], "Invalid value for '--ranks'"),
+        (["--waves", "0"], 'waves must be "auto", a positive integer'),
+        (["--waves", "some"], "got 'some'"),
+        (["--text", "/nowhere/text.txt"], "text /nowhere/text.txt cannot be read: No such file"),
+        (["--checkpoint", "tests"], "tests holds no config.json"),
+        (["--deadline-s", "-1"], "deadline_s must be positive, got -1.0"),
+        (["--format", "xml"], "Invalid value for '--format'"),
+    ],
+)
+def test_a_wrong_request_exits_with_2_and_says_why(arguments: list[str], said: str) -> None:
+    done = command("demo", *arguments, COLUMNS="200")
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert said in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"  \n", "is empty"), (b"\xff\xfe\x00", "is not UTF-8")], ids=["blank", "binary"]
+)
+def test_a_text_that_is_none_exits_with_2(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "text").write_bytes(content)
+    done = command("demo", "--text", tmp_path / "text")
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_truncated_checkpoint_exits_with_2_and_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    write_checkpoint(path, CONFIG.model_copy(update={"vocab_size": 129_280, "hidden_size": 32}))
+    truncate(path)
+    done = command("demo", "--ranks", 2, "--checkpoint", path)
+    assert done.returncode == 2, done.stderr
+    assert f"{LAYER_1} cannot be read, it may be truncated" in done.stderr
+
+
+def demo_folders(folder: Path) -> list[Path]:
+    return list(folder.glob("megamoe-demo-*"))
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "terminate"])
+@pytest.mark.parametrize("moment", ["writing", "written", "ranks_started", "ranks_running"])
+def test_a_signal_at_any_point_leaves_no_file_and_no_process(
+    tmp_path: Path, moment: str, signal_number: signal.Signals
+) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    demo = subprocess.Popen([*COMMAND, "demo", "--ranks", "2"], env=environment, stderr=subprocess.PIPE, text=True)
+    process = psutil.Process(demo.pid)
+    reached = {
+        "writing": lambda: any(tmp_path.glob("megamoe-demo-*/*")),
+        "written": lambda: any(tmp_path.glob("megamoe-demo-*/config.json")),
+        "ranks_started": lambda: len(spawned(process)) == 2,
+        "ranks_running": lambda: len(spawned(process)) == 2 and busy(process) > 2.0,
+    }[moment]
+    until = time.monotonic() + 60
+    while not reached():
+        assert demo.poll() is None, "the demo ended before the moment came"
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    family = process.children(recursive=True)
+    demo.send_signal(signal_number)
+    demo.send_signal(signal_number)  # an impatient second one changes nothing
+    _, said = demo.communicate(timeout=30)
+    assert demo.returncode == (130 if signal_number == signal.SIGINT else 143), said
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+def spawned(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def busy(process: psutil.Process) -> float:
+    """CPU seconds of the busiest rank."""
+    return max(child.cpu_times().user for child in spawned(process))
+
+
+def test_nothing_is_left_in_the_temporary_folder() -> None:
+    assert not demo_folders(Path(tempfile.gettempdir()))
+
+
+def test_version_and_help_need_no_torch() -> None:
+    assert command("--version").stdout.strip() == megamoe.__version__
+    code = "import sys; from megamoe.launch import cli; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert "--tokens" not in command("demo", "--help").stdout
+    assert "--ranks" in command("demo", "--help").stdout
+
+
+@pytest.mark.parametrize(("text", "waves"), [("auto", "auto"), ("4", 4), ("1,3,2", (1, 3, 2))])
+def test_waves_are_read_from_the_command_line(text: str, waves: object) -> None:
+    assert parse_waves(text) == waves

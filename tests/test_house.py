@@ -1,0 +1,160 @@
+"""House rules that no type checker holds: who imports whom, what importing costs, how files begin."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megamoe
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("parallel", "model", "launch")
+NOT_OURS = {"build", "dist", "shared", "__pycache__", "node_modules"}
+
+
+def python_files(root: Path) -> Iterator[Path]:
+    """Every Python file of the repository once, by its own path and not through megamoe's links."""
+    for folder, inside, names in os.walk(root, followlinks=False):
+        inside[:] = [name for name in inside if name not in NOT_OURS and not name.startswith(".")]
+        inside[:] = [name for name in inside if not (Path(folder) / name / "pyvenv.cfg").exists()]
+        yield from (Path(folder) / name for name in names if name.endswith(".py"))
+
+
+FILES = sorted(python_files(ROOT))
+by_path = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+
+
+def run(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter that imports from folder."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+
+
+def test_the_walk_finds_the_four_rooms_and_the_tests_once() -> None:
+    names = [str(path.relative_to(ROOT)) for path in FILES]
+    for expected in (
+        "megamoe/layer.py",
+        "parallel/placement.py",
+        "launch/ranks.py",
+        "model/__init__.py",
+        "tests/cases.py",
+    ):
+        assert names.count(expected) == 1
+    assert not [name for name in names if name.startswith(tuple(f"megamoe/{room}" for room in ROOMS))]
+
+
+# ---- imports ----
+
+
+def test_imports_point_down() -> None:
+    done = run(LINT_IMPORTS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+def test_an_import_that_points_up_would_be_noticed(tmp_path: Path) -> None:
+    for name in ("megamoe", *ROOMS):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "parallel" / "placement.py").open("a") as file:
+        file.write("\nfrom megamoe.waves import Step\n")
+    done = run(LINT_IMPORTS, tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "megamoe.parallel.placement -> megamoe.waves" in done.stdout
+
+
+def imported_packages(tree: ast.Module) -> set[str]:
+    """Top-level names that a file imports, wherever in it"""
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in names}
+
+
+def test_imported_packages_are_found_in_every_spelling() -> None:
+    code = (
+        "import parallel.group as g, os\nfrom model import x\ndef f():\n    from launch.ranks import y\nfrom . import z"
+    )
+    assert imported_packages(ast.parse(code)) == {"parallel", "os", "model", "launch"}
+
+
+@by_path
+def test_rooms_are_imported_through_megamoe_only(path: Path) -> None:
+    assert not imported_packages(ast.parse(path.read_text())) & set(ROOMS)
+
+
+# ---- the links ----
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_stand_in_megamoe_as_relative_links(room: str) -> None:
+    link = ROOT / "megamoe" / room
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{room}"
+    assert (ROOT / room / "__init__.py").is_file()
+    module = importlib.import_module(f"megamoe.{room}")
+    assert Path(str(module.__file__)).resolve() == ROOT.resolve() / room / "__init__.py"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a git checkout")
+def test_the_links_are_committed_as_links() -> None:
+    command = ["git", "-c", "safe.directory=*", "ls-files", "--stage", *(f"megamoe/{room}" for room in ROOMS)]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    modes = {line.split("\t")[1]: line.split()[0] for line in listed.splitlines()}
+    assert modes == {f"megamoe/{room}": "120000" for room in ROOMS}
+
+
+# ---- the front page ----
+
+
+def test_importing_megamoe_and_listing_its_exports_imports_no_torch() -> None:
+    done = run("import json, sys, megamoe; print(json.dumps([dir(megamoe), sorted(sys.modules), megamoe.__version__]))")
+    assert done.returncode == 0, done.stderr
+    listed, modules, version = json.loads(done.stdout)
+    assert {"MegaMoE", "MoEShape", "EPGroup", "init_group", "PeerError", "MXFP4", "MXFP8"} <= set(listed)
+    assert listed == sorted(megamoe.__all__)
+    assert version == megamoe.__version__
+    assert not [name for name in modules if name.split(".")[0] in ("torch", "numpy", "transformers")]
+    assert [name for name in modules if name.startswith("megamoe")] == ["megamoe"]
+
+
+@pytest.mark.parametrize("name", [name for name in megamoe.__all__ if not name.startswith("__")])
+def test_every_export_is_there_under_its_own_name(name: str) -> None:
+    assert getattr(megamoe, name).__name__ == name
+
+
+@pytest.mark.parametrize("name", ["MegaMoe", "torch_", "planner_of_nothing"])
+def test_unknown_names_are_refused_by_name(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"module 'megamoe' has no attribute '{name}'"):
+        getattr(megamoe, name)
+
+
+# ---- how files begin ----
+
+
+@by_path
+def test_every_file_begins_with_its_purpose_in_one_line(path: Path) -> None:
+    purpose = ast.get_docstring(ast.parse(path.read_text()), clean=False)
+    assert purpose, "no docstring"
+    first, *rest = purpose.split("\n")
+    assert first == first.strip() != ""
+    assert not rest or not rest[0].strip(), "the purpose goes on in the second line"

@@ -1,0 +1,151 @@
+"""Ranks on this machine: a dead one is named at once, a late one within the deadline, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from megamoe.launch.ranks import LocalRanks, RankFailedError
+from megamoe.parallel.errors import PeerError
+from megamoe.parallel.group import EPGroup
+from megamoe.shape import MoEShape
+from tests.cases import make_batch, make_layer
+
+SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2)
+
+
+def where(group: EPGroup, factor: int) -> tuple[int, int, int]:
+    return group.rank * factor, group.size, torch.get_num_threads()
+
+
+def test_results_come_in_order_of_rank_and_ranks_are_reused() -> None:
+    with LocalRanks(3, threads_per_rank=1) as ranks:
+        pids = ranks.pids
+        assert ranks.run(where, 10) == [(0, 3, 1), (10, 3, 1), (20, 3, 1)]
+        assert ranks.run(where, 5, size=2) == [(0, 2, 1), (5, 2, 1)]
+        assert ranks.pids == pids
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def fails(group: EPGroup) -> int:
+    if group.rank == 1:
+        raise KeyError("no such thing")
+    return group.rank
+
+
+def test_an_exception_keeps_its_type_and_says_the_rank(ranks: LocalRanks) -> None:
+    with pytest.raises(KeyError, match="no such thing") as raised:
+        ranks.run(fails, size=2)
+    assert any("raised on rank 1" in note for note in raised.value.__notes__)
+    assert ranks.outcomes(fails, size=2)[0] == 0
+
+
+def dies(group: EPGroup) -> None:
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(30)
+
+
+def test_a_killed_rank_is_named_within_three_seconds() -> None:
+    with LocalRanks(2, threads_per_rank=1) as ranks:
+        ranks.run(where, 1)
+        begun = time.monotonic()
+        with pytest.raises(RankFailedError, match=r"rank 1 \(process \d+\) died: killed by SIGKILL") as failed:
+            ranks.run(dies)
+        assert time.monotonic() - begun < 3
+        assert failed.value.rank == 1
+
+
+def sleeps(group: EPGroup) -> None:
+    if group.rank == 0:
+        time.sleep(30)
+
+
+def test_a_late_rank_is_named_at_the_deadline() -> None:
+    with LocalRanks(2, threads_per_rank=1) as ranks:
+        ranks.run(where, 1)
+        begun = time.monotonic()
+        with pytest.raises(RankFailedError, match="rank 0 did not finish within the deadline"):
+            ranks.run(sleeps, timeout_s=1)
+        assert time.monotonic() - begun < 3
+
+
+def stalls_in_mid_call(group: EPGroup) -> tuple[str, float]:
+    """Rank 2 answers the counts, sends its rows and then computes for longer than the others will wait."""
+    batch = make_batch(SHAPE, 50)
+    patient = 30.0 if group.rank == 2 else 1.5
+    layer = make_layer(SHAPE, EPGroup.of(dist.group.WORLD, deadline_s=patient), waves=2, name="layers.0")
+    if group.rank == 2:
+        layer.experts.forward = lambda *_: time.sleep(4)  # type: ignore[method-assign,assignment,return-value]
+        with pytest.raises(Exception, match=r"."):
+            layer(batch.hidden, batch.ids, batch.weights)
+        return "", 0.0
+    begun = time.monotonic()
+    with pytest.raises(PeerError) as lost:
+        layer(batch.hidden, batch.ids, batch.weights)
+    assert lost.value.rank == 2
+    return str(lost.value), time.monotonic() - begun
+
+
+def test_a_rank_that_stalls_in_mid_call_is_named_with_layer_wave_and_phase(ranks: LocalRanks) -> None:
+    for said, waited in ranks.run(stalls_in_mid_call, size=3)[:2]:
+        assert re.search(r"rank 2 on \S+ did not deliver: layer 'layers.0', wave \d, phase combine", said), said
+        assert "deadline 1.5 s" in said
+        assert waited < 3.5
+
+
+def dies_in_mid_call(group: EPGroup) -> None:
+    batch = make_batch(SHAPE, 50)
+    layer = make_layer(SHAPE, group)
+    if group.rank == 2:
+        layer.experts.forward = lambda *_: os._exit(7)  # type: ignore[method-assign,assignment,return-value]
+    layer(batch.hidden, batch.ids, batch.weights)
+
+
+def test_a_rank_that_dies_in_mid_call_is_named_by_the_launcher() -> None:
+    with LocalRanks(3, threads_per_rank=1) as ranks, pytest.raises(RankFailedError, match=r"rank 2 .* exit code 7"):
+        ranks.run(dies_in_mid_call)
+
+
+@pytest.mark.parametrize("arguments", [(0,), (-1,)])
+def test_nonsense_numbers_of_ranks_are_refused(arguments: tuple[int]) -> None:
+    with pytest.raises(ValueError, match="num_ranks must be positive"):
+        LocalRanks(*arguments)
+
+
+def test_more_ranks_than_there_are_is_refused(ranks: LocalRanks) -> None:
+    with pytest.raises(ValueError, match=r"size must be in \[1, 4\], got 5"):
+        ranks.run(where, 1, size=5)
+
+
+ORPHANS = """
+import sys, time
+from megamoe.launch.ranks import LocalRanks
+if __name__ == "__main__":
+    with LocalRanks(2, threads_per_rank=1) as ranks:
+        print(*ranks.pids, flush=True)
+        time.sleep(60)
+"""
+
+
+def test_ranks_go_when_their_parent_is_killed(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    script = tmp_path / "parent.py"
+    script.write_text(ORPHANS)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    ranks = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(ranks) == 2
+    parent.kill()
+    parent.wait()
+    gone, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive, alive
+    assert len(gone) == 2

@@ -1,0 +1,310 @@
+"""Orders of rows, their bytes on the wire and the sum of the slots, against loops over single rows."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megamoe.formats import quantize_mxfp8
+from megamoe.ops import reduce_slots
+from megamoe.parallel.placement import Placement
+from megamoe.reference import round_mxfp8
+from megamoe.rows import Route, arrange, route_rows
+from megamoe.waves import WavePlan, plan_waves
+from megamoe.wire import Wire
+
+CPU = torch.device("cpu")
+
+
+def generator(*seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(hash(seed) % 2**31)
+
+
+# ---- route_rows ----
+
+
+def route(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> Route:
+    counts = torch.bincount(ids.flatten() + 1, minlength=plan.placement.num_experts + 1)[1:]
+    return route_rows(ids, weights, plan, rank, counts.tolist())
+
+
+def check_route(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> None:
+    """Every field of the route against a sort of (wave, rank, expert, slot) tuples."""
+    got = route(ids, weights, plan, rank)
+    homes = {
+        e: (w, r) for r in range(plan.placement.ep_size) for w in range(plan.num_waves) for e in plan.experts(r, w)
+    }
+    leaving: list[tuple[int, ...]] = []
+    staying: list[tuple[int, ...]] = []
+    for token, row in enumerate(ids.tolist()):
+        for slot, expert in enumerate(row):
+            if expert >= 0:
+                wave, home = homes[expert]
+                rows = staying if home == rank else leaving
+                rows.append((0 if home == rank else wave, home, expert, token, slot))
+    rows = sorted(leaving) + sorted(staying)
+
+    assert got.num_rows == len(rows)
+    assert got.tokens.tolist() == [token for *_, token, _ in rows]
+    assert got.weights.tolist() == [float(weights[token, slot]) for *_, token, slot in rows]
+    positions = torch.full(ids.shape, len(rows))
+    for index, (*_, token, slot) in enumerate(rows):
+        positions[token, slot] = index
+    assert got.positions.tolist() == positions.tolist()
+
+    sent = [[0] * plan.placement.ep_size for _ in range(plan.num_waves)]
+    for wave, home, *_ in leaving:
+        sent[wave][home] += 1
+    assert got.sent == sent
+    for wave in range(plan.num_waves):
+        assert [row[0] for row in rows[got.remote(wave)]] == [wave] * sum(sent[wave])
+        assert got.remote(wave).stop <= len(leaving)
+    own = plan.placement.experts(rank)
+    for first in range(own.start, own.stop + 1):
+        for last in range(first, own.stop + 1):
+            part = range(first, last)
+            assert rows[got.local(part, own.start)] == [row for row in sorted(staying) if row[2] in part]
+
+
+def test_route_of_the_docstring() -> None:
+    ids = torch.tensor([[2, 0], [3, 2], [1, -1]])
+    weights = torch.arange(6, dtype=torch.float32).view(3, 2)
+    got = route(ids, weights, plan_waves(Placement(4, 2), 1), 0)
+    assert got.tokens.tolist() == [0, 1, 1, 0, 2]
+    assert got.positions.tolist() == [[0, 3], [2, 1], [4, 5]]
+    assert got.weights.tolist() == [0, 3, 2, 1, 4]
+    assert got.sent == [[0, 3]]
+    assert (got.remote(0), got.local(range(2), 0)) == (slice(0, 3), slice(3, 5))
+
+
+@pytest.mark.parametrize("waves", [1, 2, 3, 7, (1, 3, 2)], ids=str)
+@pytest.mark.parametrize(("num_experts", "ep_size"), [(1, 1), (4, 2), (10, 3), (10, 4), (7, 7), (2, 5)])
+def test_routes_are_those_of_a_sort_of_single_rows(
+    num_experts: int, ep_size: int, waves: int | tuple[int, ...]
+) -> None:
+    plan = plan_waves(Placement(num_experts, ep_size), waves)
+    for num_tokens, topk in ((0, 2), (1, 1), (13, 3), (40, 4)):
+        rng = generator(num_experts, ep_size, num_tokens)
+        # masked slots, the same expert twice in a row, and the last expert empty where there are several
+        ids = torch.randint(-1, max(1, num_experts - 1), (num_tokens, topk), generator=rng)
+        weights = torch.rand(num_tokens, topk, generator=rng)
+        for rank in range(ep_size):
+            check_route(ids, weights, plan, rank)
+
+
+@pytest.mark.parametrize("expert", [-1, 0, 3, 9], ids=["all_masked", "first", "own_of_rank_1", "last"])
+def test_routes_hold_when_every_slot_has_the_same_expert(expert: int) -> None:
+    plan = plan_waves(Placement(10, 4), 2)
+    for rank in range(4):
+        check_route(torch.full((5, 3), expert), torch.rand(5, 3, generator=generator(expert)), plan, rank)
+
+
+# ---- arrange ----
+
+
+def check_arrangement(counts: list[list[int]], multiple: int) -> None:
+    """Every field of the arrangement against lists of (source row, expert), filled expert by expert."""
+    num_experts = len(counts[0])
+    got = arrange(torch.tensor(counts, dtype=torch.int64).view(len(counts), num_experts), multiple, CPU)
+    experts = [expert for source in counts for expert, count in enumerate(source) for _ in range(count)]
+    gather, padded_rows = [], []
+    for expert in range(num_experts):
+        rows = [row for row, of in enumerate(experts) if of == expert]
+        rows += [0] * (-len(rows) % multiple)
+        gather += rows
+        padded_rows.append(len(rows))
+    assert got.gather.tolist() == gather
+    assert got.padded_rows == padded_rows
+    starts = [0, *accumulate(padded_rows)]
+    places = [starts[of] + experts[:row].count(of) for row, of in enumerate(experts)]
+    assert got.back.tolist() == places
+    assert got.gather.dtype == got.back.dtype == torch.int64
+
+
+def test_arrangement_of_the_docstring() -> None:
+    got = arrange(torch.tensor([[1, 2], [2, 0]]), 4, CPU)
+    assert got.gather.tolist() == [0, 3, 4, 0, 1, 2, 0, 0]
+    assert got.back.tolist() == [0, 4, 5, 1, 2]
+    assert got.padded_rows == [4, 4]
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 8, 16])
+@pytest.mark.parametrize(("num_sources", "num_experts"), [(1, 1), (1, 5), (2, 3), (4, 2), (5, 7), (3, 0)])
+def test_arrangements_are_those_of_lists_of_single_rows(num_sources: int, num_experts: int, multiple: int) -> None:
+    for most in (0, 1, 4, 20):
+        rng = generator(num_sources, num_experts, most)
+        counts = torch.randint(0, most + 1, (num_sources, num_experts), generator=rng)
+        counts[0] = 0  # a source that sends nothing
+        check_arrangement(counts.tolist(), multiple)
+        if num_experts > 1:
+            counts[:, 1] = 0  # an expert that nobody wants
+            check_arrangement(counts.tolist(), multiple)
+
+
+def test_rows_go_to_their_experts_and_come_back() -> None:
+    counts = torch.tensor([[3, 0, 5], [0, 0, 2], [9, 1, 0]])
+    got = arrange(counts, 8, CPU)
+    rows = torch.arange(20)
+    assert torch.equal(rows[got.gather][got.back], rows)
+    assert got.padded_rows == [16, 8, 8]
+
+
+# ---- the wire ----
+
+
+def travel(wire: Wire, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    rows = wire.encode(tokens)
+    assert rows.shape == (len(tokens), wire.row_bytes)
+    wire.address(rows, weights)
+    return wire.decode(rows)
+
+
+def make_tokens(num_tokens: int, hidden: int) -> tuple[Tensor, Tensor]:
+    rng = generator(num_tokens, hidden)
+    tokens = (
+        torch.randn(num_tokens, hidden, generator=rng) * torch.randint(0, 12, (num_tokens, 1), generator=rng).exp2()
+    )
+    tokens.flatten()[:1] = -0.0
+    return tokens.to(torch.bfloat16), torch.rand(num_tokens, generator=rng) * 3 - 1
+
+
+@pytest.mark.parametrize(
+    ("hidden", "mxfp8", "bf16"), [(32, 37, 68), (96, 103, 196), (4096, 4228, 8196), (7168, 7396, 14340)]
+)
+def test_a_row_has_the_bytes_of_its_token_its_scales_and_its_weight(hidden: int, mxfp8: int, bf16: int) -> None:
+    assert Wire("mxfp8", hidden, False).row_bytes == hidden + hidden // 32 + 4 == mxfp8
+    assert Wire("bf16", hidden, True).row_bytes == 2 * hidden + 4 == bf16
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7])
+@pytest.mark.parametrize("hidden", [32, 64, 96, 128, 160])
+def test_an_mxfp8_wire_gives_tokens_rounded_to_mxfp8_and_exact_weights(hidden: int, num_tokens: int) -> None:
+    tokens, weights = make_tokens(num_tokens, hidden)
+    for round_on_arrival in (False, True):
+        got, got_weights = travel(Wire("mxfp8", hidden, round_on_arrival), tokens, weights)
+        assert torch.equal(got.view(torch.int16), round_mxfp8(tokens).view(torch.int16))
+        assert torch.equal(got_weights, weights)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7])
+@pytest.mark.parametrize("hidden", [32, 96, 160])
+def test_a_bf16_wire_gives_tokens_as_they_were_or_rounded_on_arrival(hidden: int, num_tokens: int) -> None:
+    tokens, weights = make_tokens(num_tokens, hidden)
+    got, got_weights = travel(Wire("bf16", hidden, False), tokens, weights)
+    assert torch.equal(got.view(torch.int16), tokens.view(torch.int16))
+    assert torch.equal(got_weights, weights)
+    rounded, got_weights = travel(Wire("bf16", hidden, True), tokens, weights)
+    assert torch.equal(rounded.view(torch.int16), round_mxfp8(tokens).view(torch.int16))
+    assert torch.equal(got_weights, weights)
+
+
+@pytest.mark.parametrize("dispatch_format", ["mxfp8", "bf16"])
+def test_some_rows_of_many_decode_to_the_same(dispatch_format: str) -> None:
+    wire = Wire(dispatch_format, 96, True)
+    tokens, weights = make_tokens(9, 96)
+    rows = wire.encode(tokens)
+    wire.address(rows, weights)
+    everything, _ = wire.decode(rows)
+    for part in (slice(3, 4), slice(2, 7), slice(1, 9, 2), slice(5, 5)):
+        got, got_weights = wire.decode(rows[part])
+        assert torch.equal(got, everything[part])
+        assert torch.equal(got_weights, weights[part])
+
+
+def test_bytes_stand_where_the_module_docstring_says() -> None:
+    tokens, weights = make_tokens(3, 64)
+    wire = Wire("mxfp8", 64, False)
+    rows = wire.encode(tokens)
+    wire.address(rows, weights)
+    quantized = quantize_mxfp8(tokens)
+    assert torch.equal(rows[:, :64], quantized.values.view(torch.uint8))
+    assert torch.equal(rows[:, 64:66], quantized.scales)
+    assert rows[:, 66:].numpy().tobytes() == weights.numpy().tobytes()
+
+
+def test_weights_may_be_a_view_that_skips_and_any_float32() -> None:
+    tokens, _ = make_tokens(4, 32)
+    weights = torch.tensor([[-0.0, 1], [float("inf"), 1], [1e-45, 1], [-3.5, 1]])[:, 0]
+    _, got = travel(Wire("mxfp8", 32, False), tokens, weights)
+    assert torch.equal(got.view(torch.int32), weights.contiguous().view(torch.int32))
+
+
+# ---- reduce_slots ----
+
+
+def sum_ascending(rows: Tensor, positions: Tensor) -> Tensor:
+    """Slot by slot in numpy's float32, one token and one value at a time"""
+    out = torch.empty(len(positions), rows.shape[1])
+    for token, row in enumerate(positions.tolist()):
+        for column in range(rows.shape[1]):
+            total = np.float32(0.0)
+            for place in row:
+                total = np.float32(total + np.float32(float(rows[place, column])))
+            out[token, column] = float(total)
+    return out.to(torch.bfloat16)
+
+
+def one_token(*slots: float) -> float:
+    """The sum of one token's slots"""
+    rows = torch.tensor([*slots, 0.0], dtype=torch.bfloat16).unsqueeze(1)
+    return float(reduce_slots(rows, torch.arange(len(slots)).unsqueeze(0)))
+
+
+def test_slots_are_summed_in_ascending_order() -> None:
+    assert one_token(2.0**30, -(2.0**30), 1) == 1  # descending: 0
+    assert one_token(1, -(2.0**30), 2.0**30) == 0  # descending: 1
+
+
+def test_slots_are_summed_in_float32_and_rounded_once() -> None:
+    assert one_token(256, 1, 1) == 258  # BF16 would stay at 256
+    assert one_token(2.0**24, 1, 1, -(2.0**24)) == 0  # FP64 would give 2
+    assert one_token(256, 1) == 256  # one rounding, ties to even
+    assert one_token(256, 3) == 260
+
+
+def test_the_order_is_that_of_the_slots_not_of_the_rows() -> None:
+    rows = torch.tensor([1.0, -(2.0**30), 2.0**30, 0.0], dtype=torch.bfloat16).unsqueeze(1)
+    positions = torch.tensor([[2, 1, 0], [0, 1, 2], [1, 2, 0]])
+    assert reduce_slots(rows, positions).flatten().tolist() == [1, 0, 1]
+
+
+def test_a_sum_is_never_minus_zero() -> None:
+    rows = torch.tensor([-0.0, -0.0, 0.0], dtype=torch.bfloat16).unsqueeze(1)
+    for positions in ([[0, 1]], [[0, 2]], [[2, 0]], [[2, 2]]):
+        got = reduce_slots(rows, torch.tensor(positions))
+        assert got.eq(0).all()
+        assert not got.signbit().any()
+
+
+def test_a_masked_slot_changes_no_bit() -> None:
+    rng = generator(1)
+    rows = torch.randn(7, 40, generator=rng).to(torch.bfloat16)
+    rows[-1] = 0
+    rows[:, 0] = -0.0
+    without = reduce_slots(rows, torch.tensor([[4, 2, 0]]))
+    for masked in ([[6, 4, 2, 0]], [[4, 6, 2, 0]], [[4, 2, 0, 6]], [[6, 4, 6, 2, 6, 0, 6]]):
+        assert torch.equal(reduce_slots(rows, torch.tensor(masked)).view(torch.int16), without.view(torch.int16))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 127, 128, 129, 300])
+def test_sums_are_those_of_a_loop_over_single_values(num_tokens: int) -> None:
+    rng = generator(num_tokens)
+    num_rows = 3 * num_tokens
+    # large values often cancel, and what FP32 lost of the small ones until then depends on the order
+    rows = torch.randn(num_rows + 1, 5, generator=rng)
+    large = rows.sign() * torch.randint(24, 27, rows.shape, generator=rng).exp2()
+    rows = torch.where(rows.abs() > 0.5, large, rows).to(torch.bfloat16)
+    rows[-1] = 0
+    positions = torch.randint(0, num_rows + 1, (num_tokens, 6), generator=rng)
+    got = reduce_slots(rows, positions)
+    assert torch.equal(got.view(torch.int16), sum_ascending(rows, positions).view(torch.int16))
+    if num_tokens > 100:  # the check can tell the orders apart
+        assert not torch.equal(got, sum_ascending(rows, positions.flip(1)))
+
+
+def test_a_token_without_slots_is_zero() -> None:
+    assert reduce_slots(torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)).eq(0).all()
