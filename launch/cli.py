@@ -24,6 +24,7 @@ from rich.table import Table
 import megamoe
 
 if TYPE_CHECKING:
+    from megamoe.launch.bench import BenchReport
     from megamoe.launch.demo import DemoReport
 
 app = typer.Typer(
@@ -120,6 +121,84 @@ def demo(
             _print_demo(report)
         if not report.identical:
             raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    ranks: Annotated[int, typer.Option(help="Processes, each a rank.")] = 2,
+    link: Annotated[str | None, typer.Option(help="Rate of every rank's link, such as 1gbit; needs root.")] = None,
+    latency_ms: Annotated[float, typer.Option(help="Delay of every link, one way.")] = 0.0,
+    tokens_per_rank: Annotated[int, typer.Option(help="Tokens that each rank brings.")] = 1024,
+    hidden: Annotated[int, typer.Option(help="Width of a token.")] = 1024,
+    intermediate: Annotated[int, typer.Option(help="Width inside an expert.")] = 512,
+    num_experts: Annotated[int, typer.Option(help="Experts over all ranks.")] = 16,
+    topk: Annotated[int, typer.Option(help="Experts per token.")] = 4,
+    weight_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "mxfp4",
+    dispatch_format: Annotated[str, typer.Option(help="mxfp8 or bf16.")] = "mxfp8",
+    waves: Annotated[str, typer.Option(help='"auto", a number, or relative sizes such as 1,2,1.')] = "auto",
+    threads_per_rank: Annotated[int, typer.Option(help="torch threads of a rank.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Rounds that are measured, after one that is not.")] = 9,
+    check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
+    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+) -> None:
+    """Time one layer serial, overlapped, computing alone and communicating alone, interleaved in one run."""
+    with _exit_codes():
+        with _progress() as bar:
+            task = bar.add_task("starting", total=None)
+            from megamoe.launch.bench import BenchRequest, run_bench  # brings torch, which --help does not need
+
+            request = BenchRequest(
+                ranks=ranks,
+                link=link,
+                latency_ms=latency_ms,
+                tokens_per_rank=tokens_per_rank,
+                hidden=hidden,
+                intermediate=intermediate,
+                num_experts=num_experts,
+                topk=topk,
+                weight_format=weight_format,
+                dispatch_format=dispatch_format,
+                waves=parse_waves(waves),
+                threads_per_rank=threads_per_rank,
+                repeats=repeats,
+                check=check,
+            )
+            report = run_bench(request, lambda what: bar.update(task, description=what))
+        if link is None:
+            stderr.print("links are not shaped: ranks talk over loopback; --link 1gbit gives each a link of its own")
+        if output is Format.json:
+            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+        else:
+            _print_bench(report)
+        if report.identical is False:
+            raise typer.Exit(1)
+
+
+def _print_bench(report: BenchReport) -> None:
+    link = f"{report.link_gb_s * 8:g} Gbit/s links" if report.link_gb_s else "loopback"
+    stdout.print(
+        f"{report.ranks} ranks, {link}, {report.tokens_per_rank} tokens a rank, {report.num_experts} experts "
+        f"{report.hidden} x {report.intermediate} {report.weight_format}, top-{report.topk}, {report.dispatch_format} "
+        f"wire, {report.waves} waves",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
+    for heading in ("", "median ms", "min", "max"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    values = report.as_dict()
+    for name in ("serial", "overlapped", "compute", "communication"):
+        table.add_row(name, *(f"{values[f'{name}_ms{suffix}']:.1f}" for suffix in ("", "_min", "_max")))
+    stdout.print(table)
+    verdict = {True: "identical to the oracle", False: "DIFFERENT from the oracle", None: "not checked"}[
+        report.identical
+    ]
+    stdout.print(
+        f"speedup over serial {report.speedup:.2f}, efficiency {report.efficiency:.2f}, exposed "
+        f"{report.exposed_ms:.1f} ms, {report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def parse_waves(text: str) -> int | str | tuple[int, ...]:

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,6 +24,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from megamoe.launch.lab import Host
 from megamoe.parallel.group import EPGroup, init_group
 
 P = ParamSpec("P")
@@ -47,14 +48,25 @@ class LocalRanks:
 
     threads_per_rank   torch threads of each; by default the machine's cores shared out, at least one
     deadline_s         bound on starting, on every wait of the group, and the default for a run as a whole
+    hosts              where each rank lives, the machine's own loopback by default; lab() makes others
 
         with LocalRanks(4) as ranks:
             outputs = ranks.run(work, 7)     # work(group, 7) on every rank; results in order of rank
     """
 
-    def __init__(self, num_ranks: int, *, threads_per_rank: int | None = None, deadline_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        *,
+        threads_per_rank: int | None = None,
+        deadline_s: float = 60.0,
+        hosts: Sequence[Host] | None = None,
+    ) -> None:
         if num_ranks < 1:
             raise ValueError(f"num_ranks must be positive, got {num_ranks}")
+        self._hosts = list(hosts) if hosts is not None else [Host(None, "127.0.0.1", _loopback())] * num_ranks
+        if len(self._hosts) != num_ranks:
+            raise ValueError(f"{num_ranks} ranks cannot live on {len(self._hosts)} hosts, one each is needed")
         self.num_ranks, self.deadline_s = num_ranks, deadline_s
         self.threads_per_rank = threads_per_rank or max(1, (os.cpu_count() or 1) // num_ranks)
         self._processes: list[BaseProcess] = []
@@ -63,20 +75,41 @@ class LocalRanks:
 
     def __enter__(self) -> LocalRanks:
         context = mp.get_context("spawn")
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        quiet = os.environ.get("TORCH_CPP_LOG_LEVEL")
+        os.environ["TORCH_CPP_LOG_LEVEL"] = quiet or "ERROR"  # read when a rank imports torch: no warnings of lookups
         try:
-            for rank in range(self.num_ranks):
+            for rank, host in enumerate(self._hosts):
                 here, there = context.Pipe()
-                args = (rank, there, self._store.port, self.threads_per_rank, self.deadline_s)
+                args = (rank, there, host, self.threads_per_rank, self.deadline_s)
                 process = context.Process(target=_serve, args=args, name=f"megamoe rank {rank}", daemon=True)
                 process.start()
                 there.close()
                 self._processes.append(process)
                 self._pipes.append(here)
+            self._introduce()
         except BaseException:
             self.stop()
             raise
+        finally:
+            if quiet is None:
+                del os.environ["TORCH_CPP_LOG_LEVEL"]
         return self
+
+    def _introduce(self) -> None:
+        """Rank 0 opens the store where ranks meet, in its own network, and says its port; the others are told."""
+        if not self._pipes[0].poll(self.deadline_s):
+            raise RankFailedError(0, f"rank 0 did not start within {self.deadline_s:g} s")
+        try:
+            port = pickle.loads(self._pipes[0].recv_bytes())
+        except EOFError as lost:
+            raise self._dead(0) from lost
+        for pipe in self._pipes[1:]:
+            pipe.send_bytes(pickle.dumps((self._hosts[0].address, port)))
+
+    def _dead(self, rank: int) -> RankFailedError:
+        process = self._processes[rank]
+        process.join()
+        return RankFailedError(rank, f"rank {rank} (process {process.pid}) died: {_cause(process.exitcode)}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -148,10 +181,7 @@ class LocalRanks:
             try:
                 outcomes[rank] = pickle.loads(self._pipes[rank].recv_bytes())
             except (EOFError, ConnectionError) as lost:
-                process = self._processes[rank]
-                process.join()
-                died = f"rank {rank} (process {process.pid}) died: {_cause(process.exitcode)}"
-                raise RankFailedError(rank, died) from lost
+                raise self._dead(rank) from lost
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -164,13 +194,20 @@ def _cause(exit_code: int | None) -> str:
     return f"exit code {exit_code}"
 
 
-def _serve(rank: int, pipe: Connection, port: int, threads: int, deadline_s: float) -> None:
+def _serve(rank: int, pipe: Connection, host: Host, threads: int, deadline_s: float) -> None:
     """Life of a rank: runs what comes through the pipe, one piece of work at a time, each in a group of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which takes the ranks down
     threading.Thread(target=_follow_parent, daemon=True).start()
-    os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
+    host.enter()
+    os.environ["GLOO_SOCKET_IFNAME"] = host.interface
     torch.set_num_threads(threads)
-    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=deadline_s))
+    timeout = timedelta(seconds=deadline_s)
+    if rank == 0:
+        store = TCPStore(host.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        pipe.send_bytes(pickle.dumps(store.port))
+    else:
+        address, port = pickle.loads(pipe.recv_bytes())
+        store = TCPStore(address, port, is_master=False, timeout=timeout)
     while True:
         try:
             work, args, size, prefix = pickle.loads(pipe.recv_bytes())

@@ -68,6 +68,7 @@ class Parts:
     group: EPGroup
     experts: Experts
     wire: Wire
+    overlap: bool
 
 
 class Call:
@@ -83,7 +84,7 @@ class Call:
         self._own = counts[self._rank, ids.start : ids.stop]  # [e]
         self._arriving = counts[:, ids.start : ids.stop].clone()  # [P, e]
         self._arriving[self._rank] = 0
-        self.steps = schedule(plan, self._rank, self._load(2 * hidden.shape[1]))
+        self.steps = schedule(plan, self._rank, self._load(2 * hidden.shape[1], parts.overlap))
         with record.timing("compute_s"):
             self._encoded = parts.wire.encode(hidden)  # [T, B]
         self._results = hidden.new_empty(route.num_rows + 1, hidden.shape[1])  # [N + 1, H]
@@ -95,14 +96,17 @@ class Call:
         self._combines: dict[int, Transfer] = {}
         self._note(len(hidden), hidden.shape[1])
 
-    def _load(self, home_bytes: int) -> Load:
-        """At the balance point a row's two journeys take as long as its compute; their bytes share that time."""
+    def _load(self, home_bytes: int, overlap: bool) -> Load:
+        """At the balance point a row's two journeys take as long as its compute; their bytes share that time.
+
+        Without overlap there is nothing to cover.
+        """
         out_bytes = self._wire.row_bytes
         return Load(
             local=self._own.tolist(),
             arriving=[int(self._from_others(wave).sum()) for wave in range(self._plan.num_waves)],
-            dispatch_cost=out_bytes / (out_bytes + home_bytes),
-            combine_cost=home_bytes / (out_bytes + home_bytes),
+            dispatch_cost=overlap * out_bytes / (out_bytes + home_bytes),
+            combine_cost=overlap * home_bytes / (out_bytes + home_bytes),
             decode_cost=DECODE_ROWS[self._experts.weight_format] * (not self._experts.keep_dequantized),
         )
 

@@ -37,6 +37,7 @@ class MegaMoE(nn.Module):
     waves             "auto", a number, or relative sizes of uneven waves; the bits are the same
     device            where the weights are and the tokens must be; the CPU by default
     name              how errors call this layer; must be the same on all ranks
+    overlap           False runs one wave, and nothing at the same time: the serial layer that overlap is held against
     keep_dequantized  also keep a BF16 copy of mxfp4 weights, 3 * H * I * 2 bytes an expert (memory_bytes tells)
     deadline_s        bound on every wait, where group is not an EPGroup that has its own
 
@@ -55,6 +56,7 @@ class MegaMoE(nn.Module):
         waves: Waves = "auto",
         device: torch.device | str | None = None,
         name: str = "moe",
+        overlap: bool = True,
         keep_dequantized: bool = False,
         deadline_s: float = 60.0,
     ) -> None:
@@ -62,7 +64,7 @@ class MegaMoE(nn.Module):
         check_formats(shape, weight_format, dispatch_format, combine_format)
         self.shape, self.name = shape, name
         self.weight_format, self.dispatch_format, self.combine_format = weight_format, dispatch_format, combine_format
-        self.waves = check_waves(waves)
+        self.waves, self.overlap = check_waves(waves if overlap else 1), overlap
         self.device = torch.device(device or "cpu")
         self.group = EPGroup.of(group, self.device, deadline_s=deadline_s)
         self.placement = Placement(shape.num_experts, self.group.size)
@@ -152,7 +154,7 @@ class MegaMoE(nn.Module):
             plan = plan_waves(self.placement, self._choose_waves(agreed.tokens))
             route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist())
             hidden = hidden.to(torch.bfloat16).contiguous()
-        parts = Parts(self.name, self.group, self.experts, self.wire)
+        parts = Parts(self.name, self.group, self.experts, self.wire, self.overlap)
         return Call(parts, plan, route, agreed.counts, hidden, record)
 
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:

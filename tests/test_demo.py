@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -126,7 +127,7 @@ def test_a_signal_at_any_point_leaves_no_file_and_no_process(
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     demo = subprocess.Popen([*COMMAND, "demo", "--ranks", "2"], env=environment, stderr=subprocess.PIPE, text=True)
     process = psutil.Process(demo.pid)
-    reached = {
+    reached: Callable[[], bool] = {
         "writing": lambda: any(tmp_path.glob("megamoe-demo-*/*")),
         "written": lambda: any(tmp_path.glob("megamoe-demo-*/config.json")),
         "ranks_started": lambda: len(spawned(process)) == 2,

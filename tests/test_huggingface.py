@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ def transformers_experts(gate_up: Tensor, down: Tensor) -> DeepseekV4Experts:
     [("mxfp4", "mxfp8", 0.06), ("bf16", "mxfp8", 0.05), ("bf16", "bf16", 0.006)],
 )
 def test_experts_agree_with_transformers_up_to_rounding(
-    weight_format: str, dispatch_format: str, bound: float, record_property: pytest.RecordProperty
+    weight_format: str, dispatch_format: str, bound: float, record_property: Callable[[str, object], None]
 ) -> None:
     """transformers keeps activations in BF16 and weighs after Linear-2; MXFP8 activations round by up to 2^-4 each."""
     packed = [quantize_mxfp4(weights) for weights in make_weights(SHAPE)]
@@ -79,11 +81,11 @@ def test_routers_agree_with_transformers() -> None:
     hashed.tid2eid.copy_(table)
     wide = hidden.to(torch.float32)  # transformers scores in the dtype it is given
     for ours, theirs in (
-        (Router(weight, SHAPE.topk, 1.5, bias=bias), lambda: scored(wide)),
-        (Router(weight, SHAPE.topk, 1.5, table=table), lambda: hashed(wide, token_ids)),
+        (Router(weight, SHAPE.topk, 1.5, bias=bias), scored(wide)),
+        (Router(weight, SHAPE.topk, 1.5, table=table), hashed(wide, token_ids)),
     ):
         ids, weights = ours(hidden, token_ids)
-        _, their_weights, their_ids = theirs()
+        _, their_weights, their_ids = theirs
         dense, their_dense = torch.zeros(40, SHAPE.num_experts), torch.zeros(40, SHAPE.num_experts)
         dense.scatter_add_(1, ids, weights)
         their_dense.scatter_add_(1, their_ids, their_weights.detach())

@@ -224,7 +224,7 @@ def test_weights_load_alike_from_floats_records_and_byte_pairs() -> None:
     outputs = []
     for weights in ((gate_up, down), packed, as_bytes):
         layer = MegaMoE(SHAPE)
-        layer.load_experts(*weights)  # type: ignore[arg-type]
+        layer.load_experts(*weights)
         outputs.append(layer(batch.hidden, batch.ids, batch.weights))
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
@@ -289,3 +289,15 @@ def test_state_dict_carries_the_packed_weights() -> None:
     layer, other = make_layer(SHAPE), MegaMoE(SHAPE)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(batch.hidden, batch.ids, batch.weights), layer(batch.hidden, batch.ids, batch.weights))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("wire", ["mxfp8", "bf16"])
+def test_a_token_that_is_not_finite_spoils_no_other(wire: str, value: float) -> None:
+    batch = make_batch(SHAPE, 30, mask=False)
+    hidden = batch.hidden.clone()
+    hidden[0, 5] = value  # row 0 is also what padding repeats
+    layer = make_layer(SHAPE, dispatch_format=wire)
+    out, expected = layer(hidden, batch.ids, batch.weights), layer(batch.hidden, batch.ids, batch.weights)
+    assert out[0].isnan().all()
+    assert torch.equal(out[1:], expected[1:])

@@ -16,7 +16,7 @@ from megamoe.formats import dequantize_mxfp4
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model.checkpoint import INDEX, Checkpoint
 from megamoe.model.config import DeepSeekV4Config
-from megamoe.model.deepseek_v4 import ExpertStack
+from megamoe.model.deepseek_v4 import ExpertStack, MoEBlock
 from megamoe.model.router import Router
 from megamoe.model.synthetic import SMALL, write_checkpoint
 from megamoe.parallel.group import EPGroup
@@ -68,7 +68,9 @@ def read_own(group: EPGroup, path: Path) -> tuple[int, int, list[int]]:
     with Checkpoint.open(path) as opened:
         before = opened.bytes_read
         model = ExpertStack.load(opened, group)
-        return opened.bytes_read - before, model.expert_bytes, list(model.blocks[0].routed.local_experts)
+        first = model.blocks[0]
+        assert isinstance(first, MoEBlock)
+        return opened.bytes_read - before, model.expert_bytes, list(first.routed.local_experts)
 
 
 def test_a_rank_reads_its_own_experts_and_no_others(ranks: LocalRanks, checkpoint: Path) -> None:

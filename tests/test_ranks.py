@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megamoe.launch.ranks import LocalRanks, RankFailedError
+from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.shape import MoEShape
@@ -79,14 +83,24 @@ def test_a_late_rank_is_named_at_the_deadline() -> None:
         assert time.monotonic() - begun < 3
 
 
+def monkey(layer: MegaMoE, instead: Callable[[], None]) -> None:
+    """What this rank does when it should compute."""
+
+    def forward(*_: object) -> Tensor:
+        instead()
+        raise RuntimeError("the results never came")
+
+    layer.experts.forward = forward  # type: ignore[assignment,method-assign]
+
+
 def stalls_in_mid_call(group: EPGroup) -> tuple[str, float]:
     """Rank 2 answers the counts, sends its rows and then computes for longer than the others will wait."""
     batch = make_batch(SHAPE, 50)
     patient = 30.0 if group.rank == 2 else 1.5
     layer = make_layer(SHAPE, EPGroup.of(dist.group.WORLD, deadline_s=patient), waves=2, name="layers.0")
     if group.rank == 2:
-        layer.experts.forward = lambda *_: time.sleep(4)  # type: ignore[method-assign,assignment,return-value]
-        with pytest.raises(Exception, match=r"."):
+        monkey(layer, lambda: time.sleep(4))
+        with pytest.raises(RuntimeError, match=r"."):
             layer(batch.hidden, batch.ids, batch.weights)
         return "", 0.0
     begun = time.monotonic()
@@ -107,7 +121,7 @@ def dies_in_mid_call(group: EPGroup) -> None:
     batch = make_batch(SHAPE, 50)
     layer = make_layer(SHAPE, group)
     if group.rank == 2:
-        layer.experts.forward = lambda *_: os._exit(7)  # type: ignore[method-assign,assignment,return-value]
+        monkey(layer, lambda: os._exit(7))
     layer(batch.hidden, batch.ids, batch.weights)
 
 
@@ -137,7 +151,7 @@ if __name__ == "__main__":
 """
 
 
-def test_ranks_go_when_their_parent_is_killed(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_ranks_go_when_their_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(ORPHANS)
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
