@@ -15,6 +15,7 @@ What is not an ordinary number:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -119,8 +120,8 @@ def quantize_mxfp8(x: Tensor) -> MXFP8:
     exponents = _ceil_log2_ratio(amax.clamp_min(_MXFP8_MIN_AMAX), 0x600000, 8)
     # times 2^-e, exact; a NaN or infinity in the block makes every value NaN
     inverse = ((254 - exponents) << 23).view(torch.float32)
-    finite = amax.isfinite()
-    if not bool(finite.all()):
+    if amax.numel() and not math.isfinite(float(amax.max())):  # NaN and infinity both come through the maximum
+        finite = amax.isfinite()
         exponents = torch.where(finite, exponents, 255)
         inverse = torch.where(finite, inverse, torch.nan)
     values = (blocks * inverse).to(torch.float8_e4m3fn).flatten(-2)
@@ -282,10 +283,13 @@ def _table(name: str, device: torch.device) -> Tensor:
 
 
 def _words(values: Tensor) -> Tensor:
-    """Two one-byte values at a time as a number, [n / 2] int32. A view of two bytes cannot start at an odd one."""
-    flat = values.reshape(-1)
-    flat = flat.clone() if flat.storage_offset() % 2 else flat
-    return flat.view(torch.uint16).to(torch.int32)
+    """Two one-byte values at a time as a number, [n / 2] int32. A view of two bytes cannot start at an odd one.
+
+    Rows cut from a wider buffer are read in place where each starts at an even byte.
+    """
+    odd = any(offset % 2 for offset in (values.storage_offset(), *values.stride()[:-1])) or values.stride(-1) != 1
+    aligned = values.clone(memory_format=torch.contiguous_format) if odd else values
+    return aligned.view(torch.uint16).to(torch.int32).flatten()
 
 
 def _decode_e2m1(packed: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ as a table over all BF16 values; a matrix product keeps it when its rows come in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from megamoe.formats import dequantize_mxfp8, quantize_mxfp8
 
 _FP32_COLUMNS = 16  # MKL sums the columns beyond a multiple of these in another order when there are more threads
-_ROWS_AT_ONCE = 128  # rows whose FP32 temporaries stay in a core's cache
+_VALUES_AT_ONCE = 256 * 1024  # values that are worked on together: their FP32 temporaries fit a core's cache
 
 
 def row_multiple(device: torch.device) -> int:
@@ -87,7 +88,7 @@ def swiglu(gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor)
     gate_up [n, 2I] bfloat16 (gate first), weights [n] float32, table from silu_table(limit) -> [n, I] float32
     """
     gate, up = gate_up.chunk(2, -1)
-    codes = gate.contiguous().view(torch.uint16).flatten().to(torch.int32)
+    codes = gate.view(torch.uint16).to(torch.int32).flatten()
     activated = table.index_select(0, codes).view(gate.shape)
     up = up.to(torch.float32)
     if limit is not None:
@@ -99,8 +100,7 @@ def activate(gate_up: Tensor, weights: Tensor, limit: float | None, table: Tenso
     """Linear-2's input from Linear-1's output: swiglu, rounded to MXFP8 (quantized) or to BF16 -> [n, I] bfloat16."""
     num_rows, double = gate_up.shape
     out = gate_up.new_empty(num_rows, double // 2)
-    for start in range(0, num_rows, _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for rows in _chunks(num_rows, double // 2):
         activated = swiglu(gate_up[rows], weights[rows], limit, table)
         out[rows] = dequantize_mxfp8(quantize_mxfp8(activated)) if quantized else activated
     return out
@@ -115,10 +115,16 @@ def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
     """
     num_tokens, topk = positions.shape
     out = rows.new_empty(num_tokens, rows.shape[1])
-    for start in range(0, num_tokens, _ROWS_AT_ONCE):
-        chunk = positions[start : start + _ROWS_AT_ONCE]
+    for part in _chunks(num_tokens, rows.shape[1]):
+        chunk = positions[part]
         total = torch.zeros(len(chunk), rows.shape[1], dtype=torch.float32, device=rows.device)
         for slot in range(topk):
             total += rows.index_select(0, chunk[:, slot])
-        out[start : start + _ROWS_AT_ONCE] = total
+        out[part] = total
     return out
+
+
+def _chunks(num_rows: int, width: int) -> Iterator[slice]:
+    """Stretches of rows of the given width that are worked on together.    5 rows of 100,000 values -> 0:2, 2:4, 4:6"""
+    step = max(1, _VALUES_AT_ONCE // width)
+    return (slice(start, start + step) for start in range(0, num_rows, step))

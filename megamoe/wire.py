@@ -62,7 +62,7 @@ class Wire:
         """rows [R, B + 4] uint8 -> tokens [R, H] bfloat16 as the experts take them, weights [R] float32."""
         weights = _copy(rows[:, self.token_bytes :]).view(torch.float32).flatten()
         if self.dispatch_format == "mxfp8":
-            values = _copy(rows[:, : self.hidden]).view(torch.float8_e4m3fn)
+            values = rows[:, : self.hidden].view(torch.float8_e4m3fn)
             return dequantize_mxfp8(MXFP8(values, rows[:, self.hidden : self.token_bytes])), weights
         tokens = _copy(rows[:, : self.token_bytes]).view(torch.bfloat16)
         return (dequantize_mxfp8(quantize_mxfp8(tokens)) if self.round_on_arrival else tokens), weights
