@@ -131,7 +131,7 @@ class Call:
         sent, received = self._route.sent[wave], self._from_others(wave).sum(1).tolist()
         going_home = self._results[self._route.remote(wave)]
         num_local = int(self._own_rows(self._local[wave]).sum())
-        arrived = self._encoded.new_empty(sum(received) + num_local, self._wire.row_bytes)  # [R + local, B]
+        arrived = self._buffer(sum(received) + num_local)  # [R + local, B]
         self._dispatches[wave] = self._transport.expect(
             arrived[: sum(received)], received, Label(self._name, "dispatch", wave)
         )
@@ -149,16 +149,16 @@ class Call:
         if step.arrived and self._transport is not None:
             with self._record.timing("waiting_s"):
                 self._dispatches[step.wave].wait()
-            rows = self._arrived.pop(step.wave)  # [R + local, B]
+            rows = self._arrived.pop(step.wave)
             experts = self._plan.experts(self._rank, step.wave)
             counts = torch.cat((self._from_others(step.wave), self._spread(step.local, experts)))
         else:
-            rows = self._encoded.new_empty(num_local, self._wire.row_bytes)
+            rows = self._buffer(num_local)
+        num_arrived = int(counts.sum()) - num_local
         with self._record.timing("compute_s"):
             if num_local:
-                rows[len(rows) - num_local :] = self._rows(local_rows)
+                rows[num_arrived : num_arrived + num_local] = self._rows(local_rows)
             results = self._run(rows, counts, experts)
-            num_arrived = len(rows) - num_local
             self._results[local_rows] = results[num_arrived:]
             if step.arrived:
                 self._computed[step.wave] = results[:num_arrived]
@@ -187,14 +187,23 @@ class Call:
         self._wire.address(rows, self._route.weights[part])
         return rows
 
+    def _buffer(self, num_rows: int) -> Tensor:
+        """Room for rows as they travel, and for the padding of their last expert -> [num_rows + padding, B] uint8"""
+        multiple = row_multiple(self._encoded.device)
+        rows = self._encoded.new_empty(-(-num_rows // multiple) * multiple, self._wire.row_bytes)
+        rows[num_rows:] = 0
+        return rows
+
     def _run(self, rows: Tensor, counts: Tensor, experts: range) -> Tensor:
-        """rows [R, B] uint8 by source, counts [S, experts] -> their results [R, H] bfloat16 in the same order"""
+        """rows [R + padding, B] uint8 by source, counts [S, experts] -> results [R, H] bfloat16 in the same order"""
         if not len(rows):
             return self._results[:0]
         arranged = arrange(counts, row_multiple(rows.device), rows.device)
-        tokens, weights = self._wire.decode(rows.index_select(0, arranged.gather))
+        if not arranged.in_place:
+            rows = rows.index_select(0, arranged.gather)
+        tokens, weights = self._wire.decode(rows)
         computed: Tensor = self._experts(tokens, weights, experts, arranged.padded_rows)
-        return computed.index_select(0, arranged.back)
+        return computed[: len(arranged.back)] if arranged.in_place else computed.index_select(0, arranged.back)
 
     def _own_rows(self, experts: range) -> Tensor:
         first = self._experts.ids.start

@@ -9,16 +9,14 @@ as a table over all BF16 values; a matrix product keeps it when its rows come in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from megamoe.formats import dequantize_mxfp8, quantize_mxfp8
+from megamoe.formats import dequantize_mxfp8, quantize_mxfp8, stretches
 
 _FP32_COLUMNS = 16  # MKL sums the columns beyond a multiple of these in another order when there are more threads
-_VALUES_AT_ONCE = 256 * 1024  # values that are worked on together: their FP32 temporaries fit a core's cache
 
 
 def row_multiple(device: torch.device) -> int:
@@ -100,7 +98,7 @@ def activate(gate_up: Tensor, weights: Tensor, limit: float | None, table: Tenso
     """Linear-2's input from Linear-1's output: swiglu, rounded to MXFP8 (quantized) or to BF16 -> [n, I] bfloat16."""
     num_rows, double = gate_up.shape
     out = gate_up.new_empty(num_rows, double // 2)
-    for rows in _chunks(num_rows, double // 2):
+    for rows in stretches(num_rows, double // 2):
         activated = swiglu(gate_up[rows], weights[rows], limit, table)
         out[rows] = dequantize_mxfp8(quantize_mxfp8(activated)) if quantized else activated
     return out
@@ -115,16 +113,10 @@ def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
     """
     num_tokens, topk = positions.shape
     out = rows.new_empty(num_tokens, rows.shape[1])
-    for part in _chunks(num_tokens, rows.shape[1]):
+    for part in stretches(num_tokens, rows.shape[1]):
         chunk = positions[part]
         total = torch.zeros(len(chunk), rows.shape[1], dtype=torch.float32, device=rows.device)
         for slot in range(topk):
             total += rows.index_select(0, chunk[:, slot])
         out[part] = total
     return out
-
-
-def _chunks(num_rows: int, width: int) -> Iterator[slice]:
-    """Stretches of rows of the given width that are worked on together.    5 rows of 100,000 values -> 0:2, 2:4, 4:6"""
-    step = max(1, _VALUES_AT_ONCE // width)
-    return (slice(start, start + step) for start in range(0, num_rows, step))

@@ -88,11 +88,13 @@ class Arrangement:
     gather [n] int64    row of the sources for each computed row; padding repeats row 0
     back [R] int64      computed row of each row of the sources
     padded_rows[e]      computed rows of each expert, n in all
+    in_place            the rows are in the experts' order as they are, and padding is needed only after the last
     """
 
     gather: Tensor
     back: Tensor
     padded_rows: list[int]
+    in_place: bool
 
 
 def arrange(counts: Tensor, multiple: int, device: torch.device) -> Arrangement:
@@ -113,4 +115,5 @@ def arrange(counts: Tensor, multiple: int, device: torch.device) -> Arrangement:
     gather[places] = by_expert
     back = torch.empty_like(by_expert)
     back[by_expert] = places
-    return Arrangement(gather.to(device), back.to(device), padded.tolist())
+    in_place = torch.equal(back, torch.arange(len(back)))
+    return Arrangement(gather.to(device), back.to(device), padded.tolist(), in_place)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamoe.formats import BLOCK, MXFP8, dequantize_mxfp8, quantize_mxfp8
+from megamoe.formats import BLOCK, MXFP8, dequantize_mxfp8, quantize_mxfp8, stretches
 
 WEIGHT_BYTES = 4
 DISPATCH_FORMATS = ("mxfp8", "bf16")
@@ -46,12 +46,8 @@ class Wire:
     def encode(self, tokens: Tensor) -> Tensor:
         """tokens [T, H] bfloat16 -> [T, B + 4] uint8, the weight's place still empty."""
         rows = torch.empty(len(tokens), self.row_bytes, dtype=torch.uint8, device=tokens.device)
-        if self.dispatch_format == "mxfp8":
-            quantized = quantize_mxfp8(tokens)
-            rows[:, : self.hidden] = quantized.values.view(torch.uint8)
-            rows[:, self.hidden : self.token_bytes] = quantized.scales
-        else:
-            rows[:, : self.token_bytes] = tokens.view(torch.uint8)
+        for part in stretches(len(tokens), self.hidden):
+            self._encode(tokens[part], rows[part])
         return rows
 
     def address(self, rows: Tensor, weights: Tensor) -> None:
@@ -61,11 +57,25 @@ class Wire:
     def decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """rows [R, B + 4] uint8 -> tokens [R, H] bfloat16 as the experts take them, weights [R] float32."""
         weights = _copy(rows[:, self.token_bytes :]).view(torch.float32).flatten()
+        tokens = torch.empty(len(rows), self.hidden, dtype=torch.bfloat16, device=rows.device)
+        for part in stretches(len(rows), self.hidden):
+            tokens[part] = self._decode(rows[part])
+        return tokens, weights
+
+    def _encode(self, tokens: Tensor, rows: Tensor) -> None:
+        if self.dispatch_format == "bf16":
+            rows[:, : self.token_bytes] = tokens.view(torch.uint8)
+            return
+        quantized = quantize_mxfp8(tokens)
+        rows[:, : self.hidden] = quantized.values.view(torch.uint8)
+        rows[:, self.hidden : self.token_bytes] = quantized.scales
+
+    def _decode(self, rows: Tensor) -> Tensor:
         if self.dispatch_format == "mxfp8":
             values = rows[:, : self.hidden].view(torch.float8_e4m3fn)
-            return dequantize_mxfp8(MXFP8(values, rows[:, self.hidden : self.token_bytes])), weights
+            return dequantize_mxfp8(MXFP8(values, rows[:, self.hidden : self.token_bytes]))
         tokens = _copy(rows[:, : self.token_bytes]).view(torch.bfloat16)
-        return (dequantize_mxfp8(quantize_mxfp8(tokens)) if self.round_on_arrival else tokens), weights
+        return dequantize_mxfp8(quantize_mxfp8(tokens)) if self.round_on_arrival else tokens
 
 
 def _copy(columns: Tensor) -> Tensor:
