@@ -9,6 +9,7 @@ side, and the next start removes what a killed one left.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -23,8 +24,9 @@ from pathlib import Path
 NAMESPACES = Path("/run/netns")
 _PREFIX = "megamoe"
 _CLONE_NEWNET = 0x40000000
+_numbers = itertools.count()
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_BURST_S = 0.004  # a bucket holds what passes in 4 ms: the kernel's timer must not starve it
+_BURST_S, _BURST_BYTES = 0.004, 128 * 1024  # a bucket holds what passes in 4 ms, or two of the kernel's large packets
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,11 @@ def check_lab() -> None:
         raise ValueError("shaped links need root, to make network namespaces: run with sudo, or leave out the link")
 
 
+def burst_bytes(bits_per_s: float) -> int:
+    """Bytes that pass a rested link at once.    1 Gbit/s -> 500 kB    100 Mbit/s -> 131 kB"""
+    return max(_BURST_BYTES, int(bits_per_s / 8 * _BURST_S))
+
+
 @contextmanager
 def lab(num_ranks: int, link: str, *, latency_ms: float = 0.0) -> Iterator[list[Host]]:
     """Hosts for num_ranks ranks on links of `link` each way, one way latency_ms; taken down however the block ends.
@@ -84,7 +91,7 @@ def lab(num_ranks: int, link: str, *, latency_ms: float = 0.0) -> Iterator[list[
         raise ValueError(f"latency_ms must not be negative, got {latency_ms}")
     check_lab()
     sweep()
-    run = f"{_PREFIX}-{os.getpid()}-{_start_time(os.getpid())}"
+    run = f"{_PREFIX}-{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}"
     try:
         yield _build(run, num_ranks, bits_per_s, latency_ms)
     finally:
@@ -95,7 +102,7 @@ def sweep() -> list[str]:
     """Removes labs whose process is gone; their names."""
     gone = []
     for run in runs():
-        _, process, started = run.split("-")
+        _, process, started, _ = run.split("-")
         if _start_time(int(process)) != started:
             remove(run)
             gone.append(run)
@@ -106,7 +113,7 @@ def runs() -> list[str]:
     """Names of the labs that stand on this machine."""
     if not NAMESPACES.is_dir():
         return []
-    matches = (re.match(rf"({_PREFIX}-\d+-\d+)-(?:switch|r\d+)$", path.name) for path in NAMESPACES.iterdir())
+    matches = (re.match(rf"({_PREFIX}-\d+-\d+-\d+)-(?:switch|r\d+)$", path.name) for path in NAMESPACES.iterdir())
     return sorted({match[1] for match in matches if match})
 
 
@@ -142,7 +149,7 @@ def _build(run: str, num_ranks: int, bits_per_s: float, latency_ms: float) -> li
 
 
 def _shape(namespace: str, interface: str, bits_per_s: float, latency_ms: float) -> None:
-    burst = max(512 * 1024, int(bits_per_s / 8 * _BURST_S))
+    burst = burst_bytes(bits_per_s)
     _run(
         f"tc -n {namespace} qdisc add dev {interface} root handle 1: "
         f"tbf rate {int(bits_per_s)}bit burst {burst} latency 50ms"

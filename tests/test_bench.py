@@ -1,0 +1,118 @@
+"""The benchmark: its numbers belong together, its bits are the oracle's, and its links are said to be what they are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from megamoe.launch.bench import MEASURES
+from megamoe.launch.lab import burst_bytes
+from tests.test_demo import command
+from tests.test_lab import needs_lab
+
+SMALL = [
+    "--tokens-per-rank",
+    "24",
+    "--hidden",
+    "64",
+    "--intermediate",
+    "32",
+    "--num-experts",
+    "6",
+    "--topk",
+    "2",
+    "--repeats",
+    "7",
+]
+KEYS = [
+    "ranks",
+    "link_gb_s",
+    "tokens_per_rank",
+    "hidden",
+    "intermediate",
+    "num_experts",
+    "topk",
+    "waves",
+    "threads_per_rank",
+    "serial_ms",
+    "overlapped_ms",
+    "compute_ms",
+    "communication_ms",
+    "limit_ms",
+    "exposed_ms",
+    "speedup",
+    "efficiency",
+    "predicted_ms",
+    "bytes_sent_per_rank",
+    "flops_per_rank",
+    "identical",
+    "repeats",
+]
+
+
+def check(report: dict[str, Any]) -> None:
+    assert set(report) >= set(KEYS)
+    assert report["identical"] is True
+    assert report["repeats"] == 7
+    for name in MEASURES:
+        assert 0 < report[f"{name}_ms_min"] <= report[f"{name}_ms"] <= report[f"{name}_ms_max"]
+    assert report["limit_ms"] == max(report["compute_ms"], report["communication_ms"])
+    assert report["speedup"] == pytest.approx(report["serial_ms"] / report["overlapped_ms"])
+    assert report["efficiency"] == pytest.approx(report["limit_ms"] / report["overlapped_ms"])
+    assert report["exposed_ms"] == pytest.approx(report["overlapped_ms"] - report["compute_ms"])
+
+
+@pytest.mark.parametrize("weights", ["mxfp4", "bf16"])
+def test_bench_on_loopback_says_that_links_are_not_shaped(weights: str) -> None:
+    done = command("bench", *SMALL, "--ranks", 2, "--waves", "2", "--weight-format", weights, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    check(report)
+    assert report["link_gb_s"] is None
+    assert report["waves"] == 2
+    assert "links are not shaped" in done.stderr
+    # 2 of 6 experts a token: what every rank sends out and home lies between nothing and all of its rows
+    assert 0 < report["bytes_sent_per_rank"] < 24 * 2 * 2 * (64 + 2 + 4 + 128)
+    assert report["flops_per_rank"] % (6 * 64 * 32) == 0
+
+
+@needs_lab
+def test_on_a_slow_link_communication_takes_what_the_link_allows() -> None:
+    done = command(
+        "bench", *SMALL, "--ranks", 2, "--link", "20mbit", "--tokens-per-rank", 300, "--hidden", 512, "--format", "json"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    check(report)
+    assert report["link_gb_s"] == 0.0025
+    num_bytes, at_once = report["bytes_sent_per_rank"], burst_bytes(20e6)
+    assert 0.95 * (num_bytes - at_once) / 2500 < report["communication_ms"] < 1.3 * num_bytes / 2500
+    assert report["overlapped_ms"] > 0.95 * (num_bytes - at_once) / 2500, "no schedule is faster than the link"
+
+
+def test_one_rank_has_nothing_to_communicate() -> None:
+    done = command("bench", *SMALL, "--ranks", 1, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes_sent_per_rank"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ranks", "0"], "ranks must be at least 1, got 0"),
+        (["--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["--tokens-per-rank", "-1"], "tokens_per_rank must not be negative, got -1"),
+        (["--link", "fast"], "link 'fast' is not a rate"),
+        (["--latency-ms", "5"], "latency_ms 5.0 needs a link to delay"),
+        (["--hidden", "100"], "hidden 100 is not a multiple of 32"),
+        (["--topk", "17"], "topk 17 is larger than num_experts 16"),
+        (["--weight-format", "int4"], "weight_format must be one of mxfp4, bf16, got 'int4'"),
+    ],
+)
+def test_a_wrong_request_exits_with_2(arguments: list[str], said: str) -> None:
+    done = command("bench", *arguments, COLUMNS="200")
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert said in done.stderr
+    assert done.stdout == ""
