@@ -116,11 +116,11 @@ class MegaMoE(nn.Module):
 
         hidden is bfloat16 or float32; float32 is rounded to BF16 first. Ranks may bring different T, also 0, but all
         must call. ValueError, on every rank, where any rank's input is wrong or the ranks disagree; PeerError where a
-        rank is lost.
+        rank is lost, and RuntimeError from then on: a group whose call was interrupted is broken.
         """
         complaint = self._complaint(hidden, topk_ids, topk_weights)
         record = CallRecord()
-        with torch.no_grad(), record.timing("total_s"):
+        with torch.no_grad(), self.group.unbroken(), record.timing("total_s"):
             call = self._open(hidden, topk_ids, topk_weights, complaint, record)
             for wave in range(LOOKAHEAD):
                 call.dispatch(wave)

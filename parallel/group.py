@@ -26,6 +26,9 @@ class EPGroup:
     transport        moves rows; None where this rank is alone
     deadline_s       seconds that any single wait may take
     host, hosts      this rank's host name; those of the others, filled in at the first call
+    broken           why the group cannot be used any more, empty while it can
+
+    Layers that share an EPGroup learn from each other that it is broken; give all layers of a model the same one.
     """
 
     rank: int
@@ -34,6 +37,24 @@ class EPGroup:
     deadline_s: float
     host: str = field(default_factory=socket.gethostname)
     hosts: dict[int, str] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """A call's stretch of exchange. What interrupts it breaks the group: its messages may still be on their way.
+
+        ValueError is what all ranks raise together before any row has moved, and breaks nothing. RuntimeError where
+        the group is broken already.
+        """
+        if self.broken:
+            raise RuntimeError(f"the group cannot be used any more, an earlier call was interrupted: {self.broken[0]}")
+        try:
+            yield
+        except ValueError:
+            raise
+        except BaseException as interruption:
+            self.broken.append(f"{type(interruption).__name__}: {interruption}")
+            raise
 
     @classmethod
     def of(

@@ -131,7 +131,7 @@ def test_a_signal_at_any_point_leaves_no_file_and_no_process(
         "writing": lambda: any(tmp_path.glob("megamoe-demo-*/*")),
         "written": lambda: any(tmp_path.glob("megamoe-demo-*/config.json")),
         "ranks_started": lambda: len(spawned(process)) == 2,
-        "ranks_running": lambda: len(spawned(process)) == 2 and busy(process) > 2.0,
+        "ranks_running": lambda: len(spawned(process)) == 2 and met(process),
     }[moment]
     until = time.monotonic() + 60
     while not reached():
@@ -153,9 +153,9 @@ def spawned(process: psutil.Process) -> list[psutil.Process]:
     return [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
 
 
-def busy(process: psutil.Process) -> float:
-    """CPU seconds of the busiest rank."""
-    return max(child.cpu_times().user for child in spawned(process))
+def met(process: psutil.Process) -> bool:
+    """Whether the ranks have met: rank 0 serves the store, and both have sent something through a socket."""
+    return all(child.net_connections("tcp") for child in spawned(process))
 
 
 def test_nothing_is_left_in_the_temporary_folder() -> None:

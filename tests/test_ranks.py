@@ -117,6 +117,31 @@ def test_a_rank_that_stalls_in_mid_call_is_named_with_layer_wave_and_phase(ranks
         assert waited < 3.5
 
 
+def interrupted(group: EPGroup) -> list[str]:
+    """Every rank is interrupted in mid-call; what both layers of the group say from then on."""
+    batch = make_batch(SHAPE, 50)
+    first, second = (make_layer(SHAPE, group, name=name) for name in ("layers.0", "layers.1"))
+    good = first.experts.forward
+    monkey(first, lambda: None)
+    with pytest.raises(RuntimeError, match="the results never came"):
+        first(batch.hidden, batch.ids, batch.weights)
+    first.experts.forward = good  # type: ignore[method-assign]
+    said = []
+    for layer in (first, second):
+        with pytest.raises(RuntimeError) as refusal:
+            layer(batch.hidden, batch.ids, batch.weights)
+        said.append(str(refusal.value))
+    return said
+
+
+def test_rows_of_an_interrupted_call_cannot_reach_the_next_one(ranks: LocalRanks) -> None:
+    for said in ranks.run(interrupted, size=2):
+        assert len(said) == 2
+        for refusal in said:
+            assert "cannot be used any more" in refusal
+            assert "RuntimeError: the results never came" in refusal
+
+
 def dies_in_mid_call(group: EPGroup) -> None:
     batch = make_batch(SHAPE, 50)
     layer = make_layer(SHAPE, group)
