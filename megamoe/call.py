@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -79,6 +79,7 @@ class Call:
     ) -> None:
         self._name, self._experts, self._wire = parts.name, parts.experts, parts.wire
         self._rank, self._transport = parts.group.rank, parts.group.transport
+        self._workspace = parts.group.workspace
         self._plan, self._route, self._record = plan, route, record
         ids = parts.experts.ids
         self._own = counts[self._rank, ids.start : ids.stop]  # [e]
@@ -86,8 +87,9 @@ class Call:
         self._arriving[self._rank] = 0
         self.steps = schedule(plan, self._rank, self._load(2 * hidden.shape[1], parts.overlap))
         with record.timing("compute_s"):
-            self._encoded = parts.wire.encode(hidden)  # [T, B]
-        self._results = hidden.new_empty(route.num_rows + 1, hidden.shape[1])  # [N + 1, H]
+            encoded = self._workspace.take("encoded", (len(hidden), parts.wire.row_bytes), hidden, torch.uint8)
+            self._encoded = parts.wire.encode(hidden, encoded)  # [T, B]
+        self._results = self._workspace.take("results", (route.num_rows + 1, hidden.shape[1]), hidden)  # [N + 1, H]
         self._results[-1] = 0  # what a masked slot adds
         self._local = {step.wave: step.local for step in self.steps if step.arrived}
         self._arrived: dict[int, Tensor] = {}
@@ -131,13 +133,15 @@ class Call:
         sent, received = self._route.sent[wave], self._from_others(wave).sum(1).tolist()
         going_home = self._results[self._route.remote(wave)]
         num_local = int(self._own_rows(self._local[wave]).sum())
-        arrived = self._buffer(sum(received) + num_local)  # [R + local, B]
+        arrived = self._buffer(("arrived", wave), sum(received) + num_local)  # [R + local, B]
         self._dispatches[wave] = self._transport.expect(
             arrived[: sum(received)], received, Label(self._name, "dispatch", wave)
         )
         self._combines[wave] = self._transport.expect(going_home, sent, Label(self._name, "combine", wave))
         with self._record.timing("compute_s"):
-            rows = self._rows(self._route.remote(wave))
+            remote = self._route.remote(wave)
+            rows = self._buffer(("sent", wave), remote.stop - remote.start, pad=False)
+            self._rows(remote, rows)
         self._dispatches[wave].send(rows, sent)
         self._arrived[wave] = arrived
 
@@ -153,12 +157,14 @@ class Call:
             experts = self._plan.experts(self._rank, step.wave)
             counts = torch.cat((self._from_others(step.wave), self._spread(step.local, experts)))
         else:
-            rows = self._buffer(num_local)
+            rows = self._buffer("local", num_local)
         num_arrived = int(counts.sum()) - num_local
         with self._record.timing("compute_s"):
             if num_local:
-                rows[num_arrived : num_arrived + num_local] = self._rows(local_rows)
-            results = self._run(rows, counts, experts)
+                self._rows(local_rows, rows[num_arrived : num_arrived + num_local])
+            # what a wave computes leaves from where it is, so each wave has a place of its own
+            place: Hashable = ("going home", step.wave) if step.arrived else "kept"
+            results = self._run(rows, counts, experts, place)
             self._results[local_rows] = results[num_arrived:]
             if step.arrived:
                 self._computed[step.wave] = results[:num_arrived]
@@ -181,29 +187,39 @@ class Call:
                 transfer.finish()
         return out
 
-    def _rows(self, part: slice) -> Tensor:
-        """A part of the route's rows as they travel -> [rows, B] uint8"""
-        rows = self._encoded.index_select(0, self._route.tokens[part])
-        self._wire.address(rows, self._route.weights[part])
-        return rows
+    def _rows(self, part: slice, out: Tensor) -> None:
+        """A part of the route's rows as they travel, into out [rows, B] uint8"""
+        torch.index_select(self._encoded, 0, self._route.tokens[part], out=out)
+        self._wire.address(out, self._route.weights[part])
 
-    def _buffer(self, num_rows: int) -> Tensor:
+    def _buffer(self, name: Hashable, num_rows: int, *, pad: bool = True) -> Tensor:
         """Room for rows as they travel, and for the padding of their last expert -> [num_rows + padding, B] uint8"""
-        multiple = row_multiple(self._encoded.device)
-        rows = self._encoded.new_empty(-(-num_rows // multiple) * multiple, self._wire.row_bytes)
+        multiple = row_multiple(self._encoded.device) if pad else 1
+        shape = (-(-num_rows // multiple) * multiple, self._wire.row_bytes)
+        rows = self._workspace.take(name, shape, self._encoded)
         rows[num_rows:] = 0
         return rows
 
-    def _run(self, rows: Tensor, counts: Tensor, experts: range) -> Tensor:
-        """rows [R + padding, B] uint8 by source, counts [S, experts] -> results [R, H] bfloat16 in the same order"""
+    def _run(self, rows: Tensor, counts: Tensor, experts: range, place: Hashable) -> Tensor:
+        """rows [R + padding, B] uint8 by source, counts [S, experts] -> results [R, H] bfloat16 in the same order.
+
+        They stand in the workspace's buffer called `place`.
+        """
         if not len(rows):
             return self._results[:0]
+        take, results = self._workspace.take, self._results
         arranged = arrange(counts, row_multiple(rows.device), rows.device)
+        shape = (len(arranged.gather), results.shape[1])
         if not arranged.in_place:
-            rows = rows.index_select(0, arranged.gather)
-        tokens, weights = self._wire.decode(rows)
-        computed: Tensor = self._experts(tokens, weights, experts, arranged.padded_rows)
-        return computed[: len(arranged.back)] if arranged.in_place else computed.index_select(0, arranged.back)
+            gathered = take("gathered", (shape[0], rows.shape[1]), rows)
+            rows = torch.index_select(rows, 0, arranged.gather, out=gathered)
+        tokens = take("tokens", shape, results)
+        weights = self._wire.decode(rows, tokens)
+        out = take(place if arranged.in_place else "computed", shape, results)
+        self._experts(tokens, weights, experts, arranged.padded_rows, out, self._workspace)
+        if arranged.in_place:
+            return out[: len(arranged.back)]
+        return torch.index_select(out, 0, arranged.back, out=take(place, (len(arranged.back), shape[1]), results))
 
     def _own_rows(self, experts: range) -> Tensor:
         first = self._experts.ids.start

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megamoe.formats import BLOCK, MXFP4, MXFP4_MAX_SCALE, dequantize_mxfp4, quantize_mxfp4
 from megamoe.ops import activate, linear, matmul_dtype, silu_table
+from megamoe.parallel.workspace import Workspace
 from megamoe.shape import MoEShape
 
 WEIGHT_FORMATS = ("mxfp4", "bf16")
@@ -22,8 +23,8 @@ class Experts(nn.Module):
     """The experts [first, first + e) of a layer.
 
     mxfp4   gate_up uint8 [e, 2I, H/2] + scales [e, 2I, H/32], down uint8 [e, H, I/2] + scales [e, H, I/32]:
-            packed, dequantised one expert at a time into a buffer that is dropped. keep_dequantized=True also
-            keeps a BF16 copy (3 * H * I * 2 bytes an expert more) and spends no time on it in a call.
+            packed, dequantised one matrix at a time into a buffer that all layers of a group share.
+            keep_dequantized=True also keeps a BF16 copy (3 * H * I * 2 bytes an expert more) and saves that time.
     bf16    gate_up bfloat16 [e, 2I, H], down bfloat16 [e, H, I]
     """
 
@@ -111,33 +112,42 @@ class Experts(nn.Module):
         if self.keep_dequantized:
             self.get_buffer(f"{name}_dequantized")[index] = dequantize_mxfp4(weight)
 
-    def _weight(self, name: str, index: int) -> Tensor:
+    def _weight(self, name: str, index: int, workspace: Workspace) -> Tensor:
         """One weight matrix as the matrix product takes it."""
         if not self.packed:
             weight = self.get_buffer(name)[index]
         elif self.keep_dequantized:
             weight = self.get_buffer(f"{name}_dequantized")[index]
         else:
-            packed, scales = self.get_buffer(name)[index], self.get_buffer(f"{name}_scales")[index]
-            weight = dequantize_mxfp4(MXFP4(packed, scales))
+            packed = MXFP4(self.get_buffer(name)[index], self.get_buffer(f"{name}_scales")[index])
+            weight = workspace.take("weight", packed.shape, packed.packed, torch.bfloat16)
+            dequantize_mxfp4(packed, out=weight)
         return weight.to(self.matmul_dtype)
 
-    def forward(self, tokens: Tensor, weights: Tensor, experts: range, padded_rows: Sequence[int]) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        experts: range,
+        padded_rows: Sequence[int],
+        out: Tensor,
+        workspace: Workspace,
+    ) -> Tensor:
         """Computes rows sorted by expert.
 
         tokens [n, H] bfloat16, weights [n] float32, experts: global ids in order, padded_rows: rows of each, a
-        multiple of ops.row_multiple(), n in all -> [n, H] bfloat16
+        multiple of ops.row_multiple(), n in all; out [n, H] bfloat16 takes the results
         """
         # Linear-1 of every expert
-        gate_up = tokens.new_empty(len(tokens), 2 * self.shape.intermediate)
+        gate_up = workspace.take("gate_up", (len(tokens), 2 * self.shape.intermediate), tokens)
         for rows, index in self._spans(experts, padded_rows):
-            linear(tokens[rows], self._weight("gate_up", index), gate_up[rows])
+            linear(tokens[rows], self._weight("gate_up", index, workspace), gate_up[rows])
         # clamp, SiLU(gate) * up * weight, rounded as the contract says
-        hidden = activate(gate_up, weights, self.shape.swiglu_limit, self.table, quantized=self.packed)
+        hidden = workspace.take("hidden", (len(tokens), self.shape.intermediate), tokens)
+        activate(gate_up, weights, self.shape.swiglu_limit, self.table, quantized=self.packed, out=hidden)
         # Linear-2 of every expert
-        out = torch.empty_like(tokens)
         for rows, index in self._spans(experts, padded_rows):
-            linear(hidden[rows], self._weight("down", index), out[rows])
+            linear(hidden[rows], self._weight("down", index, workspace), out[rows])
         return out
 
     def _spans(self, experts: range, padded_rows: Sequence[int]) -> list[tuple[slice, int]]:

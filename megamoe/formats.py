@@ -130,10 +130,15 @@ def quantize_mxfp8(x: Tensor) -> MXFP8:
     return MXFP8(values, exponents.squeeze(-1).to(torch.uint8))
 
 
-def dequantize_mxfp8(q: MXFP8, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """q as bfloat16, float32 or float64 [..., K], exact: E4M3 has 4 significant bits, a scale is a power of two."""
-    values = _blocks(_decode_e4m3(q.values)).to(dtype)
-    out: Tensor = (values * e8m0_to_float(q.scales, dtype).unsqueeze(-1)).flatten(-2)
+def dequantize_mxfp8(q: MXFP8, dtype: torch.dtype = torch.bfloat16, *, out: Tensor | None = None) -> Tensor:
+    """q as bfloat16, float32 or float64 [..., K], exact: E4M3 has 4 significant bits, a scale is a power of two.
+
+    out, contiguous and of that dtype, takes the values in place of a new tensor.
+    """
+    values, scales = _blocks(_decode_e4m3(q.values)).to(dtype), e8m0_to_float(q.scales, dtype).unsqueeze(-1)
+    if out is None:
+        return values.mul_(scales).flatten(-2)
+    torch.mul(values, scales, out=out.view(values.shape))
     return out
 
 
@@ -189,8 +194,17 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
-def dequantize_mxfp4(q: MXFP4, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """q as bfloat16, float32 or float64 [..., K], exact for scale bytes up to MXFP4_MAX_SCALE."""
+def dequantize_mxfp4(q: MXFP4, dtype: torch.dtype = torch.bfloat16, *, out: Tensor | None = None) -> Tensor:
+    """q as bfloat16, float32 or float64 [..., K], exact for scale bytes up to MXFP4_MAX_SCALE.
+
+    out, contiguous bfloat16 [N, K] for a matrix q, takes the values in place of a new tensor.
+    """
+    if out is not None:
+        for part in stretches(*q.packed.shape):
+            rows = MXFP4(q.packed[part], q.scales[part])
+            _decode_e2m1(rows.packed, out[part])
+            _blocks(out[part]).mul_(e8m0_to_float(rows.scales, torch.bfloat16).unsqueeze(-1))
+        return out
     values = _blocks(_decode_e2m1(q.packed))
     # in place where the decoded values are already of the dtype
     return values.to(dtype).mul_(e8m0_to_float(q.scales, dtype).unsqueeze(-1)).flatten(-2)
@@ -303,9 +317,13 @@ def _words(values: Tensor) -> Tensor:
     return aligned.view(torch.uint16).to(torch.int32).flatten()
 
 
-def _decode_e2m1(packed: Tensor) -> Tensor:
+def _decode_e2m1(packed: Tensor, out: Tensor | None = None) -> Tensor:
     """packed [..., K/2] uint8, K a multiple of 4 -> BF16 [..., K].    [0x21, 0x00] -> [0.5, 1.0, 0.0, 0.0]"""
-    decoded = _table("e2m1", packed.device).index_select(0, _words(packed))
+    table = _table("e2m1", packed.device)
+    if out is not None:
+        torch.index_select(table, 0, _words(packed), out=out.view(torch.int64).flatten())
+        return out
+    decoded = table.index_select(0, _words(packed))
     return decoded.view(torch.bfloat16).view(*packed.shape[:-1], packed.shape[-1] * 2)
 
 

@@ -94,13 +94,18 @@ def swiglu(gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor)
     return activated.mul_(up).mul_(weights.unsqueeze(-1))
 
 
-def activate(gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor, *, quantized: bool) -> Tensor:
+def activate(
+    gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor, *, quantized: bool, out: Tensor | None = None
+) -> Tensor:
     """Linear-2's input from Linear-1's output: swiglu, rounded to MXFP8 (quantized) or to BF16 -> [n, I] bfloat16."""
     num_rows, double = gate_up.shape
-    out = gate_up.new_empty(num_rows, double // 2)
+    out = gate_up.new_empty(num_rows, double // 2) if out is None else out
     for rows in stretches(num_rows, double // 2):
         activated = swiglu(gate_up[rows], weights[rows], limit, table)
-        out[rows] = dequantize_mxfp8(quantize_mxfp8(activated)) if quantized else activated
+        if quantized:
+            dequantize_mxfp8(quantize_mxfp8(activated), out=out[rows])
+        else:
+            out[rows] = activated
     return out
 
 

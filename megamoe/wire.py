@@ -43,9 +43,8 @@ class Wire:
         """Bytes of one dispatched row, B + 4."""
         return self.token_bytes + WEIGHT_BYTES
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """tokens [T, H] bfloat16 -> [T, B + 4] uint8, the weight's place still empty."""
-        rows = torch.empty(len(tokens), self.row_bytes, dtype=torch.uint8, device=tokens.device)
+    def encode(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """tokens [T, H] bfloat16 into rows [T, B + 4] uint8, the weight's place still empty."""
         for part in stretches(len(tokens), self.hidden):
             self._encode(tokens[part], rows[part])
         return rows
@@ -54,13 +53,11 @@ class Wire:
         """Writes weights [R] float32 into their place in rows [R, B + 4]."""
         rows[:, self.token_bytes :] = weights.contiguous().view(torch.uint8).view(-1, WEIGHT_BYTES)
 
-    def decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows [R, B + 4] uint8 -> tokens [R, H] bfloat16 as the experts take them, weights [R] float32."""
-        weights = _copy(rows[:, self.token_bytes :]).view(torch.float32).flatten()
-        tokens = torch.empty(len(rows), self.hidden, dtype=torch.bfloat16, device=rows.device)
+    def decode(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """rows [R, B + 4] uint8 into tokens [R, H] bfloat16 as the experts take them -> weights [R] float32."""
         for part in stretches(len(rows), self.hidden):
-            tokens[part] = self._decode(rows[part])
-        return tokens, weights
+            self._decode(rows[part], tokens[part])
+        return _copy(rows[:, self.token_bytes :]).view(torch.float32).flatten()
 
     def _encode(self, tokens: Tensor, rows: Tensor) -> None:
         if self.dispatch_format == "bf16":
@@ -70,12 +67,16 @@ class Wire:
         rows[:, : self.hidden] = quantized.values.view(torch.uint8)
         rows[:, self.hidden : self.token_bytes] = quantized.scales
 
-    def _decode(self, rows: Tensor) -> Tensor:
+    def _decode(self, rows: Tensor, out: Tensor) -> None:
         if self.dispatch_format == "mxfp8":
             values = rows[:, : self.hidden].view(torch.float8_e4m3fn)
-            return dequantize_mxfp8(MXFP8(values, rows[:, self.hidden : self.token_bytes]))
+            dequantize_mxfp8(MXFP8(values, rows[:, self.hidden : self.token_bytes]), out=out)
+            return
         tokens = _copy(rows[:, : self.token_bytes]).view(torch.bfloat16)
-        return dequantize_mxfp8(quantize_mxfp8(tokens)) if self.round_on_arrival else tokens
+        if self.round_on_arrival:
+            dequantize_mxfp8(quantize_mxfp8(tokens), out=out)
+        else:
+            out.copy_(tokens)
 
 
 def _copy(columns: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from megamoe.parallel.transport import AllToAllTransport, PairTransport, Transport
+from megamoe.parallel.workspace import Workspace
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 DEADLINE_S = 60.0
@@ -26,6 +27,7 @@ class EPGroup:
     transport        moves rows; None where this rank is alone
     deadline_s       seconds that any single wait may take
     host, hosts      this rank's host name; those of the others, filled in at the first call
+    workspace        buffers that the group's layers use in turn
     broken           why the group cannot be used any more, empty while it can
 
     Layers that share an EPGroup learn from each other that it is broken; give all layers of a model the same one.
@@ -38,6 +40,7 @@ class EPGroup:
     host: str = field(default_factory=socket.gethostname)
     hosts: dict[int, str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    workspace: Workspace = field(default_factory=Workspace)
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:

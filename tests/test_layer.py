@@ -14,6 +14,7 @@ from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.transport import AllToAllTransport
+from megamoe.parallel.workspace import Workspace
 from megamoe.reference import moe_fp64, relative_error
 from megamoe.shape import MoEShape
 from megamoe.waves import Waves
@@ -301,3 +302,28 @@ def test_a_token_that_is_not_finite_spoils_no_other(wire: str, value: float) -> 
     out, expected = layer(hidden, batch.ids, batch.weights), layer(batch.hidden, batch.ids, batch.weights)
     assert out[0].isnan().all()
     assert torch.equal(out[1:], expected[1:])
+
+
+def test_a_result_outlives_the_next_call_though_buffers_are_used_again() -> None:
+    layer = make_layer(SHAPE)
+    first, second = make_batch(SHAPE, 60, seed=1), make_batch(SHAPE, 60, seed=2)
+    out = layer(first.hidden, first.ids, first.weights)
+    kept, held = out.clone(), layer.group.workspace.memory_bytes
+    assert held > 0
+    layer(second.hidden, second.ids, second.weights)
+    assert torch.equal(out, kept)
+    assert layer.group.workspace.memory_bytes <= held * 1.2, "a call of the same size asks for no more"
+    small = first.part(slice(0, 7))
+    assert torch.equal(layer(small.hidden, small.ids, small.weights), kept[:7])
+
+
+def test_the_workspace_gives_the_same_memory_for_the_same_name() -> None:
+    workspace, like = Workspace(), torch.empty(0, dtype=torch.bfloat16)
+    large = workspace.take("rows", (4, 8), like)
+    assert (large.dtype, large.shape, workspace.memory_bytes) == (torch.bfloat16, (4, 8), 64)
+    small = workspace.take("rows", (3, 2), like, torch.float32)
+    assert (small.dtype, small.shape, small.data_ptr()) == (torch.float32, (3, 2), large.data_ptr())
+    assert workspace.take("others", (2,), like).data_ptr() != large.data_ptr()
+    assert workspace.take("rows", (5, 8), like).shape == (5, 8)
+    assert workspace.memory_bytes == 80 + 4
+    assert workspace.take("rows", (0, 8), like).shape == (0, 8)
