@@ -1,6 +1,7 @@
 # make demo   sets up .venv and runs real text through FP4 experts on four ranks
 # make test   sets up .venv and runs the tests
-# make lint   ruff, mypy, import rules        make bench   memory of a rank, and soak runs: see docs/testing.md
+# make lint   ruff, mypy, import rules        make bench   memory of a rank, serial against overlapped
+# make soak   long runs: see docs/testing.md
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,6 +27,7 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/layer.py
 
 soak: .venv/installed
 	$(BIN)/python -m pytest -m soak
