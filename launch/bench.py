@@ -26,6 +26,7 @@ from megamoe.launch.lab import Host, lab, parse_rate
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.placement import Placement
 from megamoe.parallel.transport import Label, Transfer, Transport
 from megamoe.reference import moe
 from megamoe.shape import MoEShape
@@ -136,6 +137,13 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None] = lambda _:
             progress("running")
             found = ranks.run(bench_rank, request)
     return _report(request, found)
+
+
+def sweep_waves(request: BenchRequest) -> list[BenchRequest]:
+    """The request with 1, 2, 4, ... waves, up to one expert a wave on the rank that holds most."""
+    most = Placement(request.num_experts, request.ranks).most
+    numbers = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
+    return [replace(request, waves=number) for number in numbers]
 
 
 @contextmanager

@@ -128,14 +128,19 @@ def bench(
     ranks: Annotated[int, typer.Option(help="Processes, each a rank.")] = 2,
     link: Annotated[str | None, typer.Option(help="Rate of every rank's link, such as 1gbit; needs root.")] = None,
     latency_ms: Annotated[float, typer.Option(help="Delay of every link, one way.")] = 0.0,
+    preset: Annotated[
+        str | None, typer.Option(help="A model's sizes, such as deepseek-v4-flash/16; sizes that are given too win.")
+    ] = None,
     tokens_per_rank: Annotated[int, typer.Option(help="Tokens that each rank brings.")] = 1024,
-    hidden: Annotated[int, typer.Option(help="Width of a token.")] = 1024,
-    intermediate: Annotated[int, typer.Option(help="Width inside an expert.")] = 512,
-    num_experts: Annotated[int, typer.Option(help="Experts over all ranks.")] = 16,
-    topk: Annotated[int, typer.Option(help="Experts per token.")] = 4,
+    hidden: Annotated[int | None, typer.Option(help="Width of a token; 1024 without a preset.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="Width inside an expert; 512 without a preset.")] = None,
+    num_experts: Annotated[int | None, typer.Option(help="Experts over all ranks; 16 without a preset.")] = None,
+    topk: Annotated[int | None, typer.Option(help="Experts per token; 4 without a preset.")] = None,
     weight_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "mxfp4",
     dispatch_format: Annotated[str, typer.Option(help="mxfp8 or bf16.")] = "mxfp8",
-    waves: Annotated[str, typer.Option(help='"auto", a number, or relative sizes such as 1,2,1.')] = "auto",
+    waves: Annotated[
+        str, typer.Option(help='"auto", a number, relative sizes such as 1,2,1, or "sweep" for a row of each.')
+    ] = "auto",
     threads_per_rank: Annotated[int, typer.Option(help="torch threads of a rank.")] = 1,
     repeats: Annotated[int, typer.Option(help="Rounds that are measured, after one that is not.")] = 9,
     check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
@@ -145,44 +150,67 @@ def bench(
     with _exit_codes():
         with _progress() as bar:
             task = bar.add_task("starting", total=None)
-            from megamoe.launch.bench import BenchRequest, run_bench  # brings torch, which --help does not need
+            from megamoe.launch.bench import BenchRequest, run_bench, sweep_waves  # brings torch
+            from megamoe.launch.presets import preset as shape_of
 
+            base = shape_of(preset) if preset else None
+            given = {"hidden": hidden, "intermediate": intermediate, "num_experts": num_experts, "topk": topk}
+            sizes = {name: getattr(base, name) for name in given if base is not None}
+            sizes |= {name: size for name, size in given.items() if size is not None}
             request = BenchRequest(
                 ranks=ranks,
                 link=link,
                 latency_ms=latency_ms,
                 tokens_per_rank=tokens_per_rank,
-                hidden=hidden,
-                intermediate=intermediate,
-                num_experts=num_experts,
-                topk=topk,
                 weight_format=weight_format,
                 dispatch_format=dispatch_format,
-                waves=parse_waves(waves),
+                waves="auto" if waves == "sweep" else parse_waves(waves),
                 threads_per_rank=threads_per_rank,
                 repeats=repeats,
                 check=check,
+                **sizes,
             )
-            report = run_bench(request, lambda what: bar.update(task, description=what))
+            requests = sweep_waves(request) if waves == "sweep" else [request]
+            reports = []
+            for number, each in enumerate(requests):
+                bar.update(task, description=f"{each.waves} waves", completed=number, total=len(requests))
+                reports.append(run_bench(each))
         if link is None:
             stderr.print("links are not shaped: ranks talk over loopback; --link 1gbit gives each a link of its own")
         if output is Format.json:
-            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+            found = [report.as_dict() for report in reports]
+            sys.stdout.write(json.dumps(found if waves == "sweep" else found[0], indent=2) + "\n")
+        elif waves == "sweep":
+            _print_sweep(reports)
         else:
-            _print_bench(report)
-        if report.identical is False:
+            _print_bench(reports[0])
+        if any(report.identical is False for report in reports):
             raise typer.Exit(1)
 
 
-def _print_bench(report: BenchReport) -> None:
+def _print_sweep(reports: list[BenchReport]) -> None:
+    stdout.print(_workload(reports[0]), highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
+    headings = ("waves", "overlapped ms", "min", "max", "serial ms", "compute ms", "comm. ms", "speedup", "efficiency")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for report in reports:
+        overlapped = [report.overlapped_ms, report.overlapped_ms_min, report.overlapped_ms_max]
+        times = [*overlapped, report.serial_ms, report.compute_ms, report.communication_ms]
+        ratios = (f"{report.speedup:.2f}", f"{report.efficiency:.2f}")
+        table.add_row(str(report.waves), *(f"{time:.1f}" for time in times), *ratios)
+    stdout.print(table)
+
+
+def _workload(report: BenchReport) -> str:
     link = f"{report.link_gb_s * 8:g} Gbit/s links" if report.link_gb_s else "loopback"
-    stdout.print(
-        f"{report.ranks} ranks, {link}, {report.tokens_per_rank} tokens a rank, {report.num_experts} experts "
-        f"{report.hidden} x {report.intermediate} {report.weight_format}, top-{report.topk}, {report.dispatch_format} "
-        f"wire, {report.waves} waves",
-        highlight=False,
-        soft_wrap=True,
-    )
+    experts = f"{report.num_experts} experts {report.hidden} x {report.intermediate} {report.weight_format}"
+    tokens = f"{report.ranks} ranks, {link}, {report.tokens_per_rank} tokens a rank"
+    return f"{tokens}, {experts}, top-{report.topk}, {report.dispatch_format} wire"
+
+
+def _print_bench(report: BenchReport) -> None:
+    stdout.print(f"{_workload(report)}, {report.waves} waves", highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
     for heading in ("", "median ms", "min", "max"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)

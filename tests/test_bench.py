@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from megamoe.launch.bench import MEASURES
+from megamoe.launch.bench import MEASURES, BenchRequest, sweep_waves
 from megamoe.launch.lab import burst_bytes
+from megamoe.launch.presets import preset
+from megamoe.shape import MoEShape
 from tests.test_demo import command
 from tests.test_lab import needs_lab
 
@@ -98,6 +100,52 @@ def test_one_rank_has_nothing_to_communicate() -> None:
     assert json.loads(done.stdout)["bytes_sent_per_rank"] == 0
 
 
+def test_a_sweep_prints_a_row_for_every_number_of_waves() -> None:
+    arguments = ["bench", *SMALL, "--ranks", 2, "--waves", "sweep", "--no-check"]
+    done = command(*arguments, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert [report["waves"] for report in json.loads(done.stdout)] == [1, 2, 3]
+
+
+def test_a_preset_gives_the_sizes_and_what_is_given_too_wins() -> None:
+    done = command(
+        *("bench", "--preset", "deepseek-v4-flash/32", "--num-experts", 6, "--tokens-per-rank", 9, "--repeats", 7),
+        *("--format", "json"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    check(report)
+    assert [report[key] for key in ("hidden", "intermediate", "num_experts", "topk")] == [128, 64, 6, 6]
+
+
+def test_a_preset_is_the_published_shape_divided() -> None:
+    assert preset("deepseek-v4-pro") == MoEShape(7168, 3072, 384, 6, 10.0)
+    assert preset("deepseek-v4-flash/16") == MoEShape(256, 128, 16, 6, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("deepseek-v4-flush", "no preset is called 'deepseek-v4-flush'; the nearest are deepseek-v4-flash"),
+        ("deepseek-v4-pro/5", "5 does not divide hidden 7168, intermediate 3072, num_experts 384"),
+        ("deepseek-v4-pro/0", "'0' is not a positive whole number"),
+        ("deepseek-v4-flash/64", "leaves 4 experts, fewer than its top-6"),
+    ],
+)
+def test_other_presets_are_refused(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        preset(text)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"), [((16, 2), [1, 2, 4, 8]), ((10, 2), [1, 2, 4, 5]), ((4, 4), [1]), ((7, 2), [1, 2, 4])]
+)
+def test_a_sweep_ends_at_one_expert_a_wave(numbers: tuple[int, int], expected: list[int]) -> None:
+    num_experts, ranks = numbers
+    request = BenchRequest(num_experts=num_experts, ranks=ranks)
+    assert [each.waves for each in sweep_waves(request)] == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -108,6 +156,7 @@ def test_one_rank_has_nothing_to_communicate() -> None:
         (["--latency-ms", "5"], "latency_ms 5.0 needs a link to delay"),
         (["--hidden", "100"], "hidden 100 is not a multiple of 32"),
         (["--topk", "17"], "topk 17 is larger than num_experts 16"),
+        (["--preset", "mixtral"], "no preset is called 'mixtral'; the nearest are mixtral-8x7b"),
         (["--weight-format", "int4"], "weight_format must be one of mxfp4, bf16, got 'int4'"),
     ],
 )
