@@ -96,7 +96,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def demo(
     ranks: Annotated[int, typer.Option(help="Processes that share the experts.")] = 4,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to run; a chapter of Alice by default.")] = None,
-    waves: Annotated[str, typer.Option(help='"auto", a number, or relative sizes such as 1,2,1.')] = "auto",
+    waves: Annotated[str, typer.Option(help='A number, relative sizes such as 1,2,1, or "auto".')] = "4",
     checkpoint: Annotated[
         Path | None, typer.Option(help="DeepSeek-V4 checkpoint to run; written there and kept if the folder is new.")
     ] = None,
@@ -189,9 +189,9 @@ def bench(
 
 
 def _print_sweep(reports: list[BenchReport]) -> None:
-    stdout.print(_workload(reports[0]), highlight=False, soft_wrap=True)
+    stdout.print(f"{_workload(reports[0])}; milliseconds", highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
-    headings = ("waves", "overlapped ms", "min", "max", "serial ms", "compute ms", "comm. ms", "speedup", "efficiency")
+    headings = ("waves", "overlapped", "min", "max", "serial", "compute", "communic.", "speedup", "effic.")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:

@@ -33,7 +33,7 @@ class Request:
 
     ranks: int = 4
     text: Path | None = None
-    waves: Waves = "auto"
+    waves: Waves = 4
     checkpoint: Path | None = None
     deadline_s: float = 120.0
 

@@ -161,7 +161,7 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         held = f"{self.weight_format}, {self.memory_bytes / 1e6:.1f} MB"
-        return f"experts {describe(self.ids)}, {held}" + (", BF16 copy kept" if self.keep_dequantized else "")
+        return f"{describe(self.ids)}, {held}" + (", BF16 copy kept" if self.keep_dequantized else "")
 
 
 def describe(ids: range) -> str:

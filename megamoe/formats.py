@@ -6,7 +6,7 @@ contract of DeepSeek-V4's expert layer for the scale rule, scale = 2^ceil(log2(a
 
 What is not an ordinary number:
   MXFP8   a block of 32 that holds a NaN or an infinity becomes NaN as a whole (scale byte 255); magnitudes from
-          1.94 * 2^127 up round to 2^128 and dequantise to infinity; subnormals and zeros become zero.
+          1.94 * 2^127 up round to 2^128 and dequantise to infinity; subnormals and zeros become zero, with their sign.
   MXFP4   has no code for NaN or infinity: such weights are refused; so are magnitudes above 1.5 * 2^127, which
           BF16 could not give back. A block of zeros has scale 1; negative zero is stored as zero.
 """
@@ -131,7 +131,9 @@ def quantize_mxfp8(x: Tensor) -> MXFP8:
 
 
 def dequantize_mxfp8(q: MXFP8, dtype: torch.dtype = torch.bfloat16, *, out: Tensor | None = None) -> Tensor:
-    """q as bfloat16, float32 or float64 [..., K], exact: E4M3 has 4 significant bits, a scale is a power of two.
+    """q as bfloat16, float32 or float64 [..., K]: E4M3 has 4 significant bits and a scale is a power of two, so exact.
+
+    In BF16 that holds for scale bytes 3 to 246; see the top of the file for what lies outside.
 
     out, contiguous and of that dtype, takes the values in place of a new tensor.
     """
@@ -152,7 +154,9 @@ def stretches(num_rows: int, width: int) -> Iterator[slice]:
 
 
 def quantize_mxfp4(weight: Tensor) -> MXFP4:
-    """Rounds weight [..., K] (any float) to E2M1 with scale 2^ceil(log2(amax / 6)) per 32, ties to the smaller.
+    """Rounds weight [..., K] (float32 first) to E2M1 with scale 2^ceil(log2(amax / 6)) per 32, ties to the smaller.
+
+    Scales stay at 2^-125 or above, so that half of one is a normal BF16.
 
     ValueError for NaN, infinities, magnitudes above 1.5 * 2^127, and K not a multiple of 32.
         block amax 6.0 -> scale 1.0;    2.5 -> 2.0    -2.5 -> -2.0    0.25 -> 0.0    5.1 -> 6.0
@@ -259,7 +263,7 @@ def quantize_e4m3_blocks(weight: Tensor, block: int = 128) -> tuple[Tensor, Tens
 
 
 def dequantize_e4m3_blocks(values: Tensor, scales: Tensor, block: int = 128) -> Tensor:
-    """values [N, K] float8_e4m3fn, scales [ceil(N/block), ceil(K/block)] uint8 -> [N, K] bfloat16, exact"""
+    """values [N, K] float8_e4m3fn, K even, scales [ceil(N/block), ceil(K/block)] uint8 -> [N, K] bfloat16, exact"""
     _check(values, torch.float8_e4m3fn, "E4M3 values")
     spread = _spread_blocks(e8m0_to_float(scales, torch.bfloat16), block, *values.shape)
     return _decode_e4m3(values).mul_(spread)

@@ -17,13 +17,15 @@ from torch import Tensor
 from megamoe.formats import dequantize_mxfp8, quantize_mxfp8, stretches
 
 _FP32_COLUMNS = 16  # MKL sums the columns beyond a multiple of these in another order when there are more threads
+_FP32_WEIGHTS = 512  # torch multiplies up to 4096 = 8 rows * 512 BF16 weights by other code than larger products
 
 
 def row_multiple(device: torch.device) -> int:
     """Rows that a matrix product must be padded to a multiple of, so that no row's bits depend on their number.
 
     BLAS libraries switch kernels, and with them the order of the sum, for one row and for odd remainders. Tried on
-    x86 CPUs with AVX2, AVX-512 and AVX-512-BF16 instructions at 1, 2 and 4 threads: two rows a thread are enough.
+    x86 CPUs with AVX2, AVX-512 and AVX-512-BF16 instructions at 1, 2 and 4 threads, and with the last at 3, 6 and 8:
+    two rows a thread are enough, given what linear() does about columns and tiny weights.
     """
     if device.type != "cpu":
         return 16
@@ -49,8 +51,8 @@ def linear(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     n must be a multiple of row_multiple(); x and weight bfloat16, out contiguous.
     """
     assert len(x) % row_multiple(x.device) == 0, (len(x), row_multiple(x.device))
-    if weight.dtype == torch.float32:
-        num_columns = len(weight)
+    if weight.dtype == torch.float32 or (weight.numel() <= _FP32_WEIGHTS and x.device.type == "cpu"):
+        weight, num_columns = weight.to(torch.float32), len(weight)
         if num_columns % _FP32_COLUMNS:
             weight = torch.nn.functional.pad(weight, (0, 0, 0, -num_columns % _FP32_COLUMNS))
         return out.copy_(torch.mm(x.to(torch.float32), weight.t())[:, :num_columns])

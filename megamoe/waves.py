@@ -5,9 +5,10 @@ from what all ranks know. The **schedule** is this rank's own order of work: row
 need no link, so some of them are computed before the first wave has arrived (head) and some while the last wave's
 results travel (tail). No other rank has to know.
 
-The rule for waves="auto": as many waves as keep an average dispatch message at 64 KiB, between 1 and 8, at most one
-expert a wave, and one wave where a rank is alone. Below that, the cost of a message (some 0.1 ms on gloo) shows;
-above 8, head and tail are already under an eighth of the transfer, and rank-local rows fill them.
+The rule for waves="auto": as many waves as keep an average dispatch message at 256 KiB, between 1 and 8, at least one
+expert a wave, and one wave where a rank is alone. Measured with `megamoe bench --waves sweep`, two ranks on two busy
+cores of a Zen 4 CPU, 2026-11-24: a wave more costs 1 to 4 ms there, which smaller messages do not win back; above 8
+waves, head and tail are under an eighth of the transfer already, and rank-local rows fill them.
 """
 
 # P ranks   W waves   e experts of one rank
@@ -23,7 +24,7 @@ from megamoe.parallel.placement import Placement
 Waves = int | str | Sequence[int]
 
 MAX_AUTO_WAVES = 8
-AUTO_MESSAGE_BYTES = 64 * 1024
+AUTO_MESSAGE_BYTES = 256 * 1024
 
 
 def check_waves(waves: Waves) -> int | str | tuple[int, ...]:
@@ -43,7 +44,7 @@ def auto_waves(placement: Placement, rows_per_rank: float, row_bytes: int) -> in
     """Number of waves by the rule above.
 
     rows_per_rank: token-expert pairs that a rank has on average, row_bytes: bytes of one dispatched row
-        16 experts on 2 ranks, 8192 rows of 1060 bytes: 4.3 MB to each peer, 66 messages -> 8
+        16 experts on 2 ranks, 8192 rows of 1060 bytes: 4.3 MB to each peer, 16 messages -> 8
         the same with 4 rows: one message -> 1
     """
     if placement.ep_size == 1:

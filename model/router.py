@@ -30,8 +30,10 @@ class Router(nn.Module):
         super().__init__()
         if (bias is None) == (table is None):
             raise ValueError("a router takes either a bias (scored) or a table (hash-routed)")
-        self.topk, self.scale = topk, scale
-        self.register_buffer("weight", weight.to(torch.float32))
+        self.topk, self.scale, self.num_experts = topk, scale, len(weight)
+        # MKL sums columns beyond a multiple of 16 in another order when there are more threads
+        padded = nn.functional.pad(weight.to(torch.float32), (0, 0, 0, -len(weight) % 16))
+        self.register_buffer("weight", padded)
         self.register_buffer("bias", bias)
         self.register_buffer("table", table)
 
@@ -56,11 +58,12 @@ class Router(nn.Module):
         FP32 products sum in another order for a few rows than for many, and vector code rounds softplus differently
         from the scalar code at an array's end; a tile of 32 rows has neither few rows nor an end.
         """
-        scores = torch.empty(len(hidden), len(self.weight), dtype=torch.float32)
+        scores = torch.empty(len(hidden), self.num_experts, dtype=torch.float32)
         tile = torch.zeros(_TILE, hidden.shape[1])
         for start in range(0, len(hidden), _TILE):
             rows = hidden[start : start + _TILE]
             tile.zero_()
             tile[: len(rows)] = rows
-            scores[start : start + _TILE] = nn.functional.softplus(tile @ self.weight.T).sqrt()[: len(rows)]
+            tile_scores = nn.functional.softplus(tile @ self.weight.T).sqrt()  # [32, E, padded]
+            scores[start : start + _TILE] = tile_scores[: len(rows), : self.num_experts]
         return scores

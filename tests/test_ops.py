@@ -15,7 +15,17 @@ from megamoe.reference import relative_error, round_mxfp8
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 7, 8, 9, 31, 33, 65, 257)
 THREADS = (1, 2, 4)
-SIZES = [(64, 96), (33, 32), (256, 192), (8, 2880), (24, 7168)]  # N outputs, K inputs
+SIZES = [
+    (64, 96),
+    (33, 32),
+    (3, 50),
+    (8, 64),
+    (9, 57),
+    (72, 100),
+    (256, 192),
+    (8, 2880),
+    (24, 7168),
+]  # N outputs, K inputs
 LIMITS = [None, 10.0, 1.0, 0.3]
 
 
@@ -125,6 +135,21 @@ def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
     return linear(padded, weight, torch.empty(len(padded), len(weight), dtype=torch.bfloat16))[: len(x)]
 
 
+def cancelling(n: int, k: int) -> tuple[Tensor, Tensor]:
+    """x [257, K] and weight [N, K] whose products sum to zero but for rounding.
+
+    What is left is the rounding of the sum, so another order of it shows in BF16 too, where ordinary numbers hide it.
+    """
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(3))
+    a, b, rest = randn(257, k // 2), randn(n, k // 2, seed=1) * 2.0 ** (torch.arange(k // 2) % 12), k % 2
+    x, weight = torch.cat((a, a, torch.zeros(257, rest)), 1), torch.cat((b, -b, torch.zeros(n, rest)), 1)
+    return x[:, order].to(torch.bfloat16), weight[:, order].to(torch.bfloat16)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
 def weight_dtypes() -> list[torch.dtype]:
     """FP32 always; BF16 where the CPU has instructions for it, as without them its bits are not promised"""
     return sorted({torch.float32, matmul_dtype(CPU)}, key=str)
@@ -133,26 +158,49 @@ def weight_dtypes() -> list[torch.dtype]:
 @pytest.mark.parametrize("dtype", weight_dtypes(), ids=str)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_a_row_has_the_same_bits_for_any_number_of_rows_place_and_threads(n: int, k: int, dtype: torch.dtype) -> None:
-    x, weight = randn(257, k).to(torch.bfloat16), (randn(n, k, seed=1) / k**0.5).to(torch.bfloat16).to(dtype)
+    x, weight = cancelling(n, k)
+    weight = weight.to(dtype)
     expected = padded_linear(x, weight)
+    assert expected.count_nonzero() > expected.numel() / 4
     order = torch.randperm(257, generator=torch.Generator().manual_seed(2))
     for threads in THREADS:
         torch.set_num_threads(threads)
         for num_rows in ROWS:
-            assert torch.equal(padded_linear(x[:num_rows], weight), expected[:num_rows]), (threads, num_rows)
+            assert same_bits(padded_linear(x[:num_rows], weight), expected[:num_rows]), (threads, num_rows)
             moved = order[:num_rows]
-            assert torch.equal(padded_linear(x[moved], weight), expected[moved]), (threads, num_rows)
+            assert same_bits(padded_linear(x[moved], weight), expected[moved]), (threads, num_rows)
+
+
+@pytest.mark.parametrize("dtype", weight_dtypes(), ids=str)
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_a_row_has_the_same_bits_wherever_its_operands_lie_in_memory(n: int, k: int, dtype: torch.dtype) -> None:
+    x, weight = cancelling(n, k)
+    weight = weight.to(dtype)
+    expected = padded_linear(x, weight)[:16]
+    for offset in (1, 2, 5, 16):
+        buffers = [torch.zeros(t.numel() + offset, dtype=t.dtype) for t in (x[:16], weight, expected)]
+        moved_x, moved_weight, out = (
+            buffer[offset:].view(like.shape) for buffer, like in zip(buffers, (x[:16], weight, expected), strict=True)
+        )
+        moved_x.copy_(x[:16]), moved_weight.copy_(weight)
+        assert same_bits(linear(moved_x, moved_weight, out), expected), offset
+
+
+def test_another_order_of_the_sum_would_show() -> None:
+    x, weight = cancelling(64, 96)
+    backwards = padded_linear(x.flip(1), weight.flip(1).float())
+    assert (backwards != padded_linear(x, weight.float())).float().mean() > 0.25
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_linear_any_rows_gives_the_bits_of_the_whole_for_any_part(n: int, k: int) -> None:
-    x, weight = randn(257, k).to(torch.bfloat16), (randn(n, k, seed=1) / k**0.5).to(torch.bfloat16)
+    x, weight = cancelling(n, k)
     expected = linear_any_rows(x, weight)
-    assert torch.equal(expected, padded_linear(x, weight.to(matmul_dtype(CPU))))
+    assert same_bits(expected, padded_linear(x, weight.to(matmul_dtype(CPU))))
     for threads in THREADS:
         torch.set_num_threads(threads)
         for num_rows in ROWS:
-            assert torch.equal(linear_any_rows(x[257 - num_rows :], weight), expected[257 - num_rows :])
+            assert same_bits(linear_any_rows(x[257 - num_rows :], weight), expected[257 - num_rows :])
 
 
 def test_linear_of_no_rows_is_no_rows() -> None:
@@ -165,7 +213,7 @@ def test_a_row_does_not_see_the_values_beside_it(dtype: torch.dtype, beside: flo
     x, weight = randn(33, 160).to(torch.bfloat16), randn(48, 160, seed=1).to(torch.bfloat16).to(dtype)
     expected = padded_linear(x, weight)[5]
     x[:5], x[6:] = beside, beside
-    assert torch.equal(padded_linear(x, weight)[5], expected)
+    assert same_bits(padded_linear(x, weight)[5], expected)
 
 
 @pytest.mark.parametrize("dtype", weight_dtypes(), ids=str)

@@ -163,7 +163,7 @@ def test_check_waves_refuses_anything_else_and_names_it(waves: int) -> None:
 
 
 def test_auto_waves_of_its_docstring() -> None:
-    assert int(8192 * 1060 / 2 / AUTO_MESSAGE_BYTES) == 66
+    assert int(8192 * 1060 / 2 / AUTO_MESSAGE_BYTES) == 16
     assert auto_waves(Placement(16, 2), 8192, 1060) == 8
     assert auto_waves(Placement(16, 2), 4, 1060) == 1
 
