@@ -143,7 +143,9 @@ def test_error_against_fp64_is_below_the_contracts_bound(weights: str, wire: str
     exact = moe_fp64(
         shape, batch.hidden, batch.ids, batch.weights, *make_weights(shape), weight_format=weights, dispatch_format=wire
     )
-    assert relative_error(got, exact) < 5e-3
+    error = relative_error(got, exact)
+    print(f"{weights} weights, {wire} wire, 512 x 256: relative error {error:.5f}")  # noqa: T201
+    assert error < 5e-3
 
 
 def test_error_against_fp64_is_below_the_bound_at_the_size_of_v4_pro() -> None:
@@ -153,7 +155,9 @@ def test_error_against_fp64_is_below_the_bound_at_the_size_of_v4_pro() -> None:
     layer = MegaMoE(shape)
     layer.load_experts(gate_up, down)
     exact = moe_fp64(shape, batch.hidden, batch.ids, batch.weights, gate_up, down)
-    assert relative_error(layer(batch.hidden, batch.ids, batch.weights), exact) < 5e-3
+    error = relative_error(layer(batch.hidden, batch.ids, batch.weights), exact)
+    print(f"mxfp4 weights, mxfp8 wire, 7168 x 3072: relative error {error:.5f}")  # noqa: T201
+    assert error < 5e-3
 
 
 def all_to_all(group: EPGroup, batch: Batch, shares: list[slice]) -> Tensor:
