@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import megamoe
-from megamoe.launch.cli import parse_waves
+from megamoe.launch.terminal import parse_waves
 from megamoe.model.synthetic import write_checkpoint
 from tests.test_model import CONFIG, LAYER_1, truncate
 

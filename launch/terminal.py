@@ -1,0 +1,80 @@
+"""How commands speak: consoles, formats, progress and exit codes, the same for all of them.
+
+JSON alone goes to stdout, progress and notes to stderr; exit codes are 0 done, 1 failed, 2 wrong.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from types import FrameType
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+stdout, stderr = Console(), Console(stderr=True)
+
+
+class Format(str, Enum):
+    """How a command prints its result."""
+
+    table = "table"
+    json = "json"
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP, raised like KeyboardInterrupt so that everything is cleaned up on the way out."""
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turns what went wrong into one line and an exit code; the first signal unwinds, later ones wait for the end."""
+
+    def unwind(number: int, _: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, unwind)
+    try:
+        yield
+    except ValueError as wrong:
+        stderr.print(f"[bold red]wrong request:[/] {_escaped(wrong)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from wrong
+    except RuntimeError as failed:
+        stderr.print(f"[bold red]failed:[/] {_escaped(failed)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from failed
+    except KeyboardInterrupt as stopped:
+        stderr.print("interrupted; ranks stopped, files removed", highlight=False)
+        raise typer.Exit(130) from stopped
+    except Terminated as stopped:
+        stderr.print("terminated; ranks stopped, files removed", highlight=False)
+        raise typer.Exit(143) from stopped
+
+
+def _escaped(error: Exception) -> str:
+    return str(error).replace("[", r"\[")
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        yield bar
+
+
+def parse_waves(text: str) -> int | str | tuple[int, ...]:
+    """'auto' -> 'auto'    '4' -> 4    '1,2,1' -> (1, 2, 1)    ValueError for anything else"""
+    from megamoe.waves import check_waves
+
+    if text == "auto":
+        return "auto"
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        return check_waves(text)
+    return check_waves(sizes[0] if len(sizes) == 1 else sizes)
