@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +23,20 @@ from torch import Tensor
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
 from megamoe.launch.lab import Host, lab, parse_rate
 from megamoe.launch.ranks import LocalRanks
+from megamoe.launch.tape import StillTransport, Tape
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
-from megamoe.parallel.transport import Label, Transfer, Transport
+from megamoe.parallel.recorder import Recording
+from megamoe.parallel.transport import Label
 from megamoe.reference import moe
 from megamoe.shape import MoEShape
+from megamoe.timeline import Timeline
 from megamoe.waves import Waves, check_waves
 
 MEASURES = ("serial", "overlapped", "compute", "communication")
+SERIAL_TRACES = 3
+TRACED = "traced"  # the overlapped layer with a recorder in place
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class BenchRequest:
     threads_per_rank: int = 1
     repeats: int = 9
     check: bool = True
+    trace: bool = False
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -83,11 +88,15 @@ class RankTimes:
     bytes_sent: int
     rows_computed: int
     identical: bool | None
+    recording: Recording | None
 
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Medians over the repeats of the slowest rank, in milliseconds, with min and max; link in gigabytes a second."""
+    """Medians over the repeats of the slowest rank, in milliseconds, with min and max; link in gigabytes a second.
+
+    traced_ms is the overlapped layer while it is recorded; hidden_percent its share of communication that hid.
+    """
 
     ranks: int
     link_gb_s: float | None
@@ -113,6 +122,10 @@ class BenchReport:
     communication_ms: float
     communication_ms_min: float
     communication_ms_max: float
+    traced_ms: float | None
+    traced_ms_min: float | None
+    traced_ms_max: float | None
+    hidden_percent: float | None
     limit_ms: float
     exposed_ms: float
     speedup: float
@@ -129,6 +142,13 @@ class BenchReport:
 
 def run_bench(request: BenchRequest, progress: Callable[[str], None] = lambda _: None) -> BenchReport:
     """Runs the workload. ValueError for a request that cannot be met, RankFailedError or PeerError for a lost rank."""
+    return run_traced(request, progress)[0]
+
+
+def run_traced(
+    request: BenchRequest, progress: Callable[[str], None] = lambda _: None
+) -> tuple[BenchReport, Timeline | None]:
+    """As run_bench(), with a serial and an overlapped call of middling length on one time axis if the request asks."""
     with _hosts(request) as hosts:
         progress(f"starting {request.ranks} ranks")
         with LocalRanks(
@@ -136,7 +156,18 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None] = lambda _:
         ) as ranks:
             progress("running")
             found = ranks.run(bench_rank, request)
-    return _report(request, found)
+    recordings = [rank.recording for rank in found if rank.recording is not None]
+    timeline = _typical(Timeline.merge(recordings)) if recordings else None
+    return _report(request, found, timeline), timeline
+
+
+def _typical(timeline: Timeline) -> Timeline:
+    """Of each layer's calls the one of median length."""
+    kept = []
+    for layer in ("serial", "overlapped"):
+        runs = sorted((run for run in timeline.runs() if run.layer == layer), key=lambda run: run.share().total_us)
+        kept.append((layer, runs[len(runs) // 2].call))
+    return timeline.keep(kept)
 
 
 def sweep_waves(request: BenchRequest) -> list[BenchRequest]:
@@ -203,16 +234,25 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
         "compute": lambda: still(*batch),
         "communication": tape.replay,
     }
-    times: dict[str, list[float]] = {name: [] for name in MEASURES}
+    recording = Recording(group.rank, group.host) if request.trace else None
+    if recording:
+        with group.record(recording):
+            for _ in range(SERIAL_TRACES):
+                _together(group)
+                serial(*batch)
+        measures[TRACED] = lambda: layer(*batch)
+    times: dict[str, list[float]] = {name: [] for name in measures}
     for repeat in range(request.repeats + 1):
         for name, measure in measures.items():
-            _together(group)
-            begun = time.perf_counter()
-            measure()
-            if repeat:
-                times[name].append((time.perf_counter() - begun) * 1e3)
+            with group.record(recording) if recording and name == TRACED else nullcontext():
+                _together(group)
+                begun = time.perf_counter()
+                measure()
+                if repeat:
+                    times[name].append((time.perf_counter() - begun) * 1e3)
     record = layer.last_call
-    return RankTimes(times, record.waves, record.bytes_sent, record.rows_received + record.rows_local, identical)
+    rows = record.rows_received + record.rows_local
+    return RankTimes(times, record.waves, record.bytes_sent, rows, identical, recording)
 
 
 def _together(group: EPGroup) -> None:
@@ -221,94 +261,17 @@ def _together(group: EPGroup) -> None:
         group.transport.gather(torch.zeros(1, dtype=torch.uint8), Label("bench", "counts"))
 
 
-class Tape:
-    """A transport that notes everything it is asked for, so that a call's messages can be sent again without it."""
-
-    def __init__(self, transport: Transport | None) -> None:
-        self._transport = transport
-        self.pages: dict[str, Tensor] = {}
-        self._events: list[tuple[str, int, tuple[Any, ...]]] = []
-        self._num_transfers = 0
-
-    def gather(self, page: Tensor, label: Label) -> Tensor:
-        assert self._transport is not None
-        self._events.append(("gather", 0, (page, label)))
-        self.pages[label.phase] = self._transport.gather(page, label)
-        return self.pages[label.phase]
-
-    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
-        assert self._transport is not None
-        transfer = _TapedTransfer(self._transport.expect(receive, counts, label), self._num_transfers, self._events)
-        # a buffer of its own: the one of the call belongs to the call
-        self._events.append(("expect", self._num_transfers, (torch.zeros_like(receive), counts, label)))
-        self._num_transfers += 1
-        return transfer
-
-    def replay(self) -> None:
-        """Sends and receives once more what was noted, in the same order, waiting where the call waited."""
-        transfers: dict[int, Transfer] = {}
-        for action, number, arguments in self._events:
-            if self._transport is None:
-                return
-            if action == "gather":
-                self._transport.gather(*arguments)
-            elif action == "expect":
-                transfers[number] = self._transport.expect(*arguments)
-            else:
-                getattr(transfers[number], action)(*arguments)
-
-
-class _TapedTransfer:
-    def __init__(self, transfer: Transfer, number: int, events: list[tuple[str, int, tuple[Any, ...]]]) -> None:
-        self._transfer, self._number, self._events = transfer, number, events
-
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
-        self._events.append(("send", self._number, (rows.clone(), counts)))
-        self._transfer.send(rows, counts)
-
-    def wait(self) -> None:
-        self._events.append(("wait", self._number, ()))
-        self._transfer.wait()
-
-    def finish(self) -> None:
-        self._events.append(("finish", self._number, ()))
-        self._transfer.finish()
-
-
-class StillTransport:
-    """A transport that moves nothing and answers with the pages of a taped call: what the layer computes alone.
-
-    The buffers are those of the group's workspace, which hold the rows of the last call that had a transport.
-    """
-
-    def __init__(self, tape: Tape) -> None:
-        self._tape = tape
-
-    def gather(self, page: Tensor, label: Label) -> Tensor:
-        del page
-        return self._tape.pages[label.phase]
-
-    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
-        del receive, counts, label
-        return _NoTransfer()
-
-
-class _NoTransfer:
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None: ...
-
-    def wait(self) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-def _report(request: BenchRequest, found: list[RankTimes]) -> BenchReport:
+def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | None) -> BenchReport:
     """A repeat takes as long as its slowest rank; medians over repeats."""
     slowest = {
-        name: [max(times) for times in zip(*(rank.times[name] for rank in found), strict=True)] for name in MEASURES
+        name: [max(times) for times in zip(*(rank.times[name] for rank in found), strict=True)]
+        for name in found[0].times
     }
     middle = {name: median(times) for name, times in slowest.items()}
-    spread = {f"{name}_ms_min": min(times) for name, times in slowest.items()}
-    spread |= {f"{name}_ms_max": max(times) for name, times in slowest.items()}
+    milliseconds: dict[str, float | None] = {f"{TRACED}_ms{end}": None for end in ("", "_min", "_max")}
+    for name, times in slowest.items():
+        milliseconds |= {f"{name}_ms": middle[name], f"{name}_ms_min": min(times), f"{name}_ms_max": max(times)}
+    overlapped = [run for run in timeline.runs() if run.layer == "overlapped"] if timeline else []
     limit = max(middle["compute"], middle["communication"])
     asked = {f.name: getattr(request, f.name) for f in fields(BenchReport) if hasattr(request, f.name)}
     asked |= {
@@ -318,8 +281,8 @@ def _report(request: BenchRequest, found: list[RankTimes]) -> BenchReport:
     }
     return BenchReport(
         **asked,
-        **{f"{name}_ms": time for name, time in middle.items()},
-        **spread,
+        **milliseconds,  # type: ignore[arg-type]
+        hidden_percent=overlapped[0].share().hidden_percent if overlapped else None,
         limit_ms=limit,
         exposed_ms=middle["overlapped"] - middle["compute"],
         speedup=middle["serial"] / middle["overlapped"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -39,6 +40,10 @@ def bench(
     ] = "auto",
     threads_per_rank: Annotated[int, typer.Option(help="torch threads of a rank.")] = 1,
     repeats: Annotated[int, typer.Option(help="Rounds that are measured, after one that is not.")] = 9,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Record a serial and an overlapped call, for Perfetto and megamoe timeline."),
+    ] = None,
     check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
     output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
 ) -> None:
@@ -48,7 +53,7 @@ def bench(
     with exit_codes():
         with progress() as bar:
             task = bar.add_task("starting", total=None)
-            from megamoe.launch.bench import BenchRequest, run_bench, sweep_waves  # brings torch
+            from megamoe.launch.bench import BenchRequest, run_traced, sweep_waves  # brings torch
             from megamoe.launch.presets import preset as shape_of
 
             base = shape_of(preset) if preset else None
@@ -66,13 +71,24 @@ def bench(
                 threads_per_rank=threads_per_rank,
                 repeats=repeats,
                 check=check,
+                trace=trace is not None,
                 **sizes,
             )
+            if trace and waves == "sweep":
+                raise ValueError("a trace holds one workload: give --trace or --waves sweep")
+            if trace and not trace.resolve().parent.is_dir():
+                raise ValueError(f"there is no folder {trace.resolve().parent} to write the trace in")
             requests = sweep_waves(request) if waves == "sweep" else [request]
             reports = []
             for number, each in enumerate(requests):
                 bar.update(task, description=f"{each.waves} waves", completed=number, total=len(requests))
-                reports.append(run_bench(each))
+                report, timeline = run_traced(each)
+                reports.append(report)
+        if trace and timeline:
+            timeline.save(trace)
+            stderr.print(
+                f"wrote {trace}: open it in Perfetto, or with megamoe timeline", highlight=False, soft_wrap=True
+            )
         if link is None:
             stderr.print("links are not shaped: ranks talk over loopback; --link 1gbit gives each a link of its own")
         if output is Format.json:
@@ -113,7 +129,7 @@ def _print_bench(report: BenchReport) -> None:
     for heading in ("", "median ms", "min", "max"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     values = report.as_dict()
-    for name in ("serial", "overlapped", "compute", "communication"):
+    for name in ("serial", "overlapped", "compute", "communication", *(["traced"] if report.traced_ms else [])):
         table.add_row(name, *(f"{values[f'{name}_ms{suffix}']:.1f}" for suffix in ("", "_min", "_max")))
     stdout.print(table)
     verdict = {True: "identical to the oracle", False: "DIFFERENT from the oracle", None: "not checked"}[
@@ -125,3 +141,7 @@ def _print_bench(report: BenchReport) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if report.traced_ms is not None:
+        cost = report.traced_ms / report.overlapped_ms - 1
+        hidden = "none" if report.hidden_percent is None else f"{report.hidden_percent:.1f} %"
+        stdout.print(f"{hidden} of communication hidden; recording cost {cost:+.1%}", highlight=False)

@@ -16,7 +16,9 @@ from torch import Tensor
 from megamoe.experts import Experts
 from megamoe.ops import reduce_slots, row_multiple
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.transport import Label, Transfer
+from megamoe.parallel.recorder import CallNotes, Notes
+from megamoe.parallel.transport import Label, Transfer, Transport
+from megamoe.parallel.watch import WatchedTransport
 from megamoe.rows import Route, arrange
 from megamoe.waves import Load, Step, WavePlan, schedule
 from megamoe.wire import Wire
@@ -69,6 +71,13 @@ class Parts:
     experts: Experts
     wire: Wire
     overlap: bool
+    notes: Notes
+
+    @property
+    def transport(self) -> Transport | None:
+        """The group's, watched while it is recorded."""
+        transport, notes = self.group.transport, self.notes
+        return WatchedTransport(transport, notes) if transport and isinstance(notes, CallNotes) else transport
 
 
 class Call:
@@ -78,7 +87,7 @@ class Call:
         self, parts: Parts, plan: WavePlan, route: Route, counts: Tensor, hidden: Tensor, record: CallRecord
     ) -> None:
         self._name, self._experts, self._wire = parts.name, parts.experts, parts.wire
-        self._rank, self._transport = parts.group.rank, parts.group.transport
+        self._rank, self._transport, self._notes = parts.group.rank, parts.transport, parts.notes
         self._workspace = parts.group.workspace
         self._plan, self._route, self._record = plan, route, record
         ids = parts.experts.ids
@@ -164,7 +173,7 @@ class Call:
                 self._rows(local_rows, rows[num_arrived : num_arrived + num_local])
             # what a wave computes leaves from where it is, so each wave has a place of its own
             place: Hashable = ("going home", step.wave) if step.arrived else "kept"
-            results = self._run(rows, counts, experts, place)
+            results = self._run(rows, counts, experts, place, step.wave)
             self._results[local_rows] = results[num_arrived:]
             if step.arrived:
                 self._computed[step.wave] = results[:num_arrived]
@@ -180,7 +189,7 @@ class Call:
         with self._record.timing("waiting_s"):
             for transfer in self._combines.values():
                 transfer.wait()
-        with self._record.timing("compute_s"):
+        with self._record.timing("compute_s"), self._notes.lane("reduce", rows=self._route.num_rows):
             out = reduce_slots(self._results, self._route.positions)
         with self._record.timing("waiting_s"):
             for transfer in (*self._dispatches.values(), *self._combines.values()):
@@ -200,26 +209,32 @@ class Call:
         rows[num_rows:] = 0
         return rows
 
-    def _run(self, rows: Tensor, counts: Tensor, experts: range, place: Hashable) -> Tensor:
+    def _run(self, rows: Tensor, counts: Tensor, experts: range, place: Hashable, wave: int) -> Tensor:
         """rows [R + padding, B] uint8 by source, counts [S, experts] -> results [R, H] bfloat16 in the same order.
 
         They stand in the workspace's buffer called `place`.
         """
         if not len(rows):
             return self._results[:0]
-        take, results = self._workspace.take, self._results
+        take, results, lane = self._workspace.take, self._results, self._notes.lane
         arranged = arrange(counts, row_multiple(rows.device), rows.device)
-        shape = (len(arranged.gather), results.shape[1])
-        if not arranged.in_place:
-            gathered = take("gathered", (shape[0], rows.shape[1]), rows)
-            rows = torch.index_select(rows, 0, arranged.gather, out=gathered)
-        tokens = take("tokens", shape, results)
-        weights = self._wire.decode(rows, tokens)
-        out = take(place if arranged.in_place else "computed", shape, results)
-        self._experts(tokens, weights, experts, arranged.padded_rows, out, self._workspace)
-        if arranged.in_place:
-            return out[: len(arranged.back)]
-        return torch.index_select(out, 0, arranged.back, out=take(place, (len(arranged.back), shape[1]), results))
+        groups = self._experts.groups(experts, arranged.padded_rows)
+        shape, num_rows = (len(arranged.gather), results.shape[1]), len(arranged.back)
+        with lane("linear-1", wave, num_rows):
+            if not arranged.in_place:
+                gathered = take("gathered", (shape[0], rows.shape[1]), rows)
+                rows = torch.index_select(rows, 0, arranged.gather, out=gathered)
+            tokens = take("tokens", shape, results)
+            weights = self._wire.decode(rows, tokens)
+            gate_up = self._experts.linear1(tokens, groups, self._workspace)
+        with lane("activation", wave, num_rows):
+            hidden = self._experts.activation(gate_up, weights, self._workspace)
+        with lane("linear-2", wave, num_rows):
+            out = take(place if arranged.in_place else "computed", shape, results)
+            self._experts.linear2(hidden, groups, out, self._workspace)
+            if arranged.in_place:
+                return out[:num_rows]
+            return torch.index_select(out, 0, arranged.back, out=take(place, (num_rows, shape[1]), results))
 
     def _own_rows(self, experts: range) -> Tensor:
         first = self._experts.ids.start

@@ -17,6 +17,7 @@ from megamoe.shape import MoEShape
 
 WEIGHT_FORMATS = ("mxfp4", "bf16")
 Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
+RowGroups = list[tuple[slice, int]]
 
 
 class Experts(nn.Module):
@@ -124,34 +125,30 @@ class Experts(nn.Module):
             dequantize_mxfp4(packed, out=weight)
         return weight.to(self.matmul_dtype)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        weights: Tensor,
-        experts: range,
-        padded_rows: Sequence[int],
-        out: Tensor,
-        workspace: Workspace,
-    ) -> Tensor:
-        """Computes rows sorted by expert.
-
-        tokens [n, H] bfloat16, weights [n] float32, experts: global ids in order, padded_rows: rows of each, a
-        multiple of ops.row_multiple(), n in all; out [n, H] bfloat16 takes the results
-        """
-        # Linear-1 of every expert
+    def linear1(self, tokens: Tensor, groups: RowGroups, workspace: Workspace) -> Tensor:
+        """tokens [n, H] bfloat16, rows sorted by expert as in groups() -> gate and up [n, 2I] bfloat16"""
         gate_up = workspace.take("gate_up", (len(tokens), 2 * self.shape.intermediate), tokens)
-        for rows, index in self._spans(experts, padded_rows):
+        for rows, index in groups:
             linear(tokens[rows], self._weight("gate_up", index, workspace), gate_up[rows])
-        # clamp, SiLU(gate) * up * weight, rounded as the contract says
-        hidden = workspace.take("hidden", (len(tokens), self.shape.intermediate), tokens)
-        activate(gate_up, weights, self.shape.swiglu_limit, self.table, quantized=self.packed, out=hidden)
-        # Linear-2 of every expert
-        for rows, index in self._spans(experts, padded_rows):
+        return gate_up
+
+    def activation(self, gate_up: Tensor, weights: Tensor, workspace: Workspace) -> Tensor:
+        """Clamp, SiLU(gate) * up * weight, rounded as the contract says: [n, 2I], [n] float32 -> [n, I] bfloat16"""
+        hidden = workspace.take("hidden", (len(gate_up), self.shape.intermediate), gate_up)
+        return activate(gate_up, weights, self.shape.swiglu_limit, self.table, quantized=self.packed, out=hidden)
+
+    def linear2(self, hidden: Tensor, groups: RowGroups, out: Tensor, workspace: Workspace) -> Tensor:
+        """hidden [n, I] bfloat16 into out [n, H] bfloat16"""
+        for rows, index in groups:
             linear(hidden[rows], self._weight("down", index, workspace), out[rows])
         return out
 
-    def _spans(self, experts: range, padded_rows: Sequence[int]) -> list[tuple[slice, int]]:
-        """Rows and local index of each expert that has any.    experts 4..6, rows [8, 0, 16] -> [0:8] 4, [8:24] 6"""
+    def groups(self, experts: range, padded_rows: Sequence[int]) -> RowGroups:
+        """Rows and local index of each expert that has any; experts are global ids in order.
+
+        padded_rows: rows of each, a multiple of ops.row_multiple()
+        experts 4..6, rows [8, 0, 16] -> [0:8] 4, [8:24] 6
+        """
         spans, start = [], 0
         for expert, rows in zip(experts, padded_rows, strict=True):
             if rows:

@@ -18,6 +18,7 @@ from megamoe.experts import Experts, Weight
 from megamoe.formats import MXFP4
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
+from megamoe.parallel.recorder import Notes
 from megamoe.rows import route_rows
 from megamoe.shape import MoEShape
 from megamoe.waves import Waves, auto_waves, check_waves, plan_waves
@@ -119,9 +120,9 @@ class MegaMoE(nn.Module):
         rank is lost, and RuntimeError from then on: a group whose call was interrupted is broken.
         """
         complaint = self._complaint(hidden, topk_ids, topk_weights)
-        record = CallRecord()
-        with torch.no_grad(), self.group.unbroken(), record.timing("total_s"):
-            call = self._open(hidden, topk_ids, topk_weights, complaint, record)
+        record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
+        with torch.no_grad(), self.group.unbroken(), notes.lane("call"), record.timing("total_s"):
+            call = self._open(hidden, topk_ids, topk_weights, complaint, record, notes)
             for wave in range(LOOKAHEAD):
                 call.dispatch(wave)
             for step in call.steps:
@@ -141,6 +142,7 @@ class MegaMoE(nn.Module):
         topk_weights: Tensor,
         complaint: ValueError | None,
         record: CallRecord,
+        notes: Notes,
     ) -> Call:
         """Agrees with all ranks on the call, before any row moves, and lays out this rank's part of it."""
         tokens, counts = 0, torch.zeros(self.shape.num_experts, dtype=torch.int64)
@@ -154,11 +156,13 @@ class MegaMoE(nn.Module):
             plan = plan_waves(self.placement, self._choose_waves(agreed.tokens))
             route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist())
             hidden = hidden.to(torch.bfloat16).contiguous()
-        parts = Parts(self.name, self.group, self.experts, self.wire, self.overlap)
+        parts = Parts(self.name, self.group, self.experts, self.wire, self.overlap, notes)
         return Call(parts, plan, route, agreed.counts, hidden, record)
 
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
         try:
+            if self.group.recorders and self.device.type != "cpu":
+                raise ValueError(f"a recording notes host time, which says nothing of work on {self.device}")
             check_input(self.shape, self.device, hidden, topk_ids, topk_weights)
             if self.experts.missing:
                 missing = _short(self.experts.missing)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
+from megamoe.parallel.recorder import Notes, Recorder, Recording
 from megamoe.parallel.transport import AllToAllTransport, PairTransport, Transport
 from megamoe.parallel.workspace import Workspace
 
@@ -29,6 +30,7 @@ class EPGroup:
     host, hosts      this rank's host name; those of the others, filled in at the first call
     workspace        buffers that the group's layers use in turn
     broken           why the group cannot be used any more, empty while it can
+    recorders        at most one: takes notes of every call of the group's layers
 
     Layers that share an EPGroup learn from each other that it is broken; give all layers of a model the same one.
     """
@@ -41,6 +43,24 @@ class EPGroup:
     hosts: dict[int, str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     workspace: Workspace = field(default_factory=Workspace)
+    recorders: list[Recorder] = field(default_factory=list)
+
+    @contextmanager
+    def record(self, recording: Recording) -> Iterator[None]:
+        """Has every call in the block take notes. RuntimeError where another recorder does already."""
+        if self.recorders:
+            raise RuntimeError("the group is being recorded already")
+        recorder = Recorder(recording)
+        self.recorders.append(recorder)
+        try:
+            yield
+        finally:
+            self.recorders.clear()
+            recorder.stop()
+
+    def notes(self, layer: str, call: int) -> Notes:
+        """Where a call notes what it does: nowhere, unless the group is being recorded."""
+        return self.recorders[0].call(layer, call) if self.recorders else Notes()
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:

@@ -47,7 +47,9 @@ class Transfer(Protocol):
 
 
 class Transport(Protocol):
-    """Moves rows between the ranks of a group."""
+    """Moves rows between the ranks of a group. early: rows may arrive before this rank has sent its own."""
+
+    early: bool
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
         """Opens a transfer whose incoming rows fill receive [sum(counts), ...], ordered by peer. Returns at once."""
@@ -139,6 +141,7 @@ class PairTransfer:
 class PairTransport:
     """Point-to-point pairs with every peer: gloo's fast path. Tags keep the phases and waves of a call apart."""
 
+    early = True
     _PHASES = ("counts", "more counts", "dispatch", "combine")
     _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
 
@@ -193,6 +196,8 @@ class AllToAllTransport:
 
     A collective that fails does not tell which peer failed it: the error then names the next rank and says so.
     """
+
+    early = False
 
     def __init__(
         self, group: dist.ProcessGroup, deadline_s: float, hosts: dict[int, str], device: torch.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from megamoe.launch.bench import MEASURES, BenchRequest, sweep_waves
 from megamoe.launch.lab import burst_bytes
 from megamoe.launch.presets import preset
 from megamoe.shape import MoEShape
+from megamoe.timeline import Timeline
 from tests.test_demo import command
 from tests.test_lab import needs_lab
 
@@ -92,6 +94,35 @@ def test_on_a_slow_link_communication_takes_what_the_link_allows() -> None:
     num_bytes, at_once = report["bytes_sent_per_rank"], burst_bytes(20e6)
     assert 0.95 * (num_bytes - at_once) / 2500 < report["communication_ms"] < 1.3 * num_bytes / 2500
     assert report["overlapped_ms"] > 0.95 * (num_bytes - at_once) / 2500, "no schedule is faster than the link"
+
+
+@needs_lab
+def test_a_trace_shows_a_serial_call_and_an_overlapped_one_that_hides_more(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    done = command(
+        *("bench", *SMALL, "--ranks", 2, "--link", "100mbit", "--tokens-per-rank", 600, "--hidden", 512, "--waves", 3),
+        *("--intermediate", 512, "--trace", trace, "--format", "json"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    check(report)
+    assert 0 < report["traced_ms_min"] <= report["traced_ms"] <= report["traced_ms_max"]
+    serial, overlapped = Timeline.load(trace).runs()
+    assert (serial.layer, overlapped.layer) == ("serial", "overlapped")
+    hidden, in_vain = overlapped.share().hidden_percent, serial.share().hidden_percent
+    assert hidden is not None
+    assert in_vain is not None
+    assert hidden == pytest.approx(report["hidden_percent"], abs=0.1)
+    assert hidden > in_vain
+    assert "wrote" in done.stderr
+
+
+def test_a_trace_needs_a_place_and_one_workload(tmp_path: Path) -> None:
+    for arguments in (["--trace", tmp_path / "no" / "out.json"], ["--trace", tmp_path / "a", "--waves", "sweep"]):
+        done = command("bench", *SMALL, *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "trace" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_rank_has_nothing_to_communicate() -> None:

@@ -86,11 +86,11 @@ def test_a_late_rank_is_named_at_the_deadline() -> None:
 def monkey(layer: MegaMoE, instead: Callable[[], None]) -> None:
     """What this rank does when it should compute."""
 
-    def forward(*_: object) -> Tensor:
+    def linear1(*_: object) -> Tensor:
         instead()
         raise RuntimeError("the results never came")
 
-    layer.experts.forward = forward  # type: ignore[assignment,method-assign]
+    layer.experts.linear1 = linear1  # type: ignore[assignment,method-assign]
 
 
 def stalls_in_mid_call(group: EPGroup) -> tuple[str, float]:
@@ -121,11 +121,11 @@ def interrupted(group: EPGroup) -> list[str]:
     """Every rank is interrupted in mid-call; what both layers of the group say from then on."""
     batch = make_batch(SHAPE, 50)
     first, second = (make_layer(SHAPE, group, name=name) for name in ("layers.0", "layers.1"))
-    good = first.experts.forward
+    good = first.experts.linear1
     monkey(first, lambda: None)
     with pytest.raises(RuntimeError, match="the results never came"):
         first(batch.hidden, batch.ids, batch.weights)
-    first.experts.forward = good  # type: ignore[method-assign]
+    first.experts.linear1 = good  # type: ignore[method-assign]
     said = []
     for layer in (first, second):
         with pytest.raises(RuntimeError) as refusal:

@@ -1,0 +1,153 @@
+"""What happened when, on one rank: stretches of work and flights of rows, noted while a recorder is in place.
+
+Notes are of host time, in nanoseconds since the epoch: ranks of one machine share a clock, those of several are as
+close as their clocks. Nothing here knows what a lane means.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of this rank's own work. `lane` says of what kind; rows is how many it handled."""
+
+    layer: str
+    call: int
+    lane: str
+    wave: int
+    begin_ns: int
+    end_ns: int
+    rows: int
+
+
+@dataclass(slots=True)
+class Flight:
+    """Rows on their way to this rank and from it, in one transfer. A time is 0 where it was never reached.
+
+    received[r]   rows that come from each rank
+    row_bytes     bytes of one such row
+    sent_ns       when this rank began to send its own part
+    arrived_ns    when the last row for this rank was there
+    """
+
+    layer: str
+    call: int
+    lane: str
+    wave: int
+    received: tuple[int, ...]
+    row_bytes: int
+    sent_ns: int = 0
+    arrived_ns: int = 0
+
+
+@dataclass(slots=True)
+class Recording:
+    """What one rank noted."""
+
+    rank: int
+    host: str
+    spans: list[Span] = field(default_factory=list)
+    flights: list[Flight] = field(default_factory=list)
+
+
+class Notes:
+    """Where one call notes what it does. The plain one notes nothing, and costs nothing that can be measured."""
+
+    _NOTHING = nullcontext()
+    recorder: Recorder | None = None
+
+    def lane(self, lane: str, wave: int = 0, rows: int = 0) -> AbstractContextManager[None]:
+        """A block of work."""
+        del lane, wave, rows
+        return self._NOTHING
+
+
+class CallNotes(Notes):
+    """Notes of one call into a recording."""
+
+    def __init__(self, recorder: Recorder, layer: str, call: int) -> None:
+        self.recorder, self._layer, self._call = recorder, layer, call
+
+    @contextmanager
+    def lane(self, lane: str, wave: int = 0, rows: int = 0) -> Iterator[None]:
+        begun = now_ns()
+        yield
+        self.recorder.recording.spans.append(Span(self._layer, self._call, lane, wave, begun, now_ns(), rows))
+
+    recorder: Recorder
+
+    def flight(self, lane: str, wave: int, received: tuple[int, ...], row_bytes: int) -> Flight:
+        """Opens the note of a transfer."""
+        flight = Flight(self._layer, self._call, lane, wave, received, row_bytes)
+        self.recorder.recording.flights.append(flight)
+        return flight
+
+
+class Recorder:
+    """Takes notes until stop().
+
+    Transfers cannot be asked whether they have arrived, only waited for: a thread for each lane does that, in the
+    order in which the transfers were opened, and sleeps meanwhile.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self._watchers: dict[str, _Watcher] = {}
+
+    def call(self, layer: str, call: int) -> CallNotes:
+        """Notes for one call of a layer."""
+        return CallNotes(self, layer, call)
+
+    def watch(self, flight: Flight, wait: Callable[[], None]) -> Future[None]:
+        """Has a thread wait for the flight's rows and note when they are there; the future is done then, or failed."""
+        if flight.lane not in self._watchers:
+            self._watchers[flight.lane] = _Watcher(flight.lane)
+        return self._watchers[flight.lane].watch(flight, wait)
+
+    def stop(self) -> None:
+        """Lets the watchers go; they end when what they wait for has come or failed."""
+        for watcher in self._watchers.values():
+            watcher.stop()
+        self._watchers.clear()
+
+
+class _Watcher:
+    def __init__(self, lane: str) -> None:
+        self._waits: queue.SimpleQueue[tuple[Flight, Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
+        # a daemon: an interrupted program need not wait for rows that will not come
+        threading.Thread(target=self._run, name=f"megamoe {lane} watcher", daemon=True).start()
+
+    def watch(self, flight: Flight, wait: Callable[[], None]) -> Future[None]:
+        done: Future[None] = Future()
+        self._waits.put((flight, wait, done))
+        return done
+
+    def stop(self) -> None:
+        self._waits.put(None)
+
+    def _run(self) -> None:
+        while (item := self._waits.get()) is not None:
+            flight, wait, done = item
+            try:
+                wait()
+            except BaseException as error:  # noqa: BLE001  raised where the call waits for this transfer
+                done.set_exception(error)
+            else:
+                flight.arrived_ns = now_ns()
+                done.set_result(None)
+
+
+_EPOCH_NS = time.time_ns() - time.perf_counter_ns()
+
+
+def now_ns() -> int:
+    """Nanoseconds since the epoch, by a clock that never steps back."""
+    return _EPOCH_NS + time.perf_counter_ns()

@@ -1,0 +1,139 @@
+"""The recorder: every wave of every call is noted where it happened, the bits stay, and nothing is noted outside."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megamoe.call import CallRecord
+from megamoe.launch.ranks import LocalRanks
+from megamoe.parallel.errors import PeerError
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.recorder import Notes, Recording
+from megamoe.parallel.transport import AllToAllTransport
+from megamoe.shape import MoEShape
+from megamoe.timeline import CALL, COMMUNICATION, LANES, Timeline
+from megamoe.trace import record
+from tests.cases import Batch, make_batch, make_layer, oracle, split
+from tests.test_ranks import monkey
+
+SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
+
+
+def watchers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.endswith("watcher")]
+
+
+def recorded(
+    group: EPGroup, batch: Batch, shares: list[slice], *, pairs: bool
+) -> tuple[list[Tensor], list[CallRecord], Timeline, Timeline]:
+    """Three calls, of which the second and the third are recorded."""
+    if not pairs:
+        world = dist.group.WORLD
+        assert world is not None
+        group = replace(group, transport=AllToAllTransport(world, 60.0, {}, torch.device("cpu")))
+    mine, layer = batch.part(shares[group.rank]), make_layer(SHAPE, group, waves=3, name="layers.7")
+    outputs, records = [layer(mine.hidden, mine.ids, mine.weights)], [layer.last_call]
+    with record(layer.group) as trace:
+        for _ in range(2):
+            outputs.append(layer(mine.hidden, mine.ids, mine.weights))
+            records.append(layer.last_call)
+        during = trace.gather()
+    outputs.append(layer(mine.hidden, mine.ids, mine.weights))
+    return outputs, records, during, trace.gather()
+
+
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "all_to_all"])
+def test_every_wave_is_noted_on_every_rank_and_the_bits_stay(ranks: LocalRanks, pairs: bool) -> None:
+    batch, shares = make_batch(SHAPE, 61), split(61, 3, empty=1)
+    found = ranks.run(recorded_of, batch, shares, pairs, size=3)
+    timeline = found[0][2]
+    expected = oracle(SHAPE, batch, "mxfp4", "mxfp8")
+    for number in range(4):
+        assert torch.equal(torch.cat([outputs[number] for outputs, *_ in found]), expected)
+    assert all(after == during == timeline for _, _, during, after in found), "a picture that ranks disagree on"
+    assert [(run.layer, run.call) for run in timeline.runs()] == [("layers.7", 2), ("layers.7", 3)]
+    for run, number in zip(timeline.runs(), (1, 2), strict=True):
+        for rank, (_, records, *_) in enumerate(found):
+            events, noted = run.of(rank), records[number]
+            (call,) = (event for event in events if event.lane == CALL)
+            assert {event.lane for event in events} <= {CALL, *LANES}
+            assert all(call.begin_us <= e.begin_us <= e.end_us <= call.end_us for e in events if e.rows)
+            rows = {lane: sum(event.rows for event in events if event.lane == lane) for lane in LANES}
+            assert rows["dispatch"] == noted.rows_received
+            assert rows["combine"] == noted.rows_sent
+            assert rows["linear-1"] == rows["activation"] == rows["linear-2"] == noted.rows_received + noted.rows_local
+            combined = sum(event.bytes for event in events if event.lane == "combine")
+            assert combined == noted.rows_sent * 2 * SHAPE.hidden
+            for lane in COMMUNICATION:
+                waves = [event.wave for event in events if event.lane == lane]
+                assert len(waves) == len(set(waves)), "one event a wave"
+            share = run.share(rank).hidden_percent
+            assert share is None or 0 <= share <= 100
+
+
+def recorded_of(
+    group: EPGroup, batch: Batch, shares: list[slice], pairs: bool
+) -> tuple[list[Tensor], list[CallRecord], Timeline, Timeline]:
+    return recorded(group, batch, shares, pairs=pairs)
+
+
+def what_is_left(group: EPGroup) -> tuple[list[str], list[str], bool]:
+    """Threads of a recorder while it works and after it, and whether a group that is not recorded notes anything."""
+    batch = make_batch(SHAPE, 20)
+    layer = make_layer(SHAPE, group)
+    with record(group):
+        layer(batch.hidden, batch.ids, batch.weights)
+        with pytest.raises(RuntimeError, match="recorded already"), record(group):
+            pass
+        during = watchers()
+    for thread in [thread for thread in threading.enumerate() if thread.name in during]:
+        thread.join(10)
+    return sorted(during), watchers(), type(group.notes("moe", 1)) is Notes
+
+
+def test_a_recorder_leaves_no_thread_and_no_note_behind(ranks: LocalRanks) -> None:
+    for during, after, nothing in ranks.run(what_is_left, size=2):
+        assert during == ["megamoe combine watcher", "megamoe dispatch watcher"]
+        assert (after, nothing) == ([], True)
+
+
+def stalls(group: EPGroup) -> str:
+    batch, layer = make_batch(SHAPE, 50), make_layer(SHAPE, EPGroup.of(dist.group.WORLD, deadline_s=1.5))
+    if group.rank == 1:
+        layer = make_layer(SHAPE, EPGroup.of(dist.group.WORLD, deadline_s=30))
+        monkey(layer, lambda: time.sleep(3))
+        with pytest.raises(RuntimeError):
+            layer(batch.hidden, batch.ids, batch.weights)
+        return ""
+    with record(layer.group), pytest.raises(PeerError) as lost:
+        layer(batch.hidden, batch.ids, batch.weights)
+    return str(lost.value)
+
+
+def test_a_lost_rank_is_named_while_recorded_too(ranks: LocalRanks) -> None:
+    assert "rank 1" in ranks.run(stalls, size=2)[0]
+
+
+def test_one_rank_alone_notes_its_work() -> None:
+    batch, layer = make_batch(SHAPE, 9), make_layer(SHAPE, name="alone")
+    with record(layer.group) as trace:
+        layer(batch.hidden, batch.ids, batch.weights)
+    (run,) = trace.gather().runs()
+    assert {event.lane for event in run.events} == {CALL, "linear-1", "activation", "linear-2", "reduce"}
+    assert run.share().hidden_percent is None
+    assert run.share().compute_us > 0
+
+
+def test_a_device_whose_work_host_time_does_not_measure_refuses_to_be_recorded() -> None:
+    layer = make_layer(SHAPE)
+    layer.device = torch.device("cuda")
+    with layer.group.record(Recording(0, "here")):
+        complaint = layer._complaint(*(torch.zeros(0),) * 3)
+    assert "host time, which says nothing of work on cuda" in str(complaint)
