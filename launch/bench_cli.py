@@ -11,12 +11,14 @@ import typer
 from rich import box
 from rich.table import Table
 
+from megamoe.launch import rule_cli
 from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress, stderr, stdout
 
 if TYPE_CHECKING:
     from megamoe.launch.bench import BenchReport
 
 app = typer.Typer(invoke_without_command=True)
+app.command("rule")(rule_cli.rule)
 
 
 @app.callback()
