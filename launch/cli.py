@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 
 import megamoe
-from megamoe.launch import bench_cli, timeline_cli
+from megamoe.launch import bench_cli, lab_cli, timeline_cli
 from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress, stdout
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(bench_cli.app, name="bench")
+app.add_typer(lab_cli.app, name="lab", help="Labs with shaped links for ranks of your own, and faults in any lab.")
 app.command()(timeline_cli.timeline)
 
 

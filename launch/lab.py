@@ -2,16 +2,26 @@
 
 Every rank's namespace hangs on a switch in a namespace of its own, so nothing of the lab shows among the machine's own
 interfaces. A token bucket shapes both directions of each link; a transfer then waits without using the CPU, and
-overlap can be measured. Names carry the id and start time of the process that made them: two labs can stand side by
-side, and the next start removes what a killed one left.
+overlap can be measured. Two labs can stand side by side.
+
+A lab's name says who owns it, and is all that there is to know it by: no file remembers a lab.
+
+    megamoe-PID-START-N     lab(): the process with that id and start time. The next start sweeps it when that process
+                            is gone.
+    megamoe-NAME            keep(): nobody. NAME begins with a letter, so sweep leaves it; it stands until remove().
+
+A lab's namespaces are its name with -switch or -rRANK behind it. The rate that it was built with is the alias of its
+bridge, which is written last: a lab without one is being built, or its builder was killed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import itertools
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -22,10 +32,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAMESPACES = Path("/run/netns")
-_PREFIX = "megamoe"
+INTERFACE, BRIDGE = "link0", "bridge"
+PREFIX = "megamoe-"  # of every lab's name
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+_KEPT_NAME = r"[a-z](?:[a-z0-9-]{0,30}[a-z0-9])?"
+_OWNED_NAME = r"(\d+)-(\d+)-\d+"
+_NAMESPACE = re.compile(rf"(?P<run>{PREFIX}(?:{_OWNED_NAME}|{_KEPT_NAME}))-(?:switch|r(?P<rank>\d+))")
 _CLONE_NEWNET = 0x40000000
 _numbers = itertools.count()
-_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _BURST_S, _BURST_BYTES = 0.004, 128 * 1024  # a bucket holds what passes in 4 ms, or two of the kernel's large packets
 
 
@@ -36,6 +50,11 @@ class Host:
     namespace: str | None
     address: str
     interface: str
+
+    @property
+    def lab(self) -> str | None:
+        """Name of the lab that the namespace belongs to, as runs() has it."""
+        return self.namespace and self.namespace.rpartition("-")[0]
 
     def enter(self) -> None:
         """Moves the calling thread, and the threads it will start, into the namespace."""
@@ -51,15 +70,26 @@ class Host:
             os.close(handle)
 
 
-def parse_rate(text: str) -> float:
-    """Bits per second of a rate as tc writes it.    "1gbit" -> 1e9    "250mbit" -> 2.5e8
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose lab it is: a process, or nobody's (process None), to be kept until it is taken down."""
+
+    process: int | None
+    gone: bool = False
+
+    def __str__(self) -> str:
+        return "kept" if self.process is None else f"process {self.process}{', gone' if self.gone else ''}"
+
+
+def parse_rate(text: str, what: str = "link") -> float:
+    """Bits per second of a rate as tc writes it; `what` is what errors call it.    "1gbit" -> 1e9    "250mbit" -> 2.5e8
 
     ValueError for anything else, with what it should look like.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text.strip().lower())
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"link {text!r} is not a rate such as 1gbit, 2.5gbit or 500mbit")
-    return float(match[1]) * _UNITS[match[2]]
+        raise ValueError(f"{what} {text!r} is not a rate such as 1gbit, 2.5gbit or 500mbit")
+    return float(match[1]) * UNITS[match[2]]
 
 
 def check_lab() -> None:
@@ -84,28 +114,44 @@ def lab(num_ranks: int, link: str, *, latency_ms: float = 0.0) -> Iterator[list[
 
     ValueError where the machine cannot hold a lab, or its kernel cannot delay packets and latency_ms is not 0.
     """
-    bits_per_s = parse_rate(link)
-    if not 1 <= num_ranks <= 250:
-        raise ValueError(f"a lab holds 1 to 250 ranks, got {num_ranks}")
-    if latency_ms < 0:
-        raise ValueError(f"latency_ms must not be negative, got {latency_ms}")
-    check_lab()
+    bits_per_s = _check_request(num_ranks, link, latency_ms)
     sweep()
-    run = f"{_PREFIX}-{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}"
+    run = f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}"
     try:
         yield _build(run, num_ranks, bits_per_s, latency_ms)
     finally:
         remove(run)
 
 
+def keep(num_ranks: int, link: str, *, latency_ms: float = 0.0, name: str | None = None) -> list[Host]:
+    """As lab(), but the lab stands until remove(hosts[0].lab), by default as lab1, lab2, ...; all of it or nothing.
+
+    ValueError also for a name that is taken, or is not of up to 32 small letters, digits and hyphens.
+    """
+    bits_per_s = _check_request(num_ranks, link, latency_ms)
+    if name is not None and not re.fullmatch(_KEPT_NAME, name):
+        raise ValueError(
+            f"name {name!r} is not of small letters, digits and hyphens, beginning with a letter, 32 at most"
+        )
+    sweep()
+    with _one_builder():
+        standing = runs()
+        names = [name] if name else [f"lab{number}" for number in range(1, len(standing) + 2)]
+        free = [run for run in (f"{PREFIX}{each}" for each in names) if run not in standing]
+        if not free:
+            raise ValueError(f"a lab called {name!r} stands already: choose another name, or megamoe lab down {name}")
+        try:
+            return _build(free[0], num_ranks, bits_per_s, latency_ms)
+        except BaseException:
+            remove(free[0])
+            raise
+
+
 def sweep() -> list[str]:
-    """Removes labs whose process is gone; their names."""
-    gone = []
-    for run in runs():
-        _, process, started, _ = run.split("-")
-        if _start_time(int(process)) != started:
-            remove(run)
-            gone.append(run)
+    """Removes labs whose process is gone; their names. Kept labs stay."""
+    gone = [run for run in runs() if owner(run).gone]
+    for run in gone:
+        remove(run)
     return gone
 
 
@@ -113,62 +159,128 @@ def runs() -> list[str]:
     """Names of the labs that stand on this machine."""
     if not NAMESPACES.is_dir():
         return []
-    matches = (re.match(rf"({_PREFIX}-\d+-\d+-\d+)-(?:switch|r\d+)$", path.name) for path in NAMESPACES.iterdir())
-    return sorted({match[1] for match in matches if match})
+    matches = (_NAMESPACE.fullmatch(path.name) for path in NAMESPACES.iterdir())
+    return sorted({match["run"] for match in matches if match})
 
 
-def remove(run: str) -> None:
-    """Ends what still runs in a lab's namespaces and deletes them; a lab that is not there is no error."""
-    for path in sorted(NAMESPACES.glob(f"{run}-*")):
-        listed = subprocess.run(["ip", "netns", "pids", path.name], capture_output=True, text=True, check=False)
-        for process in map(int, listed.stdout.split()):
-            if process != os.getpid():
-                _kill(process)
-        subprocess.run(["ip", "netns", "delete", path.name], capture_output=True, check=False)
+def owner(run: str) -> Owner:
+    """Whose lab it is, as its name says."""
+    match = re.fullmatch(PREFIX + _OWNED_NAME, run)
+    return Owner(int(match[1]), gone=_start_time(int(match[1])) != match[2]) if match else Owner(None)
+
+
+def switch(run: str) -> str:
+    """Name of the namespace that holds the lab's bridge and the switch's ends of the links, port0, port1, ..."""
+    return f"{run}-switch"
+
+
+def hosts_of(run: str) -> list[Host]:
+    """Hosts of a standing lab, in order of rank."""
+    matches = (_NAMESPACE.fullmatch(name) for name in _namespaces(run))
+    return [_host(run, rank) for rank in sorted(int(match["rank"]) for match in matches if match and match["rank"])]
+
+
+def processes(namespace: str) -> list[int]:
+    """Ids of the processes whose network is this namespace; none where it is gone."""
+    listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
+    return [int(process) for process in listed.stdout.split()]
+
+
+def remove(run: str) -> list[int]:
+    """Ends what still runs in a lab's namespaces, deletes them, and returns the ids of what it ended.
+
+    A lab that is not there is no error. Signals such as Ctrl-C's wait for the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        namespaces = _namespaces(run)
+        ended = [process for each in namespaces for process in processes(each) if process != os.getpid()]
+        for process in ended:
+            _kill(process)
+        for namespace in namespaces:
+            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
+        return ended
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _namespaces(run: str) -> list[str]:
+    """What stands of a lab, the switch first: what is left of a lab half removed is then not taken for a whole one."""
+    names = [path.name for path in NAMESPACES.glob(f"{run}-*") if path.name.rpartition("-")[0] == run]
+    return sorted((name for name in names if _NAMESPACE.fullmatch(name)), key=lambda name: name != switch(run))
+
+
+@contextmanager
+def _one_builder() -> Iterator[None]:
+    """Holds the machine's lock on names, which the kernel lets go of when this process ends, however it ends."""
+    handle = os.open(NAMESPACES.parent, os.O_RDONLY)  # ip itself locks NAMESPACES
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_request(num_ranks: int, link: str, latency_ms: float) -> float:
+    bits_per_s = parse_rate(link)
+    if not 1 <= num_ranks <= 250:
+        raise ValueError(f"a lab holds 1 to 250 ranks, got {num_ranks}")
+    if latency_ms < 0:
+        raise ValueError(f"latency_ms must not be negative, got {latency_ms}")
+    check_lab()
+    return bits_per_s
+
+
+def _host(run: str, rank: int) -> Host:
+    return Host(f"{run}-r{rank}", f"10.77.0.{rank + 1}", INTERFACE)
 
 
 def _build(run: str, num_ranks: int, bits_per_s: float, latency_ms: float) -> list[Host]:
-    switch = f"{run}-switch"
-    _ip(f"netns add {switch}")
-    _ip(f"-n {switch} link add name bridge type bridge")
-    _ip(f"-n {switch} link set bridge up")
-    hosts = []
-    for rank in range(num_ranks):
-        host = Host(f"{run}-r{rank}", f"10.77.0.{rank + 1}", "link0")
+    _ip(f"netns add {switch(run)}")
+    _ip(f"-n {switch(run)} link add name {BRIDGE} type bridge")
+    _ip(f"-n {switch(run)} link set {BRIDGE} up")
+    hosts = [_host(run, rank) for rank in range(num_ranks)]
+    for rank, host in enumerate(hosts):
         _ip(f"netns add {host.namespace}")
-        _ip(f"-n {switch} link add port{rank} type veth peer name {host.interface} netns {host.namespace}")
-        _ip(f"-n {switch} link set port{rank} master bridge up")
+        _ip(f"-n {switch(run)} link add port{rank} type veth peer name {host.interface} netns {host.namespace}")
+        _ip(f"-n {switch(run)} link set port{rank} master {BRIDGE} up")
         _ip(f"-n {host.namespace} addr add {host.address}/24 dev {host.interface}")
         _ip(f"-n {host.namespace} link set {host.interface} up")
         _ip(f"-n {host.namespace} link set lo up")
         # the rank's own end shapes what it sends, the switch's end what it receives
-        _shape(host.namespace or "", host.interface, bits_per_s, latency_ms)
-        _shape(switch, f"port{rank}", bits_per_s, 0.0)
-        hosts.append(host)
+        shape(host.namespace or "", host.interface, bits_per_s)
+        shape(switch(run), f"port{rank}", bits_per_s)
+        if latency_ms:
+            _delay(host.namespace or "", host.interface, latency_ms)
+    _ip(f"-n {switch(run)} link set {BRIDGE} alias {int(bits_per_s)}")
     return hosts
 
 
-def _shape(namespace: str, interface: str, bits_per_s: float, latency_ms: float) -> None:
-    burst = burst_bytes(bits_per_s)
-    _run(
-        f"tc -n {namespace} qdisc add dev {interface} root handle 1: "
-        f"tbf rate {int(bits_per_s)}bit burst {burst} latency 50ms"
+def shape(namespace: str, interface: str, bits_per_s: float, verb: str = "add") -> None:
+    """Bounds what leaves an interface; verb "change" does so to one that is bounded, and keeps its queue and delay."""
+    run_tool(
+        f"tc -n {namespace} qdisc {verb} dev {interface} root handle 1: "
+        f"tbf rate {int(bits_per_s)}bit burst {burst_bytes(bits_per_s)} latency 50ms"
     )
-    if latency_ms:
-        try:
-            _run(f"tc -n {namespace} qdisc add dev {interface} parent 1:1 netem delay {latency_ms}ms limit 100000")
-        except RuntimeError as refusal:
-            raise ValueError(f"latency_ms {latency_ms} needs the kernel module sch_netem: {refusal}") from refusal
+
+
+def _delay(namespace: str, interface: str, latency_ms: float) -> None:
+    try:
+        run_tool(f"tc -n {namespace} qdisc add dev {interface} parent 1:1 netem delay {latency_ms}ms limit 100000")
+    except RuntimeError as refusal:
+        raise ValueError(f"latency_ms {latency_ms} needs the kernel module sch_netem: {refusal}") from refusal
 
 
 def _ip(arguments: str) -> None:
-    _run(f"ip {arguments}")
+    run_tool(f"ip {arguments}")
 
 
-def _run(command: str) -> None:
+def run_tool(command: str) -> str:
+    """What a command of ip or tc prints. RuntimeError with what it complains about."""
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{command}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
 
 
 def _start_time(process: int) -> str:
@@ -182,6 +294,8 @@ def _start_time(process: int) -> str:
 
 def _kill(process: int) -> None:
     try:
-        os.kill(process, signal.SIGKILL)
+        with open(os.pidfd_open(process), "rb", buffering=0) as handle:
+            signal.pidfd_send_signal(handle.fileno(), signal.SIGKILL)
+            select.select([handle], [], [], 5.0)  # readable once it has ended
     except ProcessLookupError:
         return

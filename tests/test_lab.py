@@ -1,4 +1,4 @@
-"""The lab: links of the bandwidth asked for, taken down however it ends, and swept where it was killed."""
+"""The lab: links of the bandwidth asked for, taken down however it ends, swept where it was killed; faults are felt."""
 
 from __future__ import annotations
 
@@ -8,12 +8,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from megamoe.launch.lab import NAMESPACES, Host, burst_bytes, check_lab, lab, parse_rate, runs, sweep
+from megamoe.launch.faults import cut, find, format_rate, heal, links, slow
+from megamoe.launch.lab import (
+    NAMESPACES,
+    PREFIX,
+    Host,
+    burst_bytes,
+    check_lab,
+    hosts_of,
+    keep,
+    lab,
+    owner,
+    parse_rate,
+    remove,
+    runs,
+    sweep,
+)
 from megamoe.launch.ranks import LocalRanks
+from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport import Label
 from megamoe.shape import MoEShape
@@ -44,6 +62,11 @@ def test_rates_are_read_as_tc_writes_them(text: str, bits: float) -> None:
 def test_other_rates_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a rate such as 1gbit"):
         parse_rate(text)
+
+
+@pytest.mark.parametrize("text", ["1gbit", "2.5gbit", "500mbit", "64.5kbit", "0.5kbit"])
+def test_rates_are_written_as_they_are_read(text: str) -> None:
+    assert format_rate(parse_rate(text)) == text
 
 
 def names(run_hosts: list[Host]) -> set[str]:
@@ -86,6 +109,24 @@ def test_the_next_start_sweeps_what_a_killed_one_left() -> None:
         process.send_signal(signal.SIGKILL)
     assert run in sweep()
     assert not list(NAMESPACES.glob(f"{run}-*"))
+
+
+@needs_lab
+def test_a_sweep_leaves_kept_labs_and_takes_only_the_lab_that_is_named() -> None:
+    name = f"kept-{os.getpid()}"
+    kept, other = keep(1, "1gbit", name=name), keep(1, "1gbit", name=f"{name}-r0")
+    try:
+        assert kept[0].lab == PREFIX + name
+        with lab(1, "1gbit") as owned:
+            assert kept[0].lab not in sweep()
+            assert owner(str(owned[0].lab)).process == os.getpid()
+        remove(str(other[0].lab))
+        assert other[0].lab not in runs()
+        assert hosts_of(find(name)) == kept
+    finally:
+        for each in (kept, other):
+            remove(str(each[0].lab))
+    assert not [run for run in runs() if name in run]
 
 
 def transfer(group: EPGroup, num_bytes: int) -> float:
@@ -161,3 +202,70 @@ def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_labs_are_refused(arguments: tuple[int, str], latency_ms: float, message: str) -> None:
     with pytest.raises(ValueError, match=message), lab(*arguments, latency_ms=latency_ms):
         pass
+
+
+# ---- faults ----
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[list[Host], LocalRanks]]:
+    """Three ranks that run in a lab of 200 Mbit/s."""
+    with lab(3, "200mbit") as hosts, LocalRanks(3, threads_per_rank=1, hosts=hosts) as ranks:
+        yield hosts, ranks
+
+
+@pytest.fixture
+def healthy(running: tuple[list[Host], LocalRanks]) -> Iterator[tuple[str, LocalRanks]]:
+    """The running lab's name and its ranks; healed after the test."""
+    hosts, ranks = running
+    yield str(hosts[0].lab), ranks
+    for rank in range(3):
+        heal(str(hosts[0].lab), rank)
+
+
+def exchange(_: EPGroup, run: str, victim: int | None, deadline_s: float) -> tuple[int, float] | None:
+    """Pages between all ranks; rank 0 cuts the victim off after the first. Who was lost after how many seconds."""
+    group = EPGroup.of(dist.group.WORLD, deadline_s=deadline_s)
+    assert group.transport is not None
+    page = torch.zeros(8, dtype=torch.uint8)
+    for number in range(3):
+        try:
+            group.transport.gather(page, Label("lab", "counts"))
+        except PeerError as lost:
+            return lost.rank, lost.waited_s
+        if number == 0 and group.rank == 0 and victim is not None:
+            cut(run, victim)
+    return None
+
+
+@needs_lab
+def test_a_rank_that_is_cut_off_goes_silent_and_is_named_by_the_others(healthy: tuple[str, LocalRanks]) -> None:
+    run, ranks = healthy
+    assert ranks.run(exchange, run, None, 20.0) == [None] * 3
+    for lost in ranks.run(exchange, run, 1, 2.0)[::2]:
+        assert lost is not None
+        rank, waited_s = lost
+        assert rank == 1
+        assert 1.9 < waited_s < 5, "the deadline tells, and no error of the network before it"
+    assert [link.cut for link in links(run)] == [False, True, False]
+    heal(run, 1)
+    assert [link.cut for link in links(run)] == [False, False, False]
+    assert ranks.run(exchange, run, None, 20.0) == [None] * 3
+
+
+@needs_lab
+def test_a_link_that_is_slowed_down_takes_longer_by_the_ratio_until_it_is_healed(
+    healthy: tuple[str, LocalRanks],
+) -> None:
+    run, ranks = healthy
+    num_bytes, seconds = 2_000_000, []
+    for _ in range(2):  # as built, slowed down by 8, healed
+        seconds.append(max(ranks.run(transfer, num_bytes, size=2)))
+        assert slow(run, 1, "25mbit").slow
+        assert [link.bits_per_s for link in links(run)] == [200e6, 25e6, 200e6]
+        seconds.append(max(ranks.run(transfer, num_bytes, size=2)))
+        heal(run, 1)
+        assert [link.bits_per_s for link in links(run)] == [200e6] * 3
+    for fast, slowed in zip(seconds[::2], seconds[1::2], strict=True):
+        assert 0.95 * (num_bytes - burst_bytes(25e6)) * 8 / 25e6 < slowed < 1.5 * num_bytes * 8 / 25e6
+        assert slowed > 4 * fast, "8 by the rates, less what a bucket lets through at once and a busy machine's delays"
