@@ -36,6 +36,7 @@ from megamoe.waves import Waves, check_waves
 
 MEASURES = ("serial", "overlapped", "compute", "communication")
 SERIAL_TRACES = 3
+SETTLING = 5
 TRACED = "traced"  # the overlapped layer with a recorder in place
 
 
@@ -87,6 +88,7 @@ class RankTimes:
     waves: int
     bytes_sent: int
     rows_computed: int
+    dispatch_format: str
     identical: bool | None
     recording: Recording | None
 
@@ -213,12 +215,14 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
 
     layer = make_layer(group, "overlapped", request.waves)
     layer.load_experts(gate_up, down)
+    for _ in range(SETTLING):  # until it has decided what was left to it
+        layer(*batch)
+    formats["dispatch_format"] = layer.tuner.dispatch_format or request.dispatch_format
+    waves = layer.last_call.waves if request.waves == "auto" else request.waves
     serial = make_layer(group, "serial", overlap=False)
     tape = Tape(group.transport)
-    taped = make_layer(replace(group, transport=tape if group.transport else None), "taped", request.waves)
-    still = make_layer(
-        replace(group, transport=StillTransport(tape) if group.transport else None), "still", request.waves
-    )
+    taped = make_layer(replace(group, transport=tape if group.transport else None), "taped", waves)
+    still = make_layer(replace(group, transport=StillTransport(tape) if group.transport else None), "still", waves)
     serial.experts = taped.experts = still.experts = layer.experts
 
     outputs = [each(*batch) for each in (layer, serial, taped)]
@@ -252,7 +256,7 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
                     times[name].append((time.perf_counter() - begun) * 1e3)
     record = layer.last_call
     rows = record.rows_received + record.rows_local
-    return RankTimes(times, record.waves, record.bytes_sent, rows, identical, recording)
+    return RankTimes(times, record.waves, record.bytes_sent, rows, formats["dispatch_format"], identical, recording)
 
 
 def _together(group: EPGroup) -> None:
@@ -277,6 +281,7 @@ def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | 
     asked |= {
         "link_gb_s": parse_rate(request.link) / 8e9 if request.link else None,
         "waves": found[0].waves,
+        "dispatch_format": found[0].dispatch_format,
         "identical": all(rank.identical for rank in found) if request.check else None,
     }
     return BenchReport(

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from megamoe.parallel.errors import PeerError
     from megamoe.parallel.group import EPGroup, init_group
     from megamoe.shape import MoEShape
+    from megamoe.timeline import Timeline
+    from megamoe.trace import record
 
 __version__ = "0.1.0"
 
@@ -46,7 +48,9 @@ _EXPORTS = {
     "MegaMoE": "megamoe.layer",
     "MoEShape": "megamoe.shape",
     "PeerError": "megamoe.parallel.errors",
+    "Timeline": "megamoe.timeline",
     "init_group": "megamoe.parallel.group",
+    "record": "megamoe.trace",
 }
 
 __all__ = [
@@ -57,8 +61,10 @@ __all__ = [
     "MegaMoE",
     "MoEShape",
     "PeerError",
+    "Timeline",
     "__version__",
     "init_group",
+    "record",
 ]
 
 

@@ -28,6 +28,7 @@ _PAGE = np.dtype(
         ("topk", "<i8"),
         ("swiglu_limit", "<f8"),
         ("call", "<i8"),
+        ("row_s", "<f8"),
         ("weight_format", "S16"),
         ("dispatch_format", "S16"),
         ("combine_format", "S16"),
@@ -38,7 +39,7 @@ _PAGE = np.dtype(
         ("counts", "<i4", (PAGE_COUNTS,)),
     ]
 )
-_MAGIC = 0x4D4D0001  # "MM", and the version of this layout
+_MAGIC = 0x4D4D0002  # "MM", and the version of this layout
 _COMPARED = (
     "layer",
     "call",
@@ -73,14 +74,27 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """tokens[r]: T of each rank; counts [P, E] int64 on the CPU: rows that each rank has for each expert."""
+    """tokens[r]: T of each rank; counts [P, E] int64 on the CPU: rows that each rank has for each expert.
+
+    row_s: seconds that the slowest rank takes to compute a row, 0 where not all know yet
+    """
 
     tokens: list[int]
     counts: Tensor
+    row_s: float
 
 
-def agree(group: EPGroup, terms: Terms, num_tokens: int, counts: Tensor, complaint: ValueError | None) -> Agreement:
-    """Exchanges pages with all ranks of the group; counts [E] int64 on the CPU.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank brings: num_tokens T, counts [E] int64 on the CPU, row_s seconds to compute a row, 0 if unknown."""
+
+    num_tokens: int
+    counts: Tensor
+    row_s: float
+
+
+def agree(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None) -> Agreement:
+    """Exchanges pages with all ranks of the group.
 
     Raises the complaint, if this rank has one, after all others have heard of it. ValueError, on every rank alike,
     where any rank complained or the terms differ; PeerError for a rank that does not answer within the deadline.
@@ -88,33 +102,33 @@ def agree(group: EPGroup, terms: Terms, num_tokens: int, counts: Tensor, complai
     if group.transport is None:
         if complaint is not None:
             raise complaint
-        return Agreement([num_tokens], counts.unsqueeze(0))
-    page = _write_page(group, terms, num_tokens, counts, complaint)
+        return Agreement([part.num_tokens], part.counts.unsqueeze(0), part.row_s)
+    page = _write_page(group, terms, part, complaint)
     raw = group.transport.gather(torch.from_numpy(page.view(np.uint8)), Label(terms.layer, "counts"))
     pages: npt.NDArray[np.void] = raw.numpy().view(_PAGE).reshape(-1)
     group.hosts.update({rank: _text(pages[rank]["host"]) for rank in range(group.size)})
     if complaint is not None:
         raise complaint
     _refuse_differences(group, pages)
+    tokens = pages["tokens"].tolist()
+    row_s = float(pages["row_s"].max()) if bool((pages["row_s"] > 0).all()) else 0.0
     first = torch.from_numpy(pages["counts"][:, : terms.num_experts].astype(np.int64))
     if terms.num_experts <= PAGE_COUNTS:
-        return Agreement(pages["tokens"].tolist(), first)
-    rest = counts[PAGE_COUNTS:].to(torch.int32).contiguous().view(torch.uint8)
+        return Agreement(tokens, first, row_s)
+    rest = part.counts[PAGE_COUNTS:].to(torch.int32).contiguous().view(torch.uint8)
     more = group.transport.gather(rest, Label(terms.layer, "more counts"))
-    return Agreement(pages["tokens"].tolist(), torch.cat((first, more.view(torch.int32).to(torch.int64)), 1))
+    return Agreement(tokens, torch.cat((first, more.view(torch.int32).to(torch.int64)), 1), row_s)
 
 
-def _write_page(
-    group: EPGroup, terms: Terms, num_tokens: int, counts: Tensor, complaint: ValueError | None
-) -> npt.NDArray[np.void]:
+def _write_page(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None) -> npt.NDArray[np.void]:
     page = np.zeros(1, _PAGE)
-    page["magic"], page["tokens"] = _MAGIC, num_tokens
+    page["magic"], page["tokens"], page["row_s"] = _MAGIC, part.num_tokens, part.row_s
     for name, value in asdict(terms).items():
         page[name] = _clipped(value, _PAGE[name].itemsize) if isinstance(value, str) else value
     page["host"] = _clipped(group.host, 64)
     if complaint is not None:
         page["wrong"], page["complaint"] = 1, _clipped(str(complaint), 200)
-    head = counts[:PAGE_COUNTS].numpy()
+    head = part.counts[:PAGE_COUNTS].numpy()
     page["counts"][0, : len(head)] = head
     return page
 

@@ -15,17 +15,14 @@ from torch import Tensor
 
 from megamoe.experts import Experts
 from megamoe.ops import reduce_slots, row_multiple
+from megamoe.pace import Pace
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import CallNotes, Notes
 from megamoe.parallel.transport import Label, Transfer, Transport
 from megamoe.parallel.watch import WatchedTransport
 from megamoe.rows import Route, arrange
-from megamoe.waves import Load, Step, WavePlan, schedule
+from megamoe.waves import Step, WavePlan, schedule
 from megamoe.wire import Wire
-
-# What decoding one expert's weights costs, in rows of its matrix products. Measured on one Zen 4 core, 2026-11-24:
-# some 0.5 ns a value of MXFP4, 9 ps a multiply-add.
-DECODE_ROWS = {"mxfp4": 55.0, "bf16": 0.0}
 
 
 @dataclass(slots=True)
@@ -70,7 +67,7 @@ class Parts:
     group: EPGroup
     experts: Experts
     wire: Wire
-    overlap: bool
+    pace: Pace
     notes: Notes
 
     @property
@@ -94,7 +91,8 @@ class Call:
         self._own = counts[self._rank, ids.start : ids.stop]  # [e]
         self._arriving = counts[:, ids.start : ids.stop].clone()  # [P, e]
         self._arriving[self._rank] = 0
-        self.steps = schedule(plan, self._rank, self._load(2 * hidden.shape[1], parts.overlap))
+        arriving = [int(self._from_others(wave).sum()) for wave in range(plan.num_waves)]
+        self.steps = schedule(plan, self._rank, parts.pace.load(self._own.tolist(), arriving))
         with record.timing("compute_s"):
             encoded = self._workspace.take("encoded", (len(hidden), parts.wire.row_bytes), hidden, torch.uint8)
             self._encoded = parts.wire.encode(hidden, encoded)  # [T, B]
@@ -106,20 +104,6 @@ class Call:
         self._dispatches: dict[int, Transfer] = {}
         self._combines: dict[int, Transfer] = {}
         self._note(len(hidden), hidden.shape[1])
-
-    def _load(self, home_bytes: int, overlap: bool) -> Load:
-        """At the balance point a row's two journeys take as long as its compute; their bytes share that time.
-
-        Without overlap there is nothing to cover.
-        """
-        out_bytes = self._wire.row_bytes
-        return Load(
-            local=self._own.tolist(),
-            arriving=[int(self._from_others(wave).sum()) for wave in range(self._plan.num_waves)],
-            dispatch_cost=overlap * out_bytes / (out_bytes + home_bytes),
-            combine_cost=overlap * home_bytes / (out_bytes + home_bytes),
-            decode_cost=DECODE_ROWS[self._experts.weight_format] * (not self._experts.keep_dequantized),
-        )
 
     def _from_others(self, wave: int) -> Tensor:
         """[P, experts of this rank in the wave]: rows that other ranks send for each."""

@@ -16,6 +16,9 @@ from megamoe.parallel.workspace import Workspace
 from megamoe.shape import MoEShape
 
 WEIGHT_FORMATS = ("mxfp4", "bf16")
+# What decoding one expert's weights costs, in rows of its matrix products. Measured on one Zen 4 core, 2026-11-24:
+# some 0.5 ns a value of MXFP4, 9 ps a multiply-add.
+_DECODE_ROWS = 55.0
 Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
 RowGroups = list[tuple[slice, int]]
 
@@ -45,7 +48,7 @@ class Experts(nn.Module):
         keep_dequantized: bool = False,
     ) -> None:
         super().__init__()
-        self.shape, self.ids, self.weight_format = shape, ids, weight_format
+        self.shape, self.ids, self.weight_format, self.device = shape, ids, weight_format, device
         self.packed = weight_format == "mxfp4"
         self.keep_dequantized = keep_dequantized and self.packed
         self._loaded = [False] * len(ids)
@@ -74,6 +77,11 @@ class Experts(nn.Module):
     def memory_bytes(self) -> int:
         """Bytes that this rank's expert weights take, dequantised copies included."""
         return sum(b.numel() * b.element_size() for name, b in self.named_buffers() if name != "table")
+
+    @property
+    def decode_rows(self) -> float:
+        """What making one expert's weights ready costs, in rows that could be computed meanwhile."""
+        return _DECODE_ROWS if self.packed and not self.keep_dequantized else 0.0
 
     @property
     def missing(self) -> list[int]:

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamoe.agreement import Terms, agree
+from megamoe.agreement import Part, Terms, agree
 from megamoe.call import Call, CallRecord, Parts
 from megamoe.checks import check_formats, check_input
 from megamoe.experts import Experts, Weight
@@ -21,10 +19,8 @@ from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Notes
 from megamoe.rows import route_rows
 from megamoe.shape import MoEShape
-from megamoe.waves import Waves, auto_waves, check_waves, plan_waves
-from megamoe.wire import Wire
-
-LOOKAHEAD = 2  # waves whose rows may be on their way beyond the one that computes
+from megamoe.tuner import Tuner
+from megamoe.waves import LOOKAHEAD, Waves, check_waves, plan_waves
 
 
 class MegaMoE(nn.Module):
@@ -33,7 +29,9 @@ class MegaMoE(nn.Module):
     shape             sizes of the layer, MoEShape
     group             torch ProcessGroup or EPGroup; None is one rank
     weight_format     "mxfp4" (the contract's FP8 x FP4 arithmetic) or "bf16"
-    dispatch_format   "mxfp8" (H + H/32 bytes a row) or "bf16"; with mxfp4 weights the bits are the same
+    dispatch_format   "mxfp8" (H + H/32 bytes a row), "bf16", or "auto"; with mxfp4 weights the bits are the same.
+                      With bf16 weights mxfp8 rounds the tokens, and auto does so where the group's link is slow: give
+                      the format where bits must not depend on the link
     combine_format    "bf16"
     waves             "auto", a number, or relative sizes of uneven waves; the bits are the same
     device            where the weights are and the tokens must be; the CPU by default
@@ -76,7 +74,9 @@ class MegaMoE(nn.Module):
             device=self.device,
             keep_dequantized=keep_dequantized,
         )
-        self.wire = Wire(dispatch_format, shape.hidden, round_on_arrival=weight_format == "mxfp4")
+        self.tuner = Tuner(
+            name, self.group, self.experts, waves=self.waves, dispatch_format=dispatch_format, overlap=overlap
+        )
         self.last_call = CallRecord()
         self._num_calls = 0
 
@@ -133,6 +133,7 @@ class MegaMoE(nn.Module):
                     call.combine(step.wave)
             out = call.reduce()
         self.last_call = record
+        self.tuner.note(record)
         return out
 
     def _open(
@@ -151,12 +152,13 @@ class MegaMoE(nn.Module):
             counts = torch.bincount(topk_ids.flatten() + 1, minlength=self.shape.num_experts + 1)[1:].cpu()
         self._num_calls += 1
         with record.timing("counts_s"):
-            agreed = agree(self.group, self._terms(), tokens, counts, complaint)
+            agreed = agree(self.group, self._terms(), Part(tokens, counts, self.tuner.row_s), complaint)
+            choice = self.tuner.choose(agreed)
         with record.timing("compute_s"):
-            plan = plan_waves(self.placement, self._choose_waves(agreed.tokens))
+            plan = plan_waves(self.placement, choice.waves)
             route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist())
             hidden = hidden.to(torch.bfloat16).contiguous()
-        parts = Parts(self.name, self.group, self.experts, self.wire, self.overlap, notes)
+        parts = Parts(self.name, self.group, self.experts, choice.wire, choice.pace, notes)
         return Call(parts, plan, route, agreed.counts, hidden, record)
 
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
@@ -185,13 +187,6 @@ class MegaMoE(nn.Module):
             combine_format=self.combine_format,
             waves=str(self.waves),
         )
-
-    def _choose_waves(self, tokens: Sequence[int]) -> int | Sequence[int]:
-        if self.waves != "auto":
-            assert not isinstance(self.waves, str)
-            return self.waves
-        rows_per_rank = sum(tokens) * self.shape.topk / len(tokens)
-        return auto_waves(self.placement, rows_per_rank, self.wire.row_bytes)
 
     def extra_repr(self) -> str:
         return (

@@ -5,10 +5,10 @@ from what all ranks know. The **schedule** is this rank's own order of work: row
 need no link, so some of them are computed before the first wave has arrived (head) and some while the last wave's
 results travel (tail). No other rank has to know.
 
-The rule for waves="auto": as many waves as keep an average dispatch message at 256 KiB, between 1 and 8, at least one
-expert a wave, and one wave where a rank is alone. Measured with `megamoe bench --waves sweep`, two ranks on two busy
-cores of a Zen 4 CPU, 2026-11-24: a wave more costs 1 to 4 ms there, which smaller messages do not win back; above 8
-waves, head and tail are under an eighth of the transfer already, and rank-local rows fill them.
+The rule for waves="auto" before anything is known of link and compute (afterwards see pace.py): as many waves as keep
+an average dispatch message at 256 KiB, between 1 and 8, at least one expert a wave, and one wave where a rank is alone.
+Smaller messages do not win back what a wave costs; above 8 waves, head and tail are under an eighth of the transfer
+already, and rank-local rows fill them.
 """
 
 # P ranks   W waves   e experts of one rank
@@ -23,6 +23,7 @@ from megamoe.parallel.placement import Placement
 
 Waves = int | str | Sequence[int]
 
+LOOKAHEAD = 2  # waves whose rows may be on their way beyond the one that computes
 MAX_AUTO_WAVES = 8
 AUTO_MESSAGE_BYTES = 256 * 1024
 

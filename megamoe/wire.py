@@ -18,7 +18,7 @@ from torch import Tensor
 from megamoe.formats import BLOCK, MXFP8, dequantize_mxfp8, quantize_mxfp8, stretches
 
 WEIGHT_BYTES = 4
-DISPATCH_FORMATS = ("mxfp8", "bf16")
+DISPATCH_FORMATS = ("mxfp8", "bf16", "auto")  # auto picks one of the others
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
+from megamoe.parallel.link import measure_link
 from megamoe.parallel.recorder import Notes, Recorder, Recording
 from megamoe.parallel.transport import AllToAllTransport, PairTransport, Transport
 from megamoe.parallel.workspace import Workspace
@@ -29,6 +30,7 @@ class EPGroup:
     deadline_s       seconds that any single wait may take
     host, hosts      this rank's host name; those of the others, filled in at the first call
     workspace        buffers that the group's layers use in turn
+    links            at most one: bytes per second that each rank can send while it receives as many, once measured
     broken           why the group cannot be used any more, empty while it can
     recorders        at most one: takes notes of every call of the group's layers
 
@@ -41,6 +43,7 @@ class EPGroup:
     deadline_s: float
     host: str = field(default_factory=socket.gethostname)
     hosts: dict[int, str] = field(default_factory=dict)
+    links: list[float] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     workspace: Workspace = field(default_factory=Workspace)
     recorders: list[Recorder] = field(default_factory=list)
@@ -57,6 +60,13 @@ class EPGroup:
         finally:
             self.recorders.clear()
             recorder.stop()
+
+    def link(self, layer: str, device: torch.device) -> float:
+        """Bytes per second of the link, measured when first asked for: all ranks must then ask."""
+        assert self.transport is not None, "a rank alone has no link"
+        if not self.links:
+            self.links.append(measure_link(self.transport, self.rank, self.size, layer, device))
+        return self.links[0]
 
     def notes(self, layer: str, call: int) -> Notes:
         """Where a call notes what it does: nowhere, unless the group is being recorded."""

@@ -142,7 +142,7 @@ class PairTransport:
     """Point-to-point pairs with every peer: gloo's fast path. Tags keep the phases and waves of a call apart."""
 
     early = True
-    _PHASES = ("counts", "more counts", "dispatch", "combine")
+    _PHASES = ("counts", "more counts", "dispatch", "combine", "link")
     _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
 
     def __init__(self, group: dist.ProcessGroup, deadline_s: float, hosts: dict[int, str]) -> None:

@@ -1,0 +1,86 @@
+"""How fast this layer's compute and its link are, and which number of waves they make best.
+
+The schedule is played as it will run, on a rank like all others: its compute is one queue, its link another, which
+carries dispatched rows and results in the order in which they are sent.
+"""
+
+# R rows a rank computes   P ranks   W waves
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamoe.parallel.placement import Placement
+from megamoe.waves import LOOKAHEAD, MAX_AUTO_WAVES, Load, WavePlan, plan_waves, schedule
+
+# What a wave costs beyond its rows: posting messages, smaller products, threads that take turns. Measured with
+# `megamoe bench --waves sweep`, two ranks on two cores of a Zen 4 CPU over gloo, 2026-11-24: 1 to 4 ms, the less the
+# smaller the messages. A GPU's launches are a guess until one is measured.
+WAVE_S = {"cpu": 1.0e-3}
+OTHER_WAVE_S = 20e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds: row_s to compute a row; out_s and home_s for its two journeys over the link; wave_s for a wave itself.
+
+    decode_rows: what making an expert's weights ready costs, in rows.
+    """
+
+    row_s: float
+    out_s: float
+    home_s: float
+    wave_s: float
+    decode_rows: float = 0.0
+
+    @classmethod
+    def balanced(cls, out_bytes: int, home_bytes: int, f_remote: float, decode_rows: float) -> Pace:
+        """Where all journeys together take as long as all compute, whatever that is: the place to be prepared for."""
+        journey_s = 1.0 / f_remote if f_remote else 0.0
+        out = out_bytes / (out_bytes + home_bytes)
+        return cls(1.0, journey_s * out, journey_s * (1 - out), 0.0, decode_rows)
+
+    def load(self, local: list[int], arriving: list[int]) -> Load:
+        """What the schedule needs to know, in units of one computed row."""
+        return Load(local, arriving, self.out_s / self.row_s, self.home_s / self.row_s, self.decode_rows)
+
+
+def best_waves(placement: Placement, rows_per_rank: float, pace: Pace) -> int:
+    """Number of waves, 1 to 8 and at most one expert each, that takes least time for R rows; the least of equals."""
+    numbers = range(1, min(MAX_AUTO_WAVES, placement.most) + 1)
+    return min(numbers, key=lambda waves: play(plan_waves(placement, waves), rows_per_rank, pace))
+
+
+def play(plan: WavePlan, rows_per_rank: float, pace: Pace) -> float:
+    """Seconds that a rank takes for R rows, spread evenly over experts and sources, from first dispatch to last result.
+
+    2 ranks with 2 experts each, 1 wave, R 400, row_s 1, out_s 0.5, home_s 1: rows arrive at 100, and until then one
+    expert's rank-local rows are computed; those that came are done at 300 and home at 500, the other expert's at 400
+    """
+    rank = 0  # the first rank has the most experts
+    placement = plan.placement
+    per_source = rows_per_rank / placement.most / placement.ep_size
+    local = [per_source] * len(placement.experts(rank))
+    arriving = [per_source * (placement.ep_size - 1) * len(plan.experts(rank, wave)) for wave in range(plan.num_waves)]
+    steps = schedule(plan, rank, pace.load([round(rows) for rows in local], [round(rows) for rows in arriving]))
+    clock = link = 0.0
+    arrivals: list[float] = []
+
+    def dispatch(wave: int) -> None:
+        nonlocal link
+        if wave < plan.num_waves:
+            link = max(link, clock) + arriving[wave] * pace.out_s
+            arrivals.append(link)
+
+    for wave in range(LOOKAHEAD):
+        dispatch(wave)
+    for step in steps:
+        rows = per_source * len(step.local)
+        if step.arrived:
+            dispatch(step.wave + LOOKAHEAD)
+            clock = max(clock, arrivals[step.wave])
+            rows += arriving[step.wave]
+        clock += rows * pace.row_s + pace.wave_s
+        if step.arrived:
+            link = max(link, clock) + arriving[step.wave] * pace.home_s
+    return max(clock, link)

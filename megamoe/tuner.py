@@ -1,0 +1,107 @@
+"""What a layer decides for itself, on all ranks alike: waves="auto" and dispatch_format="auto".
+
+Both follow from the measured link of the group, measured once, and from the compute of the layer's own calls, of which
+the slowest rank's counts. The first calls go by rules that need neither.
+"""
+
+# T tokens of this rank   H hidden   K experts per token   R rows that a rank computes on average
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megamoe.agreement import Agreement
+from megamoe.call import CallRecord
+from megamoe.experts import Experts
+from megamoe.pace import OTHER_WAVE_S, WAVE_S, Pace, best_waves
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.placement import Placement
+from megamoe.waves import Waves, auto_waves
+from megamoe.wire import Wire
+
+# Encoding a value to MXFP8 once per token and decoding it once per row, on one Zen 4 core, 2026-11-24. Twice that for
+# each byte it saves: where the link moves a byte in less time, the rounding does not pay.
+_CODEC_S = 1.2e-9
+_MIN_ROWS = 256  # calls with fewer rows say more of fixed costs than of rows
+_TRIES = 4  # calls of about the same size after which the number of waves stays
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How one call runs."""
+
+    waves: int | Sequence[int]
+    wire: Wire
+    pace: Pace
+
+
+class Tuner:
+    """Decides for one layer. waves and dispatch_format as the user gave them; without overlap nothing is covered.
+
+    dispatch_format is None, and row_s 0, until they are known.
+    """
+
+    def __init__(
+        self, name: str, group: EPGroup, experts: Experts, *, waves: Waves, dispatch_format: str, overlap: bool
+    ) -> None:
+        self._name, self._group, self._experts = name, group, experts
+        self._waves, self._overlap = waves, overlap
+        self._placement = Placement(experts.shape.num_experts, group.size)
+        self.dispatch_format = None if dispatch_format == "auto" else dispatch_format
+        self._settled: dict[int, list[int]] = {}
+        self.row_s = 0.0
+
+    def note(self, record: CallRecord) -> None:
+        """Learns from a call that has ended: the least time for a row counts, the rest is disturbance."""
+        rows = record.rows_local + record.rows_received
+        if rows >= _MIN_ROWS:
+            row_s = record.compute_s / rows
+            self.row_s = min(self.row_s, row_s) if self.row_s else row_s
+
+    def choose(self, agreed: Agreement) -> Choice:
+        """Waves, wire and pace of a call. All ranks come to the same; the link is measured when it is first needed."""
+        wire = Wire(self._choose_format(), self._experts.shape.hidden, round_on_arrival=self._experts.packed)
+        rows = sum(agreed.tokens) * self._experts.shape.topk / len(agreed.tokens)
+        first_guess = auto_waves(self._placement, rows, wire.row_bytes)
+        if self._waves == "auto" and first_guess > 1:
+            self._group.link(self._name, self._experts.device)
+        pace = self._pace(wire, agreed.row_s)
+        if self._waves != "auto":
+            assert not isinstance(self._waves, str)
+            return Choice(self._waves, wire, pace)
+        if first_guess > 1 and agreed.row_s:
+            return Choice(self._settle(rows, pace), wire, pace)
+        return Choice(first_guess, wire, pace)
+
+    def _choose_format(self) -> str:
+        """Once for good, so that bits do not change between calls: with bf16 weights the wire's rounding shows in them.
+
+        With mxfp4 weights the tokens are rounded in any case, and once per token is less work than once per row.
+        """
+        if self.dispatch_format is None:
+            if self._experts.packed:
+                self.dispatch_format = "mxfp8"
+            elif self._group.transport is None:
+                self.dispatch_format = "bf16"
+            else:
+                link = self._group.link(self._name, self._experts.device)
+                self.dispatch_format = "mxfp8" if 1 / link > _CODEC_S else "bf16"
+        return self.dispatch_format
+
+    def _pace(self, wire: Wire, row_s: float) -> Pace:
+        home_bytes, decode_rows = 2 * self._experts.shape.hidden, self._experts.decode_rows
+        if not self._overlap:
+            return Pace(1.0, 0.0, 0.0, 0.0, decode_rows)
+        if not self._group.links or not row_s:
+            f_remote = 1 - 1 / self._group.size
+            return Pace.balanced(wire.row_bytes, home_bytes, f_remote, decode_rows)
+        link, wave_s = self._group.links[0], WAVE_S.get(self._experts.device.type, OTHER_WAVE_S)
+        return Pace(row_s, wire.row_bytes / link, home_bytes / link, wave_s, decode_rows)
+
+    def _settle(self, rows: float, pace: Pace) -> int:
+        """The best number of waves, decided anew for the first calls of about that size and kept from then on."""
+        tries = self._settled.setdefault(int(rows).bit_length(), [])
+        if len(tries) < _TRIES:
+            tries.append(best_waves(self._placement, rows, pace))
+        return tries[-1]

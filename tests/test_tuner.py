@@ -1,0 +1,150 @@
+"""What a layer decides for itself: played schedules, a measured link, and the same decision on every rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megamoe.agreement import Agreement
+from megamoe.call import CallRecord
+from megamoe.experts import Experts
+from megamoe.launch.lab import lab
+from megamoe.launch.ranks import LocalRanks
+from megamoe.pace import Pace, best_waves, play
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.link import measure_link
+from megamoe.parallel.placement import Placement
+from megamoe.shape import MoEShape
+from megamoe.tuner import Tuner
+from megamoe.waves import plan_waves
+from tests.cases import Batch, make_batch, make_layer, oracle, split
+from tests.test_lab import needs_lab
+
+SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
+TWO = Placement(16, 2)
+
+
+def test_a_schedule_played_by_hand() -> None:
+    assert play(plan_waves(Placement(4, 2), 1), 400, Pace(1.0, 0.5, 1.0, 0.0)) == 500
+    # a wave of its own for each expert: 100 rows come at 50 and at 100; 50 local rows cannot be cut from an expert,
+    # so the head is expert 2's 100; then 100 that came, home at 300; expert 3's 100 that came, home at 400; the tail
+    assert play(plan_waves(Placement(4, 2), 2), 400, Pace(1.0, 0.5, 1.0, 0.0)) == 400
+    assert play(plan_waves(Placement(4, 2), 2), 400, Pace(1.0, 0.5, 1.0, 7.0)) == 428  # four steps
+
+
+@given(
+    st.integers(1, 4).map(lambda ranks: Placement(ranks * 4, ranks)),
+    st.integers(1, 8),
+    st.floats(16, 1e5),
+    st.floats(1e-3, 10),
+)
+def test_no_schedule_is_faster_than_its_compute_or_its_link(
+    placement: Placement, waves: int, rows: float, journey: float
+) -> None:
+    pace = Pace(1.0, 0.34 * journey, 0.66 * journey, 0.0)
+    took = play(plan_waves(placement, waves), rows, pace)
+    remote = rows * (1 - 1 / placement.ep_size)
+    assert took >= max(rows, remote * journey) * (1 - 1e-9)
+    assert took <= (rows + remote * journey) * (1 + 1e-9), "waiting for nothing"
+
+
+def test_waves_are_few_where_the_link_is_fast_and_many_at_the_balance_point() -> None:
+    balanced = Pace(1.0, 0.68, 1.32, 0.0)  # half the rows travel, each twice as long as it computes
+    assert best_waves(TWO, 4096, dataclasses.replace(balanced, wave_s=1.0)) == 8
+    fast = Pace(1.0, 0.0068, 0.0132, 40.0)
+    assert best_waves(TWO, 4096, fast) == 1
+    assert best_waves(Placement(16, 1), 4096, balanced) == 1
+
+
+def tuner(size: int, link: float | None, *, packed: bool = False, dispatch_format: str = "auto") -> Tuner:
+    class Nothing:
+        early = True
+
+    group = EPGroup(0, size, Nothing() if size > 1 else None, 60.0)  # type: ignore[arg-type]
+    if link is not None:
+        group.links.append(link)
+    weight_format = "mxfp4" if packed else "bf16"
+    experts = Experts(MoEShape(1024, 512, 16, 4), range(8), weight_format=weight_format, device=torch.device("meta"))
+    return Tuner("moe", group, experts, waves="auto", dispatch_format=dispatch_format, overlap=True)
+
+
+def agreed(row_s: float, tokens: int = 2048) -> Agreement:
+    return Agreement([tokens, tokens], torch.zeros(2, 16, dtype=torch.int64), row_s)
+
+
+@pytest.mark.parametrize(
+    ("size", "link", "packed", "expected"),
+    [
+        (2, 125e6, False, "mxfp8"),
+        (2, 5e9, False, "bf16"),
+        (2, 5e9, True, "mxfp8"),
+        (1, None, False, "bf16"),
+        (1, None, True, "mxfp8"),
+    ],
+    ids=["slow link", "fast link", "fast link, tokens are rounded anyway", "alone", "alone, packed"],
+)
+def test_fp8_travels_only_where_it_pays(size: int, link: float | None, packed: bool, expected: str) -> None:
+    each = tuner(size, link, packed=packed)
+    assert each.choose(agreed(0.0)).wire.dispatch_format == expected == each.dispatch_format
+
+
+def test_waves_follow_from_link_and_compute_once_both_are_known_and_then_stay() -> None:
+    each = tuner(2, 38.75e6)  # 310 Mbit/s
+    assert each.choose(agreed(0.0)).waves == 8  # the rule for the first call
+    row_s = 40e-6  # as long as half of a row's journeys: the balance point
+    assert each.choose(agreed(row_s)).waves == 8
+    each = tuner(2, 2e9)
+    assert [each.choose(agreed(row_s)).waves for _ in range(6)] == [1] * 6
+    each._group.links[0] = 38.75e6
+    assert each.choose(agreed(row_s)).waves == 1, "settled for calls of this size"
+    assert each.choose(agreed(row_s, tokens=8192)).waves > 1, "not for larger ones"
+
+
+def test_the_tuner_learns_the_least_time_for_a_row_from_calls_with_enough_of_them() -> None:
+    each = tuner(2, 1e9)
+    for rows, seconds in ((10, 1.0), (1000, 0.03), (1000, 0.02), (2000, 0.05)):
+        each.note(CallRecord(rows_local=rows // 2, rows_received=rows // 2, compute_s=seconds))
+    assert each.row_s == pytest.approx(20e-6)
+
+
+def measured(group: EPGroup) -> tuple[float, float]:
+    assert group.transport is not None
+    begun = time.perf_counter()
+    rate = measure_link(group.transport, group.rank, group.size, "moe", torch.device("cpu"))
+    return rate, time.perf_counter() - begun
+
+
+@needs_lab
+def test_a_links_rate_is_what_it_was_shaped_to() -> None:
+    with lab(3, "200mbit") as hosts, LocalRanks(3, threads_per_rank=1, hosts=hosts) as ranks:
+        for size, within in ((2, 0.15), (3, 0.35)):  # two senders to one link lose a part of it
+            found = ranks.run(measured, size=size)
+            assert len({rate for rate, _ in found}) == 1, "all ranks must have the same figure"
+            assert found[0][0] == pytest.approx(25e6, rel=within)
+            assert max(took for _, took in found) < 2
+
+
+def auto_everything(group: EPGroup, batch: Batch, shares: list[slice]) -> tuple[list[torch.Tensor], list[int], float]:
+    mine = batch.part(shares[group.rank])
+    layer = make_layer(SHAPE, group, dispatch_format="auto", waves="auto")
+    outputs, waves = [], []
+    for _ in range(3):
+        outputs.append(layer(mine.hidden, mine.ids, mine.weights))
+        waves.append(layer.last_call.waves)
+    return outputs, waves, sum(layer.group.links)
+
+
+def test_ranks_decide_alike_and_the_bits_stay(ranks: LocalRanks) -> None:
+    batch, shares = make_batch(SHAPE, 9000), split(9000, 3)
+    found = ranks.run(auto_everything, batch, shares, size=3)
+    expected = oracle(SHAPE, batch, "mxfp4", "mxfp8")
+    for number in range(3):
+        assert torch.equal(torch.cat([outputs[number] for outputs, *_ in found]), expected)
+    assert len({tuple(waves) for _, waves, _ in found}) == 1
+    assert len({link for *_, link in found}) == 1
+    assert found[0][2] > 0, "the link was measured"
