@@ -1,0 +1,1 @@
+"""This layer beside the expert-parallel layers that others publish: same weights, tokens, routing, ranks and links."""

@@ -1,0 +1,6 @@
+"""python -m benchmarks.peers, from the root of the repository."""
+
+from benchmarks.peers.run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What a peer is: a layer of experts spread over ranks, called with tokens and where each of them goes."""
+
+# T tokens of this rank   H hidden   I intermediate   K experts per token   E experts in all   e experts of this rank
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megamoe.parallel.group import EPGroup
+from megamoe.shape import MoEShape
+
+HERE = "benchmarks.peers"
+INSTALL = "pip install -c constraints.txt -e '.[peers]'"
+INSTALL_TORCHTITAN = f"{INSTALL} && pip install -c constraints.txt --no-deps torchtitan"
+PRECISE, FP8_TOKENS, FP4_LAYER = 0.02, 0.05, 0.06  # bounds on the relative error against FP32
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """Weights of all experts, the same on every rank.
+
+    gate_up   [E, 2I, H] bfloat16, gate rows first
+    down      [E, H, I] bfloat16
+    """
+
+    gate_up: Tensor
+    down: Tensor
+
+    def part(self, experts: range) -> ExpertWeights:
+        """Copies of the weights of a contiguous run of experts, which keep nothing else alive."""
+        run = slice(experts.start, experts.stop)
+        return ExpertWeights(self.gate_up[run].clone(), self.down[run].clone())
+
+
+class Layer(Protocol):
+    """A peer's layer on one rank. Called by all ranks together, under no_grad."""
+
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """hidden [T, H] bfloat16, ids [T, K] int64, weights [T, K] float32 that sum to 1 -> [T, H]
+
+        y = sum over k of weights[k] * down(silu(gate(x)) * up(x)), with the experts that ids name.
+        """
+        ...
+
+
+class MakeLayer(Protocol):
+    """Builds a peer's layer on every rank of a group that is torch.distributed's default group too."""
+
+    def __call__(self, group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> Layer: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A row of the table.
+
+    name      as the table and --peers spell it
+    make      "module:callable" of a MakeLayer, imported on the ranks only
+    package   what must be installed, None where megamoe itself suffices
+    install   the command that installs it
+    bound     what the relative error against FP32 must stay below
+    ours      True for this project's layer
+    """
+
+    name: str
+    make: str
+    package: str | None = None
+    install: str = INSTALL
+    bound: float = PRECISE
+    ours: bool = False
+
+    @property
+    def missing(self) -> str | None:
+        """Why the peer cannot be tried here and how to change that; None where its package is there."""
+        if self.package is None or importlib.util.find_spec(self.package) is not None:
+            return None
+        return f"not installed: {self.install}"
+
+    def build(self, group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> Layer:
+        """Builds the layer; raises what the peer raises."""
+        module, _, name = self.make.partition(":")
+        make: MakeLayer = getattr(importlib.import_module(module), name)
+        return make(group, shape, weights)
+
+
+PEERS = (
+    Peer("torch by hand", f"{HERE}.plain_torch:PlainTorch"),
+    Peer("transformers eager", f"{HERE}.transformers_ep:Eager", "transformers"),
+    Peer("transformers grouped_mm", f"{HERE}.transformers_ep:GroupedMM", "transformers"),
+    Peer("torchtitan", f"{HERE}.torchtitan_ep:TorchTitan", "torchtitan", INSTALL_TORCHTITAN),
+    Peer("deepspeed.moe", f"{HERE}.deepspeed_ep:DeepSpeedMoE", "deepspeed"),
+    Peer("deepspeed AutoEP", f"{HERE}.deepspeed_ep:DeepSpeedAutoEP", "deepspeed"),
+    Peer("megamoe bf16, bf16 wire", f"{HERE}.megamoe_ep:bf16_rows", ours=True),
+    Peer("megamoe bf16, mxfp8 wire", f"{HERE}.megamoe_ep:bf16", bound=FP8_TOKENS, ours=True),
+    Peer("megamoe mxfp4", f"{HERE}.megamoe_ep:mxfp4", bound=FP4_LAYER, ours=True),
+)
+
+
+def choose(text: str | None) -> list[Peer]:
+    """The peers of a comma-separated list, in the table's order; all for None. A part of a name stands for all that
+    begin with it. ValueError for a part that fits none.
+
+    "deepspeed,megamoe mxfp4" -> deepspeed.moe, deepspeed AutoEP, megamoe mxfp4
+    """
+    if text is None:
+        return list(PEERS)
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not any(peer.name.startswith(part) for peer in PEERS):
+            raise ValueError(f"no peer is called {part!r}; there are {', '.join(peer.name for peer in PEERS)}")
+    return [peer for peer in PEERS if peer.name.startswith(tuple(parts))]
