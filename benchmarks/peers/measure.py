@@ -24,6 +24,7 @@ from megamoe.shape import MoEShape
 
 SHAPE = MoEShape(hidden=1024, intermediate=512, num_experts=16, topk=4)
 DEADLINE_S = 600.0
+WARM_UP = 4  # rounds not counted: after as many, waves="auto" stays with what it has measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def _hosts(workload: Workload) -> Iterator[Sequence[Host] | None]:
 
 
 def measure_rank(group: EPGroup, workload: Workload, peers: Sequence[Peer], repeats: int) -> dict[str, RankOutcome]:
-    """A rank's part: builds and checks every layer, one round to warm up, then `repeats` rounds of all in turn."""
+    """A rank's part: builds and checks every layer, rounds to warm up, then `repeats` rounds of all in turn."""
     shape = workload.shape
     with torch.no_grad(), redirect_stdout(sys.stderr):  # what peers print must not stand in the table or the JSON
         weights = ExpertWeights(*make_expert_weights(shape))
@@ -103,12 +104,12 @@ def measure_rank(group: EPGroup, workload: Workload, peers: Sequence[Peer], repe
             if layer is not None:
                 layers[peer.name] = layer
         del weights, expected
-        for repeat in range(repeats + 1):
+        for repeat in range(-WARM_UP, repeats):
             for name, layer in layers.items():
                 dist.barrier()
                 begun = time.perf_counter()
                 layer(*batch)
-                if repeat:
+                if repeat >= 0:
                     outcomes[name].times_ms.append((time.perf_counter() - begun) * 1e3)
     return outcomes
 
