@@ -152,6 +152,8 @@ def init_group(
     try:
         world = dist.group.WORLD
         assert world is not None
+        if device.type == "cpu":
+            dist.barrier(world)  # a rank that ended its group at once would break the others off in mid-connection
         yield EPGroup.of(world, device, deadline_s=deadline_s)
     finally:
         dist.destroy_process_group()

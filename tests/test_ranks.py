@@ -74,6 +74,11 @@ def sleeps(group: EPGroup) -> None:
         time.sleep(30)
 
 
+def test_work_that_ends_at_once_breaks_no_rank_off_that_is_still_connecting(ranks: LocalRanks) -> None:
+    for number in range(25):
+        assert len(ranks.run(where, number)) == 4
+
+
 def test_a_late_rank_is_named_at_the_deadline() -> None:
     with LocalRanks(2, threads_per_rank=1) as ranks:
         ranks.run(where, 1)
