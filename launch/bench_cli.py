@@ -36,7 +36,7 @@ def bench(
     num_experts: Annotated[int | None, typer.Option(help="Experts over all ranks; 16 without a preset.")] = None,
     topk: Annotated[int | None, typer.Option(help="Experts per token; 4 without a preset.")] = None,
     weight_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "mxfp4",
-    dispatch_format: Annotated[str, typer.Option(help="mxfp8 or bf16.")] = "mxfp8",
+    dispatch_format: Annotated[str, typer.Option(help="mxfp8, bf16, or auto.")] = "mxfp8",
     waves: Annotated[
         str, typer.Option(help='"auto", a number, relative sizes such as 1,2,1, or "sweep" for a row of each.')
     ] = "auto",
