@@ -51,8 +51,9 @@ def _draw_shares(axes: Axes, report: RuleReport) -> None:
         label = f"d = {curve.intermediate}: balance at {curve.threshold_flops_per_byte:.0f} FLOPs/byte"
         _draw_points(axes, number, curve, shares, label=label, linestyle="-")
     axes.set_ylabel("exposed share of communication")
-    highest = max(point.exposed_share_max for curve in report.curves for point in curve.points)
-    axes.set_ylim(-0.03, 1.3 * max(highest, 0.5))  # the legend stands above the bars
+    points = [point for curve in report.curves for point in curve.points]
+    highest = max(max(point.exposed_share, min(point.exposed_share_max, 1.0)) for point in points)
+    axes.set_ylim(-0.03, 1.3 * max(highest, 0.5))  # the legend stands above; only a bar beyond 1 may leave the frame
     _draw_legend(axes)
 
 

@@ -194,6 +194,7 @@ def test_json_holds_every_point_and_the_fit(tmp_path: Path) -> None:
     [
         ({"ranks": 1}, "ranks must be at least 2 for anything to be sent, got 1"),
         ({"tokens_per_rank": 0}, "tokens_per_rank must be at least 1, got 0"),
+        ({"dispatch_format": "auto"}, "dispatch_format auto changes the bytes of a row between links"),
         ({"intermediate": ()}, "intermediate must name one size"),
         ({"intermediate": (512, 512)}, r"several different ones, got \(512, 512\)"),
         ({"intermediate": (512, 100), "weight_format": "mxfp4"}, "intermediate 100 is not a multiple of 32"),
