@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megamoe.experts import Experts
-from megamoe.ops import reduce_slots, row_multiple
+from megamoe.ops import reduce_slots
 from megamoe.pace import Pace
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import CallNotes, Notes
@@ -166,7 +166,7 @@ class Call:
         """Sends the wave's results home."""
         if self._transport is not None:
             rows = self._from_others(wave).sum(1).tolist()
-            self._combines[wave].send(self._computed.pop(wave), rows)
+            self._combines[wave].send(self._computed[wave], rows)  # which stay until the call has ended
 
     def reduce(self) -> Tensor:
         """Sums every token's slots once all results are home -> [T, H] bfloat16"""
@@ -187,7 +187,7 @@ class Call:
 
     def _buffer(self, name: Hashable, num_rows: int, *, pad: bool = True) -> Tensor:
         """Room for rows as they travel, and for the padding of their last expert -> [num_rows + padding, B] uint8"""
-        multiple = row_multiple(self._encoded.device) if pad else 1
+        multiple = self._experts.row_multiple if pad else 1
         shape = (-(-num_rows // multiple) * multiple, self._wire.row_bytes)
         rows = self._workspace.take(name, shape, self._encoded)
         rows[num_rows:] = 0
@@ -201,21 +201,21 @@ class Call:
         if not len(rows):
             return self._results[:0]
         take, results, lane = self._workspace.take, self._results, self._notes.lane
-        arranged = arrange(counts, row_multiple(rows.device), rows.device)
+        arranged = arrange(counts, self._experts.row_multiple, rows.device)
         groups = self._experts.groups(experts, arranged.padded_rows)
         shape, num_rows = (len(arranged.gather), results.shape[1]), len(arranged.back)
         with lane("linear-1", wave, num_rows):
             if not arranged.in_place:
                 gathered = take("gathered", (shape[0], rows.shape[1]), rows)
                 rows = torch.index_select(rows, 0, arranged.gather, out=gathered)
-            tokens = take("tokens", shape, results)
-            weights = self._wire.decode(rows, tokens)
+            wire = self._wire
+            tokens = wire.tokens(rows) if wire.in_place else wire.decode(rows, take("tokens", shape, results))
+            weights = wire.weights(rows)
             gate_up = self._experts.linear1(tokens, groups, self._workspace)
         with lane("activation", wave, num_rows):
             hidden = self._experts.activation(gate_up, weights, self._workspace)
         with lane("linear-2", wave, num_rows):
-            out = take(place if arranged.in_place else "computed", shape, results)
-            self._experts.linear2(hidden, groups, out, self._workspace)
+            out = self._experts.linear2(hidden, groups, place if arranged.in_place else "computed", self._workspace)
             if arranged.in_place:
                 return out[:num_rows]
             return torch.index_select(out, 0, arranged.back, out=take(place, (num_rows, shape[1]), results))

@@ -4,14 +4,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megamoe.formats import BLOCK, MXFP4, MXFP4_MAX_SCALE, dequantize_mxfp4, quantize_mxfp4
-from megamoe.ops import activate, linear, matmul_dtype, silu_table
+from megamoe.ops import (
+    PREPARED_ROWS,
+    activate,
+    can_prepare,
+    linear,
+    linear_prepared,
+    matmul_dtype,
+    prepare,
+    row_multiple,
+    silu_table,
+)
 from megamoe.parallel.workspace import Workspace
 from megamoe.shape import MoEShape
 
@@ -29,7 +39,8 @@ class Experts(nn.Module):
     mxfp4   gate_up uint8 [e, 2I, H/2] + scales [e, 2I, H/32], down uint8 [e, H, I/2] + scales [e, H, I/32]:
             packed, dequantised one matrix at a time into a buffer that all layers of a group share.
             keep_dequantized=True also keeps a BF16 copy (3 * H * I * 2 bytes an expert more) and saves that time.
-    bf16    gate_up bfloat16 [e, 2I, H], down bfloat16 [e, H, I]
+    bf16    gate_up bfloat16 [e, 2I, H], down bfloat16 [e, H, I]; on CPUs that multiply BF16 each matrix is held as
+            their product reads it, and the state dict has it as it was
     """
 
     gate_up: Tensor
@@ -52,6 +63,8 @@ class Experts(nn.Module):
         self.packed = weight_format == "mxfp4"
         self.keep_dequantized = keep_dequantized and self.packed
         self._loaded = [False] * len(ids)
+        self.prepares = not self.packed and can_prepare(device)
+        self._prepared: dict[str, dict[int, Tensor]] = {"gate_up": {}, "down": {}} if self.prepares else {}
         sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
         for name, (rows, columns) in sizes.items():
             for key, width, dtype in self._layout(name, columns):
@@ -61,6 +74,8 @@ class Experts(nn.Module):
         self.matmul_dtype = matmul_dtype(device)
 
     def _layout(self, name: str, columns: int) -> list[tuple[str, int, torch.dtype]]:
+        if self.prepares:
+            return []
         if not self.packed:
             return [(name, columns, torch.bfloat16)]
         layout = [(name, columns // 2, torch.uint8), (f"{name}_scales", columns // BLOCK, torch.uint8)]
@@ -68,15 +83,33 @@ class Experts(nn.Module):
             layout.append((f"{name}_dequantized", columns, torch.bfloat16))
         return layout
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, matrices in self._prepared.items():
+            if not self.missing:
+                destination[prefix + name] = torch.stack([matrices[i].to_dense() for i in range(len(self.ids))])
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        mine = {prefix + name: name for name in self._prepared}
+        if mine and all(key in state_dict for key in mine):
+            for index, expert in enumerate(self.ids):
+                self.load(expert, *(state_dict[key][index] for key in mine))
+        state_dict = {key: value for key, value in state_dict.items() if key not in mine}
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if all(prefix + name in state_dict for name, _ in self.named_buffers() if name != "table"):
+        if not mine and all(prefix + name in state_dict for name, _ in self.named_buffers() if name != "table"):
             self._loaded = [True] * len(self.ids)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes that this rank's expert weights take, dequantised copies included."""
-        return sum(b.numel() * b.element_size() for name, b in self.named_buffers() if name != "table")
+        held = [buffer for name, buffer in self.named_buffers() if name != "table"]
+        held += [matrix for matrices in self._prepared.values() for matrix in matrices.values()]
+        return sum(each.numel() * each.element_size() for each in held)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the rows of an expert must be padded to."""
+        return PREPARED_ROWS if self.prepares else row_multiple(self.device)
 
     @property
     def decode_rows(self) -> float:
@@ -109,7 +142,10 @@ class Experts(nn.Module):
         weight = as_weight(weight, size, what)
         if not self.packed:
             dense = dequantize_mxfp4(weight) if isinstance(weight, MXFP4) else weight
-            self.get_buffer(name)[index] = dense
+            if self.prepares:
+                self._prepared[name][index] = prepare(dense.to(torch.bfloat16))
+            else:
+                self.get_buffer(name)[index] = dense
             return
         if not isinstance(weight, MXFP4):
             try:
@@ -135,26 +171,32 @@ class Experts(nn.Module):
 
     def linear1(self, tokens: Tensor, groups: RowGroups, workspace: Workspace) -> Tensor:
         """tokens [n, H] bfloat16, rows sorted by expert as in groups() -> gate and up [n, 2I] bfloat16"""
-        gate_up = workspace.take("gate_up", (len(tokens), 2 * self.shape.intermediate), tokens)
-        for rows, index in groups:
-            linear(tokens[rows], self._weight("gate_up", index, workspace), gate_up[rows])
-        return gate_up
+        return self._products(tokens, "gate_up", groups, "gate_up", workspace)
 
     def activation(self, gate_up: Tensor, weights: Tensor, workspace: Workspace) -> Tensor:
         """Clamp, SiLU(gate) * up * weight, rounded as the contract says: [n, 2I], [n] float32 -> [n, I] bfloat16"""
         hidden = workspace.take("hidden", (len(gate_up), self.shape.intermediate), gate_up)
         return activate(gate_up, weights, self.shape.swiglu_limit, self.table, quantized=self.packed, out=hidden)
 
-    def linear2(self, hidden: Tensor, groups: RowGroups, out: Tensor, workspace: Workspace) -> Tensor:
-        """hidden [n, I] bfloat16 into out [n, H] bfloat16"""
+    def linear2(self, hidden: Tensor, groups: RowGroups, place: Hashable, workspace: Workspace) -> Tensor:
+        """hidden [n, I] bfloat16 -> [n, H] bfloat16, in the workspace's buffer called `place` or of its own"""
+        return self._products(hidden, "down", groups, place, workspace)
+
+    def _products(self, x: Tensor, name: str, groups: RowGroups, place: Hashable, workspace: Workspace) -> Tensor:
+        """Every group's rows by its expert's matrix."""
+        if self.prepares and len(groups) == 1:
+            return linear_prepared(x, self._prepared[name][groups[0][1]])
+        width = 2 * self.shape.intermediate if name == "gate_up" else self.shape.hidden
+        out = workspace.take(place, (len(x), width), x, torch.bfloat16)
         for rows, index in groups:
-            linear(hidden[rows], self._weight("down", index, workspace), out[rows])
+            weight = self._prepared[name][index] if self.prepares else self._weight(name, index, workspace)
+            linear(x[rows], weight, out[rows])
         return out
 
     def groups(self, experts: range, padded_rows: Sequence[int]) -> RowGroups:
         """Rows and local index of each expert that has any; experts are global ids in order.
 
-        padded_rows: rows of each, a multiple of ops.row_multiple()
+        padded_rows: rows of each, a multiple of row_multiple
         experts 4..6, rows [8, 0, 16] -> [0:8] 4, [8:24] 6
         """
         spans, start = [], 0

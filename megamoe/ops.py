@@ -2,7 +2,8 @@
 
 Bitwise contract: a row's result depends on that row alone, not on how many rows stand beside it, where it stands
 among them, or how many threads work. Element-wise operations keep it by being correctly rounded each; SiLU keeps it
-as a table over all BF16 values; a matrix product keeps it when its rows come in multiples of row_multiple().
+as a table over all BF16 values; a matrix product keeps it when its rows come in multiples of row_multiple(). A weight
+is multiplied by as it is or prepared, which are two kernel paths: a layer takes one of them for each format.
 """
 
 # n rows   H hidden   I intermediate   T tokens   K experts per token   N rows that came home
@@ -33,6 +34,30 @@ def row_multiple(device: torch.device) -> int:
     return max(8, 1 << (2 * threads - 1).bit_length())
 
 
+PREPARED_ROWS = 4  # row_multiple() of prepared weights; at K 2880 a single row has other bits than two have
+
+
+def can_prepare(device: torch.device) -> bool:
+    """Whether prepare() does anything: on CPUs that multiply BF16 themselves."""
+    return device.type == "cpu" and matmul_dtype(device) == torch.bfloat16 and torch._C._has_mkldnn
+
+
+def prepare(weight: Tensor) -> Tensor:
+    """weight [N, K] bfloat16 in the order in which the CPU's matrix product reads it; to_dense() gives it back.
+
+    Held like this, a weight need not be packed again by every product: on a Zen 4 core 2 to 3 times as fast for up to 8
+    rows, 5 % for 512 (2026-11-24). Where can_prepare() is false the weight is returned as it is.
+    """
+    if not can_prepare(weight.device):
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 512)  # a hint: a usual number of rows
+    return packed
+
+
+def is_prepared(weight: Tensor) -> bool:
+    return bool(weight.is_mkldnn)
+
+
 def matmul_dtype(device: torch.device) -> torch.dtype:
     """BF16, or FP32 on CPUs without BF16 instructions: both hold the operands exactly and sum in FP32.
 
@@ -48,8 +73,10 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """out [n, N] bfloat16 = x [n, K] @ weight [N, K]^T, FP32 accumulation, rounded once to BF16.
 
-    n must be a multiple of row_multiple(); x and weight bfloat16, out contiguous.
+    n must be a multiple of row_multiple(); x and weight bfloat16, weight prepared or not, out contiguous.
     """
+    if is_prepared(weight):
+        return out.copy_(linear_prepared(x, weight))
     assert len(x) % row_multiple(x.device) == 0, (len(x), row_multiple(x.device))
     if weight.dtype == torch.float32 or (weight.numel() <= _FP32_WEIGHTS and x.device.type == "cpu"):
         weight, num_columns = weight.to(torch.float32), len(weight)
@@ -59,14 +86,23 @@ def linear(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return torch.mm(x, weight.t(), out=out)
 
 
+def linear_prepared(x: Tensor, weight: Tensor) -> Tensor:
+    """linear() by a prepared weight, into a tensor of its own. n must be a multiple of PREPARED_ROWS."""
+    assert len(x) % PREPARED_ROWS == 0, (len(x), PREPARED_ROWS)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
+
+
 def linear_any_rows(x: Tensor, weight: Tensor) -> Tensor:
     """linear() for any number of rows: pads with zeros, drops what comes of them."""
     num_rows = len(x)
-    multiple = row_multiple(x.device)
+    multiple = PREPARED_ROWS if is_prepared(weight) else row_multiple(x.device)
     padded = x.new_zeros(-(-num_rows // multiple) * multiple, x.shape[1])
     padded[:num_rows] = x
     out = x.new_empty(len(padded), len(weight))
-    return linear(padded, weight.to(matmul_dtype(x.device)), out)[:num_rows]
+    if not is_prepared(weight):
+        weight = weight.to(matmul_dtype(x.device))
+    return linear(padded, weight, out)[:num_rows]
 
 
 @lru_cache(maxsize=8)

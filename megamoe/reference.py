@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megamoe.formats import dequantize_mxfp4, dequantize_mxfp8, quantize_mxfp4, quantize_mxfp8
-from megamoe.ops import linear_any_rows
+from megamoe.ops import linear_any_rows, prepare
 from megamoe.shape import MoEShape
 
 
@@ -33,10 +33,10 @@ def moe(
     slots = torch.zeros(*topk_ids.shape, shape.hidden, dtype=torch.bfloat16)  # [T, K, H]
     for expert in range(shape.num_experts):
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
-        gate, up = linear_any_rows(tokens[token], _round(gate_up[expert], quantized)).chunk(2, -1)  # [n, I]
+        gate, up = _product(tokens[token], gate_up[expert], quantized).chunk(2, -1)  # [n, I]
         activated = _swiglu(gate, up, topk_weights[token, slot], shape.swiglu_limit)
         activated = round_mxfp8(activated) if quantized else activated.to(torch.bfloat16)
-        slots[token, slot] = linear_any_rows(activated, _round(down[expert], quantized))
+        slots[token, slot] = _product(activated, down[expert], quantized)
     total = torch.zeros(len(tokens), shape.hidden)
     for k in range(shape.topk):
         total = total + slots[:, k].to(torch.float32)
@@ -86,6 +86,12 @@ def round_mxfp8(x: Tensor) -> Tensor:
 def _tokens(hidden: Tensor, quantized: bool) -> Tensor:
     tokens = hidden.to(torch.bfloat16)
     return round_mxfp8(tokens) if quantized else tokens
+
+
+def _product(x: Tensor, weight: Tensor, quantized: bool) -> Tensor:
+    """By the kernel path of the weight's format: BF16 weights are prepared for many products, MXFP4 decoded for one."""
+    weight = _round(weight, quantized)
+    return linear_any_rows(x, weight if quantized else prepare(weight))
 
 
 def _round(weight: Tensor, quantized: bool) -> Tensor:

@@ -53,11 +53,24 @@ class Wire:
         """Writes weights [R] float32 into their place in rows [R, B + 4]."""
         rows[:, self.token_bytes :] = weights.contiguous().view(torch.uint8).view(-1, WEIGHT_BYTES)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether rows hold the tokens as the experts take them."""
+        return self.dispatch_format == "bf16" and not self.round_on_arrival
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Where in_place: a view of rows [R, B + 4] uint8 -> [R, H] bfloat16, of which each row stands alone."""
+        return rows.view(torch.bfloat16)[:, : self.hidden]
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """rows [R, B + 4] uint8 -> weights [R] float32"""
+        return _copy(rows[:, self.token_bytes :]).view(torch.float32).flatten()
+
     def decode(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """rows [R, B + 4] uint8 into tokens [R, H] bfloat16 as the experts take them -> weights [R] float32."""
+        """rows [R, B + 4] uint8 into tokens [R, H] bfloat16 as the experts take them, which is returned."""
         for part in stretches(len(rows), self.hidden):
             self._decode(rows[part], tokens[part])
-        return _copy(rows[:, self.token_bytes :]).view(torch.float32).flatten()
+        return tokens
 
     def _encode(self, tokens: Tensor, rows: Tensor) -> None:
         if self.dispatch_format == "bf16":

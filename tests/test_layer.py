@@ -289,10 +289,14 @@ def test_the_record_of_a_call_counts_every_row_and_byte(ranks: LocalRanks) -> No
     assert sum(record.rows_sent for record in found) == sum(record.rows_received for record in found)
 
 
-def test_state_dict_carries_the_packed_weights() -> None:
+@pytest.mark.parametrize("weights", ["mxfp4", "bf16"])
+def test_state_dict_carries_the_weights(weights: str) -> None:
     batch = make_batch(SHAPE, 10)
-    layer, other = make_layer(SHAPE), MegaMoE(SHAPE)
-    other.load_state_dict(layer.state_dict())
+    layer, other = make_layer(SHAPE, weight_format=weights), MegaMoE(SHAPE, weight_format=weights)
+    state = layer.state_dict()
+    assert state["experts.gate_up"].shape[:2] == (SHAPE.num_experts, 2 * SHAPE.intermediate)
+    other.load_state_dict(state)
+    assert other.memory_bytes == layer.memory_bytes
     assert torch.equal(other(batch.hidden, batch.ids, batch.weights), layer(batch.hidden, batch.ids, batch.weights))
 
 

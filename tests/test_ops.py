@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from megamoe import formats
-from megamoe.ops import activate, linear, linear_any_rows, matmul_dtype, row_multiple, silu_table, swiglu
+from megamoe.ops import (
+    PREPARED_ROWS,
+    activate,
+    can_prepare,
+    is_prepared,
+    linear,
+    linear_any_rows,
+    matmul_dtype,
+    prepare,
+    row_multiple,
+    silu_table,
+    swiglu,
+)
 from megamoe.reference import relative_error, round_mxfp8
 
 CPU = torch.device("cpu")
@@ -129,10 +141,10 @@ def test_activation_does_not_depend_on_threads(threads: int) -> None:
 
 def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
     """linear() with rows padded by rubbish that must not matter, where linear_any_rows() would choose the dtype"""
-    multiple = row_multiple(CPU)
+    multiple = PREPARED_ROWS if is_prepared(weight) else row_multiple(CPU)
     padded = torch.full((-(-len(x) // multiple) * multiple, x.shape[1]), 7.0, dtype=torch.bfloat16)
     padded[: len(x)] = x
-    return linear(padded, weight, torch.empty(len(padded), len(weight), dtype=torch.bfloat16))[: len(x)]
+    return linear(padded, weight, torch.empty(len(padded), weight.shape[0], dtype=torch.bfloat16))[: len(x)]
 
 
 def cancelling(n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -150,16 +162,20 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
-def weight_dtypes() -> list[torch.dtype]:
-    """FP32 always; BF16 where the CPU has instructions for it, as without them its bits are not promised"""
-    return sorted({torch.float32, matmul_dtype(CPU)}, key=str)
+def weight_kinds() -> list[str]:
+    """FP32 always; BF16, as it is and prepared, where the CPU has instructions for it: without, nothing is promised"""
+    return ["float32", "bfloat16", "prepared"] if matmul_dtype(CPU) == torch.bfloat16 else ["float32"]
 
 
-@pytest.mark.parametrize("dtype", weight_dtypes(), ids=str)
+def of_kind(weight: Tensor, kind: str) -> Tensor:
+    return prepare(weight) if kind == "prepared" else weight.to(getattr(torch, kind))
+
+
+@pytest.mark.parametrize("kind", weight_kinds())
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_a_row_has_the_same_bits_for_any_number_of_rows_place_and_threads(n: int, k: int, dtype: torch.dtype) -> None:
+def test_a_row_has_the_same_bits_for_any_number_of_rows_place_and_threads(n: int, k: int, kind: str) -> None:
     x, weight = cancelling(n, k)
-    weight = weight.to(dtype)
+    weight = of_kind(weight, kind)
     expected = padded_linear(x, weight)
     assert expected.count_nonzero() > expected.numel() / 4
     order = torch.randperm(257, generator=torch.Generator().manual_seed(2))
@@ -171,19 +187,30 @@ def test_a_row_has_the_same_bits_for_any_number_of_rows_place_and_threads(n: int
             assert same_bits(padded_linear(x[moved], weight), expected[moved]), (threads, num_rows)
 
 
-@pytest.mark.parametrize("dtype", weight_dtypes(), ids=str)
+@pytest.mark.parametrize("kind", weight_kinds())
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_a_row_has_the_same_bits_wherever_its_operands_lie_in_memory(n: int, k: int, dtype: torch.dtype) -> None:
+def test_a_row_has_the_same_bits_wherever_its_operands_lie_in_memory(n: int, k: int, kind: str) -> None:
     x, weight = cancelling(n, k)
-    weight = weight.to(dtype)
-    expected = padded_linear(x, weight)[:16]
+    expected = padded_linear(x, of_kind(weight, kind))[:16]
     for offset in (1, 2, 5, 16):
         buffers = [torch.zeros(t.numel() + offset, dtype=t.dtype) for t in (x[:16], weight, expected)]
         moved_x, moved_weight, out = (
             buffer[offset:].view(like.shape) for buffer, like in zip(buffers, (x[:16], weight, expected), strict=True)
         )
         moved_x.copy_(x[:16]), moved_weight.copy_(weight)
-        assert same_bits(linear(moved_x, moved_weight, out), expected), offset
+        assert same_bits(linear(moved_x, of_kind(moved_weight, kind), out), expected), offset
+
+
+@pytest.mark.skipif(not can_prepare(CPU), reason="no BF16 instructions")
+def test_a_prepared_weight_takes_as_much_room_and_gives_back_what_it_was() -> None:
+    weight = randn(64, 96).to(torch.bfloat16)
+    prepared = prepare(weight)
+    assert is_prepared(prepared)
+    assert (prepared.shape, prepared.numel(), prepared.dtype) == (weight.shape, weight.numel(), weight.dtype)
+    assert same_bits(prepared.to_dense(), weight)
+    rows = torch.zeros(PREPARED_ROWS, 2 * 96 + 4, dtype=torch.bfloat16)  # rows that are cut from wider ones
+    rows[:, :96] = randn(PREPARED_ROWS, 96, seed=1)
+    assert same_bits(padded_linear(rows[:, :96], prepared), padded_linear(rows[:, :96].contiguous(), prepared))
 
 
 def test_another_order_of_the_sum_would_show() -> None:
@@ -208,20 +235,20 @@ def test_linear_of_no_rows_is_no_rows() -> None:
 
 
 @pytest.mark.parametrize("beside", [0.0, 3e38, float("inf"), float("nan")])
-@pytest.mark.parametrize("dtype", weight_dtypes(), ids=str)
-def test_a_row_does_not_see_the_values_beside_it(dtype: torch.dtype, beside: float) -> None:
-    x, weight = randn(33, 160).to(torch.bfloat16), randn(48, 160, seed=1).to(torch.bfloat16).to(dtype)
+@pytest.mark.parametrize("kind", weight_kinds())
+def test_a_row_does_not_see_the_values_beside_it(kind: str, beside: float) -> None:
+    x, weight = randn(33, 160).to(torch.bfloat16), of_kind(randn(48, 160, seed=1).to(torch.bfloat16), kind)
     expected = padded_linear(x, weight)[5]
     x[:5], x[6:] = beside, beside
     assert same_bits(padded_linear(x, weight)[5], expected)
 
 
-@pytest.mark.parametrize("dtype", weight_dtypes(), ids=str)
+@pytest.mark.parametrize("kind", weight_kinds())
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_linear_sums_in_float32_and_rounds_once(n: int, k: int, dtype: torch.dtype) -> None:
+def test_linear_sums_in_float32_and_rounds_once(n: int, k: int, kind: str) -> None:
     x, weight = randn(65, k).to(torch.bfloat16), (randn(n, k, seed=1) / k**0.5).to(torch.bfloat16)
     exact = x.double() @ weight.double().T
-    got = padded_linear(x, weight.to(dtype))
+    got = padded_linear(x, of_kind(weight, kind))
     assert got.dtype == torch.bfloat16
     assert relative_error(got, exact) < 2**-8
     # a value that is not within rounding of the exact one was not summed in FP32

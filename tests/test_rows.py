@@ -162,8 +162,12 @@ def encode(wire: Wire, tokens: Tensor) -> Tensor:
 
 def decode(wire: Wire, rows: Tensor) -> tuple[Tensor, Tensor]:
     tokens = torch.empty(len(rows), wire.hidden, dtype=torch.bfloat16)
-    weights = wire.decode(rows, tokens)
-    return tokens, weights
+    weights = wire.weights(rows)
+    if wire.in_place:
+        seen = wire.tokens(rows)
+        assert torch.equal(wire.decode(rows, tokens).view(torch.int16), seen.contiguous().view(torch.int16))
+        return seen, weights
+    return wire.decode(rows, tokens), weights
 
 
 def travel(wire: Wire, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
