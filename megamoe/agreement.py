@@ -16,7 +16,7 @@ from torch import Tensor
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport import Label
 
-PAGE_COUNTS = 384  # counts that a page holds; a layer with more experts sends the rest in a second message
+PAGE_COUNTS = 384  # counts that a page holds, two for each expert; more follow in a second message
 _PAGE = np.dtype(
     [
         ("magic", "<u4"),
@@ -76,20 +76,23 @@ class Terms:
 class Agreement:
     """tokens[r]: T of each rank; counts [P, E] int64 on the CPU: rows that each rank has for each expert.
 
+    firsts [P, E] int64: tokens whose first expert on its rank that is
     row_s: seconds that the slowest rank takes to compute a row, 0 where not all know yet
     """
 
     tokens: list[int]
     counts: Tensor
+    firsts: Tensor
     row_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank brings: num_tokens T, counts [E] int64 on the CPU, row_s seconds to compute a row, 0 if unknown."""
+    """What one rank brings: num_tokens T; counts and firsts [E] int64 on the CPU and row_s as in Agreement."""
 
     num_tokens: int
     counts: Tensor
+    firsts: Tensor
     row_s: float
 
 
@@ -102,8 +105,9 @@ def agree(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None
     if group.transport is None:
         if complaint is not None:
             raise complaint
-        return Agreement([part.num_tokens], part.counts.unsqueeze(0), part.row_s)
-    page = _write_page(group, terms, part, complaint)
+        return Agreement([part.num_tokens], part.counts.unsqueeze(0), part.firsts.unsqueeze(0), part.row_s)
+    counts = torch.cat((part.counts, part.firsts))
+    page = _write_page(group, terms, part, counts, complaint)
     raw = group.transport.gather(torch.from_numpy(page.view(np.uint8)), Label(terms.layer, "counts"))
     pages: npt.NDArray[np.void] = raw.numpy().view(_PAGE).reshape(-1)
     group.hosts.update({rank: _text(pages[rank]["host"]) for rank in range(group.size)})
@@ -112,15 +116,18 @@ def agree(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None
     _refuse_differences(group, pages)
     tokens = pages["tokens"].tolist()
     row_s = float(pages["row_s"].max()) if bool((pages["row_s"] > 0).all()) else 0.0
-    first = torch.from_numpy(pages["counts"][:, : terms.num_experts].astype(np.int64))
-    if terms.num_experts <= PAGE_COUNTS:
-        return Agreement(tokens, first, row_s)
-    rest = part.counts[PAGE_COUNTS:].to(torch.int32).contiguous().view(torch.uint8)
-    more = group.transport.gather(rest, Label(terms.layer, "more counts"))
-    return Agreement(tokens, torch.cat((first, more.view(torch.int32).to(torch.int64)), 1), row_s)
+    both = torch.from_numpy(pages["counts"][:, : len(counts)].astype(np.int64))
+    if len(counts) > PAGE_COUNTS:
+        rest = counts[PAGE_COUNTS:].to(torch.int32).contiguous().view(torch.uint8)
+        more = group.transport.gather(rest, Label(terms.layer, "more counts"))
+        both = torch.cat((both, more.view(torch.int32).to(torch.int64)), 1)
+    rows, firsts = both.tensor_split(2, 1)
+    return Agreement(tokens, rows, firsts, row_s)
 
 
-def _write_page(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None) -> npt.NDArray[np.void]:
+def _write_page(
+    group: EPGroup, terms: Terms, part: Part, counts: Tensor, complaint: ValueError | None
+) -> npt.NDArray[np.void]:
     page = np.zeros(1, _PAGE)
     page["magic"], page["tokens"], page["row_s"] = _MAGIC, part.num_tokens, part.row_s
     for name, value in asdict(terms).items():
@@ -128,7 +135,7 @@ def _write_page(group: EPGroup, terms: Terms, part: Part, complaint: ValueError 
     page["host"] = _clipped(group.host, 64)
     if complaint is not None:
         page["wrong"], page["complaint"] = 1, _clipped(str(complaint), 200)
-    head = part.counts[:PAGE_COUNTS].numpy()
+    head = counts[:PAGE_COUNTS].numpy()
     page["counts"][0, : len(head)] = head
     return page
 

@@ -21,6 +21,7 @@ from megamoe.parallel.recorder import CallNotes, Notes
 from megamoe.parallel.transport import Label, Transfer, Transport
 from megamoe.parallel.watch import WatchedTransport
 from megamoe.rows import Route, arrange
+from megamoe.slabs import Slabs
 from megamoe.waves import Step, WavePlan, schedule
 from megamoe.wire import Wire
 
@@ -67,6 +68,8 @@ class Parts:
     group: EPGroup
     experts: Experts
     wire: Wire
+    plan: WavePlan
+    slabs: Slabs
     pace: Pace
     notes: Notes
 
@@ -77,95 +80,140 @@ class Parts:
         return WatchedTransport(transport, notes) if transport and isinstance(notes, CallNotes) else transport
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a step computes: rows by source and expert, R in all.
+
+    places [R] int64: row of the inbox that holds the token; weights [R] float32; counts [S, e] int64 on the CPU: rows
+    of each source for each of the experts
+    """
+
+    places: Tensor
+    weights: Tensor
+    counts: Tensor
+    experts: range
+
+
 class Call:
     """One call in flight. hidden [T, H] bfloat16; counts [P, E] int64: rows of every rank for every expert."""
 
-    def __init__(
-        self, parts: Parts, plan: WavePlan, route: Route, counts: Tensor, hidden: Tensor, record: CallRecord
-    ) -> None:
-        self._name, self._experts, self._wire = parts.name, parts.experts, parts.wire
+    def __init__(self, parts: Parts, route: Route, counts: Tensor, hidden: Tensor, record: CallRecord) -> None:
+        self._name, self._experts, self._wire, self._plan = parts.name, parts.experts, parts.wire, parts.plan
         self._rank, self._transport, self._notes = parts.group.rank, parts.transport, parts.notes
-        self._workspace = parts.group.workspace
-        self._plan, self._route, self._record = plan, route, record
+        self._workspace, self._slabs = parts.group.workspace, parts.slabs
+        self._route, self._record, self._num_tokens = route, record, len(hidden)
         ids = parts.experts.ids
         self._own = counts[self._rank, ids.start : ids.stop]  # [e]
         self._arriving = counts[:, ids.start : ids.stop].clone()  # [P, e]
         self._arriving[self._rank] = 0
-        arriving = [int(self._from_others(wave).sum()) for wave in range(plan.num_waves)]
-        self.steps = schedule(plan, self._rank, parts.pace.load(self._own.tolist(), arriving))
+        arriving = parts.slabs.pairs[:, :, self._rank].sum(0).tolist()  # [W]
+        self.steps = schedule(parts.plan, self._rank, parts.pace.load(self._own.tolist(), arriving))
+        # this rank's own tokens, then what comes from others: all that its experts read
+        inbox = (parts.slabs.inbox_rows(self._rank, len(hidden)), parts.wire.row_bytes)
+        self._inbox = self._workspace.take("inbox", inbox, hidden, torch.uint8)
+        if parts.wire.in_place:
+            self._tokens = parts.wire.tokens(self._inbox)
+        else:
+            self._tokens = self._workspace.take("tokens", (inbox[0], hidden.shape[1]), hidden)
         with record.timing("compute_s"):
-            encoded = self._workspace.take("encoded", (len(hidden), parts.wire.row_bytes), hidden, torch.uint8)
-            self._encoded = parts.wire.encode(hidden, encoded)  # [T, B]
+            self._encoded = parts.wire.encode(hidden, self._inbox[: len(hidden)])  # [T, B]
+        self._own_decoded = parts.wire.in_place
         self._results = self._workspace.take("results", (route.num_rows + 1, hidden.shape[1]), hidden)  # [N + 1, H]
         self._results[-1] = 0  # what a masked slot adds
-        self._local = {step.wave: step.local for step in self.steps if step.arrived}
-        self._arrived: dict[int, Tensor] = {}
+        self._num_fresh = 0
         self._computed: dict[int, Tensor] = {}
         self._dispatches: dict[int, Transfer] = {}
         self._combines: dict[int, Transfer] = {}
-        self._note(len(hidden), hidden.shape[1])
+        self._note(hidden.shape[1])
 
     def _from_others(self, wave: int) -> Tensor:
         """[P, experts of this rank in the wave]: rows that other ranks send for each."""
         ids, first = self._plan.experts(self._rank, wave), self._experts.ids.start
         return self._arriving[:, ids.start - first : ids.stop - first]
 
-    def _note(self, num_tokens: int, hidden: int) -> None:
-        record = self._record
-        record.tokens, record.waves = num_tokens, self._plan.num_waves
+    def _note(self, hidden: int) -> None:
+        record, waves = self._record, range(self._plan.num_waves)
+        record.tokens, record.waves = self._num_tokens, len(waves)
         record.rows_local = int(self._own.sum())
         record.rows_sent = self._route.num_rows - record.rows_local
         record.rows_received = int(self._arriving.sum())
-        record.dispatch_bytes = record.rows_sent * self._wire.row_bytes
+        record.dispatch_bytes = sum(sum(self._slabs.rows(self._rank, wave)) for wave in waves) * self._wire.row_bytes
         record.combine_bytes = record.rows_received * 2 * hidden
 
     def dispatch(self, wave: int) -> None:
-        """Sends this rank's rows of the wave, and opens the way for what comes in and for what will come home."""
+        """Sends this rank's slabs of the wave, and opens the way for what comes in and for what will come home."""
         if self._transport is None or wave >= self._plan.num_waves:
             return
-        sent, received = self._route.sent[wave], self._from_others(wave).sum(1).tolist()
-        going_home = self._results[self._route.remote(wave)]
-        num_local = int(self._own_rows(self._local[wave]).sum())
-        arrived = self._buffer(("arrived", wave), sum(received) + num_local)  # [R + local, B]
+        incoming = self._slabs.incoming(self._rank, wave)
+        begin = int(self._slabs.starts[self._rank, wave, 0])
         self._dispatches[wave] = self._transport.expect(
-            arrived[: sum(received)], received, Label(self._name, "dispatch", wave)
+            self._inbox[begin : begin + sum(incoming)], incoming, Label(self._name, "dispatch", wave)
         )
+        going_home = self._results[self._route.remote(wave)]
+        sent = self._route.sent[wave]
         self._combines[wave] = self._transport.expect(going_home, sent, Label(self._name, "combine", wave))
         with self._record.timing("compute_s"):
-            remote = self._route.remote(wave)
-            rows = self._buffer(("sent", wave), remote.stop - remote.start, pad=False)
-            self._rows(remote, rows)
-        self._dispatches[wave].send(rows, sent)
-        self._arrived[wave] = arrived
+            slabs = self._packed(wave)
+        self._dispatches[wave].send(slabs, self._slabs.rows(self._rank, wave))
+
+    def _packed(self, wave: int) -> Tensor:
+        """This rank's slabs of the wave as they travel, by receiver -> [rows, B] uint8"""
+        sizes, route = self._slabs.rows(self._rank, wave), self._route
+        slabs = self._workspace.take(("sent", wave), (sum(sizes), self._wire.row_bytes), self._inbox)
+        pair, row = route.remote(wave).start, 0
+        for rank, size in enumerate(sizes):
+            if not size:
+                continue
+            pairs = slice(pair, pair + int(self._slabs.pairs[self._rank, wave, rank]))
+            head = row + int(self._slabs.heads[self._rank, wave, rank])
+            self._wire.write_pairs(slabs[row:head], route.places[pairs], route.weights[pairs])
+            fresh = route.fresh[self._num_fresh : self._num_fresh + row + size - head]
+            torch.index_select(self._encoded, 0, fresh, out=slabs[head : row + size])
+            pair, row, self._num_fresh = pairs.stop, row + size, self._num_fresh + len(fresh)
+        return slabs
 
     def compute(self, step: Step) -> None:
         """Runs the experts of a step on what has arrived of its wave and on the rank-local rows it takes."""
         local_rows = self._route.local(step.local, self._experts.ids.start)
-        num_local = local_rows.stop - local_rows.start
+        places, weights = [self._route.tokens[local_rows]], [self._route.weights[local_rows]]
         counts, experts = self._own_rows(step.local).unsqueeze(0), step.local
+        num_arrived = 0
         if step.arrived and self._transport is not None:
             with self._record.timing("waiting_s"):
                 self._dispatches[step.wave].wait()
-            rows = self._arrived.pop(step.wave)
             experts = self._plan.experts(self._rank, step.wave)
             counts = torch.cat((self._from_others(step.wave), self._spread(step.local, experts)))
-        else:
-            rows = self._buffer("local", num_local)
-        num_arrived = int(counts.sum()) - num_local
+            num_arrived = self._open(step.wave, places, weights)
         with self._record.timing("compute_s"):
-            if num_local:
-                self._rows(local_rows, rows[num_arrived : num_arrived + num_local])
             # what a wave computes leaves from where it is, so each wave has a place of its own
             place: Hashable = ("going home", step.wave) if step.arrived else "kept"
-            results = self._run(rows, counts, experts, place, step.wave)
+            results = self._run(Rows(torch.cat(places), torch.cat(weights), counts, experts), place, step.wave)
             self._results[local_rows] = results[num_arrived:]
             if step.arrived:
                 self._computed[step.wave] = results[:num_arrived]
 
+    def _open(self, wave: int, places: list[Tensor], weights: list[Tensor]) -> int:
+        """Reads a wave's slabs: puts where its pairs' tokens are, and their weights, before what is there -> pairs"""
+        num_arrived, slabs, rank, wire = 0, self._slabs, self._rank, self._wire
+        with self._record.timing("compute_s"):
+            for sender, pairs in enumerate(slabs.pairs[:, wave, rank].tolist()):
+                if not pairs:
+                    continue
+                begin = int(slabs.starts[rank, wave, sender])
+                head = begin + int(slabs.heads[sender, wave, rank])
+                where, weight = wire.read_pairs(self._inbox[begin:head], pairs)
+                places.insert(-1, where.to(torch.int64))
+                weights.insert(-1, weight)
+                num_arrived += pairs
+                if not wire.in_place:
+                    fresh = slice(head, head + int(slabs.fresh[sender, wave, rank]))
+                    wire.decode(self._inbox[fresh], self._tokens[fresh])
+        return num_arrived
+
     def combine(self, wave: int) -> None:
         """Sends the wave's results home."""
         if self._transport is not None:
-            rows = self._from_others(wave).sum(1).tolist()
+            rows = self._slabs.pairs[:, wave, self._rank].tolist()
             self._combines[wave].send(self._computed[wave], rows)  # which stay until the call has ended
 
     def reduce(self) -> Tensor:
@@ -180,37 +228,21 @@ class Call:
                 transfer.finish()
         return out
 
-    def _rows(self, part: slice, out: Tensor) -> None:
-        """A part of the route's rows as they travel, into out [rows, B] uint8"""
-        torch.index_select(self._encoded, 0, self._route.tokens[part], out=out)
-        self._wire.address(out, self._route.weights[part])
-
-    def _buffer(self, name: Hashable, num_rows: int, *, pad: bool = True) -> Tensor:
-        """Room for rows as they travel, and for the padding of their last expert -> [num_rows + padding, B] uint8"""
-        multiple = self._experts.row_multiple if pad else 1
-        shape = (-(-num_rows // multiple) * multiple, self._wire.row_bytes)
-        rows = self._workspace.take(name, shape, self._encoded)
-        rows[num_rows:] = 0
-        return rows
-
-    def _run(self, rows: Tensor, counts: Tensor, experts: range, place: Hashable, wave: int) -> Tensor:
-        """rows [R + padding, B] uint8 by source, counts [S, experts] -> results [R, H] bfloat16 in the same order.
-
-        They stand in the workspace's buffer called `place`.
-        """
-        if not len(rows):
+    def _run(self, rows: Rows, place: Hashable, wave: int) -> Tensor:
+        """Results [R, H] bfloat16 in the rows' order, in the workspace's buffer called `place` or of their own."""
+        if not len(rows.places):
             return self._results[:0]
         take, results, lane = self._workspace.take, self._results, self._notes.lane
-        arranged = arrange(counts, self._experts.row_multiple, rows.device)
-        groups = self._experts.groups(experts, arranged.padded_rows)
+        arranged = arrange(rows.counts, self._experts.row_multiple, results.device)
+        groups = self._experts.groups(rows.experts, arranged.padded_rows)
         shape, num_rows = (len(arranged.gather), results.shape[1]), len(arranged.back)
         with lane("linear-1", wave, num_rows):
-            if not arranged.in_place:
-                gathered = take("gathered", (shape[0], rows.shape[1]), rows)
-                rows = torch.index_select(rows, 0, arranged.gather, out=gathered)
-            wire = self._wire
-            tokens = wire.tokens(rows) if wire.in_place else wire.decode(rows, take("tokens", shape, results))
-            weights = wire.weights(rows)
+            if not self._own_decoded:
+                self._wire.decode(self._encoded, self._tokens[: self._num_tokens])
+                self._own_decoded = True
+            order = rows.places.index_select(0, arranged.gather)
+            tokens = torch.index_select(self._tokens, 0, order, out=take("gathered", shape, results))
+            weights = rows.weights.index_select(0, arranged.gather)
             gate_up = self._experts.linear1(tokens, groups, self._workspace)
         with lane("activation", wave, num_rows):
             hidden = self._experts.activation(gate_up, weights, self._workspace)

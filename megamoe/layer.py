@@ -19,6 +19,7 @@ from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Notes
 from megamoe.rows import route_rows
 from megamoe.shape import MoEShape
+from megamoe.slabs import Slabs, count_rows
 from megamoe.tuner import Tuner
 from megamoe.waves import LOOKAHEAD, Waves, check_waves, plan_waves
 
@@ -146,20 +147,21 @@ class MegaMoE(nn.Module):
         notes: Notes,
     ) -> Call:
         """Agrees with all ranks on the call, before any row moves, and lays out this rank's part of it."""
-        tokens, counts = 0, torch.zeros(self.shape.num_experts, dtype=torch.int64)
+        tokens, counts, firsts = 0, *torch.zeros(2, self.shape.num_experts, dtype=torch.int64)
         if complaint is None:
             tokens = len(hidden)
-            counts = torch.bincount(topk_ids.flatten() + 1, minlength=self.shape.num_experts + 1)[1:].cpu()
+            counts, firsts = count_rows(topk_ids, self.placement)
         self._num_calls += 1
         with record.timing("counts_s"):
-            agreed = agree(self.group, self._terms(), Part(tokens, counts, self.tuner.row_s), complaint)
+            agreed = agree(self.group, self._terms(), Part(tokens, counts, firsts, self.tuner.row_s), complaint)
             choice = self.tuner.choose(agreed)
         with record.timing("compute_s"):
             plan = plan_waves(self.placement, choice.waves)
-            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist())
+            slabs = Slabs.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts)
+            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist(), slabs)
             hidden = hidden.to(torch.bfloat16).contiguous()
-        parts = Parts(self.name, self.group, self.experts, choice.wire, choice.pace, notes)
-        return Call(parts, plan, route, agreed.counts, hidden, record)
+        parts = Parts(self.name, self.group, self.experts, choice.wire, plan, slabs, choice.pace, notes)
+        return Call(parts, route, agreed.counts, hidden, record)
 
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
         try:

@@ -34,7 +34,7 @@ class Pace:
     decode_rows: float = 0.0
 
     @classmethod
-    def balanced(cls, out_bytes: int, home_bytes: int, f_remote: float, decode_rows: float) -> Pace:
+    def balanced(cls, out_bytes: float, home_bytes: float, f_remote: float, decode_rows: float) -> Pace:
         """Where all journeys together take as long as all compute, whatever that is: the place to be prepared for."""
         journey_s = 1.0 / f_remote if f_remote else 0.0
         out = out_bytes / (out_bytes + home_bytes)

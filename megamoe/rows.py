@@ -14,15 +14,19 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megamoe.slabs import Slabs
 from megamoe.waves import WavePlan
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """This rank's rows in the order in which they travel: by wave, peer and expert; then its own, by expert.
+    """This rank's rows, a row being a (token, slot) pair, in the order in which they travel: by wave, peer and expert;
+    then its own, by expert.
 
     tokens [N] int64 and weights [N] float32 say where each row is from; positions [T, K] int64 where the row of a
-    slot is, N for a masked slot. sent[w][r]: rows of wave w to rank r, none to this rank.
+    slot is, N for a masked slot. sent[w][r]: rows of wave w to rank r, none to this rank. fresh: tokens in the order in
+    which they are sent, each once to a rank; places: in which row of its receiver's inbox the token of each row that
+    leaves is, int32.
     """
 
     tokens: Tensor
@@ -31,6 +35,8 @@ class Route:
     sent: list[list[int]]
     wave_starts: list[int]
     local_starts: list[int]
+    fresh: Tensor
+    places: Tensor
 
     @property
     def num_rows(self) -> int:
@@ -46,11 +52,14 @@ class Route:
         return slice(self.local_starts[experts.start - first], self.local_starts[experts.stop - first])
 
 
-def route_rows(topk_ids: Tensor, topk_weights: Tensor, plan: WavePlan, ep_rank: int, counts: Sequence[int]) -> Route:
+def route_rows(
+    topk_ids: Tensor, topk_weights: Tensor, plan: WavePlan, ep_rank: int, counts: Sequence[int], slabs: Slabs
+) -> Route:
     """Sorts the slots of topk_ids [T, K] int64 and topk_weights [T, K] float32; counts[E] are the rows of each expert.
 
     2 ranks, 4 experts, 1 wave, on rank 0:  ids [[2, 0], [3, 2], [1, -1]]  ->  rows of experts 2, 2, 3 | 0, 1
     tokens [0, 1, 1, 0, 2]    positions [[0, 3], [2, 1], [4, 5]]
+    fresh [0, 1]    places [s, s + 1, s + 1], s being the row of rank 1's inbox where rank 0's tokens begin
     """
     others = [rank for rank in range(plan.placement.ep_size) if rank != ep_rank]
     travelling = [(wave, rank) for wave in range(plan.num_waves) for rank in others]
@@ -66,19 +75,47 @@ def route_rows(topk_ids: Tensor, topk_weights: Tensor, plan: WavePlan, ep_rank: 
     positions = torch.empty_like(slots)
     positions[slots] = torch.arange(len(slots), device=slots.device)
     slots = slots[:num_rows]
+    tokens = slots // topk
 
-    sent = [[0] * plan.placement.ep_size for _ in range(plan.num_waves)]
-    for wave, rank in travelling:
-        sent[wave][rank] = sum(counts[e] for e in plan.experts(rank, wave))
+    sent: list[list[int]] = slabs.pairs[ep_rank].tolist()
     wave_starts = [0, *accumulate(sum(rows) for rows in sent)]
+    fresh, places = _send_once(tokens[: wave_starts[-1]], travelling, ep_rank, slabs)
     return Route(
-        tokens=slots // topk,
+        tokens=tokens,
         weights=topk_weights.flatten()[slots],
         positions=positions.clamp_(max=num_rows).view(topk_ids.shape),
         sent=sent,
         wave_starts=wave_starts,
         local_starts=list(accumulate((counts[e] for e in own), initial=wave_starts[-1])),
+        fresh=fresh,
+        places=places,
     )
+
+
+def _send_once(
+    tokens: Tensor, travelling: Sequence[tuple[int, int]], ep_rank: int, slabs: Slabs
+) -> tuple[Tensor, Tensor]:
+    """Of the rows that leave, tokens [n] as they travel: which tokens go along, and where each row's token will lie.
+
+    A token goes along with the first of its rows for a rank, and the others point there.
+    """
+    if not len(tokens):
+        return tokens, tokens.to(torch.int32)
+    device, size = tokens.device, slabs.pairs.shape[0]
+    waves, ranks = (torch.tensor(part) for part in zip(*travelling, strict=True))
+    pairs = torch.from_numpy(slabs.pairs[ep_rank])[waves, ranks]
+    peers = ranks.repeat_interleave(pairs).to(device)
+    index, key = torch.arange(len(tokens), device=device), tokens * size + peers
+    first = torch.full((int(tokens.max()) * size + size,), len(tokens), device=device)
+    first.scatter_reduce_(0, key, index, "amin")
+    first = first[key]  # [n] the row that brings each row's token
+    brings = first == index
+    # the n-th fresh token of all is some row behind the start of its slab's tokens, and where that is is known
+    begins = torch.from_numpy(slabs.starts[:, :, ep_rank].T + slabs.heads[ep_rank])[waves, ranks]
+    fresh = torch.from_numpy(slabs.fresh[ep_rank])[waves, ranks]
+    base = (begins - (fresh.cumsum(0) - fresh)).repeat_interleave(pairs).to(device)
+    lies = base + brings.cumsum(0) - 1
+    return tokens[brings], lies[first].to(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

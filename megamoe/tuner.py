@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from megamoe.agreement import Agreement
 from megamoe.call import CallRecord
 from megamoe.experts import Experts
@@ -63,10 +65,11 @@ class Tuner:
         """Waves, wire and pace of a call. All ranks come to the same; the link is measured when it is first needed."""
         wire = Wire(self._choose_format(), self._experts.shape.hidden, round_on_arrival=self._experts.packed)
         rows = sum(agreed.tokens) * self._experts.shape.topk / len(agreed.tokens)
-        first_guess = auto_waves(self._placement, rows, wire.row_bytes)
+        out_bytes = self._out_bytes(wire, agreed)
+        first_guess = auto_waves(self._placement, rows, out_bytes)
         if self._waves == "auto" and first_guess > 1:
             self._group.link(self._name, self._experts.device)
-        pace = self._pace(wire, agreed.row_s)
+        pace = self._pace(out_bytes, agreed.row_s)
         if self._waves != "auto":
             assert not isinstance(self._waves, str)
             return Choice(self._waves, wire, pace)
@@ -89,15 +92,22 @@ class Tuner:
                 self.dispatch_format = "mxfp8" if 1 / link > _CODEC_S else "bf16"
         return self.dispatch_format
 
-    def _pace(self, wire: Wire, row_s: float) -> Pace:
+    def _out_bytes(self, wire: Wire, agreed: Agreement) -> float:
+        """Bytes that a row has sent with it on average: a token goes to a rank once for all of its rows there."""
+        size = self._placement.ep_size
+        own = torch.arange(size)[:, None] == torch.tensor(self._placement.ranks())  # [P, E]
+        rows, tokens = (int(each[~own].sum()) for each in (agreed.counts, agreed.firsts))
+        return wire.PAIR_BYTES + wire.row_bytes * tokens / max(rows, 1)
+
+    def _pace(self, out_bytes: float, row_s: float) -> Pace:
         home_bytes, decode_rows = 2 * self._experts.shape.hidden, self._experts.decode_rows
         if not self._overlap:
             return Pace(1.0, 0.0, 0.0, 0.0, decode_rows)
         if not self._group.links or not row_s:
             f_remote = 1 - 1 / self._group.size
-            return Pace.balanced(wire.row_bytes, home_bytes, f_remote, decode_rows)
+            return Pace.balanced(out_bytes, home_bytes, f_remote, decode_rows)
         link, wave_s = self._group.links[0], WAVE_S.get(self._experts.device.type, OTHER_WAVE_S)
-        return Pace(row_s, wire.row_bytes / link, home_bytes / link, wave_s, decode_rows)
+        return Pace(row_s, out_bytes / link, home_bytes / link, wave_s, decode_rows)
 
     def _settle(self, rows: float, pace: Pace) -> int:
         """The best number of waves, decided anew for the first calls of about that size and kept from then on."""

@@ -41,10 +41,10 @@ def check_waves(waves: Waves) -> int | str | tuple[int, ...]:
     raise ValueError(f'waves must be "auto", a positive integer or positive relative sizes, got {waves!r}')
 
 
-def auto_waves(placement: Placement, rows_per_rank: float, row_bytes: int) -> int:
+def auto_waves(placement: Placement, rows_per_rank: float, row_bytes: float) -> int:
     """Number of waves by the rule above.
 
-    rows_per_rank: token-expert pairs that a rank has on average, row_bytes: bytes of one dispatched row
+    rows_per_rank: token-expert pairs that a rank has on average, row_bytes: bytes sent for each
         16 experts on 2 ranks, 8192 rows of 1060 bytes: 4.3 MB to each peer, 16 messages -> 8
         the same with 4 rows: one message -> 1
     """

@@ -1,23 +1,24 @@
-"""What a dispatched row looks like on the wire, and how the experts read it.
+"""What a token looks like on the wire, what is said of where it goes, and how the experts read both.
 
-A row is the token in the dispatch format, then its top-k weight in FP32. Which expert a row is for is not in it:
-rows are ordered by expert, and the counts, exchanged once per call, say the rest.
-    mxfp8   H bytes E4M3, H/32 bytes UE8M0, 4 bytes weight
-    bf16    2H bytes BF16, 4 bytes weight
+A row of the wire is one token in the dispatch format, filled up to a multiple of 4 bytes:
+    mxfp8   H bytes E4M3, H/32 bytes UE8M0
+    bf16    2H bytes BF16
+What is said of a (token, slot) pair is where its token lies and the pair's top-k weight, 8 bytes: INT32, FP32. Which
+expert a pair is for is not said: pairs are ordered by expert, and the counts, exchanged once per call, say the rest.
 """
 
-# T tokens of this rank   H hidden   R rows   B bytes of a token on the wire
+# T tokens of this rank   H hidden   R rows   B bytes of a row   n pairs
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP8, dequantize_mxfp8, quantize_mxfp8, stretches
 
-WEIGHT_BYTES = 4
 DISPATCH_FORMATS = ("mxfp8", "bf16", "auto")  # auto picks one of the others
 
 
@@ -33,41 +34,45 @@ class Wire:
     hidden: int
     round_on_arrival: bool
 
+    PAIR_BYTES: ClassVar[int] = 8
+
     @property
     def token_bytes(self) -> int:
-        """B"""
+        """Bytes of a token, without what a row is filled up with."""
         return self.hidden + self.hidden // BLOCK if self.dispatch_format == "mxfp8" else 2 * self.hidden
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one dispatched row, B + 4."""
-        return self.token_bytes + WEIGHT_BYTES
+        """B"""
+        return -(-self.token_bytes // 4) * 4
+
+    @property
+    def in_place(self) -> bool:
+        """Whether rows are the tokens as the experts take them."""
+        return self.dispatch_format == "bf16" and not self.round_on_arrival
+
+    def write_pairs(self, rows: Tensor, places: Tensor, weights: Tensor) -> None:
+        """Says of pairs where their tokens lie, places [n] int32, and weights [n] float32, in rows [R, B] uint8."""
+        said = torch.stack((places, weights.view(torch.int32)), 1).view(torch.uint8).flatten()
+        rows.flatten()[: len(said)] = said
+
+    def read_pairs(self, rows: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
+        """Inverse of write_pairs() -> places [n] int32, weights [n] float32"""
+        said = rows.flatten()[: self.PAIR_BYTES * num_pairs].view(torch.int32).view(-1, 2)
+        return said[:, 0], said[:, 1].view(torch.float32)
 
     def encode(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """tokens [T, H] bfloat16 into rows [T, B + 4] uint8, the weight's place still empty."""
+        """tokens [T, H] bfloat16 into rows [T, B] uint8, which are returned."""
         for part in stretches(len(tokens), self.hidden):
             self._encode(tokens[part], rows[part])
         return rows
 
-    def address(self, rows: Tensor, weights: Tensor) -> None:
-        """Writes weights [R] float32 into their place in rows [R, B + 4]."""
-        rows[:, self.token_bytes :] = weights.contiguous().view(torch.uint8).view(-1, WEIGHT_BYTES)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether rows hold the tokens as the experts take them."""
-        return self.dispatch_format == "bf16" and not self.round_on_arrival
-
     def tokens(self, rows: Tensor) -> Tensor:
-        """Where in_place: a view of rows [R, B + 4] uint8 -> [R, H] bfloat16, of which each row stands alone."""
-        return rows.view(torch.bfloat16)[:, : self.hidden]
-
-    def weights(self, rows: Tensor) -> Tensor:
-        """rows [R, B + 4] uint8 -> weights [R] float32"""
-        return _copy(rows[:, self.token_bytes :]).view(torch.float32).flatten()
+        """Where in_place: rows [R, B] uint8, seen as [R, H] bfloat16"""
+        return rows.view(torch.bfloat16)
 
     def decode(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """rows [R, B + 4] uint8 into tokens [R, H] bfloat16 as the experts take them, which is returned."""
+        """rows [R, B] uint8 into tokens [R, H] bfloat16 as the experts take them, which is returned."""
         for part in stretches(len(rows), self.hidden):
             self._decode(rows[part], tokens[part])
         return tokens
@@ -85,13 +90,8 @@ class Wire:
             values = rows[:, : self.hidden].view(torch.float8_e4m3fn)
             dequantize_mxfp8(MXFP8(values, rows[:, self.hidden : self.token_bytes]), out=out)
             return
-        tokens = _copy(rows[:, : self.token_bytes]).view(torch.bfloat16)
+        tokens = self.tokens(rows)
         if self.round_on_arrival:
             dequantize_mxfp8(quantize_mxfp8(tokens), out=out)
         else:
             out.copy_(tokens)
-
-
-def _copy(columns: Tensor) -> Tensor:
-    """contiguous(), but of a single row too: only a copy starts where wider dtypes may be read."""
-    return columns.clone(memory_format=torch.contiguous_format)

@@ -10,13 +10,13 @@ from torch import Tensor
 from megamoe.parallel.transport import Label, Transport
 
 _FIRST_BYTES, _MOST_BYTES = 32 * 1024, 16 * 1024 * 1024
-_LONG_ENOUGH_S = 0.03
+_LONG_ENOUGH_S = 0.05
 
 
 def measure_link(transport: Transport, rank: int, size: int, layer: str, device: torch.device) -> float:
     """Bytes per second that every rank can send while it receives as many, the same figure on all ranks.
 
-    All ranks must call. Messages double until one round takes 30 ms or 16 MiB, and the last two sizes are tried again:
+    All ranks must call. Messages double until one round takes 50 ms or 16 MiB, and the last two sizes are tried again:
     what they differ by gives the rate, so that what passes at once (a token bucket, socket buffers) and what a message
     costs cancel out. PeerError where a rank does not answer.
     """

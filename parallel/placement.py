@@ -26,6 +26,10 @@ class Placement:
         start = ep_rank * share + min(ep_rank, extra)
         return range(start, start + share + (ep_rank < extra))
 
+    def ranks(self) -> list[int]:
+        """The rank that holds each expert.    5 experts, 2 ranks -> [0, 0, 0, 1, 1]"""
+        return [rank for rank in range(self.ep_size) for _ in self.experts(rank)]
+
     @property
     def most(self) -> int:
         """Number of experts on the rank that holds most."""

@@ -17,7 +17,7 @@ from megamoe.parallel.transport import AllToAllTransport
 from megamoe.parallel.workspace import Workspace
 from megamoe.reference import moe_fp64, relative_error
 from megamoe.shape import MoEShape
-from megamoe.waves import Waves
+from megamoe.waves import Waves, plan_waves
 from tests.cases import Batch, make_batch, make_layer, make_weights, oracle, split
 
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
@@ -283,7 +283,14 @@ def test_the_record_of_a_call_counts_every_row_and_byte(ranks: LocalRanks) -> No
         assert record.rows_local == local
         assert record.rows_sent == int((mine >= 0).sum()) - local
         assert record.rows_received == held - local
-        assert record.dispatch_bytes == record.rows_sent * (128 + 128 // 32 + 4)
+        travelling = heads = 0
+        for peer in {0, 1, 2} - {rank}:
+            theirs = placement.experts(peer)
+            travelling += int(((mine >= theirs.start) & (mine < theirs.stop)).any(1).sum())
+            for wave in range(2):
+                experts = plan_waves(placement, 2).experts(peer, wave)
+                heads += -(-8 * int(((mine >= experts.start) & (mine < experts.stop)).sum()) // (128 + 128 // 32))
+        assert record.dispatch_bytes == (travelling + heads) * (128 + 128 // 32), "a token goes to a rank once"
         assert record.combine_bytes == record.rows_received * 2 * 128
         assert 0 < record.compute_s <= record.total_s
     assert sum(record.rows_sent for record in found) == sum(record.rows_received for record in found)

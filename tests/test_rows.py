@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from itertools import accumulate
 
 import numpy as np
@@ -14,6 +15,7 @@ from megamoe.ops import reduce_slots
 from megamoe.parallel.placement import Placement
 from megamoe.reference import round_mxfp8
 from megamoe.rows import Route, arrange, route_rows
+from megamoe.slabs import Slabs, count_rows
 from megamoe.waves import WavePlan, plan_waves
 from megamoe.wire import Wire
 
@@ -28,8 +30,18 @@ def generator(*seed: int) -> torch.Generator:
 
 
 def route(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> Route:
-    counts = torch.bincount(ids.flatten() + 1, minlength=plan.placement.num_experts + 1)[1:]
-    return route_rows(ids, weights, plan, rank, counts.tolist())
+    return routed(ids, weights, plan, rank)[0]
+
+
+WIRE = Wire("bf16", 32, False)
+
+
+def routed(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> tuple[Route, Slabs]:
+    """The route where all ranks bring the same ids."""
+    counts, firsts = count_rows(ids, plan.placement)
+    size = plan.placement.ep_size
+    slabs = Slabs.of(plan, WIRE, [len(ids)] * size, counts.expand(size, -1), firsts.expand(size, -1))
+    return route_rows(ids, weights, plan, rank, counts.tolist(), slabs), slabs
 
 
 def check_route(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> None:
@@ -160,90 +172,138 @@ def encode(wire: Wire, tokens: Tensor) -> Tensor:
     return wire.encode(tokens, torch.empty(len(tokens), wire.row_bytes, dtype=torch.uint8))
 
 
-def decode(wire: Wire, rows: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = torch.empty(len(rows), wire.hidden, dtype=torch.bfloat16)
-    weights = wire.weights(rows)
+def decode(wire: Wire, rows: Tensor) -> Tensor:
+    tokens = wire.decode(rows, torch.empty(len(rows), wire.hidden, dtype=torch.bfloat16))
     if wire.in_place:
-        seen = wire.tokens(rows)
-        assert torch.equal(wire.decode(rows, tokens).view(torch.int16), seen.contiguous().view(torch.int16))
-        return seen, weights
-    return wire.decode(rows, tokens), weights
+        assert torch.equal(tokens.view(torch.int16), wire.tokens(rows).view(torch.int16))
+    return tokens
 
 
-def travel(wire: Wire, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    rows = encode(wire, tokens)
-    wire.address(rows, weights)
-    return decode(wire, rows)
-
-
-def make_tokens(num_tokens: int, hidden: int) -> tuple[Tensor, Tensor]:
+def make_tokens(num_tokens: int, hidden: int) -> Tensor:
     rng = generator(num_tokens, hidden)
     tokens = (
         torch.randn(num_tokens, hidden, generator=rng) * torch.randint(0, 12, (num_tokens, 1), generator=rng).exp2()
     )
     tokens.flatten()[:1] = -0.0
-    return tokens.to(torch.bfloat16), torch.rand(num_tokens, generator=rng) * 3 - 1
+    return tokens.to(torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "mxfp8", "bf16"), [(32, 37, 68), (96, 103, 196), (4096, 4228, 8196), (7168, 7396, 14340)]
-)
-def test_a_row_has_the_bytes_of_its_token_its_scales_and_its_weight(hidden: int, mxfp8: int, bf16: int) -> None:
-    assert Wire("mxfp8", hidden, False).row_bytes == hidden + hidden // 32 + 4 == mxfp8
-    assert Wire("bf16", hidden, True).row_bytes == 2 * hidden + 4 == bf16
+@pytest.mark.parametrize(("hidden", "mxfp8", "bf16"), [(32, 36, 64), (96, 100, 192), (4096, 4224, 8192)])
+def test_a_row_has_the_bytes_of_its_token_and_its_scales_filled_up_to_four(hidden: int, mxfp8: int, bf16: int) -> None:
+    assert Wire("mxfp8", hidden, False).row_bytes == -(-(hidden + hidden // 32) // 4) * 4 == mxfp8
+    assert Wire("bf16", hidden, True).row_bytes == 2 * hidden == bf16
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7])
 @pytest.mark.parametrize("hidden", [32, 64, 96, 128, 160])
-def test_an_mxfp8_wire_gives_tokens_rounded_to_mxfp8_and_exact_weights(hidden: int, num_tokens: int) -> None:
-    tokens, weights = make_tokens(num_tokens, hidden)
+def test_an_mxfp8_wire_gives_tokens_rounded_to_mxfp8(hidden: int, num_tokens: int) -> None:
+    tokens = make_tokens(num_tokens, hidden)
     for round_on_arrival in (False, True):
-        got, got_weights = travel(Wire("mxfp8", hidden, round_on_arrival), tokens, weights)
+        wire = Wire("mxfp8", hidden, round_on_arrival)
+        got = decode(wire, encode(wire, tokens))
         assert torch.equal(got.view(torch.int16), round_mxfp8(tokens).view(torch.int16))
-        assert torch.equal(got_weights, weights)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7])
 @pytest.mark.parametrize("hidden", [32, 96, 160])
 def test_a_bf16_wire_gives_tokens_as_they_were_or_rounded_on_arrival(hidden: int, num_tokens: int) -> None:
-    tokens, weights = make_tokens(num_tokens, hidden)
-    got, got_weights = travel(Wire("bf16", hidden, False), tokens, weights)
-    assert torch.equal(got.view(torch.int16), tokens.view(torch.int16))
-    assert torch.equal(got_weights, weights)
-    rounded, got_weights = travel(Wire("bf16", hidden, True), tokens, weights)
+    tokens = make_tokens(num_tokens, hidden)
+    plain, rounding = Wire("bf16", hidden, False), Wire("bf16", hidden, True)
+    assert torch.equal(decode(plain, encode(plain, tokens)).view(torch.int16), tokens.view(torch.int16))
+    rounded = decode(rounding, encode(rounding, tokens))
     assert torch.equal(rounded.view(torch.int16), round_mxfp8(tokens).view(torch.int16))
-    assert torch.equal(got_weights, weights)
 
 
 @pytest.mark.parametrize("dispatch_format", ["mxfp8", "bf16"])
 def test_some_rows_of_many_decode_to_the_same(dispatch_format: str) -> None:
     wire = Wire(dispatch_format, 96, True)
-    tokens, weights = make_tokens(9, 96)
-    rows = encode(wire, tokens)
-    wire.address(rows, weights)
-    everything, _ = decode(wire, rows)
+    rows = encode(wire, make_tokens(9, 96))
+    everything = decode(wire, rows)
     for part in (slice(3, 4), slice(2, 7), slice(1, 9, 2), slice(5, 5)):
-        got, got_weights = decode(wire, rows[part])
-        assert torch.equal(got, everything[part])
-        assert torch.equal(got_weights, weights[part])
+        assert torch.equal(decode(wire, rows[part]), everything[part])
 
 
 def test_bytes_stand_where_the_module_docstring_says() -> None:
-    tokens, weights = make_tokens(3, 64)
+    tokens = make_tokens(3, 64)
     wire = Wire("mxfp8", 64, False)
-    rows = encode(wire, tokens)
-    wire.address(rows, weights)
-    quantized = quantize_mxfp8(tokens)
+    rows, quantized = encode(wire, tokens), quantize_mxfp8(tokens)
     assert torch.equal(rows[:, :64], quantized.values.view(torch.uint8))
     assert torch.equal(rows[:, 64:66], quantized.scales)
-    assert rows[:, 66:].numpy().tobytes() == weights.numpy().tobytes()
+    said = torch.zeros(1, wire.row_bytes, dtype=torch.uint8)
+    wire.write_pairs(said, torch.tensor([7, 1 << 20], dtype=torch.int32), torch.tensor([0.5, -2.0]))
+    assert said.numpy().tobytes()[:16] == struct.pack("<ifif", 7, 0.5, 1 << 20, -2.0)
 
 
-def test_weights_may_be_a_view_that_skips_and_any_float32() -> None:
-    tokens, _ = make_tokens(4, 32)
-    weights = torch.tensor([[-0.0, 1], [float("inf"), 1], [1e-45, 1], [-3.5, 1]])[:, 0]
-    _, got = travel(Wire("mxfp8", 32, False), tokens, weights)
-    assert torch.equal(got.view(torch.int32), weights.contiguous().view(torch.int32))
+def test_what_is_said_of_pairs_reads_back_with_every_bit() -> None:
+    weights = torch.tensor([[-0.0, 1], [float("inf"), 1], [1e-45, 1], [-3.5, 1], [float("nan"), 1]])[:, 0].contiguous()
+    places = torch.tensor([0, 2**31 - 1, 5, 5, 1], dtype=torch.int32)
+    rows = torch.zeros(2, WIRE.row_bytes, dtype=torch.uint8)
+    WIRE.write_pairs(rows, places, weights)
+    got_places, got_weights = WIRE.read_pairs(rows, 5)
+    assert torch.equal(got_places, places)
+    assert torch.equal(got_weights.view(torch.int32), weights.view(torch.int32))
+    assert [len(part) for part in WIRE.read_pairs(rows[:0], 0)] == [0, 0]
+
+
+# ---- slabs: every token to every rank once ----
+
+
+def check_slabs(shape: tuple[int, int, int], waves: int, seed: int) -> None:
+    """All ranks fill the inboxes of all others; every row must then find its own token and weight there."""
+    num_experts, size, topk = shape
+    plan, rng = plan_waves(Placement(num_experts, size), waves), generator(num_experts, size, topk, waves, seed)
+    ids = [torch.randint(-1, num_experts, (3 * rank, topk), generator=rng) for rank in range(size)]
+    weights = [torch.rand(len(each), topk, generator=rng) for each in ids]
+    both = [count_rows(each, plan.placement) for each in ids]
+    counts, firsts = torch.stack([pairs for pairs, _ in both]), torch.stack([first for _, first in both])
+    slabs = Slabs.of(plan, WIRE, [len(each) for each in ids], counts, firsts)
+    routes = [route_rows(ids[r], weights[r], plan, r, counts[r].tolist(), slabs) for r in range(size)]
+    inboxes = [[(r, t) for t in range(len(ids[r]))] for r in range(size)]  # (rank, token) of each row, own ones first
+    sent = [0] * size
+    for wave in range(plan.num_waves):
+        for receiver in range(size):
+            for sender, route in enumerate(routes):
+                assert slabs.starts[receiver, wave, sender] == len(inboxes[receiver])
+                inboxes[receiver] += [(-1, -1)] * int(slabs.heads[sender, wave, receiver])
+                before = sum(int(slabs.fresh[sender, wave, r]) for r in range(receiver))
+                begin = sent[sender] + before
+                fresh = route.fresh[begin : begin + int(slabs.fresh[sender, wave, receiver])].tolist()
+                inboxes[receiver] += [(sender, token) for token in fresh]
+        for sender in range(size):
+            sent[sender] += int(slabs.fresh[sender, wave].sum())
+            route, begin = routes[sender], routes[sender].wave_starts[wave]
+            for receiver, pairs in enumerate(slabs.pairs[sender, wave].tolist()):
+                for row in range(begin, begin + pairs):  # what they point to has come by now
+                    assert inboxes[receiver][int(route.places[row])] == (sender, int(route.tokens[row]))
+                begin += pairs
+    for receiver, inbox in enumerate(inboxes):
+        assert len(inbox) == slabs.inbox_rows(receiver, len(ids[receiver]))
+        came = [row for row in inbox if row[0] >= 0]
+        assert len(came) == len(set(came)), "a token came twice"
+    for sender, route in enumerate(routes):
+        assert sent[sender] == len(route.fresh)
+
+
+@pytest.mark.parametrize("waves", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(4, 1, 2), (6, 2, 3), (7, 3, 5), (2, 3, 2), (9, 4, 1), (12, 5, 8)], ids=str)
+def test_every_token_is_sent_to_a_rank_once_and_every_row_finds_it(shape: tuple[int, int, int], waves: int) -> None:
+    for seed in range(4):
+        check_slabs(shape, waves, seed)
+
+
+def test_rows_and_firsts_of_the_docstring() -> None:
+    counts, firsts = count_rows(torch.tensor([[1, 0], [2, 0], [3, -1]]), Placement(4, 2))
+    assert (counts.tolist(), firsts.tolist()) == ([2, 1, 1, 1], [2, 0, 1, 1])
+    counts, firsts = count_rows(torch.tensor([[2, 2, 3], [-1, -1, -1]]), Placement(4, 2))
+    assert (counts.tolist(), firsts.tolist()) == ([0, 0, 2, 1], [0, 0, 1, 0])
+
+
+def test_a_route_sends_what_its_docstring_says() -> None:
+    ids = torch.tensor([[2, 0], [3, 2], [1, -1]])
+    got, slabs = routed(ids, torch.ones(3, 2), plan_waves(Placement(4, 2), 1), 0)
+    begin = int(slabs.starts[1, 0, 0] + slabs.heads[0, 0, 1])
+    assert got.fresh.tolist() == [0, 1]
+    assert got.places.tolist() == [begin, begin + 1, begin + 1]
 
 
 # ---- reduce_slots ----

@@ -73,8 +73,9 @@ def tuner(size: int, link: float | None, *, packed: bool = False, dispatch_forma
     return Tuner("moe", group, experts, waves="auto", dispatch_format=dispatch_format, overlap=True)
 
 
-def agreed(row_s: float, tokens: int = 2048) -> Agreement:
-    return Agreement([tokens, tokens], torch.zeros(2, 16, dtype=torch.int64), row_s)
+def agreed(row_s: float, tokens: int = 2048, size: int = 2) -> Agreement:
+    counts = torch.full((size, 16), tokens * 4 // 16)
+    return Agreement([tokens] * size, counts, counts, row_s)  # each row brings a token of its own
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def agreed(row_s: float, tokens: int = 2048) -> Agreement:
 )
 def test_fp8_travels_only_where_it_pays(size: int, link: float | None, packed: bool, expected: str) -> None:
     each = tuner(size, link, packed=packed)
-    assert each.choose(agreed(0.0)).wire.dispatch_format == expected == each.dispatch_format
+    assert each.choose(agreed(0.0, size=size)).wire.dispatch_format == expected == each.dispatch_format
 
 
 def test_waves_follow_from_link_and_compute_once_both_are_known_and_then_stay() -> None:
@@ -140,7 +141,7 @@ def auto_everything(group: EPGroup, batch: Batch, shares: list[slice]) -> tuple[
 
 
 def test_ranks_decide_alike_and_the_bits_stay(ranks: LocalRanks) -> None:
-    batch, shares = make_batch(SHAPE, 9000), split(9000, 3)
+    batch, shares = make_batch(SHAPE, 20_000), split(20_000, 3)
     found = ranks.run(auto_everything, batch, shares, size=3)
     expected = oracle(SHAPE, batch, "mxfp4", "mxfp8")
     for number in range(3):

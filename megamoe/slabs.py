@@ -1,0 +1,92 @@
+"""What travels in a wave from one rank to another: a slab of rows, in a place that both ends know beforehand.
+
+A token goes to a rank once, in the wave of its first expert there, however many of its experts are on that rank. A slab
+is, in rows of the wire: a few rows that say for each of the wave's (token, slot) pairs in which row of the receiver the
+token is and how it is weighted, then the tokens that this rank has not had before.
+
+All ranks know all counts, so all know every slab's size and where it lies in its receiver's inbox: behind the
+receiver's own tokens, by wave and then by sender.
+"""
+
+# P ranks   W waves   E experts in all   T tokens of a rank
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megamoe.parallel.placement import Placement
+from megamoe.waves import WavePlan
+from megamoe.wire import Wire
+
+Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Slabs:
+    """Sizes of all slabs [sender, wave, receiver], in rows: pairs counts (token, slot) pairs, heads the rows that say
+    where each pair's token is, fresh the tokens. starts [receiver, wave, sender]: first row in the receiver's inbox.
+    """
+
+    pairs: Array
+    heads: Array
+    fresh: Array
+    starts: Array
+
+    @classmethod
+    def of(cls, plan: WavePlan, wire: Wire, tokens: list[int], counts: Tensor, firsts: Tensor) -> Slabs:
+        """tokens[r]: T of each rank; counts, firsts [P, E] int64: pairs of each rank for each expert, and tokens whose
+        first expert on its rank that is.
+        """
+        pairs, fresh = (_by_wave_and_receiver(plan, each) for each in (counts, firsts))
+        heads: Array = -(-wire.PAIR_BYTES * pairs // wire.row_bytes)
+        rows = (heads + fresh).transpose(2, 1, 0)  # [receiver, wave, sender]
+        flat = rows.reshape(len(tokens), -1)
+        starts = (flat.cumsum(1) - flat).reshape(rows.shape) + np.asarray(tokens, np.int64)[:, None, None]
+        return cls(pairs, heads, fresh, starts)
+
+    def rows(self, sender: int, wave: int) -> list[int]:
+        """Rows of the sender's slab for each rank."""
+        sizes: list[int] = (self.heads[sender, wave] + self.fresh[sender, wave]).tolist()
+        return sizes
+
+    def incoming(self, receiver: int, wave: int) -> list[int]:
+        """Rows of the slab from each rank."""
+        sizes: list[int] = (self.heads[:, wave, receiver] + self.fresh[:, wave, receiver]).tolist()
+        return sizes
+
+    def inbox_rows(self, receiver: int, num_tokens: int) -> int:
+        """Rows of the receiver's inbox, its own tokens included."""
+        return num_tokens + int(self.heads[:, :, receiver].sum() + self.fresh[:, :, receiver].sum())
+
+
+def _by_wave_and_receiver(plan: WavePlan, by_expert: Tensor) -> Array:
+    """[P, E] -> [P, W, P]: sums over the experts of each rank's wave, none for a rank's own."""
+    size = plan.placement.ep_size
+    upto = np.zeros((len(by_expert), by_expert.shape[1] + 1), np.int64)
+    np.cumsum(by_expert.numpy(), 1, out=upto[:, 1:])
+    bounds = np.asarray(plan.bounds)  # [receiver, W + 1]
+    sums: Array = (upto[:, bounds[:, 1:]] - upto[:, bounds[:, :-1]]).transpose(0, 2, 1).copy()
+    ranks = np.arange(size)
+    sums[ranks, :, ranks] = 0
+    return sums
+
+
+def count_rows(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+    """Pairs for each expert, and tokens whose first expert on its rank that is -> two [E] int64 on the CPU.
+
+    topk_ids [T, K] int64, -1 masks. 4 experts on 2 ranks, ids [[1, 0], [2, 0], [3, -1]]:
+    pairs [2, 1, 1, 1], firsts [2, 0, 1, 1]: token 0 has both of rank 0's experts, and goes there for the first
+    """
+    num_experts = placement.num_experts
+    ids = topk_ids.sort(1).values + 1  # masked slots become 0
+    ranks = torch.tensor([-1, *placement.ranks()], device=ids.device)[ids]
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ranks[:, 1:] != ranks[:, :-1]
+    pairs = torch.bincount(ids.flatten(), minlength=num_experts + 1)
+    firsts = torch.bincount(ids[first], minlength=num_experts + 1)
+    return pairs[1:].cpu(), firsts[1:].cpu()
