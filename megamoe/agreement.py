@@ -6,7 +6,7 @@ all of them find out together when one was called wrongly or differently, and al
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,13 @@ _PAGE = np.dtype(
         ("magic", "<u4"),
         ("wrong", "<u4"),
         ("tokens", "<i8"),
+        ("row_s", "<f8"),
         ("hidden", "<i8"),
         ("intermediate", "<i8"),
         ("num_experts", "<i8"),
         ("topk", "<i8"),
         ("swiglu_limit", "<f8"),
         ("call", "<i8"),
-        ("row_s", "<f8"),
         ("weight_format", "S16"),
         ("dispatch_format", "S16"),
         ("combine_format", "S16"),
@@ -39,6 +39,14 @@ _PAGE = np.dtype(
         ("counts", "<i4", (PAGE_COUNTS,)),
     ]
 )
+
+
+def _offset(name: str) -> int:
+    fields = _PAGE.fields
+    assert fields is not None
+    return int(fields[name][1])
+
+
 _MAGIC = 0x4D4D0002  # "MM", and the version of this layout
 _COMPARED = (
     "layer",
@@ -53,6 +61,8 @@ _COMPARED = (
     "combine_format",
     "waves",
 )
+# where a page holds what is compared: these fields stand next to each other
+_TERMS = slice(_offset("hidden"), _offset("host"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +140,8 @@ def _write_page(
 ) -> npt.NDArray[np.void]:
     page = np.zeros(1, _PAGE)
     page["magic"], page["tokens"], page["row_s"] = _MAGIC, part.num_tokens, part.row_s
-    for name, value in asdict(terms).items():
+    for name in _COMPARED:
+        value = getattr(terms, name)
         page[name] = _clipped(value, _PAGE[name].itemsize) if isinstance(value, str) else value
     page["host"] = _clipped(group.host, 64)
     if complaint is not None:
@@ -141,6 +152,10 @@ def _write_page(
 
 
 def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
+    raw = pages.view(np.uint8).reshape(len(pages), -1)
+    alike = bool((raw[:, _TERMS] == raw[0, _TERMS]).all())
+    if alike and bool((pages["magic"] == _MAGIC).all()) and not bool(pages["wrong"].any()):
+        return
     strangers = [rank for rank in range(group.size) if pages[rank]["magic"] != _MAGIC]
     if strangers:
         raise ValueError(f"{_ranks(strangers)} sent no page of this version of megamoe")

@@ -149,12 +149,12 @@ class Call:
         self._dispatches[wave] = self._transport.expect(
             self._inbox[begin : begin + sum(incoming)], incoming, Label(self._name, "dispatch", wave)
         )
-        going_home = self._results[self._route.remote(wave)]
-        sent = self._route.sent[wave]
-        self._combines[wave] = self._transport.expect(going_home, sent, Label(self._name, "combine", wave))
         with self._record.timing("compute_s"):
             slabs = self._packed(wave)
         self._dispatches[wave].send(slabs, self._slabs.rows(self._rank, wave))
+        going_home = self._results[self._route.remote(wave)]
+        sent = self._route.sent[wave]
+        self._combines[wave] = self._transport.expect(going_home, sent, Label(self._name, "combine", wave))
 
     def _packed(self, wave: int) -> Tensor:
         """This rank's slabs of the wave as they travel, by receiver -> [rows, B] uint8"""

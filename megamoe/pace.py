@@ -42,7 +42,8 @@ class Pace:
 
     def load(self, local: list[int], arriving: list[int]) -> Load:
         """What the schedule needs to know, in units of one computed row."""
-        return Load(local, arriving, self.out_s / self.row_s, self.home_s / self.row_s, self.decode_rows)
+        out, home, step = (each / self.row_s for each in (self.out_s, self.home_s, self.wave_s))
+        return Load(local, arriving, out, home, self.decode_rows, step)
 
 
 def best_waves(placement: Placement, rows_per_rank: float, pace: Pace) -> int:

@@ -51,6 +51,8 @@ class Tuner:
         self._waves, self._overlap = waves, overlap
         self._placement = Placement(experts.shape.num_experts, group.size)
         self.dispatch_format = None if dispatch_format == "auto" else dispatch_format
+        # [P, E]: whether an expert is on another rank
+        self._remote = torch.arange(group.size)[:, None] != torch.tensor(self._placement.ranks())
         self._settled: dict[int, list[int]] = {}
         self.row_s = 0.0
 
@@ -94,9 +96,7 @@ class Tuner:
 
     def _out_bytes(self, wire: Wire, agreed: Agreement) -> float:
         """Bytes that a row has sent with it on average: a token goes to a rank once for all of its rows there."""
-        size = self._placement.ep_size
-        own = torch.arange(size)[:, None] == torch.tensor(self._placement.ranks())  # [P, E]
-        rows, tokens = (int(each[~own].sum()) for each in (agreed.counts, agreed.firsts))
+        rows, tokens = (int(each[self._remote].sum()) for each in (agreed.counts, agreed.firsts))
         return wire.PAIR_BYTES + wire.row_bytes * tokens / max(rows, 1)
 
     def _pace(self, out_bytes: float, row_s: float) -> Pace:

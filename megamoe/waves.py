@@ -118,7 +118,8 @@ class Load:
     arriving[w]      rows that come from other ranks in each wave
     dispatch_cost    time to receive a row, and
     combine_cost     time to send its result, where the link is at its balance point with compute
-    decode_cost      time to make an expert's weights ready, as rows
+    decode_cost      time to make an expert's weights ready, and
+    step_cost        time that one stretch of work more takes beside its rows, as rows
     """
 
     local: Sequence[int]
@@ -126,6 +127,7 @@ class Load:
     dispatch_cost: float
     combine_cost: float
     decode_cost: float
+    step_cost: float = 0.0
 
 
 def schedule(plan: WavePlan, ep_rank: int, load: Load) -> list[Step]:
@@ -135,15 +137,17 @@ def schedule(plan: WavePlan, ep_rank: int, load: Load) -> list[Step]:
     takes them from the last wave back until they cover the last wave's way home. Both are measured at the balance
     point, the only place where it matters: with a faster link there is less to cover, with a slower one compute is
     not the limit. An expert that is split is made ready twice, which is only worth it while more than that is left
-    to cover.
+    to cover; and where both are covered sooner than another stretch of work is begun, there is no head and no tail.
     """
     ids = plan.placement.experts(ep_rank)
     waves = [plan.experts(ep_rank, wave) for wave in range(plan.num_waves)]
     busy = [rows for rows in load.arriving if rows]
     if not busy:
         return [Step(wave, waves[wave], True) for wave in range(plan.num_waves)]
-    head_end = _cover(load.local, load.decode_cost, busy[0] * load.dispatch_cost)
-    tail_size = _cover(load.local[head_end:][::-1], load.decode_cost, busy[-1] * load.combine_cost)
+    to_cover = [rows * cost for rows, cost in ((busy[0], load.dispatch_cost), (busy[-1], load.combine_cost))]
+    first, last = (each if each > load.step_cost else 0.0 for each in to_cover)
+    head_end = _cover(load.local, load.decode_cost, first)
+    tail_size = _cover(load.local[head_end:][::-1], load.decode_cost, last)
     head = range(ids.start, ids.start + head_end)
     tail = range(ids.stop - tail_size, ids.stop)
     middle = range(head.stop, tail.start)

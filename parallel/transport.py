@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -84,58 +85,59 @@ class _Clock:
             raise self.error(peer, label, begun, unsure) from cause
 
 
-def _slices(rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """rows [5, ...], counts [2, 0, 3] -> [rows[0:2], rows[2:2], rows[2:5]]"""
-    return list(torch.split(rows[: sum(counts)], list(counts)))
-
-
 class PairTransfer:
-    """The irecvs and isends of one transfer. A work is waited on once: a second wait on gloo does not return."""
+    """The irecvs and isends of one transfer. A work is waited on once: a second wait on gloo does not return.
 
-    def __init__(self, group: dist.ProcessGroup, clock: _Clock, label: Label, tag: int) -> None:
-        self._group, self._clock, self._label, self._tag = group, clock, label, tag
+    What is done between two posts is done while the peers' messages want the CPU: it is kept short.
+    """
+
+    def __init__(self, pairs: PairTransport, label: Label, tag: int) -> None:
+        self._pairs, self._label, self._tag = pairs, label, tag
         self._incoming: list[tuple[int, dist.Work]] = []
         self._outgoing: list[tuple[int, dist.Work]] = []
+        self._ended: list[dist.Work] = []
 
     def receive(self, rows: Tensor, counts: Sequence[int]) -> None:
-        for peer, part in self._others(_slices(rows, counts), -1):
-            self._incoming.append((peer, self._post(self._group.recv, part, peer)))
+        """Posts a receive for every rank that sends any."""
+        self._post(self._incoming, self._pairs.group.recv, rows, counts, self._pairs.senders)
 
     def send(self, rows: Tensor, counts: Sequence[int]) -> None:
-        for peer, part in self._others(_slices(rows, counts), 1):
-            self._outgoing.append((peer, self._post(self._group.send, part, peer)))
+        self._post(self._outgoing, self._pairs.group.send, rows, counts, self._pairs.receivers)
 
     def wait(self) -> None:
-        self._incoming = self._wait_all(self._incoming)
+        self._wait_all(self._incoming)
 
     def finish(self) -> None:
-        self._outgoing = self._wait_all(self._outgoing)
+        self._wait_all(self._outgoing)
 
-    def _others(self, parts: list[Tensor], direction: int) -> Iterator[tuple[int, Tensor]]:
-        """The other ranks that have rows, from the nearest neighbour on, so that no one is everybody's first."""
-        rank, size = self._group.rank(), self._group.size()
-        for distance in range(1, size):
-            peer = (rank + direction * distance) % size
-            if len(parts[peer]):
-                yield peer, parts[peer]
+    def _post(
+        self,
+        works: list[tuple[int, dist.Work]],
+        post: Callable[[list[Tensor], int, int], dist.Work],
+        rows: Tensor,
+        counts: Sequence[int],
+        order: Sequence[int],
+    ) -> None:
+        starts = list(accumulate(counts, initial=0))
+        for peer in order:
+            if counts[peer]:
+                part = rows[starts[peer] : starts[peer + 1]]
+                begun = time.monotonic()
+                try:
+                    works.append((peer, post([part], peer, self._tag)))
+                except RuntimeError as cause:  # gloo refuses at once on a pair that has failed before
+                    raise self._pairs.clock.error(peer, self._label, begun, cause) from cause
 
-    def _post(self, post: Callable[[list[Tensor], int, int], dist.Work], rows: Tensor, peer: int) -> dist.Work:
-        begun = time.monotonic()
-        try:
-            return post([rows], peer, self._tag)
-        except RuntimeError as cause:  # gloo refuses at once on a pair that has failed before
-            raise self._clock.error(peer, self._label, begun, cause) from cause
-
-    def _wait_all(self, works: list[tuple[int, dist.Work]]) -> list[tuple[int, dist.Work]]:
-        begun = time.monotonic()
+    def _wait_all(self, works: list[tuple[int, dist.Work]]) -> None:
+        begun, clock = time.monotonic(), self._pairs.clock
         while works:
             peer, work = works.pop(0)
-            left = self._clock.deadline_s - (time.monotonic() - begun)
+            self._ended.append(work)  # to let go of one takes a lock that gloo's thread wants now
+            left = clock.deadline_s - (time.monotonic() - begun)
             try:
                 work.wait(timedelta(seconds=max(left, 0.001)))
             except RuntimeError as cause:
-                raise self._clock.error(peer, self._label, begun, cause) from cause
-        return works
+                raise clock.error(peer, self._label, begun, cause) from cause
 
 
 class PairTransport:
@@ -146,22 +148,29 @@ class PairTransport:
     _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
 
     def __init__(self, group: dist.ProcessGroup, deadline_s: float, hosts: dict[int, str]) -> None:
-        self._group, self._clock = group, _Clock(deadline_s, hosts)
+        self.group, self.clock = group, _Clock(deadline_s, hosts)
+        rank, size = group.rank(), group.size()
+        # from the nearest neighbour on, so that no one is everybody's first
+        self.receivers = [(rank + distance) % size for distance in range(1, size)]
+        self._gathered: PairTransfer | None = None
+        self.senders = [(rank - distance) % size for distance in range(1, size)]
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> PairTransfer:
         tag = self._FIRST_TAG + self._PHASES.index(label.phase) * self._TAGS_PER_PHASE + (label.wave or 0)
-        transfer = PairTransfer(self._group, self._clock, label, tag)
+        transfer = PairTransfer(self, label, tag)
         transfer.receive(receive, counts)
         return transfer
 
     def gather(self, page: Tensor, label: Label) -> Tensor:
-        rank, size = self._group.rank(), self._group.size()
+        rank, size = self.group.rank(), self.group.size()
         one_each = [int(peer != rank) for peer in range(size)]
+        pages = page.expand(size - 1, -1).contiguous()
         incoming = page.new_empty(size - 1, page.numel())
         transfer = self.expect(incoming, one_each, label)
-        transfer.send(page.expand(size - 1, -1).contiguous(), one_each)
+        transfer.send(pages, one_each)
         transfer.wait()
         transfer.finish()
+        self._gathered = transfer
         return torch.cat((incoming[:rank], page.unsqueeze(0), incoming[rank:]))
 
 

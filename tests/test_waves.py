@@ -287,6 +287,14 @@ def test_a_head_over_several_waves_is_a_step_for_each() -> None:
     assert head == [Step(wave, range(wave, wave + 1), False) for wave in range(3)]
 
 
+def test_there_is_no_head_and_no_tail_that_takes_longer_to_begin_than_to_wait() -> None:
+    plan = plan_waves(Placement(4, 2), 1)
+    load = Load([10, 10], [100], dispatch_cost=0.1, combine_cost=0.2, decode_cost=0, step_cost=15)
+    assert schedule(plan, 0, load) == [Step(0, range(0), True), Step(0, range(2), False)]
+    longer = Load([10, 10], [100], dispatch_cost=0.1, combine_cost=0.2, decode_cost=0, step_cost=20)
+    assert schedule(plan, 0, longer) == [Step(0, range(2), True)]
+
+
 def test_cover_of_its_docstring() -> None:
     assert _cover([300, 300, 300], 50, 500) == 2
     assert _cover([300, 300, 300], 50, 40) == 0
