@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from megamoe.parallel.recorder import CallNotes, Notes
 from megamoe.parallel.transport import Label, Transfer, Transport
 from megamoe.parallel.watch import WatchedTransport
 from megamoe.rows import Route, arrange
-from megamoe.slabs import Slabs
+from megamoe.slabs import Array, Slabs
 from megamoe.waves import Step, WavePlan, schedule
 from megamoe.wire import Wire
 
@@ -84,13 +85,13 @@ class Parts:
 class Rows:
     """What a step computes: rows by source and expert, R in all.
 
-    places [R] int64: row of the inbox that holds the token; weights [R] float32; counts [S, e] int64 on the CPU: rows
-    of each source for each of the experts
+    places [R] int64: row of the inbox that holds the token; weights [R] float32; counts [S, e]: rows of each source for
+    each of the experts
     """
 
     places: Tensor
     weights: Tensor
-    counts: Tensor
+    counts: Array
     experts: range
 
 
@@ -103,8 +104,8 @@ class Call:
         self._workspace, self._slabs = parts.group.workspace, parts.slabs
         self._route, self._record, self._num_tokens = route, record, len(hidden)
         ids = parts.experts.ids
-        self._own = counts[self._rank, ids.start : ids.stop]  # [e]
-        self._arriving = counts[:, ids.start : ids.stop].clone()  # [P, e]
+        self._own = counts.numpy()[self._rank, ids.start : ids.stop]  # [e]
+        self._arriving = counts.numpy()[:, ids.start : ids.stop].copy()  # [P, e]
         self._arriving[self._rank] = 0
         arriving = parts.slabs.pairs[:, :, self._rank].sum(0).tolist()  # [W]
         self.steps = schedule(parts.plan, self._rank, parts.pace.load(self._own.tolist(), arriving))
@@ -126,7 +127,7 @@ class Call:
         self._combines: dict[int, Transfer] = {}
         self._note(hidden.shape[1])
 
-    def _from_others(self, wave: int) -> Tensor:
+    def _from_others(self, wave: int) -> Array:
         """[P, experts of this rank in the wave]: rows that other ranks send for each."""
         ids, first = self._plan.experts(self._rank, wave), self._experts.ids.start
         return self._arriving[:, ids.start - first : ids.stop - first]
@@ -176,13 +177,13 @@ class Call:
         """Runs the experts of a step on what has arrived of its wave and on the rank-local rows it takes."""
         local_rows = self._route.local(step.local, self._experts.ids.start)
         places, weights = [self._route.tokens[local_rows]], [self._route.weights[local_rows]]
-        counts, experts = self._own_rows(step.local).unsqueeze(0), step.local
+        counts, experts = self._own_rows(step.local)[None], step.local
         num_arrived = 0
         if step.arrived and self._transport is not None:
             with self._record.timing("waiting_s"):
                 self._dispatches[step.wave].wait()
             experts = self._plan.experts(self._rank, step.wave)
-            counts = torch.cat((self._from_others(step.wave), self._spread(step.local, experts)))
+            counts = np.concatenate((self._from_others(step.wave), self._spread(step.local, experts)))
             num_arrived = self._open(step.wave, places, weights)
         with self._record.timing("compute_s"):
             # what a wave computes leaves from where it is, so each wave has a place of its own
@@ -252,12 +253,12 @@ class Call:
                 return out[:num_rows]
             return torch.index_select(out, 0, arranged.back, out=take(place, (num_rows, shape[1]), results))
 
-    def _own_rows(self, experts: range) -> Tensor:
+    def _own_rows(self, experts: range) -> Array:
         first = self._experts.ids.start
         return self._own[experts.start - first : experts.stop - first]
 
-    def _spread(self, local: range, experts: range) -> Tensor:
+    def _spread(self, local: range, experts: range) -> Array:
         """Rank-local rows as one more source of a wave's experts: those of `local`, none for the others -> [1, e]"""
-        counts = torch.zeros(1, len(experts), dtype=torch.int64)
+        counts = np.zeros((1, len(experts)), np.int64)
         counts[0, local.start - experts.start : local.stop - experts.start] = self._own_rows(local)
         return counts

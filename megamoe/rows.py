@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megamoe.slabs import Slabs
+from megamoe.slabs import Array, Slabs
 from megamoe.waves import WavePlan
 
 
@@ -65,10 +66,10 @@ def route_rows(
     travelling = [(wave, rank) for wave in range(plan.num_waves) for rank in others]
     own = plan.placement.experts(ep_rank)
     order = [e for wave, rank in travelling for e in plan.experts(rank, wave)] + list(own)
-    place = torch.empty(len(order) + 1, dtype=torch.int64)
-    place[order] = torch.arange(len(order))
-    place[-1] = len(order)  # masked slots, id -1, come last
-    place = place.to(topk_ids.device)
+    places = np.empty(len(order) + 1, np.int64)
+    places[order] = np.arange(len(order))
+    places[-1] = len(order)  # masked slots, id -1, come last
+    place = torch.from_numpy(places).to(topk_ids.device)
 
     num_rows, topk = sum(counts), topk_ids.shape[1]
     slots = place[topk_ids.flatten()].argsort(stable=True)
@@ -79,7 +80,7 @@ def route_rows(
 
     sent: list[list[int]] = slabs.pairs[ep_rank].tolist()
     wave_starts = [0, *accumulate(sum(rows) for rows in sent)]
-    fresh, places = _send_once(tokens[: wave_starts[-1]], travelling, ep_rank, slabs)
+    fresh, lie = _send_once(tokens[: wave_starts[-1]], travelling, ep_rank, slabs)
     return Route(
         tokens=tokens,
         weights=topk_weights.flatten()[slots],
@@ -88,7 +89,7 @@ def route_rows(
         wave_starts=wave_starts,
         local_starts=list(accumulate((counts[e] for e in own), initial=wave_starts[-1])),
         fresh=fresh,
-        places=places,
+        places=lie,
     )
 
 
@@ -102,18 +103,18 @@ def _send_once(
     if not len(tokens):
         return tokens, tokens.to(torch.int32)
     device, size = tokens.device, slabs.pairs.shape[0]
-    waves, ranks = (torch.tensor(part) for part in zip(*travelling, strict=True))
-    pairs = torch.from_numpy(slabs.pairs[ep_rank])[waves, ranks]
-    peers = ranks.repeat_interleave(pairs).to(device)
+    waves, ranks = np.asarray(travelling).T
+    pairs = slabs.pairs[ep_rank, waves, ranks]
+    peers = torch.from_numpy(ranks.repeat(pairs)).to(device)
     index, key = torch.arange(len(tokens), device=device), tokens * size + peers
     first = torch.full((int(tokens.max()) * size + size,), len(tokens), device=device)
     first.scatter_reduce_(0, key, index, "amin")
     first = first[key]  # [n] the row that brings each row's token
     brings = first == index
     # the n-th fresh token of all is some row behind the start of its slab's tokens, and where that is is known
-    begins = torch.from_numpy(slabs.starts[:, :, ep_rank].T + slabs.heads[ep_rank])[waves, ranks]
-    fresh = torch.from_numpy(slabs.fresh[ep_rank])[waves, ranks]
-    base = (begins - (fresh.cumsum(0) - fresh)).repeat_interleave(pairs).to(device)
+    begins = slabs.starts[ranks, waves, ep_rank] + slabs.heads[ep_rank, waves, ranks]
+    fresh = slabs.fresh[ep_rank, waves, ranks]
+    base = torch.from_numpy((begins - (fresh.cumsum() - fresh)).repeat(pairs)).to(device)
     lies = base + brings.cumsum(0) - 1
     return tokens[brings], lies[first].to(torch.int32)
 
@@ -134,23 +135,25 @@ class Arrangement:
     in_place: bool
 
 
-def arrange(counts: Tensor, multiple: int, device: torch.device) -> Arrangement:
-    """counts [S, e] int64 on the CPU: rows of each source, sorted by expert, for each expert.
+def arrange(counts: Array, multiple: int, device: torch.device) -> Arrangement:
+    """counts [S, e]: rows of each source, sorted by expert, for each expert.
 
     [[1, 2], [2, 0]], multiple 4: rows 0 | 1 1 | 0 0 of two sources -> gather [0, 3, 4, 0, 1, 2, 0, 0]
     back [0, 4, 5, 1, 2]    padded_rows [4, 4]
     """
     num_sources, num_experts = counts.shape
-    experts = torch.arange(num_experts).repeat(num_sources).repeat_interleave(counts.flatten())
-    by_expert = experts.argsort(stable=True)
+    experts = np.repeat(np.tile(np.arange(num_experts, dtype=np.uint16), num_sources), counts.ravel())
+    by_expert = experts.argsort(kind="stable")
     rows = counts.sum(0)
-    padded = (rows + multiple - 1) // multiple * multiple
+    padded = -(-rows // multiple) * multiple
     # a row moves up by the padding of the experts before its own
-    shift = (padded - rows).cumsum(0) - (padded - rows)
-    places = torch.arange(len(experts)) + shift[experts[by_expert]]
-    gather = torch.zeros(int(padded.sum()), dtype=torch.int64)
+    shift = (padded - rows).cumsum() - (padded - rows)
+    count = np.arange(len(experts))
+    places = count + shift[experts[by_expert]]
+    gather = np.zeros(int(padded.sum()), np.int64)
     gather[places] = by_expert
-    back = torch.empty_like(by_expert)
+    back = np.empty_like(by_expert)
     back[by_expert] = places
-    in_place = torch.equal(back, torch.arange(len(back)))
-    return Arrangement(gather.to(device), back.to(device), padded.tolist(), in_place)
+    in_place = bool((back == count).all())
+    to_expert, to_source = (torch.from_numpy(each).to(device) for each in (gather, back))
+    return Arrangement(to_expert, to_source, padded.tolist(), in_place)

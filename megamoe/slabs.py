@@ -13,6 +13,7 @@ receiver's own tokens, by wave and then by sender.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +77,12 @@ def _by_wave_and_receiver(plan: WavePlan, by_expert: Tensor) -> Array:
     return sums
 
 
+@lru_cache(maxsize=64)
+def _ranks(placement: Placement) -> Tensor:
+    """[1 + E] int64: -1 for masked slots, then the rank of each expert."""
+    return torch.tensor([-1, *placement.ranks()])
+
+
 def count_rows(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
     """Pairs for each expert, and tokens whose first expert on its rank that is -> two [E] int64 on the CPU.
 
@@ -84,7 +91,7 @@ def count_rows(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
     """
     num_experts = placement.num_experts
     ids = topk_ids.sort(1).values + 1  # masked slots become 0
-    ranks = torch.tensor([-1, *placement.ranks()], device=ids.device)[ids]
+    ranks = _ranks(placement).to(ids.device)[ids]
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ranks[:, 1:] != ranks[:, :-1]
     pairs = torch.bincount(ids.flatten(), minlength=num_experts + 1)

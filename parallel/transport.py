@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.parallel.errors import PeerError
+from megamoe.parallel.threads import calm_gloo_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ class PairTransport:
 
     def __init__(self, group: dist.ProcessGroup, deadline_s: float, hosts: dict[int, str]) -> None:
         self.group, self.clock = group, _Clock(deadline_s, hosts)
+        calm_gloo_threads()
         rank, size = group.rank(), group.size()
         # from the nearest neighbour on, so that no one is everybody's first
         self.receivers = [(rank + distance) % size for distance in range(1, size)]

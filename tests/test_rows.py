@@ -121,7 +121,7 @@ def test_routes_hold_when_every_slot_has_the_same_expert(expert: int) -> None:
 def check_arrangement(counts: list[list[int]], multiple: int) -> None:
     """Every field of the arrangement against lists of (source row, expert), filled expert by expert."""
     num_experts = len(counts[0])
-    got = arrange(torch.tensor(counts, dtype=torch.int64).view(len(counts), num_experts), multiple, CPU)
+    got = arrange(np.array(counts, np.int64).reshape(len(counts), num_experts), multiple, CPU)
     experts = [expert for source in counts for expert, count in enumerate(source) for _ in range(count)]
     gather, padded_rows = [], []
     for expert in range(num_experts):
@@ -138,7 +138,7 @@ def check_arrangement(counts: list[list[int]], multiple: int) -> None:
 
 
 def test_arrangement_of_the_docstring() -> None:
-    got = arrange(torch.tensor([[1, 2], [2, 0]]), 4, CPU)
+    got = arrange(np.array([[1, 2], [2, 0]]), 4, CPU)
     assert got.gather.tolist() == [0, 3, 4, 0, 1, 2, 0, 0]
     assert got.back.tolist() == [0, 4, 5, 1, 2]
     assert got.padded_rows == [4, 4]
@@ -158,7 +158,7 @@ def test_arrangements_are_those_of_lists_of_single_rows(num_sources: int, num_ex
 
 
 def test_rows_go_to_their_experts_and_come_back() -> None:
-    counts = torch.tensor([[3, 0, 5], [0, 0, 2], [9, 1, 0]])
+    counts = np.array([[3, 0, 5], [0, 0, 2], [9, 1, 0]])
     got = arrange(counts, 8, CPU)
     rows = torch.arange(20)
     assert torch.equal(rows[got.gather][got.back], rows)
