@@ -97,7 +97,8 @@ class RankTimes:
 class BenchReport:
     """Medians over the repeats of the slowest rank, in milliseconds, with min and max; link in gigabytes a second.
 
-    traced_ms is the overlapped layer while it is recorded; hidden_percent its share of communication that hid.
+    traced_ms is the overlapped layer while it is recorded, trace_cost the median over repeats of how much longer that
+    took than without, as a share; hidden_percent is the share of communication that hid.
     """
 
     ranks: int
@@ -127,6 +128,7 @@ class BenchReport:
     traced_ms: float | None
     traced_ms_min: float | None
     traced_ms_max: float | None
+    trace_cost: float | None
     hidden_percent: float | None
     limit_ms: float
     exposed_ms: float
@@ -244,10 +246,11 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
             for _ in range(SERIAL_TRACES):
                 _together(group)
                 serial(*batch)
-        measures[TRACED] = lambda: layer(*batch)
+        measures = {"serial": measures["serial"], TRACED: measures["overlapped"], **measures}
     times: dict[str, list[float]] = {name: [] for name in measures}
     for repeat in range(request.repeats + 1):
-        for name, measure in measures.items():
+        for name in _in_turn(list(measures), repeat):
+            measure = measures[name]
             with group.record(recording) if recording and name == TRACED else nullcontext():
                 _together(group)
                 begun = time.perf_counter()
@@ -257,6 +260,14 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     record = layer.last_call
     rows = record.rows_received + record.rows_local
     return RankTimes(times, record.waves, record.bytes_sent, rows, formats["dispatch_format"], identical, recording)
+
+
+def _in_turn(names: list[str], repeat: int) -> list[str]:
+    """The measures of a round: recorded and not recorded take turns in being the first of the two."""
+    if TRACED in names and repeat % 2:
+        first, second = names.index(TRACED), names.index("overlapped")
+        names[first], names[second] = names[second], names[first]
+    return names
 
 
 def _together(group: EPGroup) -> None:
@@ -275,6 +286,8 @@ def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | 
     milliseconds: dict[str, float | None] = {f"{TRACED}_ms{end}": None for end in ("", "_min", "_max")}
     for name, times in slowest.items():
         milliseconds |= {f"{name}_ms": middle[name], f"{name}_ms_min": min(times), f"{name}_ms_max": max(times)}
+    pairs = zip(slowest.get(TRACED, []), slowest["overlapped"], strict=False)
+    costs = [traced / untraced - 1 for traced, untraced in pairs]
     overlapped = [run for run in timeline.runs() if run.layer == "overlapped"] if timeline else []
     limit = max(middle["compute"], middle["communication"])
     asked = {f.name: getattr(request, f.name) for f in fields(BenchReport) if hasattr(request, f.name)}
@@ -287,6 +300,7 @@ def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | 
     return BenchReport(
         **asked,
         **milliseconds,  # type: ignore[arg-type]
+        trace_cost=median(costs) if costs else None,
         hidden_percent=overlapped[0].share().hidden_percent if overlapped else None,
         limit_ms=limit,
         exposed_ms=middle["overlapped"] - middle["compute"],

@@ -144,6 +144,6 @@ def _print_bench(report: BenchReport) -> None:
         soft_wrap=True,
     )
     if report.traced_ms is not None:
-        cost = report.traced_ms / report.overlapped_ms - 1
+        cost = report.trace_cost
         hidden = "none" if report.hidden_percent is None else f"{report.hidden_percent:.1f} %"
         stdout.print(f"{hidden} of communication hidden; recording cost {cost:+.1%}", highlight=False)

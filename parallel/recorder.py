@@ -14,6 +14,8 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+from megamoe.parallel.threads import calm_this_thread
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -134,6 +136,7 @@ class _Watcher:
         self._waits.put(None)
 
     def _run(self) -> None:
+        calm_this_thread()
         while (item := self._waits.get()) is not None:
             flight, wait, done = item
             try:
