@@ -127,7 +127,7 @@ def _caption(report: RuleReport) -> str:
     threads = f"{request.threads_per_rank} thread{'' if request.threads_per_rank == 1 else 's'}"
     return (
         f"C: FLOP/s of a rank computing alone. B: bytes/s of its link, one way. Balance point: 6·h·d / "
-        f"{report.bytes_per_row} bytes a row / {report.f_remote:.2g} of rows remote.\n"
+        f"{report.bytes_per_row:.0f} bytes a row / {report.f_remote:.2g} of rows remote.\n"
         f"Points: medians of {request.repeats}; bars: least and most overlapped time. "
         f"Left of 1 remains what overlap costs on any link, as a share of ever less communication.\n"
         f"{request.ranks} ranks, {threads} each, {request.tokens_per_rank} tokens a rank, h = {request.hidden}, "

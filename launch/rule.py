@@ -3,7 +3,8 @@
 C is the FLOPs per second of a rank computing alone, B its link's bytes per second one way. The DeepSeek-V4 report
 (section 3.1) compares what a token-expert pair computes with what it moves: 6hd FLOPs (gate, up and down projection)
 against 3h bytes (h out in FP8, 2h home in BF16), so that all hides while C/B <= 2d. Here every byte of the wire counts,
-and only pairs that leave their rank move: with f the share of those, the threshold is 6hd / bytes per row / f.
+a token goes to a rank once, and only pairs that leave their rank move: with f the share of those, the threshold is
+6hd / bytes per row / f.
 
     x          (C/B) / threshold, which is communication over compute: the rule says that 1 is where it turns
     exposed    max(0, overlapped - compute) / communication
@@ -15,6 +16,7 @@ and only pairs that leave their rank move: with f the share of those, the thresh
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 
 from megamoe.launch.bench import BenchReport, BenchRequest, run_bench
+from megamoe.parallel.placement import Placement
 from megamoe.waves import Waves
 from megamoe.wire import Wire
 
@@ -78,9 +81,22 @@ class RuleRequest:
         return 1 - 1 / self.ranks
 
     @property
-    def bytes_per_row(self) -> int:
-        """What a pair that leaves moves through a link in either direction: a row out, and BF16 home."""
-        return Wire(self.dispatch_format, self.hidden, round_on_arrival=False).row_bytes + 2 * self.hidden
+    def tokens_per_row(self) -> float:
+        """Tokens sent for a pair that leaves: one goes to a rank once, for all of its topk experts there.
+
+        16 experts on 2 ranks, top-4: 1 - C(8, 4) / C(16, 4) of the tokens have any of their 2 pairs on the other -> 0.48
+        """
+        placement, tokens = Placement(self.num_experts, self.ranks), 0.0
+        for rank in range(self.ranks):
+            elsewhere = self.num_experts - len(placement.experts(rank))
+            tokens += 1 - math.comb(elsewhere, self.topk) / math.comb(self.num_experts, self.topk)
+        return tokens / self.topk
+
+    @property
+    def bytes_per_row(self) -> float:
+        """What a pair that leaves moves through a link in either direction: its token's share out, BF16 home."""
+        wire = Wire(self.dispatch_format, self.hidden, round_on_arrival=False)
+        return wire.PAIR_BYTES + self.tokens_per_row * wire.row_bytes + 2 * self.hidden
 
     def threshold(self, intermediate: int) -> float:
         """FLOPs per byte for experts of one size."""
@@ -149,7 +165,7 @@ class RuleReport:
 
     request: RuleRequest
     f_remote: float
-    bytes_per_row: int
+    bytes_per_row: float
     curves: tuple[Curve, ...]
     machine: str
     date: str

@@ -31,7 +31,9 @@ TINY = ("--tokens-per-rank", 24, "--hidden", 64, "--intermediate", 32, "--num-ex
 def obey(request: BenchRequest, floor: float = 0.0) -> BenchReport:
     """A machine of 60 GFLOP/s whose overlap is perfect but for a floor, as a share of compute."""
     rows = request.tokens_per_rank * request.topk
-    flops, sent = 6 * request.hidden * request.intermediate * rows, rows * (3 * request.hidden + 36) // 2
+    flops = 6 * request.hidden * request.intermediate * rows
+    # half of the rows leave; of 16 experts on 2 ranks, top-4, all tokens but 70 of 1820 do
+    sent = rows / 2 * (8 + 2 * request.hidden) + rows / 4 * (1 - 70 / 1820) * (request.hidden + request.hidden // 32)
     compute = flops / FLOPS_PER_S * 1e3
     communication = sent / (parse_rate(request.link) / 8) * 1e3 if request.link else 1.0
     overlapped = max(compute, communication) + floor * compute
@@ -44,7 +46,7 @@ def obey(request: BenchRequest, floor: float = 0.0) -> BenchReport:
         "overlapped_ms_max": 1.1 * overlapped,
         "link_gb_s": parse_rate(request.link) / 8e9 if request.link else None,
         "flops_per_rank": flops,
-        "bytes_sent_per_rank": sent,
+        "bytes_sent_per_rank": round(sent),
         "identical": request.check,
     }
     return BenchReport(**{**asked, **known})  # type: ignore[arg-type]
@@ -64,10 +66,14 @@ def test_the_threshold_is_the_papers_2d(intermediate: int, f_remote: float, expe
 
 def test_every_byte_of_the_wire_counts() -> None:
     request = RuleRequest()
-    assert request.bytes_per_row == 1024 + 32 + 4 + 2048
-    assert request.threshold(512) == pytest.approx(6 * 1024 * 512 / 3108 / 0.5)
-    assert replace(request, dispatch_format="bf16").bytes_per_row == 2048 + 4 + 2048
-    assert replace(request, ranks=4).threshold(512) == pytest.approx(6 * 1024 * 512 / 3108 / 0.75)
+    share = (1 - 70 / 1820) / 2  # two of four pairs are on the other rank, 70 of 1820 choices have none there
+    assert request.tokens_per_row == pytest.approx(share)
+    assert request.bytes_per_row == pytest.approx(8 + 1056 * share + 2048)
+    assert request.threshold(512) == pytest.approx(6 * 1024 * 512 / request.bytes_per_row / 0.5)
+    assert replace(request, dispatch_format="bf16").bytes_per_row == pytest.approx(8 + 2048 * share + 2048)
+    four = replace(request, ranks=4)
+    assert four.tokens_per_row == pytest.approx(1 - 495 / 1820)
+    assert four.threshold(512) == pytest.approx(6 * 1024 * 512 / four.bytes_per_row / 0.75)
 
 
 def test_shares_of_communication() -> None:
@@ -176,7 +182,9 @@ def test_json_holds_every_point_and_the_fit(tmp_path: Path) -> None:
     report: dict[str, Any] = json.loads(done.stdout)
     assert report["identical"] is True
     assert (report["hidden"], report["intermediate"], report["points"]) == (64, [32], [1.0])
-    assert (report["bytes_per_row"], report["f_remote"]) == (64 + 2 + 4 + 128, 0.5)
+    # of 6 experts on 2 ranks, top-2: 3 of 15 choices have none on the other rank; a row is 64 + 2, filled up to 68
+    assert report["bytes_per_row"] == pytest.approx(8 + 68 * (1 - 3 / 15) + 128)
+    assert report["f_remote"] == 0.5
     (curve,) = report["curves"]
     assert curve["turn"] is None
     (point,) = curve["points"]
