@@ -1,6 +1,6 @@
 """Serial against overlapped over a list of workloads and links; prints the table, and writes it with --write.
 
-python benchmarks/layer.py --write docs/benchmarks.md      # root and iproute2 for the shaped links; four minutes
+python benchmarks/layer.py --write docs/overlap.md      # root and iproute2 for the shaped links; four minutes
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import torch
 from megamoe.launch.bench import BenchReport, BenchRequest, run_bench
 
 SMALL = {"hidden": 1024, "intermediate": 512, "num_experts": 16, "topk": 4}
-SQUARE = {**SMALL, "intermediate": 1024, "tokens_per_rank": 1024, "weight_format": "bf16"}
+BF16 = {"weight_format": "bf16", "dispatch_format": "bf16"}
+SQUARE = {**SMALL, **BF16, "intermediate": 1024, "tokens_per_rank": 1024}
 WORKLOADS: list[tuple[str, dict[str, object]]] = [
     ("prefill", {**SMALL, "tokens_per_rank": 2048, "weight_format": "bf16", "link": "1gbit"}),
     ("prefill", {**SMALL, "tokens_per_rank": 2048, "weight_format": "mxfp4", "link": "1gbit"}),
-    ("prefill", {**SMALL, "tokens_per_rank": 512, "weight_format": "bf16", "link": "2gbit"}),
-    ("loopback", {**SMALL, "tokens_per_rank": 2048, "weight_format": "bf16"}),
-    ("one token", {**SMALL, "tokens_per_rank": 1, "weight_format": "bf16", "repeats": 31}),
-    ("balance", {**SQUARE, "link": "310mbit"}),
-    ("twice the link", {**SQUARE, "link": "620mbit"}),
-    ("half the link", {**SQUARE, "link": "155mbit"}),
+    ("prefill", {**SMALL, **BF16, "tokens_per_rank": 512, "link": "2gbit"}),
+    ("loopback", {**SMALL, **BF16, "tokens_per_rank": 2048}),
+    ("one token", {**SMALL, **BF16, "tokens_per_rank": 1, "repeats": 61}),
+    ("balance", {**SQUARE, "link": "345mbit"}),
+    ("twice the link", {**SQUARE, "link": "690mbit"}),
+    ("half the link", {**SQUARE, "link": "172mbit"}),
     ("four ranks", {**SMALL, "tokens_per_rank": 1024, "weight_format": "bf16", "link": "500mbit", "ranks": 4}),
 ]
 
@@ -34,27 +35,33 @@ def row(name: str, report: BenchReport) -> str:
     link = f"{report.link_gb_s * 8000:.0f} Mbit/s" if report.link_gb_s else "loopback"
     values = report.as_dict()
     times = [f"{values[m]:.1f} ({values[f'{m}_min']:.1f}-{values[f'{m}_max']:.1f})" for m in TIMES]
-    work = f"{report.ranks} x {report.tokens_per_rank}, {report.hidden} x {report.intermediate}, {report.weight_format}"
-    ratios = f"{report.speedup:.2f} | {report.efficiency:.2f} | {report.exposed_ms / report.compute_ms:+.0%}"
+    work = f"{report.ranks} x {report.tokens_per_rank}, {report.hidden} x {report.intermediate}"
+    formats = f"{report.weight_format}, {report.dispatch_format} wire"
+    assert report.hidden_percent is not None
+    assert report.trace_cost is not None
+    ratios = [f"{report.speedup:.2f}", f"{report.efficiency:.2f}", f"{report.exposed_ms / report.compute_ms:+.0%}"]
+    traced = [f"{report.hidden_percent:.0f} %", f"{report.trace_cost:+.1%}"]
     same = {True: "yes", False: "NO", None: "-"}[report.identical]
-    return f"| {name} | {work} | {link} | {report.waves} | {' | '.join(times)} | {ratios} | {same} |"
+    return f"| {' | '.join((name, work, formats, link, str(report.waves), *times, *ratios, *traced, same))} |"
 
 
 TIMES = ("serial_ms", "overlapped_ms", "compute_ms", "communication_ms")
 COLUMNS = (
-    *("what", "ranks x tokens, H x I, weights", "link", "waves", "serial", "overlapped", "compute", "communication"),
-    *("speedup", "efficiency", "exposed", "oracle's bits"),
+    *("what", "ranks x tokens, H x I", "weights, wire", "link", "waves", "serial", "overlapped", "compute"),
+    *("communication", "speedup", "efficiency", "exposed", "hidden", "recorded", "oracle's bits"),
 )
-HEAD = f"""# Benchmarks
+HEAD = f"""# Overlap, measured
 
-`python benchmarks/layer.py --write docs/benchmarks.md`, {{date}}, {{machine}}, torch {torch.__version__}.
+`python benchmarks/layer.py --write docs/overlap.md`, {{date}}, {{machine}}, torch {torch.__version__}.
 
-16 experts, top-4, mxfp8 wire, one thread a rank. Median (min-max) in milliseconds of the slowest rank; the four
-measures alternate within one run. Serial: one wave, nothing at the same time. Compute: the overlapped call with its
-rows there already. Communication: its messages with nothing computed. Efficiency: the larger of the two, over
-overlapped. Exposed: what overlapped takes beyond compute, as a share of compute. Ranks share the cores with the
-system's work of moving bytes, so what a transfer costs in CPU time cannot hide here. Times of a shared machine are
-noisy: read the ratios, and the spread.
+16 experts, top-4, one thread a rank, waves as the layer chose them. Median (min-max) in milliseconds of the slowest
+rank over {{repeats}} repeats (61 for one token); the measures alternate within one run. Serial: one wave, nothing at the
+same time. Compute: the overlapped call with its rows there already. Communication: its messages with nothing computed.
+Speedup: serial over overlapped. Efficiency: the larger of compute and communication, over overlapped. Exposed: what
+overlapped takes beyond compute, as a share of compute. Hidden: share of the time in which rows were on their way and
+the rank computed. Recorded: how much longer the overlapped call took while it was recorded, median of pairs. Ranks share
+the cores with the system's work of moving bytes, so what a transfer costs in CPU time cannot hide here. Times of a
+shared machine are noisy: read the ratios, and the spread.
 
 | {" | ".join(COLUMNS)} |
 {"|---" * len(COLUMNS)}|"""
@@ -62,14 +69,15 @@ noisy: read the ratios, and the spread.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     machine = f"{os.cpu_count()} cores of {_processor()}"
-    lines = HEAD.format(date=datetime.date.today().isoformat(), machine=machine).splitlines()
+    today = datetime.date.today().isoformat()
+    lines = HEAD.format(date=today, machine=machine, repeats=arguments.repeats).splitlines()
     print("\n".join(lines[-2:]))
     for name, workload in WORKLOADS:
-        report = run_bench(BenchRequest(**{"repeats": arguments.repeats, **workload}))  # type: ignore[arg-type]
+        report = run_bench(BenchRequest(**{"repeats": arguments.repeats, "trace": True, **workload}))  # type: ignore[arg-type]
         lines.append(row(name, report))
         print(lines[-1], flush=True)
     if arguments.write:

@@ -84,7 +84,7 @@ class RuleRequest:
     def tokens_per_row(self) -> float:
         """Tokens sent for a pair that leaves: one goes to a rank once, for all of its topk experts there.
 
-        16 experts on 2 ranks, top-4: 1 - C(8, 4) / C(16, 4) of the tokens have any of their 2 pairs on the other -> 0.48
+        16 experts on 2 ranks, top-4: 1 - C(8, 4) / C(16, 4) of the tokens go there, for 2 pairs each -> 0.48
         """
         placement, tokens = Placement(self.num_experts, self.ranks), 0.0
         for rank in range(self.ranks):
