@@ -55,13 +55,13 @@ HEAD = f"""# Overlap, measured
 `python benchmarks/layer.py --write docs/overlap.md`, {{date}}, {{machine}}, torch {torch.__version__}.
 
 16 experts, top-4, one thread a rank, waves as the layer chose them. Median (min-max) in milliseconds of the slowest
-rank over {{repeats}} repeats (61 for one token); the measures alternate within one run. Serial: one wave, nothing at the
-same time. Compute: the overlapped call with its rows there already. Communication: its messages with nothing computed.
-Speedup: serial over overlapped. Efficiency: the larger of compute and communication, over overlapped. Exposed: what
-overlapped takes beyond compute, as a share of compute. Hidden: share of the time in which rows were on their way and
-the rank computed. Recorded: how much longer the overlapped call took while it was recorded, median of pairs. Ranks share
-the cores with the system's work of moving bytes, so what a transfer costs in CPU time cannot hide here. Times of a
-shared machine are noisy: read the ratios, and the spread.
+rank over {{repeats}} repeats (61 for one token); the measures alternate within one run. Serial: one wave, and nothing
+at the same time. Compute: the overlapped call with its rows there already. Communication: its messages with nothing
+computed. Speedup: serial over overlapped. Efficiency: the larger of compute and communication, over overlapped.
+Exposed: what overlapped takes beyond compute, as a share of compute. Hidden: the share of the time with rows on their
+way in which the rank computed. Recorded: how much longer the overlapped call took while it was recorded, median of
+pairs. Ranks share the cores with the system's work of moving bytes, so what a transfer costs in CPU time cannot hide
+here. Times of a shared machine are noisy: read the ratios, and the spread.
 
 | {" | ".join(COLUMNS)} |
 {"|---" * len(COLUMNS)}|"""

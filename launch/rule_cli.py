@@ -108,8 +108,9 @@ def _print_rule(report: RuleReport) -> None:
     request = report.request
     stdout.print(
         f"{request.ranks} ranks, {request.tokens_per_rank} tokens a rank, {request.num_experts} experts "
-        f"{request.weight_format}, top-{request.topk}, {request.dispatch_format} wire, {report.bytes_per_row:.0f} bytes "
-        f"a row there and back, {report.f_remote:.0%} of rows remote; C in FLOP/s, B in bytes/s one way; milliseconds",
+        f"{request.weight_format}, top-{request.topk}, {request.dispatch_format} wire, {report.bytes_per_row:.0f} "
+        f"bytes a row there and back, {report.f_remote:.0%} of rows remote; C in FLOP/s, B in bytes/s one way; "
+        "milliseconds",
         highlight=False,
         soft_wrap=True,
     )

@@ -16,8 +16,8 @@ _LONG_ENOUGH_S = 0.05
 def measure_link(transport: Transport, rank: int, size: int, layer: str, device: torch.device) -> float:
     """Bytes per second that every rank can send while it receives as many, the same figure on all ranks.
 
-    All ranks must call. Messages double until one round takes 50 ms or 16 MiB, and the last two sizes are tried again:
-    what they differ by gives the rate, so that what passes at once (a token bucket, socket buffers) and what a message
+    All ranks must call. Messages double until one round takes 50 ms or 16 MiB, and the last two sizes are tried
+    twice more: what they differ by gives the rate, so that what passes at once (a token bucket, socket buffers) and what a message
     costs cancel out. PeerError where a rank does not answer.
     """
     num_bytes = _FIRST_BYTES
@@ -26,7 +26,7 @@ def measure_link(transport: Transport, rank: int, size: int, layer: str, device:
         num_bytes *= 2
         took[num_bytes] = _round(transport, rank, size, num_bytes, layer, device)
     half = num_bytes // 2
-    for again in (half, num_bytes):
+    for again in (half, num_bytes) * 2:
         seconds = _round(transport, rank, size, again, layer, device)
         took[again] = min(seconds, took.get(again, seconds))
     whole, further = num_bytes / took[num_bytes], half / max(took[num_bytes] - took[half], 1e-9)

@@ -70,6 +70,7 @@ def tuner(size: int, link: float | None, *, packed: bool = False, dispatch_forma
         group.links.append(link)
     weight_format = "mxfp4" if packed else "bf16"
     experts = Experts(MoEShape(1024, 512, 16, 4), range(8), weight_format=weight_format, device=torch.device("meta"))
+    experts.device = torch.device("cpu")  # whose waves have a cost, but without memory for the weights
     return Tuner("moe", group, experts, waves="auto", dispatch_format=dispatch_format, overlap=True)
 
 
@@ -123,7 +124,7 @@ def measured(group: EPGroup) -> tuple[float, float]:
 @needs_lab
 def test_a_links_rate_is_what_it_was_shaped_to() -> None:
     with lab(3, "200mbit") as hosts, LocalRanks(3, threads_per_rank=1, hosts=hosts) as ranks:
-        for size, within in ((2, 0.15), (3, 0.35)):  # two senders to one link lose a part of it
+        for size, within in ((2, 0.3), (3, 0.4)):  # two senders to one link lose a part of it
             found = ranks.run(measured, size=size)
             assert len({rate for rate, _ in found}) == 1, "all ranks must have the same figure"
             assert found[0][0] == pytest.approx(25e6, rel=within)
