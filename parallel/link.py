@@ -17,8 +17,8 @@ def measure_link(transport: Transport, rank: int, size: int, layer: str, device:
     """Bytes per second that every rank can send while it receives as many, the same figure on all ranks.
 
     All ranks must call. Messages double until one round takes 50 ms or 16 MiB, and the last two sizes are tried
-    twice more: what they differ by gives the rate, so that what passes at once (a token bucket, socket buffers) and what a message
-    costs cancel out. PeerError where a rank does not answer.
+    twice more: what they differ by gives the rate, so that what passes at once (a token bucket, socket buffers) and
+    what a message costs cancel out. PeerError where a rank does not answer.
     """
     num_bytes = _FIRST_BYTES
     took: dict[int, float] = {}
