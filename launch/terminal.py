@@ -49,10 +49,10 @@ def exit_codes() -> Iterator[None]:
         stderr.print(f"[bold red]failed:[/] {_escaped(failed)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from failed
     except KeyboardInterrupt as stopped:
-        stderr.print("interrupted; ranks stopped, files removed", highlight=False)
+        stderr.print("interrupted; all that was started is stopped and removed", highlight=False)
         raise typer.Exit(130) from stopped
     except Terminated as stopped:
-        stderr.print("terminated; ranks stopped, files removed", highlight=False)
+        stderr.print("terminated; all that was started is stopped and removed", highlight=False)
         raise typer.Exit(143) from stopped
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.peers.measure import RankOutcome, Workload
-from benchmarks.peers.peer import Peer
+from benchmarks.peers.peer import INSTALL_TORCHTITAN, Peer
 
 PACKAGES = ("torch", "transformers", "torchtitan", "deepspeed")
 COLUMNS = ("layer", "median ms", "min", "max", "speed, fastest peer = 1", "error against FP32", "note")
@@ -153,8 +153,9 @@ and routing, on the same ranks, one thread each, over gloo. Only the experts are
 computed. The layers take turns within every repeat, each begun by all ranks together; a repeat takes as long as its
 slowest rank. Median, min and max are over the repeats. Speed is the fastest peer's median over the layer's own. The
 error is ||a - b|| / ||b|| against FP32 on one device; rows and products of MXFP8 round more, so their bounds are
-wider, and "bf16 wire" is the row whose bytes and arithmetic are those of the peers. Times of a shared machine are
-noisy: read the ratios, and the spread.
+wider, and "bf16 wire" is the row whose formats and arithmetic are those of the peers. This package has gloo's threads
+wait for their turn; for the peers that is undone, so that all run as they do on their own. Times of a shared machine
+are noisy: read the ratios, and the spread.
 
 - torch by hand: all_to_all_single with splits, grouped_mm, all_to_all_single, and an embedding_bag as weighted sum.
 - transformers: Qwen3-MoE's experts under its expert-parallel plan, all_to_all; two implementations of the experts.
@@ -171,4 +172,5 @@ def document(command: str, comparisons: Sequence[Comparison]) -> str:
     sizes = f"H {shape.hidden}, I {shape.intermediate}, {shape.num_experts} experts, top-{shape.topk}." if shape else ""
     head = f"# Beside other layers\n\n`{command}`, {datetime.date.today().isoformat()}, {machine()}; {packages}.\n\n"
     tables = [f"## {each.workload.title}\n\n{each.repeats} repeats.\n\n{each.table()}".rstrip() for each in comparisons]
-    return f"{head}{sizes}\n\n{PROSE}\n\n" + "\n\n".join(tables) + "\n"
+    install = f"To install what is compared, in this repository:\n\n    {INSTALL_TORCHTITAN}"
+    return f"{head}{sizes}\n\n{PROSE}\n\n{install}\n\n" + "\n\n".join(tables) + "\n"
