@@ -21,6 +21,7 @@ from megamoe.launch.ranks import LocalRanks, RankFailedError
 from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.threads import calm_gloo_threads
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer
 
@@ -193,3 +194,25 @@ def test_ranks_go_when_their_parent_is_killed(tmp_path: Path) -> None:
     gone, alive = psutil.wait_procs(ranks, timeout=20)
     assert not alive, alive
     assert len(gone) == 2
+
+
+def scheduling(group: EPGroup) -> tuple[list[int], list[int], int]:
+    """Policies of gloo's threads as a group leaves them, and after that is undone; and that of the main thread."""
+
+    def policies() -> list[int]:
+        tasks = [task for task in Path("/proc/self/task").iterdir() if "gloo" in (task / "comm").read_text()]
+        return [os.sched_getscheduler(int(task.name)) for task in tasks]
+
+    assert group.transport is not None
+    calmed = policies()
+    assert calm_gloo_threads(calm=False) == len(calmed)
+    return calmed, policies(), os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scheduling policies are Linux's")
+def test_threads_of_gloo_wait_for_their_turn_and_the_users_own_are_left_alone(ranks: LocalRanks) -> None:
+    for calmed, undone, own in ranks.run(scheduling, size=2):
+        assert calmed
+        assert set(calmed) == {os.SCHED_BATCH}
+        assert set(undone) == {os.SCHED_OTHER}
+        assert own == os.SCHED_OTHER
