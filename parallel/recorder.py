@@ -10,11 +10,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-
-from megamoe.parallel.threads import calm_this_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +90,31 @@ class CallNotes(Notes):
         return flight
 
 
+class Arrival:
+    """What a watcher waits for, and what waits for the watcher in turn."""
+
+    def __init__(self, flight: Flight, wait: Callable[[], None]) -> None:
+        self._flight, self._wait = flight, wait
+        self._error: BaseException | None = None
+        self._pending = threading.Lock()  # a bare lock: the watcher holds Python's own for as short as can be
+        self._pending.acquire()
+
+    def watch(self) -> None:
+        """Waits for the rows and notes when they are there."""
+        try:
+            self._wait()
+            self._flight.arrived_ns = now_ns()
+        except BaseException as error:  # noqa: BLE001  raised by result(), where the call waits for this transfer
+            self._error = error
+        self._pending.release()
+
+    def result(self) -> None:
+        """Returns when the rows are there, or raises what the wait raised. To be called once."""
+        self._pending.acquire()
+        if self._error is not None:
+            raise self._error
+
+
 class Recorder:
     """Takes notes until stop().
 
@@ -108,11 +130,13 @@ class Recorder:
         """Notes for one call of a layer."""
         return CallNotes(self, layer, call)
 
-    def watch(self, flight: Flight, wait: Callable[[], None]) -> Future[None]:
-        """Has a thread wait for the flight's rows and note when they are there; the future is done then, or failed."""
+    def watch(self, flight: Flight, wait: Callable[[], None]) -> Arrival:
+        """Has a thread wait for the flight's rows and note when they are there."""
         if flight.lane not in self._watchers:
             self._watchers[flight.lane] = _Watcher(flight.lane)
-        return self._watchers[flight.lane].watch(flight, wait)
+        arrival = Arrival(flight, wait)
+        self._watchers[flight.lane].watch(arrival)
+        return arrival
 
     def stop(self) -> None:
         """Lets the watchers go; they end when what they wait for has come or failed."""
@@ -123,29 +147,19 @@ class Recorder:
 
 class _Watcher:
     def __init__(self, lane: str) -> None:
-        self._waits: queue.SimpleQueue[tuple[Flight, Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
         # a daemon: an interrupted program need not wait for rows that will not come
         threading.Thread(target=self._run, name=f"megamoe {lane} watcher", daemon=True).start()
 
-    def watch(self, flight: Flight, wait: Callable[[], None]) -> Future[None]:
-        done: Future[None] = Future()
-        self._waits.put((flight, wait, done))
-        return done
+    def watch(self, arrival: Arrival) -> None:
+        self._arrivals.put(arrival)
 
     def stop(self) -> None:
-        self._waits.put(None)
+        self._arrivals.put(None)
 
     def _run(self) -> None:
-        calm_this_thread()
-        while (item := self._waits.get()) is not None:
-            flight, wait, done = item
-            try:
-                wait()
-            except BaseException as error:  # noqa: BLE001  raised where the call waits for this transfer
-                done.set_exception(error)
-            else:
-                flight.arrived_ns = now_ns()
-                done.set_result(None)
+        while (arrival := self._arrivals.get()) is not None:
+            arrival.watch()
 
 
 _EPOCH_NS = time.time_ns() - time.perf_counter_ns()

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 _GLOO = ("gloo_tcp_loop", "pt_gloo_runloop")
-
-
-def calm_this_thread() -> None:
-    """Has the calling thread wait for its turn, where the system has a way to say so."""
-    if sys.platform.startswith("linux"):
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def calm_gloo_threads(calm: bool = True) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 from torch import Tensor
 
-from megamoe.parallel.recorder import CallNotes, Flight, now_ns
+from megamoe.parallel.recorder import Arrival, CallNotes, Flight, now_ns
 from megamoe.parallel.transport import Label, Transfer, Transport
 
 
@@ -35,7 +34,7 @@ class WatchedTransport:
 class _WatchedTransfer:
     def __init__(self, transfer: Transfer, notes: CallNotes, flight: Flight) -> None:
         self._transfer, self._notes, self._flight = transfer, notes, flight
-        self._arrival: Future[None] | None = None
+        self._arrival: Arrival | None = None
 
     def watch(self) -> None:
         self._arrival = self._notes.recorder.watch(self._flight, self._transfer.wait)
