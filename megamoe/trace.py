@@ -45,9 +45,9 @@ class Trace:
 
 @contextmanager
 def record(group: EPGroup) -> Iterator[Trace]:
-    """Notes what the group's layers do in the block, on this rank, for one to two per cent of a call's time; nothing outside it.
+    """Notes what the group's layers do in the block, on this rank, and nothing outside it.
 
-    While recorded, the deadline of a transfer runs from its opening, up to two waves before it is waited for.
+    It costs one to two per cent of a call's time, measured: the README says how. While recorded, the deadline of a transfer runs from its opening, up to two waves before it is waited for.
     RuntimeError where the group is being recorded already. A layer on a GPU or NPU refuses a recorded call with a
     ValueError: what is noted is host time.
     """
