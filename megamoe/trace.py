@@ -47,9 +47,9 @@ class Trace:
 def record(group: EPGroup) -> Iterator[Trace]:
     """Notes what the group's layers do in the block, on this rank, and nothing outside it.
 
-    It costs one to two per cent of a call's time, measured: the README says how. While recorded, the deadline of a transfer runs from its opening, up to two waves before it is waited for.
-    RuntimeError where the group is being recorded already. A layer on a GPU or NPU refuses a recorded call with a
-    ValueError: what is noted is host time.
+    It costs one to two per cent of a call's time, measured: the README says how. While recorded, the deadline of a
+    transfer runs from its opening, up to two waves before it is waited for. RuntimeError where the group is being
+    recorded already. A layer on a GPU or NPU refuses a recorded call with a ValueError: what is noted is host time.
     """
     trace = Trace(group, Recording(group.rank, group.host))
     with group.record(trace.recording):
