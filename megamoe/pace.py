@@ -22,6 +22,7 @@ OTHER_WAVE_S = 20e-6
 # of the time may be spent on more waves where communication takes as long as compute, less where it is shorter.
 # Measured as above: at the balance point 8 waves took 167 ms where 2 took 195.
 FORGIVENESS = 0.03
+_STEP_ROWS = 50.0  # what beginning a stretch of work costs as long as nothing is measured: half a millisecond, in rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Pace:
         """Where all journeys together take as long as all compute, whatever that is: the place to be prepared for."""
         journey_s = 1.0 / f_remote if f_remote else 0.0
         out = out_bytes / (out_bytes + home_bytes)
-        return cls(1.0, journey_s * out, journey_s * (1 - out), 0.0, decode_rows)
+        return cls(1.0, journey_s * out, journey_s * (1 - out), _STEP_ROWS, decode_rows)
 
     def load(self, local: list[int], arriving: list[int]) -> Load:
         """What the schedule needs to know, in units of one computed row."""
