@@ -21,9 +21,10 @@ from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import CallNotes, Notes
 from megamoe.parallel.transport import Label, Transfer, Transport
 from megamoe.parallel.watch import WatchedTransport
+from megamoe.planner.schedule import Step, schedule
 from megamoe.rows import Route, arrange
 from megamoe.slabs import Array, Slabs
-from megamoe.waves import Step, WavePlan, schedule
+from megamoe.waves import WavePlan
 from megamoe.wire import Wire
 
 
@@ -108,7 +109,7 @@ class Call:
         self._arriving = counts.numpy()[:, ids.start : ids.stop].copy()  # [P, e]
         self._arriving[self._rank] = 0
         arriving = parts.slabs.pairs[:, :, self._rank].sum(0).tolist()  # [W]
-        self.steps = schedule(parts.plan, self._rank, parts.pace.load(self._own.tolist(), arriving))
+        self.steps = schedule(parts.plan.waves(self._rank), parts.pace.load(self._own.tolist(), arriving))
         # this rank's own tokens, then what comes from others: all that its experts read
         inbox = (parts.slabs.inbox_rows(self._rank, len(hidden)), parts.wire.row_bytes)
         self._inbox = self._workspace.take("inbox", inbox, hidden, torch.uint8)

@@ -17,11 +17,12 @@ from megamoe.formats import MXFP4
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Notes
+from megamoe.planner.schedule import LOOKAHEAD
 from megamoe.rows import route_rows
 from megamoe.shape import MoEShape
 from megamoe.slabs import Slabs, count_rows
 from megamoe.tuner import Tuner
-from megamoe.waves import LOOKAHEAD, Waves, check_waves, plan_waves
+from megamoe.waves import Waves, check_waves, plan_waves
 
 
 class MegaMoE(nn.Module):

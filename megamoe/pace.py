@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.parallel.placement import Placement
-from megamoe.waves import LOOKAHEAD, MAX_AUTO_WAVES, Load, WavePlan, plan_waves, schedule
+from megamoe.planner.schedule import Load, Work, schedule
+from megamoe.planner.schedule import play as play_works
+from megamoe.waves import MAX_AUTO_WAVES, WavePlan, plan_waves
 
 # What a wave costs beyond its rows: posting messages, smaller products, threads that take turns. Measured with
 # `megamoe bench --waves sweep`, two ranks on two cores of a Zen 4 CPU over gloo, 2026-11-24. A GPU's launches are a
@@ -73,25 +75,10 @@ def play(plan: WavePlan, rows_per_rank: float, pace: Pace) -> float:
     per_source = rows_per_rank / placement.most / placement.ep_size
     local = [per_source] * len(placement.experts(rank))
     arriving = [per_source * (placement.ep_size - 1) * len(plan.experts(rank, wave)) for wave in range(plan.num_waves)]
-    steps = schedule(plan, rank, pace.load([round(rows) for rows in local], [round(rows) for rows in arriving]))
-    clock = link = 0.0
-    arrivals: list[float] = []
-
-    def dispatch(wave: int) -> None:
-        nonlocal link
-        if wave < plan.num_waves:
-            link = max(link, clock) + arriving[wave] * pace.out_s
-            arrivals.append(link)
-
-    for wave in range(LOOKAHEAD):
-        dispatch(wave)
+    steps = schedule(plan.waves(rank), pace.load([round(rows) for rows in local], [round(rows) for rows in arriving]))
+    works = []
     for step in steps:
-        rows = per_source * len(step.local)
-        if step.arrived:
-            dispatch(step.wave + LOOKAHEAD)
-            clock = max(clock, arrivals[step.wave])
-            rows += arriving[step.wave]
-        clock += rows * pace.row_s + pace.wave_s
-        if step.arrived:
-            link = max(link, clock) + arriving[step.wave] * pace.home_s
-    return max(clock, link)
+        rows = per_source * len(step.local) + (arriving[step.wave] if step.arrived else 0)
+        works.append(Work(step.wave, rows * pace.row_s + pace.wave_s, step.arrived))
+    out, home = ([rows * each for rows in arriving] for each in (pace.out_s, pace.home_s))
+    return play_works(works, out, home).total

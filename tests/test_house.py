@@ -77,7 +77,7 @@ def test_an_import_that_points_up_would_be_noticed(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / "parallel" / "placement.py").open("a") as file:
-        file.write("\nfrom megamoe.waves import Step\n")
+        file.write("\nfrom megamoe.waves import WavePlan\n")
     done = run(LINT_IMPORTS, tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "megamoe.parallel.placement -> megamoe.waves" in done.stdout

@@ -11,19 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.parallel.placement import Placement
+from megamoe.planner.schedule import Load, Step, _cover, _overlap, schedule
 from megamoe.waves import (
     AUTO_MESSAGE_BYTES,
     MAX_AUTO_WAVES,
-    Load,
-    Step,
     WavePlan,
-    _cover,
-    _overlap,
     _rounded,
     auto_waves,
     check_waves,
     plan_waves,
-    schedule,
 )
 
 examples = settings(max_examples=300, deadline=None, derandomize=True)
@@ -193,7 +189,7 @@ def test_auto_waves_is_one_where_a_rank_is_alone() -> None:
 @examples
 def test_every_rank_local_expert_is_computed_exactly_once(case: tuple[WavePlan, int, Load]) -> None:
     plan, rank, load = case
-    steps = schedule(plan, rank, load)
+    steps = schedule(plan.waves(rank), load)
     assert sorted(e for step in steps for e in step.local) == list(plan.placement.experts(rank))
     for step in steps:
         experts = plan.experts(rank, step.wave)
@@ -207,14 +203,14 @@ def test_every_rank_local_expert_is_computed_exactly_once(case: tuple[WavePlan, 
 @examples
 def test_every_wave_arrives_exactly_once_in_ascending_order(case: tuple[WavePlan, int, Load]) -> None:
     plan, rank, load = case
-    assert [step.wave for step in schedule(plan, rank, load) if step.arrived] == list(range(plan.num_waves))
+    assert [step.wave for step in schedule(plan.waves(rank), load) if step.arrived] == list(range(plan.num_waves))
 
 
 @given(loads())
 @examples
 def test_head_is_before_the_first_arrival_and_tail_after_the_last(case: tuple[WavePlan, int, Load]) -> None:
     plan, rank, load = case
-    steps = schedule(plan, rank, load)
+    steps = schedule(plan.waves(rank), load)
     arrived = [index for index, step in enumerate(steps) if step.arrived]
     assert arrived == list(range(arrived[0], arrived[-1] + 1))  # nothing comes between two waves
     head, tail = steps[: arrived[0]], steps[arrived[-1] + 1 :]
@@ -230,7 +226,7 @@ def test_head_is_before_the_first_arrival_and_tail_after_the_last(case: tuple[Wa
 @examples
 def test_head_and_tail_stop_when_the_next_expert_would_gain_nothing(case: tuple[WavePlan, int, Load]) -> None:
     plan, rank, load = case
-    steps = schedule(plan, rank, load)
+    steps = schedule(plan.waves(rank), load)
     first = next(index for index, step in enumerate(steps) if step.arrived)
     arrivals = [rows for rows in load.arriving if rows]
     ends = (
@@ -251,7 +247,7 @@ def test_head_and_tail_stop_when_the_next_expert_would_gain_nothing(case: tuple[
 def test_there_is_no_head_and_no_tail_where_nothing_arrives_from_other_ranks(case: tuple[WavePlan, int, Load]) -> None:
     plan, rank, load = case
     alone = Load(load.local, [0] * plan.num_waves, load.dispatch_cost, load.combine_cost, load.decode_cost)
-    assert schedule(plan, rank, alone) == [Step(w, plan.experts(rank, w), True) for w in range(plan.num_waves)]
+    assert schedule(plan.waves(rank), alone) == [Step(w, plan.experts(rank, w), True) for w in range(plan.num_waves)]
 
 
 @given(loads())
@@ -259,13 +255,13 @@ def test_there_is_no_head_and_no_tail_where_nothing_arrives_from_other_ranks(cas
 def test_there_is_no_head_and_no_tail_where_decoding_twice_costs_more(case: tuple[WavePlan, int, Load]) -> None:
     plan, rank, load = case
     costly = Load(load.local, load.arriving, load.dispatch_cost, load.combine_cost, decode_cost=1200.0)  # 400 rows x 3
-    assert schedule(plan, rank, costly) == [Step(w, plan.experts(rank, w), True) for w in range(plan.num_waves)]
+    assert schedule(plan.waves(rank), costly) == [Step(w, plan.experts(rank, w), True) for w in range(plan.num_waves)]
 
 
 def test_a_schedule_by_hand() -> None:
     plan = plan_waves(Placement(12, 2), 3)  # rank 1: [6, 7] [8, 9] [10, 11]
     load = Load([100] * 6, [200, 0, 100], dispatch_cost=0.75, combine_cost=1.5, decode_cost=20)
-    assert schedule(plan, 1, load) == [
+    assert schedule(plan.waves(1), load) == [
         Step(0, range(6, 8), False),  # 150 to cover: 120, then 30 are left, more than 20
         Step(0, range(8, 8), True),
         Step(1, range(8, 10), True),
@@ -277,22 +273,22 @@ def test_a_schedule_by_hand() -> None:
 def test_what_the_head_took_is_not_taken_by_the_tail() -> None:
     plan = plan_waves(Placement(4, 2), 1)
     load = Load([10, 10], [1000], dispatch_cost=1, combine_cost=1, decode_cost=0)
-    assert schedule(plan, 0, load) == [Step(0, range(2), False), Step(0, range(2, 2), True)]
+    assert schedule(plan.waves(0), load) == [Step(0, range(2), False), Step(0, range(2, 2), True)]
 
 
 def test_a_head_over_several_waves_is_a_step_for_each() -> None:
     plan = plan_waves(Placement(4, 1), 4)
     load = Load([10, 10, 10, 10], [25, 0, 0, 0], dispatch_cost=1, combine_cost=0, decode_cost=0)
-    head = [step for step in schedule(plan, 0, load) if not step.arrived]
+    head = [step for step in schedule(plan.waves(0), load) if not step.arrived]
     assert head == [Step(wave, range(wave, wave + 1), False) for wave in range(3)]
 
 
 def test_there_is_no_head_and_no_tail_that_takes_longer_to_begin_than_to_wait() -> None:
     plan = plan_waves(Placement(4, 2), 1)
     load = Load([10, 10], [100], dispatch_cost=0.1, combine_cost=0.2, decode_cost=0, step_cost=15)
-    assert schedule(plan, 0, load) == [Step(0, range(0), True), Step(0, range(2), False)]
+    assert schedule(plan.waves(0), load) == [Step(0, range(0), True), Step(0, range(2), False)]
     longer = Load([10, 10], [100], dispatch_cost=0.1, combine_cost=0.2, decode_cost=0, step_cost=20)
-    assert schedule(plan, 0, longer) == [Step(0, range(2), True)]
+    assert schedule(plan.waves(0), longer) == [Step(0, range(2), True)]
 
 
 def test_cover_of_its_docstring() -> None:

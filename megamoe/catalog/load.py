@@ -1,0 +1,146 @@
+"""Finds and reads the catalog's files and a user's own.
+
+    load_hardware("gb200")   load_hardware("mine.yaml")   load_model("config.json")   load_profile("blackwell")
+
+Everything a user can get wrong is a ValueError of one line: the file, the key, what was given, what there is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from megamoe.catalog.huggingface import model_from_config
+from megamoe.catalog.schema import Hardware, Model, Profile
+from megamoe.catalog.wording import nearest, plain
+
+if TYPE_CHECKING:
+    from yaml import SafeLoader as _Loader
+else:
+    # libyaml's parser is ten times as fast, and not in every build
+    _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+Kind = Literal["hardware", "models", "profiles"]
+T = TypeVar("T", Hardware, Model, Profile)
+
+_HERE = Path(__file__).parent
+_SINGULAR = {"hardware": "hardware", "models": "model", "profiles": "profile"}
+
+
+class _StrictLoader(_Loader):
+    """YAML that refuses a key written twice, of which plain YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def names(kind: Kind) -> list[str]:
+    """The names of the catalog's hardware, models or profiles, sorted."""
+    return sorted(path.stem for path in (_HERE / kind).glob("*.yaml"))
+
+
+def load_hardware(name_or_path: str | os.PathLike[str]) -> Hardware:
+    """A device by the catalog's name or alias, or from a .yaml file. ValueError names the nearest."""
+    path = _find("hardware", name_or_path)
+    hardware = _read(Hardware, path)
+    beside = path.parent / hardware.profile
+    if hardware.profile.endswith((".yaml", ".yml")) and beside.is_file():
+        return hardware.model_copy(update={"profile": str(beside)})
+    return hardware
+
+
+def load_model(name_or_path: str | os.PathLike[str]) -> Model:
+    """A model by name or alias, or from a .yaml file, a Hugging Face config.json or a folder that has one."""
+    path = _find("models", name_or_path)
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{path.parent} has no config.json")
+    return _read_config(path) if path.suffix == ".json" else _read(Model, path)
+
+
+def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
+    """A profile by the catalog's name, or from a .yaml file."""
+    return _read(Profile, _find("profiles", name_or_path))
+
+
+def find_profile(hardware: Hardware, name_or_path: str | os.PathLike[str] | None = None) -> Profile:
+    """The profile asked for, or else the one that the hardware names."""
+    return load_profile(hardware.profile if name_or_path is None else name_or_path)
+
+
+def _find(kind: Kind, name_or_path: str | os.PathLike[str]) -> Path:
+    """The file behind a name, an alias or a path: the catalog first, so that a folder called gb200 hides nothing."""
+    text = os.fspath(name_or_path)
+    name = text.lower().replace("_", "-").replace(" ", "-")
+    shipped = _HERE / kind / f"{name}.yaml"
+    if "/" not in name and shipped.is_file():
+        return shipped
+    path = Path(text)
+    if path.is_file() or (kind == "models" and path.is_dir()):
+        return path
+    aliases = _aliases(kind)
+    if name in aliases:
+        return _HERE / kind / f"{aliases[name]}.yaml"
+    if path.suffix in (".yaml", ".yml", ".json"):
+        raise ValueError(f"there is no file {text}")
+    raise ValueError(f"no {_SINGULAR[kind]} is called '{text}'; {nearest(name, [*names(kind), *aliases], aliases)}")
+
+
+def _aliases(kind: Kind) -> dict[str, str]:
+    """alias -> name, from the line of each file that starts with `aliases:` (the whole file would take too long)."""
+    found: dict[str, str] = {}
+    for path in sorted((_HERE / kind).glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        line = next((line for line in lines if line.startswith("aliases:")), "aliases: []")
+        found.update(dict.fromkeys(yaml.safe_load(line)["aliases"], path.stem))
+    return found
+
+
+def _read(schema: type[T], path: Path) -> T:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds no keys; a {schema.__name__.lower()} starts with name: and title:")
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {plain(error, schema)}") from None
+
+
+def _read_config(path: Path) -> Model:
+    """A Model from a config.json, and from the hf_quant_config.json that some checkpoints have beside it."""
+    config, beside = _json(path), path.with_name("hf_quant_config.json")
+    if isinstance(config, dict) and "quantization_config" not in config and beside.is_file():
+        config["quantization_config"] = _json(beside).get("quantization", {})
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    try:
+        return model_from_config(config, name=name.lower(), source=str(path))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {plain(error, Model)}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None

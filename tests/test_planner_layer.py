@@ -1,0 +1,285 @@
+"""The rule, routing, the schedule and the layer's time: the paper's numbers, hand arithmetic, what must not happen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megamoe.catalog import find_profile, load_hardware, load_model
+from megamoe.planner.formats import VALUE_BYTES, value_bytes
+from megamoe.planner.layer import Device, Expert, compute_format, dispatch_us, layer_time
+from megamoe.planner.plan import PlanRequest, plan
+from megamoe.planner.routing import KINDS, RankLoad, Routing, _replicated, busiest
+from megamoe.planner.rule import Rule, hides_tflops, threshold, tiers, transfer_us
+from megamoe.planner.schedule import Work, play
+
+PRO = Expert.of(load_model("deepseek-v4-pro"))
+
+
+def device(name: str = "gb200") -> Device:
+    hardware = load_hardware(name)
+    return Device.of(hardware, find_profile(hardware))
+
+
+GB200 = device()
+
+
+# ---- the rule ----
+
+
+def test_the_papers_numbers() -> None:
+    assert threshold(3072) == 6144
+    assert threshold(2048) == 4096
+    assert round(hides_tflops(3072), 1) == 6.1
+
+
+@pytest.mark.parametrize(("gb_s", "layer_us", "token_ms"), [(50.0, 120.96, 14.76), (900.0, 6.72, 0.82)])
+def test_the_isca_figures(gb_s: float, layer_us: float, token_ms: float) -> None:
+    ours = transfer_us(32 * 9 * 7000, "fp8", "bf16", gb_s)
+    assert round(ours, 2) == layer_us
+    assert round(ours * 2 * 61 / 1e3, 2) == token_ms
+
+
+def test_formats_scales_and_locality_move_the_threshold() -> None:
+    assert round(threshold(3072, "nvfp4", "bf16")) == 7193
+    assert threshold(3072, "nvfp4", "nvfp4") == 16384
+    assert threshold(3072, gated=False) == 4096
+    assert threshold(3072, f_remote=0.5) == 12288
+    assert threshold(3072, f_remote=0.0) == float("inf")
+    with pytest.raises(ValueError, match="nearest are mxfp8"):
+        value_bytes("mxfp9")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "ep", "sentence"),
+    [
+        (
+            "gb200",
+            16,
+            "HIDDEN  deepseek-v4-pro on gb200, EP16: 5556 <= 6144 FLOPs/Byte (margin 1.11); needs 814 GB/s, has 900",
+        ),
+        (
+            "h800",
+            8,
+            "EXPOSED  deepseek-v4-pro on h800, EP8: 9895 > 6144 FLOPs/Byte (margin 0.62); needs 322 GB/s, has 200",
+        ),
+        (
+            "h100",
+            16,
+            "EXPOSED  deepseek-v4-pro on h100, EP16: 39580 > 12288 FLOPs/Byte over the nic (margin 0.31); "
+            "needs 161 GB/s, has 50",
+        ),
+        ("h100", 1, "HIDDEN  deepseek-v4-pro on h100, EP1: nothing leaves the device"),
+    ],
+    ids=["gb200", "h800", "h100-two-nodes", "one-rank"],
+)
+def test_verdicts(hardware: str, ep: int, sentence: str) -> None:
+    found = load_hardware(hardware)
+    assert plan(PlanRequest(load_model("deepseek-v4-pro"), found, find_profile(found), ep)).sentence == sentence
+
+
+@pytest.mark.parametrize(
+    ("hardware", "ratio", "hidden"),
+    [
+        ("h100", 4398, True), ("h200", 4398, True), ("h20", 658, True), ("b200", 5000, True), ("b300", 5000, True),
+        ("gb300", 5556, True), ("rubin", 9722, False), ("mi300x", 5837, True), ("mi325x", 5837, True),
+        ("mi355x", 9301, False), ("mi455x", 5556, True), ("ascend-950dt", 1094, True), ("tpu7x", 7690, False),
+    ],
+)  # fmt: skip
+def test_hardware_against_the_v4_pro_threshold(hardware: str, ratio: int, hidden: bool) -> None:
+    found = load_hardware(hardware)
+    rule = plan(PlanRequest(load_model("deepseek-v4-pro"), found, find_profile(found), 8)).binding
+    assert rule is not None
+    assert (round(rule.ratio), rule.hidden) == (ratio, hidden)
+
+
+def test_required_bandwidth_is_where_the_ratio_meets_the_threshold() -> None:
+    rule = Rule("scale-up", 5000, 900, 1.0, 6144)
+    assert replace(rule, gb_s=rule.required_gb_s).margin == pytest.approx(1.0)
+
+
+def test_tiers() -> None:
+    assert [(tier.name, tier.f_remote) for tier in tiers(16, 900, 72, 50)] == [("scale-up", 15 / 16)]
+    assert [(tier.name, tier.f_remote) for tier in tiers(16, 450, 8, 50)] == [("scale-up", 7 / 16), ("nic", 0.5)]
+    assert tiers(1, 450, 8, 50) == []
+    assert [tier.name for tier in tiers(4, 450, 1, 50)] == ["nic"]
+    with pytest.raises(ValueError, match=r"EP16 spans 2 scale-up domains of 8"):
+        tiers(16, 450, 8, None)
+
+
+# ---- routing ----
+
+
+def test_balanced_routing_touches_only_as_many_experts_as_there_are_pairs() -> None:
+    assert busiest("balanced", 384, 6, 4, 1) == ((RankLoad(((1.0, 6),)),),)
+    assert busiest("balanced", 384, 6, 4, 1024) == ((RankLoad(((64.0, 96),)),),)
+    assert busiest("balanced", 16, 4, 2, 0) == ((RankLoad(()),),)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf_1.1", "power_law_1.01", "power_law_1.2", "power_law_sampled_1.9"])
+@pytest.mark.parametrize("tokens", [1, 16, 512, 32768])
+def test_the_busiest_rank_has_at_least_its_share_and_at_most_everything(routing: str, tokens: int) -> None:
+    for ranks in busiest(routing, 64, 6, 8, tokens):
+        assert 1 <= len(ranks) <= 2
+        fullest = max(rank.rows for rank in ranks)
+        assert tokens * 6 * 0.99 <= fullest <= tokens * 8 * 6
+        assert all(rows <= tokens * 8 for rank in ranks for rows, _ in rank.groups), "a token chooses an expert once"
+
+
+def test_skew_grows_with_ep_and_redundant_experts_take_it_away() -> None:
+    shares = {ep: busiest("power_law_1.2", 384, 6, ep, 8192)[0][0].rows / 8192 / 6 for ep in (4, 8, 16, 32)}
+    assert list(shares.values()) == sorted(shares.values())
+    assert shares[32] == pytest.approx(5.33, abs=0.01)
+    evened = busiest("power_law_1.2", 384, 6, 32, 8192, redundant=32)[0]
+    assert max(rank.rows for rank in evened) < 1.2 * 8192 * 6 < shares[32] * 8192 * 6
+
+
+def test_copies_go_to_the_most_loaded_and_ranks_are_filled_evenly() -> None:
+    ranks = _replicated([8, 1, 1, 2], 2, 2)
+    assert sorted(sum(rank) for rank in ranks) == pytest.approx([5.667, 6.333], abs=1e-3)
+    assert all(len(rank) == 3 for rank in ranks)
+
+
+@pytest.mark.parametrize("text", ["even", "zipf", "zipf_", "zipf_x", "balanced_2", "power_law_-1", "power_law_99", ""])
+def test_routings_that_are_not_known(text: str) -> None:
+    with pytest.raises(ValueError, match="is not known; there are balanced"):
+        Routing.parse(text)
+
+
+def test_routings_that_are_known() -> None:
+    texts = ["balanced", "uniform", "zipf_1", "power_law_sampled_1.9", "power_law_1.2"]
+    assert tuple(Routing.parse(text).kind for text in texts) == KINDS
+
+
+# ---- the schedule ----
+
+
+def test_schedules_played_by_hand() -> None:
+    serial = play([Work(0, 300)], [100], [200])
+    assert (serial.total, serial.head, serial.tail, serial.stalls) == (600, 100, 200, 100)
+    halves = play([Work(0, 150), Work(1, 150)], [50, 50], [100, 100])
+    assert (halves.total, halves.head, halves.tail, halves.stalls) == (450, 50, 100, 50)
+    local_first = play([Work(0, 60, arrived=False), Work(0, 300)], [100], [200])
+    assert (local_first.total, local_first.stalls) == (600, 40)
+
+
+@given(
+    times=st.lists(st.tuples(*[st.floats(0, 1e3)] * 3), min_size=1, max_size=12),
+    lookahead=st.integers(1, 4),
+)
+@settings(deadline=None)
+def test_a_schedule_is_at_least_its_compute_its_link_and_at_most_their_sum(
+    times: list[tuple[float, float, float]], lookahead: int
+) -> None:
+    there, compute, back = (list(column) for column in zip(*times, strict=True))
+    played = play([Work(wave, time) for wave, time in enumerate(compute)], there, back, lookahead)
+    link = sum(there) + sum(back)
+    assert max(sum(compute), link) - 1e-6 <= played.total <= sum(compute) + link + 1e-6
+    for lane in ("dispatch", "compute", "combine"):
+        spans = [span for span in played.spans if span.lane == lane]
+        assert [span.wave for span in spans] == list(range(len(times)))
+        assert all(a.end <= b.start + 1e-9 for a, b in pairwise(spans))
+
+
+# ---- the layer ----
+
+
+def test_the_parts_of_a_layer_add_up() -> None:
+    time = layer_time(PRO, GB200, ep=16, tokens_per_rank=4096)
+    assert time.layer_us == pytest.approx(time.fixed_us + time.core_us + time.sum_us)
+    assert time.core_us == pytest.approx(time.alone_us + time.exposed_us)
+    assert time.alone_us >= max(time.compute_us, time.memory_us)
+    flops = 6 * 7168 * 3072 * 4096 * 6
+    assert time.compute_us == pytest.approx(flops / (5000e12 * GB200.compute_efficiency) * 1e6)
+    sent = 4096 * 6 * 15 / 16 * 7168 * (1 + 1 / 32 + 2)
+    assert time.communication_us == pytest.approx(sent / GB200.link_bytes_s(16) * 1e6)
+    assert time.rows == 4096 * 6
+    assert time.experts_touched == 24
+
+
+def test_memory_is_what_few_tokens_take() -> None:
+    time = layer_time(PRO, GB200, ep=4, tokens_per_rank=16)
+    weights = 96 * 3 * 7168 * 3072 * (0.5 + 1 / 32)
+    assert time.memory_us == pytest.approx(weights / (8e12 * GB200.memory_efficiency) * 1e6, rel=0.01)
+    assert time.alone_us == pytest.approx(time.memory_us, rel=0.01)
+
+
+def test_rows_come_in_whole_tiles() -> None:
+    one, tile = (layer_time(PRO, GB200, ep=4, tokens_per_rank=tokens).compute_us for tokens in (16, 256))
+    assert one == pytest.approx(tile), "1 row of an expert computes as long as 16"
+
+
+def test_one_rank_sends_nothing() -> None:
+    time = layer_time(PRO, GB200, ep=1, tokens_per_rank=1024)
+    assert (time.communication_us, time.hidden, time.waves) == (0.0, 1.0, 1)
+
+
+def test_more_waves_hide_more_than_one() -> None:
+    one, eight = (layer_time(PRO, GB200, ep=16, tokens_per_rank=8192, waves=waves) for waves in (1, 8))
+    assert eight.layer_us < one.layer_us
+    assert eight.hidden > one.hidden
+    assert layer_time(PRO, GB200, ep=16, tokens_per_rank=8192).layer_us <= eight.layer_us
+
+
+def test_across_nodes_the_slowest_tier_counts_and_what_stays_inside_does_not() -> None:
+    h100 = device("h100")
+    inside, across = (layer_time(PRO, h100, ep=ep, tokens_per_rank=4096) for ep in (8, 16))
+    assert across.communication_us > 4 * inside.communication_us
+    sent = 4096 * 6 * (1 - 8 / 16) * 7168 * (1 + 1 / 32 + 2)
+    assert across.communication_us == pytest.approx(sent / h100.nic_bytes_s * 1e6)
+    assert across.hidden < inside.hidden
+
+
+def test_no_tokens_take_no_more_than_what_is_fixed() -> None:
+    time = layer_time(PRO, GB200, ep=8, tokens_per_rank=0)
+    assert time.layer_us == time.fixed_us > 0
+    assert dispatch_us(PRO, GB200, ep=8, tokens_per_rank=0) == GB200.exchange_us
+
+
+@given(
+    tokens=st.sampled_from([1, 7, 64, 500, 4096]),
+    ep=st.sampled_from([1, 4, 16, 96]),
+    field=st.sampled_from(["tflops", "memory_bytes_s", "scaleup_gb_s", "nic_gb_s", "memory_efficiency"]),
+    routing=st.sampled_from(["balanced", "power_law_1.2"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_better_device_is_never_slower(tokens: int, ep: int, field: str, routing: str) -> None:
+    better = replace(GB200, **{field: getattr(GB200, field) * 1.25})
+    times = [layer_time(PRO, each, ep=ep, tokens_per_rank=tokens, routing=routing).layer_us for each in (GB200, better)]
+    assert times[1] <= times[0] * (1 + 1e-9)
+
+
+@given(tokens=st.integers(1, 20000), ep=st.sampled_from([1, 2, 8, 24, 128]))
+@settings(deadline=None, max_examples=60)
+def test_more_tokens_are_never_faster(tokens: int, ep: int) -> None:
+    fewer, more = (layer_time(PRO, GB200, ep=ep, tokens_per_rank=each).layer_us for each in (tokens, 2 * tokens))
+    assert fewer <= more * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"ep": 0}, "an EP size of 0 makes no sense"),
+        ({"ep": 385}, "EP385 is larger than the 384 experts"),
+        ({"tokens_per_rank": -1}, "must not be negative, got -1"),
+        ({"redundant": -1}, "redundant experts must not be negative, got -1"),
+        ({"waves": 0}, "waves must be at least 1, got 0"),
+    ],
+)
+def test_nonsense_is_refused_with_the_numbers(wrong: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer_time(PRO, GB200, **{"ep": 8, "tokens_per_rank": 64, **wrong})
+
+
+def test_which_peak_counts() -> None:
+    gb200, h100 = load_hardware("gb200"), load_hardware("h100")
+    assert compute_format(gb200, "mxfp4", "mxfp8") == "fp8"
+    assert compute_format(gb200, "nvfp4", "nvfp4") == "fp4"
+    assert compute_format(gb200, "bf16", "mxfp8") == "bf16"
+    assert compute_format(load_hardware("ascend-910c"), "mxfp4", "mxfp8") == "int8"
+    assert compute_format(h100, "nvfp4", "nvfp4") == "fp8"
+    assert set(VALUE_BYTES) > {"bf16", "mxfp8", "mxfp4", "nvfp4"}

@@ -1,0 +1,101 @@
+"""The planner against what was measured: the errors that docs/accuracy.md states are the ones that are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from megamoe.planner.published_layers import deepep_dispatch, isca, pull_request_316
+from megamoe.planner.validate import Compared, Errors, compare, quantile, read_table, summary
+
+GB200 = Path(__file__).parents[1] / "docs" / "data" / "mega_moe_gb200_deepseek_v4_pro.csv"
+HEADER = "hardware,model,hidden,intermediate,num_experts,topk,ep_size,tokens_per_rank,routing,latency_us\n"
+ROW = "gb200,deepseek-v4-pro,7168,3072,384,6,8,512,balanced,407.9\n"
+
+
+@pytest.fixture(scope="module")
+def compared() -> list[Compared]:
+    return compare(read_table(GB200))
+
+
+def test_the_gb200_table(compared: list[Compared]) -> None:
+    balanced = Errors.of(each for each in compared if each.row.routing == "balanced")
+    assert balanced.rows == 64
+    assert balanced.median_abs_pct_error <= 5
+    assert balanced.p95_abs_pct_error <= 15
+    everything = Errors.of(compared)
+    assert everything.rows == 256
+    assert everything.median_abs_pct_error <= 12
+
+
+def test_no_side_is_favoured(compared: list[Compared]) -> None:
+    """Balanced rows are as often planned too long as too short: within a few percent at the median."""
+    assert abs(median(each.error_pct for each in compared if each.row.routing == "balanced")) <= 3
+
+
+def test_the_fused_kernels_rows() -> None:
+    rows = pull_request_316()
+    assert len(rows) == 8
+    assert all(abs(each.error_pct) <= 15 for each in rows if each.row.tokens_per_rank >= 512)
+
+
+def test_the_dispatch_column() -> None:
+    assert all(abs(figure.error_pct) <= 8 for figure in deepep_dispatch())
+
+
+def test_the_isca_figures_to_the_digit() -> None:
+    assert [round(figure.ours, 2) for figure in isca()] == [120.96, 14.76, 6.72, 0.82]
+
+
+def test_a_summary_has_its_keys(compared: list[Compared]) -> None:
+    found = summary(compared)
+    keys = {"rows", "median_abs_pct_error", "p95_abs_pct_error", "max_abs_pct_error"}
+    assert set(found) == keys | {"by_ep_size", "by_routing"}
+    assert found["rows"] == 256
+    assert list(found["by_ep_size"]) == ["4", "8", "16", "32"]  # type: ignore[call-overload]
+    for part in ("by_ep_size", "by_routing"):
+        assert all(set(errors) == keys and errors["rows"] == 64 for errors in found[part].values())  # type: ignore[attr-defined]
+
+
+def test_quantiles() -> None:
+    assert quantile([0, 10], 0.95) == 9.5
+    assert quantile([3], 0.95) == 3
+    assert quantile([1, 2, 3], 0.5) == 2
+
+
+def test_other_columns_are_ignored_and_formats_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(HEADER.strip() + ",phase,weight_format\n" + ROW.strip() + ",context,bf16\n")
+    (row,) = read_table(path)
+    assert row.expert.weight_format == "bf16"
+    assert row.expert.hidden == 7168
+    path.write_text("﻿" + HEADER + ROW.replace("deepseek-v4-pro", "somebody's"))
+    assert read_table(path)[0].expert.weight_format == "mxfp4"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEADER.replace("latency_us", "ms") + ROW, "has no column latency_us"),
+        (HEADER, "has no rows"),
+        ("", "has no column hardware"),
+        (HEADER + ROW.replace("407.9", "fast"), "line 2: latency_us 'fast' is no positive number"),
+        (HEADER + ROW.replace("407.9", "nan"), "line 2: latency_us 'nan' is no positive number"),
+        (HEADER + ROW + ROW.replace(",8,512", ",0,512"), "line 3: ep_size '0' is no positive whole number"),
+        (HEADER + ROW.replace("gb200", "gb20"), "line 2: no hardware is called 'gb20'"),
+        (HEADER + "gb200,deepseek-v4-pro\n", "line 2: hidden '' is no positive whole number"),
+    ],
+    ids=["column", "no-rows", "empty", "latency", "nan", "ep", "hardware", "short"],
+)
+def test_tables_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        compare(read_table(path))
+
+
+def test_a_table_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no file"):
+        read_table(tmp_path / "table.csv")
