@@ -269,14 +269,16 @@ class Profile(Entry):
 
     compute_efficiency  of the peak, in grouped products       memory_efficiency  of the memory bandwidth
     link_efficiency     of the scale-up link, in an all-to-all of up to 8 ranks; (8 / ranks)^link_congestion of it above
-    nic_efficiency      of the NIC, likewise                   exchange_us        a dispatch or combine of its own, in no kernel
+    nic_efficiency      of the NIC, likewise
+    exchange_us         a dispatch or combine of its own, in no kernel
     overlap             p of the norm in which compute, memory and link add up within a device
     tile_rows           rows of an expert are computed in whole tiles of so many
     fixed_us            a call, whatever it does               barrier_us         for every doubling of ranks
     staging_us          what is launched before and after      wave_us            for every wave
 
     Of the parts of a model beside the experts (planner/serving.py):
-    dense_efficiency    of the peak, in projections and MLPs   attention_efficiency  of the BF16 peak, in attention cores
+    dense_efficiency    of the peak, in projections and MLPs
+    attention_efficiency  of the BF16 peak, in attention cores
     kernel_us           for every launch that waits for the one before, in a captured graph
     """
 
@@ -296,13 +298,17 @@ class Profile(Entry):
     staging_us: Figure
     wave_us: Figure
     dense_efficiency: Figure = Figure(
-        value=0.6, tag="assumed", source="large FP8 products reach 71-76 % of peak (ml-engineering, MAMF); smaller ones less"
+        value=0.6,
+        tag="assumed",
+        source="large FP8 products reach 71-76 % of peak (ml-engineering, MAMF); smaller ones less",
     )
     attention_efficiency: Figure = Figure(
         value=0.6, tag="assumed", source="FlashMLA README: 660 of 989 TFLOP/s where compute limits, on H800"
     )
     kernel_us: Figure = Figure(
-        value=4.0, tag="assumed", source="launch in a captured graph, ramp up and drain, of a small kernel; not measured here"
+        value=4.0,
+        tag="assumed",
+        source="launch in a captured graph, ramp up and drain, of a small kernel; not measured here",
     )
 
     @model_validator(mode="after")
