@@ -20,6 +20,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from megamoe.catalog import load_machine
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
 from megamoe.launch.lab import Host, lab, parse_rate
 from megamoe.launch.ranks import LocalRanks
@@ -29,6 +30,7 @@ from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Recording
 from megamoe.parallel.transport import Label
+from megamoe.planner.machine import Predicted, Run, predict
 from megamoe.reference import moe
 from megamoe.shape import MoEShape
 from megamoe.timeline import Timeline
@@ -42,7 +44,11 @@ TRACED = "traced"  # the overlapped layer with a recorder in place
 
 @dataclass(frozen=True, slots=True)
 class BenchRequest:
-    """A workload, its ranks and their links. link None leaves the ranks on loopback, unshaped."""
+    """A workload, its ranks and their links. link None leaves the ranks on loopback, unshaped.
+
+    machine: the profile by which the run is predicted, a name of the catalog or a file that megamoe calibrate wrote;
+    None takes the one that ships where it was made with as many threads a rank.
+    """
 
     ranks: int = 2
     link: str | None = None
@@ -59,6 +65,7 @@ class BenchRequest:
     repeats: int = 9
     check: bool = True
     trace: bool = False
+    machine: str | None = None
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -72,12 +79,40 @@ class BenchRequest:
         elif self.latency_ms:
             raise ValueError(f"latency_ms {self.latency_ms} needs a link to delay, such as 1gbit")
         check_waves(self.waves)
+        predict_run(self)
         MegaMoE(self.shape, weight_format=self.weight_format, dispatch_format=self.dispatch_format, device="meta")
 
     @property
     def shape(self) -> MoEShape:
         """Sizes of the layer."""
         return MoEShape(self.hidden, self.intermediate, self.num_experts, self.topk, 10.0)
+
+
+def predict_run(request: BenchRequest, waves: int = 0, dispatch_format: str | None = None) -> Predicted | None:
+    """What the machine's profile says of a request; None where nobody can say: other threads, delayed links.
+
+    waves and dispatch_format: as they turned out, where the layer decides. Uneven waves count by their number.
+    """
+    machine = load_machine(request.machine or "cpu")
+    if request.latency_ms or (request.machine is None and request.threads_per_rank != machine.threads_per_rank):
+        return None
+    if not waves and request.waves != "auto":
+        waves = request.waves if isinstance(request.waves, int) else len(request.waves)
+    wire = dispatch_format or request.dispatch_format
+    run = Run(
+        ranks=request.ranks,
+        link_gb_s=parse_rate(request.link) / 8e9 if request.link else None,
+        tokens_per_rank=request.tokens_per_rank,
+        hidden=request.hidden,
+        intermediate=request.intermediate,
+        num_experts=request.num_experts,
+        topk=request.topk,
+        weight_format=request.weight_format,
+        dispatch_format="mxfp8" if wire == "auto" else wire,
+        waves=waves,
+        threads_per_rank=request.threads_per_rank,
+    )
+    return predict(run, machine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +133,8 @@ class BenchReport:
     """Medians over the repeats of the slowest rank, in milliseconds, with min and max; link in gigabytes a second.
 
     traced_ms is the overlapped layer while it is recorded, trace_cost the median over repeats of how much longer that
-    took than without, as a share; hidden_percent is the share of communication that hid.
+    took than without, as a share; hidden_percent is the share of communication that hid. predicted_ms is what the
+    planner says of the overlapped layer, None where it cannot.
     """
 
     ranks: int
@@ -290,6 +326,7 @@ def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | 
     costs = [traced / untraced - 1 for traced, untraced in pairs]
     overlapped = [run for run in timeline.runs() if run.layer == "overlapped"] if timeline else []
     limit = max(middle["compute"], middle["communication"])
+    predicted = predict_run(request, found[0].waves, found[0].dispatch_format)
     asked = {f.name: getattr(request, f.name) for f in fields(BenchReport) if hasattr(request, f.name)}
     asked |= {
         "link_gb_s": parse_rate(request.link) / 8e9 if request.link else None,
@@ -306,7 +343,7 @@ def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | 
         exposed_ms=middle["overlapped"] - middle["compute"],
         speedup=middle["serial"] / middle["overlapped"],
         efficiency=limit / middle["overlapped"],
-        predicted_ms=None,
+        predicted_ms=predicted.overlapped_ms if predicted else None,
         bytes_sent_per_rank=max(rank.bytes_sent for rank in found),
         flops_per_rank=6 * request.hidden * request.intermediate * max(rank.rows_computed for rank in found),
     )

@@ -46,6 +46,9 @@ def bench(
         Path | None,
         typer.Option(help="Record a serial and an overlapped call, for Perfetto and megamoe timeline."),
     ] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="Profile to predict by, such as megamoe calibrate writes; what ships without.")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
     output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
 ) -> None:
@@ -74,6 +77,7 @@ def bench(
                 repeats=repeats,
                 check=check,
                 trace=trace is not None,
+                machine=machine,
                 **sizes,
             )
             if trace and waves == "sweep":
@@ -107,14 +111,15 @@ def bench(
 def _print_sweep(reports: list[BenchReport]) -> None:
     stdout.print(f"{_workload(reports[0])}; milliseconds", highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
-    headings = ("waves", "overlapped", "min", "max", "serial", "compute", "communic.", "speedup", "effic.")
+    headings = ("waves", "overlapped", "min", "max", "predict.", "serial", "compute", "commun.", "speedup", "effic.")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
         overlapped = [report.overlapped_ms, report.overlapped_ms_min, report.overlapped_ms_max]
-        times = [*overlapped, report.serial_ms, report.compute_ms, report.communication_ms]
+        predicted = "" if report.predicted_ms is None else f"{report.predicted_ms:.1f}"
+        times = [f"{time:.1f}" for time in (report.serial_ms, report.compute_ms, report.communication_ms)]
         ratios = (f"{report.speedup:.2f}", f"{report.efficiency:.2f}")
-        table.add_row(str(report.waves), *(f"{time:.1f}" for time in times), *ratios)
+        table.add_row(str(report.waves), *(f"{time:.1f}" for time in overlapped), predicted, *times, *ratios)
     stdout.print(table)
 
 
@@ -143,6 +148,9 @@ def _print_bench(report: BenchReport) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if report.predicted_ms is not None:
+        off = report.predicted_ms / report.overlapped_ms - 1
+        stdout.print(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%}", highlight=False)
     if report.traced_ms is not None:
         cost = report.trace_cost
         hidden = "none" if report.hidden_percent is None else f"{report.hidden_percent:.1f} %"

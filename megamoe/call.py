@@ -16,11 +16,11 @@ from torch import Tensor
 
 from megamoe.experts import Experts
 from megamoe.ops import reduce_slots
-from megamoe.pace import Pace
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import CallNotes, Notes
 from megamoe.parallel.transport import Label, Transfer, Transport
 from megamoe.parallel.watch import WatchedTransport
+from megamoe.planner.pace import Pace
 from megamoe.planner.schedule import Step, schedule
 from megamoe.rows import Route, arrange
 from megamoe.slabs import Array, Slabs

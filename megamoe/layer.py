@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megamoe.agreement import Part, Terms, agree
 from megamoe.call import Call, CallRecord, Parts
+from megamoe.catalog import Machine
 from megamoe.checks import check_formats, check_input
 from megamoe.experts import Experts, Weight
 from megamoe.formats import MXFP4
@@ -40,6 +41,7 @@ class MegaMoE(nn.Module):
     name              how errors call this layer; must be the same on all ranks
     overlap           False runs one wave, and nothing at the same time: the serial layer that overlap is held against
     keep_dequantized  also keep a BF16 copy of mxfp4 weights, 3 * H * I * 2 bytes an expert (memory_bytes tells)
+    machine           what `megamoe calibrate` found of this machine, for waves="auto"; None is what ships
     deadline_s        bound on every wait, where group is not an EPGroup that has its own
 
     The output of a token is bitwise the same for any number of ranks, any waves and any other tokens in the
@@ -59,6 +61,7 @@ class MegaMoE(nn.Module):
         name: str = "moe",
         overlap: bool = True,
         keep_dequantized: bool = False,
+        machine: Machine | None = None,
         deadline_s: float = 60.0,
     ) -> None:
         super().__init__()
@@ -76,8 +79,15 @@ class MegaMoE(nn.Module):
             device=self.device,
             keep_dequantized=keep_dequantized,
         )
+        self.machine = machine
         self.tuner = Tuner(
-            name, self.group, self.experts, waves=self.waves, dispatch_format=dispatch_format, overlap=overlap
+            name,
+            self.group,
+            self.experts,
+            waves=self.waves,
+            dispatch_format=dispatch_format,
+            overlap=overlap,
+            machine=machine,
         )
         self.last_call = CallRecord()
         self._num_calls = 0
@@ -188,7 +198,7 @@ class MegaMoE(nn.Module):
             weight_format=self.weight_format,
             dispatch_format=self.dispatch_format,
             combine_format=self.combine_format,
-            waves=str(self.waves),
+            waves=str(self.waves) if self.machine is None else f"{self.waves} at {self.machine.wave_us.value:g} us",
         )
 
     def extra_repr(self) -> str:

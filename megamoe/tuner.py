@@ -1,7 +1,9 @@
 """What a layer decides for itself, on all ranks alike: waves="auto" and dispatch_format="auto".
 
 Both follow from the measured link of the group, measured once, and from the compute of the layer's own calls, of which
-the slowest rank's counts. The first calls go by rules that need neither.
+the slowest rank's counts. What a wave costs is the machine's: of the profile that
+was handed in, or of the one that ships. Until compute is measured, a profile that was handed in says what it is;
+without one the first calls go by rules that need neither.
 """
 
 # T tokens of this rank   H hidden   K experts per token   R rows that a rank computes on average
@@ -15,10 +17,12 @@ import torch
 
 from megamoe.agreement import Agreement
 from megamoe.call import CallRecord
+from megamoe.catalog import Machine, load_machine
 from megamoe.experts import Experts
-from megamoe.pace import OTHER_WAVE_S, WAVE_S, Pace, best_waves
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
+from megamoe.planner.machine import product_row_us
+from megamoe.planner.pace import Pace, Spread, best_waves
 from megamoe.waves import Waves, auto_waves
 from megamoe.wire import Wire
 
@@ -26,6 +30,8 @@ from megamoe.wire import Wire
 # each byte it saves: where the link moves a byte in less time, the rounding does not pay.
 _CODEC_S = 1.2e-9
 _MIN_ROWS = 256  # calls with fewer rows say more of fixed costs than of rows
+# Beginning a wave where no profile says it: a GPU's launches, a guess until one is measured.
+_OTHER_WAVE_S = 20e-6
 _TRIES = 4  # calls of about the same size after which the number of waves stays
 
 
@@ -45,7 +51,15 @@ class Tuner:
     """
 
     def __init__(
-        self, name: str, group: EPGroup, experts: Experts, *, waves: Waves, dispatch_format: str, overlap: bool
+        self,
+        name: str,
+        group: EPGroup,
+        experts: Experts,
+        *,
+        waves: Waves,
+        dispatch_format: str,
+        overlap: bool,
+        machine: Machine | None = None,
     ) -> None:
         self._name, self._group, self._experts = name, group, experts
         self._waves, self._overlap = waves, overlap
@@ -54,14 +68,21 @@ class Tuner:
         # [P, E]: whether an expert is on another rank
         self._remote = torch.arange(group.size)[:, None] != torch.tensor(self._placement.ranks())
         self._settled: dict[int, list[int]] = {}
-        self.row_s = 0.0
+        self._wave_s = _wave_s(experts.device.type, machine)
+        self._measured_row_s = 0.0
+        self._expected_row_s = 0.0 if machine is None else _row_s(experts, machine)
+
+    @property
+    def row_s(self) -> float:
+        """Seconds that a row takes to compute: as measured, else as the machine's profile says, else 0."""
+        return self._measured_row_s or self._expected_row_s
 
     def note(self, record: CallRecord) -> None:
         """Learns from a call that has ended: the least time for a row counts, the rest is disturbance."""
         rows = record.rows_local + record.rows_received
         if rows >= _MIN_ROWS:
             row_s = record.compute_s / rows
-            self.row_s = min(self.row_s, row_s) if self.row_s else row_s
+            self._measured_row_s = min(self._measured_row_s or row_s, row_s)
 
     def choose(self, agreed: Agreement) -> Choice:
         """Waves, wire and pace of a call. All ranks come to the same; the link is measured when it is first needed."""
@@ -106,12 +127,23 @@ class Tuner:
         if not self._group.links or not row_s:
             f_remote = 1 - 1 / self._group.size
             return Pace.balanced(out_bytes, home_bytes, f_remote, decode_rows)
-        link, wave_s = self._group.links[0], WAVE_S.get(self._experts.device.type, OTHER_WAVE_S)
-        return Pace(row_s, out_bytes / link, home_bytes / link, wave_s, decode_rows)
+        link = self._group.links[0]
+        return Pace(row_s, out_bytes / link, home_bytes / link, self._wave_s, decode_rows)
 
     def _settle(self, rows: float, pace: Pace) -> int:
         """The best number of waves, decided anew for the first calls of about that size and kept from then on."""
         tries = self._settled.setdefault(int(rows).bit_length(), [])
         if len(tries) < _TRIES:
-            tries.append(best_waves(self._placement, rows, pace))
+            tries.append(best_waves(Spread(self._placement.most, self._group.size), rows, pace))
         return tries[-1]
+
+
+def _wave_s(device_type: str, machine: Machine | None) -> float:
+    if machine is None and device_type != "cpu":
+        return _OTHER_WAVE_S
+    return (machine or load_machine("cpu")).wave_us.value / 1e6
+
+
+def _row_s(experts: Experts, machine: Machine) -> float:
+    shape = experts.shape
+    return product_row_us(machine, shape.hidden, shape.intermediate, packed=experts.packed) / 1e6

@@ -3,8 +3,8 @@
 The plan cuts every rank's experts into waves; sender and receiver must agree on it, so it follows from what all ranks
 know. In which order a rank then computes is its own affair: see planner/schedule.py.
 
-The rule for waves="auto" before anything is known of link and compute (afterwards see pace.py): as many waves as keep
-an average dispatch message at 256 KiB, between 1 and 8, at least one expert a wave, and one wave where a rank is alone.
+The rule for waves="auto" before anything is known of link and compute (afterwards see planner/pace.py): as many waves
+as keep an average dispatch message at 256 KiB, between 1 and 8, at least one expert a wave, one where a rank is alone.
 Smaller messages do not win back what a wave costs; above 8 waves, head and tail are under an eighth of the transfer
 already, and rank-local rows fill them.
 """
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megamoe.parallel.placement import Placement
+from megamoe.planner.pace import MAX_AUTO_WAVES
 
 Waves = int | str | Sequence[int]
 
-MAX_AUTO_WAVES = 8
 AUTO_MESSAGE_BYTES = 256 * 1024
 
 

@@ -15,40 +15,38 @@ from megamoe.call import CallRecord
 from megamoe.experts import Experts
 from megamoe.launch.lab import lab
 from megamoe.launch.ranks import LocalRanks
-from megamoe.pace import Pace, best_waves, play
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.link import measure_link
-from megamoe.parallel.placement import Placement
+from megamoe.planner.pace import Pace, Spread, best_waves, play
 from megamoe.shape import MoEShape
 from megamoe.tuner import Tuner
-from megamoe.waves import plan_waves
 from tests.cases import Batch, make_batch, make_layer, oracle, split
 from tests.test_lab import needs_lab
 
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
-TWO = Placement(16, 2)
+TWO = Spread(8, 2)
 
 
 def test_a_schedule_played_by_hand() -> None:
-    assert play(plan_waves(Placement(4, 2), 1), 400, Pace(1.0, 0.5, 1.0, 0.0)) == 500
+    assert play(Spread(2, 2), 1, 400, Pace(1.0, 0.5, 1.0, 0.0)).total == 500
     # a wave of its own for each expert: 100 rows come at 50 and at 100; 50 local rows cannot be cut from an expert,
     # so the head is expert 2's 100; then 100 that came, home at 300; expert 3's 100 that came, home at 400; the tail
-    assert play(plan_waves(Placement(4, 2), 2), 400, Pace(1.0, 0.5, 1.0, 0.0)) == 400
-    assert play(plan_waves(Placement(4, 2), 2), 400, Pace(1.0, 0.5, 1.0, 7.0)) == 428  # four steps
+    assert play(Spread(2, 2), 2, 400, Pace(1.0, 0.5, 1.0, 0.0)).total == 400
+    assert play(Spread(2, 2), 2, 400, Pace(1.0, 0.5, 1.0, 7.0)).total == 428  # four steps
 
 
 @given(
-    st.integers(1, 4).map(lambda ranks: Placement(ranks * 4, ranks)),
+    st.integers(1, 4).map(lambda ranks: Spread(4, ranks)),
     st.integers(1, 8),
     st.floats(16, 1e5),
     st.floats(1e-3, 10),
 )
 def test_no_schedule_is_faster_than_its_compute_or_its_link(
-    placement: Placement, waves: int, rows: float, journey: float
+    spread: Spread, waves: int, rows: float, journey: float
 ) -> None:
     pace = Pace(1.0, 0.34 * journey, 0.66 * journey, 0.0)
-    took = play(plan_waves(placement, waves), rows, pace)
-    remote = rows * (1 - 1 / placement.ep_size)
+    took = play(spread, waves, rows, pace).total
+    remote = rows * (1 - 1 / spread.ep_size)
     assert took >= max(rows, remote * journey) * (1 - 1e-9)
     assert took <= (rows + remote * journey) * (1 + 1e-9), "waiting for nothing"
 
@@ -58,7 +56,7 @@ def test_waves_are_few_where_the_link_is_fast_and_many_at_the_balance_point() ->
     assert best_waves(TWO, 4096, dataclasses.replace(balanced, wave_s=1.0)) == 8
     fast = Pace(1.0, 0.0068, 0.0132, 40.0)
     assert best_waves(TWO, 4096, fast) == 1
-    assert best_waves(Placement(16, 1), 4096, balanced) == 1
+    assert best_waves(Spread(16, 1), 4096, balanced) == 1
 
 
 def tuner(size: int, link: float | None, *, packed: bool = False, dispatch_format: str = "auto") -> Tuner:

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.parallel.placement import Placement
+from megamoe.planner.pace import MAX_AUTO_WAVES
 from megamoe.planner.schedule import Load, Step, _cover, _overlap, schedule
 from megamoe.waves import (
     AUTO_MESSAGE_BYTES,
-    MAX_AUTO_WAVES,
     WavePlan,
     _rounded,
     auto_waves,

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from megamoe.catalog.huggingface import model_from_config
-from megamoe.catalog.schema import Hardware, Model, Profile
+from megamoe.catalog.schema import Hardware, Machine, Model, Profile
 from megamoe.catalog.wording import nearest, plain
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ else:
     # libyaml's parser is ten times as fast, and not in every build
     _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-Kind = Literal["hardware", "models", "profiles"]
-T = TypeVar("T", Hardware, Model, Profile)
+Kind = Literal["hardware", "models", "profiles", "machines"]
+T = TypeVar("T", Hardware, Model, Profile, Machine)
 
 _HERE = Path(__file__).parent
-_SINGULAR = {"hardware": "hardware", "models": "model", "profiles": "profile"}
+_SINGULAR = {"hardware": "hardware", "models": "model", "profiles": "profile", "machines": "machine"}
 
 
 class _StrictLoader(_Loader):
@@ -74,6 +74,11 @@ def load_model(name_or_path: str | os.PathLike[str]) -> Model:
 def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     """A profile by the catalog's name, or from a .yaml file."""
     return _read(Profile, _find("profiles", name_or_path))
+
+
+def load_machine(name_or_path: str | os.PathLike[str]) -> Machine:
+    """A machine by the catalog's name, or from a .yaml file, such as megamoe calibrate writes."""
+    return _read(Machine, _find("machines", name_or_path))
 
 
 def find_profile(hardware: Hardware, name_or_path: str | os.PathLike[str] | None = None) -> Profile:

@@ -321,6 +321,46 @@ class Profile(Entry):
         return self
 
 
+class Machine(Entry):
+    """One machine that runs this package's layer, rank by rank, over a process group; see planner/machine.py.
+
+    cores                 of the machine, which all ranks share         threads_per_rank   that each rank computes with
+    product_gflops        of one rank's expert products                 value_ns           moving a value of a row
+    weight_ns             reading a BF16 weight, once a product         decode_ns          making an MXFP4 weight BF16
+    round_ns              rounding a value to MXFP8 and back
+    call_us               a call, whatever it does                      wave_us            a stretch of work more
+    link_efficiency       of a link's nominal rate                      burst_us           of a link that it takes at once
+    loopback_gb_s         where ranks are joined by no link             exchange_us        a message more
+    byte_ns               of a core's time, for every byte that a rank sends or receives
+    """
+
+    name: str
+    title: str
+    fitted: str
+    device: str = "cpu"
+    cores: PositiveInt
+    threads_per_rank: PositiveInt
+    product_gflops: Figure
+    weight_ns: Figure
+    decode_ns: Figure
+    value_ns: Figure
+    round_ns: Figure
+    call_us: Figure
+    wave_us: Figure
+    link_efficiency: Figure
+    burst_us: Figure
+    loopback_gb_s: Figure
+    exchange_us: Figure
+    byte_ns: Figure
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        for key in ("product_gflops", "link_efficiency", "loopback_gb_s"):
+            if getattr(self, key).value == 0:
+                raise ValueError(f"{key} is divided by and cannot be 0")
+        return self
+
+
 def figures(entry: Entry) -> dict[str, Figure]:
     """The figures of an entry by key, without those that are None, in the order of the schema."""
     values = ((key, getattr(entry, key)) for key in type(entry).model_fields)
