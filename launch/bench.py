@@ -79,8 +79,8 @@ class BenchRequest:
         elif self.latency_ms:
             raise ValueError(f"latency_ms {self.latency_ms} needs a link to delay, such as 1gbit")
         check_waves(self.waves)
-        predict_run(self)
         MegaMoE(self.shape, weight_format=self.weight_format, dispatch_format=self.dispatch_format, device="meta")
+        predict_run(self)
 
     @property
     def shape(self) -> MoEShape:

@@ -1,0 +1,159 @@
+"""The planner against everything that was measured; prints the tables, and writes them with --write.
+
+python benchmarks/accuracy.py --write docs/accuracy.md      # reads docs/data; a few seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from megamoe.catalog import figures, load_machine, load_model
+from megamoe.planner.calibrate import calibrate, check, median_error
+from megamoe.planner.flops import ASSUMPTIONS, efficiency
+from megamoe.planner.machine import read_runs
+from megamoe.planner.published import published
+from megamoe.planner.published_layers import deepep_dispatch, isca, pull_request_316
+from megamoe.planner.validate import Compared, Errors, compare, read_table
+
+DATA = Path(__file__).parents[1] / "docs" / "data"
+V4_EFFICIENCY = {"deepseek-v4-pro": (27, 10), "deepseek-v4-flash": (10, 7)}
+
+HEAD = """# How wrong the planner is
+
+`python benchmarks/accuracy.py --write docs/accuracy.md` prints this page from the tables in `docs/data` and the figures
+in `megamoe/planner/published*.py`; `megamoe validate` prints the same errors, and `megamoe validate FILE.csv` those of
+a table of your own. An error is 100 * (planned / measured - 1). Everything here is arithmetic: nothing was run on a GPU
+or NPU by us.
+
+What was fitted to what: the constants of the `blackwell` profile to the 64 balanced rows of the first table and the 8
+of the second; the skewed rows judged it. The link's to DeepEP's own figures, the `hopper` profile's NIC to the third
+table. The `ascend` profile's two to 11 of the 13 rows of one guide, in the knowledge of all 13. Nothing else was
+fitted.
+"""
+
+
+def lines() -> Iterator[str]:
+    yield HEAD
+    yield from _gb200()
+    yield from _layers()
+    yield from _efficiency()
+    yield from _serving()
+    yield from _machine()
+
+
+def _errors(name: str, compared: list[Compared]) -> str:
+    found = Errors.of(compared)
+    values = (found.median_abs_pct_error, found.p95_abs_pct_error, found.max_abs_pct_error)
+    return f"| {name} | {found.rows} | {' | '.join(f'{value:.1f} %' for value in values)} |"
+
+
+def _gb200() -> Iterator[str]:
+    compared = compare(read_table(DATA / "mega_moe_gb200_deepseek_v4_pro.csv"))
+    routings = sorted({each.row.routing for each in compared})
+    yield "## One layer of DeepSeek-V4-Pro on GB200\n"
+    yield "`docs/data/mega_moe_gb200_deepseek_v4_pro.csv`: 256 rows from ai-dynamo/aiconfigurator (Apache-2.0), measured"
+    yield "with SGLang 0.5.10 and DeepGEMM's fused kernel under CUDA graphs; the routed module alone.\n"
+    yield "| rows | number | median | 95th percentile | largest |"
+    yield "|---|---|---|---|---|"
+    for routing in routings:
+        yield _errors(routing, [each for each in compared if each.row.routing == routing])
+    for ep in sorted({each.row.ep_size for each in compared}):
+        yield _errors(f"EP{ep}, all routings", [each for each in compared if each.row.ep_size == ep])
+    yield _errors("all", compared)
+    tokens = sorted({each.row.tokens_per_rank for each in compared})
+    for routing in routings:
+        yield f"\nError in percent, {routing}, by EP size and tokens per rank:\n"
+        yield f"| | {' | '.join(str(each) for each in tokens)} |"
+        yield f"|---|{'---|' * len(tokens)}"
+        for ep in sorted({each.row.ep_size for each in compared}):
+            row = {
+                each.row.tokens_per_rank: each
+                for each in compared
+                if (each.row.routing, each.row.ep_size) == (routing, ep)
+            }
+            yield f"| EP{ep} | {' | '.join(f'{row[each].error_pct:+.0f}' for each in tokens)} |"
+    yield "\nWhere it is worst: a handful of tokens over skewed experts, where which expert is touched is chance; and EP32"
+    yield "under heavy skew, where one hot expert holds its rank up for longer than its rows alone explain.\n"
+
+
+def _layers() -> Iterator[str]:
+    yield "## The fused kernel alone: DeepGEMM pull request 316, EP8\n"
+    yield "| model | tokens per rank | measured us | planned us | error |"
+    yield "|---|---|---|---|---|"
+    for each in pull_request_316():
+        row = each.row
+        numbers = f"{row.latency_us:.1f} | {each.planned_us:.1f} | {each.error_pct:+.1f} %"
+        yield f"| {row.model} | {row.tokens_per_rank} | {numbers} |"
+    for title, found in (
+        ("DeepEP V1's low-latency dispatch on H800, 128 tokens, top-8, FP8", deepep_dispatch()),
+        ("Communication of DeepSeek-V3 as the ISCA 2025 paper counts it", isca()),
+    ):
+        yield f"\n## {title}\n"
+        yield "| | published | planned | error |"
+        yield "|---|---|---|---|"
+        for figure in found:
+            numbers = (
+                f"{figure.published:g} {figure.unit} | {figure.ours:.2f} {figure.unit} | {figure.error_pct:+.1f} %"
+            )
+            yield f"| {figure.what} | {numbers} |"
+    yield ""
+
+
+def _efficiency() -> Iterator[str]:
+    yield "## DeepSeek-V4 against V3.2 at 1,048,576 tokens of context\n"
+    yield "| model | FLOPs per token, report | planned | KV cache, report | planned |"
+    yield "|---|---|---|---|---|"
+    for name, (flops, cache) in V4_EFFICIENCY.items():
+        found = efficiency(load_model(name), load_model("deepseek-v3.2"))
+        yield f"| {name} | {flops} % | {100 * found.flops_share:.1f} % | {cache} % | {100 * found.cache_share:.1f} % |"
+    yield "\nAssumed, and not tuned:\n"
+    yield from (f"- {each}" for each in ASSUMPTIONS)
+    yield ""
+
+
+def _serving() -> Iterator[str]:
+    yield "## Serving: tokens per second and device\n"
+    yield "Conditions as published; what their sources leave open is in the last column. Judged rows were not fitted to.\n"
+    yield "| what | published | planned | error | | assumed of the conditions |"
+    yield "|---|---|---|---|---|---|"
+    for each in published():
+        numbers = f"{each.published:.0f} | {each.ours:.0f} | {each.error_pct:+.1f} %"
+        yield f"| {each.result.what} | {numbers} | {each.result.role} | {each.result.assumed or '-'} |"
+    yield ""
+
+
+def _machine() -> Iterator[str]:
+    fit, unseen = (read_runs(DATA / name) for name in ("lab_runs.json", "lab_unseen.json"))
+    source = f"{len(fit)} runs of megamoe bench: lab_runs.json"
+    machine = calibrate(fit, load_machine("cpu"), name="cpu", cores=2, source=source)
+    fitted, held = check(fit, machine), check(unseen, machine)
+    yield "## This package's own layer, in the lab\n"
+    yield "`megamoe calibrate docs/data/lab_runs.json --check docs/data/lab_unseen.json`: two ranks of one thread on two cores"
+    yield "of a Zen 4 CPU over gloo, 2026-11-24, runs made by `python benchmarks/lab_runs.py`. Median error of the overlapped"
+    yield f"layer: {median_error(fitted):.1f} % over the {len(fitted)} runs of the fit, **{median_error(held):.1f} %** over {len(held)} that it did not see.\n"
+    yield "| not seen: tokens, H x I, experts, top-k, weights | link | waves | measured ms | planned ms | error |"
+    yield "|---|---|---|---|---|---|"
+    for each in held:
+        run = each.run
+        sizes = f"{run.tokens_per_rank}, {run.hidden} x {run.intermediate}, {run.num_experts}, {run.topk}, {run.weight_format}"
+        link = f"{run.link_gb_s * 8:g} Gbit/s" if run.link_gb_s else "loopback"
+        numbers = f"{each.overlapped_ms:.1f} | {each.predicted.overlapped_ms:.1f} | {each.error_pct:+.1f} %"
+        yield f"| {sizes} | {link} | {run.waves} | {numbers} |"
+    constants = ", ".join(f"{key} {figure.value:g}" for key, figure in figures(machine).items())
+    yield f"\nThe constants, which ship as `megamoe/catalog/machines/cpu.yaml`: {constants}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="the Markdown file to write")
+    arguments = parser.parse_args()
+    text = "\n".join(lines()) + "\n"
+    if arguments.write:
+        arguments.write.write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Runs of the layer in the lab that a machine's profile is fitted to, and others to hold it against.
+
+python benchmarks/lab_runs.py      # root and iproute2; five minutes; writes docs/data/lab_runs.json and lab_unseen.json
+megamoe calibrate docs/data/lab_runs.json --check docs/data/lab_unseen.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from megamoe.launch.bench import BenchRequest, run_bench
+from megamoe.waves import Waves
+
+Workload = tuple[str, int, int, int, int, int, str | None, Waves]
+
+# weights, hidden, intermediate, experts, top-k, tokens of a rank, link, waves
+FITTED: list[Workload] = [
+    ("bf16", 1024, 512, 16, 4, 2048, "1gbit", "auto"),
+    ("bf16", 1024, 512, 16, 4, 512, "2gbit", 1),
+    ("bf16", 1024, 512, 16, 4, 512, "2gbit", 8),
+    ("mxfp4", 1024, 512, 16, 4, 2048, "1gbit", 2),
+    ("mxfp4", 1024, 512, 16, 4, 512, "500mbit", 4),
+    ("bf16", 1024, 1024, 16, 4, 1024, "1gbit", 8),
+    ("bf16", 2048, 512, 8, 2, 1024, "4gbit", "auto"),
+    ("mxfp4", 512, 512, 32, 4, 1024, "2gbit", 1),
+    ("mxfp4", 2048, 1024, 8, 2, 512, "2gbit", 2),
+    ("bf16", 512, 1024, 32, 6, 1024, "500mbit", 4),
+    ("mxfp4", 1024, 1024, 16, 4, 1024, "4gbit", 8),
+    ("bf16", 1024, 512, 16, 4, 128, "1gbit", "auto"),
+    ("mxfp4", 1024, 512, 16, 4, 128, "4gbit", 1),
+    ("bf16", 1024, 512, 16, 4, 1024, None, 2),
+    ("mxfp4", 1024, 512, 16, 4, 1024, None, 4),
+    ("bf16", 2048, 1024, 8, 2, 2048, None, 8),
+    ("mxfp4", 512, 1024, 32, 6, 2048, None, "auto"),
+    ("bf16", 1024, 512, 16, 4, 16, None, 1),
+    ("bf16", 1024, 1024, 16, 4, 1024, "345mbit", "auto"),
+    ("bf16", 1024, 512, 16, 2, 4096, "300mbit", 4),
+]
+UNSEEN: list[Workload] = [
+    ("bf16", 1024, 512, 16, 4, 1024, "1gbit", "auto"),
+    ("bf16", 1024, 768, 16, 4, 1536, "1500mbit", 3),
+    ("mxfp4", 1024, 512, 16, 4, 1024, "2gbit", 4),
+    ("mxfp4", 1024, 1024, 16, 4, 2048, "1gbit", 2),
+    ("bf16", 1536, 512, 16, 4, 768, "700mbit", 6),
+    ("mxfp4", 768, 512, 24, 4, 1024, "3gbit", "auto"),
+    ("bf16", 2048, 1024, 16, 4, 512, "2gbit", 3),
+    ("mxfp4", 2048, 512, 8, 2, 1024, "1gbit", 4),
+    ("bf16", 1024, 512, 32, 8, 512, "2gbit", 2),
+    ("mxfp4", 1024, 512, 32, 8, 512, "1gbit", 6),
+    ("bf16", 1024, 512, 16, 2, 2048, "500mbit", "auto"),
+    ("mxfp4", 1024, 512, 16, 4, 256, "1gbit", 3),
+    ("bf16", 1024, 512, 16, 4, 3072, None, 4),
+    ("mxfp4", 1024, 768, 16, 4, 1536, None, 2),
+    ("bf16", 512, 512, 16, 4, 4096, "1gbit", 6),
+    ("mxfp4", 1536, 768, 12, 3, 1024, "2gbit", "auto"),
+]
+
+
+def request(workload: Workload, repeats: int) -> BenchRequest:
+    weights, hidden, intermediate, num_experts, topk, tokens, link, waves = workload
+    return BenchRequest(
+        link=link,
+        tokens_per_rank=tokens,
+        hidden=hidden,
+        intermediate=intermediate,
+        num_experts=num_experts,
+        topk=topk,
+        weight_format=weights,
+        dispatch_format="auto",
+        waves=waves,
+        repeats=repeats,
+        check=False,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "docs" / "data")
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    for name, workloads in (("lab_runs", FITTED), ("lab_unseen", UNSEEN)):
+        reports = []
+        for workload in workloads:
+            report = run_bench(request(workload, arguments.repeats))
+            print(f"{report.overlapped_ms:8.1f} ms  {' '.join(map(str, workload))}", flush=True)
+            reports.append({key: value for key, value in report.as_dict().items() if key != "predicted_ms"})
+        (arguments.folder / f"{name}.json").write_text(json.dumps(reports, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
