@@ -53,8 +53,8 @@ def _gb200() -> Iterator[str]:
     compared = compare(read_table(DATA / "mega_moe_gb200_deepseek_v4_pro.csv"))
     routings = sorted({each.row.routing for each in compared})
     yield "## One layer of DeepSeek-V4-Pro on GB200\n"
-    yield "`docs/data/mega_moe_gb200_deepseek_v4_pro.csv`: 256 rows from ai-dynamo/aiconfigurator (Apache-2.0), measured"
-    yield "with SGLang 0.5.10 and DeepGEMM's fused kernel under CUDA graphs; the routed module alone.\n"
+    yield "`docs/data/mega_moe_gb200_deepseek_v4_pro.csv`: 256 rows from ai-dynamo/aiconfigurator (Apache-2.0),"
+    yield "measured with SGLang 0.5.10 and DeepGEMM's fused kernel under CUDA graphs; the routed module alone.\n"
     yield "| rows | number | median | 95th percentile | largest |"
     yield "|---|---|---|---|---|"
     for routing in routings:
@@ -74,8 +74,8 @@ def _gb200() -> Iterator[str]:
                 if (each.row.routing, each.row.ep_size) == (routing, ep)
             }
             yield f"| EP{ep} | {' | '.join(f'{row[each].error_pct:+.0f}' for each in tokens)} |"
-    yield "\nWhere it is worst: a handful of tokens over skewed experts, where which expert is touched is chance; and EP32"
-    yield "under heavy skew, where one hot expert holds its rank up for longer than its rows alone explain.\n"
+    yield "\nWhere it is worst: a handful of tokens over skewed experts, where which expert is touched is chance; and"
+    yield "EP32 under heavy skew, where one hot expert holds its rank up for longer than its rows alone explain.\n"
 
 
 def _layers() -> Iterator[str]:
@@ -115,7 +115,7 @@ def _efficiency() -> Iterator[str]:
 
 def _serving() -> Iterator[str]:
     yield "## Serving: tokens per second and device\n"
-    yield "Conditions as published; what their sources leave open is in the last column. Judged rows were not fitted to.\n"
+    yield "Conditions as published; what their sources leave open is in the last column. Judged: not fitted to.\n"
     yield "| what | published | planned | error | | assumed of the conditions |"
     yield "|---|---|---|---|---|---|"
     for each in published():
@@ -130,17 +130,18 @@ def _machine() -> Iterator[str]:
     machine = calibrate(fit, load_machine("cpu"), name="cpu", cores=2, source=source)
     fitted, held = check(fit, machine), check(unseen, machine)
     yield "## This package's own layer, in the lab\n"
-    yield "`megamoe calibrate docs/data/lab_runs.json --check docs/data/lab_unseen.json`: two ranks of one thread on two cores"
-    yield "of a Zen 4 CPU over gloo, 2026-11-24, runs made by `python benchmarks/lab_runs.py`. Median error of the overlapped"
-    yield f"layer: {median_error(fitted):.1f} % over the {len(fitted)} runs of the fit, **{median_error(held):.1f} %** over {len(held)} that it did not see.\n"
+    yield "`megamoe calibrate docs/data/lab_runs.json --check docs/data/lab_unseen.json`: two ranks of one thread on"
+    yield "two cores of a Zen 4 CPU over gloo, 2026-11-24, runs made by `python benchmarks/lab_runs.py`. Median error of"
+    yield f"the overlapped layer: {median_error(fitted):.1f} % over the {len(fitted)} runs of the fit,"
+    yield f"**{median_error(held):.1f} %** over {len(held)} that it did not see.\n"
     yield "| not seen: tokens, H x I, experts, top-k, weights | link | waves | measured ms | planned ms | error |"
     yield "|---|---|---|---|---|---|"
     for each in held:
         run = each.run
-        sizes = f"{run.tokens_per_rank}, {run.hidden} x {run.intermediate}, {run.num_experts}, {run.topk}, {run.weight_format}"
+        sizes = f"{run.tokens_per_rank}, {run.hidden} x {run.intermediate}, {run.num_experts}, {run.topk}"
         link = f"{run.link_gb_s * 8:g} Gbit/s" if run.link_gb_s else "loopback"
         numbers = f"{each.overlapped_ms:.1f} | {each.predicted.overlapped_ms:.1f} | {each.error_pct:+.1f} %"
-        yield f"| {sizes} | {link} | {run.waves} | {numbers} |"
+        yield f"| {sizes}, {run.weight_format} | {link} | {run.waves} | {numbers} |"
     constants = ", ".join(f"{key} {figure.value:g}" for key, figure in figures(machine).items())
     yield f"\nThe constants, which ship as `megamoe/catalog/machines/cpu.yaml`: {constants}."
 
