@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 from megamoe.agreement import Agreement
 from megamoe.call import CallRecord
+from megamoe.catalog import Machine, load_machine
 from megamoe.experts import Experts
 from megamoe.launch.lab import lab
 from megamoe.launch.ranks import LocalRanks
+from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.link import measure_link
+from megamoe.planner.machine import product_row_us
 from megamoe.planner.pace import Pace, Spread, best_waves, play
 from megamoe.shape import MoEShape
 from megamoe.tuner import Tuner
@@ -59,7 +62,14 @@ def test_waves_are_few_where_the_link_is_fast_and_many_at_the_balance_point() ->
     assert best_waves(Spread(16, 1), 4096, balanced) == 1
 
 
-def tuner(size: int, link: float | None, *, packed: bool = False, dispatch_format: str = "auto") -> Tuner:
+def tuner(
+    size: int,
+    link: float | None,
+    *,
+    packed: bool = False,
+    dispatch_format: str = "auto",
+    machine: Machine | None = None,
+) -> Tuner:
     class Nothing:
         early = True
 
@@ -69,7 +79,7 @@ def tuner(size: int, link: float | None, *, packed: bool = False, dispatch_forma
     weight_format = "mxfp4" if packed else "bf16"
     experts = Experts(MoEShape(1024, 512, 16, 4), range(8), weight_format=weight_format, device=torch.device("meta"))
     experts.device = torch.device("cpu")  # whose waves have a cost, but without memory for the weights
-    return Tuner("moe", group, experts, waves="auto", dispatch_format=dispatch_format, overlap=True)
+    return Tuner("moe", group, experts, waves="auto", dispatch_format=dispatch_format, overlap=True, machine=machine)
 
 
 def agreed(row_s: float, tokens: int = 2048, size: int = 2) -> Agreement:
@@ -110,6 +120,47 @@ def test_the_tuner_learns_the_least_time_for_a_row_from_calls_with_enough_of_the
     for rows, seconds in ((10, 1.0), (1000, 0.03), (1000, 0.02), (2000, 0.05)):
         each.note(CallRecord(rows_local=rows // 2, rows_received=rows // 2, compute_s=seconds))
     assert each.row_s == pytest.approx(20e-6)
+
+
+def machine(**values: float) -> Machine:
+    """The machine that ships, with other constants."""
+    ships = load_machine("cpu")
+    return ships.model_copy(
+        update={key: getattr(ships, key).model_copy(update={"value": value}) for key, value in values.items()}
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_machines_profile_says_what_compute_takes_until_it_is_measured(packed: bool) -> None:
+    profile = machine(product_gflops=100.0)
+    each = tuner(2, 38.75e6, packed=packed, machine=profile)
+    assert each.row_s == product_row_us(profile, 1024, 512, packed=packed) / 1e6 > 31e-6
+    each.note(CallRecord(rows_local=1000, compute_s=0.5))
+    assert each.row_s == 500e-6, "what is measured counts"
+    assert tuner(2, 38.75e6, packed=packed).row_s == 0, "what ships is of some machine, not of this one"
+
+
+def test_what_a_wave_costs_is_the_machines() -> None:
+    row_s = 40e-6
+    waves = [tuner(2, 200e6, machine=machine(wave_us=us)).choose(agreed(row_s)).waves for us in (10.0, 20000.0)]
+    assert waves[0] > waves[1] == 1
+
+
+def a_call_with_a_machine(group: EPGroup) -> str:
+    layer = MegaMoE(SHAPE, group, machine=machine(wave_us=100.0 + group.rank), weight_format="bf16")
+    generator = torch.Generator().manual_seed(0)
+    layer.load_experts(torch.randn(10, 192, 128, generator=generator), torch.randn(10, 128, 96, generator=generator))
+    try:
+        layer(torch.zeros(4, 128), torch.zeros(4, 4, dtype=torch.int64) - 1, torch.zeros(4, 4))
+    except ValueError as wrong:
+        return str(wrong)
+    return ""
+
+
+def test_ranks_with_different_machines_say_so(ranks: LocalRanks) -> None:
+    for complaint in ranks.run(a_call_with_a_machine):
+        assert "waves" in complaint
+        assert "auto at 100 us" in complaint
 
 
 def measured(group: EPGroup) -> tuple[float, float]:
