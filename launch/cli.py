@@ -1,35 +1,77 @@
 """The command line. JSON alone goes to stdout, progress and notes to stderr; exit codes are 0 done, 1 failed, 2 wrong.
 
-A check that does not hold is a failure; a request that cannot be met as it stands is wrong.
+A check that does not hold is a failure; a request that cannot be met as it stands is wrong. A command's module is
+imported when the command is chosen, so that a plan waits for nothing else.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
+import typer.core
+import typer.main
 
 import megamoe
-from megamoe.launch import bench_cli, lab_cli, timeline_cli
-from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress, stdout
+from megamoe.launch.terminal import stdout
 
-if TYPE_CHECKING:
-    from megamoe.launch.demo import DemoReport
+# command -> module of this folder and what there: a function, or the app of a group
+COMMANDS = {
+    "demo": "demo_cli:demo",
+    "plan": "plan_cli:plan",
+    "explain": "plan_cli:explain",
+    "require": "sweep_cli:require",
+    "sweep": "sweep_cli:sweep",
+    "compare": "compare_cli:compare",
+    "recommend": "recommend_cli:recommend",
+    "catalog": "catalog_cli:app",
+    "validate": "validate_cli:validate",
+    "bench": "bench_cli:app",
+    "lab": "lab_cli:app",
+    "calibrate": "calibrate_cli:calibrate",
+    "timeline": "timeline_cli:timeline",
+}
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands by name, each made when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, attribute = COMMANDS[name].partition(":")
+        found = getattr(import_module(f"megamoe.launch.{module}"), attribute)
+        if isinstance(found, typer.Typer):
+            command: Any = typer.main.get_group(found)
+        else:
+            alone = typer.Typer(add_completion=False)
+            alone.command(name)(found)
+            command = typer.main.get_command(alone)
+        command.name = name
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Group(typer.core.TyperGroup):
+    """megamoe itself."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands: Any = _Commands()
+
 
 app = typer.Typer(
+    cls=_Group,
     help="Expert parallelism whose communication hides under compute.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-app.add_typer(bench_cli.app, name="bench")
-app.add_typer(lab_cli.app, name="lab", help="Labs with shaped links for ranks of your own, and faults in any lab.")
-app.command()(timeline_cli.timeline)
 
 
 @app.callback(invoke_without_command=True)
@@ -37,69 +79,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         stdout.print(megamoe.__version__, highlight=False)
         raise typer.Exit
-
-
-@app.command()
-def demo(
-    ranks: Annotated[int, typer.Option(help="Processes that share the experts.")] = 4,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to run; a chapter of Alice by default.")] = None,
-    waves: Annotated[str, typer.Option(help='A number, relative sizes such as 1,2,1, or "auto".')] = "4",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="DeepSeek-V4 checkpoint to run; written there and kept if the folder is new.")
-    ] = None,
-    deadline_s: Annotated[float, typer.Option(help="Seconds that a run, and any wait in it, may take.")] = 120.0,
-    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
-) -> None:
-    """Run real text through FP4 experts on several ranks, then on one, and compare every bit."""
-    with exit_codes():
-        with progress() as bar:
-            task = bar.add_task("starting", total=None)
-            from megamoe.launch.demo import Request, run_demo  # brings torch, which --help does not need
-
-            request = Request(ranks, text, parse_waves(waves), checkpoint, deadline_s)
-
-            def show(what: str, done: int, of: int) -> None:
-                bar.update(task, description=what, completed=done, total=of)
-
-            report = run_demo(request, show)
-        if output is Format.json:
-            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
-        else:
-            _print_demo(report)
-        if not report.identical:
-            raise typer.Exit(1)
-
-
-def _print_demo(report: DemoReport) -> None:
-    stdout.print(
-        f"{report.text}: {report.tokens} tokens through {report.layers} layers of {report.num_experts} MXFP4 experts, "
-        f"top-{report.topk}, {report.hidden} x {report.intermediate}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    table = Table(title="one forward", title_justify="left", padding=(0, 0), box=box.SIMPLE_HEAD)
-    headings = ("rank", "tokens", "experts", "read MB", "rows in", "local", "sent MB", "waves", "compute ms", "wait ms")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for rank in (*report.ranks, report.one_rank):
-        alone = rank is report.one_rank
-        if alone:
-            table.add_section()
-        table.add_row(
-            "alone" if alone else str(rank.rank),
-            str(rank.tokens),
-            f"{rank.experts}",
-            f"{rank.read_mb:.1f}",
-            str(rank.rows_received),
-            str(rank.rows_local),
-            f"{rank.bytes_sent / 1e6:.2f}",
-            str(rank.waves),
-            f"{rank.compute_ms:.1f}",
-            f"{rank.waiting_ms:.1f}",
-        )
-    stdout.print(table)
-    verdict = "[bold green]identical[/]" if report.identical else "[bold red]different[/]"
-    stdout.print(f"{len(report.ranks)} ranks against one, every bit of the output: {verdict}", highlight=False)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from megamoe.launch.lab import (
 )
 from megamoe.launch.terminal import Format, exit_codes, stderr, stdout
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, help="Labs with shaped links for ranks of your own, and faults in any lab.")
 Output = Annotated[Format, typer.Option("--format", help="How to print the result.")]
 _PORT = 29500  # torchrun's; a lab's ranks have a network of their own, so every lab can use the same
 

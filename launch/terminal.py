@@ -42,6 +42,8 @@ def exit_codes() -> Iterator[None]:
         signal.signal(each, unwind)
     try:
         yield
+    except typer.Exit:  # which is a RuntimeError, and says nothing
+        raise
     except ValueError as wrong:
         stderr.print(f"[bold red]wrong request:[/] {_escaped(wrong)}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from wrong

@@ -1,0 +1,147 @@
+"""The Pareto front: tokens/s of a device against tokens/s of a user, over all configurations that were tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megamoe.planner.report.data import ParetoPoint
+from megamoe.planner.report.labels import ABOVE, Box, Labels, around, text_box
+from megamoe.planner.report.scales import Scale, round_up
+from megamoe.planner.report.svg import FONT, SMALL, Drawing, num
+from megamoe.planner.report.words import amount, short, shorten
+
+LOG_RATIO = 40  # an axis is logarithmic where the front spans more than this
+DOTS = 900  # places at which other configurations are drawn, at most: beyond that the grid they lie on gets coarser
+X_NAME, Y_NAME = "tokens/s per user", "tokens/s per device"
+
+
+def shown(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
+    return [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
+
+
+def front(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
+    return sorted((point for point in shown(points) if point.on_front), key=lambda point: (point.x, -point.y))
+
+
+def point_title(point: ParetoPoint) -> str:
+    return f"{point.label}: {amount(point.y, Y_NAME)}, {amount(point.x, X_NAME)}"
+
+
+def caption(points: Sequence[ParetoPoint]) -> str:
+    """The drawing in sentences."""
+    chosen = " ".join(f"Chosen: {point_title(point)}." for point in points if point.chosen)
+    return f"{len(points)} configurations, {len(front(points))} of them on the front. {chosen}".strip()
+
+
+def draw(points: Sequence[ParetoPoint], wide: float, key: str) -> str:
+    return _Sheet(shown(points), wide, key).draw()
+
+
+class _Sheet:
+    """One drawing of a front at one width."""
+
+    def __init__(self, points: list[ParetoPoint], wide: float, key: str) -> None:
+        self.points, self.front = points, front(points)
+        high = round(min(max(wide * 0.68, 290), 400))
+        self.left, self.right, self.top, self.bottom = 46.0, wide - 10, 22.0, high - 36.0
+        matter = [point for point in points if point.on_front or point.chosen] or points
+        self.x = _scale([p.x for p in matter], [p.x for p in points], self.left, self.right)
+        self.y = _scale([p.y for p in matter], [p.y for p in points], self.bottom, self.top)
+        self.labels = Labels(Box(self.left + 2, self.top, self.right, self.bottom - 2))
+        self.out = Drawing(wide, high, "Pareto front", caption(points), key)
+
+    def at(self, point: ParetoPoint) -> tuple[float, float]:
+        """Where a point lies; what an axis leaves out stands on its edge."""
+        x = min(max(self.x(point.x), self.left), self.right)
+        return x, min(max(self.y(point.y), self.top), self.bottom)
+
+    def draw(self) -> str:
+        self._axes()
+        self._others()
+        self._line()
+        for point in self.points:
+            if point.chosen:
+                self.out.circle(*self.at(point), 6.5, "mark", point_title(point))
+                self.labels.block(around(*self.at(point), 8))
+        self._all_labels()
+        return self.out.render()
+
+    def _axes(self) -> None:
+        out = self.out
+        across, up = self.x.ticks(int((self.right - self.left) / 70)), self.y.ticks(5)
+        out.path("".join(f"M{num(self.x(t))} {num(self.top)}V{num(self.bottom)}" for t in across), "grid")
+        out.path("".join(f"M{num(self.left)} {num(self.y(t))}H{num(self.right)}" for t in up), "grid")
+        out.line(self.left, self.bottom, self.right, self.bottom, "axis")
+        taken: list[Box] = []
+        for tick in across:
+            box = text_box(self.x(tick), self.bottom + 15, short(tick), SMALL, "middle")
+            if 0 <= box.left and box.right <= out.width and not any(map(box.meets, taken)):
+                taken.append(box)
+                out.text(self.x(tick), self.bottom + 15, short(tick), "soft", anchor="middle", size=SMALL)
+        for tick in up:
+            name = shorten(short(tick), self.left - 6, SMALL)
+            out.text(self.left - 6, self.y(tick) + 4, name, "soft", anchor="end", size=SMALL, title=short(tick))
+        right = X_NAME + (" (log)" if self.x.log else "")
+        out.text(self.right, self.bottom + 31, right, "soft", anchor="end", size=SMALL)
+        out.text(0, 11, Y_NAME + (" (log)" if self.y.log else ""), "soft", size=SMALL)
+
+    def _others(self) -> None:
+        """All in one path, each place once: thousands of them must not make the page heavy."""
+        for grid in (1, 2, 3, 4, 6):
+            places = {self._cell(point, grid) for point in self.points if not point.on_front and not point.chosen}
+            if len(places) <= DOTS:
+                break
+        path, at = [], (0, 0)
+        for place in sorted(places):
+            path.append(f"m{place[0] - at[0]} {place[1] - at[1]}h0".replace(" -", "-"))
+            at = place
+            self.labels.block(around(*place, 2))
+        if path:
+            self.out.path("".join(path), "dots")
+
+    def _cell(self, point: ParetoPoint, grid: int) -> tuple[int, int]:
+        x, y = self.at(point)
+        return round(x / grid) * grid, round(y / grid) * grid
+
+    def _line(self) -> None:
+        places = [self.at(point) for point in self.front]
+        if len(places) > 1:
+            self.out.polyline(places, "slope s1 open")
+        for (x0, y0), (x1, y1) in zip(places, places[1:], strict=False):
+            self.labels.block_line(x0, y0, x1, y1)
+        for point, place in zip(self.front, places, strict=True):
+            self.out.circle(*place, 3.5, "f1", point_title(point))
+            self.labels.block(around(*place, 4))
+
+    def _all_labels(self) -> None:
+        """The chosen one always; then the ends of the front and what lies between, where there is room close by."""
+        for point in self.points:
+            if point.chosen:
+                self._label(point, "strong halo", FONT, 400)
+        between = self.front[1:-1]
+        step = max(1, math.ceil(len(between) / 4))
+        for point in [*self.front[-1:], *self.front[:1], *between[::step]]:
+            if not point.chosen:
+                self._label(point, "ink halo", SMALL, 24)
+
+    def _label(self, point: ParetoPoint, style: str, size: float, reach: float) -> None:
+        place = self.at(point)
+        text = shorten(point.label, (self.right - self.left) * 0.8, size)
+        spot = self.labels.place(*place, (text,), size, gap=8, reach=reach, directions=ABOVE)
+        if spot is None and point.chosen:
+            spot = self.labels.place(*place, (text,), size, gap=8, reach=reach)
+        if spot is None:
+            return
+        if spot.far:
+            self.out.line(*spot.lead_from(*place), *place, "lead")
+        self.out.text(spot.x, spot.y, text, style, size=size, title=point_title(point))
+
+
+def _scale(matter: list[float], everything: list[float], start: float, end: float) -> Scale:
+    """From zero, or logarithmic where the values that matter span too much for it."""
+    low, high = min(matter), max(*everything, 0.0)
+    if low > 0 and max(matter) > LOG_RATIO * low:
+        positive = [value for value in everything if value > 0]
+        return Scale(max(min(positive) * 0.8, low / 1000), round_up(high * 1.1), start, end, log=True)
+    return Scale(min(low, 0.0), round_up(high * 1.04) if high > 0 else 1.0, start, end)
