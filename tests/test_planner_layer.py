@@ -272,7 +272,7 @@ def test_more_tokens_are_never_faster(tokens: int, ep: int) -> None:
 )
 def test_nonsense_is_refused_with_the_numbers(wrong: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        layer_time(PRO, GB200, **{"ep": 8, "tokens_per_rank": 64, **wrong})
+        layer_time(PRO, GB200, **{"ep": 8, "tokens_per_rank": 64, **wrong})  # type: ignore[arg-type]
 
 
 def test_which_peak_counts() -> None:
