@@ -1,14 +1,15 @@
 """Fits a machine to runs of `megamoe bench --format json`, and holds one against runs that it did not see.
 
 Compute and communication, each measured alone, are sums of amounts times constants: least squares of relative errors,
-no constant below zero. What a byte costs the core that computes shows only where both run at once: it is the value
-that leaves the least error of the overlapped times.
+no constant below zero, and runs that something disturbed count less. What a byte costs the core that computes, and what
+a wave costs, show only where both run at once: they are the values that leave the least error of the overlapped times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import log
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 
 FEWEST_RUNS = 8
 _ROUNDS = 3  # the order of steps depends on the constants that are fitted, a little
-_COMPUTE = ("product_gflops", "weight_ns", "decode_ns", "value_ns", "round_ns", "call_us", "wave_us")
-_BYTE_NS = [0.05 * step for step in range(61)]
+_COMPUTE = ("product_gflops", "weight_ns", "decode_ns", "value_ns", "round_ns", "call_us")
+_REWEIGHTED = 8
+_NEAR = 0.03  # a run this far off counts in full; one that something disturbed, less
+_BYTE_NS = [0.1 * step for step in range(31)]
+_WAVES_US = [50.0 * step for step in range(21)]
 _BURSTS_US = [500.0 * step for step in range(17)]
 
 
@@ -76,7 +80,7 @@ def calibrate(reports: Sequence[dict[str, Any]], start: Machine, *, name: str, c
     for _ in range(_ROUNDS):
         machine = _with(machine, source, **_fit_compute(reports, machine))
         machine = _fit_link(reports, machine, source)
-        machine = _with(machine, source, byte_ns=_fit_byte_ns(reports, machine))
+        machine = _fit_together(reports, machine, source)
     return machine
 
 
@@ -101,8 +105,9 @@ def _fit_compute(reports: Sequence[dict[str, Any]], machine: Machine) -> dict[st
         amounts = Amounts.of(run, sum(experts for _, experts in steps), len(steps))
         weights = (0.0, amounts.weights) if run.packed else (amounts.weights, 0.0)
         nanoseconds = (amounts.flops, *weights, amounts.values, amounts.rounded)
-        rows.append([crowd * each for each in (*(each / 1e6 for each in nanoseconds), 1e-3, amounts.steps / 1e3)])
-        measured.append(float(report["compute_ms"]))
+        rows.append([crowd * each for each in (*(each / 1e6 for each in nanoseconds), 1e-3)])
+        waves_ms = crowd * amounts.steps * machine.wave_us.value / 1e3
+        measured.append(max(float(report["compute_ms"]) - waves_ms, 0.1))
     found = dict(zip(_COMPUTE, nonnegative(np.array(rows), np.array(measured)), strict=True))
     per_flop = found.pop("product_gflops")
     kept = {} if per_flop <= 0 else {"product_gflops": 1 / per_flop}
@@ -120,8 +125,8 @@ def _fit_link(reports: Sequence[dict[str, Any]], machine: Machine, source: str) 
     def off(burst_us: float) -> float:
         tried = _with(machine, source, burst_us=burst_us)
         checks = check(reports, _with(tried, source, **_fit_communication(reports, tried)))
-        found = [log(each.predicted.communication_ms / each.communication_ms) for each in checks if each.run.ranks > 1]
-        return sum(each * each for each in found)
+        found = [each.predicted.communication_ms / each.communication_ms for each in checks if each.run.ranks > 1]
+        return sum(abs(each - 1) for each in found)
 
     found = _with(machine, source, burst_us=min(_BURSTS_US, key=off))
     return _with(found, source, **_fit_communication(reports, found))
@@ -148,31 +153,44 @@ def _fit_communication(reports: Sequence[dict[str, Any]], machine: Machine) -> d
     return found
 
 
-def _fit_byte_ns(reports: Sequence[dict[str, Any]], machine: Machine) -> float:
-    def off(byte_ns: float) -> float:
-        checks = check(reports, _with(machine, "tried", byte_ns=byte_ns))
+def _fit_together(reports: Sequence[dict[str, Any]], machine: Machine, source: str) -> Machine:
+    def off(machine: Machine) -> float:
+        checks = check(reports, machine)
         return sum(abs(log(each.predicted.overlapped_ms / each.overlapped_ms)) for each in checks)
 
-    return min(_BYTE_NS, key=off)
+    tried = (
+        _with(machine, source, byte_ns=byte_ns, wave_us=wave_us) for byte_ns, wave_us in product(_BYTE_NS, _WAVES_US)
+    )
+    return min(tried, key=off)
 
 
 def nonnegative(amounts: NDArray[np.float64], measured: NDArray[np.float64]) -> list[float]:
-    """Constants x >= 0 for which amounts @ x is nearest to measured, relative to it: one coordinate after the other.
+    """Constants x >= 0 for which amounts @ x is nearest to measured, relative to it; runs far off count less and less.
 
     [[1, 0], [1, 1]], [2, 5] -> [2, 3]
     """
     relative = amounts / measured[:, None]
-    size = np.linalg.norm(relative, axis=0)
+    weights = np.ones(len(measured))
+    found = np.zeros(amounts.shape[1])
+    for _ in range(_REWEIGHTED):
+        found = _least_squares(relative * weights[:, None], weights)
+        weights = np.sqrt(_NEAR / np.maximum(np.abs(relative @ found - 1), _NEAR))
+    return [float(each) for each in found]
+
+
+def _least_squares(rows: NDArray[np.float64], aim: NDArray[np.float64]) -> NDArray[np.float64]:
+    """x >= 0 with rows @ x nearest to aim: one coordinate after the other."""
+    size = np.linalg.norm(rows, axis=0)
     used = size > 0
-    scaled = relative[:, used] / size[used]
-    gram, aim = scaled.T @ scaled, scaled.T @ np.ones(len(measured))
+    scaled = rows[:, used] / size[used]
+    gram, goal = scaled.T @ scaled, scaled.T @ aim
     found = np.zeros(scaled.shape[1])
     for _ in range(20000):
         before = found.copy()
         for place in range(len(found)):
-            found[place] = max(0.0, found[place] + aim[place] - gram[place] @ found)
+            found[place] = max(0.0, found[place] + goal[place] - gram[place] @ found)
         if np.abs(found - before).max(initial=0.0) < 1e-12:
             break
-    result = np.zeros(amounts.shape[1])
+    result = np.zeros(rows.shape[1])
     result[used] = found / size[used]
-    return [float(each) for each in result]
+    return result
