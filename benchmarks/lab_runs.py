@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import zip_longest
 from pathlib import Path
 
 from megamoe.launch.bench import BenchRequest, run_bench
@@ -80,13 +81,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "docs" / "data")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
-    for name, workloads in (("lab_runs", FITTED), ("lab_unseen", UNSEEN)):
-        reports = []
-        for workload in workloads:
+    reports: dict[str, list[dict[str, object]]] = {"lab_runs": [], "lab_unseen": []}
+    for fitted, unseen in zip_longest(FITTED, UNSEEN):  # in turn, so that what changes meanwhile is in both
+        for name, workload in (("lab_runs", fitted), ("lab_unseen", unseen)):
+            if workload is None:
+                continue
             report = run_bench(request(workload, arguments.repeats))
             print(f"{report.overlapped_ms:8.1f} ms  {' '.join(map(str, workload))}", flush=True)
-            reports.append({key: value for key, value in report.as_dict().items() if key != "predicted_ms"})
-        (arguments.folder / f"{name}.json").write_text(json.dumps(reports, indent=1) + "\n")
+            reports[name].append({key: value for key, value in report.as_dict().items() if key != "predicted_ms"})
+    for name, found in reports.items():
+        (arguments.folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ _COMPUTE = ("product_gflops", "weight_ns", "decode_ns", "value_ns", "round_ns", 
 _REWEIGHTED = 8
 _NEAR = 0.03  # a run this far off counts in full; one that something disturbed, less
 _BYTE_NS = [0.1 * step for step in range(31)]
-_WAVES_US = [50.0 * step for step in range(21)]
+_WAVES_US = [100.0 * step for step in range(21)]
 _BURSTS_US = [500.0 * step for step in range(17)]
 
 
@@ -102,12 +102,11 @@ def _fit_compute(reports: Sequence[dict[str, Any]], machine: Machine) -> dict[st
         run = Run.of(report)
         crowd = max(1.0, run.ranks * run.threads_per_rank / machine.cores)
         steps = _steps(run, machine, run.waves or 1)
-        amounts = Amounts.of(run, sum(experts for _, experts in steps), len(steps))
+        amounts = Amounts.of(run, sum(experts for _, experts in steps))
         weights = (0.0, amounts.weights) if run.packed else (amounts.weights, 0.0)
         nanoseconds = (amounts.flops, *weights, amounts.values, amounts.rounded)
         rows.append([crowd * each for each in (*(each / 1e6 for each in nanoseconds), 1e-3)])
-        waves_ms = crowd * amounts.steps * machine.wave_us.value / 1e3
-        measured.append(max(float(report["compute_ms"]) - waves_ms, 0.1))
+        measured.append(float(report["compute_ms"]))
     found = dict(zip(_COMPUTE, nonnegative(np.array(rows), np.array(measured)), strict=True))
     per_flop = found.pop("product_gflops")
     kept = {} if per_flop <= 0 else {"product_gflops": 1 / per_flop}

@@ -6,11 +6,12 @@ Of one rank, on a core that it may share:
     weights     3HI values an expert that is made ready          * weight_ns, or decode_ns with mxfp4
     values      2H + 2I values a row: gathered, activated, sent  * value_ns
     rounding    H a token and H + I a row, where MXFP8 is used   * round_ns
-    steps       stretches of work                                * wave_us, and call_us once
+    a call                                                       call_us
 
-The waves are then played as the layer runs them (schedule.py, pace.py), over a link of a nominal rate; every byte that
-is sent or received takes byte_ns of the core that computes. What comes before the first dispatch (counting, encoding)
-and after the last result (the sum of the slots) is not covered by anything.
+The waves are then played as the layer runs them (schedule.py, pace.py), over a link of a nominal rate. Every byte that
+is sent or received takes byte_ns of the core that computes, and over loopback the cores are the link; every
+stretch of work takes wave_us beside its rows. What comes before the first dispatch (counting, encoding) and after the
+last result (the sum of the slots) nothing covers.
 """
 
 # T tokens of a rank   H hidden   I intermediate   E experts   K experts per token   R rows of a rank   P ranks
@@ -103,10 +104,9 @@ class Amounts:
     weights: float
     values: float
     rounded: float
-    steps: int
 
     @classmethod
-    def of(cls, run: Run, made_ready: float, steps: int) -> Amounts:
+    def of(cls, run: Run, made_ready: float) -> Amounts:
         per_expert = 3 * run.hidden * run.intermediate
         rounded = run.tokens_per_rank * run.hidden + run.rows * run.hidden if run.rounds else 0.0
         return cls(
@@ -114,7 +114,6 @@ class Amounts:
             weights=made_ready * per_expert,
             values=run.rows * 2 * (run.hidden + run.intermediate),
             rounded=rounded + (run.rows * run.intermediate if run.packed else 0.0),
-            steps=steps,
         )
 
 
@@ -138,9 +137,9 @@ def predict(run: Run, machine: Machine) -> Predicted:
     waves = run.waves or choose_waves(run, machine)
     crowd = max(1.0, run.ranks * run.threads_per_rank / machine.cores)
     steps = _steps(run, machine, waves)
-    compute = compute_us(run, machine, steps) * crowd
+    compute = compute_us(run, machine, sum(experts for _, experts in steps)) * crowd
     alone = communication_us(run, machine, waves)
-    serial = compute_us(run, machine, _steps(run, machine, 1)) * crowd + communication_us(run, machine, 1)
+    serial = compute_us(run, machine, run.spread.experts_per_rank) * crowd + communication_us(run, machine, 1)
     overlapped = _overlapped_us(run, machine, steps, crowd) if run.ranks > 1 else compute
     return Predicted(waves, *(each / 1e3 for each in (compute, alone, serial, overlapped)))
 
@@ -154,7 +153,7 @@ def choose_waves(run: Run, machine: Machine) -> int:
 
 def row_us(run: Run, machine: Machine) -> float:
     """Microseconds that a row takes, its share of the weights included, as a layer measures it."""
-    amounts = Amounts.of(run, run.spread.experts_per_rank, 1)
+    amounts = Amounts.of(run, run.spread.experts_per_rank)
     return _weighed_us(run, machine, amounts) / max(run.rows, 1.0)
 
 
@@ -165,10 +164,9 @@ def product_row_us(machine: Machine, hidden: int, intermediate: int, *, packed: 
     return (flops / machine.product_gflops.value + values * machine.value_ns.value + rounded) / 1e3
 
 
-def compute_us(run: Run, machine: Machine, steps: list[tuple[Work, int]]) -> float:
+def compute_us(run: Run, machine: Machine, made_ready: float) -> float:
     """A call's compute alone: all of it but what the link takes."""
-    made_ready = sum(experts for _, experts in steps)
-    return machine.call_us.value + _weighed_us(run, machine, Amounts.of(run, made_ready, len(steps)))
+    return machine.call_us.value + _weighed_us(run, machine, Amounts.of(run, made_ready))
 
 
 def communication_us(run: Run, machine: Machine, waves: int) -> float:
@@ -183,8 +181,9 @@ def communication_us(run: Run, machine: Machine, waves: int) -> float:
 
 
 def moved_us(run: Run, machine: Machine) -> float:
-    """What the core that computes spends on sending and receiving."""
-    return 2 * (run.dispatch_bytes + run.combine_bytes) * machine.byte_ns.value / 1e3 if run.ranks > 1 else 0.0
+    """What the core that computes spends on sending and receiving; without a link that is all there is to it."""
+    num_bytes = run.dispatch_bytes + run.combine_bytes if run.ranks > 1 else 0.0
+    return 2 * num_bytes * machine.byte_ns.value / 1e3 if run.link_gb_s else num_bytes / _link_bytes_us(run, machine)
 
 
 def _weighed_us(run: Run, machine: Machine, amounts: Amounts) -> float:
@@ -195,7 +194,7 @@ def _weighed_us(run: Run, machine: Machine, amounts: Amounts) -> float:
         + amounts.values * machine.value_ns.value
         + amounts.rounded * machine.round_ns.value
     )
-    return nanoseconds / 1e3 + amounts.steps * machine.wave_us.value
+    return nanoseconds / 1e3
 
 
 def _link_bytes_us(run: Run, machine: Machine) -> float:
@@ -235,12 +234,12 @@ def _steps(run: Run, machine: Machine, waves: int) -> list[tuple[Work, int]]:
 
 def _overlapped_us(run: Run, machine: Machine, steps: list[tuple[Work, int]], crowd: float) -> float:
     """Front, the waves played, and the sum of the slots."""
-    amounts = Amounts.of(run, 0, 0)
+    amounts = Amounts.of(run, 0)
     front = machine.call_us.value / 2 + run.tokens_per_rank * run.hidden * machine.round_ns.value / 1e3 * run.rounds
     end = machine.call_us.value / 2 + run.rows * run.hidden * machine.value_ns.value / 1e3
     between = _weighed_us(run, machine, amounts) - (front + end - machine.call_us.value)
     per_row = (max(between, 0.0) + moved_us(run, machine)) / max(run.rows, 1.0)
-    per_expert = _weighed_us(run, machine, Amounts(0.0, 3 * run.hidden * run.intermediate, 0.0, 0.0, 0))
+    per_expert = _weighed_us(run, machine, Amounts(0.0, 3 * run.hidden * run.intermediate, 0.0, 0.0))
     works = [
         Work(work.wave, (work.time * per_row + made_ready * per_expert + machine.wave_us.value) * crowd, work.arrived)
         for work, made_ready in steps
