@@ -102,6 +102,20 @@ def test_rooms_are_imported_through_megamoe_only(path: Path) -> None:
     assert not imported_packages(ast.parse(path.read_text())) & set(ROOMS)
 
 
+PLANNING = [path for path in FILES if path.is_relative_to(ROOT / "megamoe" / "planner")]
+CATALOG = [path for path in FILES if path.is_relative_to(ROOT / "megamoe" / "catalog")]
+
+
+@pytest.mark.parametrize("path", PLANNING + CATALOG, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_planner_needs_no_torch(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    allowed = sys.stdlib_module_names | {"numpy", "pydantic", "pydantic_core", "yaml", "typing_extensions", "megamoe"}
+    assert imported_packages(tree) <= allowed
+    ours = {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    ours = {name for name in ours if name.startswith("megamoe.")}
+    assert all(name.startswith(("megamoe.planner", "megamoe.catalog")) for name in ours), ours
+
+
 # ---- the links ----
 
 
