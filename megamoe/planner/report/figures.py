@@ -1,4 +1,4 @@
-"""The sections that hold a figure: its caption and legend, the drawing at several widths, the same numbers as a table."""
+"""The sections with a figure: its caption and legend, the drawing at several widths, the numbers as a table."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from megamoe.planner.report import memory, pareto, roofline, timeline, tornado
 from megamoe.planner.report.data import MemoryBar, ParetoPoint, ReportData, Sensitivity
 from megamoe.planner.report.tables import Column, details, section, table
-from megamoe.planner.report.words import amount, percent, safe
+from megamoe.planner.report.words import amount, percent, plural, safe
 
 HALF = (340, 480, 700)  # widths that a figure is drawn at; the style sheet shows the one that fits
 FULL = (*HALF, 1080)
 PARTS = 24  # parts of memory that are listed at once; the others are a click away
-LISTED = 400  # configurations that are listed in words; all are drawn
+LISTED = 250  # configurations that are listed in words; all are drawn
 
 
 def timeline_section(data: ReportData) -> str:
@@ -24,14 +24,15 @@ def timeline_section(data: ReportData) -> str:
     items += [("stall", "stall: the lane waits")] * ("stall" in kinds)
     items += [("fixed", "fixed cost")] * ("fixed" in kinds)
     rows = [
-        [safe(lane.title), safe(timeline.what(span)), *map(amount, timeline.times(span))]
+        [safe(f"{lane.title}, {timeline.what(span)}"), *map(amount, timeline.times(span))]
         for lane in timeline.lanes(line)
         for row in lane.rows
         for span in row
     ]
-    columns = [Column("Lane", 3), Column("What", 4), *(Column(name, 2, True) for name in ("from, us", "to, us", "us"))]
+    columns = [Column("Lane and wave", 7), *(Column(name, 3, True) for name in ("from, us", "to, us", "us"))]
     figure = _figure("timeline", timeline.caption(line), items, lambda w, key: timeline.draw(line, w, key), FULL)
-    listed = details(f"All {len(rows)} stretches as a table", table(columns, rows, "Times from the start of the layer"))
+    rows_as_table = table(columns, rows, "Times from the start of the layer")
+    listed = details(f"{plural(len(rows), 'span')} as a table", rows_as_table)
     return section("h-timeline", "One layer, wave by wave", figure + listed)
 
 
@@ -51,10 +52,10 @@ def pareto_section(data: ReportData) -> str:
     items = [("k1 bar", "front")] * bool(front) + [("faint dot", "other configurations")] * bool(others)
     items += [("k4 dot", "chosen")] * any(point.chosen for point in points)
     figure = _figure("pareto", pareto.caption(points), items, lambda w, key: pareto.draw(points, w, key))
-    lists = _points(f"The front, {len(front)} configurations", front) if front else ""
+    lists = _points(f"The front, {plural(len(front), 'configuration')}", front) if front else ""
     if others:
-        most = f"The best {LISTED} of {len(others)}" if len(others) > LISTED else f"All {len(others)}"
-        lists += _points(f"{most} other configurations", others)
+        most = f"The best {LISTED} of " if len(others) > LISTED else ""
+        lists += _points(f"{most}{plural(len(others), 'other configuration')}", others)
     return section("h-pareto", "Throughput against speed", figure + lists)
 
 
@@ -80,13 +81,16 @@ def _parts(bars: Sequence[MemoryBar]) -> str:
     columns += [Column("of capacity", 2, True)] * (len(bars) == 1)
     rows = [_part(bars, name, hue) for name, hue in memory.hues(bars).items()]
     seen, rest = rows[:PARTS], rows[PARTS:]
-    first = table(columns, seen, "Parts, the largest first. 1 GB is 1e9 bytes.")
-    return first + (details(f"{len(rest)} smaller parts", table(columns, rest, "The smaller parts")) if rest else "")
+    stack = len(bars) > 1
+    first = table(columns, seen, "Parts, the largest first. 1 GB is 1e9 bytes.", stack=stack)
+    if not rest:
+        return first
+    return first + details(plural(len(rest), "smaller part"), table(columns, rest, "The smaller parts", stack=stack))
 
 
 def _part(bars: Sequence[MemoryBar], name: str, hue: int) -> list[str]:
     sizes = [sum(part.gb for part in bar.parts if part.name == name) for bar in bars]
-    row = [f'<span class="key inline k{hue}"></span>{safe(name)}', *map(amount, sizes)]
+    row = [f'<span class="keyed"><span class="key k{hue}"></span><span>{safe(name)}</span></span>', *map(amount, sizes)]
     if len(bars) == 1:
         row.append(percent(sizes[0] / bars[0].capacity_gb).lstrip("+") if bars[0].capacity_gb > 0 else "")
     return row
@@ -98,7 +102,7 @@ def sensitivity_section(data: ReportData) -> str:
         return ""
     items = [(f"k{tornado.LOWER}", "input 25\u00a0% lower"), (f"k{tornado.HIGHER}", "input 25\u00a0% higher")]
     figure = _figure("sensitivity", tornado.caption(rows, of), items, lambda w, key: tornado.draw(rows, of, w, key))
-    listed = details(f"All {len(rows)} inputs as a table", _moves(rows, of))
+    listed = details(f"{plural(len(rows), 'input')} as a table", _moves(rows, of))
     return section("h-sensitivity", f"What moves the {of}", figure + listed)
 
 

@@ -53,7 +53,8 @@ def _pair(*parts: str) -> str:
 
 
 def _header(data: ReportData) -> str:
-    return f'<header><p class="kicker">megamoe plan</p><h1>{safe(data.title)}</h1></header>'
+    title = " ".join(f"<span>{safe(word)}</span>" for word in data.title.split())  # names do not break at hyphens
+    return f'<header><p class="kicker">megamoe plan</p><h1>{title}</h1></header>'
 
 
 def _verdict(data: ReportData) -> str:
@@ -74,9 +75,8 @@ def _columns(tiles: int) -> int:
 def _tile(tile: Tile) -> str:
     unit = f' <span class="unit">{safe(tile.unit)}</span>' if tile.unit else ""
     note = f'<dd class="note">{safe(tile.note)}</dd>' if tile.note else ""
-    return (
-        f'<div class="tile"><dt>{safe(tile.label)}</dt><dd class="value">{safe(amount(tile.value))}{unit}</dd>{note}</div>'
-    )
+    value = f'<dd class="value">{safe(amount(tile.value))}{unit}</dd>'
+    return f'<div class="tile"><dt>{safe(tile.label)}</dt>{value}{note}</div>'
 
 
 # ---- the words below the figures ----
@@ -118,6 +118,8 @@ def _assumptions(data: ReportData) -> str:
 
 def _footer(data: ReportData) -> str:
     made = " · ".join(part for part in (data.version, data.date) if part)
-    command = f"<p>Made by <code>{safe(data.command)}</code></p>" if data.command else ""
+    # words stay whole: a line that ends between the dashes of a flag cannot be read
+    words = " ".join(f"<span>{safe(word)}</span>" for word in data.command.split())
+    command = f"<p>Made by <code>{words}</code></p>" if words else ""
     about = f"<p>{safe(made)}</p>" if made else ""
     return f"<footer>{command}{about}</footer>" if command or about else ""

@@ -10,6 +10,7 @@ from megamoe.planner.report.words import width
 
 ASCENT, DESCENT = 0.80, 0.24  # of a line of text, in ems above and below its baseline
 LEADING = 1.17  # from baseline to baseline, in ems
+LINE = 2.0  # room that a line takes to either side
 ROUND = (0, 180, -90, 90, -45, -135, 45, 135, -20, -160, 20, 160, -70, -110, 70, 110)
 ABOVE = (-45, -20, 0, -70, -90, -110, -135, -160)  # degrees, clockwise from the right: above and beside a point
 
@@ -57,26 +58,31 @@ class Spot:
 
 @dataclass(slots=True)
 class Labels:
-    """The labels of one chart. Every box that is put in stays free of later ones."""
+    """The labels of one chart. Every box that is put in stays free of later ones.
+
+    faint: dots and dotted lines, which a label with a halo may cover where there is no better place.
+    """
 
     bounds: Box
     taken: list[Box] = field(default_factory=list)
+    faint: list[Box] = field(default_factory=list)
 
-    def block(self, *boxes: Box) -> None:
-        self.taken.extend(boxes)
+    def block(self, *boxes: Box, faint: bool = False) -> None:
+        (self.faint if faint else self.taken).extend(boxes)
 
-    def block_line(self, x0: float, y0: float, x1: float, y1: float, radius: float = 2.0) -> None:
+    def block_line(self, x0: float, y0: float, x1: float, y1: float, *, faint: bool = False) -> None:
         """A straight line, as a chain of small boxes."""
-        steps = max(1, math.ceil(math.hypot(x1 - x0, y1 - y0) / (2 * radius)))
+        steps = max(1, math.ceil(math.hypot(x1 - x0, y1 - y0) / (2 * LINE)))
         for step in range(steps + 1):
-            self.block(around(x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps, radius))
+            self.block(around(x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps, LINE), faint=faint)
 
-    def free(self, boxes: Iterable[Box]) -> bool:
-        return all(box.inside(self.bounds) and not any(map(box.meets, self.taken)) for box in boxes)
+    def free(self, boxes: Iterable[Box], over: bool = False) -> bool:
+        taken = self.taken if over else [*self.taken, *self.faint]
+        return all(box.inside(self.bounds) and not any(map(box.meets, taken)) for box in boxes)
 
-    def claim(self, *boxes: Box) -> bool:
-        """Takes the boxes if all of them are free."""
-        if not self.free(boxes):
+    def claim(self, *boxes: Box, over: bool = False) -> bool:
+        """Takes the boxes if all of them are free; over: what is faint does not count."""
+        if not self.free(boxes, over):
             return False
         self.block(*boxes)
         return True
@@ -91,14 +97,18 @@ class Labels:
         gap: float = 7,
         reach: float = 400,
         directions: Sequence[float] = ROUND,
+        over: bool = False,
     ) -> Spot | None:
-        """The free place nearest to a point, at least gap and at most reach away from it; None when there is none."""
+        """The free place nearest to a point, at least gap and at most reach away from it; None when there is none.
+
+        over: what is faint does not count.
+        """
         wide, high = max(width(line, size) for line in lines), (len(lines) - 1) * LEADING * size
         for distance, left, middle in _near(x, y, wide, high + size, gap, reach, directions):
             first = middle - high / 2 + (ASCENT - DESCENT) / 2 * size
             box = Box(left, first - ASCENT * size, left + wide, first + high + DESCENT * size)
-            if self.claim(box):
-                return Spot(left, first, box, distance > gap + 6)
+            if self.claim(box, over=over):
+                return Spot(left, first, box, distance > gap)
         return None
 
 

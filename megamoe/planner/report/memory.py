@@ -67,19 +67,22 @@ class _Sheet:
             self.out.text(0, y, shorten(line, self.out.width, FONT), style, title=line)
         y += 9
         self.out.rect(self.x(0), y, self.x(bar.capacity_gb) - self.x(0), HIGH, "track")
-        at = 0.0
+        at, full = 0.0, self.x(bar.capacity_gb)
         for part in sorted(bar.parts, key=lambda part: (self.hues[part.name], -part.gb)):
-            self._part(part, at, y)
+            self._part(part, at, y, full)
             at += max(part.gb, 0.0)
         self._capacity(bar, y)
         return y + HIGH + 24
 
-    def _part(self, part: MemoryPart, at: float, y: float) -> None:
+    def _part(self, part: MemoryPart, at: float, y: float, full: float) -> None:
+        """full: where the device is full, a line that the label keeps to one side of."""
         x0, x1 = self.x(at), self.x(at + max(part.gb, 0.0))
         if x1 <= x0:
             return
         hue, title = self.hues[part.name], f"{part.name}: {amount(part.gb, 'GB')}"
         self.out.rect(x0, y, max(x1 - x0 - (0.8 if x1 - x0 > 3 else 0), 0.4), HIGH, f"f{hue}", title)
+        if x0 < full < x1:
+            x0, x1 = (x0, full) if full - x0 > x1 - full else (full, x1)
         for text in (f"{part.name} {amount(part.gb, 'GB')}", part.name, amount(part.gb, "GB")):
             if width(text, SMALL) + 8 <= x1 - x0:
                 self.out.text(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from megamoe.planner.report.data import ParetoPoint
-from megamoe.planner.report.labels import ABOVE, Box, Labels, around, text_box
+from megamoe.planner.report.labels import ABOVE, LEADING, ROUND, Box, Labels, around, text_box
 from megamoe.planner.report.scales import Scale, round_up
 from megamoe.planner.report.svg import FONT, SMALL, Drawing, num
-from megamoe.planner.report.words import amount, short, shorten
+from megamoe.planner.report.words import amount, plural, short, shorten, wrap
 
 LOG_RATIO = 40  # an axis is logarithmic where the front spans more than this
-DOTS = 900  # places at which other configurations are drawn, at most: beyond that the grid they lie on gets coarser
+DOTS = 1200  # other configurations that are drawn, about: beyond that, close ones are drawn once
+TITLED = 80  # with more points on the front than this, the table alone names them
 X_NAME, Y_NAME = "tokens/s per user", "tokens/s per device"
 
 
@@ -31,7 +33,7 @@ def point_title(point: ParetoPoint) -> str:
 def caption(points: Sequence[ParetoPoint]) -> str:
     """The drawing in sentences."""
     chosen = " ".join(f"Chosen: {point_title(point)}." for point in points if point.chosen)
-    return f"{len(points)} configurations, {len(front(points))} of them on the front. {chosen}".strip()
+    return f"{plural(len(points), 'configuration')}, {len(front(points))} on the front. {chosen}".strip()
 
 
 def draw(points: Sequence[ParetoPoint], wide: float, key: str) -> str:
@@ -49,7 +51,8 @@ class _Sheet:
         self.x = _scale([p.x for p in matter], [p.x for p in points], self.left, self.right)
         self.y = _scale([p.y for p in matter], [p.y for p in points], self.bottom, self.top)
         self.labels = Labels(Box(self.left + 2, self.top, self.right, self.bottom - 2))
-        self.out = Drawing(wide, high, "Pareto front", caption(points), key)
+        titles = wide > 400 and len(self.front) <= TITLED
+        self.out = Drawing(wide, high, "Pareto front", caption(points), key, titles)
 
     def at(self, point: ParetoPoint) -> tuple[float, float]:
         """Where a point lies; what an axis leaves out stands on its edge."""
@@ -76,7 +79,7 @@ class _Sheet:
         taken: list[Box] = []
         for tick in across:
             box = text_box(self.x(tick), self.bottom + 15, short(tick), SMALL, "middle")
-            if 0 <= box.left and box.right <= out.width and not any(map(box.meets, taken)):
+            if box.left >= 0 and box.right <= out.width and not any(map(box.meets, taken)):
                 taken.append(box)
                 out.text(self.x(tick), self.bottom + 15, short(tick), "soft", anchor="middle", size=SMALL)
         for tick in up:
@@ -87,28 +90,25 @@ class _Sheet:
         out.text(0, 11, Y_NAME + (" (log)" if self.y.log else ""), "soft", size=SMALL)
 
     def _others(self) -> None:
-        """All in one path, each place once: thousands of them must not make the page heavy."""
+        """All in one path; of those that lie close together one: thousands of them must not make the page heavy."""
+        places = [self.at(point) for point in self.points if not point.on_front and not point.chosen]
         for grid in (1, 2, 3, 4, 6):
-            places = {self._cell(point, grid) for point in self.points if not point.on_front and not point.chosen}
-            if len(places) <= DOTS:
+            cells = {(round(x / grid), round(y / grid)): (round(x), round(y)) for x, y in places}
+            if len(cells) <= DOTS:
                 break
-        path, at = [], (0, 0)
-        for place in sorted(places):
-            path.append(f"m{place[0] - at[0]} {place[1] - at[1]}h0".replace(" -", "-"))
-            at = place
-            self.labels.block(around(*place, 2))
+        path, before = [], (0, 0)
+        for x, y in sorted(cells.values()):
+            path.append(f"m{x - before[0]} {y - before[1]}h0".replace(" -", "-"))
+            before = x, y
+            self.labels.block(around(x, y, 2), faint=True)
         if path:
             self.out.path("".join(path), "dots")
-
-    def _cell(self, point: ParetoPoint, grid: int) -> tuple[int, int]:
-        x, y = self.at(point)
-        return round(x / grid) * grid, round(y / grid) * grid
 
     def _line(self) -> None:
         places = [self.at(point) for point in self.front]
         if len(places) > 1:
             self.out.polyline(places, "slope s1 open")
-        for (x0, y0), (x1, y1) in zip(places, places[1:], strict=False):
+        for (x0, y0), (x1, y1) in pairwise(places):
             self.labels.block_line(x0, y0, x1, y1)
         for point, place in zip(self.front, places, strict=True):
             self.out.circle(*place, 3.5, "f1", point_title(point))
@@ -118,24 +118,46 @@ class _Sheet:
         """The chosen one always; then the ends of the front and what lies between, where there is room close by."""
         for point in self.points:
             if point.chosen:
-                self._label(point, "strong halo", FONT, 400)
+                self._chosen_label(point)
         between = self.front[1:-1]
         step = max(1, math.ceil(len(between) / 4))
         for point in [*self.front[-1:], *self.front[:1], *between[::step]]:
             if not point.chosen:
-                self._label(point, "ink halo", SMALL, 24)
+                text = shorten(point.label, (self.right - self.left) * 0.6, SMALL)
+                self._label(point, [text], "ink halo", SMALL, 24, ABOVE)
 
-    def _label(self, point: ParetoPoint, style: str, size: float, reach: float) -> None:
+    def _chosen_label(self, point: ParetoPoint) -> None:
+        """In one line or two close by, else on the dots around the point."""
+        room = (self.right - self.left) * 0.7
+        one, two = wrap(point.label, room, FONT, 1), wrap(point.label, room * 0.85, FONT, 2)
+        for lines, reach, directions, over in (
+            *((one, 24, ABOVE, False), (two, 24, ABOVE, False), (one, 24, ROUND, True)),
+            *((two, 24, ROUND, True), (two, 600, ROUND, True)),
+        ):
+            fits = lines is two or lines == [point.label]
+            if fits and self._label(point, lines, "strong halo", FONT, reach, directions, over):
+                return
+
+    def _label(
+        self,
+        point: ParetoPoint,
+        lines: list[str],
+        style: str,
+        size: float,
+        reach: float,
+        directions: Sequence[float],
+        over: bool = False,
+    ) -> bool:
         place = self.at(point)
-        text = shorten(point.label, (self.right - self.left) * 0.8, size)
-        spot = self.labels.place(*place, (text,), size, gap=8, reach=reach, directions=ABOVE)
-        if spot is None and point.chosen:
-            spot = self.labels.place(*place, (text,), size, gap=8, reach=reach)
+        spot = self.labels.place(*place, lines, size, gap=8, reach=reach, directions=directions, over=over)
         if spot is None:
-            return
+            return False
         if spot.far:
             self.out.line(*spot.lead_from(*place), *place, "lead")
-        self.out.text(spot.x, spot.y, text, style, size=size, title=point_title(point))
+        for index, line in enumerate(lines):
+            y = spot.y + index * LEADING * size
+            self.out.text(spot.x, y, line, style, size=size, title=point_title(point))
+        return True
 
 
 def _scale(matter: list[float], everything: list[float], start: float, end: float) -> Scale:

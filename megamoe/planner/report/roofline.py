@@ -8,7 +8,7 @@ from megamoe.planner.report.data import Roofline, RooflineTier
 from megamoe.planner.report.labels import ASCENT, DESCENT, LEADING, Box, Labels, around, text_box
 from megamoe.planner.report.scales import Scale
 from megamoe.planner.report.svg import FONT, SMALL, Drawing
-from megamoe.planner.report.words import amount, shorten, short, width
+from megamoe.planner.report.words import amount, number, short, shorten, width
 
 FLOPS_PER_BYTE = "FLOPs/Byte"
 HUES = (1, 2, 3, 5, 6)
@@ -36,9 +36,10 @@ def caption(roofline: Roofline) -> str:
     )
     plan = f"{amount(roofline.plan_tflops, 'TFLOP/s')} at {amount(roofline.plan_flops_per_byte, FLOPS_PER_BYTE)}"
     threshold = amount(roofline.threshold_flops_per_byte, FLOPS_PER_BYTE)
+    rule = "" if roofline.threshold_name == "threshold" else f"{roofline.threshold_name} = "
     return (
         f"Links meet the peak of {peak} here: {meets}. Achieved in large GEMMs: "
-        f"{amount(roofline.achieved_tflops, 'TFLOP/s')}. Threshold {roofline.threshold_name} = {threshold}; "
+        f"{amount(roofline.achieved_tflops, 'TFLOP/s')}. Threshold {rule}{threshold}; "
         f"{name}: {plan}. A link hides when it meets the ceiling left of the threshold."
     )
 
@@ -138,7 +139,7 @@ class _Sheet:
         value = self.roofline.threshold_flops_per_byte
         if 0 < value < math.inf:
             self.out.line(self.x(value), self.top, self.x(value), self.bottom, "threshold", self._threshold_text())
-            self.labels.block_line(self.x(value), self.top, self.x(value), self.bottom)
+            self.labels.block_line(self.x(value), self.top, self.x(value), self.bottom, faint=True)
 
     def _plan_point(self) -> None:
         point = self._point()
@@ -162,12 +163,19 @@ class _Sheet:
 
     def _near(self, x: float, y: float, text: str, style: str) -> None:
         """A label as near to a point as there is room, with a line to it when that is far."""
-        self._place((x, y), (shorten(text, self.right - self.left - 8, SMALL),), style, SMALL, 400.0, text)
+        self._place((x, y), (shorten(text, (self.right - self.left) * 0.7, SMALL),), style, SMALL, 400.0, text)
 
     def _place(
-        self, point: tuple[float, float], lines: tuple[str, ...], style: str, size: float, reach: float, title: str
+        self,
+        point: tuple[float, float],
+        lines: tuple[str, ...],
+        style: str,
+        size: float,
+        reach: float,
+        title: str,
+        over: bool = False,
     ) -> bool:
-        spot = self.labels.place(*point, lines, size, gap=9, reach=reach)
+        spot = self.labels.place(*point, lines, size, gap=9, reach=reach, over=over)
         if spot is None:
             return False
         if spot.far:
@@ -177,44 +185,72 @@ class _Sheet:
         return True
 
     def _ceiling_labels(self) -> None:
-        for value, name, down in zip(self.ceilings, ("peak", "achieved"), (-6, 14), strict=False):
-            text, y = f"{name} {amount(value, 'TFLOP/s')}", self.y(value) + down
+        """On its line where a place is free, from the right end leftwards, or on the threshold; else led to."""
+        for value, name in zip(self.ceilings, ("peak", "achieved"), strict=False):
+            y, whole = self.y(value), f"{name} {amount(value, 'TFLOP/s')}"
             start = self.x(max(min(ridge(tier, value) for tier in self.tiers), self.x.low))
-            for right in (self.right, *(self.right - step * (self.right - start) / 6 for step in range(1, 6))):
-                if self.labels.claim(text_box(right, y, text, SMALL, "end")):
-                    self.out.text(right, y, text, "ink halo", anchor="end", size=SMALL)
-                    break
+            rights = [self.right - step * (self.right - start) / 16 for step in range(16)]
+            texts = (whole, f"{name} {number(value)}")
+            spots = [(right, y + down, text) for text in texts for down in (-6, 14) for right in rights]
+            tries = ((spot, over) for over in (False, True) for spot in spots)
+            found = next((s for s, over in tries if self.labels.claim(text_box(*s, SMALL, "end"), over=over)), None)
+            if found:
+                self.out.text(*found, "ink halo", anchor="end", size=SMALL, title=whole)
             else:
-                self._near(self.right - 40, self.y(value), text, "ink halo")
+                self._near((start + self.right) / 2, y, whole, "ink halo")
 
     def _plan_label(self) -> None:
-        """Name and value in one line, or in two where one finds no room close by."""
+        """Name and value in one line, or in two where one finds no room close by; on the threshold before far off."""
         point = self._point()
         if not point:
             return
         name, value = self.roofline.plan_name, amount(self.roofline.plan_tflops, "TFLOP/s")
-        for lines, reach in (((f"{name}: {value}",), 20.0), ((name, value), 400.0)):
-            if self._place(point, lines, "strong halo", FONT, reach, self._plan_text()):
+        one, two = (f"{name}: {value}",), (name, value)
+        for lines, reach, over in ((one, 20.0, False), (two, 20.0, False), (one, 30.0, True), (two, 400.0, True)):
+            if self._place(point, lines, "strong halo", FONT, reach, self._plan_text(), over):
                 return
 
     def _threshold_label(self) -> None:
-        value = self.roofline.threshold_flops_per_byte
-        if 0 < value < math.inf:
-            self._near(self.x(value), self.bottom - 12, self._threshold_text(), "ink halo")
+        """Beside its line, as far down as there is room, at last without its name; else above the line's end."""
+        value, whole = self.roofline.threshold_flops_per_byte, self._threshold_text()
+        if not 0 < value < math.inf:
+            return
+        x, brief = self.x(value), amount(value, FLOPS_PER_BYTE)
+        bases = [self.bottom - 8 - step for step in range(0, int(self.bottom - self.top) - 20, 8)]
+        sides = ((x + 6, "start"), (x - 6, "end"))
+        spots = [(at, base, text, side) for text in (whole, brief) for base in bases for at, side in sides]
+        left = min(x, self.right - width(brief, SMALL))
+        free = (spot for spot in spots if self.labels.claim(text_box(*spot[:3], SMALL, spot[3])))
+        at, base, text, side = next(free, (left, 11, brief, "start"))
+        self.out.text(at, base, text, "ink halo", anchor=side, size=SMALL, title=whole)
 
     def _slope_label(self, tier: RooflineTier, x0: float, y0: float, x1: float, y1: float, hue: int) -> None:
-        """Along the slope where it is long enough, else beside it."""
-        text, angle = f"{tier.name} {amount(tier.gb_s, 'GB/s')}", math.atan2(y1 - y0, x1 - x0)
-        long, wide = math.hypot(x1 - x0, y1 - y0), width(text, SMALL)
-        for share in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8):
-            for off in (-6.0, 6.0 + ASCENT * SMALL * 0.9):
+        """Along the slope, or close to it; abbreviated along it where neither has room; else anywhere, led to."""
+        rate, long, middle = amount(tier.gb_s, "GB/s"), math.hypot(x1 - x0, y1 - y0), ((x0 + x1) / 2, (y0 + y1) / 2)
+        slope, whole = (x0, y0, x1, y1), f"{tier.name} {rate}"
+        if self._along(whole, whole, slope, hue):
+            return
+        if self._place(middle, (whole,), f"t{hue} halo", SMALL, 40.0, whole):
+            return
+        for share in (0.9, 0.7, 0.5):
+            brief = f"{shorten(tier.name, long * share - width(f' {rate}', SMALL), SMALL)} {rate}"
+            if self._along(brief.strip(), whole, slope, hue):
+                return
+        self._near(*middle, whole, f"t{hue} halo")
+
+    def _along(self, text: str, whole: str, slope: tuple[float, float, float, float], hue: int) -> bool:
+        x0, y0, x1, y1 = slope
+        angle, long = math.atan2(y1 - y0, x1 - x0), math.hypot(x1 - x0, y1 - y0)
+        wide, tall = width(text, SMALL), ASCENT * SMALL * 0.9
+        for share in (0.5, 0.45, 0.55, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8):
+            for off in (-6.0, 6.0 + tall):
                 x = x0 + (x1 - x0) * share - off * math.sin(angle)
                 y = y0 + (y1 - y0) * share + off * math.cos(angle)
-                if wide / 2 > min(share, 1 - share) * long or not self.labels.claim(*_chain(x, y, wide, angle)):
-                    continue
-                self.out.text(x, y, text, f"t{hue} halo", anchor="middle", size=SMALL, rotate=math.degrees(angle))
-                return
-        self._near((x0 + x1) / 2, (y0 + y1) / 2, text, f"t{hue} halo")
+                if wide / 2 <= min(share, 1 - share) * long and self.labels.claim(*_chain(x, y, wide, angle)):
+                    turn = math.degrees(angle)
+                    self.out.text(x, y, text, f"t{hue} halo", anchor="middle", size=SMALL, rotate=turn, title=whole)
+                    return True
+        return False
 
 
 def _chain(x: float, y: float, wide: float, angle: float) -> list[Box]:

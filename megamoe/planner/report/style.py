@@ -101,12 +101,13 @@ body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:break-word;
 .page{max-width:1144px;margin:0 auto;padding:28px 16px 40px}
 h1,h2{line-height:1.25;margin:0;text-wrap:balance}
 h1{font-size:1.6rem;letter-spacing:-.01em}
+h1 span{display:inline-block;max-width:100%}
 h2{font-size:1.15rem;margin-bottom:4px}
 p{margin:0}
 .kicker,.note,figcaption,.tag,footer,summary{color:var(--soft);font-size:.875rem}
 .kicker{margin-bottom:4px}
 header{margin-bottom:20px}
-section{margin-top:44px;min-width:0}
+section{margin-top:44px;min-width:0;container:fit/inline-size}
 code{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 .verdict{margin:0;padding:18px 20px;border-left:6px solid;border-radius:4px}
 .verdict.hidden{background:var(--good-bg);border-color:var(--good)}
@@ -120,7 +121,11 @@ code{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono
 .verdict .sentence{margin-top:4px}
 .warnings{margin:12px 0 0;padding-left:1.1em;font-size:.94rem}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,148px),1fr));gap:18px 24px;margin:24px 0 0}
-@media (min-width:900px){.in4{grid-template-columns:repeat(4,1fr)}.in5{grid-template-columns:repeat(5,1fr)}.in6{grid-template-columns:repeat(6,1fr)}}
+@media (min-width:900px){
+.in4{grid-template-columns:repeat(4,1fr)}
+.in5{grid-template-columns:repeat(5,1fr)}
+.in6{grid-template-columns:repeat(6,1fr)}
+}
 .tile{border-top:1px solid var(--rule);padding-top:8px;min-width:0;display:flex;flex-direction:column}
 .tile dt{color:var(--soft);font-size:.875rem}
 .tile dd{margin:0}
@@ -152,7 +157,7 @@ svg text{font-variant-numeric:tabular-nums}
 .lead{stroke:var(--soft);stroke-width:.8;fill:none}
 .band{fill:var(--bad);opacity:.13}
 .stall{opacity:.3}
-.fixed{opacity:.6}
+.fixed{fill:var(--c7)}
 .slope{stroke-width:2;stroke-linejoin:round}
 .open{fill:none}
 .ceiling{stroke:var(--ink);stroke-width:2}
@@ -168,21 +173,26 @@ svg text{font-variant-numeric:tabular-nums}
 .key.dot{border-radius:50%;width:10px;height:10px}
 .key.bar{height:3px;width:20px}
 .key.band{background:var(--bad);opacity:.3}
-.key.stall,.key.fixed{background:var(--c1)}
+.key.stall{background:var(--c1)}
+.key.fixed{background:var(--c7)}
 .key.faint{background:var(--soft);opacity:.45}
 """
 
 _TABLES = """
-table{border-collapse:collapse;width:100%;table-layout:fixed;font-size:.9rem;line-height:1.4;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;width:100%;table-layout:fixed;font-size:.9rem;
+ line-height:1.4;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding-bottom:6px}
-th,td{text-align:left;vertical-align:top;overflow-wrap:anywhere;padding:6px 16px 6px 0;border-bottom:1px solid var(--grid)}
+th,td{text-align:left;vertical-align:top;overflow-wrap:anywhere;
+ padding:6px 16px 6px 0;border-bottom:1px solid var(--grid)}
 th:last-child,td:last-child{padding-right:0}
 thead th{color:var(--soft);font-weight:500;border-bottom-color:var(--rule);vertical-align:bottom}
 tbody th{font-weight:600}
-.n{text-align:right}
+table:not(.stack) tbody th{font-weight:400}
+.n,table:not(.stack) td{text-align:right}
 .label{display:none}
 .chosen th::after{content:" (chosen)";font-weight:400;color:var(--soft)}
-.key.inline{margin-right:8px;vertical-align:-2px}
+.keyed{display:flex;align-items:baseline;gap:8px}
+.keyed .key{transform:translateY(2px)}
 .tag{white-space:nowrap}
 .tag::before{content:"";display:inline-block;width:8px;height:8px;margin-right:7px;border-radius:50%;
  border:1.5px solid var(--soft)}
@@ -197,8 +207,10 @@ summary:focus-visible{outline:2px solid var(--c1);outline-offset:2px}
 .list li{margin:4px 0}
 footer{margin-top:52px;padding-top:14px;border-top:1px solid var(--rule)}
 footer code{color:var(--ink);overflow-wrap:anywhere}
-@media (max-width:640px){
+footer code span{display:inline-block;max-width:100%}
+@container fit (max-width:560px){
 .stack colgroup{display:none}
+.stack caption{display:block;padding-bottom:0}
 .stack thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .stack,.stack tbody,.stack tr,.stack th,.stack td{display:block;width:auto}
 .stack tr{border-bottom:1px solid var(--rule);padding:10px 0}
@@ -226,4 +238,5 @@ def css() -> str:
     """The whole style sheet. Print is always light."""
     light, dark = _variables("light"), _variables("dark")
     themes = f":root{{color-scheme:light dark;{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
-    return themes + _HUES + "".join(line.strip() for part in (_PAGE, _FIGURES, _TABLES, _PRINT) for line in part.split("\n"))
+    rules = "".join((_PAGE, _FIGURES, _TABLES, _PRINT)).splitlines()
+    return themes + _HUES + "".join(line.strip() for line in rules)

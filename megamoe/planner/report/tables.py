@@ -10,7 +10,7 @@ from megamoe.planner.report.words import safe
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """share: of the table's width, in parts; number: aligned at the right."""
+    """share: of the table's width, in parts; number: aligned at the right, as is all but the first in a plain table."""
 
     name: str
     share: int
@@ -48,7 +48,7 @@ def _row(columns: Sequence[Column], row: Sequence[str], stack: bool, chosen: boo
     cells = [f'<th scope="row"{_role("rowheader", stack)}>{row[0]}</th>']
     for column, cell in zip(columns[1:], row[1:], strict=True):
         label = f'<span class="label" aria-hidden="true">{safe(column.name)} </span>' if stack else ""
-        cells.append(f"<td{_role('cell', stack)}{_style(column)}>{label}{cell}</td>")
+        cells.append(f"<td{_role('cell', stack)}{_style(column) if stack else ''}>{label}{cell}</td>")
     style = ' class="chosen"' if chosen else ""
     return f"<tr{_role('row', stack)}{style}>{''.join(cells)}</tr>"
 

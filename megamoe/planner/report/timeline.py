@@ -10,10 +10,10 @@ from megamoe.planner.report.scales import Scale
 from megamoe.planner.report.svg import FONT, SMALL, Drawing
 from megamoe.planner.report.words import amount, number, shorten, width
 
-ORDER = ("dispatch", "linear", "linear-1", "linear-2", "combine", "tail")
+ORDER = ("fixed", "dispatch", "linear", "linear-1", "linear-2", "combine", "tail")
 HUES = {"dispatch": 2, "linear": 1, "linear-1": 1, "linear-2": 5, "combine": 3, "tail": 4}
 SPARE = 6  # the hue of lanes that are not in HUES
-NAMES = {"tail": "tail (slot sum)"}
+NAMES = {"tail": "slot sum"}
 NARROW = 600  # below it a lane's name stands above its bars
 BAR, GAP, LANE_TEXT = 26.0, 10.0, 15.0
 
@@ -83,9 +83,20 @@ def span_title(span: Span) -> str:
 def caption(timeline: Timeline) -> str:
     """The drawing in one sentence."""
     busy = ", ".join(f"{lane.title} {amount(lane.busy_us, 'us')}" for lane in lanes(timeline))
-    ends = f"Head {amount(timeline.head_us, 'us')}, tail {amount(timeline.tail_us, 'us')}"
+    ends = f"{_end(timeline, 'Head', 0.0, timeline.head_us)}, "
+    ends += _end(timeline, "tail", timeline.layer_us - timeline.tail_us, timeline.layer_us)
     stalls = f", stalls {amount(stall_us(timeline), 'us')}"
     return f"The layer takes {amount(timeline.layer_us, 'us')}. Busy: {busy}. {ends}{stalls}."
+
+
+def _end(timeline: Timeline, name: str, start: float, end: float) -> str:
+    """An end of the layer, and what of it no schedule could shorten: fixed costs and the sum of the slots."""
+    near = (end - start) * 1e-6
+    within = [span for span in timeline.spans if start - near <= span.start_us and span.end_us <= end + near]
+    fixed = sum(span.end_us - span.start_us for span in within if span.kind == "fixed")
+    summed = sum(span.end_us - span.start_us for span in within if span.lane == "tail" and span.kind == "busy")
+    parts = [f"{amount(us, 'us')} of it {what}" for us, what in ((fixed, "fixed"), (summed, "the slot sum")) if us > 0]
+    return f"{name} {amount(end - start, 'us')}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def draw(timeline: Timeline, wide: float, key: str) -> str:
@@ -218,17 +229,27 @@ class _Sheet:
             self.out.rect(x0, y, max(x1 - x0 - inset, 0.6), high, style, span_title(span))
         self.out.close()
         self.out.open(f"o{lane.hue}")
-        for span in row:
-            self._span_label(span, y + high / 2 + 4)
+        self._span_labels(row, y + high / 2 + 4)
         self.out.close()
 
-    def _span_label(self, span: Span, y: float) -> None:
-        """The whole label where it fits, else the number that it ends in, else nothing: pointing at the bar names it."""
-        x0, x1 = self.x(span.start_us), self.x(span.end_us)
-        words = span.label.split()
-        digits = words[-1] if words and words[-1].isdigit() else ""
-        style = "" if span.kind == "busy" else "ink"
-        for text in (span.label, digits):
-            if text and width(text, SMALL) + 5 <= x1 - x0:
-                self.out.text((x0 + x1) / 2, y, text, style, anchor="middle", size=SMALL, title=span_title(span))
-                return
+    def _span_labels(self, row: tuple[Span, ...], y: float) -> None:
+        """Waves by name or by number, whichever fits most of them, else not; pointing at a bar names it always."""
+        waves = [span for span in row if span.kind == "busy" and _digits(span.label)]
+        named = [sum(self._fits(span, text(span.label)) for span in waves) for text in (str, _digits)]
+        whole, brief = (4 * count >= 3 * len(waves) for count in named)
+        whole = whole and named[0] == named[1]
+        for span in row:
+            text = span.label if whole or span not in waves else _digits(span.label) * brief
+            if self._fits(span, text):
+                middle = (self.x(span.start_us) + self.x(span.end_us)) / 2
+                style = {"busy": "", "stall": "ink", "fixed": "o7"}[span.kind]
+                self.out.text(middle, y, text, style, anchor="middle", size=SMALL, title=span_title(span))
+
+    def _fits(self, span: Span, text: str) -> bool:
+        return bool(text) and width(text, SMALL) + 5 <= self.x(span.end_us) - self.x(span.start_us)
+
+
+def _digits(label: str) -> str:
+    """The number that a label ends in: "wave 12" -> "12"."""
+    last = label.split()[-1:] or [""]
+    return last[0] if last[0].isdigit() else ""

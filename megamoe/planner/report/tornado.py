@@ -13,7 +13,7 @@ from megamoe.planner.report.words import ELLIPSIS, amount, percent, width, wrap
 NARROW = 440  # below it an input's name stands above its bar
 LOWER, HIGHER = 2, 1  # hues: the input lower, the input higher
 NOTHING = 5e-4  # changes below this are no effect: they would print as 0.0 %
-ROW = 24.0
+ROW, LINE = 24.0, 13.0
 
 
 def change(row: Sensitivity, value: float) -> float:
@@ -65,18 +65,21 @@ class _Sheet:
         """The widest label of either side fits between the longest bar and the edge."""
         ends = [end for row in self.rows for end in _ends(row)]
         moves = [0.0, *(move for move, _ in ends)]
-        room = [max([width(text, SMALL) for move, text in ends if (move < 0) == left], default=0) for left in (True, False)]
+        left = max((width(text, SMALL) for move, text in ends if move < 0), default=0.0)
+        right = max((width(text, SMALL) for move, text in ends if move >= 0), default=0.0)
         low, high = (min(moves), max(moves)) if ends else (-0.01, 0.01)
-        return Scale(low, high, self.left + room[0] + 7, wide - room[1] - 7)
+        return Scale(low, high, self.left + left + 7, wide - right - 7)
 
     def draw(self) -> str:
         y = 20.0
         base = amount(self.rows[0].base, self.rows[0].unit)
         self._base_label(f"base {base}")
+        end = y + sum(map(self._height, self.rows))
+        self.out.line(self.x(0), 16, self.x(0), end - 2, "edge")
         for row in self.rows:
-            y = self._row(row, y)
-        self.out.line(self.x(0), 16, self.x(0), y - 2, "edge")
-        self.out.height = y + 2
+            self._row(row, y)
+            y += self._height(row)
+        self.out.height = end + 2
         return self.out.render()
 
     def _base_label(self, text: str) -> None:
@@ -84,16 +87,20 @@ class _Sheet:
         x = max(half, min(self.x(0), self.out.width - half))
         self.out.text(x, 11, text, "soft", anchor="middle", size=SMALL)
 
-    def _row(self, row: Sensitivity, y: float) -> float:
-        """Draws a row below y; where the next begins."""
-        room = self.out.width if self.narrow else self.left - 10
-        lines = wrap(row.name, room, FONT, 2)
-        extra = (len(lines) - 1) * 13.0
+    def _name(self, row: Sensitivity) -> list[str]:
+        return wrap(row.name, self.out.width if self.narrow else self.left - 10, FONT, 3)
+
+    def _height(self, row: Sensitivity) -> float:
+        return ROW + (len(self._name(row)) - 1) * LINE + (LINE + 5 if self.narrow else 0)
+
+    def _row(self, row: Sensitivity, y: float) -> None:
+        """Draws a row below y: its name, and beside it or below it the bars."""
+        lines = self._name(row)
         for index, line in enumerate(lines):
-            down = 11 if self.narrow else 15
-            self.out.text(0, y + down + 13 * index, line, "ink halo", title=row.name if line.endswith(ELLIPSIS) else "")
-        self._bars(row, y + (14 + extra if self.narrow else extra / 2))
-        return y + ROW + extra + (14 if self.narrow else 0)
+            at = y + (11 if self.narrow else 15) + LINE * index
+            self.out.text(0, at, line, "ink halo", title=row.name if line.endswith(ELLIPSIS) else "")
+        extra = (len(lines) - 1) * LINE
+        self._bars(row, y + (LINE + extra if self.narrow else extra / 2))
 
     def _bars(self, row: Sensitivity, y: float) -> None:
         low, high = change(row, row.low), change(row, row.high)
@@ -123,7 +130,7 @@ def _ends(row: Sensitivity) -> list[tuple[float, str]]:
     """The labels of a row and the ends they stand at; one for both where both bars point the same way."""
     moves = [change(row, value) for value in (row.low, row.high)]
     texts = [percent(move) for move in moves]
-    seen = [(move, text) for move, text in zip(moves, texts, strict=True) if math.isfinite(move) and abs(move) >= NOTHING]
+    seen = [end for end in zip(moves, texts, strict=True) if NOTHING <= abs(end[0]) < math.inf]
     if len(seen) == 2 and moves[0] * moves[1] > 0:
         return [(max(moves, key=abs), " / ".join(texts))]
     return seen

@@ -22,7 +22,7 @@ _WIDE = frozenset("mwMW%@\u2026\u2192\u2264\u2265")
 def number(value: float) -> str:
     """Four significant digits, no zeros at the end; whole numbers in full below ten million.
 
-    6144.0 -> 6144    1.10592 -> 1.106    10655.2 -> 10,655    0.00001234 -> 1.234×10⁻⁵
+    6144.0 -> 6144    1.10592 -> 1.106    10655.2 -> 10,655    1.2e-05 -> 1.2 times ten to the -5
     """
     if math.isnan(value):
         return "not known"
@@ -46,7 +46,7 @@ def _grouped(value: int) -> str:
 
 def _scientific(value: float) -> str:
     digits, power = f"{value:.3e}".split("e")
-    return f"{digits.rstrip('0').rstrip('.')}×10{str(int(power)).translate(_SUPERSCRIPT)}"
+    return f"{digits.rstrip('0').rstrip('.')}\u00d710{str(int(power)).translate(_SUPERSCRIPT)}"
 
 
 def short(value: float) -> str:
@@ -61,6 +61,10 @@ def amount(value: float | str, unit: str = "") -> str:
     """A value and its unit, which no line break parts."""
     text = value if isinstance(value, str) else number(value)
     return f"{text}{NBSP}{unit}" if unit else text
+
+
+def plural(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def percent(change: float) -> str:
@@ -119,4 +123,4 @@ def safe(text: str) -> str:
 
 def breakable(text: str) -> str:
     """For HTML: long names may break after their dots, slashes and underscores."""
-    return re.sub(r"([A-Za-z_][./_])(?=[A-Za-z])", r"\1<wbr>", safe(text))
+    return re.sub(r"([A-Za-z]{3}[./_])(?=[A-Za-z]{2})", r"\1<wbr>", safe(text))
