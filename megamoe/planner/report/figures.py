@@ -31,8 +31,8 @@ def timeline_section(data: ReportData) -> str:
     ]
     columns = [Column("Lane and wave", 7), *(Column(name, 3, True) for name in ("from, us", "to, us", "us"))]
     figure = _figure("timeline", timeline.caption(line), items, lambda w, key: timeline.draw(line, w, key), FULL)
-    rows_as_table = table(columns, rows, "Times from the start of the layer")
-    listed = details(f"{plural(len(rows), 'span')} as a table", rows_as_table)
+    listed = table(columns, rows, "Times from the start of the layer")
+    listed = details(f"{plural(len(rows), 'span')} as a table", listed)
     return section("h-timeline", "One layer, wave by wave", figure + listed)
 
 
@@ -81,11 +81,10 @@ def _parts(bars: Sequence[MemoryBar]) -> str:
     columns += [Column("of capacity", 2, True)] * (len(bars) == 1)
     rows = [_part(bars, name, hue) for name, hue in memory.hues(bars).items()]
     seen, rest = rows[:PARTS], rows[PARTS:]
-    stack = len(bars) > 1
-    first = table(columns, seen, "Parts, the largest first. 1 GB is 1e9 bytes.", stack=stack)
-    if not rest:
-        return first
-    return first + details(plural(len(rest), "smaller part"), table(columns, rest, "The smaller parts", stack=stack))
+    first = table(columns, seen, "Parts, the largest first. 1 GB is 1e9 bytes.")
+    return first + (
+        details(plural(len(rest), "smaller part"), table(columns, rest, "The smaller parts")) if rest else ""
+    )
 
 
 def _part(bars: Sequence[MemoryBar], name: str, hue: int) -> list[str]:

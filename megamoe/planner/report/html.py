@@ -83,7 +83,7 @@ def _tile(tile: Tile) -> str:
 
 
 def _terms(data: ReportData) -> str:
-    columns = [Column("Term", 4), Column("Formula", 7), Column("In numbers", 6), Column("Value", 3, True)]
+    columns = [Column("Term", 8), Column("Formula", 13), Column("In numbers", 12), Column("Value", 8, True)]
     rows = [
         [
             safe(term.name),
@@ -98,7 +98,7 @@ def _terms(data: ReportData) -> str:
 
 
 def _sources(data: ReportData) -> str:
-    columns = [Column("Input", 5), Column("Value", 3, True), Column("Kind", 2), Column("Source", 7)]
+    columns = [Column("Input", 10), Column("Value", 7, True), Column("Kind", 6), Column("Source", 14)]
     rows = [
         [
             breakable(source.name),

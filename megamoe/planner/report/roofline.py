@@ -227,18 +227,20 @@ class _Sheet:
     def _slope_label(self, tier: RooflineTier, x0: float, y0: float, x1: float, y1: float, hue: int) -> None:
         """Along the slope, or close to it; abbreviated along it where neither has room; else anywhere, led to."""
         rate, long, middle = amount(tier.gb_s, "GB/s"), math.hypot(x1 - x0, y1 - y0), ((x0 + x1) / 2, (y0 + y1) / 2)
-        slope, whole = (x0, y0, x1, y1), f"{tier.name} {rate}"
-        if self._along(whole, whole, slope, hue):
+        slope, whole, style = (x0, y0, x1, y1), f"{tier.name} {rate}", f"t{hue} halo"
+        rooms = [long * share - width(f" {rate}", SMALL) for share in (0.9, 0.7, 0.5)]
+        briefs = [f"{shorten(tier.name, room, SMALL)} {rate}".strip() for room in rooms]
+        if any(self._along(whole, whole, slope, style, over) for over in (False, True)):
             return
-        if self._place(middle, (whole,), f"t{hue} halo", SMALL, 40.0, whole):
+        if self._place(middle, (whole,), style, SMALL, 40.0, whole):
             return
-        for share in (0.9, 0.7, 0.5):
-            brief = f"{shorten(tier.name, long * share - width(f' {rate}', SMALL), SMALL)} {rate}"
-            if self._along(brief.strip(), whole, slope, hue):
-                return
-        self._near(*middle, whole, f"t{hue} halo")
+        if any(self._along(brief, whole, slope, style, True) for brief in briefs):
+            return
+        cut = shorten(whole, (self.right - self.left) * 0.6, SMALL)
+        if not self._place(middle, (cut,), style, SMALL, 400.0, whole, True):
+            self._place(middle, (rate,), style, SMALL, 400.0, whole, True)
 
-    def _along(self, text: str, whole: str, slope: tuple[float, float, float, float], hue: int) -> bool:
+    def _along(self, text: str, whole: str, slope: tuple[float, float, float, float], style: str, over: bool) -> bool:
         x0, y0, x1, y1 = slope
         angle, long = math.atan2(y1 - y0, x1 - x0), math.hypot(x1 - x0, y1 - y0)
         wide, tall = width(text, SMALL), ASCENT * SMALL * 0.9
@@ -246,9 +248,10 @@ class _Sheet:
             for off in (-6.0, 6.0 + tall):
                 x = x0 + (x1 - x0) * share - off * math.sin(angle)
                 y = y0 + (y1 - y0) * share + off * math.cos(angle)
-                if wide / 2 <= min(share, 1 - share) * long and self.labels.claim(*_chain(x, y, wide, angle)):
+                fits = wide / 2 <= min(share, 1 - share) * long
+                if fits and self.labels.claim(*_chain(x, y, wide, angle), over=over):
                     turn = math.degrees(angle)
-                    self.out.text(x, y, text, f"t{hue} halo", anchor="middle", size=SMALL, rotate=turn, title=whole)
+                    self.out.text(x, y, text, style, anchor="middle", size=SMALL, rotate=turn, title=whole)
                     return True
         return False
 

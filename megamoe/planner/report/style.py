@@ -208,7 +208,7 @@ summary:focus-visible{outline:2px solid var(--c1);outline-offset:2px}
 footer{margin-top:52px;padding-top:14px;border-top:1px solid var(--rule)}
 footer code{color:var(--ink);overflow-wrap:anywhere}
 footer code span{display:inline-block;max-width:100%}
-@container fit (max-width:560px){
+@container fit (max-width:620px){
 .stack colgroup{display:none}
 .stack caption{display:block;padding-bottom:0}
 .stack thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
@@ -226,6 +226,8 @@ _PRINT = """
 @media print{
 body{font-size:11pt}
 .page{max-width:none;padding:0}
+section{margin-top:26px}
+.pair{grid-template-columns:1fr 1fr;column-gap:24px}
 section,.tile,figure,tr,.verdict{break-inside:avoid}
 section.long{break-inside:auto}
 h2{break-after:avoid}
