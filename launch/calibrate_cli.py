@@ -93,24 +93,19 @@ def _print(machine: Machine, fitted: list[Check], held: list[Check]) -> None:
 
 
 def _print_checks(title: str, checks: list[Check]) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0))
-    for heading in ("workload", "link GB/s", "waves", "compute", "commun.", "serial", "overlapped", "planned", "error"):
-        table.add_column(heading, justify="left" if heading == "workload" else "right", no_wrap=True)
+    table = Table(title=f"{title}, overlapped milliseconds", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0))
+    for heading in ("tokens", "experts", "weights", "link GB/s", "waves", "measured", "planned", "error %"):
+        table.add_column(heading, justify="left" if heading in ("experts", "weights") else "right", no_wrap=True)
     for each in checks:
         run = each.run
-        experts = f"{run.num_experts} x {run.hidden} x {run.intermediate}, top-{run.topk}"
-        times = (
-            each.compute_ms,
-            each.communication_ms,
-            each.serial_ms,
-            each.overlapped_ms,
-            each.predicted.overlapped_ms,
-        )
         table.add_row(
-            f"{run.ranks} x {run.tokens_per_rank}, {experts} {run.weight_format}",
-            f"{run.link_gb_s:g}" if run.link_gb_s else "loopback",
+            f"{run.ranks} x {run.tokens_per_rank}",
+            f"{run.num_experts} x {run.hidden} x {run.intermediate}, top-{run.topk}",
+            run.weight_format,
+            f"{run.link_gb_s:.4g}" if run.link_gb_s else "loopback",
             str(run.waves),
-            *(f"{time:.1f}" for time in times),
-            f"{each.error_pct:+.1f} %",
+            f"{each.overlapped_ms:.1f}",
+            f"{each.predicted.overlapped_ms:.1f}",
+            f"{each.error_pct:+.1f}",
         )
     stdout.print(table)

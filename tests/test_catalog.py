@@ -17,6 +17,7 @@ from megamoe.catalog import (
     figures,
     find_profile,
     load_hardware,
+    load_machine,
     load_model,
     load_profile,
     names,
@@ -29,7 +30,12 @@ from megamoe.catalog.load import Kind
 from megamoe.catalog.parameters import attention_parameters, expert_parameters
 from megamoe.catalog.schema import LINKS, Tag
 
-LOAD: dict[Kind, Callable[[str], Any]] = {"hardware": load_hardware, "models": load_model, "profiles": load_profile}
+LOAD: dict[Kind, Callable[[str], Any]] = {
+    "hardware": load_hardware,
+    "models": load_model,
+    "profiles": load_profile,
+    "machines": load_machine,
+}
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ENTRIES = [(kind, name) for kind in KINDS for name in names(kind)]
 every_entry = pytest.mark.parametrize(("kind", "name"), ENTRIES, ids=[f"{kind}-{name}" for kind, name in ENTRIES])

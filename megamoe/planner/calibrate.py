@@ -28,7 +28,7 @@ _COMPUTE = ("product_gflops", "weight_ns", "decode_ns", "value_ns", "round_ns", 
 _REWEIGHTED = 8
 _NEAR = 0.03  # a run this far off counts in full; one that something disturbed, less
 _BYTE_NS = [0.1 * step for step in range(31)]
-_WAVES_US = [100.0 * step for step in range(21)]
+_WAVES_US = [50.0 * step for step in range(11)]  # more than sweeps of the number of waves ever showed
 _BURSTS_US = [500.0 * step for step in range(17)]
 
 

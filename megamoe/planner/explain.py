@@ -106,7 +106,7 @@ def _row_terms(planned: Plan) -> list[Term]:
         formula = "T k" if " x " + str(expert.topk) in numbers else "experts that have rows x rows of each"
     else:
         formula, numbers = f"busiest of {request.ep} ranks, {request.routing}", _g(layer.rows)
-    rows = Term("rows of the last rank", formula, numbers, layer.rows, "rows")
+    rows = Term("rows of the busiest rank", formula, numbers, layer.rows, "rows")
     slots = request.model.num_experts + request.redundant
     local = -(-slots // request.ep)
     touched = f"experts of a rank that have rows, of ceil({slots} / {request.ep}) = {local}"

@@ -149,7 +149,9 @@ def roofline(found: Answer) -> Roofline | None:
         threshold_flops_per_byte=rule.threshold,
         plan_flops_per_byte=counted.threshold,
         plan_tflops=layer.rows * expert.flops / layer.layer_us / 1e6,
-        threshold_name="2d" if plain and expert.dispatch_format in ("fp8", "mxfp8") else "threshold",
+        threshold_name="2d"
+        if plain and expert.dispatch_format in ("fp8", "mxfp8")
+        else f"threshold of the {rule.tier}",
     )
 
 

@@ -162,7 +162,7 @@ def _layer_terms(costs: Costs, d: Deployment) -> list[Term]:
     touched = f"{layer.experts_touched:g} x {costs.expert.weight_bytes / 1e6:.2f} MB"
     link = f"{costs.expert.dispatch_format} there, {costs.expert.combine_format} back"
     return [
-        Term("routed: rows of the last rank", "tokens x top-k", rows, layer.rows, "rows"),
+        Term("routed: rows of the busiest rank", "tokens x top-k", rows, layer.rows, "rows"),
         Term("routed: weights read", "experts touched x bytes", touched, layer.memory_us, "us"),
         Term("routed: products", "rows x 6hd / rate", f"{layer.rows:g} rows", layer.compute_us, "us"),
         Term("routed: links", "rows x bytes / rate", link, layer.communication_us, "us"),
