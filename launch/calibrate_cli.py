@@ -94,7 +94,7 @@ def _print(machine: Machine, fitted: list[Check], held: list[Check]) -> None:
 
 def _print_checks(title: str, checks: list[Check]) -> None:
     table = Table(title=f"{title}, overlapped milliseconds", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0))
-    for heading in ("tokens", "experts", "weights", "link GB/s", "waves", "measured", "planned", "error %"):
+    for heading in ("tokens", "experts", "weights", "GB/s", "waves", "run", "planned", "error %"):
         table.add_column(heading, justify="left" if heading in ("experts", "weights") else "right", no_wrap=True)
     for each in checks:
         run = each.run

@@ -329,7 +329,7 @@ class Machine(Entry):
     weight_ns             reading a BF16 weight, once a product         decode_ns          making an MXFP4 weight BF16
     round_ns              rounding a value to MXFP8 and back
     call_us               a call, whatever it does                      wave_us            a stretch of work more
-    link_efficiency       of a link's nominal rate                      burst_us           of a link that it takes at once
+    link_efficiency       of a link's nominal rate                      burst_us           that a link takes at once
     loopback_gb_s         where ranks are joined by no link             exchange_us        a message more
     byte_ns               of a core's time, for every byte that a rank sends or receives
     """
