@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from megamoe.planner.report.axes import draw_axes
 from megamoe.planner.report.data import ParetoPoint
-from megamoe.planner.report.labels import ABOVE, LEADING, ROUND, Box, Labels, around, text_box
+from megamoe.planner.report.labels import ABOVE, LEADING, ROUND, Box, Labels, around
 from megamoe.planner.report.scales import Scale, round_up
-from megamoe.planner.report.svg import FONT, SMALL, Drawing, num
-from megamoe.planner.report.words import amount, plural, short, shorten, wrap
+from megamoe.planner.report.svg import FONT, SMALL, Drawing
+from megamoe.planner.report.words import amount, plural, shorten, wrap
 
 LOG_RATIO = 40  # an axis is logarithmic where the front spans more than this
 DOTS = 1200  # other configurations that are drawn, about: beyond that, close ones are drawn once
@@ -71,23 +72,8 @@ class _Sheet:
         return self.out.render()
 
     def _axes(self) -> None:
-        out = self.out
-        across, up = self.x.ticks(int((self.right - self.left) / 70)), self.y.ticks(5)
-        out.path("".join(f"M{num(self.x(t))} {num(self.top)}V{num(self.bottom)}" for t in across), "grid")
-        out.path("".join(f"M{num(self.left)} {num(self.y(t))}H{num(self.right)}" for t in up), "grid")
-        out.line(self.left, self.bottom, self.right, self.bottom, "axis")
-        taken: list[Box] = []
-        for tick in across:
-            box = text_box(self.x(tick), self.bottom + 15, short(tick), SMALL, "middle")
-            if box.left >= 0 and box.right <= out.width and not any(map(box.meets, taken)):
-                taken.append(box)
-                out.text(self.x(tick), self.bottom + 15, short(tick), "soft", anchor="middle", size=SMALL)
-        for tick in up:
-            name = shorten(short(tick), self.left - 6, SMALL)
-            out.text(self.left - 6, self.y(tick) + 4, name, "soft", anchor="end", size=SMALL, title=short(tick))
-        right = X_NAME + (" (log)" if self.x.log else "")
-        out.text(self.right, self.bottom + 31, right, "soft", anchor="end", size=SMALL)
-        out.text(0, 11, Y_NAME + (" (log)" if self.y.log else ""), "soft", size=SMALL)
+        ticks = (int((self.right - self.left) / 70), 5)
+        draw_axes(self.out, self.x, self.y, (X_NAME, Y_NAME), ticks)
 
     def _others(self) -> None:
         """All in one path; of those that lie close together one: thousands of them must not make the page heavy."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+from megamoe.planner.report.axes import draw_axes
 from megamoe.planner.report.data import Roofline, RooflineTier
 from megamoe.planner.report.labels import ASCENT, DESCENT, LEADING, Box, Labels, around, text_box
 from megamoe.planner.report.scales import Scale
 from megamoe.planner.report.svg import FONT, SMALL, Drawing
-from megamoe.planner.report.words import amount, number, short, shorten, width
+from megamoe.planner.report.words import amount, number, shorten, width
 
 FLOPS_PER_BYTE = "FLOPs/Byte"
 HUES = (1, 2, 3, 5, 6)
@@ -89,22 +90,9 @@ class _Sheet:
     # ---- axes ----
 
     def _axes(self) -> None:
-        out = self.out
-        across, up = self.x.ticks(int((self.right - self.left) / 58)), self.y.ticks(6)
-        out.path("".join(f"M{self.x(t):.1f} {self.top:.1f}V{self.bottom:.1f}" for t in across), "grid")
-        out.path("".join(f"M{self.left:.1f} {self.y(t):.1f}H{self.right:.1f}" for t in up), "grid")
-        out.line(self.left, self.bottom, self.right, self.bottom, "axis")
-        taken: list[Box] = []
-        for tick in across:
-            box = text_box(self.x(tick), self.bottom + 15, short(tick), SMALL, "middle")
-            if box.left >= 0 and box.right <= out.width and not any(map(box.meets, taken)):
-                taken.append(box)
-                out.text(self.x(tick), self.bottom + 15, short(tick), "soft", anchor="middle", size=SMALL)
-        for tick in up:
-            name = shorten(short(tick), self.left - 6, SMALL)
-            out.text(self.left - 6, self.y(tick) + 4, name, "soft", anchor="end", size=SMALL, title=short(tick))
-        out.text(self.right, self.bottom + 31, "FLOPs per byte of link traffic (log)", "soft", anchor="end", size=SMALL)
-        out.text(0, 11, "TFLOP/s per device (log)", "soft", size=SMALL)
+        ticks = (int((self.right - self.left) / 58), 6)
+        names = ("FLOPs per byte of link traffic", "TFLOP/s per device")
+        draw_axes(self.out, self.x, self.y, names, ticks)
 
     # ---- lines ----
 
