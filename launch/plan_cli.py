@@ -29,14 +29,14 @@ def plan(
         if report is not None:
             check_folder(report)
         found = answered(given)
+        if report is not None:  # before anything is printed: whoever reads that may close the pipe
+            write_report(found, report)
         if output is Format.json:
             print_json(found.as_dict())
         else:
             from megamoe.launch.plan_view import print_answer
 
             print_answer(found)
-        if report is not None:
-            write_report(found, report)
         if not found.fits or found.missed:
             raise typer.Exit(1)
 
