@@ -135,7 +135,8 @@ class _Sheet:
         over: bool = False,
     ) -> bool:
         place = self.at(point)
-        spot = self.labels.place(*place, lines, size, gap=14 if point.chosen else 8, reach=reach, directions=directions, over=over)
+        gap = 14 if point.chosen else 8
+        spot = self.labels.place(*place, lines, size, gap=gap, reach=reach, directions=directions, over=over)
         if spot is None:
             return False
         if spot.far:
