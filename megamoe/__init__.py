@@ -17,7 +17,7 @@ Rooms, imports pointing down only:
 
     launch     starts ranks and says what they do: command line, local ranks, the demo
     model      models that use the layer: routers, checkpoints, blocks
-    megamoe    the layer: number formats, experts, wave schedule
+    megamoe    the layer: number formats, experts, waves; the planner and its catalog, without torch
     parallel   where ranks are and how bytes move: process groups, placement, exchange
 
 Everything here is imported when it is first used, so that commands which need no torch never pay for it.
