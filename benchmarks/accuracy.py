@@ -28,9 +28,10 @@ a table of your own. An error is 100 * (planned / measured - 1). Everything here
 or NPU by us.
 
 What was fitted to what: the constants of the `blackwell` profile to the 64 balanced rows of the first table and the 8
-of the second; the skewed rows judged it. The link's to DeepEP's own figures, the `hopper` profile's NIC to the third
-table. The `ascend` profile's two to 11 of the 13 rows of one guide, in the knowledge of all 13. Nothing else was
-fitted.
+of the second. No constant was fitted to the skewed rows, but how a hot expert is spread over the waves was decided with
+them in sight. The link's constants are DeepEP's own figures, the `hopper` profile's NIC was fitted to the third table.
+Two constants of the `ascend` profile were fitted to 11 of the 13 rows of one guide, in the knowledge of all 13. Nothing
+else was fitted.
 """
 
 

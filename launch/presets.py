@@ -1,23 +1,9 @@
-"""Shapes of published models for the benchmark, whole or divided to fit a small machine.
-
-Figures from the models' published config.json files.
-"""
+"""Shapes of the catalog's models for the benchmark, whole or divided to fit a small machine."""
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
+from megamoe.catalog import load_model
 from megamoe.shape import MoEShape
-
-PRESETS = {
-    "deepseek-v3": MoEShape(7168, 2048, 256, 8),
-    "deepseek-v4-flash": MoEShape(4096, 2048, 256, 6, 10.0),
-    "deepseek-v4-pro": MoEShape(7168, 3072, 384, 6, 10.0),
-    "kimi-k2": MoEShape(7168, 2048, 384, 8),
-    "mixtral-8x7b": MoEShape(4096, 14336, 8, 2),
-    "qwen3-30b-a3b": MoEShape(2048, 768, 128, 8),
-    "qwen3-235b-a22b": MoEShape(4096, 1536, 128, 8),
-}
 
 
 def preset(text: str) -> MoEShape:
@@ -25,13 +11,14 @@ def preset(text: str) -> MoEShape:
 
     "deepseek-v4-flash/16" -> hidden 256, intermediate 128, 16 experts, top-6
 
-    ValueError for a name that is not known, with the nearest ones, and for a divisor that does not divide.
+    ValueError for a name that the catalog does not know, with the nearest ones, for experts without a gate, and for a
+    divisor that does not divide.
     """
     name, _, fraction = text.partition("/")
-    if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=3, cutoff=0.3) or sorted(PRESETS)
-        raise ValueError(f"no preset is called {name!r}; the nearest are {', '.join(near)}")
-    shape = PRESETS[name]
+    model = load_model(name)
+    if not model.gated:
+        raise ValueError(f"preset {text!r}: the experts of {model.name} have no gate, and this layer's have one")
+    shape = MoEShape(model.expert_hidden, model.intermediate, model.num_experts, model.topk, model.swiglu_limit)
     if not fraction:
         return shape
     sizes = {"hidden": shape.hidden, "intermediate": shape.intermediate, "num_experts": shape.num_experts}

@@ -152,12 +152,15 @@ def test_a_preset_gives_the_sizes_and_what_is_given_too_wins() -> None:
 def test_a_preset_is_the_published_shape_divided() -> None:
     assert preset("deepseek-v4-pro") == MoEShape(7168, 3072, 384, 6, 10.0)
     assert preset("deepseek-v4-flash/16") == MoEShape(256, 128, 16, 6, 10.0)
+    assert preset("qwen3-30b-a3b") == MoEShape(2048, 768, 128, 8)
+    assert preset("kimi-k3").hidden == 3584, "the width that the experts see"
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("deepseek-v4-flush", "no preset is called 'deepseek-v4-flush'; the nearest are deepseek-v4-flash"),
+        ("nemotron-3-super", "the experts of nemotron-3-super have no gate"),
+        ("deepseek-v4-flush", "no model is called 'deepseek-v4-flush'; the nearest are deepseek-v4-flash"),
         ("deepseek-v4-pro/5", "5 does not divide hidden 7168, intermediate 3072, num_experts 384"),
         ("deepseek-v4-pro/0", "'0' is not a positive whole number"),
         ("deepseek-v4-flash/64", "leaves 4 experts, fewer than its top-6"),
@@ -187,7 +190,7 @@ def test_a_sweep_ends_at_one_expert_a_wave(numbers: tuple[int, int], expected: l
         (["--latency-ms", "5"], "latency_ms 5.0 needs a link to delay"),
         (["--hidden", "100"], "hidden 100 is not a multiple of 32"),
         (["--topk", "17"], "topk 17 is larger than num_experts 16"),
-        (["--preset", "mixtral"], "no preset is called 'mixtral'; the nearest are mixtral-8x7b"),
+        (["--preset", "mixtral"], "no model is called 'mixtral'; the nearest are mixtral-8x7b"),
         (["--weight-format", "int4"], "weight_format must be one of mxfp4, bf16, got 'int4'"),
     ],
 )

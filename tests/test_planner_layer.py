@@ -35,6 +35,7 @@ def test_the_papers_numbers() -> None:
     assert threshold(3072) == 6144
     assert threshold(2048) == 4096
     assert round(hides_tflops(3072), 1) == 6.1
+    assert hides_tflops(3072, gated=False) == 4.096
 
 
 @pytest.mark.parametrize(("gb_s", "layer_us", "token_ms"), [(50.0, 120.96, 14.76), (900.0, 6.72, 0.82)])

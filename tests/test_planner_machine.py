@@ -132,7 +132,7 @@ def test_a_fit_finds_the_machine_behind_the_runs() -> None:
     )  # fmt: skip
     found = calibrate(reports(behind), CPU, name="found", cores=2, source="made up")
     assert median_error(check(reports(behind), found)) < 1
-    for key in ("link_efficiency", "loopback_gb_s", "exchange_us", "byte_ns", "wave_us"):
+    for key in ("product_gflops", "decode_ns", "link_efficiency", "loopback_gb_s", "exchange_us", "byte_ns", "wave_us"):
         assert getattr(found, key).value == pytest.approx(getattr(behind, key).value, rel=0.05), key
     assert (found.name, found.product_gflops.tag, found.product_gflops.source) == ("found", "measured", "made up")
 

@@ -14,7 +14,7 @@ from megamoe.planner.deployment import Deployment
 from megamoe.planner.memory import Memory, memory, smallest_ep
 from megamoe.planner.plan import Plan, plan
 from megamoe.planner.question import Question, Subject
-from megamoe.planner.rule import Rule
+from megamoe.planner.rule import Rule, hides_tflops
 from megamoe.planner.serving import Serving, costs_of, serve
 from megamoe.planner.traffic import traffic
 
@@ -107,6 +107,7 @@ class Answer:
                 "required_link_gb_s": rule.required_gb_s if rule else 0.0,
                 "link_gb_s": rule and rule.gb_s,
                 "binding_tier": rule and rule.tier,
+                "hides_tflops_per_gb_s": hides_tflops(request.expert.intermediate, request.expert.gated),
                 "compute_format": request.compute_format,
                 "weight_format": request.weight_format or request.model.weight_format,
                 "dispatch_format": request.dispatch_format,

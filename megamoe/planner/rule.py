@@ -72,9 +72,9 @@ def threshold(
     return flops / per_value / f_remote if f_remote > 0 else float("inf")
 
 
-def hides_tflops(intermediate: int, gb_s: float = 1.0) -> float:
-    """TFLOP/s that a link hides by the paper's count.    d 3072, 1 GB/s -> 6.144"""
-    return threshold(intermediate) * gb_s / 1e3
+def hides_tflops(intermediate: int, gated: bool = True) -> float:
+    """TFLOP/s that 1 GB/s of link hides by the paper's count.    d 3072 -> 6.144"""
+    return threshold(intermediate, gated=gated) / 1e3
 
 
 def transfer_us(values: float, dispatch: str, combine: str, gb_s: float, f_remote: float = 1.0) -> float:

@@ -39,7 +39,7 @@ def caption(roofline: Roofline) -> str:
     threshold = amount(roofline.threshold_flops_per_byte, FLOPS_PER_BYTE)
     rule = "" if roofline.threshold_name == "threshold" else f"{roofline.threshold_name} = "
     return (
-        f"Links meet the peak of {peak} here: {meets}. Achieved in large GEMMs: "
+        f"Links meet the peak of {peak} here: {meets}. Reached by the profile: "
         f"{amount(roofline.achieved_tflops, 'TFLOP/s')}. Threshold {rule}{threshold}; "
         f"{name}: {plan}. A link hides when it meets the ceiling left of the threshold."
     )
