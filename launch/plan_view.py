@@ -140,9 +140,7 @@ def _print_rules(planned: Plan) -> None:
     show("\nthe rule: C/B and threshold in FLOPs/Byte, links in GB/s one way", headings, rows, left=(0, 1, 8))
     expert = planned.request.expert
     hides = hides_tflops(expert.intermediate, expert.gated)
-    say(
-        f"1 GB/s hides {hides:.1f} TFLOP/s of {planned.request.model.name}, by the paper's count (fp8 there, bf16 back)"
-    )
+    say(f"1 GB/s hides {hides:.1f} TFLOP/s by the paper's count, fp8 there and bf16 back")
     say("paper: no scales, every pair leaves; counted: scales, pairs that leave; achieved: rates of the profile")
     for rule, reached in zip(planned.rules, planned.achieved, strict=True):
         enough = reached.required_gb_s * rule.gb_s / reached.gb_s
