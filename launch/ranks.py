@@ -6,16 +6,11 @@ it goes, its ranks go too.
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
 import pickle
-import signal
-import socket
-import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -25,6 +20,7 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from megamoe.launch.lab import Host
+from megamoe.launch.process import cause, loopback, portable, share_of_cores, start, uninterrupted
 from megamoe.parallel.group import EPGroup, init_group
 
 P = ParamSpec("P")
@@ -64,35 +60,27 @@ class LocalRanks:
     ) -> None:
         if num_ranks < 1:
             raise ValueError(f"num_ranks must be positive, got {num_ranks}")
-        self._hosts = list(hosts) if hosts is not None else [Host(None, "127.0.0.1", _loopback())] * num_ranks
+        self._hosts = list(hosts) if hosts is not None else [loopback()] * num_ranks
         if len(self._hosts) != num_ranks:
             raise ValueError(f"{num_ranks} ranks cannot live on {len(self._hosts)} hosts, one each is needed")
         self.num_ranks, self.deadline_s = num_ranks, deadline_s
-        self.threads_per_rank = threads_per_rank or max(1, (os.cpu_count() or 1) // num_ranks)
+        self.threads_per_rank = threads_per_rank or share_of_cores(num_ranks)
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._num_runs = 0
 
     def __enter__(self) -> LocalRanks:
-        context = mp.get_context("spawn")
-        quiet = os.environ.get("TORCH_CPP_LOG_LEVEL")
-        os.environ["TORCH_CPP_LOG_LEVEL"] = quiet or "ERROR"  # read when a rank imports torch: no warnings of lookups
         try:
             for rank, host in enumerate(self._hosts):
-                here, there = context.Pipe()
-                args = (rank, there, host, self.threads_per_rank, self.deadline_s)
-                process = context.Process(target=_serve, args=args, name=f"megamoe rank {rank}", daemon=True)
-                process.start()
-                there.close()
-                self._processes.append(process)
-                self._pipes.append(here)
+                args = (rank, host.address, self.threads_per_rank, self.deadline_s)
+                environment = {"GLOO_SOCKET_IFNAME": host.interface}
+                child = start(f"megamoe rank {rank}", _serve, *args, host=host, environment=environment)
+                self._processes.append(child.process)
+                self._pipes.append(child.pipe)
             self._introduce()
         except BaseException:
             self.stop()
             raise
-        finally:
-            if quiet is None:
-                del os.environ["TORCH_CPP_LOG_LEVEL"]
         return self
 
     def _introduce(self) -> None:
@@ -109,7 +97,7 @@ class LocalRanks:
     def _dead(self, rank: int) -> RankFailedError:
         process = self._processes[rank]
         process.join()
-        return RankFailedError(rank, f"rank {rank} (process {process.pid}) died: {_cause(process.exitcode)}")
+        return RankFailedError(rank, f"rank {rank} (process {process.pid}) died: {cause(process.exitcode)}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -118,18 +106,15 @@ class LocalRanks:
 
     def stop(self) -> None:
         """Ends all ranks and returns when they are gone. A second Ctrl-C does not cut this short."""
-        in_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
-            process.close()
-        for pipe in self._pipes:
-            pipe.close()
-        self._processes, self._pipes = [], []
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+        with uninterrupted():
+            for process in self._processes:
+                process.kill()
+            for process in self._processes:
+                process.join()
+                process.close()
+            for pipe in self._pipes:
+                pipe.close()
+            self._processes, self._pipes = [], []
 
     @property
     def pids(self) -> list[int]:
@@ -188,22 +173,12 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def _cause(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        return f"killed by {signal.Signals(-exit_code).name}"
-    return f"exit code {exit_code}"
-
-
-def _serve(rank: int, pipe: Connection, host: Host, threads: int, deadline_s: float) -> None:
+def _serve(pipe: Connection, rank: int, address: str, threads: int, deadline_s: float) -> None:
     """Life of a rank: runs what comes through the pipe, one piece of work at a time, each in a group of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which takes the ranks down
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    host.enter()
-    os.environ["GLOO_SOCKET_IFNAME"] = host.interface
     torch.set_num_threads(threads)
     timeout = timedelta(seconds=deadline_s)
     if rank == 0:
-        store = TCPStore(host.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         pipe.send_bytes(pickle.dumps(store.port))
     else:
         address, port = pickle.loads(pipe.recv_bytes())
@@ -223,29 +198,4 @@ def _outcome(
         with init_group("cpu", rank=rank, size=size, store=store, deadline_s=deadline_s) as group:
             return pickle.dumps(work(group, *args))
     except Exception as error:  # noqa: BLE001  handed to the parent, which raises it
-        return _portable(rank, error)
-
-
-def _portable(rank: int, error: Exception) -> bytes:
-    """The error as bytes, its traceback kept as a note: a traceback itself does not pickle."""
-    note = f"raised on rank {rank}:\n{''.join(traceback.format_exception(error)).rstrip()}"
-    error.__cause__ = error.__context__ = None
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001  an exception class that does not survive the trip goes as text
-        error = RankFailedError(rank, note)
-    return pickle.dumps(error)
-
-
-def _follow_parent() -> None:
-    parent = mp.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _loopback() -> str:
-    """Name of the loopback interface: lo on Linux, lo0 on macOS."""
-    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+        return pickle.dumps(portable(error, f"rank {rank}", partial(RankFailedError, rank)))

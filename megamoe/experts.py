@@ -65,8 +65,8 @@ class Experts(nn.Module):
         self._loaded = [False] * len(ids)
         self.prepares = not self.packed and can_prepare(device)
         self._prepared: dict[str, dict[int, Tensor]] = {"gate_up": {}, "down": {}} if self.prepares else {}
-        sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
-        for name, (rows, columns) in sizes.items():
+        self._sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
+        for name, (rows, columns) in self._sizes.items():
             for key, width, dtype in self._layout(name, columns):
                 # plain torch.empty: the pages of a large buffer are not touched before its weights arrive
                 self.register_buffer(key, torch.empty(len(ids), rows, width, dtype=dtype, device=device))
@@ -83,11 +83,36 @@ class Experts(nn.Module):
             layout.append((f"{name}_dequantized", columns, torch.bfloat16))
         return layout
 
+    def regroup(self, ids: range) -> None:
+        """Holds the experts `ids` from now on: those that it has keep their weights, the others' are missing.
+
+        Where the ids stay nothing is copied. Else the kept rows move to new buffers, one buffer after another.
+        """
+        start = max(self.ids.start, ids.start)
+        kept = range(start, max(start, min(self.ids.stop, ids.stop)))
+        here, there = (slice(kept.start - held.start, kept.stop - held.start) for held in (self.ids, ids))
+        if ids != self.ids:
+            for name, buffer in self._weight_buffers():
+                moved = buffer.new_empty(len(ids), *buffer.shape[1:])
+                moved[there] = buffer[here]
+                setattr(self, name, moved)
+        shift = self.ids.start - ids.start
+        for name, matrices in self._prepared.items():
+            self._prepared[name] = {i + shift: matrix for i, matrix in matrices.items() if i + self.ids.start in kept}
+        loaded = [False] * len(ids)
+        loaded[there] = self._loaded[here]
+        self.ids, self._loaded = ids, loaded
+
+    def _weight_buffers(self) -> list[tuple[str, Tensor]]:
+        return [(name, buffer) for name, buffer in self.named_buffers() if name != "table"]
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, matrices in self._prepared.items():
             if not self.missing:
-                destination[prefix + name] = torch.stack([matrices[i].to_dense() for i in range(len(self.ids))])
+                dense = [matrices[index].to_dense() for index in range(len(self.ids))]
+                none = torch.empty(0, *self._sizes[name], dtype=torch.bfloat16)
+                destination[prefix + name] = torch.stack(dense) if dense else none
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         mine = {prefix + name: name for name in self._prepared}
@@ -96,13 +121,13 @@ class Experts(nn.Module):
                 self.load(expert, *(state_dict[key][index] for key in mine))
         state_dict = {key: value for key, value in state_dict.items() if key not in mine}
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not mine and all(prefix + name in state_dict for name, _ in self.named_buffers() if name != "table"):
+        if not mine and all(prefix + name in state_dict for name, _ in self._weight_buffers()):
             self._loaded = [True] * len(self.ids)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes that this rank's expert weights take, dequantised copies included."""
-        held = [buffer for name, buffer in self.named_buffers() if name != "table"]
+        held = [buffer for _, buffer in self._weight_buffers()]
         held += [matrix for matrices in self._prepared.values() for matrix in matrices.values()]
         return sum(each.numel() * each.element_size() for each in held)
 
@@ -130,12 +155,8 @@ class Experts(nn.Module):
         if expert not in self.ids:
             raise ValueError(f"expert {expert} is not of this rank, which holds {describe(self.ids)}")
         index = expert - self.ids.start
-        shape = self.shape
-        for name, weight, size in (
-            ("gate_up", gate_up, (2 * shape.intermediate, shape.hidden)),
-            ("down", down, (shape.hidden, shape.intermediate)),
-        ):
-            self._store(name, index, weight, size, f"{name} of expert {expert}")
+        for name, weight in (("gate_up", gate_up), ("down", down)):
+            self._store(name, index, weight, self._sizes[name], f"{name} of expert {expert}")
         self._loaded[index] = True
 
     def _store(self, name: str, index: int, weight: Weight, size: tuple[int, int], what: str) -> None:

@@ -80,17 +80,36 @@ class MegaMoE(nn.Module):
             keep_dequantized=keep_dequantized,
         )
         self.machine = machine
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is of the group, and not of the weights: calls are counted from 0, and nothing is known of its link."""
         self.tuner = Tuner(
-            name,
+            self.name,
             self.group,
             self.experts,
             waves=self.waves,
-            dispatch_format=dispatch_format,
-            overlap=overlap,
-            machine=machine,
+            dispatch_format=self.dispatch_format,
+            overlap=self.overlap,
+            machine=self.machine,
         )
         self.last_call = CallRecord()
         self._num_calls = 0
+
+    def regroup(self, group: EPGroup | dist.ProcessGroup | None) -> list[int]:
+        """Goes on in another group, as whichever rank this is there -> global ids of the experts still to be loaded.
+
+        Experts that this rank has and keeps stay, and where all stay no byte is copied; load_expert() brings the
+        others. From then on the output has the bits of a layer made anew in that group, and the next call is again the
+        first: ranks that stay and ranks that are new count alike. What "auto" chose is forgotten and chosen again from
+        the new group's link, with bf16 weights and dispatch_format="auto" perhaps otherwise, which shows in the bits.
+        Nothing is sent, so the old group may be broken or gone. Its deadline is kept where group is not an EPGroup.
+        """
+        self.group = EPGroup.of(group, self.device, deadline_s=self.group.deadline_s)
+        self.placement = Placement(self.shape.num_experts, self.group.size)
+        self.experts.regroup(self.placement.experts(self.group.rank))
+        self._begin()
+        return self.experts.missing
 
     @property
     def local_experts(self) -> range:
@@ -133,7 +152,8 @@ class MegaMoE(nn.Module):
         """
         complaint = self._complaint(hidden, topk_ids, topk_weights)
         record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
-        with torch.no_grad(), self.group.unbroken(), notes.lane("call"), record.timing("total_s"):
+        stretch = self.group.unbroken(self.name, self._num_calls + 1)
+        with torch.no_grad(), stretch, notes.lane("call"), record.timing("total_s"):
             call = self._open(hidden, topk_ids, topk_weights, complaint, record, notes)
             for wave in range(LOOKAHEAD):
                 call.dispatch(wave)

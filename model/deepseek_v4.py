@@ -83,10 +83,25 @@ class ExpertStack(nn.Module):
         *,
         waves: Waves = "auto",
         dispatch_format: str = "mxfp8",
+        device: torch.device | str = "cpu",
     ) -> ExpertStack:
         """ValueError names the tensor that is missing or has another shape or dtype than the config asks for."""
         layers = range(checkpoint.config.num_hidden_layers)
-        return cls([_load_block(checkpoint, layer, group, waves, dispatch_format) for layer in layers])
+        return cls([_load_block(checkpoint, layer, group, waves, dispatch_format, device) for layer in layers])
+
+    def regroup(self, checkpoint: Checkpoint, group: EPGroup | None) -> tuple[int, int]:
+        """Goes on in another group -> experts that this rank had already, and those that were read, over all layers.
+
+        Only experts that this rank lacks there are read. ValueError as load() has it; a later regroup() then reads
+        what is still missing.
+        """
+        kept = read = 0
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, MoEBlock)
+            missing = block.routed.regroup(group)
+            _load_experts(checkpoint, layer, block.routed, missing)
+            kept, read = kept + len(block.routed.local_experts) - len(missing), read + len(missing)
+        return kept, read
 
     @torch.no_grad()
     def forward(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
@@ -112,7 +127,12 @@ class ExpertStack(nn.Module):
 
 
 def _load_block(
-    checkpoint: Checkpoint, layer: int, group: EPGroup | None, waves: Waves, dispatch_format: str
+    checkpoint: Checkpoint,
+    layer: int,
+    group: EPGroup | None,
+    waves: Waves,
+    dispatch_format: str,
+    device: torch.device | str,
 ) -> MoEBlock:
     config = checkpoint.config
     hashed = config.is_hash_routed(layer)
@@ -124,11 +144,15 @@ def _load_block(
         table=checkpoint.gate_table(layer) if hashed else None,
     )
     name = f"layers.{layer}.ffn"
-    routed = MegaMoE(config.shape, group, waves=waves, dispatch_format=dispatch_format, name=name)
-    for expert in routed.local_experts:
+    routed = MegaMoE(config.shape, group, waves=waves, dispatch_format=dispatch_format, device=device, name=name)
+    _load_experts(checkpoint, layer, routed, list(routed.local_experts))
+    shared = SharedExpert(*checkpoint.shared_expert(layer), config.swiglu_limit) if config.n_shared_experts else None
+    return MoEBlock(checkpoint.norm(layer), config.rms_norm_eps, router, routed, shared).to(device)
+
+
+def _load_experts(checkpoint: Checkpoint, layer: int, routed: MegaMoE, experts: list[int]) -> None:
+    for expert in experts:
         try:
             routed.load_expert(expert, *checkpoint.expert(layer, expert))
         except ValueError as refusal:
-            raise ValueError(f"{name}: {refusal}") from refusal
-    shared = SharedExpert(*checkpoint.shared_expert(layer), config.swiglu_limit) if config.n_shared_experts else None
-    return MoEBlock(checkpoint.norm(layer), config.rms_norm_eps, router, routed, shared)
+            raise ValueError(f"{routed.name}: {refusal}") from refusal

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(eq=False)
 class PeerError(RuntimeError):
     """A rank was lost, stalled past the deadline, or its link broke. The group cannot be used any more.
 
-    rank, host   the peer that did not deliver          phase   "counts", "dispatch", "combine", ...
+    rank, host   the peer to blame                      phase   "counts", "dispatch", "combine", ...
     layer        name of the layer that waited          wave    its wave, None outside of waves
     waited_s     how long this rank waited              reason  what the transport said
+    condition    "dead", "unreachable", "stopped", "stalled", "raised", "left", "absent", "slow" or "cut off" (this rank
+                 itself); "" where the ranks have no beacon and only the transport was heard
+    meaning      that in words
+    picture      a line for every rank: what it was last seen to do, and how long ago
     """
 
     rank: int
@@ -22,14 +26,17 @@ class PeerError(RuntimeError):
     waited_s: float
     deadline_s: float
     reason: str
+    condition: str = ""
+    meaning: str = "did not deliver"
+    picture: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         wave = "" if self.wave is None else f", wave {self.wave}"
-        return (
-            f"rank {self.rank} on {self.host} did not deliver: layer {self.layer!r}{wave}, phase {self.phase}, "
+        lines = [
+            f"rank {self.rank} on {self.host} {self.meaning}: layer {self.layer!r}{wave}, phase {self.phase}, "
             f"after {self.waited_s:.1f} s (deadline {self.deadline_s:g} s): {self.reason}"
-        )
+        ]
+        return "\n  ".join([*lines, *self.picture])
 
     def __reduce__(self) -> tuple[type[PeerError], tuple[object, ...]]:
-        fields = (self.rank, self.host, self.phase, self.layer, self.wave, self.waited_s, self.deadline_s, self.reason)
-        return type(self), fields
+        return type(self), tuple(getattr(self, each.name) for each in fields(self))

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store, rendezvous
 
+from megamoe.parallel.beacon import Beacon
+from megamoe.parallel.errors import PeerError
 from megamoe.parallel.link import measure_link
+from megamoe.parallel.meeting import local_address
+from megamoe.parallel.position import RAISED, Whereabouts
 from megamoe.parallel.recorder import Notes, Recorder, Recording
-from megamoe.parallel.transport import AllToAllTransport, PairTransport, Transport
+from megamoe.parallel.runs import list_rank
+from megamoe.parallel.transport import AllToAllTransport, Clock, Label, PairTransport, Transport
 from megamoe.parallel.workspace import Workspace
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -28,9 +34,12 @@ class EPGroup:
     rank, size       this rank and the number of ranks, in the group's own numbering
     transport        moves rows; None where this rank is alone
     deadline_s       seconds that any single wait may take
+    clock            turns a failure of the transport into an error that names a rank
     host, hosts      this rank's host name; those of the others, filled in at the first call
     workspace        buffers that the group's layers use in turn
     links            at most one: bytes per second that each rank can send while it receives as many, once measured
+    whereabouts      where this rank is, noted as it goes
+    beacons          at most one: tells the others, and knows where they are; a group of init_group() has it
     broken           why the group cannot be used any more, empty while it can
     recorders        at most one: takes notes of every call of the group's layers
 
@@ -41,10 +50,13 @@ class EPGroup:
     size: int
     transport: Transport | None
     deadline_s: float
+    clock: Clock | None = None
     host: str = field(default_factory=socket.gethostname)
     hosts: dict[int, str] = field(default_factory=dict)
     links: list[float] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
+    beacons: list[Beacon] = field(default_factory=list)
     workspace: Workspace = field(default_factory=Workspace)
     recorders: list[Recorder] = field(default_factory=list)
 
@@ -69,25 +81,46 @@ class EPGroup:
         return self.links[0]
 
     def notes(self, layer: str, call: int) -> Notes:
-        """Where a call notes what it does: nowhere, unless the group is being recorded."""
-        return self.recorders[0].call(layer, call) if self.recorders else Notes()
+        """Where a call notes what it does: the group's whereabouts, and the recorder if there is one."""
+        return self.recorders[0].call(layer, call, self.whereabouts) if self.recorders else Notes(self.whereabouts)
 
     @contextmanager
-    def unbroken(self) -> Iterator[None]:
+    def unbroken(self, layer: str, call: int) -> Iterator[None]:
         """A call's stretch of exchange. What interrupts it breaks the group: its messages may still be on their way.
 
         ValueError is what all ranks raise together before any row has moved, and breaks nothing. RuntimeError where
-        the group is broken already.
+        the group is broken already; PeerError where a peer is known to be lost.
         """
         if self.broken:
             raise RuntimeError(f"the group cannot be used any more, an earlier call was interrupted: {self.broken[0]}")
+        self.whereabouts.enter(layer, call)
         try:
+            self._refuse_lost(layer)
             yield
         except ValueError:
+            self.whereabouts.leave()
             raise
         except BaseException as interruption:
-            self.broken.append(f"{type(interruption).__name__}: {interruption}")
+            self.broken.append(f"{type(interruption).__name__}: {str(interruption).partition(chr(10))[0]}")
+            self.announce(interruption)
             raise
+        self.whereabouts.leave()
+
+    def _refuse_lost(self, layer: str) -> None:
+        lost = self.beacons[0].lost() if self.beacons else None
+        if lost is not None:
+            assert self.clock is not None
+            raise self.clock.error(lost, Label(layer, "begin"), time.monotonic(), "it was lost between calls")
+
+    def announce(self, interruption: BaseException) -> None:
+        """Tells the others why this rank will not go on, so that they name the same rank, and at once."""
+        if isinstance(interruption, PeerError):
+            self.whereabouts.end(RAISED, interruption.rank, interruption.condition)
+        else:
+            said = str(interruption).partition("\n")[0][:200]
+            self.whereabouts.end(RAISED, None, f"{type(interruption).__name__}: {said}")
+        for beacon in self.beacons:
+            beacon.say()
 
     @classmethod
     def of(
@@ -110,12 +143,14 @@ class EPGroup:
         if not isinstance(group, dist.ProcessGroup):
             raise ValueError(f"group must be a torch ProcessGroup, an EPGroup or None, got {type(group).__name__}")
         hosts: dict[int, str] = {}
+        whereabouts = Whereabouts()
+        clock = Clock(deadline_s, hosts, whereabouts)
         transport: Transport | None = None
         if group.size() > 1 and dist.get_backend(group) == "gloo":
-            transport = PairTransport(group, deadline_s, hosts)
+            transport = PairTransport(group, clock)
         elif group.size() > 1:
-            transport = AllToAllTransport(group, deadline_s, hosts, torch.device(device))
-        return cls(group.rank(), group.size(), transport, deadline_s, hosts=hosts)
+            transport = AllToAllTransport(group, clock, torch.device(device))
+        return cls(group.rank(), group.size(), transport, deadline_s, clock, hosts=hosts, whereabouts=whereabouts)
 
 
 @contextmanager
@@ -126,13 +161,17 @@ def init_group(
     size: int,
     store: Store | None = None,
     init_method: str | None = None,
+    address: str | None = None,
+    run: str | None = None,
     deadline_s: float = DEADLINE_S,
 ) -> Iterator[EPGroup]:
     """Starts torch.distributed for this rank with the backend of its device type, and ends it on the way out.
 
     cuda uses nccl, npu hccl, cpu gloo. Give the store where the ranks meet, or an init_method ("env://" under
-    torchrun). deadline_s bounds the rendezvous, every collective and every wait. ValueError for an unknown
-    device type or a rank outside of [0, size).
+    torchrun). deadline_s bounds the rendezvous, every collective and every wait. Every rank gets a beacon: it listens
+    on address, by default the one that this rank reaches the store's host from. Under the name of a run,
+    `megamoe doctor --run` finds the ranks of this machine. ValueError for an unknown device type or a rank outside of
+    [0, size).
     """
     device = torch.device(device)
     if device.type not in BACKENDS:
@@ -141,19 +180,43 @@ def init_group(
         raise ValueError(f"rank {rank} is not in [0, {size})")
     if deadline_s <= 0:
         raise ValueError(f"deadline_s must be positive, got {deadline_s}")
-    dist.init_process_group(
-        BACKENDS[device.type],
-        init_method=init_method,
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=deadline_s),
-    )
+    timeout = timedelta(seconds=deadline_s)
+    if store is None and init_method is not None:
+        store, _, _ = next(rendezvous(init_method, rank, size, timeout=timeout))
+    dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         world = dist.group.WORLD
         assert world is not None
         if device.type == "cpu":
             dist.barrier(world)  # a rank that ended its group at once would break the others off in mid-connection
-        yield EPGroup.of(world, device, deadline_s=deadline_s)
+        group = EPGroup.of(world, device, deadline_s=deadline_s)
+        if size == 1 or store is None:
+            yield group
+            return
+        with _beacon(group, PrefixStore("beacon", store), address or local_address(store), run):
+            yield group
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _beacon(group: EPGroup, store: Store, address: str, run: str | None) -> Iterator[None]:
+    """Lights the group's beacon for the block; what ends the block early is told to the others."""
+    assert group.clock is not None
+    assert group.transport is not None
+    where = group.whereabouts
+    beacon = Beacon(group.rank, group.size, store, where, address=address, host=group.host, deadline_s=group.deadline_s)
+    beacon.trouble = group.transport.abort
+    group.beacons.append(beacon)
+    group.clock.beacons.append(beacon)
+    listed = list_rank(run, group.rank, beacon.address, beacon.port, beacon.token) if run else nullcontext()
+    try:
+        with listed:
+            yield
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        group.announce(error)
+        raise
+    finally:
+        beacon.leave()

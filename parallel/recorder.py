@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+from megamoe.parallel.position import Whereabouts
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -58,28 +60,34 @@ class Recording:
 
 
 class Notes:
-    """Where one call notes what it does. The plain one notes nothing, and costs nothing that can be measured."""
+    """Where one call notes what it does. The plain one notes where the rank is, and nothing of the past."""
 
     _NOTHING = nullcontext()
     recorder: Recorder | None = None
 
-    def lane(self, lane: str, wave: int = 0, rows: int = 0) -> AbstractContextManager[None]:
+    def __init__(self, whereabouts: Whereabouts) -> None:
+        self._whereabouts = whereabouts
+
+    def lane(self, lane: str, wave: int | None = None, rows: int = 0) -> AbstractContextManager[None]:
         """A block of work."""
-        del lane, wave, rows
+        del rows
+        self._whereabouts.work(lane, wave)
         return self._NOTHING
 
 
 class CallNotes(Notes):
     """Notes of one call into a recording."""
 
-    def __init__(self, recorder: Recorder, layer: str, call: int) -> None:
+    def __init__(self, recorder: Recorder, layer: str, call: int, whereabouts: Whereabouts) -> None:
+        super().__init__(whereabouts)
         self.recorder, self._layer, self._call = recorder, layer, call
 
     @contextmanager
-    def lane(self, lane: str, wave: int = 0, rows: int = 0) -> Iterator[None]:
+    def lane(self, lane: str, wave: int | None = None, rows: int = 0) -> Iterator[None]:
+        self._whereabouts.work(lane, wave)
         begun = now_ns()
         yield
-        self.recorder.recording.spans.append(Span(self._layer, self._call, lane, wave, begun, now_ns(), rows))
+        self.recorder.recording.spans.append(Span(self._layer, self._call, lane, wave or 0, begun, now_ns(), rows))
 
     recorder: Recorder
 
@@ -126,9 +134,9 @@ class Recorder:
         self.recording = recording
         self._watchers: dict[str, _Watcher] = {}
 
-    def call(self, layer: str, call: int) -> CallNotes:
+    def call(self, layer: str, call: int, whereabouts: Whereabouts) -> CallNotes:
         """Notes for one call of a layer."""
-        return CallNotes(self, layer, call)
+        return CallNotes(self, layer, call, whereabouts)
 
     def watch(self, flight: Flight, wait: Callable[[], None]) -> Arrival:
         """Has a thread wait for the flight's rows and note when they are there."""

@@ -7,6 +7,7 @@ Every wait has the group's deadline; what goes wrong is raised as PeerError and 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamoe.parallel.beacon import Beacon
 from megamoe.parallel.errors import PeerError
+from megamoe.parallel.position import Whereabouts
 from megamoe.parallel.threads import calm_gloo_threads
 
 
@@ -61,36 +64,68 @@ class Transport(Protocol):
         """page [n] uint8 on the CPU -> [ep_size, n] uint8 on the CPU, every rank's page in order of rank."""
         ...
 
+    def abort(self) -> None:
+        """Has every wait of this rank end in an error; called from another thread than the one that waits."""
+        ...
 
-class _Clock:
-    """Deadline and names that both transports need to turn a failure into a PeerError."""
 
-    def __init__(self, deadline_s: float, hosts: dict[int, str]) -> None:
-        self.deadline_s, self.hosts = deadline_s, hosts
+class Clock:
+    """Deadline, names and notes that both transports need, and what turns a failure into a PeerError.
 
-    def error(self, peer: int, label: Label, since: float, cause: Exception) -> PeerError:
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    beacons   at most one: says who is to blame where the transport only knows whom it waited for
+    """
+
+    def __init__(self, deadline_s: float, hosts: dict[int, str], whereabouts: Whereabouts) -> None:
+        self.deadline_s, self.hosts, self.whereabouts = deadline_s, hosts, whereabouts
+        self.beacons: list[Beacon] = []
+
+    def error(self, peer: int, label: Label, since: float, cause: Exception | str) -> PeerError:
+        reason = _plain(cause)
         waited = time.monotonic() - since
-        host = self.hosts.get(peer, "unknown host")
-        return PeerError(peer, host, label.phase, label.layer, label.wave, waited, self.deadline_s, reason)
+        where = (label.phase, label.layer, label.wave, waited, self.deadline_s, reason)
+        if not self.beacons:
+            return PeerError(peer, self.hosts.get(peer, "unknown host"), *where)
+        verdict, sights = self.beacons[0].judge(peer)
+        return PeerError(
+            verdict.rank,
+            sights[verdict.rank].host,
+            *where,
+            condition=verdict.condition,
+            meaning=verdict.meaning,
+            picture=tuple(map(str, sights)),
+        )
 
     @contextmanager
     def naming(self, group: dist.ProcessGroup, label: Label) -> Iterator[None]:
-        """Turns a collective's failure into a PeerError on the next rank."""
+        """Turns a collective's failure into a PeerError: on the next rank, where no beacon knows better."""
         begun = time.monotonic()
+        self.whereabouts.wait(label.phase, label.wave, None)
         try:
             yield
         except RuntimeError as cause:
             peer = (group.rank() + 1) % group.size()
-            unsure = RuntimeError(f"a collective with all ranks failed, so the rank is a guess: {cause}")
-            raise self.error(peer, label, begun, unsure) from cause
+            guess = "" if self.beacons else ", so the rank is a guess"
+            raise self.error(peer, label, begun, f"a collective with all ranks failed{guess}: {cause}") from cause
+        self.whereabouts.arrived(label.phase, label.wave, time.monotonic() - begun)
+
+
+def _plain(cause: Exception | str) -> str:
+    """What the transport said, without the place in its source and its advice."""
+    said = str(cause).strip().partition("\n")[0]
+    return re.sub(r"^\[[^]]*\] ", "", said).partition(". This is typically")[0] or type(cause).__name__
 
 
 class PairTransfer:
     """The irecvs and isends of one transfer. A work is waited on once: a second wait on gloo does not return.
 
     What is done between two posts is done while the peers' messages want the CPU: it is kept short.
+
+    A large message goes as a body and a tail of a few values, and the tail, which comes last, is waited for first. gloo
+    tells those that wait for a message of a lost connection, but for the one that it was in the middle of: who waits
+    for that one waits until the deadline.
     """
+
+    _LARGE_BYTES, _TAIL = 32 * 1024, 32
 
     def __init__(self, pairs: PairTransport, label: Label, tag: int) -> None:
         self._pairs, self._label, self._tag = pairs, label, tag
@@ -125,7 +160,13 @@ class PairTransfer:
                 part = rows[starts[peer] : starts[peer + 1]]
                 begun = time.monotonic()
                 try:
-                    works.append((peer, post([part], peer, self._tag)))
+                    if part.nbytes > self._LARGE_BYTES:
+                        flat = part.view(-1)
+                        body = post([flat[: -self._TAIL]], peer, self._tag)
+                        works.append((peer, post([flat[-self._TAIL :]], peer, self._tag + self._pairs.TAIL_TAG)))
+                        works.append((peer, body))
+                    else:
+                        works.append((peer, post([part], peer, self._tag)))
                 except RuntimeError as cause:  # gloo refuses at once on a pair that has failed before
                     raise self._pairs.clock.error(peer, self._label, begun, cause) from cause
 
@@ -134,11 +175,13 @@ class PairTransfer:
         while works:
             peer, work = works.pop(0)
             self._ended.append(work)  # to let go of one takes a lock that gloo's thread wants now
-            left = clock.deadline_s - (time.monotonic() - begun)
+            clock.whereabouts.wait(self._label.phase, self._label.wave, peer)
+            left = clock.deadline_s - clock.whereabouts.waited_s - (time.monotonic() - begun)
             try:
                 work.wait(timedelta(seconds=max(left, 0.001)))
             except RuntimeError as cause:
                 raise clock.error(peer, self._label, begun, cause) from cause
+        clock.whereabouts.arrived(self._label.phase, self._label.wave, time.monotonic() - begun)
 
 
 class PairTransport:
@@ -147,9 +190,11 @@ class PairTransport:
     early = True
     _PHASES = ("counts", "more counts", "dispatch", "combine", "link")
     _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
+    TAIL_TAG = _TAGS_PER_PHASE // 2
+    _NO_TAG = _FIRST_TAG - 1  # nothing is ever sent with it
 
-    def __init__(self, group: dist.ProcessGroup, deadline_s: float, hosts: dict[int, str]) -> None:
-        self.group, self.clock = group, _Clock(deadline_s, hosts)
+    def __init__(self, group: dist.ProcessGroup, clock: Clock) -> None:
+        self.group, self.clock = group, clock
         calm_gloo_threads()
         rank, size = group.rank(), group.size()
         # from the nearest neighbour on, so that no one is everybody's first
@@ -162,6 +207,18 @@ class PairTransport:
         transfer = PairTransfer(self, label, tag)
         transfer.receive(receive, counts)
         return transfer
+
+    def abort(self) -> None:
+        """Has every wait of this rank end in an error, from any thread.
+
+        gloo has no call for it, but a receive that runs out of time closes all connections of its rank. One on a
+        connection that is closed already fails before, and so all peers are tried.
+        """
+        for peer in self.receivers:
+            try:
+                self.group.recv([torch.empty(1)], peer, self._NO_TAG).wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                continue
 
     def gather(self, page: Tensor, label: Label) -> Tensor:
         rank, size = self.group.rank(), self.group.size()
@@ -180,7 +237,7 @@ class AllToAllTransfer:
     """One all_to_all_single, issued when this rank sends."""
 
     def __init__(
-        self, group: dist.ProcessGroup, clock: _Clock, label: Label, receive: Tensor, counts: Sequence[int]
+        self, group: dist.ProcessGroup, clock: Clock, label: Label, receive: Tensor, counts: Sequence[int]
     ) -> None:
         self._group, self._clock, self._label = group, clock, label
         self._receive, self._receive_counts = receive, list(counts)
@@ -210,10 +267,12 @@ class AllToAllTransport:
 
     early = False
 
-    def __init__(
-        self, group: dist.ProcessGroup, deadline_s: float, hosts: dict[int, str], device: torch.device
-    ) -> None:
-        self._group, self._clock, self._device = group, _Clock(deadline_s, hosts), device
+    def __init__(self, group: dist.ProcessGroup, clock: Clock, device: torch.device) -> None:
+        self._group, self._clock, self._device = group, clock, device
+
+    def abort(self) -> None:
+        """Has every wait of this rank end in an error, where the backend can: NCCL and HCCL do, gloo does not."""
+        self._group.abort()
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> AllToAllTransfer:
         return AllToAllTransfer(self._group, self._clock, label, receive, counts)

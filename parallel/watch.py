@@ -26,6 +26,10 @@ class WatchedTransport:
             transfer.watch()
         return transfer
 
+    def abort(self) -> None:
+        """As the wrapped transport does."""
+        self._transport.abort()
+
     def gather(self, page: Tensor, label: Label) -> Tensor:
         """As the wrapped transport does; noted nowhere."""
         return self._transport.gather(page, label)

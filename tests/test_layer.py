@@ -13,7 +13,7 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
-from megamoe.parallel.transport import AllToAllTransport
+from megamoe.parallel.transport import AllToAllTransport, Clock
 from megamoe.parallel.workspace import Workspace
 from megamoe.reference import moe_fp64, relative_error
 from megamoe.shape import MoEShape
@@ -163,7 +163,7 @@ def test_error_against_fp64_is_below_the_bound_at_the_size_of_v4_pro() -> None:
 def all_to_all(group: EPGroup, batch: Batch, shares: list[slice]) -> Tensor:
     world = dist.group.WORLD
     assert world is not None
-    transport = AllToAllTransport(world, group.deadline_s, {}, torch.device("cpu"))
+    transport = AllToAllTransport(world, Clock(group.deadline_s, {}, group.whereabouts), torch.device("cpu"))
     mine = batch.part(shares[group.rank])
     layer = make_layer(SHAPE, EPGroup(group.rank, group.size, transport, group.deadline_s), waves=3)
     return layer(mine.hidden, mine.ids, mine.weights)

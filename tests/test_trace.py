@@ -16,7 +16,7 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import Notes, Recording
-from megamoe.parallel.transport import AllToAllTransport
+from megamoe.parallel.transport import AllToAllTransport, Clock
 from megamoe.shape import MoEShape
 from megamoe.timeline import CALL, COMMUNICATION, LANES, Timeline
 from megamoe.trace import record
@@ -37,7 +37,7 @@ def recorded(
     if not pairs:
         world = dist.group.WORLD
         assert world is not None
-        group = replace(group, transport=AllToAllTransport(world, 60.0, {}, torch.device("cpu")))
+        group = replace(group, transport=AllToAllTransport(world, Clock(group.deadline_s, {}, group.whereabouts), torch.device("cpu")))
     mine, layer = batch.part(shares[group.rank]), make_layer(SHAPE, group, waves=3, name="layers.7")
     outputs, records = [layer(mine.hidden, mine.ids, mine.weights)], [layer.last_call]
     with record(layer.group) as trace:

@@ -1,0 +1,198 @@
+"""A connection to Ray: to a cluster that is there, or to one that is started here and stopped with all that it made."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray._private import worker as ray_worker
+
+from megamoe.launch.terminal import stderr
+
+OBJECT_STORE_BYTES = 256 * 2**20  # results of a call are all that goes through it; what does not fit goes to disk
+STOP_S = 10.0
+
+
+class RaySession:
+    """This process as Ray's driver. close() ends the connection, and the cluster where it was started here.
+
+    place    directory of the cluster that was started here, None of another's
+    """
+
+    def __init__(self, place: Path | None, *, connected_here: bool) -> None:
+        self.place = place
+        self._ends = ExitStack()
+        if connected_here:
+            self._ends.enter_context(_stderr_alone())
+            self._ends.callback(self._stop)
+
+    def close(self) -> None:
+        """Returns when all that was started here is gone: processes, and the directory with what they wrote."""
+        self._ends.close()
+
+    def _stop(self) -> None:
+        started = _processes_of(self.place) if self.place else []
+        ray.shutdown()
+        _, left = psutil.wait_procs(started, timeout=STOP_S)
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=STOP_S)
+        if self.place:
+            shutil.rmtree(self.place)
+
+
+def connect(address: str | None, num_seats: int, deadline_s: float) -> RaySession:
+    """Joins the cluster at an address (host:port, or ray://host:port), or starts one that lasts as long as the session.
+
+    None and "auto" join the cluster that RAY_ADDRESS names or that `ray start` started on this machine, and start one
+    where there is none; "local" starts one in any case. A process that is connected already stays so, and cannot be
+    to two. RuntimeError, with the reason, where the cluster does not answer within deadline_s or does not let us in.
+
+    A cluster that is started here ends with the thread that started it, as the kernel sees to.
+    """
+    if ray.is_initialized():
+        return _join_as_connected(address)
+    named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
+    if named == "local" or (not named and not _cluster_here()):
+        return _start(num_seats)
+    if named:
+        check_cluster(named, deadline_s)
+    session = RaySession(None, connected_here=True)
+    try:
+        with _own_signal_handlers():
+            ray.init(named, logging_level=logging.ERROR, log_to_driver=True)
+    except BaseException as refusal:
+        session.close()
+        if isinstance(refusal, (ConnectionError, ImportError, RuntimeError)):
+            where = named or "this machine"
+            raise RuntimeError(f"cannot join the Ray cluster at {where}: {refusal}") from refusal
+        raise
+    return session
+
+
+def _join_as_connected(address: str | None) -> RaySession:
+    here = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto", here):
+        raise RuntimeError(f"this process is connected to the Ray cluster at {here} and cannot use {address} besides")
+    return RaySession(None, connected_here=False)
+
+
+def _start(num_seats: int) -> RaySession:
+    """A cluster of this machine alone. It has as many CPUs as seats are wanted, whatever the machine has."""
+    cores = os.cpu_count() or 1
+    if num_seats > cores:
+        stderr.print(f"{num_seats} ranks share {cores} cores: they take turns", highlight=False)
+    # the paths of Ray's sockets begin with it and must not exceed 107 bytes, which a Mac's temporary directory does
+    place = Path(tempfile.mkdtemp(prefix="megamoe-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
+    session = RaySession(place, connected_here=True)
+    try:
+        with _own_signal_handlers():
+            ray.init(
+                "local",
+                num_cpus=num_seats,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                logging_level=logging.ERROR,  # of Ray's own notes; without, it warns that tokens are on, as they should
+                log_to_driver=True,
+                _temp_dir=str(place),
+            )
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _cluster_here() -> bool:
+    """Whether a cluster that `ray start` started runs on this machine: Ray notes its address, and forgets to erase."""
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    if not note.exists():
+        return False
+    host, _, port = note.read_text().strip().rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def check_cluster(address: str, deadline_s: float) -> None:
+    """RuntimeError, with the reason, where no Ray cluster answers at an address.
+
+    Asked in a process that can be ended: ray.init() tries for minutes, and heeds no deadline and no signal.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"address {address!r} is not host:port, ray://host:port, auto or local")
+    try:
+        socket.create_connection((host, int(port)), timeout=deadline_s).close()
+    except OSError as refusal:
+        reason = refusal.strerror or str(refusal)
+        raise RuntimeError(f"no Ray cluster answers at {address}: {reason}. {_HINT}") from refusal
+    if "://" in address:
+        return
+    line = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        asked = subprocess.run(line, capture_output=True, text=True, timeout=deadline_s, check=False)
+    except subprocess.TimeoutExpired as late:
+        raise RuntimeError(
+            f"what listens at {address} did not answer as a Ray cluster within {deadline_s:g} s. {_HINT}"
+        ) from late
+    if asked.returncode:
+        told = (asked.stderr or asked.stdout).strip().splitlines() or ["no reason given"]
+        raise RuntimeError(f"the Ray cluster at {address} does not let us in: {told[-1]}")
+
+
+_HINT = "The address is the one that `ray start --head` prints, with its port, 6379 by default"
+
+
+def _processes_of(place: Path) -> list[psutil.Process]:
+    """What this process started for the cluster in a directory, and what that has started."""
+    found = []
+    for child in psutil.Process().children():
+        try:
+            if any(str(place) in argument for argument in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keeps this program's answer to SIGTERM, which ray.init() replaces by its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _stderr_alone() -> Iterator[None]:
+    """Has Ray write to stderr what it writes: it has no such setting, and puts its own notes on the driver's stdout."""
+    before = ray_worker.print_worker_logs
+
+    def write(lines: Any, _: Any, ignore_prefix: bool = False) -> None:
+        before(lines, sys.stderr, ignore_prefix)
+
+    ray_worker.print_worker_logs = write
+    try:
+        yield
+    finally:
+        ray_worker.print_worker_logs = before

@@ -1,0 +1,423 @@
+"""The beacon: every rank tells every other where it is, four times a second, over connections of its own.
+
+It says who is lost when the transport cannot: a process that is gone closes its connection, a process that is stopped
+falls silent while its host still answers, a host that is gone answers nothing, and a rank that only waits says for
+whom. Nothing of it is on the way of rows; a thread of its own sends and hears, and a call's notes are assignments.
+
+Who else holds the group's token can ask for the picture: `megamoe doctor --run` does.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import secrets
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
+from typing import Any
+
+from torch.distributed import Store
+
+from megamoe.parallel.diagnosis import Sight, Verdict, diagnose
+from megamoe.parallel.position import LEFT, RAISED, Position, Whereabouts
+
+BEAT_S = 0.25
+PATIENCE_S = 0.7  # how long an error waits for what the others say
+_PROBE_S = 0.4
+_ANSWERS = 8  # beats whose median says how far away a peer is
+_TOLD = 16  # peers of which a rank tells that
+_MOST_BYTES = 1 << 20
+_LENGTH = struct.Struct(">I")
+
+
+class Line:
+    """A connection that carries records: JSON behind a length."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+        self._arrived, self._leaving = bytearray(), bytearray()
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Queues a record. One that finds a megabyte waiting is dropped: whoever does not read needs no more of it."""
+        if len(self._leaving) < _MOST_BYTES:
+            body = json.dumps(record).encode()
+            self._leaving += _LENGTH.pack(len(body)) + body
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something has yet to be sent."""
+        return bool(self._leaving)
+
+    def flush(self) -> None:
+        """Sends what the kernel takes. OSError where the connection is gone."""
+        try:
+            while self._leaving:
+                del self._leaving[: self.channel.send(self._leaving)]
+        except BlockingIOError:
+            return
+
+    def take(self) -> list[dict[str, Any]]:
+        """Records that have arrived. EOFError, once none is left, where the connection has ended."""
+        ended = False
+        try:
+            while not ended:
+                piece = self.channel.recv(65536)
+                self._arrived += piece
+                ended = not piece
+        except BlockingIOError:
+            pass
+        except OSError:
+            ended = True
+        records = []
+        while len(self._arrived) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._arrived)
+            if size > _MOST_BYTES:
+                raise EOFError("no record of a beacon")
+            if len(self._arrived) < _LENGTH.size + size:
+                break
+            records.append(json.loads(self._arrived[_LENGTH.size : _LENGTH.size + size]))
+            del self._arrived[: _LENGTH.size + size]
+        if ended and not records:
+            raise EOFError("the connection has ended")
+        return records
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What is known of another rank. Times are of time.monotonic()."""
+
+    rank: int
+    host: str
+    address: str
+    port: int
+    line: Line | None = None
+    position: Position | None = None
+    heard: float = field(default_factory=time.monotonic)
+    closed: bool = False
+    answered_s: deque[float] = field(default_factory=lambda: deque(maxlen=_ANSWERS))
+    asked: float = 0.0
+    unheard: tuple[int, ...] = ()
+    answers: tuple[tuple[int, float], ...] = ()
+
+
+class Beacon:
+    """One for each group and rank, from the group's start until leave().
+
+    store      where the ranks meet; addresses and the group's token are left there
+    address    IP address of this rank that the others reach
+    trouble    called, in the beacon's thread, when a peer is found dead or has raised while this rank is in a call
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: Store,
+        whereabouts: Whereabouts,
+        *,
+        address: str,
+        host: str,
+        deadline_s: float,
+    ) -> None:
+        self.rank, self.size, self.host, self.whereabouts = rank, size, host, whereabouts
+        self.trouble: Callable[[], None] = lambda: None
+        self._beat_s = max(BEAT_S, size / 64)
+        self._changed = threading.Condition()
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.create_server((address, 0), family=_family(address), backlog=max(16, size))
+        self.port, self.address = self._listener.getsockname()[1], address
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._stopping = False
+        self._told = threading.Event()
+        self._peers = self._meet(store, deadline_s)
+        self._thread = threading.Thread(target=self._run, name="megamoe beacon", daemon=True)
+        self._thread.start()
+
+    def _meet(self, store: Store, deadline_s: float) -> dict[int, _Peer]:
+        """Finds the others and connects to those of lower rank; those of higher rank come by themselves."""
+        if self.rank == 0:
+            store.set("beacon token", secrets.token_hex(16))
+        mine = {"host": self.host, "address": self.address, "port": self.port}
+        store.set(f"beacon {self.rank}", json.dumps(mine))
+        peers = {}
+        self.token = store.get("beacon token").decode()
+        for rank in range(self.size):
+            if rank != self.rank:
+                peers[rank] = _Peer(rank, **json.loads(store.get(f"beacon {rank}")))
+        for peer in list(peers.values())[: self.rank]:
+            channel = socket.create_connection((peer.address, peer.port), timeout=deadline_s)
+            peer.line = _line(channel)
+            peer.line.put({"token": self.token, "rank": self.rank})
+        if store.add("beacons lit", 1) == self.size:  # a rank that left at once would leave others without an answer
+            store.set("all beacons lit", "")
+        store.wait(["all beacons lit"])
+        return peers
+
+    # ---- what a call asks ----
+
+    def lost(self) -> int | None:
+        """A peer that is gone or has raised, as far as was heard; this group cannot be used without it."""
+        with self._changed:
+            return next((peer.rank for peer in self._peers.values() if _is_lost(peer)), None)
+
+    def judge(self, awaited: int | None) -> tuple[Verdict, list[Sight]]:
+        """Whom to name, and what every rank was seen to do. Takes PATIENCE_S where the others leave it open."""
+        until = time.monotonic() + PATIENCE_S
+        found: dict[int, str] = {}
+        while True:
+            silent = [sight.rank for sight in self.sights() if sight.silent and not sight.closed]
+            found |= self._probe([rank for rank in silent if rank not in found])
+            sights = [_with_probe(sight, found.get(sight.rank)) for sight in self.sights()]
+            verdict = diagnose(self.rank, awaited, sights)
+            left = until - time.monotonic()
+            if verdict.certain or left <= 0:
+                return verdict, sights
+            with self._changed:
+                self._changed.wait(left)
+
+    def sights(self) -> list[Sight]:
+        """All ranks as this one sees them, itself included."""
+        with self._changed:
+            now = time.monotonic()
+            sights = [self._sight(peer, now) for peer in self._peers.values()]
+        unheard = tuple(sight.rank for sight in sights if sight.silent)
+        own = self.whereabouts.position()
+        sights.append(Sight(self.rank, self.host, own, 0.0, unheard=unheard, answers=self._answers()))
+        return sorted(sights, key=lambda sight: sight.rank)
+
+    def _sight(self, peer: _Peer, now: float) -> Sight:
+        heard_s = now - peer.heard
+        position = peer.position
+        if position is not None:
+            position = replace(position, age_s=position.age_s + heard_s)
+        silent = heard_s > 4 * self._beat_s
+        return Sight(peer.rank, peer.host, position, heard_s, silent, peer.closed, None, peer.unheard, peer.answers)
+
+    def _answers(self) -> tuple[tuple[int, float], ...]:
+        """(rank, seconds) of the peers that take longest to answer: the median of the last beats, or what is awaited."""
+        now = time.monotonic()
+        took = [
+            (max(median(peer.answered_s), now - peer.asked if peer.asked else 0.0), peer.rank)
+            for peer in self._peers.values()
+            if peer.answered_s and not peer.closed
+        ]
+        return tuple((rank, seconds) for seconds, rank in sorted(took, reverse=True)[:_TOLD])
+
+    def _probe(self, ranks: Sequence[int]) -> dict[int, str]:
+        """How their hosts take a connection, all tried at once: "accepted", "refused" (no such process) or ""."""
+        found = dict.fromkeys(ranks, "")
+        with selectors.DefaultSelector() as tries:
+            for rank in ranks:
+                peer = self._peers[rank]
+                channel = socket.socket(_family(peer.address), socket.SOCK_STREAM)
+                channel.setblocking(False)
+                channel.connect_ex((peer.address, peer.port))
+                tries.register(channel, selectors.EVENT_WRITE, (rank, channel))
+            until = time.monotonic() + _PROBE_S
+            while tries.get_map() and (left := until - time.monotonic()) > 0:
+                for key, _ in tries.select(left):
+                    rank, channel = key.data
+                    error = channel.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    found[rank] = {0: "accepted", errno.ECONNREFUSED: "refused"}.get(error, "")
+                    tries.unregister(channel)
+                    channel.close()
+            for key in list(tries.get_map().values()):
+                key.data[1].close()
+        return found
+
+    def say(self) -> None:
+        """Tells all others now where this rank is, and returns when they have been sent it, or half a second later."""
+        self._told.clear()
+        self._wake()
+        self._told.wait(0.5)
+
+    def leave(self) -> None:
+        """Says goodbye and ends the thread."""
+        self.whereabouts.end(LEFT)
+        self._stopping = True
+        self._wake()
+        self._thread.join(2.0)
+
+    # ---- the thread ----
+
+    def _wake(self) -> None:
+        try:
+            self._wake_out.send(b"!")
+        except OSError:
+            return  # the thread has ended
+
+    def _run(self) -> None:
+        strangers: list[Line] = []
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._wake_in)
+        for peer in self._peers.values():
+            if peer.line is not None:
+                self._selector.register(peer.line.channel, selectors.EVENT_READ, peer)
+        beat = 0.0
+        try:
+            while True:
+                stopping = self._stopping
+                now = time.monotonic()
+                woken = False
+                for key, _ in self._selector.select(max(0.0, beat - now)) if not stopping else []:
+                    if key.data is self._listener:
+                        self._accept(strangers)
+                    elif key.data is self._wake_in:
+                        self._wake_in.recv(64)
+                        woken = True
+                    else:
+                        self._hear(key.data)
+                if stopping or woken or time.monotonic() >= beat:
+                    self._tell()
+                    beat = time.monotonic() + self._beat_s
+                if woken:
+                    self._told.set()
+                if stopping:
+                    return
+        finally:
+            self._close(strangers)
+
+    def _accept(self, strangers: list[Line]) -> None:
+        channel, _ = self._listener.accept()
+        line = _line(channel)
+        strangers.append(line)
+        self._selector.register(channel, selectors.EVENT_READ, line)
+
+    def _hear(self, source: _Peer | Line) -> None:
+        if isinstance(source, Line):
+            self._hear_stranger(source)
+            return
+        assert source.line is not None
+        was_lost = _is_lost(source)
+        try:
+            records = source.line.take()
+        except (EOFError, ValueError):
+            self._selector.unregister(source.line.channel)
+            source.line.channel.close()
+            with self._changed:
+                source.closed = True
+                self._changed.notify_all()
+        else:
+            for record in records:
+                self._note(source, record)
+        if _is_lost(source) and not was_lost and self.whereabouts.busy:
+            self.trouble()
+
+    def _hear_stranger(self, line: Line) -> None:
+        """A rank that says who it is, or a program that asks for the picture; anything else is sent away."""
+        try:
+            records = line.take()
+        except (EOFError, ValueError):
+            records = [{}]
+        if not records:
+            return
+        hello = records[0] if isinstance(records[0], dict) else {}
+        self._selector.unregister(line.channel)
+        known = secrets.compare_digest(str(hello.get("token", "")).encode(), self.token.encode())
+        rank = hello.get("rank")
+        peer = self._peers.get(rank) if isinstance(rank, int) else None
+        if known and peer is not None and peer.line is None:
+            peer.line = line
+            self._selector.register(line.channel, selectors.EVENT_READ, peer)
+            for record in records[1:]:
+                self._note(peer, record)
+            return
+        if known and hello.get("ask"):
+            line.put({"size": self.size, "sights": [asdict(sight) for sight in self.sights()]})
+            _send(line)
+        line.channel.close()
+
+    def _note(self, peer: _Peer, record: dict[str, Any]) -> None:
+        now = time.monotonic()
+        with self._changed:
+            peer.heard = now
+            if "answer" in record:
+                peer.answered_s.append(now - record["answer"])
+                peer.asked = 0.0
+                return
+            peer.position = Position(**record["position"])
+            peer.unheard, peer.answers = tuple(record["unheard"]), tuple(map(tuple, record["answers"]))
+            self._changed.notify_all()
+        if peer.line is not None:
+            peer.line.put({"answer": record["at"]})
+            _send(peer.line)
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        unheard = [peer.rank for peer in self._peers.values() if now - peer.heard > 4 * self._beat_s]
+        position = self.whereabouts.position().as_dict()
+        record = {"at": now, "position": position, "unheard": unheard, "answers": self._answers()}
+        for peer in self._peers.values():
+            if peer.line is not None and not peer.closed:
+                peer.asked = peer.asked or now
+                peer.line.put(record)
+                _send(peer.line)
+
+    def _close(self, strangers: list[Line]) -> None:
+        lines = [peer.line for peer in self._peers.values() if peer.line is not None]
+        for line in (*lines, *strangers):
+            line.channel.close()
+        for channel in (self._listener, self._wake_in, self._wake_out):
+            channel.close()
+        self._selector.close()
+
+
+def _with_probe(sight: Sight, found: str | None) -> Sight:
+    if found is None:
+        return sight
+    return replace(sight, closed=sight.closed or found == "refused", reachable=found == "accepted")
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _is_lost(peer: _Peer) -> bool:
+    state = peer.position.state if peer.position else ""
+    return state == RAISED or (peer.closed and state != LEFT)
+
+
+def _line(channel: socket.socket) -> Line:
+    channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    channel.setblocking(False)
+    return Line(channel)
+
+
+def _send(line: Line) -> None:
+    """Sends what can be sent; that the other end is gone shows when it is read from."""
+    try:
+        line.flush()
+    except OSError:
+        return
+
+
+def ask(address: str, port: int, token: str, timeout_s: float = 2.0) -> list[Sight]:
+    """The picture that one rank has of its group. OSError or EOFError where it does not answer."""
+    with socket.create_connection((address, port), timeout=timeout_s) as channel:
+        line = Line(channel)
+        line.put({"token": token, "ask": True})
+        line.flush()
+        until = time.monotonic() + timeout_s
+        records: list[dict[str, Any]] = []
+        with selectors.DefaultSelector() as ready:
+            channel.setblocking(False)
+            ready.register(channel, selectors.EVENT_READ)
+            while not records:
+                if not ready.select(max(0.0, until - time.monotonic())):
+                    raise TimeoutError(f"no answer from {address} port {port} within {timeout_s:g} s")
+                records = line.take()
+    return [_sight(sight) for sight in records[0]["sights"]]
+
+
+def _sight(record: dict[str, Any]) -> Sight:
+    position = record["position"]
+    fields = {**record, "unheard": tuple(record["unheard"]), "answers": tuple(map(tuple, record["answers"]))}
+    return Sight(**{**fields, "position": None if position is None else Position(**position)})

@@ -1,0 +1,122 @@
+"""Where a rank is: the note that every rank keeps of itself, and what is left of it when the rank is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+OUTSIDE, WORKING, WAITING, RAISED, LEFT = "outside", "working", "waiting", "raised", "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """What a rank does, as it says itself.
+
+    state      "outside" of any call, "working", "waiting", "raised" (it will do no more in this group) or "left"
+    layer      name of the layer whose call it is in or, outside, was in last; "" before the first
+    call       number of that call, from 1
+    wave       of the phase, None outside of waves
+    phase      "counts", "dispatch", "linear-1", ..., "" where there is none
+    peer       the rank that it waits for, or blames where it raised; None where there is none
+    sequence   how many notes the rank has taken
+    age_s      seconds since it came there
+    complaint  what it raised
+    """
+
+    state: str = OUTSIDE
+    layer: str = ""
+    call: int = 0
+    wave: int | None = None
+    phase: str = ""
+    peer: int | None = None
+    sequence: int = 0
+    age_s: float = 0.0
+    complaint: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def place(self) -> str:
+        """Where, in words.    "layer 'moe', call 7, wave 2, combine" """
+        if not self.layer:
+            return "before its first call"
+        words = [f"layer {self.layer!r}", f"call {self.call}"]
+        words += [] if self.wave is None else [f"wave {self.wave}"]
+        return ", ".join([*words, self.phase] if self.phase else words)
+
+    def __str__(self) -> str:
+        since = f"for {self.age_s:.1f} s"
+        if self.state == WAITING:
+            whom = "others" if self.peer is None else f"rank {self.peer}"
+            return f"waits for {whom}, {since}: {self.place}"
+        if self.state == WORKING:
+            return f"works, {since}: {self.place}"
+        if self.state == RAISED and self.peer is not None:
+            return f"gave up {self.age_s:.1f} s ago, rank {self.peer} is {self.complaint}: {self.place}"
+        if self.state == RAISED:
+            return f"raised {self.complaint} {self.age_s:.1f} s ago: {self.place}"
+        where = f"after call {self.call} of layer {self.layer!r}" if self.layer else "before its first call"
+        gone = "has left the group" if self.state == LEFT else "is outside of any call"
+        return f"{gone}, {since}, {where}"
+
+
+class Whereabouts:
+    """This rank's own position. A note is one assignment: about a microsecond, some twenty of them a call."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self._calling, self.waited_s = False, 0.0  # in this call so far
+        self._layer, self._call, self._sequence = "", 0, 0
+        self._now: tuple[str, int | None, str, int | None, float, str] = (OUTSIDE, None, "", None, time.monotonic(), "")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is on its way, or a wait outside of one."""
+        return self._now[0] in (WORKING, WAITING)
+
+    def enter(self, layer: str, call: int) -> None:
+        """A call of a layer begins."""
+        self.thread = threading.get_ident()
+        self._layer, self._call, self._calling, self.waited_s = layer, call, True, 0.0
+        self._note(WORKING, None, "begin", None)
+
+    def work(self, phase: str, wave: int | None = None) -> None:
+        """This rank computes, or hands over what it sends."""
+        self._note(WORKING, wave, phase, None)
+
+    def wait(self, phase: str, wave: int | None, peer: int | None) -> None:
+        """This rank waits for a peer. Notes of other threads than the call's own are not taken."""
+        if threading.get_ident() == self.thread:
+            self._note(WAITING, wave, phase, peer)
+
+    def arrived(self, phase: str, wave: int | None, took_s: float) -> None:
+        """What this rank waited for is there, after so long."""
+        if threading.get_ident() == self.thread and self._calling:
+            self.waited_s += took_s
+            self._note(WORKING, wave, phase, None)
+        elif threading.get_ident() == self.thread:
+            self._note(OUTSIDE, None, "", None)
+
+    def leave(self) -> None:
+        """The call has ended."""
+        self._calling, self.waited_s = False, 0.0
+        self._note(OUTSIDE, None, "", None)
+
+    def end(self, state: str, peer: int | None = None, complaint: str = "") -> None:
+        """The last note: this rank has raised or left. Where it raised is where it was."""
+        if self._now[0] not in (RAISED, LEFT):
+            _, wave, phase, _, _, _ = self._now
+            self._sequence += 1
+            self._now = (state, wave, phase, peer, time.monotonic(), complaint)
+
+    def _note(self, state: str, wave: int | None, phase: str, peer: int | None) -> None:
+        self._sequence += 1
+        self._now = (state, wave, phase, peer, time.monotonic(), "")
+
+    def position(self) -> Position:
+        state, wave, phase, peer, since, complaint = self._now
+        age = time.monotonic() - since
+        return Position(state, self._layer, self._call, wave, phase, peer, self._sequence, age, complaint)

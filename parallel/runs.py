@@ -1,0 +1,94 @@
+"""Runs of this machine that can be looked at while they go on: a file for every rank that says where its beacon is.
+
+The folder is the user's own and so are the files, since a beacon's token is in them. A rank removes its file when it
+leaves; what killed ranks left is removed by whoever lists a rank or asks next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True, slots=True)
+class ListedRank:
+    """A rank's beacon: process id and start time, address, port, and the token that it answers to."""
+
+    rank: int
+    pid: int
+    started: float
+    address: str
+    port: int
+    token: str
+
+    @property
+    def gone(self) -> bool:
+        """Whether its process has ended."""
+        try:
+            return psutil.Process(self.pid).create_time() != self.started
+        except psutil.NoSuchProcess:
+            return True
+
+
+def folder() -> Path:
+    """Where this user's runs are listed."""
+    return Path(tempfile.gettempdir()) / f"megamoe-runs-{os.getuid()}"
+
+
+@contextmanager
+def list_rank(run: str, rank: int, address: str, port: int, token: str) -> Iterator[None]:
+    """Lists this process as a rank of a run for the block. ValueError for a name that makes no file name."""
+    check_name(run)
+    sweep()
+    started = psutil.Process().create_time()
+    file = folder() / run / f"rank-{rank}.json"
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder().chmod(0o700)
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(asdict(ListedRank(rank, os.getpid(), started, address, port, token))))
+    draft.replace(file)
+    try:
+        yield
+    finally:
+        _remove(file)
+
+
+def check_name(run: str) -> str:
+    """The name of a run: letters, digits, dots, hyphens and underscores, 64 at most. ValueError for any other."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run):
+        raise ValueError(f"run {run!r} is not of letters, digits, dots, hyphens and underscores, 64 at most")
+    return run
+
+
+def listed() -> dict[str, list[ListedRank]]:
+    """Runs that have ranks on this machine, each with those that are alive, by rank."""
+    sweep()
+    runs: dict[str, list[ListedRank]] = {}
+    for file in sorted(folder().glob("*/rank-*.json")):
+        with suppress(FileNotFoundError):  # it has left meanwhile
+            runs.setdefault(file.parent.name, []).append(ListedRank(**json.loads(file.read_text())))
+    return {run: sorted(ranks, key=lambda rank: rank.rank) for run, ranks in runs.items()}
+
+
+def sweep() -> None:
+    """Removes files of processes that are gone."""
+    for file in folder().glob("*/rank-*.json"):
+        with suppress(FileNotFoundError):
+            if ListedRank(**json.loads(file.read_text())).gone:
+                _remove(file)
+
+
+def _remove(file: Path) -> None:
+    """The file, and its folders if they are empty then."""
+    file.unlink(missing_ok=True)
+    for each in (file.parent, folder()):
+        with suppress(OSError):
+            each.rmdir()

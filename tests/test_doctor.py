@@ -1,0 +1,317 @@
+"""The doctor: every finding has a state and a fix where one is due, and ranks that hang or die are findings in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from megamoe.launch import devices, doctor_machine, doctor_software
+from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices, present_device
+from megamoe.launch.doctor import LOOK_AT, examine
+from megamoe.launch.doctor_check import Check, Examination, Link
+from megamoe.launch.doctor_cli import _print_checks, _print_links, doctor
+from megamoe.launch.doctor_exchange import Trial, exchange, try_backend
+from megamoe.parallel.group import BACKENDS, EPGroup
+from megamoe.parallel.interfaces import Interface
+
+BETWEEN_RANKS = [*BACKENDS.values(), "links"]
+CPU = Examination(ranks=2, device="cpu")
+
+
+def command(*arguments: object) -> Result:
+    app = typer.Typer(add_completion=False)
+    app.command()(doctor)
+    return CliRunner().invoke(app, [str(each) for each in arguments], env={"COLUMNS": "80", "NO_COLOR": "1"})
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    """What the command says as JSON, with three ranks that try everything."""
+    done = command("--ranks", 3, "--device", "cpu", "--deadline-s", 60, "--format", "json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+# ---- the whole of it ----
+
+
+def test_every_check_has_a_state_and_a_fix_exactly_where_one_is_due(report: Any) -> None:
+    assert set(report) == {"checks", "links", "ok"}
+    names = [check["name"] for check in report["checks"]]
+    assert names == [*(look.__name__.replace("_", " ").replace(" version", "") for look in LOOK_AT), *BETWEEN_RANKS]
+    for check in report["checks"]:
+        assert set(check) == {"name", "state", "found", "fix"}
+        assert check["state"] in ("ok", "warn", "fail")
+        assert bool(check["fix"]) == (check["state"] != "ok")
+        assert check["found"]
+        assert "the check itself failed" not in check["found"]
+    assert report["ok"] == all(check["state"] != "fail" for check in report["checks"])
+
+
+def test_gloo_is_tried_and_what_has_no_device_is_not(report: Any) -> None:
+    found = {check["name"]: check for check in report["checks"]}
+    assert found["gloo"]["state"] == "ok"
+    assert "all-reduce and messages between 3 ranks" in found["gloo"]["found"]
+    assert found["hccl"] == {"name": "hccl", "state": "ok", "found": "not tried: no npu device", "fix": ""}
+
+
+def test_every_link_is_measured_both_ways(report: Any) -> None:
+    assert [(link["from"], link["to"]) for link in report["links"]] == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+    for link in report["links"]:
+        assert set(link) == {"from", "to", "gb_s", "latency_us"}
+        assert 0.001 < link["gb_s"] < 1000
+        assert 1 < link["latency_us"] < 1e6
+
+
+def test_without_exchange_no_rank_is_started_and_the_table_fits_80_columns() -> None:
+    done = command("--no-exchange", "--device", "cpu", "--ranks", 200)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("not tried: --no-exchange") == len(BETWEEN_RANKS)
+    assert re.search(r"^ *cores +warn ", done.stdout, re.MULTILINE)
+    assert "fix: use at most --ranks" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--interface", "nope0"], "no interface called 'nope0' has an IP address; there are "),
+        (["--device", "tpu"], "device type 'tpu' is not one of cpu, cuda, npu"),
+        (["--ranks", 0], "ranks must be in [1, 256], got 0"),
+        (["--deadline-s", 0], "deadline_s must be positive, got 0"),
+    ],
+    ids=["interface", "device", "ranks", "deadline"],
+)
+def test_wrong_requests_end_in_2_and_say_what_there_is(arguments: list[object], said: str) -> None:
+    done = command("--format", "json", *arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert "127.0.0.1" in done.stderr or "nope0" not in said
+
+
+@pytest.mark.skipif(num_devices("npu") > 0, reason="has such a device")
+def test_a_device_that_is_not_there_fails_with_1() -> None:
+    done = command("--device", "npu", "--no-exchange", "--format", "json")
+    found = json.loads(done.stdout)
+    assert done.exit_code == 1
+    assert found["ok"] is False
+    assert [check["name"] for check in found["checks"] if check["state"] == "fail"] == ["devices"]
+
+
+# ---- ranks that do not do what they should ----
+
+
+def hangs(group: EPGroup, trial: Trial) -> list[Link]:
+    if group.rank == 1:
+        time.sleep(120)
+    return try_backend(group, trial)
+
+
+def dies(group: EPGroup, _: Trial) -> list[Link]:
+    if group.rank == 1:
+        os._exit(7)
+    return []
+
+
+def refuses(group: EPGroup, _: Trial) -> list[Link]:
+    raise KeyError(f"rank {group.rank} has no such thing")
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [
+        (hangs, "rank 1 did not finish within the deadline"),
+        (dies, r"rank 1 \(process \d+\) died: exit code 7"),
+        (refuses, "rank 0 has no such thing"),
+    ],
+)
+def test_a_rank_that_fails_is_a_finding_within_the_deadline(work: Any, said: str) -> None:
+    others = active_children()  # other tests' ranks, and spawn's own
+    begun, deadline_s = time.monotonic(), 8.0
+    checks, links = exchange(Examination(2, "cpu", deadline_s=deadline_s), work)
+    assert time.monotonic() - begun < deadline_s + 3
+    assert [check.name for check in checks] == BETWEEN_RANKS
+    assert checks[0].state == "fail"
+    assert re.search(said, checks[0].found), checks[0].found
+    assert "--deadline-s 24" in checks[0].fix
+    assert not links
+    assert set(active_children()) <= set(others)
+
+
+def test_ranks_that_have_no_time_to_start_are_a_finding_too() -> None:
+    begun = time.monotonic()
+    checks, _ = exchange(Examination(2, "cpu", deadline_s=0.05))
+    assert time.monotonic() - begun < 5
+    assert checks[0].state == "fail"
+    assert "rank 0 did not start within 0.05 s" in checks[0].found
+
+
+def test_one_rank_has_no_links() -> None:
+    checks, links = exchange(Examination(1, "cpu", deadline_s=60))
+    assert [check.state for check in checks] == ["ok"] * len(checks)
+    assert checks[-1].found == "not measured: one rank has none"
+    assert not links
+
+
+# ---- single checks ----
+
+
+def test_a_check_that_trips_is_a_finding_and_the_rest_goes_on() -> None:
+    def left_shoe(_: Examination) -> Check:
+        raise OSError("no such foot")
+
+    found = examine(CPU, look_at=(left_shoe, doctor_software.python), between=lambda _: ([], []))
+    assert [(check.name, check.state) for check in found.checks] == [("left shoe", "warn"), ("python", "ok")]
+    assert "OSError: no such foot" in found.checks[0].found
+
+
+LOW = """
+import resource
+from megamoe.launch.doctor_check import Examination
+from megamoe.launch.doctor_machine import open_files
+for soft, hard in ((1024, 4096), (512, 512)):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    check = open_files(Examination(2, "cpu"))
+    print(check.state, check.fix, sep="|")
+"""
+
+
+def test_few_open_files_are_a_warning_with_a_fix_that_the_hard_limit_allows() -> None:
+    done = subprocess.run([sys.executable, "-c", LOW], capture_output=True, text=True, timeout=60, check=True)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("warn|ulimit -n 4096  # more needs /etc/security/limits.conf")
+    assert second.startswith("warn|raise the hard limit: /etc/security/limits.conf")
+
+
+def groups(folder: Path, lines: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control groups as the kernel shows them: the lines of /proc/self/cgroup, and files below /sys/fs/cgroup."""
+    own = folder / "cgroup"
+    own.write_text(lines)
+    for name, text in files.items():
+        file = folder / "tree" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    monkeypatch.setattr(doctor_machine, "OWN_CGROUPS", own)
+    monkeypatch.setattr(doctor_machine, "CGROUPS", folder / "tree")
+
+
+@pytest.mark.parametrize(
+    ("lines", "files"),
+    [
+        ("0::/a/b\n", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "max 100000"}),
+        (
+            "3:cpu,cpuacct:/a\n",
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "50000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"},
+        ),
+    ],
+    ids=["version2-limit_above", "version1"],
+)
+def test_half_a_core_is_too_little_for_two_ranks(
+    lines: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups(tmp_path, lines, files, monkeypatch)
+    check = doctor_machine.cores(CPU)
+    assert check.state == "warn"
+    assert check.found.startswith("0.5 usable")
+    assert "the control group allows 0.5" in check.found
+
+
+def test_memory_ends_where_the_control_group_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"memory.max": str(2**30), "memory.current": str(2**30 - 2**28)}
+    groups(tmp_path, "0::/\n", files, monkeypatch)
+    check = doctor_machine.memory(Examination(1, "cpu"))
+    assert (check.state, check.found.startswith("0.2 GiB free")) == ("warn", True)
+    assert "control group" in check.found
+
+
+def test_without_control_groups_nothing_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_machine, "OWN_CGROUPS", tmp_path / "none")
+    monkeypatch.setattr(doctor_machine, "SHARED_MEMORY", tmp_path / "none")
+    assert "control group" not in doctor_machine.cores(CPU).found
+    assert "control group" not in doctor_machine.memory(CPU).found
+    assert doctor_machine.shared_memory(CPU).state == "ok"
+
+
+def test_several_interfaces_and_none_named_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [Interface(name, f"192.0.2.{number}", False, True, 0) for number, name in enumerate(("net1", "net2"), 1)]
+    monkeypatch.setattr(doctor_machine, "list_interfaces", lambda: there)
+    monkeypatch.setattr(doctor_machine, "choose", lambda **_: there[0])
+    check = doctor_machine.interfaces(CPU)
+    assert check.state == "warn"
+    assert check.fix.startswith("megamoe doctor --interface net1")
+    assert "also net2 (192.0.2.2)" in check.found
+    assert doctor_machine.interfaces(Examination(2, "cpu", interface="net1")).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [("2.11.0+cpu", (2, 11)), ("2.9.0.dev20250901", (2, 9)), ("3", (3,)), ("2.11.0a0+git", (2, 11))],
+)
+def test_versions_are_compared_by_their_first_two_numbers(text: str, version: tuple[int, ...]) -> None:
+    assert doctor_software.parse_version(text) == version
+
+
+def test_an_old_torch_fails_and_missing_ray_and_triton_warn_where_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.__version__", "2.9.1+cpu")
+    assert doctor_software.torch_version(CPU) == Check("torch", "fail", "2.9.1+cpu", "pip install 'torch>=2.11'")
+    monkeypatch.setattr(doctor_software, "_installed", lambda *_: None)
+    assert doctor_software.ray(CPU).fix == "pip install 'megamoe[ray]'"
+    assert doctor_software.triton(CPU).state == "ok"
+    assert doctor_software.triton(Examination(2, "cuda")).fix == "pip install triton"
+
+
+def test_a_fix_without_a_fault_and_a_fault_without_a_fix_are_refused() -> None:
+    with pytest.raises(ValueError, match="a fix belongs to warn and fail"):
+        Check("x", "ok", "fine", "do nothing")
+    with pytest.raises(ValueError, match="a fix belongs to warn and fail"):
+        Check("x", "fail", "broken")
+
+
+@pytest.mark.parametrize("size", [2, 6, 16])
+def test_tables_of_any_number_of_ranks_fit_80_columns(size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    links = tuple(Link(a, b, 25.123, 12345.6) for a in range(size) for b in range(size) if a != b)
+    checks = (Check("x", "warn", "found " * 40, "type " * 40), Check.ok("brackets", "[bold]as they are[/]"))
+    _print_checks(checks)
+    _print_links(links, size)
+    said = capsys.readouterr().out
+    assert "[bold]as they are[/]" in said
+    assert "25.12" in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
+# ---- device types ----
+
+
+def test_every_backend_has_a_device_type_and_every_device_type_its_names() -> None:
+    assert {name: kind.backend for name, kind in DEVICE_TYPES.items()} == BACKENDS
+    assert [kind.ray_resource for kind in DEVICE_TYPES.values()] == ["CPU", "GPU", "NPU"]
+    assert [device_of(name, 3) for name in DEVICE_TYPES] == ["cpu", "cuda:3", "npu:3"]
+    assert num_devices("cpu") == 1
+    assert present_device() in DEVICE_TYPES
+
+
+def test_an_interface_is_named_so_that_no_other_begins_with_it() -> None:
+    assert device_type("cpu").interface_setting("eth1") == {"GLOO_SOCKET_IFNAME": "eth1"}
+    assert device_type("cuda").interface_setting("eth1") == {"NCCL_SOCKET_IFNAME": "=eth1"}
+    assert device_type("npu").interface_setting("eth1") == {"HCCL_SOCKET_IFNAME": "=eth1"}
+
+
+def test_rocm_is_cuda_with_devices_shared_out_by_hips_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.hip", "7.1.0")
+    assert device_type("cuda") is devices.ROCM
+    assert device_type("cuda").visible_devices == "HIP_VISIBLE_DEVICES"
+    assert device_type("npu").visible_devices == "ASCEND_RT_VISIBLE_DEVICES"

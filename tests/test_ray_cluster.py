@@ -1,0 +1,246 @@
+"""Seats on Ray: they meet, fail and end like any others, and a cluster that was started for them leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from megamoe.launch.ray_cluster import RaySeats
+from megamoe.launch.seats import SeatLostError
+from megamoe.parallel.errors import PeerError
+from megamoe.parallel.group import EPGroup
+
+pytest.importorskip("ray")
+
+from megamoe.launch import ray_session
+from megamoe.launch.ray_placement import order_bundles
+from megamoe.launch.ray_seat import RaySeat
+from tests.ray_nodes import add_up, is_gone, meet, nap, two_nodes
+
+WAIT_S = 60.0
+CAN_HOLD_A_LAB = sys.platform.startswith("linux") and os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc")
+
+DRIVER = """
+import json, os, psutil, signal, sys
+from pathlib import Path
+from megamoe.launch.ray_cluster import RaySeats
+
+def speak(group, text):
+    print("to stdout:", text)
+    print("to stderr:", text, file=sys.stderr)
+
+from megamoe.launch.worker import Meeting
+with RaySeats(2, address="local", log_dir=Path(sys.argv[1])) as seats:
+    for number in range(2):
+        seat = seats.open(number, 60.0)
+        seat.call("join", Meeting(*seat.call("open_store").result(60.0), 0, 0, 1)).result(60.0)
+        seat.call("run", speak, f"from {number}").result(60.0)
+    os.kill(seat.pid, signal.SIGKILL)
+    seen = {
+        "pids": [process.pid for process in psutil.Process().children(recursive=True)],
+        "place": str(Path(seats.log_paths()[0].path).parents[2]),
+    }
+    sys.stdin.readline()
+Path(sys.argv[1], "seen.json").write_text(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def places() -> Iterator[RaySeats]:
+    """Two seats on a cluster of this machine."""
+    with RaySeats(2, address="local", deadline_s=20.0) as seats:
+        yield seats
+
+
+@pytest.fixture(scope="module")
+def pair(places: RaySeats) -> list[RaySeat]:
+    return [places.open(number, WAIT_S) for number in range(2)]
+
+
+def raise_value_error(group: EPGroup) -> None:
+    raise ValueError(f"hidden 7 on rank {group.rank} is odd")
+
+
+def raise_peer_error(group: EPGroup) -> None:
+    raise PeerError(1 - group.rank, "there", "dispatch", "layer", 2, 1.5, 1.0, "reset")
+
+
+def raise_what_cannot_travel(_: EPGroup) -> None:
+    error = RuntimeError("holds a socket")
+    error.held = socket.socket()  # type: ignore[attr-defined]
+    raise error
+
+
+def answer_what_cannot_travel(_: EPGroup) -> socket.socket:
+    return socket.socket()
+
+
+def test_seats_meet_as_a_group_and_meet_again(pair: list[RaySeat]) -> None:
+    for generation in (1, 2):
+        meet(pair, generation)
+        summing = [seat.call("run", add_up, 10) for seat in pair]
+        assert [each.result(timeout=WAIT_S) for each in summing] == [21.0, 21.0]
+
+
+def test_errors_arrive_as_they_were_raised_with_where_in_a_note(pair: list[RaySeat]) -> None:
+    meet(pair, 3)
+    wrong = pair[1].call("run", raise_value_error).exception(timeout=WAIT_S)
+    assert type(wrong) is ValueError
+    assert str(wrong) == "hidden 7 on rank 1 is odd"
+    assert "raise_value_error" in wrong.__notes__[0]
+    lost = pair[0].call("run", raise_peer_error).exception(timeout=WAIT_S)
+    assert isinstance(lost, PeerError)
+    assert (lost.rank, lost.wave, lost.reason) == (1, 2, "reset")
+    assert "raised on rank 0" in lost.__notes__[0]
+
+
+@pytest.mark.parametrize("work", [raise_what_cannot_travel, answer_what_cannot_travel])
+def test_what_cannot_travel_is_said_and_the_seat_serves_on(pair: list[RaySeat], work: Any) -> None:
+    meet(pair, 4)
+    error = pair[0].call("run", work).exception(timeout=WAIT_S)
+    assert isinstance(error, RuntimeError)
+    assert "socket" in str(error)
+    assert pair[0].call("info").result(timeout=WAIT_S).pid == pair[0].pid
+
+
+def test_a_killed_process_is_noticed_at_once_and_its_seat_opens_again(places: RaySeats) -> None:
+    seats = [places.open(number, WAIT_S) for number in range(2)]
+    meet(seats, 5)
+    asked = seats[1].call("run", nap)
+    begin = time.monotonic()
+    os.kill(seats[1].pid, signal.SIGKILL)
+    lost = asked.exception(timeout=WAIT_S)
+    assert time.monotonic() - begin < 3.0
+    assert isinstance(lost, SeatLostError)
+    assert lost.number == 1
+    assert f"process {seats[1].pid}" in lost.message
+    assert "killed" in lost.message
+    assert not seats[1].alive
+    again = places.open(1, WAIT_S)
+    assert again.alive
+    assert again.call("info").result(timeout=WAIT_S).pid == again.pid != seats[1].pid
+
+
+def test_a_stopped_process_can_be_ended_and_what_it_was_asked_fails(places: RaySeats) -> None:
+    seat = places.open(0, WAIT_S)
+    os.kill(seat.pid, signal.SIGSTOP)
+    asked = seat.call("info")
+    seat.kill()
+    assert is_gone(seat.pid)
+    assert not seat.alive
+    assert isinstance(asked.exception(timeout=0.0), SeatLostError)
+    assert isinstance(seat.call("info").exception(timeout=WAIT_S), SeatLostError)
+
+
+def test_a_cluster_without_room_says_what_was_asked_and_what_it_has(places: RaySeats) -> None:
+    import ray
+
+    places.place()
+    with pytest.raises(RuntimeError, match=r"no room within 0\.5 s for 3 bundles of 1 CPU: the cluster has 2 CPU;"):
+        RaySeats(3, deadline_s=0.5).place()
+    with pytest.raises(RuntimeError, match=r"2 bundles of 1 GPU: the cluster has 0 GPU; node [0-9.]+ has 0, 0 of them"):
+        RaySeats(2, device="cuda", deadline_s=0.5).place()
+    states = [each["state"] for each in ray.util.placement_group_table().values()]
+    assert "PENDING" not in states
+
+
+def test_a_process_uses_one_cluster(places: RaySeats) -> None:
+    places.place()
+    with pytest.raises(RuntimeError, match=r"cannot use 198\.51\.100\.1:6379 besides"):
+        RaySeats(1, address="198.51.100.1:6379").place()
+
+
+def test_an_address_without_a_cluster_is_refused_within_the_deadline() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(RuntimeError, match=f"no Ray cluster answers at {address}: Connection refused"):
+            ray_session.check_cluster(address, 2.0)
+        silent.listen()
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match="did not answer as a Ray cluster within 2 s"):
+            ray_session.check_cluster(address, 2.0)
+        assert time.monotonic() - begin < 4.0
+
+
+@pytest.mark.parametrize("address", ["head", "head:", ":6379", "ray://head"])
+def test_an_address_needs_a_host_and_a_port(address: str) -> None:
+    with pytest.raises(ValueError, match="is not host:port"):
+        ray_session.check_cluster(address, 1.0)
+
+
+def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'megamoe\[ray\]'"):
+        RaySeats(2)
+    alone = "import sys; sys.modules['ray'] = None; import megamoe.launch.ray_cluster"
+    subprocess.run([sys.executable, "-c", alone], check=True, timeout=WAIT_S)
+
+
+@pytest.mark.parametrize(
+    ("first", "order"),
+    [("x", [1, 3, 0, 2]), ("b", [0, 2, 1, 3]), ("a", [1, 3, 0, 2])],
+    ids=["driver_elsewhere", "driver_on_b", "driver_on_a"],
+)
+def test_seats_of_a_node_follow_each_other(first: str, order: list[int]) -> None:
+    nodes = {0: "b", 1: "a", 2: "b", 3: "a"}
+    assert order_bundles(nodes, {"a": "10.0.0.9", "b": "10.0.0.10"}, first) == order
+
+
+def _read_until(stream: IO[str], wanted: list[str]) -> str:
+    """What comes until all that is wanted has come, or the stream ends."""
+    heard = ""
+    for line in stream:
+        heard += line
+        if all(each in heard for each in wanted):
+            break
+    return heard
+
+
+def test_a_local_cluster_leaves_stdout_alone_and_nothing_behind_but_logs(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    spoken = [f"to {stream}: from {number}" for number in range(2) for stream in ("stdout", "stderr")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(line, text=True, **pipes) as driver:  # type: ignore[call-overload]
+        heard = _read_until(driver.stderr, [*spoken, "(raylet)"])  # Ray, of what was killed
+        stdout, rest = driver.communicate("\n", timeout=WAIT_S)
+    assert driver.returncode == 0, heard + rest
+    assert stdout == ""
+    for number, kept in enumerate((spoken[:2], spoken[2:])):
+        assert all(re.search(rf"^\(rank {number} pid=\d+\) {each}$", heard, re.MULTILINE) for each in kept)
+        assert (tmp_path / f"rank-{number}.log").read_text().splitlines() == kept
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert not Path(seen["place"]).exists()
+    assert len(seen["pids"]) > 4
+    assert [pid for pid in seen["pids"] if not is_gone(pid)] == []
+
+
+@pytest.mark.skipif(not CAN_HOLD_A_LAB, reason="two networks on one machine need Linux, root, ip and tc")
+def test_seats_on_two_nodes() -> None:
+    with two_nodes() as nodes:
+        head, other = (host.address for host in nodes.hosts)
+        done = nodes.python("-m", "tests.ray_nodes", nodes.address, timeout_s=120.0)
+        assert done.returncode == 0, done.stderr
+        seen = json.loads(done.stdout)
+    assert seen["nodes"] == [head, head, other, other]
+    assert seen["logs_exist"] == [True] * 4
+    assert seen["sums"] == [46.0] * 4
+    full = f"the cluster has 4 CPU; node {head} has 2, 0 of them free; node {other} has 2, 0 of them free"
+    assert f"1 bundles of 1 CPU: {full}" in seen["too_small"]
+    assert seen["stopped_is_gone"]
+    assert seen["stopped_s"] < 15.0
+    assert seen["stopped_call"] == "SeatLostError"
+    assert seen["node_lost"].startswith("SeatLostError: rank 3")
+    assert "its node is gone, and no other has 1 CPU free" in seen["homeless"]

@@ -1,0 +1,355 @@
+"""Seats on this machine: answers in order, errors as they were raised, an end noticed at once, every line kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from megamoe.launch.lab import Host
+from megamoe.launch.process import loopback
+from megamoe.launch.seats import SeatLostError
+from megamoe.launch.spawn import SpawnSeat, SpawnSeats
+from megamoe.launch.worker import Meeting
+from megamoe.parallel.errors import PeerError
+from megamoe.parallel.group import EPGroup
+
+QUICK_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("seats") / "new" / "logs"
+
+
+@pytest.fixture(scope="module")
+def seats(logs: Path) -> Iterator[SpawnSeats]:
+    with SpawnSeats(3, threads=1, deadline_s=QUICK_S, log_dir=logs) as opened:
+        yield opened
+
+
+class Sitting:
+    """The seats that are open, each opened when it is asked for and again where its process has ended."""
+
+    def __init__(self, seats: SpawnSeats) -> None:
+        self._seats = seats
+        self._open: dict[int, SpawnSeat] = {}
+
+    def __getitem__(self, number: int) -> SpawnSeat:
+        if number not in self._open or not self._open[number].alive:
+            self._open[number] = self._seats.open(number, 60)
+        return self._open[number]
+
+
+@pytest.fixture(scope="module")
+def sitting(seats: SpawnSeats) -> Sitting:
+    return Sitting(seats)
+
+
+def meet(*seats: SpawnSeat, generation: int = 1) -> None:
+    """Makes a group of these seats, ranks in their order."""
+    address, port = seats[0].call("open_store").result(QUICK_S)
+    joined = [
+        seat.call("join", Meeting(address, port, generation, rank, len(seats))) for rank, seat in enumerate(seats)
+    ]
+    for each in joined:
+        each.result(QUICK_S)
+
+
+def alone(seat: SpawnSeat) -> SpawnSeat:
+    """The seat in a group of its own, where it can run() anything."""
+    meet(seat)
+    return seat
+
+
+# ---- answers ----
+
+
+def squared(_: EPGroup, number: int) -> int:
+    return number**2
+
+
+def test_a_worker_says_who_it_is(sitting: Sitting) -> None:
+    seat = sitting[0]
+    info = seat.call("info").result(QUICK_S)
+    assert (info.host, info.pid, info.device) == (seat.host, seat.pid, "cpu")
+    assert psutil.Process(seat.pid).ppid() == os.getpid()
+    assert seat.alive
+
+
+def test_answers_come_in_the_order_of_the_calls(sitting: Sitting) -> None:
+    seat = alone(sitting[0])
+    order: list[int] = []
+    answers = [seat.call("run", squared, number) for number in range(50)]
+    for number, answer in enumerate(answers):
+        answer.add_done_callback(lambda _, number=number: order.append(number))  # type: ignore[misc]
+    assert [answer.result(QUICK_S) for answer in answers] == [number**2 for number in range(50)]
+    assert order == sorted(order)
+
+
+def summed(group: EPGroup, start: int) -> tuple[int, float, str, int]:
+    total = torch.tensor([float(group.rank + start)])
+    dist.all_reduce(total)
+    return group.rank, total.item(), os.environ["GLOO_SOCKET_IFNAME"], torch.get_num_threads()
+
+
+def test_seats_meet_and_meet_again_in_another_order(sitting: Sitting) -> None:
+    for generation, order in enumerate([(0, 1, 2), (2, 0), (1, 2, 0)], 1):
+        members = [sitting[number] for number in order]
+        meet(*members, generation=generation)
+        found = [answer.result(QUICK_S) for answer in [seat.call("run", summed, 10) for seat in members]]
+        expected = 10.0 * len(order) + sum(range(len(order)))
+        assert found == [(rank, expected, loopback().interface, 1) for rank in range(len(order))]
+
+
+def raises(_: EPGroup, kind: str) -> None:
+    class LocalError(Exception):
+        """Cannot be pickled: it is known inside this function only."""
+
+    errors: dict[str, Exception] = {
+        "value": ValueError("too many"),
+        "peer": PeerError(3, "there", "combine", "layers.0", 2, 1.5, 60.0, "connection closed"),
+        "local": LocalError("nobody knows me"),
+    }
+    raise errors[kind]
+
+
+def test_an_exception_keeps_its_type_and_the_seat_goes_on(sitting: Sitting) -> None:
+    seat = alone(sitting[0])
+    failed = seat.call("run", raises, "value").exception(QUICK_S)
+    assert isinstance(failed, ValueError)
+    assert str(failed) == "too many"
+    assert any("raised on seat 0" in note and "in raises" in note for note in failed.__notes__)
+    lost = seat.call("run", raises, "peer").exception(QUICK_S)
+    assert isinstance(lost, PeerError)
+    assert (lost.rank, lost.phase, lost.wave) == (3, "combine", 2)
+    unknown = seat.call("run", raises, "local").exception(QUICK_S)
+    assert isinstance(unknown, RuntimeError)
+    assert "nobody knows me" in str(unknown)
+    assert seat.call("run", squared, 3).result(QUICK_S) == 9
+
+
+def returns_a_lock(_: EPGroup) -> object:
+    return threading.Lock()
+
+
+def test_what_cannot_be_sent_is_said_and_the_seat_goes_on(sitting: Sitting) -> None:
+    seat = alone(sitting[0])
+    with pytest.raises(TypeError, match="cannot pickle"):
+        seat.call("run", squared, threading.Lock())
+    assert isinstance(seat.call("run", returns_a_lock).exception(QUICK_S), TypeError)
+    assert isinstance(seat.call("no_such_method").exception(QUICK_S), AttributeError)
+    assert seat.call("run", squared, 3).result(QUICK_S) == 9
+
+
+def echoed(_: EPGroup, data: bytes) -> bytes:
+    return data
+
+
+def test_large_questions_and_answers_pass_and_no_call_waits_for_the_worker(sitting: Sitting) -> None:
+    seat = alone(sitting[0])
+    data = os.urandom(8_000_000)
+    os.kill(seat.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    answers = [seat.call("run", echoed, data) for _ in range(3)]
+    assert time.monotonic() - begun < 2, "a call waited for a worker that had stopped"
+    os.kill(seat.pid, signal.SIGCONT)
+    assert all(answer.result(QUICK_S) == data for answer in answers)
+
+
+# ---- ends ----
+
+
+def hangs(_: EPGroup) -> None:
+    threading.Event().wait(60)
+
+
+def ends(_: EPGroup, code: int) -> None:
+    os._exit(code)
+
+
+@pytest.mark.parametrize("how", ["killed", "exits"])
+def test_all_that_a_worker_was_asked_fails_when_it_dies_and_the_seat_can_be_opened_again(
+    seats: SpawnSeats, sitting: Sitting, how: str
+) -> None:
+    seat = alone(sitting[1])
+    waiting = [seat.call("run", hangs) if how == "killed" else seat.call("run", ends, 7), seat.call("info")]
+    begun = time.monotonic()
+    if how == "killed":
+        os.kill(seat.pid, signal.SIGKILL)
+    said = f"seat 1 (process {seat.pid}) died: {'killed by SIGKILL' if how == 'killed' else 'exit code 7'}"
+    for answer in waiting:
+        lost = answer.exception(QUICK_S)
+        assert isinstance(lost, SeatLostError)
+        assert (lost.number, str(lost)) == (1, said)
+    assert time.monotonic() - begun < 3
+    assert not seat.alive
+    with pytest.raises(SeatLostError, match="seat 1"):
+        seat.call("info").result(0)
+    seat.kill()  # of one that is gone
+    again = seats.open(1, 60)
+    assert again.pid != seat.pid
+    assert again.call("info").result(QUICK_S).pid == again.pid
+
+
+def test_a_worker_that_is_stopped_can_be_killed(sitting: Sitting) -> None:
+    seat = sitting[1]
+    os.kill(seat.pid, signal.SIGSTOP)
+    waiting = seat.call("info")
+    begun = time.monotonic()
+    seat.kill()
+    assert time.monotonic() - begun < 3
+    assert not psutil.pid_exists(seat.pid)
+    assert isinstance(waiting.exception(QUICK_S), SeatLostError)
+
+
+def test_what_waits_for_an_answer_may_kill_the_seat(sitting: Sitting) -> None:
+    seat, done = alone(sitting[1]), threading.Event()
+
+    def kill(_: object) -> None:
+        seat.kill()
+        done.set()
+
+    seat.call("run", ends, 3).add_done_callback(kill)
+    assert done.wait(5)
+
+
+def test_whoever_sits_in_a_seat_leaves_it_when_it_is_opened_again(seats: SpawnSeats, sitting: Sitting) -> None:
+    seat = sitting[1]
+    again = seats.open(1, 60)
+    assert not seat.alive
+    assert not psutil.pid_exists(seat.pid)
+    assert again.alive
+
+
+def test_a_seat_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+    descriptors = psutil.Process().num_fds()
+    with SpawnSeats(1, hosts=[Host("megamoe-not-there-r0", "10.77.0.1", "link0")], log_dir=tmp_path) as opened:
+        with pytest.raises(RuntimeError, match=r"seat 0 \(process \d+\) died: exit code 1: .*megamoe-not-there-r0"):
+            opened.open(0, 60)
+        assert set(psutil.Process().children()) == before
+        assert "No such file or directory" in (tmp_path / "seat-0.log").read_text()
+    assert psutil.Process().num_fds() <= descriptors
+
+
+def test_a_seat_that_does_not_answer_in_time_is_ended() -> None:
+    before = set(psutil.Process().children())
+    with SpawnSeats(1) as opened:
+        with pytest.raises(RuntimeError, match=r"seat 0 did not answer within 0.01 s"):
+            opened.open(0, 0.01)
+        assert set(psutil.Process().children()) == before
+
+
+def test_closed_seats_are_gone_and_stay_closed() -> None:
+    with SpawnSeats(2, threads=1) as opened:
+        pids = [opened.open(number, 60).pid for number in range(2)]
+        os.kill(pids[1], signal.SIGSTOP)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    with pytest.raises(RuntimeError, match="have been closed"):
+        opened.open(0, 60)
+    opened.close()
+
+
+ORPHANS = """
+import os, signal, sys
+from megamoe.launch.spawn import SpawnSeats
+if __name__ == "__main__":
+    with SpawnSeats(2, threads=1) as seats:
+        print(*[seats.open(number, 60).pid for number in range(2)], flush=True)
+        signal.pause()
+"""
+
+
+def test_seats_go_when_their_parent_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(ORPHANS)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pids = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(pids, timeout=20)
+    assert not alive
+
+
+# ---- what they print ----
+
+
+def prints(_: EPGroup, num_lines: int, *, then_dies: bool = False) -> None:
+    for number in range(num_lines):
+        print(f"line {number}", file=(sys.stdout, sys.stderr)[number % 2])
+    os.write(1, "not ended, 专家".encode())
+    if then_dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.write(1, b"\n")
+
+
+def prints_and_dies(group: EPGroup, num_lines: int) -> None:
+    prints(group, num_lines, then_dies=True)
+
+
+def test_lines_go_to_stderr_with_the_seats_name_and_to_its_log(
+    sitting: Sitting, logs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seat = alone(sitting[2])
+    seat.call("run", prints, 2).result(QUICK_S)
+    seat.label = "rank 7"
+    seat.call("run", prints, 1).result(QUICK_S)
+    seat.kill()
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    ours = [line for line in shown.err.splitlines() if re.search(r"line \d|not ended", line)]
+    expected = ["[rank 2] line 0", "[rank 2] line 1", "[rank 2] not ended, 专家"]
+    assert ours == [*expected, "[rank 7] line 0", "[rank 7] not ended, 专家"]
+    kept = (logs / "seat-2.log").read_text()
+    assert kept.endswith("line 0\nline 1\nnot ended, 专家\nline 0\nnot ended, 专家\n")
+
+
+def test_what_was_printed_before_a_kill_is_shown_and_kept_to_the_last_letter(
+    sitting: Sitting, logs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seat = alone(sitting[2])
+    lost = seat.call("run", prints_and_dies, 20_000).exception(QUICK_S)
+    assert isinstance(lost, SeatLostError)
+    ours = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[rank 2] ")]
+    assert ours[-20_001:-1] == [f"[rank 2] line {number}" for number in range(20_000)]
+    assert ours[-1] == "[rank 2] not ended, 专家"
+    kept = (logs / "seat-2.log").read_text()
+    assert kept.endswith("line 19998\nline 19999\nnot ended, 专家")
+
+
+# ---- wrong requests ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"num_seats": 0}, "num_seats must be positive, got 0"),
+        ({"num_seats": 2, "deadline_s": -1.0}, "deadline_s must be positive, got -1.0"),
+        ({"num_seats": 2, "device": "abacus"}, "device type 'abacus' is not one of"),
+        ({"num_seats": 2, "hosts": [loopback()]}, "2 seats cannot be on 1 hosts"),
+        ({"num_seats": 1, "interface": "nothing0"}, "no interface called 'nothing0'"),
+        ({"num_seats": 1, "hosts": [loopback()], "interface": "lo"}, "hosts have their own interfaces"),
+    ],
+)
+def test_a_wrong_request_is_refused(arguments: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SpawnSeats(**arguments)  # type: ignore[arg-type]
+
+
+def test_there_are_as_many_seats_as_were_asked_for(seats: SpawnSeats) -> None:
+    with pytest.raises(ValueError, match="there are seats 0 to 2, no seat 3"):
+        seats.open(3, 60)
