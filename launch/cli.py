@@ -20,6 +20,8 @@ from megamoe.launch.terminal import stdout
 # command -> module of this folder and what there: a function, or the app of a group
 COMMANDS = {
     "demo": "demo_cli:demo",
+    "launch": "launch_cli:launch",
+    "doctor": "doctor_cli:doctor",
     "plan": "plan_cli:plan",
     "explain": "plan_cli:explain",
     "require": "sweep_cli:require",

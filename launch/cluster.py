@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,6 +43,9 @@ class Event:
     kind: str
     what: str
 
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True)
 class RankHealth:
@@ -64,6 +67,9 @@ class Starting:
     processes_s: float = 0.0
     group_s: float = 0.0
     load_s: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
 
 
 class MegaMoECluster:
@@ -108,6 +114,7 @@ class MegaMoECluster:
         least, most = self.policy.elastic or (ranks, ranks)
         if not least <= ranks <= most:
             raise ValueError(f"ranks {ranks} is outside of elastic {least}:{most}")
+        self.launcher = launcher
         self.most, self._wanted, self._deadline_s = most, ranks, deadline_s
         self._batch_deadline_s = batch_deadline_s or 20 * deadline_s
         if seats is not None:
@@ -185,7 +192,9 @@ class MegaMoECluster:
 
     # ---- work ----
 
-    def load(self, checkpoint: Path | str, *, waves: Waves = "auto", dispatch_format: str = "mxfp8") -> list[LoadReport]:
+    def load(
+        self, checkpoint: Path | str, *, waves: Waves = "auto", dispatch_format: str = "mxfp8"
+    ) -> list[LoadReport]:
         """Every rank reads its own experts, and what every rank needs. ValueError for what is no such checkpoint."""
         begun = time.monotonic()
         self._load = None
@@ -236,7 +245,9 @@ class MegaMoECluster:
         ValueError for more than the cluster was made for.
         """
         if not 1 <= ranks <= self.most:
-            raise ValueError(f"ranks must be in [1, {self.most}], got {ranks}: give elastic=(1, more) to have more room")
+            raise ValueError(
+                f"ranks must be in [1, {self.most}], got {ranks}: give elastic=(1, more) to have more room"
+            )
         for number in sorted(self._members, reverse=True)[: max(0, self.ranks - ranks)]:
             self._members.pop(number).kill()
         self._returning.clear()

@@ -93,7 +93,7 @@ def run_demo(request: Request, progress: Progress = lambda *_: None) -> DemoRepo
     progress("reading the text", 0, 1)
     text, source = read_text(request.text)
     token_ids = tokenise(text)
-    with _checkpoint(request.checkpoint, progress) as (path, config):
+    with checkpoint_or_small(request.checkpoint, progress) as (path, config):
         check_vocabulary(token_ids, config)
         progress(f"running {len(token_ids)} tokens on {request.ranks} ranks", 0, 2)
         work = (run_rank, path, token_ids, request.waves)
@@ -159,7 +159,7 @@ def run_rank(group: EPGroup, path: Path, token_ids: list[int], waves: Waves) -> 
 
 
 @contextmanager
-def _checkpoint(given: Path | None, progress: Progress) -> Iterator[tuple[Path, DeepSeekV4Config]]:
+def checkpoint_or_small(given: Path | None, progress: Progress) -> Iterator[tuple[Path, DeepSeekV4Config]]:
     """The checkpoint to run: the given one, written there if the folder is new; else one that is removed after."""
     if given is not None:
         if not given.exists():

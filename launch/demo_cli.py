@@ -98,4 +98,7 @@ def _print_demo(report: DemoReport) -> None:
         )
     stdout.print(table)
     verdict = "[bold green]identical[/]" if report.identical else "[bold red]different[/]"
-    stdout.print(f"{len(report.ranks)} ranks ({report.launcher}) against one, every bit of the output: {verdict}", highlight=False)
+    stdout.print(
+        f"{len(report.ranks)} ranks ({report.launcher}) against one, every bit of the output: {verdict}",
+        highlight=False,
+    )

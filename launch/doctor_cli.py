@@ -32,11 +32,17 @@ def doctor(
         str | None, typer.Option(help="Network interface for ranks to use, such as eth0; the obvious one without.")
     ] = None,
     deadline_s: Annotated[float, typer.Option(help="Bound on what ranks try by one backend, in seconds.")] = 20.0,
+    run: Annotated[
+        str | None, typer.Option(help="Look at a run that goes on instead: where each of its ranks is.")
+    ] = None,
     exchange: Annotated[bool, typer.Option(help="Start ranks, to try backends and measure every link.")] = True,
     output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
 ) -> None:
     """Check this machine for running ranks: software, devices, limits, network, and every link between ranks."""
     with exit_codes():
+        if run is not None:
+            _print_run(run, output)
+            return
         with progress() as bar:
             task = bar.add_task("looking", total=None)
             try:
@@ -57,6 +63,23 @@ def doctor(
             _print_links(found.links, asked.ranks)
         if not found.ok:
             raise typer.Exit(1)
+
+
+def _print_run(run: str, output: Format) -> None:
+    from megamoe.launch.doctor_run import condition, look
+
+    picture = look(run)
+    if output is Format.json:
+        sys.stdout.write(json.dumps(picture.as_dict(), indent=2) + "\n")
+        return
+    stdout.print(f"run {picture.run}, as rank {picture.asked} sees it", highlight=False, markup=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("rank", "host", "", "heard", "where"):
+        table.add_column(heading, no_wrap=heading != "where", overflow="fold")
+    for sight in picture.sights:
+        where = "nothing heard yet" if sight.position is None else str(sight.position)
+        table.add_row(str(sight.rank), sight.host, condition(sight), f"{sight.heard_s:.1f} s ago", where)
+    stdout.print(table)
 
 
 def _print_checks(checks: Sequence[Check]) -> None:

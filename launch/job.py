@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class JobReport:
     output_sha256   digest() of the output: the same for any launcher, any number of ranks, any batches and waves
     seconds         for the batches, without loading
     waves           of the call that had most
+    starting        seconds of each part of starting, where the launcher is this package's
+    events          what happened to the group, likewise: at_s, kind, what
     """
 
     launcher: str
@@ -44,6 +46,8 @@ class JobReport:
     seconds: float
     waves: int
     per_rank: list[RankWork]
+    starting: dict[str, float] = field(default_factory=dict)
+    events: list[dict[str, object]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

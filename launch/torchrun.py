@@ -16,8 +16,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich import box
-from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,8 +30,9 @@ from megamoe.launch.job import (
     share,
     tokenise,
 )
+from megamoe.launch.launch_cli import print_report
 from megamoe.launch.process import share_of_cores
-from megamoe.launch.terminal import Format, exit_codes, parse_waves, stdout
+from megamoe.launch.terminal import Format, exit_codes, parse_waves
 from megamoe.launch.worker import Load, LoadReport, Worker, WorkerOptions
 from megamoe.model.config import DeepSeekV4Config
 from megamoe.parallel.group import EPGroup
@@ -119,7 +118,7 @@ def worker(
         if output is Format.json:
             sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
         else:
-            _print(report)
+            print_report(report)
 
 
 def torchrun_options(device: str, place: Place, interface: str | None, deadline_s: float) -> WorkerOptions:
@@ -207,18 +206,6 @@ def _collect_work(group: EPGroup, loaded: LoadReport, tokens: int) -> list[RankW
         pages = group.transport.gather(pages[0], Label("report", "counts"))
     rows = pages.view(torch.int64).tolist()
     return [RankWork(rank, tokens, experts, read / 1e6) for rank, (tokens, experts, read) in enumerate(rows)]
-
-
-def _print(report: JobReport) -> None:
-    of = f"{report.batches} batch{'' if report.batches == 1 else 'es'}"
-    title = f"{report.tokens} tokens in {of}, {report.seconds:.2f} s"
-    table = Table(title=title, title_justify="left", padding=(0, 0), box=box.SIMPLE_HEAD)
-    for heading in ("rank", "tokens", "experts", "read MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for each in report.per_rank:
-        table.add_row(str(each.rank), str(each.tokens), str(each.experts), f"{each.read_mb:.1f}")
-    stdout.print(table)
-    stdout.print(f"output {report.output_sha256}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

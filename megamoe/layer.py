@@ -153,7 +153,7 @@ class MegaMoE(nn.Module):
         complaint = self._complaint(hidden, topk_ids, topk_weights)
         record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
         stretch = self.group.unbroken(self.name, self._num_calls + 1)
-        with torch.no_grad(), stretch, notes.lane("call"), record.timing("total_s"):
+        with torch.no_grad(), notes.lane("call"), stretch, record.timing("total_s"):
             call = self._open(hidden, topk_ids, topk_weights, complaint, record, notes)
             for wave in range(LOOKAHEAD):
                 call.dispatch(wave)

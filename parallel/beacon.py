@@ -201,7 +201,7 @@ class Beacon:
         return Sight(peer.rank, peer.host, position, heard_s, silent, peer.closed, None, peer.unheard, peer.answers)
 
     def _answers(self) -> tuple[tuple[int, float], ...]:
-        """(rank, seconds) of the peers that take longest to answer: the median of the last beats, or what is awaited."""
+        """(rank, seconds) of the peers that take longest to answer: a median over beats, or what is awaited."""
         now = time.monotonic()
         took = [
             (max(median(peer.answered_s), now - peer.asked if peer.asked else 0.0), peer.rank)

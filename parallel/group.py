@@ -220,3 +220,10 @@ def _beacon(group: EPGroup, store: Store, address: str, run: str | None) -> Iter
         raise
     finally:
         beacon.leave()
+        group.beacons.clear()  # what is left of the group must not hold itself, and its connections, alive
+        group.clock.beacons.clear()
+        beacon.trouble = _nothing
+
+
+def _nothing() -> None:
+    """What a beacon does about trouble when its group has been left."""

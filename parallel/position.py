@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 OUTSIDE, WORKING, WAITING, RAISED, LEFT = "outside", "working", "waiting", "raised", "left"
+_LAST = (RAISED, LEFT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +108,14 @@ class Whereabouts:
 
     def end(self, state: str, peer: int | None = None, complaint: str = "") -> None:
         """The last note: this rank has raised or left. Where it raised is where it was."""
-        if self._now[0] not in (RAISED, LEFT):
+        if self._now[0] not in _LAST:
             _, wave, phase, _, _, _ = self._now
             self._sequence += 1
             self._now = (state, wave, phase, peer, time.monotonic(), complaint)
 
     def _note(self, state: str, wave: int | None, phase: str, peer: int | None) -> None:
+        if self._now[0] in _LAST:  # a rank that has raised or left keeps its last word
+            return
         self._sequence += 1
         self._now = (state, wave, phase, peer, time.monotonic(), "")
 

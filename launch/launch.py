@@ -1,0 +1,137 @@
+"""A text through a checkpoint, in batches, on ranks that are started for it and that come back if they are to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megamoe.launch.cluster import Event, MegaMoECluster
+from megamoe.launch.demo import checkpoint_or_small
+from megamoe.launch.job import JobReport, RankWork, batches, check_vocabulary, digest, read_text, share, tokenise
+from megamoe.launch.recovery import Policy
+from megamoe.parallel.runs import check_name
+from megamoe.waves import Waves, check_waves
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """What `megamoe launch` is asked for.
+
+    ray            address of a Ray cluster, "auto" or "local"; None starts processes of this machine
+    checkpoint     None writes a small one and removes it
+    batch_tokens   of all ranks together; None is one batch of the whole text
+    repeat         how often the text is run
+    """
+
+    ranks: int
+    ray: str | None = None
+    checkpoint: Path | None = None
+    text: Path | None = None
+    waves: Waves = "auto"
+    dispatch_format: str = "mxfp8"
+    batch_tokens: int | None = None
+    repeat: int = 1
+    device: str = "cpu"
+    interface: str | None = None
+    deadline_s: float = 60.0
+    run: str | None = None
+    log_dir: Path | None = None
+    out: Path | None = None
+    policy: Policy = field(default_factory=Policy)
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"ranks must be at least 1, got {self.ranks}")
+        if self.repeat < 1:
+            raise ValueError(f"repeat must be at least 1, got {self.repeat}")
+        if self.deadline_s <= 0:
+            raise ValueError(f"deadline_s must be positive, got {self.deadline_s}")
+        if self.ray is not None and self.interface is not None:
+            raise ValueError("interface is for ranks of this machine: Ray's nodes use the one of their own address")
+        if self.out is not None and not self.out.absolute().parent.is_dir():
+            raise ValueError(f"{self.out} cannot be written: there is no folder {self.out.absolute().parent}")
+        if self.run is not None:
+            check_name(self.run)
+        check_waves(self.waves)
+
+
+def run_launch(
+    request: LaunchRequest, on_event: Callable[[Event], None] = lambda _: None, progress: Progress = lambda *_: None
+) -> JobReport:
+    """Runs it and takes everything down. What MegaMoECluster raises, where the group cannot come back."""
+    begun = time.monotonic()
+    token_ids = tokenise(read_text(request.text)[0])
+    with checkpoint_or_small(request.checkpoint, progress) as (path, config):
+        check_vocabulary(token_ids, config)
+        jobs = batches(token_ids, request.batch_tokens) * request.repeat
+        prepared_s = time.monotonic() - begun
+        progress(f"starting {request.ranks} ranks", 0, len(jobs))
+        with _cluster(request, on_event) as cluster:
+            cluster.load(path, waves=request.waves, dispatch_format=request.dispatch_format)
+            report, output = _run(cluster, jobs, progress)
+    if request.out is not None:
+        save_file({"hidden": output}, request.out)
+    report.starting["preparation_s"] = prepared_s
+    return report
+
+
+@contextmanager
+def _cluster(request: LaunchRequest, on_event: Callable[[Event], None]) -> Iterator[MegaMoECluster]:
+    with MegaMoECluster(
+        request.ranks,
+        launcher="spawn" if request.ray is None else "ray",
+        address=request.ray,
+        device=request.device,
+        deadline_s=request.deadline_s,
+        interface=request.interface,
+        run=request.run,
+        log_dir=request.log_dir,
+        policy=request.policy,
+        on_event=on_event,
+    ) as cluster:
+        yield cluster
+
+
+def _run(cluster: MegaMoECluster, jobs: list, progress: Progress) -> tuple[JobReport, Tensor]:  # type: ignore[type-arg]
+    """All batches -> the report, and the output [T, H] bfloat16 of all of them."""
+    outputs, waves, tokens = [], 0, [0] * cluster.most
+    begun = time.monotonic()
+    first_s = 0.0
+    for number, batch in enumerate(jobs):
+        progress(f"batch {number + 1} on {cluster.ranks} ranks", number, len(jobs))
+        outputs.append(cluster.forward(batch))
+        first_s = first_s or time.monotonic() - begun
+        waves = max(waves, *(call.waves for call in cluster.last_calls))
+        for rank in range(cluster.ranks):
+            tokens[rank] += len(share(batch, rank, cluster.ranks))
+    seconds = time.monotonic() - begun
+    output = torch.cat(outputs)
+    starting = {**cluster.starting.as_dict(), "first_batch_s": first_s}
+    work = [
+        RankWork(rank, tokens[rank], load.experts_kept + load.experts_read, load.bytes_read / 1e6)
+        for rank, load in enumerate(cluster.loads)
+    ]
+    return (
+        JobReport(
+            launcher=cluster.launcher,
+            ranks=cluster.ranks,
+            batches=len(jobs),
+            tokens=len(output),
+            output_sha256=digest(output),
+            seconds=seconds,
+            waves=waves,
+            per_rank=work,
+            starting=starting,
+            events=[event.as_dict() for event in cluster.events],
+        ),
+        output,
+    )

@@ -1,0 +1,175 @@
+"""megamoe launch and doctor --run: one text under three launchers, bad requests, a live run looked at, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from megamoe.launch.doctor_run import look
+from megamoe.launch.job import digest
+from megamoe.launch.launch import LaunchRequest
+from megamoe.launch.recovery import parse_elastic
+from megamoe.launch.torchrun_work import run_under_torchrun
+from megamoe.model.synthetic import write_checkpoint
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.runs import check_name, folder, listed
+from tests.test_demo import COMMAND, command
+from tests.test_model import CONFIG
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("launch") / "checkpoint"
+    write_checkpoint(path, CONFIG.model_copy(update={"vocab_size": 129_280, "hidden_size": 32}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path) -> str:
+    """Digest of the output of one rank"""
+    return str(launched(checkpoint, "--ranks", 1)["output_sha256"])
+
+
+def launched(checkpoint: Path, *arguments: object) -> dict[str, object]:
+    done = command("launch", "--checkpoint", checkpoint, "--format", "json", *arguments)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, object] = json.loads(done.stdout)
+    return report
+
+
+@pytest.mark.parametrize("launcher", [(), ("--ray", "local")], ids=["spawn", "ray"])
+def test_the_same_text_has_the_same_bits_under_every_launcher(
+    checkpoint: Path, alone: str, launcher: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    report = launched(
+        checkpoint, "--ranks", 3, "--batch-tokens", 300, "--out", out, "--log-dir", tmp_path / "logs", *launcher
+    )
+    assert report["output_sha256"] == alone == digest(load_file(out)["hidden"])
+    assert report["launcher"] == ("ray" if launcher else "spawn")
+    assert report["batches"] == 4
+    assert len(report["per_rank"]) == report["ranks"] == 3  # type: ignore[arg-type]
+    assert list((tmp_path / "logs").iterdir())
+
+
+def test_the_same_text_has_the_same_bits_under_torchrun(checkpoint: Path, alone: str) -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line += ["-m", "megamoe.launch.worker", "--checkpoint", str(checkpoint), "--format", "json"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output_sha256"] == alone
+
+
+def rank_and_size(group: EPGroup, factor: int) -> tuple[int, int]:
+    return group.rank * factor, group.size
+
+
+def fails(group: EPGroup) -> None:
+    if group.rank == 1:
+        raise ValueError("rank 1 was asked for too much")
+    group.whereabouts.leave()
+
+
+def test_work_under_torchrun_comes_back_in_order_of_rank_or_raises_what_a_rank_raised() -> None:
+    assert run_under_torchrun(2, rank_and_size, 10) == [(0, 2), (10, 2)]
+    with pytest.raises(ValueError, match="rank 1 was asked for too much"):
+        run_under_torchrun(2, fails)
+
+
+BAD = {
+    "no ranks": (["--ranks", "0"], "ranks must be at least 1, got 0"),
+    "elastic": (["--elastic", "four"], "elastic must be MIN:MAX, such as 2:4, got 'four'"),
+    "elastic order": (["--elastic", "4:2"], r"elastic must be (least, most) with 1 <= least <= most, got (4, 2)"),
+    "ranks outside of elastic": (["--ranks", "5", "--elastic", "2:4"], "ranks 5 is outside of elastic 2:4"),
+    "run": (["--run", "../x"], "run '../x' is not of letters, digits"),
+    "waves": (["--waves", "none"], "waves must be"),
+    "text": (["--text", "/nowhere.txt"], "text /nowhere.txt cannot be read"),
+    "out": (["--out", "/no/such/folder/out.safetensors"], "there is no folder /no/such/folder"),
+    "interface": (["--interface", "nosuch0"], "nosuch0"),
+    "restarts": (["--restarts", "-1"], "must not be negative"),
+    "device": (["--device", "tpu"], "tpu"),
+    "deadline": (["--deadline-s", "0"], "deadline_s must be positive, got 0"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD.values(), ids=BAD.keys())
+def test_wrong_requests_are_refused_before_anything_is_started(
+    arguments: list[str], said: str, checkpoint: Path
+) -> None:
+    done = command("launch", "--checkpoint", checkpoint, *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_elastic_is_read_as_least_and_most() -> None:
+    assert parse_elastic("2:4") == (2, 4)
+    with pytest.raises(ValueError, match="interface is for ranks of this machine"):
+        LaunchRequest(2, ray="auto", interface="eth0")
+
+
+def holds(condition: Callable[[], object], timeout_s: float) -> bool:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        threading.Event().wait(0.05)
+    return True
+
+
+def test_a_run_can_be_looked_at_while_it_goes_on_and_leaves_nothing_after_ctrl_c(checkpoint: Path) -> None:
+    run = f"test-{os.getpid()}"
+    line = [*COMMAND, "launch", "--ranks", "2", "--checkpoint", str(checkpoint), "--run", run]
+    line += ["--batch-tokens", "10", "--repeat", "500"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert holds(lambda: len(listed().get(run, [])) == 2, 60)
+        assert holds(lambda: all(sight.position and sight.position.call > 2 for sight in look(run).sights), 60)
+        picture = command("doctor", "--run", run, "--format", "json")
+        assert picture.returncode == 0, picture.stderr
+        ranks = json.loads(picture.stdout)["ranks"]
+        assert [rank["rank"] for rank in ranks] == [0, 1]
+        assert all(rank["position"]["layer"].startswith("layers.") for rank in ranks)
+        table = command("doctor", "--run", run)
+        assert f"run {run}, as rank 0 sees it" in table.stdout
+        assert max(map(len, table.stdout.splitlines())) <= 80
+        other = command("doctor", "--run", run + "x")
+        assert other.returncode == 2
+        assert run in other.stderr
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130, stderr
+        assert not psutil.wait_procs(children, timeout=10)[1]
+        assert run not in listed()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_files_of_ranks_that_were_killed_are_removed_by_the_next_look() -> None:
+    run = f"gone-{os.getpid()}"
+    place = folder() / run
+    place.mkdir(parents=True, mode=0o700)
+    (place / "rank-0.json").write_text(
+        json.dumps({"rank": 0, "pid": os.getpid(), "started": 1.0, "address": "127.0.0.1", "port": 1, "token": "x"})
+    )
+    assert run not in listed()
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "x" * 65, "a b"])
+def test_names_of_runs_that_make_no_file_name_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="is not of letters"):
+        check_name(name)
