@@ -155,11 +155,11 @@ def _until(holds: Callable[[], object], seconds: float) -> bool:
     while not holds():
         if time.monotonic() > until:
             return False
-        select_nothing(0.002)
+        _pause(0.002)
     return True
 
 
-def select_nothing(seconds: float) -> None:
+def _pause(seconds: float) -> None:
     """Lets others run between two looks."""
     wait([Future[None]()], timeout=seconds)
 
@@ -174,7 +174,7 @@ def strike(plan: Plan, hosts: Sequence[Host], pid: int, folder: Path) -> None:
         "slow": lambda: faults.slow(name, plan.victim, SLOW_LINK),
     }
     if plan.fault in blows:
-        select_nothing(plan.delay_s)
+        _pause(plan.delay_s)
         blows[plan.fault]()
         _struck(folder)
 
@@ -205,7 +205,7 @@ def drill(plan: Plan) -> Drill:
             seats.close()
         namespaces = [host.namespace or "" for host in hosts]
         left = [pid for namespace in namespaces for pid in processes(namespace)]
-    return _judge(plan, struck, endings, f"processes {left}" if left else _left(hosts))
+    return judge(plan, struck, endings, f"processes {left}" if left else _left(hosts))
 
 
 def _left(hosts: Sequence[Host]) -> str:
@@ -223,7 +223,8 @@ def _ending(future: Future[Any]) -> Ending | None:
     return ending
 
 
-def _judge(plan: Plan, struck: float, endings: list[Ending | None], left: str) -> Drill:
+def judge(plan: Plan, struck: float, endings: list[Ending | None], left: str) -> Drill:
+    """What came of a drill: struck is when the blow fell, endings are by rank, left is what was left behind."""
     survivors = [rank for rank in range(plan.ranks) if rank != plan.victim or plan.fault in ("cut", "slow", "raise")]
     took = [ending.at - struck if (ending := endings[rank]) else float("inf") for rank in survivors]
     named = True

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ from megamoe.call import CallRecord
 from megamoe.launch.job import share
 from megamoe.launch.lab import Host
 from megamoe.launch.ray_cluster import RaySeats
-from megamoe.launch.recovery import Failure, Policy, StuckError, judge
+from megamoe.launch.recovery import Failure, Policy, collect, judge
+from megamoe.launch.roster import Roster
 from megamoe.launch.seats import Seat, Seats
 from megamoe.launch.spawn import SpawnSeat, SpawnSeats
 from megamoe.launch.worker import Load, LoadReport, Meeting
 from megamoe.waves import Waves
 
+T = TypeVar("T")
 LAUNCHERS = ("ray", "spawn")
 _ANSWER_S = 15.0  # beyond the deadline: for a rank to say what it knows, for a process to be taken down
 _START_S = 120.0
@@ -118,13 +120,13 @@ class MegaMoECluster:
         self.most, self._wanted, self._deadline_s = most, ranks, deadline_s
         self._batch_deadline_s = batch_deadline_s or 20 * deadline_s
         if seats is not None:
-            self._seats = seats
+            self._source = seats
         elif launcher == "ray":
-            self._seats = RaySeats(
+            self._source = RaySeats(
                 most, address=address, device=device, deadline_s=deadline_s, threads=threads, run=run, log_dir=log_dir
             )
         else:
-            self._seats = SpawnSeats(
+            self._source = SpawnSeats(
                 most,
                 device=device,
                 deadline_s=deadline_s,
@@ -135,9 +137,9 @@ class MegaMoECluster:
                 log_dir=log_dir,
             )
         self._on_event = on_event
-        self._members: dict[int, Seat] = {}  # by number of the seat
-        self._returning: dict[int, tuple[float, Future[Seat] | None]] = {}  # seats that are out: when to try, the try
-        self._opener = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamoe opener")
+        self._start_s = max(_START_S, deadline_s)
+        self._roster = Roster(self._source, most, start_s=self._start_s, retry_s=self.policy.retry_s, tell=self._tell)
+        self._formed = False  # whether the members are a group that can be used
         self._generation = self._restarts = self._in_a_row = 0
         self._load: Load | None = None
         self.loads: list[LoadReport] = []
@@ -158,17 +160,18 @@ class MegaMoECluster:
         self.stop()
 
     def start(self) -> None:
-        """Starts the ranks and has them meet. RuntimeError, with the reason, where one cannot be had or none answers."""
+        """Starts the ranks and has them meet. RuntimeError, with the reason, where one cannot be had or does not."""
         self._begun = time.monotonic()
         try:
-            if isinstance(self._seats, RaySeats):
-                self._seats.place()
+            if isinstance(self._source, RaySeats):
+                self._source.place()
             self.starting.launcher_s = time.monotonic() - self._begun
             opened = time.monotonic()
-            self._open(range(self._wanted))
+            for refusal in self._roster.open(range(self._wanted), self._start_s + _ANSWER_S).values():
+                raise refusal
             self.starting.processes_s = time.monotonic() - opened
             met = time.monotonic()
-            self._insist(self._form)
+            self._insist(lambda: None)
             self.starting.group_s = time.monotonic() - met
         except BaseException:
             self.stop()
@@ -176,19 +179,17 @@ class MegaMoECluster:
 
     def stop(self) -> None:
         """Ends everything that was started."""
-        self._opener.shutdown(wait=False, cancel_futures=True)
-        self._members = {}
-        self._seats.close()
+        self._roster.close()
 
     @property
     def ranks(self) -> int:
         """How many there are now."""
-        return len(self._members)
+        return len(self.members)
 
     @property
     def members(self) -> list[Seat]:
         """Seats in order of rank."""
-        return [self._members[number] for number in sorted(self._members)]
+        return self._roster.members
 
     # ---- work ----
 
@@ -217,10 +218,7 @@ class MegaMoECluster:
 
         def attempt() -> list[tuple[Tensor, CallRecord]]:
             size = self.ranks
-            done: list[tuple[Tensor, CallRecord]] = self._all(
-                "forward", [(share(ids, rank, size),) for rank in range(size)]
-            )
-            return done
+            return self._all("forward", [(share(ids, rank, size),) for rank in range(size)])
 
         done = self._insist(attempt)
         self.last_calls = [record for _, record in done]
@@ -242,132 +240,105 @@ class MegaMoECluster:
     def resize(self, ranks: int) -> None:
         """Goes on with another number of ranks; experts are placed anew, and only those that move are read.
 
-        ValueError for more than the cluster was made for.
+        ValueError for more than the cluster was made for; RuntimeError where a process cannot be had for a rank that
+        comes, and those there were stay.
         """
         if not 1 <= ranks <= self.most:
             raise ValueError(
                 f"ranks must be in [1, {self.most}], got {ranks}: give elastic=(1, more) to have more room"
             )
-        for number in sorted(self._members, reverse=True)[: max(0, self.ranks - ranks)]:
-            self._members.pop(number).kill()
-        self._returning.clear()
-        missing = [number for number in range(self.most) if number not in self._members]
-        self._open(missing[: max(0, ranks - self.ranks)])
+        self._roster.forget_out()
+        self._formed = False
+        self._roster.close_seats(seat.number for seat in self.members[ranks:])
+        coming = self._roster.vacant[: ranks - self.ranks]
+        refusals = self._roster.open(coming, self._start_s + _ANSWER_S)
+        if refusals:
+            self._roster.forget_out()
+            self._roster.close_seats(number for number in coming if number not in self._roster.vacant)
+            raise next(iter(refusals.values()))
         self._wanted = ranks
         self._tell("resized", f"{ranks} ranks")
-        self._insist(self._form)
+        self._insist(lambda: None)
 
     # ---- the group ----
 
-    def _open(self, numbers: Iterable[int]) -> None:
-        """Opens seats, all at once."""
-        numbers = list(numbers)
-        with ThreadPoolExecutor(max(1, len(numbers))) as pool:
-            opened = list(pool.map(lambda number: self._seats.open(number, self._start_s), numbers))
-        self._members |= dict(zip(numbers, opened, strict=True))
-
-    @property
-    def _start_s(self) -> float:
-        return max(_START_S, self._deadline_s)
-
     def _form(self) -> None:
         """Has all members meet in a new group, and load what they hold there."""
+        self._check_enough()
         self._generation += 1
         members = self.members
         for rank, seat in enumerate(members):
             if isinstance(seat, SpawnSeat):
                 seat.label = f"rank {rank}"
-        address, port = self._outcomes("open_store", [()], members[:1])[0]
+        bound_s = self._deadline_s + _ANSWER_S
+        address, port = self._outcomes("open_store", [()], members[:1], bound_s)[0]
         meetings = [Meeting(address, port, self._generation, rank, len(members)) for rank in range(len(members))]
-        self._all("join", [(meeting,) for meeting in meetings])
+        self._outcomes("join", [(meeting,) for meeting in meetings], members, 2 * bound_s)
         if self._load is not None:
             self.loads = self._all("load", [(self._load,)] * len(members))
+        self._formed = True
         read = f", {sum(load.experts_read for load in self.loads)} experts read" if self._load else ""
         self._tell("formed", f"{len(members)} ranks{read}")
 
     def _all(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return self._outcomes(method, args, self.members)
+        return self._outcomes(method, args, self.members, self._batch_deadline_s)
 
-    def _outcomes(self, method: str, args: Sequence[tuple[Any, ...]], members: Sequence[Seat]) -> list[Any]:
+    def _outcomes(
+        self, method: str, args: Sequence[tuple[Any, ...]], members: Sequence[Seat], within_s: float
+    ) -> list[Any]:
         """Results in order of rank, or _GroupError with what is to be done."""
         futures = [seat.call(method, *arguments) for seat, arguments in zip(members, args, strict=True)]
-        wait(futures, timeout=self._batch_deadline_s, return_when=FIRST_EXCEPTION)
-        if _failed(futures):
-            wait(futures, timeout=self._deadline_s + _ANSWER_S)
-        outcomes = [_outcome(future, method) for future in futures]
+        outcomes = collect(futures, method, within_s=within_s, patience_s=self._deadline_s + _ANSWER_S)
         failure = judge(outcomes, {rank: seat.alive for rank, seat in enumerate(members)})
         if failure is not None:
             raise _GroupError(failure, [members[rank].number for rank in failure.replace])
         return outcomes
 
-    def _insist(self, attempt: Callable[[], Any]) -> Any:
-        """attempt(), and again after every failure from which the group comes back."""
+    def _insist(self, attempt: Callable[[], T]) -> T:
+        """attempt() in a group, and again after every failure from which the group comes back."""
         while True:
             try:
+                if not self._formed:
+                    self._form()
                 result = attempt()
             except _GroupError as error:
+                self._formed = False
                 self._tell("failed", error.failure.summary)
-                self._recover(error)
-                continue
-            self._in_a_row = 0
-            return result
-
-    def _recover(self, error: _GroupError) -> None:
-        """Replaces the seats that failed and forms the group anew; raises what there is to raise where that is over."""
-        while True:
-            self._in_a_row += 1
-            if not error.failure.retry or self._restarts >= self.policy.restarts:
-                raise error.failure.error
-            self._restarts += 1
-            threading.Event().wait(self.policy.wait_s(self._in_a_row))
-            self._replace(error)
-            try:
-                self._form()
-            except _GroupError as again:
-                self._tell("failed", again.failure.summary)
-                error = again
+                failed = error
             else:
-                return
+                self._in_a_row = 0
+                return result
+            self._recover(failed)
 
-    def _replace(self, error: _GroupError) -> None:
-        """Starts the seats that failed anew; where one cannot be had and the policy is elastic, goes on without it."""
-        for number in error.numbers:
-            self._members.pop(number, None)
-        with ThreadPoolExecutor(max(1, len(error.numbers))) as pool:
-            for number, found in zip(error.numbers, pool.map(self._reopened, error.numbers), strict=True):
-                if not isinstance(found, RuntimeError):
-                    self._members[number] = found
-                    self._tell("replaced", f"seat {number}, now process {found.pid} on {found.host}")
-                    continue
-                least = self.policy.elastic[0] if self.policy.elastic else self._wanted
-                self._tell("out", f"seat {number} cannot be had again: {found}")
-                self._returning[number] = (time.monotonic() + self.policy.retry_s, None)
-                if self.most - len(self._returning) < least:
-                    raise found from error.failure.error
+    def _recover(self, failed: _GroupError) -> None:
+        """Replaces the seats that failed, after a while; raises what there is to raise where that is over."""
+        if not failed.failure.retry or self._restarts >= self.policy.restarts:
+            raise failed.failure.error
+        self._restarts += 1
+        self._in_a_row += 1
+        threading.Event().wait(self.policy.wait_s(self._in_a_row))
+        # elastic, the others need not wait for one that takes long: it is taken back when it is there
+        within_s = self._deadline_s if self.policy.elastic else self._start_s + _ANSWER_S
+        refusals = self._roster.open(failed.numbers, within_s)
+        for seat in self.members:
+            if seat.number in failed.numbers:
+                self._tell("replaced", f"seat {seat.number}, now process {seat.pid} on {seat.host}")
+        for refusal in refusals.values():
+            self._check_enough(refusal, failed.failure.error)
 
-    def _reopened(self, number: int) -> Seat | RuntimeError:
-        try:
-            return self._seats.open(number, self._start_s)
-        except RuntimeError as refusal:
-            return refusal
+    def _check_enough(self, refusal: RuntimeError | None = None, cause: Exception | None = None) -> None:
+        """RuntimeError where fewer ranks are left than the policy allows: the refusal, if there is one."""
+        least = min(self._wanted, self.policy.elastic[0]) if self.policy.elastic else self._wanted
+        if self.ranks < least:
+            lacking = f"{self.ranks} ranks are left of at least {least}, the others cannot be had yet"
+            raise (refusal or RuntimeError(lacking)) from cause
 
     def _take_back(self) -> None:
-        """Between batches: tries seats that are out, never waiting for one, and takes back those that answer."""
-        back = {}
-        for number, (due, trying) in list(self._returning.items()):
-            if trying is None and time.monotonic() >= due:
-                trying = self._opener.submit(self._seats.open, number, self._start_s)
-                self._returning[number] = (due, trying)
-            elif trying is not None and trying.done():
-                if trying.exception() is None:
-                    back[number] = trying.result()
-                    del self._returning[number]
-                else:
-                    self._returning[number] = (time.monotonic() + self.policy.retry_s, None)
+        """Between batches: has seats that are out come back, if they have a process again."""
+        back = self._roster.take_back()
         if back:
-            self._members |= back
+            self._formed = False
             self._tell("back", f"seats {', '.join(map(str, back))}")
-            self._insist(self._form)
 
     def _tell(self, kind: str, what: str) -> None:
         event = Event(time.monotonic() - self._begun, kind, what)
@@ -381,17 +352,6 @@ class _GroupError(Exception):
     def __init__(self, failure: Failure, numbers: list[int]) -> None:
         super().__init__(failure.summary)
         self.failure, self.numbers = failure, numbers
-
-
-def _failed(futures: Sequence[Future[Any]]) -> bool:
-    return any(future.done() and future.exception() is not None for future in futures)
-
-
-def _outcome(future: Future[Any], method: str) -> Any:
-    if not future.done():
-        return StuckError(f"a rank did not come back from {method}")
-    error = future.exception()
-    return error if error is not None else future.result()
 
 
 def _position(future: Future[Any] | None) -> str:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,7 @@ def look(run: str, timeout_s: float = 2.0) -> Picture:
     said = []
     for rank in runs[run]:
         try:
-            found = _in_network_of(rank.pid, lambda rank=rank: ask(rank.address, rank.port, rank.token, timeout_s))
+            found = _in_network_of(rank.pid, partial(ask, rank.address, rank.port, rank.token, timeout_s))
         except (OSError, EOFError) as silence:
             said.append(f"rank {rank.rank} (process {rank.pid}): {silence or type(silence).__name__}")
         else:

@@ -34,7 +34,8 @@ class JobReport:
     output_sha256   digest() of the output: the same for any launcher, any number of ranks, any batches and waves
     seconds         for the batches, without loading
     waves           of the call that had most
-    starting        seconds of each part of starting, where the launcher is this package's
+    starting        seconds of each part of starting, where the launcher is this package's; until_first_batch_s is from
+                    the start of this process
     events          what happened to the group, likewise: at_s, kind, what
     """
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -80,8 +81,7 @@ def run_launch(
             report, output = _run(cluster, jobs, progress)
     if request.out is not None:
         save_file({"hidden": output}, request.out)
-    report.starting["preparation_s"] = prepared_s
-    return report
+    return replace(report, starting={"preparation_s": prepared_s, **report.starting})
 
 
 @contextmanager
@@ -101,21 +101,22 @@ def _cluster(request: LaunchRequest, on_event: Callable[[Event], None]) -> Itera
         yield cluster
 
 
-def _run(cluster: MegaMoECluster, jobs: list, progress: Progress) -> tuple[JobReport, Tensor]:  # type: ignore[type-arg]
+def _run(cluster: MegaMoECluster, jobs: list[Sequence[int]], progress: Progress) -> tuple[JobReport, Tensor]:
     """All batches -> the report, and the output [T, H] bfloat16 of all of them."""
     outputs, waves, tokens = [], 0, [0] * cluster.most
     begun = time.monotonic()
-    first_s = 0.0
+    first_s = until_first_s = 0.0
     for number, batch in enumerate(jobs):
         progress(f"batch {number + 1} on {cluster.ranks} ranks", number, len(jobs))
         outputs.append(cluster.forward(batch))
-        first_s = first_s or time.monotonic() - begun
+        if not number:
+            first_s, until_first_s = time.monotonic() - begun, time.time() - psutil.Process().create_time()
         waves = max(waves, *(call.waves for call in cluster.last_calls))
         for rank in range(cluster.ranks):
             tokens[rank] += len(share(batch, rank, cluster.ranks))
     seconds = time.monotonic() - begun
     output = torch.cat(outputs)
-    starting = {**cluster.starting.as_dict(), "first_batch_s": first_s}
+    starting = {**cluster.starting.as_dict(), "first_batch_s": first_s, "until_first_batch_s": until_first_s}
     work = [
         RankWork(rank, tokens[rank], load.experts_kept + load.experts_read, load.bytes_read / 1e6)
         for rank, load in enumerate(cluster.loads)

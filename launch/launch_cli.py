@@ -106,6 +106,8 @@ def print_report(report: JobReport) -> None:
         table.add_row(str(each.rank), str(each.tokens), str(each.experts), f"{each.read_mb:.1f}")
     stdout.print(table)
     if report.starting:
-        parts = ", ".join(f"{name.removesuffix('_s')} {seconds:.1f} s" for name, seconds in report.starting.items())
-        stdout.print(f"started in: {parts}", highlight=False, soft_wrap=True)
+        took = {name.removesuffix("_s").replace("_", " "): seconds for name, seconds in report.starting.items()}
+        until = took.pop("until first batch")
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in took.items())
+        stdout.print(f"first output after {until:.1f} s ({parts})", highlight=False, soft_wrap=True)
     stdout.print(f"output {report.output_sha256}", highlight=False, soft_wrap=True)

@@ -1,17 +1,21 @@
 """After a batch that failed: which seats have to be replaced, and which error tells best what happened.
 
-Pure functions over outcomes: what each rank's call came to, as the cluster collected it.
+collect() waits for what each rank's call comes to; what follows from that is pure functions.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
 from megamoe.launch.seats import SeatLostError
 from megamoe.parallel.errors import PeerError
+
+NAMED_S = 5.0  # for a rank that the others have named to answer all the same: what it says can tell more
 
 
 class StuckError(RuntimeError):
@@ -45,7 +49,7 @@ class Policy:
 
     def wait_s(self, in_a_row: int) -> float:
         """Before the in_a_row-th restart without a batch in between.    0.5: 0.5, 1, 2, ..., 30"""
-        return min(30.0, self.backoff_s * 2.0 ** (in_a_row - 1))
+        return min(30.0, self.backoff_s * 2.0 ** min(in_a_row - 1, 60))
 
 
 def parse_elastic(text: str) -> tuple[int, int]:
@@ -56,6 +60,34 @@ def parse_elastic(text: str) -> tuple[int, int]:
     return int(least), int(most)
 
 
+def collect(futures: Sequence[Future[Any]], method: str, *, within_s: float, patience_s: float) -> list[Any]:
+    """What every rank's call came to: its result, what it raised, or StuckError where there is no answer.
+
+    All have within_s. Once one has failed, the others have patience_s to say what they know of it; one that they name
+    is replaced in any case, and only has a moment more.
+    """
+    wait(futures, timeout=within_s, return_when=FIRST_EXCEPTION)
+    if any(isinstance(outcome, Exception) for outcome in _so_far(futures).values()):
+        until = time.monotonic() + patience_s
+        while (unnamed := _unnamed(futures)) and (left := until - time.monotonic()) > 0:
+            wait(unnamed, timeout=left, return_when=FIRST_COMPLETED)
+        wait(futures, timeout=min(NAMED_S, patience_s))
+    found = _so_far(futures)
+    return [found.get(rank, StuckError(f"rank {rank} did not come back from {method}")) for rank in range(len(futures))]
+
+
+def _so_far(futures: Sequence[Future[Any]]) -> dict[int, Any]:
+    """Results and exceptions by rank, of the calls that have ended."""
+    ended = [(rank, future, future.exception()) for rank, future in enumerate(futures) if future.done()]
+    return {rank: future.result() if error is None else error for rank, future, error in ended}
+
+
+def _unnamed(futures: Sequence[Future[Any]]) -> list[Future[Any]]:
+    """Calls that have not ended, of ranks that none of those that have is about."""
+    named = {outcome.rank for outcome in _so_far(futures).values() if isinstance(outcome, PeerError)}
+    return [future for rank, future in enumerate(futures) if not future.done() and rank not in named]
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A batch that failed.
@@ -63,15 +95,13 @@ class Failure:
     replace   ranks whose seats are to be started anew
     error     what to raise where the group does not come back
     retry     whether starting anew can help: not where the request itself was wrong
+    summary   in one line
     """
 
     replace: tuple[int, ...]
     error: Exception
     retry: bool
-
-    @property
-    def summary(self) -> str:
-        return str(self.error).partition("\n")[0]
+    summary: str
 
 
 def judge(outcomes: Sequence[Any], alive: Mapping[int, bool]) -> Failure | None:
@@ -79,22 +109,32 @@ def judge(outcomes: Sequence[Any], alive: Mapping[int, bool]) -> Failure | None:
 
     A rank whose process is gone or that never answered is replaced; so is one that raised an error of its own, and the
     one that most of the others name. Ranks that only lost a peer stay, with all that they have loaded.
+
+        [PeerError of 2, result, SeatLostError, PeerError of 2]  ->  replace (2,), raise the first PeerError
     """
     errors = {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, Exception)}
     if not errors:
         return None
-    wrong = [error for error in errors.values() if isinstance(error, ValueError)]
-    gone = [rank for rank, error in errors.items() if isinstance(error, SeatLostError | StuckError)]
-    gone += [rank for rank, here in alive.items() if not here and rank not in gone]
+    gone = {rank for rank, error in errors.items() if isinstance(error, SeatLostError | StuckError)}
+    gone |= {rank for rank, here in alive.items() if not here}
+    wrong = {rank: error for rank, error in errors.items() if isinstance(error, ValueError)}
     if wrong and not gone:
-        return Failure((), wrong[0], retry=False)
+        return _failure((), wrong, retry=False)
+    lost_peer = {rank: error for rank, error in errors.items() if isinstance(error, PeerError)}
     # where a rank is gone the others' errors are of that, whatever their kind
-    own = [] if gone else [rank for rank, error in errors.items() if not isinstance(error, PeerError)]
-    lost_peer = [error for error in errors.values() if isinstance(error, PeerError)]
-    named = Counter(error.rank for error in lost_peer)
-    blamed = [] if gone or own else [named.most_common(1)[0][0]]
+    own = {} if gone else {rank: error for rank, error in errors.items() if rank not in lost_peer}
     if own:
-        told: Exception = errors[own[0]]
-    else:
-        told = next((error for error in lost_peer if error.rank in (*gone, *blamed)), errors[(*gone, min(errors))[0]])
-    return Failure(tuple(sorted({*gone, *own, *blamed})), told, retry=True)
+        return _failure(own, own)
+    named = Counter(error.rank for error in lost_peer.values())
+    replace = gone or {named.most_common(1)[0][0]}
+    about = {rank: error for rank, error in lost_peer.items() if error.rank in replace}
+    return _failure(replace, about or {rank: errors[rank] for rank in sorted(gone & errors.keys())} or errors)
+
+
+def _failure(replace: Iterable[int], tells: Mapping[int, Exception], *, retry: bool = True) -> Failure:
+    """tells: errors that tell what happened, by the rank that raised them; the first is raised."""
+    rank, error = next(iter(tells.items()))
+    said = str(error).partition("\n")[0]
+    if not isinstance(error, PeerError | SeatLostError | StuckError):  # which say themselves of whom they speak
+        said = f"rank {rank} raised {type(error).__name__}: {said}"
+    return Failure(tuple(sorted(replace)), error, retry, said)

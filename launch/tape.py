@@ -35,6 +35,10 @@ class Tape:
         self._num_transfers += 1
         return transfer
 
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
     def replay(self) -> None:
         """Sends and receives once more what was noted, in the same order, waiting where the call waited."""
         transfers: dict[int, Transfer] = {}
@@ -84,6 +88,8 @@ class StillTransport:
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
         del receive, counts, label
         return _NoTransfer()
+
+    def abort(self) -> None: ...
 
 
 class _NoTransfer:

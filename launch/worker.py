@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -142,9 +142,19 @@ class Worker:
         gc.collect()  # a group's parts refer to each other, and its connections are open until the last of them is gone
 
     def run(self, work: Callable[..., Any], *args: Any) -> Any:
-        """work(group, *args)"""
+        """work(group, *args). What it raises is told to the other ranks, and the group cannot be used after it."""
+        with self._announced() as group:
+            return work(group, *args)
+
+    @contextmanager
+    def _announced(self) -> Iterator[EPGroup]:
+        """The group, for the block; what ends it is told to the others, who would wait for this rank in vain."""
         assert self._group is not None, "join() comes first"
-        return work(self._group, *args)
+        try:
+            yield self._group
+        except Exception as error:
+            self._group.announce(error)
+            raise
 
     def position(self) -> Position:
         """Where this rank is."""
@@ -179,14 +189,23 @@ class Worker:
     def forward(self, token_ids: Sequence[int]) -> tuple[Tensor, CallRecord]:
         """This rank's share of a batch, perhaps of no tokens -> hidden [T, H] bfloat16 on the CPU, what its layers did.
 
-        All ranks of the group must call.
+        All ranks of the group must call. ValueError for a token that the checkpoint has no embedding of. What one rank
+        raises is told to the others, and the group cannot be used after it.
         """
         assert self._model is not None, "load() comes first"
         assert self._checkpoint is not None, "load() comes after join()"
-        ids = torch.tensor(token_ids, dtype=torch.int64)
-        hidden = self._checkpoint.embedding(ids).to(self.options.device)  # of the mapped table only these rows are read
-        out = self._model(hidden, ids.to(self.options.device))
-        return out.cpu(), sum(self._model.calls, CallRecord())
+        with self._announced():
+            _check_tokens(token_ids, self._checkpoint.config.vocab_size)
+            ids = torch.tensor(token_ids, dtype=torch.int64)
+            hidden = self._checkpoint.embedding(ids).to(self.options.device)  # only these rows of the table are read
+            out = self._model(hidden, ids.to(self.options.device))
+            return out.cpu(), sum(self._model.calls, CallRecord())
+
+
+def _check_tokens(token_ids: Sequence[int], vocab_size: int) -> None:
+    outside = [token for token in token_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"token {outside[0]} is outside of the checkpoint's vocabulary of {vocab_size}")
 
 
 if __name__ == "__main__":

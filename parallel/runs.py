@@ -33,7 +33,7 @@ class ListedRank:
     def gone(self) -> bool:
         """Whether its process has ended."""
         try:
-            return psutil.Process(self.pid).create_time() != self.started
+            return bool(psutil.Process(self.pid).create_time() != self.started)
         except psutil.NoSuchProcess:
             return True
 

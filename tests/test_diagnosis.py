@@ -113,9 +113,9 @@ def pictures(draw: st.DrawFn) -> tuple[list[Sight], int]:
         state = draw(st.sampled_from([OUTSIDE, WORKING, WAITING, RAISED, LEFT]))
         peers = st.sampled_from([peer for peer in range(size) if peer != rank])
         position = Position(state, "moe", 1, 0, "dispatch", draw(st.none() | peers), 1, 1.0, "stopped")
-        flags = {name: draw(st.booleans()) for name in ("silent", "closed")}
-        reachable = draw(st.none() | st.booleans())
-        sights.append(Sight(rank, "h", draw(st.none() | st.just(position)), 2.0, reachable=reachable, **flags))
+        known = draw(st.none() | st.just(position))
+        silent, closed, reachable = draw(st.booleans()), draw(st.booleans()), draw(st.none() | st.booleans())
+        sights.append(Sight(rank, "h", known, 2.0, silent, closed, reachable))
     return sights, draw(st.integers(1, size - 1))
 
 

@@ -37,7 +37,10 @@ def recorded(
     if not pairs:
         world = dist.group.WORLD
         assert world is not None
-        group = replace(group, transport=AllToAllTransport(world, Clock(group.deadline_s, {}, group.whereabouts), torch.device("cpu")))
+        group = replace(
+            group,
+            transport=AllToAllTransport(world, Clock(group.deadline_s, {}, group.whereabouts), torch.device("cpu")),
+        )
     mine, layer = batch.part(shares[group.rank]), make_layer(SHAPE, group, waves=3, name="layers.7")
     outputs, records = [layer(mine.hidden, mine.ids, mine.weights)], [layer.last_call]
     with record(layer.group) as trace:

@@ -1,0 +1,97 @@
+"""What knowing where every rank is costs: calls with beacon and notes against calls without, in turn, in one run.
+
+    python benchmarks/beacon.py                 # loopback; --link 1gbit needs root
+
+Prints, for a small, a middling and a large call, the median of each and of their ratio over the pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from statistics import median
+from typing import Any
+
+import torch
+
+from megamoe.launch.bench import make_expert_weights, make_workload
+from megamoe.launch.lab import lab
+from megamoe.launch.ranks import LocalRanks
+from megamoe.layer import MegaMoE
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.position import Whereabouts
+from megamoe.parallel.transport import Label
+from megamoe.shape import MoEShape
+
+SHAPE = MoEShape(hidden=1024, intermediate=512, num_experts=16, topk=4)
+NEVER_S = 1e9
+_TOGETHER = Label("bench", "counts")
+
+
+class Nowhere(Whereabouts):
+    """Whereabouts that are not noted."""
+
+    def enter(self, layer: str, call: int) -> None: ...
+
+    def work(self, phase: str, wave: int | None = None) -> None: ...
+
+    def wait(self, phase: str, wave: int | None, peer: int | None) -> None: ...
+
+    def arrived(self, phase: str, wave: int | None, took_s: float) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+def measure(group: EPGroup, tokens: int, pairs: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of each call with and without, this rank's."""
+    layer = MegaMoE(SHAPE, group, weight_format="bf16", dispatch_format="bf16")
+    layer.load_experts(*make_expert_weights(SHAPE))
+    batch = make_workload(SHAPE, group.rank, tokens)
+    for _ in range(8):
+        layer(*batch)
+    beacon, clock, transport = group.beacons[0], group.clock, group.transport
+    assert clock is not None
+    assert transport is not None
+    noted, beat_s = group.whereabouts, beacon._beat_s
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for pair in range(pairs):
+        for on in (True, False) if pair % 2 else (False, True):
+            beacon._beat_s = beat_s if on else NEVER_S
+            where: Any = noted if on else Nowhere()
+            clock.whereabouts = where
+            object.__setattr__(group, "whereabouts", where)
+            beacon._wake()  # so that the change is seen now, and not after a beat
+            transport.gather(torch.zeros(1, dtype=torch.uint8), _TOGETHER)
+            begun = time.perf_counter()
+            layer(*batch)
+            times[on].append((time.perf_counter() - begun) * 1e3)
+    object.__setattr__(group, "whereabouts", noted)
+    return times[True], times[False]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--link", help="rate of the ranks' links, such as 1gbit")
+    parser.add_argument("--pairs", type=int, default=101)
+    options = parser.parse_args()
+    with (
+        lab(2, options.link) if options.link else nullcontext() as hosts,
+        LocalRanks(2, threads_per_rank=1, deadline_s=300.0, hosts=hosts) as ranks,
+    ):
+        print(f"{'tokens':>6} {'with ms':>9} {'without':>9} {'median of ratios':>17} {'quartiles':>15}")
+        for tokens, pairs in ((1, 10 * options.pairs), (128, 3 * options.pairs), (2048, options.pairs)):
+            found = ranks.run(measure, tokens, pairs)
+            on, off = ([max(each) for each in zip(*times, strict=True)] for times in zip(*found, strict=True))
+            ratios = sorted(a / b for a, b in zip(on, off, strict=True))
+            quartiles = f"{ratios[len(ratios) // 4]:.3f} to {ratios[3 * len(ratios) // 4]:.3f}"
+            print(
+                f"{tokens:6} {median(on):9.2f} {median(off):9.2f} {median(ratios):17.4f} {quartiles:>15}",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""python -m megamoe: the same as the megamoe command."""
+
+from __future__ import annotations
+
+from megamoe.launch.cli import main
+
+main()
