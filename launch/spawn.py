@@ -129,7 +129,8 @@ class SpawnSeat:
         with self._reaping, self._asking:
             process.join(_GONE_S)
             self._lost = f"seat {self.number} (process {self.pid}) died: {cause(process.exitcode)}"
-            process.close()
+            if process.exitcode is not None:  # unknown where other code of this program has waited for all children
+                process.close()
             left = list(self._expected)
         self._output.close()
         self._questions.put(None)

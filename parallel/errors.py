@@ -39,5 +39,5 @@ class PeerError(RuntimeError):
         return "\n  ".join([*lines, *self.picture])
 
     def __reduce__(self) -> tuple[type[PeerError], tuple[object, ...], dict[str, object]]:
-        notes = {"__notes__": self.__notes__} if hasattr(self, "__notes__") else {}
+        notes: dict[str, object] = {"__notes__": self.__notes__} if hasattr(self, "__notes__") else {}
         return type(self), tuple(getattr(self, each.name) for each in fields(self)), notes

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, rendezvous
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous
 
 from megamoe.parallel.beacon import Beacon
 from megamoe.parallel.errors import PeerError
@@ -183,7 +183,11 @@ def init_group(
     timeout = timedelta(seconds=deadline_s)
     if store is None and init_method is not None:
         store, _, _ = next(rendezvous(init_method, rank, size, timeout=timeout))
-    dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=size, timeout=timeout)
+    except BaseException:
+        _forget_failed_start()
+        raise
     try:
         world = dist.group.WORLD
         assert world is not None
@@ -223,6 +227,13 @@ def _beacon(group: EPGroup, store: Store, address: str, run: str | None) -> Iter
         group.beacons.clear()  # what is left of the group must not hold itself, and its connections, alive
         group.clock.beacons.clear()
         beacon.trouble = _nothing
+
+
+def _forget_failed_start() -> None:
+    """After it torch would look for the next group under another name than ranks whose last start did not fail."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    dist.destroy_process_group()
 
 
 def _nothing() -> None:

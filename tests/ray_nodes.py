@@ -42,6 +42,11 @@ class Nodes:
     hosts: list[Host]
     address: str
     environment: dict[str, str]
+    num_cpus: int
+
+    def join(self) -> None:
+        """Has hosts[1] become a node, for the first time or again."""
+        _start(self, self.hosts[1], self.num_cpus, f"--address={self.address}")
 
     def command(self, host: Host, *arguments: str) -> list[str]:
         """A command line that runs in a host's network."""
@@ -62,10 +67,10 @@ def two_nodes(num_cpus: int = 2) -> Iterator[Nodes]:
     The directory goes last: the lab ends what runs in its networks, and that writes there.
     """
     with tempfile.TemporaryDirectory(prefix="megamoe-nodes-", dir="/tmp") as place, lab(2, "1gbit") as hosts:
-        nodes = Nodes(hosts, f"{hosts[0].address}:{GCS_PORT}", _environment(Path(place)))
+        nodes = Nodes(hosts, f"{hosts[0].address}:{GCS_PORT}", _environment(Path(place)), num_cpus)
         head = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false", f"--temp-dir={place}/ray"]
         _start(nodes, hosts[0], num_cpus, *head, f"--system-config={json.dumps(HEALTH)}")
-        _start(nodes, hosts[1], num_cpus, f"--address={nodes.address}")
+        nodes.join()
         yield nodes
 
 

@@ -1,0 +1,362 @@
+"""The cluster comes back: whatever befalls a rank, every batch has the bits that an undisturbed run has."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from megamoe.launch import recovery
+from megamoe.launch.cluster import MegaMoECluster
+from megamoe.launch.recovery import Policy
+from megamoe.launch.seats import SeatLostError
+from megamoe.launch.spawn import SpawnSeats
+from megamoe.model.synthetic import write_checkpoint
+from megamoe.parallel.errors import PeerError
+from megamoe.parallel.group import EPGroup
+from tests.cluster_cases import WatchedSeats, batches_and_outputs, break_next_forward
+from tests.test_model import CONFIG
+
+DEADLINE_S = 5.0
+Cases = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("cluster") / "small"
+    write_checkpoint(path, CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cases(checkpoint: Path) -> Cases:
+    return batches_and_outputs(checkpoint, num_batches=10, num_tokens=61)
+
+
+def watched(ranks: int, policy: Policy) -> tuple[WatchedSeats, MegaMoECluster]:
+    seats = WatchedSeats(SpawnSeats(ranks, threads=1, deadline_s=DEADLINE_S))
+    return seats, MegaMoECluster(ranks, launcher="spawn", deadline_s=DEADLINE_S, policy=policy, seats=seats)
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint: Path) -> Iterator[tuple[WatchedSeats, MegaMoECluster]]:
+    """Two ranks that come back as often as is needed."""
+    seats, cluster = watched(2, Policy(restarts=100, backoff_s=0.01))
+    with cluster:
+        cluster.load(checkpoint)
+        yield seats, cluster
+
+
+@pytest.fixture
+def seats(pair: tuple[WatchedSeats, MegaMoECluster]) -> WatchedSeats:
+    return pair[0]
+
+
+@pytest.fixture
+def cluster(pair: tuple[WatchedSeats, MegaMoECluster]) -> MegaMoECluster:
+    return pair[1]
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that others have named has little time to say something, so that the tests take less of it."""
+    monkeypatch.setattr(recovery, "NAMED_S", 1.0)
+
+
+def pids(cluster: MegaMoECluster) -> list[int]:
+    return [seat.pid for seat in cluster.members]
+
+
+def kinds(cluster: MegaMoECluster, since: int = 0) -> list[str]:
+    return [event.kind for event in cluster.events[since:]]
+
+
+def right(cluster: MegaMoECluster, cases: Cases) -> bool:
+    return all(torch.equal(cluster.forward(ids), expected) for ids, expected in cases)
+
+
+# ---- a rank is lost ----
+
+
+def test_a_hundred_batches_are_right_though_every_twentieth_loses_a_rank(checkpoint: Path, cases: Cases) -> None:
+    drawn = random.Random(7)
+    with MegaMoECluster(3, launcher="spawn", threads=1, policy=Policy(restarts=9, backoff_s=0.01)) as cluster:
+        reports = cluster.load(checkpoint)
+        for number in range(100):
+            before = pids(cluster)
+            victim = drawn.randrange(3) if number % 20 == 10 else None
+            if victim is not None:
+                threading.Timer(0.04 * drawn.random(), os.kill, (before[victim], signal.SIGKILL)).start()
+                since = len(cluster.events)
+                while "formed" not in kinds(cluster, since):  # it may die when the batch is done
+                    assert right(cluster, cases[:1])
+                assert kinds(cluster, since) == ["failed", "replaced", "formed"]
+                assert [before[rank] == pid for rank, pid in enumerate(pids(cluster))].count(False) == 1
+                # those that stayed read nothing, the new one its own experts
+                read = [reports[rank].experts_read if rank == victim else 0 for rank in range(3)]
+                assert [report.experts_read for report in cluster.loads] == read
+            assert right(cluster, [cases[number % 10]]), number
+        assert kinds(cluster).count("replaced") == 5
+
+
+def test_a_rank_that_dies_between_batches_is_replaced_by_the_next(cluster: MegaMoECluster, cases: Cases) -> None:
+    before, since = pids(cluster), len(cluster.events)
+    os.kill(before[1], signal.SIGKILL)
+    until = time.monotonic() + 10.0
+    while cluster.health()[1].alive and time.monotonic() < until:
+        pass
+    assert right(cluster, cases[:2])
+    assert kinds(cluster, since) == ["failed", "replaced", "formed"]
+    assert pids(cluster)[0] == before[0]
+
+
+@pytest.mark.parametrize(("number", "method"), [(0, "open_store"), (0, "join"), (1, "join"), (0, "load"), (1, "load")])
+def test_a_rank_that_dies_while_the_group_is_formed_is_replaced(
+    seats: WatchedSeats, cluster: MegaMoECluster, cases: Cases, number: int, method: str
+) -> None:
+    first, since = pids(cluster)[0], len(cluster.events)
+    seats.strike(number, method)
+    os.kill(pids(cluster)[1], signal.SIGKILL)
+    assert right(cluster, cases[:2])
+    assert kinds(cluster, since) == ["failed", "replaced", "failed", "replaced", "formed"]
+    if number:
+        assert pids(cluster)[0] == first
+        assert cluster.loads[0].experts_read == 0
+
+
+def test_a_rank_that_is_stopped_is_replaced(cluster: MegaMoECluster, cases: Cases) -> None:
+    before, since = pids(cluster), len(cluster.events)
+    os.kill(before[1], signal.SIGSTOP)
+    assert right(cluster, cases[:2])
+    assert "rank 1" in cluster.events[since].what
+    assert "does not run" in cluster.events[since].what
+    assert not psutil.pid_exists(before[1])
+    assert pids(cluster)[0] == before[0]
+    assert cluster.loads[0].experts_read == 0
+
+
+def test_a_rank_that_loops_for_ever_is_replaced(cluster: MegaMoECluster, cases: Cases) -> None:
+    before, since = pids(cluster), len(cluster.events)
+    cluster.run(break_next_forward, 1, "loops")
+    assert right(cluster, cases[:2])
+    assert "rank 1" in cluster.events[since].what
+    assert not psutil.pid_exists(before[1])
+    assert pids(cluster)[0] == before[0]
+
+
+def test_a_rank_that_raises_its_own_error_is_replaced_at_once(cluster: MegaMoECluster, cases: Cases) -> None:
+    before, since = pids(cluster), len(cluster.events)
+    cluster.run(break_next_forward, 1, "raises")
+    begun = time.monotonic()
+    cluster.forward(cases[0][0])
+    failed = cluster.events[since]
+    assert failed.what == "rank 1 raised RuntimeError: the fan has stopped"
+    assert failed.at_s + cluster._begun - begun < DEADLINE_S / 2  # the other need not wait for its deadline
+    assert right(cluster, cases[:2])
+    assert [pid == then for pid, then in zip(pids(cluster), before, strict=True)] == [True, False]
+
+
+# ---- requests that are wrong ----
+
+
+@pytest.mark.parametrize("token", [500, -1])
+def test_a_token_outside_the_vocabulary_is_refused_at_once_and_nothing_restarts(
+    cluster: MegaMoECluster, cases: Cases, token: int
+) -> None:
+    before, begun = pids(cluster), time.monotonic()
+    with pytest.raises(ValueError, match=f"token {token} is outside of the checkpoint's vocabulary of 500"):
+        cluster.forward([1, 2, 3, token])
+    assert time.monotonic() - begun < DEADLINE_S / 2
+    assert right(cluster, cases[:2])
+    assert pids(cluster) == before
+    assert [report.experts_read for report in cluster.loads] == [0, 0]
+
+
+def test_no_such_checkpoint_is_refused_and_the_next_load_goes_on(
+    cluster: MegaMoECluster, checkpoint: Path, cases: Cases, tmp_path: Path
+) -> None:
+    before = pids(cluster)
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        cluster.load(tmp_path)
+    with pytest.raises(ValueError, match=r"no checkpoint is loaded"):
+        cluster.forward([1])
+    cluster.load(checkpoint)
+    assert right(cluster, cases[:2])
+    assert pids(cluster) == before
+
+
+# ---- the group ----
+
+
+def resources(cluster: MegaMoECluster) -> list[tuple[int, int]]:
+    """Open files and threads of each rank, and of this process."""
+    processes = [psutil.Process(), *map(psutil.Process, pids(cluster))]
+    return [(each.num_fds(), each.num_threads()) for each in processes]
+
+
+def test_twenty_generations_leave_no_connection_and_no_thread_behind(cluster: MegaMoECluster, cases: Cases) -> None:
+    found, since = [], len(cluster.events)
+    for _ in range(20):
+        with pytest.raises(ValueError, match="vocabulary"):
+            cluster.forward([1, 2, 3, 500])
+        assert right(cluster, cases[:1])
+        found.append(resources(cluster))
+    assert kinds(cluster, since) == ["failed", "formed"] * 20
+    # the last group's own may be closing still
+    assert all(
+        then[0] + 4 >= now[0] and then[1] + 2 >= now[1] for then, now in zip(found[1], found[-1], strict=True)
+    ), (found[1], found[-1])
+
+
+def test_resizing_down_and_up_keeps_the_bits(cluster: MegaMoECluster, cases: Cases) -> None:
+    first = pids(cluster)[0]
+    for ranks in (1, 2):
+        cluster.resize(ranks)
+        assert cluster.ranks == len(cluster.health()) == ranks
+        assert right(cluster, cases[:2])
+    assert pids(cluster)[0] == first
+    for ranks in (0, 3):
+        with pytest.raises(ValueError, match=rf"ranks must be in \[1, 2\], got {ranks}"):
+            cluster.resize(ranks)
+
+
+def test_growing_that_fails_leaves_those_that_were_there(
+    seats: WatchedSeats, cluster: MegaMoECluster, cases: Cases
+) -> None:
+    cluster.resize(1)
+    seats.refused = {1}
+    with pytest.raises(RuntimeError, match="seat 1 has no machine"):
+        cluster.resize(2)
+    seats.refused = set()
+    assert right(cluster, cases[:2])
+    assert cluster.ranks == 1
+    cluster.resize(2)
+    assert right(cluster, cases[:2])
+
+
+def test_health_says_where_ranks_are_and_which_do_not_answer_or_are_gone(cluster: MegaMoECluster, cases: Cases) -> None:
+    assert right(cluster, cases[:1])
+    assert all(each.alive and "of layer 'layers.2.ffn'" in each.position for each in cluster.health(10.0))
+    stopped, killed = pids(cluster)
+    os.kill(stopped, signal.SIGSTOP)
+    os.kill(killed, signal.SIGKILL)
+    health = cluster.health(timeout_s=0.5)
+    os.kill(stopped, signal.SIGCONT)
+    assert [(each.rank, each.seat, each.pid, each.alive) for each in health] == [
+        (0, 0, stopped, True),
+        (1, 1, killed, False),
+    ]
+    assert health[0].position == "does not answer"
+    assert "died: killed by SIGKILL" in health[1].position
+    assert cluster.health()[1].position == "its process is gone"
+    assert right(cluster, cases[:1])
+
+
+def squared(group: EPGroup, number: int) -> tuple[int, int]:
+    return group.rank, number**2
+
+
+def test_work_of_ones_own_runs_on_every_rank(cluster: MegaMoECluster) -> None:
+    assert cluster.run(squared, 7) == [(0, 49), (1, 49)]
+
+
+# ---- where it ends ----
+
+
+def test_when_restarts_are_used_up_the_error_reaches_the_user_and_names_the_rank(
+    checkpoint: Path, cases: Cases
+) -> None:
+    children, threads = set(psutil.Process().children()), set(threading.enumerate())
+    with MegaMoECluster(
+        2, launcher="spawn", threads=1, deadline_s=DEADLINE_S, policy=Policy(restarts=1, backoff_s=0.01)
+    ) as cluster:
+        cluster.load(checkpoint)
+        os.kill(pids(cluster)[1], signal.SIGKILL)
+        assert right(cluster, cases[:1])
+        cluster.run(break_next_forward, 1, "raises")
+        with pytest.raises(RuntimeError, match="the fan has stopped") as raised:
+            cluster.forward(cases[0][0])
+        assert "raised on seat 1" in raised.value.__notes__[0]
+        assert right(cluster, cases[:1])  # all are there still, and meet again
+        cluster.run(break_next_forward, 1, "raises")
+        os.kill(pids(cluster)[1], signal.SIGKILL)
+        with pytest.raises((PeerError, SeatLostError), match=r"(rank|seat) 1 .*(dead|died)"):
+            cluster.forward(cases[0][0])
+        with pytest.raises(SeatLostError, match=r"seat 1 .* died"):
+            cluster.forward(cases[0][0])
+    assert set(psutil.Process().children()) == children
+    for each in set(threading.enumerate()) - threads:
+        each.join(10.0)
+        assert not each.is_alive(), each
+
+
+def grown_to(cluster: MegaMoECluster, ranks: int, cases: Cases) -> bool:
+    """Runs batches until there are so many ranks."""
+    until = time.monotonic() + 60.0
+    while cluster.ranks != ranks and time.monotonic() < until:
+        assert right(cluster, cases[:1])
+    return cluster.ranks == ranks
+
+
+def test_without_a_seat_an_elastic_group_goes_on_and_takes_it_back(checkpoint: Path, cases: Cases) -> None:
+    seats, cluster = watched(4, Policy(restarts=9, backoff_s=0.01, elastic=(2, 4), retry_s=0.1))
+    with cluster:
+        cluster.load(checkpoint)
+        before, since = pids(cluster), len(cluster.events)
+        seats.refused = {2}
+        os.kill(before[2], signal.SIGKILL)
+        assert right(cluster, cases[:3])
+        assert pids(cluster) == [before[0], before[1], before[3]]
+        assert kinds(cluster, since)[:3] == ["failed", "out", "formed"]
+        seats.refused = set()
+        assert grown_to(cluster, 4, cases)
+        assert [pid == then for pid, then in zip(pids(cluster), before, strict=True)] == [True, True, False, True]
+        assert right(cluster, cases)
+        assert kinds(cluster, since)[-2:] == ["back", "formed"]
+        seats.refused = {1, 2, 3}
+        for pid in pids(cluster)[1:]:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"seat \d has no machine"):
+            right(cluster, cases)
+
+
+def test_without_a_seat_a_group_that_is_not_elastic_waits_for_it(checkpoint: Path, cases: Cases) -> None:
+    seats, cluster = watched(2, Policy(restarts=9, backoff_s=0.01, retry_s=0.1))
+    with cluster:
+        cluster.load(checkpoint)
+        seats.refused = {1}
+        os.kill(pids(cluster)[1], signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="seat 1 has no machine") as refused:
+            cluster.forward(cases[0][0])
+        assert isinstance(refused.value.__cause__, PeerError | SeatLostError)
+        with pytest.raises(RuntimeError, match="1 ranks are left of at least 2"):
+            cluster.forward(cases[0][0])
+        seats.refused = set()
+        until = time.monotonic() + 60.0
+        while cluster.ranks < 2 and time.monotonic() < until:
+            with suppress(RuntimeError):  # it lacks a rank still
+                cluster.forward(cases[0][0])
+        assert right(cluster, cases)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "said"),
+    [
+        (0, {}, "ranks must be positive, got 0"),
+        (2, {"launcher": "smoke"}, "launcher must be one of ray, spawn, got 'smoke'"),
+        (5, {"policy": Policy(elastic=(2, 4))}, "ranks 5 is outside of elastic 2:4"),
+    ],
+)
+def test_a_wrong_request_is_refused(ranks: int, arguments: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        MegaMoECluster(ranks, **arguments)  # type: ignore[arg-type]

@@ -1,0 +1,90 @@
+"""What a rank that is left learns when another is lost in the middle of a large message, or raises, or leaves."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from megamoe.launch.seats import Seat, SeatLostError
+from megamoe.launch.spawn import SpawnSeats
+from megamoe.launch.worker import Meeting
+from megamoe.parallel.errors import PeerError
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport import Label
+
+ROWS = 1 << 28  # bytes: too many to be sent before a process can end
+
+
+@pytest.fixture
+def pair() -> Iterator[list[Seat]]:
+    """Two ranks with a deadline far beyond what the tests allow"""
+    with SpawnSeats(2, deadline_s=60.0, threads=1) as seats:
+        with ThreadPoolExecutor(2) as pool:
+            opened: list[Seat] = list(pool.map(lambda number: seats.open(number, 60.0), range(2)))
+        address, port = opened[0].call("open_store").result(60)
+        joined = [seat.call("join", Meeting(address, port, 1, rank, 2)) for rank, seat in enumerate(opened)]
+        for each in joined:
+            each.result(60)
+        yield opened
+
+
+def receive(group: EPGroup) -> tuple[float, PeerError]:
+    """Waits for a large message in a call; after how long it knew better, and what it was told"""
+    assert group.transport is not None
+    begun = time.monotonic()
+    with pytest.raises(PeerError) as lost, group.unbroken("moe", 1):
+        rows = torch.empty(ROWS, 1, dtype=torch.uint8)
+        group.transport.expect(rows, [0, ROWS], Label("moe", "dispatch", 3)).wait()
+    return time.monotonic() - begun, lost.value
+
+
+def send_and(group: EPGroup, end: str) -> None:
+    """Begins to send it, and ends"""
+    assert group.transport is not None
+    with group.unbroken("moe", 1):
+        transfer = group.transport.expect(torch.empty(0, 1, dtype=torch.uint8), [0, 0], Label("moe", "dispatch", 3))
+        if end == "exit":
+            transfer.send(torch.zeros(ROWS, 1, dtype=torch.uint8), [ROWS, 0])
+            os._exit(9)
+        raise KeyError(end)
+
+
+def outcomes(pair: list[Seat], end: str) -> tuple[float, PeerError, Any]:
+    waiting, ending = pair[0].call("run", receive), pair[1].call("run", send_and, end)
+    took, lost = waiting.result(50)
+    return took, lost, ending.exception(10)
+
+
+def test_a_rank_lost_in_the_middle_of_a_large_message_is_noticed_at_once(pair: list[Seat]) -> None:
+    took, lost, ending = outcomes(pair, "exit")
+    assert isinstance(ending, SeatLostError)
+    assert took < 5
+    assert (lost.rank, lost.condition, lost.phase, lost.wave) == (1, "dead", "dispatch", 3)
+    assert "rank 1 on" in str(lost)
+    assert any("last seen" in line or "dead" in line for line in lost.picture)
+
+
+def test_what_a_rank_raised_is_in_the_error_of_the_others(pair: list[Seat]) -> None:
+    took, lost, ending = outcomes(pair, "the experts are out")
+    assert isinstance(ending, KeyError)
+    assert took < 5
+    assert (lost.rank, lost.condition) == (1, "raised")
+    assert "KeyError: 'the experts are out'" in lost.picture[1]
+
+
+def make_call(group: EPGroup) -> str:
+    """Begins another call of a layer in a group that has lost a rank"""
+    with pytest.raises((PeerError, RuntimeError)) as refusal, group.unbroken("moe", 2):
+        raise AssertionError("the call was begun")
+    return str(refusal.value)
+
+
+def test_the_next_call_is_refused_at_once(pair: list[Seat]) -> None:
+    outcomes(pair, "the experts are out")
+    assert "cannot be used any more" in pair[0].call("run", make_call).result(10)
