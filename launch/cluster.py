@@ -140,7 +140,8 @@ class MegaMoECluster:
         self._start_s = max(_START_S, deadline_s)
         self._roster = Roster(self._source, most, start_s=self._start_s, retry_s=self.policy.retry_s, tell=self._tell)
         self._formed = False  # whether the members are a group that can be used
-        self._generation = self._restarts = self._in_a_row = 0
+        self._generation = self._restarts = 0
+        self._failures: list[Exception] = []  # since the last that was done
         self._load: Load | None = None
         self.loads: list[LoadReport] = []
         self.events: list[Event] = []
@@ -273,7 +274,7 @@ class MegaMoECluster:
         bound_s = self._deadline_s + _ANSWER_S
         address, port = self._outcomes("open_store", [()], members[:1], bound_s)[0]
         meetings = [Meeting(address, port, self._generation, rank, len(members)) for rank in range(len(members))]
-        self._outcomes("join", [(meeting,) for meeting in meetings], members, 2 * bound_s)
+        self._outcomes("join", [(meeting,) for meeting in meetings], members, bound_s)
         if self._load is not None:
             self.loads = self._all("load", [(self._load,)] * len(members))
         self._formed = True
@@ -306,17 +307,25 @@ class MegaMoECluster:
                 self._tell("failed", error.failure.summary)
                 failed = error
             else:
-                self._in_a_row = 0
+                self._failures.clear()
                 return result
             self._recover(failed)
 
     def _recover(self, failed: _GroupError) -> None:
-        """Replaces the seats that failed, after a while; raises what there is to raise where that is over."""
-        if not failed.failure.retry or self._restarts >= self.policy.restarts:
-            raise failed.failure.error
+        """Replaces the seats that failed, after a while; raises what there is to raise where that is over.
+
+        That is the first of several failures in a row: later ones can be of ranks that did not find each other again.
+        """
+        error = failed.failure.error
+        if not failed.failure.retry:
+            raise error
+        self._failures.append(error)
+        if self._restarts >= self.policy.restarts:
+            first = self._failures[0]
+            self._failures.clear()
+            raise first from (error if error is not first else None)
         self._restarts += 1
-        self._in_a_row += 1
-        threading.Event().wait(self.policy.wait_s(self._in_a_row))
+        threading.Event().wait(self.policy.wait_s(len(self._failures)))
         # elastic, the others need not wait for one that takes long: it is taken back when it is there
         within_s = self._deadline_s if self.policy.elastic else self._start_s + _ANSWER_S
         refusals = self._roster.open(failed.numbers, within_s)
@@ -324,7 +333,7 @@ class MegaMoECluster:
             if seat.number in failed.numbers:
                 self._tell("replaced", f"seat {seat.number}, now process {seat.pid} on {seat.host}")
         for refusal in refusals.values():
-            self._check_enough(refusal, failed.failure.error)
+            self._check_enough(refusal, error)
 
     def _check_enough(self, refusal: RuntimeError | None = None, cause: Exception | None = None) -> None:
         """RuntimeError where fewer ranks are left than the policy allows: the refusal, if there is one."""

@@ -28,8 +28,8 @@ class Policy:
 
     restarts    how often, over the whole life of the cluster
     backoff_s   wait before the first of several restarts in a row; each further one waits twice as long, 30 s at most
-    elastic     (least, most) ranks: where a seat cannot be had again the group goes on without it, and takes it back
-                when it can; None keeps the number of ranks
+    elastic     (least, most) ranks: where a seat cannot be had again within the cluster's deadline the group goes on
+                without it, and takes it back between batches when it can; None keeps the number of ranks
     retry_s     how long after a failed try a seat that is out is tried again
     """
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -276,6 +277,7 @@ def test_work_of_ones_own_runs_on_every_rank(cluster: MegaMoECluster) -> None:
 def test_when_restarts_are_used_up_the_error_reaches_the_user_and_names_the_rank(
     checkpoint: Path, cases: Cases
 ) -> None:
+    resource_tracker.ensure_running()  # Python's own, which stays
     children, threads = set(psutil.Process().children()), set(threading.enumerate())
     with MegaMoECluster(
         2, launcher="spawn", threads=1, deadline_s=DEADLINE_S, policy=Policy(restarts=1, backoff_s=0.01)

@@ -79,7 +79,7 @@ def test_resizing_keeps_the_bits(cluster: MegaMoECluster, checkpoint: Path) -> N
         assert cluster.ranks == ranks
 
 
-def test_stopping_leaves_no_process(checkpoint: Path, cluster: MegaMoECluster) -> None:
+def test_stopping_leaves_no_process(cluster: MegaMoECluster) -> None:
     pids = [seat.pid for seat in cluster.members]
     cluster.stop()
     assert all(map(is_gone, pids))
@@ -152,7 +152,6 @@ def drive(nodes: Nodes, checkpoint: Path, place: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.soak
 @pytest.mark.skipif(not CAN_HOLD_A_LAB, reason="two networks on one machine need Linux, root, ip and tc")
 def test_an_elastic_group_outlives_a_node_and_grows_when_one_joins(checkpoint: Path, tmp_path: Path) -> None:
     with two_nodes() as nodes:

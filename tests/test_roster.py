@@ -1,0 +1,175 @@
+"""The roster waits for no seat longer than it is told to, and takes each back when it is there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from multiprocessing import resource_tracker
+from typing import Any
+
+import psutil
+import pytest
+
+from megamoe.launch.cluster import MegaMoECluster
+from megamoe.launch.recovery import Policy
+from megamoe.launch.roster import Roster
+from megamoe.launch.spawn import SpawnSeats
+
+
+class FakeSeat:
+    """A seat without a process: answers what it is told to answer."""
+
+    def __init__(self, number: int, answer: Callable[[str], Any]) -> None:
+        self.number, self.host, self.pid, self.alive = number, "here", 0, True
+        self._answer = answer
+
+    def call(self, method: str, *_: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        answer = self._answer(method)
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+        return future
+
+    def kill(self) -> None:
+        self.alive = False
+
+
+class FakeSeats:
+    """refusals[n] are the errors that the next tries of seat n end in; a seat that is late waits for `there`."""
+
+    def __init__(self, answer: Callable[[str], Any] = lambda _: None) -> None:
+        self.refusals: dict[int, list[Exception]] = {}
+        self.late: set[int] = set()
+        self.there = threading.Event()
+        self.opened: list[int] = []
+        self._answer = answer
+
+    def open(self, number: int, deadline_s: float) -> FakeSeat:
+        if number in self.late and not self.there.wait(deadline_s):
+            raise RuntimeError("never came")
+        if self.refusals.get(number):
+            raise self.refusals[number].pop()
+        self.opened.append(number)
+        return FakeSeat(number, self._answer)
+
+    def close(self) -> None:
+        self.there.set()
+
+
+@pytest.fixture
+def seats() -> FakeSeats:
+    return FakeSeats()
+
+
+@pytest.fixture
+def told() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture
+def roster(seats: FakeSeats, told: list[tuple[str, str]]) -> Iterator[Roster]:
+    made = Roster(seats, 3, start_s=30.0, retry_s=0.05, tell=lambda kind, what: told.append((kind, what)))
+    yield made
+    made.close()
+
+
+def numbers(roster: Roster) -> list[int]:
+    return [seat.number for seat in roster.members]
+
+
+def back(roster: Roster) -> list[int]:
+    """What comes back, however often that has to be asked."""
+    until = time.monotonic() + 10.0
+    while time.monotonic() < until:
+        found = roster.take_back()
+        if found:
+            return found
+    return []
+
+
+def test_members_are_in_order_of_their_numbers(roster: Roster) -> None:
+    assert roster.open([2, 0], 10.0) == {}
+    assert numbers(roster) == [0, 2]
+    assert roster.vacant == [1]
+    assert roster.take_back() == []
+
+
+def test_a_seat_that_is_refused_is_out_and_tried_again_later(
+    roster: Roster, seats: FakeSeats, told: list[tuple[str, str]]
+) -> None:
+    seats.refusals[1] = [RuntimeError("nor now"), RuntimeError("not now")]
+    refusals = roster.open(range(3), 10.0)
+    assert {number: str(refusal) for number, refusal in refusals.items()} == {1: "not now"}
+    assert told == [("out", "seat 1 cannot be had: not now")]
+    assert numbers(roster) == [0, 2]
+    assert roster.take_back() == []
+    assert back(roster) == [1]
+    assert numbers(roster) == [0, 1, 2]
+    assert seats.refusals[1] == []
+
+
+def test_a_seat_that_takes_long_is_out_until_it_is_there(roster: Roster, seats: FakeSeats) -> None:
+    seats.late = {1}
+    begun = time.monotonic()
+    assert "has no process after 0.1 s" in str(roster.open(range(3), 0.1)[1])
+    assert time.monotonic() - begun < 5.0
+    assert numbers(roster) == [0, 2]
+    assert roster.take_back() == []
+    seats.there.set()
+    assert back(roster) == [1]
+    assert seats.opened.count(1) == 1
+
+
+def test_what_is_no_refusal_is_raised(roster: Roster, seats: FakeSeats) -> None:
+    seats.refusals[0] = [TypeError("a mistake")]
+    with pytest.raises(TypeError, match="a mistake"):
+        roster.open([0], 10.0)
+
+
+def test_forgotten_seats_are_not_tried_again(roster: Roster, seats: FakeSeats) -> None:
+    seats.refusals[0] = [RuntimeError("not now")]
+    seats.late = {1}
+    roster.open(range(3), 0.05)
+    seats.there.set()
+    roster.forget_out()
+    assert numbers(roster) == [1, 2]
+    threading.Event().wait(0.1)  # until a retry would have been due
+    assert roster.take_back() == []
+    roster.close_seats([1])
+    assert roster.vacant == [0, 1]
+
+
+def test_closing_ends_a_process_that_is_still_starting() -> None:
+    resource_tracker.ensure_running()  # Python's own, which stays
+    before = set(psutil.Process().children())
+    roster = Roster(SpawnSeats(1, threads=1), 1, start_s=60.0, retry_s=1.0, tell=lambda *_: None)
+    assert list(roster.open([0], 0.05)) == [0]
+    roster.close()
+    assert set(psutil.Process().children()) == before
+
+
+# ---- failures in a row ----
+
+
+def test_the_wait_between_restarts_in_a_row_doubles_and_the_first_failure_is_raised() -> None:
+    joins = iter(range(100))
+
+    def answer(method: str) -> Any:
+        if method == "open_store":
+            return "127.0.0.1", 1
+        return RuntimeError(f"failure {next(joins)}") if method == "join" else None
+
+    policy = Policy(restarts=3, backoff_s=0.05)
+    cluster = MegaMoECluster(1, launcher="spawn", policy=policy, seats=FakeSeats(answer))
+    with pytest.raises(RuntimeError, match="failure 0") as raised:
+        cluster.start()
+    assert str(raised.value.__cause__) == "failure 3"
+    failed = [event.at_s for event in cluster.events if event.kind == "failed"]
+    replaced = [event.at_s for event in cluster.events if event.kind == "replaced"]
+    waits = [after - before for before, after in zip(failed, replaced, strict=False)]
+    assert [event.kind for event in cluster.events] == ["failed", "replaced"] * 3 + ["failed"]
+    assert all(wait >= 0.05 * 2**number for number, wait in enumerate(waits))
