@@ -1,6 +1,6 @@
 """A cluster for Python users: ranks on this machine or on Ray that hold a checkpoint's experts, and come back.
 
-with MegaMoECluster(4, launcher="ray", policy=Policy(restarts=5)) as cluster:
+with MegaMoECluster(4, launcher="ray", policy=RestartPolicy(restarts=5)) as cluster:
     cluster.load("DeepSeek-V4-Flash")
     hidden = cluster.forward(token_ids)      # [T, H] bfloat16, the same bits however many ranks there are
 """
@@ -23,7 +23,7 @@ from megamoe.call import CallRecord
 from megamoe.launch.job import share
 from megamoe.launch.lab import Host
 from megamoe.launch.ray_cluster import RaySeats
-from megamoe.launch.recovery import Failure, Policy, collect, judge
+from megamoe.launch.recovery import Failure, RestartPolicy, collect, judge
 from megamoe.launch.roster import Roster
 from megamoe.launch.seats import Seat, Seats
 from megamoe.launch.spawn import SpawnSeat, SpawnSeats
@@ -104,7 +104,7 @@ class MegaMoECluster:
         hosts: Sequence[Host] | None = None,
         run: str | None = None,
         log_dir: Path | None = None,
-        policy: Policy | None = None,
+        policy: RestartPolicy | None = None,
         on_event: Callable[[Event], None] = lambda _: None,
         seats: Seats | None = None,
     ) -> None:
@@ -112,7 +112,7 @@ class MegaMoECluster:
             raise ValueError(f"ranks must be positive, got {ranks}")
         if launcher not in LAUNCHERS:
             raise ValueError(f"launcher must be one of {', '.join(LAUNCHERS)}, got {launcher!r}")
-        self.policy = policy or Policy()
+        self.policy = policy or RestartPolicy()
         least, most = self.policy.elastic or (ranks, ranks)
         if not least <= ranks <= most:
             raise ValueError(f"ranks {ranks} is outside of elastic {least}:{most}")

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,7 +15,8 @@ from torch import Tensor
 from megamoe.launch.cluster import Event, MegaMoECluster
 from megamoe.launch.demo import checkpoint_or_small
 from megamoe.launch.job import JobReport, RankWork, batches, check_vocabulary, digest, read_text, share, tokenise
-from megamoe.launch.recovery import Policy
+from megamoe.launch.process import age_s
+from megamoe.launch.recovery import RestartPolicy
 from megamoe.parallel.runs import check_name
 from megamoe.waves import Waves, check_waves
 
@@ -47,7 +47,7 @@ class LaunchRequest:
     run: str | None = None
     log_dir: Path | None = None
     out: Path | None = None
-    policy: Policy = field(default_factory=Policy)
+    policy: RestartPolicy = field(default_factory=RestartPolicy)
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -110,7 +110,7 @@ def _run(cluster: MegaMoECluster, jobs: list[Sequence[int]], progress: Progress)
         progress(f"batch {number + 1} on {cluster.ranks} ranks", number, len(jobs))
         outputs.append(cluster.forward(batch))
         if not number:
-            first_s, until_first_s = time.monotonic() - begun, time.time() - psutil.Process().create_time()
+            first_s, until_first_s = time.monotonic() - begun, age_s()
         waves = max(waves, *(call.waves for call in cluster.last_calls))
         for rank in range(cluster.ranks):
             tokens[rank] += len(share(batch, rank, cluster.ranks))

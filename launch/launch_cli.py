@@ -61,7 +61,7 @@ def launch(
             task = bar.add_task("starting", total=None)
             from megamoe.launch.devices import present_device
             from megamoe.launch.launch import LaunchRequest, run_launch  # brings torch, which --help does not need
-            from megamoe.launch.recovery import Policy, parse_elastic
+            from megamoe.launch.recovery import RestartPolicy, parse_elastic
 
             request = LaunchRequest(
                 ranks=ranks,
@@ -78,7 +78,7 @@ def launch(
                 run=run,
                 log_dir=log_dir,
                 out=out,
-                policy=Policy(restarts, backoff_s, None if elastic is None else parse_elastic(elastic)),
+                policy=RestartPolicy(restarts, backoff_s, None if elastic is None else parse_elastic(elastic)),
             )
             report = run_launch(
                 request, _say, lambda what, done, of: bar.update(task, description=what, completed=done, total=of)

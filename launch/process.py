@@ -10,13 +10,17 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from megamoe.launch.lab import Host
 
@@ -167,3 +171,11 @@ def loopback() -> Host:
     """This machine's own loopback, whose interface is lo on Linux and lo0 on macOS."""
     name = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     return Host(None, "127.0.0.1", name)
+
+
+def age_s() -> float:
+    """Seconds since this process was started."""
+    if sys.platform.startswith("linux"):  # psutil rounds the time of boot to a second
+        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+    return time.time() - float(psutil.Process().create_time())

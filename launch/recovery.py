@@ -23,7 +23,7 @@ class StuckError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class RestartPolicy:
     """Whether and how a group comes back.
 
     restarts    how often, over the whole life of the cluster

@@ -15,7 +15,7 @@ In steady state dispatch(w+1), experts(w) and combine(w-1) run at the same time.
 
 Rooms, imports pointing down only:
 
-    launch     starts ranks and says what they do: command line, local ranks, the demo
+    launch     starts ranks and says what they do: command line, clusters that come back, torchrun, Ray, the lab
     model      models that use the layer: routers, checkpoints, blocks
     megamoe    the layer: number formats, experts, waves; the planner and its catalog, without torch
     parallel   where ranks are and how bytes move: process groups, placement, exchange
@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megamoe.call import CallRecord
     from megamoe.formats import MXFP4, MXFP8
+    from megamoe.launch.cluster import MegaMoECluster
+    from megamoe.launch.recovery import RestartPolicy
     from megamoe.layer import MegaMoE
     from megamoe.parallel.errors import PeerError
     from megamoe.parallel.group import EPGroup, init_group
@@ -46,8 +48,10 @@ _EXPORTS = {
     "MXFP4": "megamoe.formats",
     "MXFP8": "megamoe.formats",
     "MegaMoE": "megamoe.layer",
+    "MegaMoECluster": "megamoe.launch.cluster",
     "MoEShape": "megamoe.shape",
     "PeerError": "megamoe.parallel.errors",
+    "RestartPolicy": "megamoe.launch.recovery",
     "Timeline": "megamoe.timeline",
     "init_group": "megamoe.parallel.group",
     "record": "megamoe.trace",
@@ -59,8 +63,10 @@ __all__ = [
     "CallRecord",
     "EPGroup",
     "MegaMoE",
+    "MegaMoECluster",
     "MoEShape",
     "PeerError",
+    "RestartPolicy",
     "Timeline",
     "__version__",
     "init_group",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megamoe.launch import recovery
 from megamoe.launch.cluster import MegaMoECluster
-from megamoe.launch.recovery import Policy
+from megamoe.launch.recovery import RestartPolicy
 from megamoe.launch.seats import SeatLostError
 from megamoe.launch.spawn import SpawnSeats
 from megamoe.model.synthetic import write_checkpoint
@@ -44,7 +44,7 @@ def cases(checkpoint: Path) -> Cases:
     return batches_and_outputs(checkpoint, num_batches=10, num_tokens=61)
 
 
-def watched(ranks: int, policy: Policy) -> tuple[WatchedSeats, MegaMoECluster]:
+def watched(ranks: int, policy: RestartPolicy) -> tuple[WatchedSeats, MegaMoECluster]:
     seats = WatchedSeats(SpawnSeats(ranks, threads=1, deadline_s=DEADLINE_S))
     return seats, MegaMoECluster(ranks, launcher="spawn", deadline_s=DEADLINE_S, policy=policy, seats=seats)
 
@@ -52,7 +52,7 @@ def watched(ranks: int, policy: Policy) -> tuple[WatchedSeats, MegaMoECluster]:
 @pytest.fixture(scope="module")
 def pair(checkpoint: Path) -> Iterator[tuple[WatchedSeats, MegaMoECluster]]:
     """Two ranks that come back as often as is needed."""
-    seats, cluster = watched(2, Policy(restarts=100, backoff_s=0.01))
+    seats, cluster = watched(2, RestartPolicy(restarts=100, backoff_s=0.01))
     with cluster:
         cluster.load(checkpoint)
         yield seats, cluster
@@ -91,7 +91,7 @@ def right(cluster: MegaMoECluster, cases: Cases) -> bool:
 
 def test_a_hundred_batches_are_right_though_every_twentieth_loses_a_rank(checkpoint: Path, cases: Cases) -> None:
     drawn = random.Random(7)
-    with MegaMoECluster(3, launcher="spawn", threads=1, policy=Policy(restarts=9, backoff_s=0.01)) as cluster:
+    with MegaMoECluster(3, launcher="spawn", threads=1, policy=RestartPolicy(restarts=9, backoff_s=0.01)) as cluster:
         reports = cluster.load(checkpoint)
         for number in range(100):
             before = pids(cluster)
@@ -280,7 +280,7 @@ def test_when_restarts_are_used_up_the_error_reaches_the_user_and_names_the_rank
     resource_tracker.ensure_running()  # Python's own, which stays
     children, threads = set(psutil.Process().children()), set(threading.enumerate())
     with MegaMoECluster(
-        2, launcher="spawn", threads=1, deadline_s=DEADLINE_S, policy=Policy(restarts=1, backoff_s=0.01)
+        2, launcher="spawn", threads=1, deadline_s=DEADLINE_S, policy=RestartPolicy(restarts=1, backoff_s=0.01)
     ) as cluster:
         cluster.load(checkpoint)
         os.kill(pids(cluster)[1], signal.SIGKILL)
@@ -311,7 +311,7 @@ def grown_to(cluster: MegaMoECluster, ranks: int, cases: Cases) -> bool:
 
 
 def test_without_a_seat_an_elastic_group_goes_on_and_takes_it_back(checkpoint: Path, cases: Cases) -> None:
-    seats, cluster = watched(4, Policy(restarts=9, backoff_s=0.01, elastic=(2, 4), retry_s=0.1))
+    seats, cluster = watched(4, RestartPolicy(restarts=9, backoff_s=0.01, elastic=(2, 4), retry_s=0.1))
     with cluster:
         cluster.load(checkpoint)
         before, since = pids(cluster), len(cluster.events)
@@ -333,7 +333,7 @@ def test_without_a_seat_an_elastic_group_goes_on_and_takes_it_back(checkpoint: P
 
 
 def test_without_a_seat_a_group_that_is_not_elastic_waits_for_it(checkpoint: Path, cases: Cases) -> None:
-    seats, cluster = watched(2, Policy(restarts=9, backoff_s=0.01, retry_s=0.1))
+    seats, cluster = watched(2, RestartPolicy(restarts=9, backoff_s=0.01, retry_s=0.1))
     with cluster:
         cluster.load(checkpoint)
         seats.refused = {1}
@@ -356,7 +356,7 @@ def test_without_a_seat_a_group_that_is_not_elastic_waits_for_it(checkpoint: Pat
     [
         (0, {}, "ranks must be positive, got 0"),
         (2, {"launcher": "smoke"}, "launcher must be one of ray, spawn, got 'smoke'"),
-        (5, {"policy": Policy(elastic=(2, 4))}, "ranks 5 is outside of elastic 2:4"),
+        (5, {"policy": RestartPolicy(elastic=(2, 4))}, "ranks 5 is outside of elastic 2:4"),
     ],
 )
 def test_a_wrong_request_is_refused(ranks: int, arguments: dict[str, object], said: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megamoe.launch.cluster import Event, MegaMoECluster
-from megamoe.launch.recovery import Policy
+from megamoe.launch.recovery import RestartPolicy
 from megamoe.model.synthetic import write_checkpoint
 from tests.cluster_cases import batches_and_outputs, break_next_forward
 from tests.test_model import CONFIG
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path) -> Iterator[MegaMoECluster]:
-    policy = Policy(restarts=20, backoff_s=0.01)
+    policy = RestartPolicy(restarts=20, backoff_s=0.01)
     with MegaMoECluster(2, launcher="ray", address="local", deadline_s=20.0, threads=1, policy=policy) as cluster:
         cluster.load(checkpoint)
         yield cluster
@@ -108,7 +108,7 @@ def outlive_a_node(address: str, other: str, checkpoint: str, signals: str) -> d
         seen["wrong"] += not torch.equal(cluster.forward(ids), expected)
         seen["batches"] += 1
 
-    policy = Policy(restarts=9, backoff_s=0.1, elastic=(2, 4), retry_s=1.0)
+    policy = RestartPolicy(restarts=9, backoff_s=0.1, elastic=(2, 4), retry_s=1.0)
     with MegaMoECluster(4, address=address, deadline_s=10.0, threads=1, policy=policy, on_event=tell) as cluster:
         cluster.load(checkpoint)
         run(cluster)

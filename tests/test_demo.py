@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -37,10 +38,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_demo_prints_json_alone_with_every_rank_and_identical(checkpoint: Path) -> None:
-    done = command("demo", "--ranks", 3, "--waves", "2", "--format", "json", "--checkpoint", checkpoint)
+@pytest.mark.parametrize("launcher", ["ray", "spawn", "torchrun"])
+def test_demo_prints_json_alone_with_every_rank_and_identical(checkpoint: Path, launcher: str) -> None:
+    started = ("--launcher", launcher, "--ranks", 3)
+    done = command("demo", *started, "--waves", "2", "--format", "json", "--checkpoint", checkpoint)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
+    assert report["launcher"] == launcher
     assert report["identical"] is True
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1, 2]
     assert sum(rank["tokens"] for rank in report["ranks"]) == report["tokens"] == report["one_rank"]["tokens"] > 1000
@@ -60,7 +64,7 @@ def test_demo_runs_the_users_text_and_says_identical_in_a_table(checkpoint: Path
     done = command("demo", "--ranks", 2, "--text", text, "--checkpoint", checkpoint)
     assert done.returncode == 0, done.stderr
     assert "notes.txt: " in done.stdout
-    assert done.stdout.rstrip().endswith("2 ranks against one, every bit of the output: identical")
+    assert done.stdout.rstrip().endswith("2 ranks (ray) against one, every bit of the output: identical")
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110
 
@@ -68,7 +72,9 @@ def test_demo_runs_the_users_text_and_says_identical_in_a_table(checkpoint: Path
 def test_one_token_on_more_ranks_than_experts(checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "word.txt"
     text.write_text("a")
-    done = command("demo", "--ranks", 4, "--text", text, "--checkpoint", checkpoint, "--format", "json")
+    done = command(
+        "demo", "--launcher", "spawn", "--ranks", 4, "--text", text, "--checkpoint", checkpoint, "--format", "json"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["tokens"] == 1
@@ -110,7 +116,7 @@ def test_a_truncated_checkpoint_exits_with_2_and_names_the_file(tmp_path: Path) 
     path = tmp_path / "checkpoint"
     write_checkpoint(path, CONFIG.model_copy(update={"vocab_size": 129_280, "hidden_size": 32}))
     truncate(path)
-    done = command("demo", "--ranks", 2, "--checkpoint", path)
+    done = command("demo", "--launcher", "spawn", "--ranks", 2, "--checkpoint", path)
     assert done.returncode == 2, done.stderr
     assert f"{LAYER_1} cannot be read, it may be truncated" in done.stderr
 
@@ -119,19 +125,37 @@ def demo_folders(folder: Path) -> list[Path]:
     return list(folder.glob("megamoe-demo-*"))
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "terminate"])
-@pytest.mark.parametrize("moment", ["writing", "written", "ranks_started", "ranks_running"])
+MOMENTS = [
+    ("spawn", "writing", signal.SIGINT),
+    ("spawn", "writing", signal.SIGTERM),
+    ("spawn", "written", signal.SIGINT),
+    ("spawn", "ranks_started", signal.SIGINT),
+    ("spawn", "ranks_started", signal.SIGTERM),
+    ("spawn", "ranks_running", signal.SIGINT),
+    ("ray", "ray_started", signal.SIGINT),
+    ("ray", "ray_ranks", signal.SIGTERM),
+    ("torchrun", "torchrun_ranks", signal.SIGTERM),
+]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "moment", "signal_number"), MOMENTS, ids=[f"{moment}-{number.name}" for _, moment, number in MOMENTS]
+)
 def test_a_signal_at_any_point_leaves_no_file_and_no_process(
-    tmp_path: Path, moment: str, signal_number: signal.Signals
+    tmp_path: Path, launcher: str, moment: str, signal_number: signal.Signals
 ) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    demo = subprocess.Popen([*COMMAND, "demo", "--ranks", "2"], env=environment, stderr=subprocess.PIPE, text=True)
+    line = [*COMMAND, "demo", "--launcher", launcher, "--ranks", "2"]
+    demo = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
     process = psutil.Process(demo.pid)
     reached: Callable[[], bool] = {
         "writing": lambda: any(tmp_path.glob("megamoe-demo-*/*")),
         "written": lambda: any(tmp_path.glob("megamoe-demo-*/config.json")),
         "ranks_started": lambda: len(spawned(process)) == 2,
         "ranks_running": lambda: len(spawned(process)) == 2 and met(process),
+        "ray_started": lambda: bool(running(process, "/raylet/raylet")),
+        "ray_ranks": lambda: len(running(process, "ray::SeatActor")) == 2,
+        "torchrun_ranks": lambda: len(running(process, "megamoe.launch.torchrun_work")) == 3,  # and torchrun itself
     }[moment]
     until = time.monotonic() + 60
     while not reached():
@@ -143,14 +167,23 @@ def test_a_signal_at_any_point_leaves_no_file_and_no_process(
     demo.send_signal(signal_number)  # an impatient second one changes nothing
     _, said = demo.communicate(timeout=30)
     assert demo.returncode == (130 if signal_number == signal.SIGINT else 143), said
-    assert "Traceback" not in said
+    assert launcher == "torchrun" or "Traceback" not in said  # torchrun has its own way of saying that it was ended
     assert not list(tmp_path.iterdir())
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
 
 
 def spawned(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+    return running(process, "spawn_main")
+
+
+def running(process: psutil.Process, what: str) -> list[psutil.Process]:
+    """Those that it started, however indirectly, and whose command line names it"""
+    found = []
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if what in " ".join(child.cmdline()) else []
+    return found
 
 
 def met(process: psutil.Process) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from megamoe.launch import recovery
 from megamoe.launch.process import portable
-from megamoe.launch.recovery import Policy, StuckError, collect, judge, parse_elastic
+from megamoe.launch.recovery import RestartPolicy, StuckError, collect, judge, parse_elastic
 from megamoe.launch.seats import SeatLostError
 from megamoe.parallel.errors import PeerError
 
@@ -152,10 +152,10 @@ def test_after_a_failure_a_rank_that_is_named_is_not_waited_for(
 
 
 def test_each_further_restart_in_a_row_waits_twice_as_long_and_thirty_seconds_at_most() -> None:
-    policy = Policy(restarts=9, backoff_s=0.5)
+    policy = RestartPolicy(restarts=9, backoff_s=0.5)
     assert [policy.wait_s(number) for number in range(1, 8)] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0]
     assert policy.wait_s(10_000) == 30.0
-    assert Policy(backoff_s=0.0).wait_s(5) == 0.0
+    assert RestartPolicy(backoff_s=0.0).wait_s(5) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_each_further_restart_in_a_row_waits_twice_as_long_and_thirty_seconds_at
 )
 def test_a_wrong_policy_is_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Policy(**arguments)
+        RestartPolicy(**arguments)
 
 
 def test_elastic_is_written_min_colon_max() -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megamoe.launch.cluster import MegaMoECluster
-from megamoe.launch.recovery import Policy
+from megamoe.launch.recovery import RestartPolicy
 from megamoe.launch.roster import Roster
 from megamoe.launch.spawn import SpawnSeats
 
@@ -163,7 +163,7 @@ def test_the_wait_between_restarts_in_a_row_doubles_and_the_first_failure_is_rai
             return "127.0.0.1", 1
         return RuntimeError(f"failure {next(joins)}") if method == "join" else None
 
-    policy = Policy(restarts=3, backoff_s=0.05)
+    policy = RestartPolicy(restarts=3, backoff_s=0.05)
     cluster = MegaMoECluster(1, launcher="spawn", policy=policy, seats=FakeSeats(answer))
     with pytest.raises(RuntimeError, match="failure 0") as raised:
         cluster.start()
