@@ -30,7 +30,7 @@ def run_under_torchrun(
         folder = Path(place)
         (folder / "work").write_bytes(pickle.dumps((work, args, device, deadline_s)))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["--module", "megamoe.launch.torchrun_work", place]
+        command += ["--log-dir", place, "--module", "megamoe.launch.torchrun_work", place]
         environment = {"OMP_NUM_THREADS": str(share_of_cores(ranks)), **os.environ}  # else torchrun warns and sets 1
         process = subprocess.Popen(command, stdout=sys.stderr.fileno(), env=environment)
         try:
