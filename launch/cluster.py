@@ -34,6 +34,7 @@ T = TypeVar("T")
 LAUNCHERS = ("ray", "spawn")
 _ANSWER_S = 15.0  # beyond the deadline: for a rank to say what it knows, for a process to be taken down
 _START_S = 120.0
+_REACH_S = 3.0  # for a connection to where the others meet
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ class MegaMoECluster:
         self._on_event = on_event
         self._start_s = max(_START_S, deadline_s)
         self._roster = Roster(self._source, most, start_s=self._start_s, retry_s=self.policy.retry_s, tell=self._tell)
+        self._meeting_place = ("", 0)  # address and port, of the latest generation
         self._formed = False  # whether the members are a group that can be used
         self._generation = self._restarts = 0
         self._failures: list[Exception] = []  # since the last that was done
@@ -272,7 +274,14 @@ class MegaMoECluster:
             if isinstance(seat, SpawnSeat):
                 seat.label = f"rank {rank}"
         bound_s = self._deadline_s + _ANSWER_S
-        address, port = self._outcomes("open_store", [()], members[:1], bound_s)[0]
+        address, port = self._meeting_place = self._outcomes("open_store", [()], members[:1], bound_s)[0]
+        unreached = self._unreached(members)
+        if unreached and self.policy.elastic:
+            self._roster.put_out(unreached, f"does not reach the others at {address}")
+            self._form()
+            return
+        if unreached:
+            raise _unreached_error(unreached, address)
         meetings = [Meeting(address, port, self._generation, rank, len(members)) for rank in range(len(members))]
         self._outcomes("join", [(meeting,) for meeting in meetings], members, bound_s)
         if self._load is not None:
@@ -280,6 +289,16 @@ class MegaMoECluster:
         self._formed = True
         read = f", {sum(load.experts_read for load in self.loads)} experts read" if self._load else ""
         self._tell("formed", f"{len(members)} ranks{read}")
+
+    def _unreached(self, members: Sequence[Seat]) -> list[int]:
+        """Seats of those that have no way to where the others meet: of rank 0, where nobody else finds it."""
+        address, port = self._meeting_place
+        within_s = min(_REACH_S, self._deadline_s)
+        asked = {seat.number: seat.call("reach", address, port, within_s) for seat in members[1:]}
+        wait(asked.values(), timeout=within_s + _ANSWER_S)
+        # one that died or does not answer is found out by the call that follows
+        cut = [number for number, each in asked.items() if each.done() and not each.exception() and not each.result()]
+        return [members[0].number] if len(cut) == len(asked) > 1 else cut
 
     def _all(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
         return self._outcomes(method, args, self.members, self._batch_deadline_s)
@@ -345,6 +364,11 @@ class MegaMoECluster:
     def _take_back(self) -> None:
         """Between batches: has seats that are out come back, if they have a process again."""
         back = self._roster.take_back()
+        seats = [seat for seat in self.members if seat.number in back]
+        cut = self._unreached([self.members[0], *seats]) if back and self._meeting_place[0] else []
+        cut = [number for number in cut if number in back]
+        self._roster.put_out(cut, f"has a process again, but does not reach the others at {self._meeting_place[0]}")
+        back = [number for number in back if number not in cut]
         if back:
             self._formed = False
             self._tell("back", f"seats {', '.join(map(str, back))}")
@@ -361,6 +385,11 @@ class _GroupError(Exception):
     def __init__(self, failure: Failure, numbers: list[int]) -> None:
         super().__init__(failure.summary)
         self.failure, self.numbers = failure, numbers
+
+
+def _unreached_error(numbers: list[int], address: str) -> _GroupError:
+    said = f"seats {', '.join(map(str, numbers))} do not reach the others at {address}"
+    return _GroupError(Failure((), RuntimeError(said), retry=True, summary=said), numbers)
 
 
 def _position(future: Future[Any] | None) -> str:

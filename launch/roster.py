@@ -66,6 +66,14 @@ class Roster:
                 self._try(number)
         return [number for number in list(self._tries) if self._tries[number].done() and self._take(number) is None]
 
+    def put_out(self, numbers: Iterable[int], why: str) -> None:
+        """Ends who sits there; the seats are out, and tried again later."""
+        numbers = list(numbers)
+        self.close_seats(numbers)
+        for number in numbers:
+            self._due[number] = time.monotonic() + self._retry_s
+            self._tell("out", f"seat {number} {why}")
+
     def close_seats(self, numbers: Iterable[int]) -> None:
         """Ends who sits there, and returns when they are gone."""
         for seat in [self._members.pop(number) for number in numbers]:

@@ -104,6 +104,14 @@ class Worker:
         self._store = TCPStore(self.options.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         return self.options.address, self._store.port
 
+    def reach(self, address: str, port: int, within_s: float) -> bool:
+        """Whether this rank can connect to where the others meet."""
+        try:
+            socket.create_connection((address, port), timeout=within_s).close()
+        except OSError:
+            return False
+        return True
+
     def join(self, meeting: Meeting) -> None:
         """Leaves the group there was and joins a new one. All ranks of it must."""
         self.leave()

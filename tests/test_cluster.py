@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe.launch import recovery
+from megamoe.launch import faults, recovery
 from megamoe.launch.cluster import MegaMoECluster
+from megamoe.launch.lab import lab
 from megamoe.launch.recovery import RestartPolicy
 from megamoe.launch.seats import SeatLostError
 from megamoe.launch.spawn import SpawnSeats
@@ -26,6 +27,7 @@ from megamoe.model.synthetic import write_checkpoint
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from tests.cluster_cases import WatchedSeats, batches_and_outputs, break_next_forward
+from tests.test_lab import needs_lab
 from tests.test_model import CONFIG
 
 DEADLINE_S = 5.0
@@ -330,6 +332,26 @@ def test_without_a_seat_an_elastic_group_goes_on_and_takes_it_back(checkpoint: P
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"seat \d has no machine"):
             right(cluster, cases)
+
+
+@needs_lab
+def test_a_rank_whose_link_is_cut_is_left_out_until_it_is_healed(checkpoint: Path, cases: Cases) -> None:
+    policy = RestartPolicy(restarts=9, backoff_s=0.01, elastic=(2, 3), retry_s=0.5)
+    with (
+        lab(3, "1gbit") as hosts,
+        MegaMoECluster(3, launcher="spawn", hosts=hosts, threads=1, deadline_s=3.0, policy=policy) as cluster,
+    ):
+        cluster.load(checkpoint)
+        assert right(cluster, cases[:2])
+        before, since = pids(cluster), len(cluster.events)
+        faults.cut(str(hosts[0].lab), 2)
+        assert right(cluster, cases[:4])
+        assert pids(cluster) == before[:2]
+        assert kinds(cluster, since)[:3] == ["failed", "replaced", "out"]
+        faults.heal(str(hosts[0].lab), 2)
+        assert grown_to(cluster, 3, cases)
+        assert pids(cluster)[:2] == before[:2]
+        assert right(cluster, cases)
 
 
 def test_without_a_seat_a_group_that_is_not_elastic_waits_for_it(checkpoint: Path, cases: Cases) -> None:

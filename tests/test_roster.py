@@ -143,6 +143,19 @@ def test_forgotten_seats_are_not_tried_again(roster: Roster, seats: FakeSeats) -
     assert roster.vacant == [0, 1]
 
 
+def test_a_seat_that_is_put_out_has_no_process_and_comes_back_later(
+    roster: Roster, told: list[tuple[str, str]]
+) -> None:
+    roster.open([0, 1], 10.0)
+    sitting = roster.members[1]
+    roster.put_out([1], "does not reach the others")
+    assert not sitting.alive
+    assert numbers(roster) == [0]
+    assert told[-1] == ("out", "seat 1 does not reach the others")
+    assert back(roster) == [1]
+    assert numbers(roster) == [0, 1]
+
+
 def test_closing_ends_a_process_that_is_still_starting() -> None:
     resource_tracker.ensure_running()  # Python's own, which stays
     before = set(psutil.Process().children())
