@@ -38,9 +38,10 @@ def receive(group: EPGroup) -> tuple[float, PeerError]:
     """Waits for a large message in a call; after how long it knew better, and what it was told"""
     assert group.transport is not None
     begun = time.monotonic()
+    rows = torch.empty(ROWS, 1, dtype=torch.uint8)
+    transport, label = group.transport, Label("moe", "dispatch", 3)
     with pytest.raises(PeerError) as lost, group.unbroken("moe", 1):
-        rows = torch.empty(ROWS, 1, dtype=torch.uint8)
-        group.transport.expect(rows, [0, ROWS], Label("moe", "dispatch", 3)).wait()
+        transport.expect(rows, [0, ROWS], label).wait()
     return time.monotonic() - begun, lost.value
 
 
