@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable
@@ -12,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megamoe.launch.lab import enter_network
 from megamoe.parallel.beacon import ask
 from megamoe.parallel.diagnosis import Sight
 from megamoe.parallel.runs import listed
 
 T = TypeVar("T")
-_CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +79,7 @@ def _in_network_of(pid: int, ask_there: Callable[[], T]) -> T:
 
     def visit() -> None:
         try:
-            handle = os.open(there, os.O_RDONLY)
-            try:
-                if ctypes.CDLL(None, use_errno=True).setns(handle, _CLONE_NEWNET):
-                    number = ctypes.get_errno()
-                    raise OSError(number, f"its network cannot be entered: {os.strerror(number)}")
-            finally:
-                os.close(handle)
+            enter_network(there)
             found.append(ask_there())
         except (OSError, EOFError) as silence:
             found.append(silence)

@@ -43,6 +43,18 @@ _numbers = itertools.count()
 _BURST_S, _BURST_BYTES = 0.004, 128 * 1024  # a bucket holds what passes in 4 ms, or two of the kernel's large packets
 
 
+def enter_network(place: Path) -> None:
+    """Moves the calling thread, and the threads it will start, into the network namespace that a file stands for."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(handle, _CLONE_NEWNET):
+            number = ctypes.get_errno()
+            raise OSError(number, f"cannot enter network namespace {place.name}: {os.strerror(number)}")
+    finally:
+        os.close(handle)
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """Where a rank lives: its network namespace (None for the machine's own), address and interface."""
@@ -60,14 +72,7 @@ class Host:
         """Moves the calling thread, and the threads it will start, into the namespace."""
         if self.namespace is None:
             return
-        handle = os.open(NAMESPACES / self.namespace, os.O_RDONLY)
-        try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.setns(handle, _CLONE_NEWNET):
-                number = ctypes.get_errno()
-                raise OSError(number, f"cannot enter network namespace {self.namespace}: {os.strerror(number)}")
-        finally:
-            os.close(handle)
+        enter_network(NAMESPACES / self.namespace)
 
 
 @dataclass(frozen=True, slots=True)
