@@ -175,7 +175,8 @@ def loopback() -> Host:
 
 def age_s() -> float:
     """Seconds since this process was started."""
-    if sys.platform.startswith("linux"):  # psutil rounds the time of boot to a second
-        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
-    return time.time() - float(psutil.Process().create_time())
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.time() - float(psutil.Process().create_time())
+    ticks = stat.read_text().rpartition(")")[2].split()[19]  # psutil's answer is off by the part of a second of boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")

@@ -163,9 +163,19 @@ class Beacon:
     # ---- what a call asks ----
 
     def lost(self) -> int | None:
-        """A peer that is gone or has raised, as far as was heard; this group cannot be used without it."""
+        """A peer that is gone or has raised, as far as was heard; the next call cannot be made without it."""
         with self._changed:
-            return next((peer.rank for peer in self._peers.values() if _is_lost(peer)), None)
+            return next((peer.rank for peer in self._peers.values() if self._is_lost(peer)), None)
+
+    def _is_lost(self, peer: _Peer) -> bool:
+        """Whether it will not do its part of the call that this rank is in, or of the next.
+
+        One that raises between calls has done its part of those that it has made, and rows of them may be on their way.
+        """
+        position = peer.position
+        if position is None or position.state not in (RAISED, LEFT):
+            return peer.closed
+        return position.state == RAISED and (bool(position.phase) or self.whereabouts.calls > position.calls)
 
     def judge(self, awaited: int | None) -> tuple[Verdict, list[Sight]]:
         """Whom to name, and what every rank was seen to do. Takes PATIENCE_S where the others leave it open."""
@@ -296,7 +306,7 @@ class Beacon:
             self._hear_stranger(source)
             return
         assert source.line is not None
-        was_lost = _is_lost(source)
+        was_lost = self._is_lost(source)
         try:
             records = source.line.take()
         except (EOFError, ValueError):
@@ -308,7 +318,7 @@ class Beacon:
         else:
             for record in records:
                 self._note(source, record)
-        if _is_lost(source) and not was_lost and self.whereabouts.busy:
+        if self._is_lost(source) and not was_lost and self.whereabouts.busy:
             self.trouble()
 
     def _hear_stranger(self, line: Line) -> None:
@@ -378,11 +388,6 @@ def _with_probe(sight: Sight, found: str | None) -> Sight:
 
 def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def _is_lost(peer: _Peer) -> bool:
-    state = peer.position.state if peer.position else ""
-    return state == RAISED or (peer.closed and state != LEFT)
 
 
 def _line(channel: socket.socket) -> Line:

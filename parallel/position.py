@@ -24,6 +24,7 @@ class Position:
     sequence   how many notes the rank has taken
     age_s      seconds since it came there
     complaint  what it raised
+    calls      of all layers of the group that it has begun; ranks make the same calls in the same order
     """
 
     state: str = OUTSIDE
@@ -35,6 +36,7 @@ class Position:
     sequence: int = 0
     age_s: float = 0.0
     complaint: str = ""
+    calls: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,7 +72,7 @@ class Whereabouts:
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self._calling, self.waited_s = False, 0.0  # in this call so far
-        self._layer, self._call, self._sequence = "", 0, 0
+        self._layer, self._call, self._sequence, self.calls = "", 0, 0, 0
         self._now: tuple[str, int | None, str, int | None, float, str] = (OUTSIDE, None, "", None, time.monotonic(), "")
 
     @property
@@ -81,6 +83,7 @@ class Whereabouts:
     def enter(self, layer: str, call: int) -> None:
         """A call of a layer begins."""
         self.thread = threading.get_ident()
+        self.calls += 1
         self._layer, self._call, self._calling, self.waited_s = layer, call, True, 0.0
         self._note(WORKING, None, "begin", None)
 
@@ -122,4 +125,4 @@ class Whereabouts:
     def position(self) -> Position:
         state, wave, phase, peer, since, complaint = self._now
         age = time.monotonic() - since
-        return Position(state, self._layer, self._call, wave, phase, peer, self._sequence, age, complaint)
+        return Position(state, self._layer, self._call, wave, phase, peer, self._sequence, age, complaint, self.calls)
