@@ -63,9 +63,10 @@ def test_the_same_text_has_the_same_bits_under_every_launcher(
     assert list((tmp_path / "logs").iterdir())
 
 
-def test_the_same_text_has_the_same_bits_under_torchrun(checkpoint: Path, alone: str) -> None:
+def test_the_same_text_has_the_same_bits_under_torchrun(checkpoint: Path, alone: str, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    line += ["-m", "megamoe.launch.worker", "--checkpoint", str(checkpoint), "--format", "json"]
+    line += ["--log-dir", str(tmp_path), "-m", "megamoe.launch.worker"]
+    line += ["--checkpoint", str(checkpoint), "--format", "json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output_sha256"] == alone

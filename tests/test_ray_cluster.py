@@ -227,6 +227,7 @@ def test_a_local_cluster_leaves_stdout_alone_and_nothing_behind_but_logs(tmp_pat
     assert [pid for pid in seen["pids"] if not is_gone(pid)] == []
 
 
+@pytest.mark.soak  # the suite has two nodes in test_cluster_ray.py
 @pytest.mark.skipif(not CAN_HOLD_A_LAB, reason="two networks on one machine need Linux, root, ip and tc")
 def test_seats_on_two_nodes() -> None:
     with two_nodes() as nodes:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -198,7 +199,8 @@ def test_the_checkpoint_is_open_while_it_is_used_and_closed_when_the_group_is_le
 
 def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_ranks]
-    return run(*command, "-m", "megamoe.launch.worker", *arguments)
+    with tempfile.TemporaryDirectory() as logs:  # torchrun would leave a folder of its own
+        return run(*command, "--log-dir", logs, "-m", "megamoe.launch.worker", *arguments)
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,174 @@
+"""What both grouped products share on the host: their operands, the launch of a persistent grid, the builds to compile.
+
+Rows are sorted by expert, and tokens_per_expert, on the device, says how many each has. The host does not read it: the
+grid has a fixed number of programs, and each finds its tiles by itself (`tiles`).
+"""
+
+# R rows, sorted by expert   e experts of this rank   K what is summed over   N rows of each expert's weight
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, dequantize_mxfp8
+from megamoe.kernels.targets import OPTIONS, Build, Target
+from megamoe.kernels.tiles import INSTRUCTIONS, TABLES, Tile, chip_of, num_programs, tile_for
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """Rows and the weights of their experts: MXFP8 by MXFP4, or BF16 by BF16.
+
+    x                   [R, K] MXFP8 or bfloat16, rows sorted by expert; may be rows of a wider buffer
+    weight              [e, N, K] MXFP4 or bfloat16, contiguous
+    tokens_per_expert   [e] int32 on the device: rows of each expert, together R at most; rows beyond are nobody's
+
+    ValueError where these do not fit together.
+    """
+
+    x: MXFP8 | Tensor
+    weight: MXFP4 | Tensor
+    tokens_per_expert: Tensor
+
+    def __post_init__(self) -> None:
+        if isinstance(self.x, MXFP8) != isinstance(self.weight, MXFP4):
+            raise ValueError("a grouped product takes MXFP8 rows by MXFP4 weights, or BF16 rows by BF16 weights")
+        (num_experts, _, depth), width = self.weight.shape, self._values.shape[1]
+        if depth != width:
+            raise ValueError(f"a grouped product sums over {depth} of the weights and {width} of the rows")
+        if tuple(self.tokens_per_expert.shape) != (num_experts,) or self.tokens_per_expert.dtype != torch.int32:
+            given = f"{self.tokens_per_expert.dtype} {list(self.tokens_per_expert.shape)}"
+            raise ValueError(f"tokens_per_expert must be int32 [{num_experts}], got {given}")
+        strides = [each.stride(-1) for each in (self._values, *self._scales)]
+        assert strides == [1] * len(strides), strides
+
+    @property
+    def _values(self) -> Tensor:
+        return self.x.values.view(torch.uint8) if isinstance(self.x, MXFP8) else self.x
+
+    @property
+    def _scales(self) -> list[Tensor]:
+        return [self.x.scales] if isinstance(self.x, MXFP8) else []
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._values)
+
+    @property
+    def num_columns(self) -> int:
+        return int(self.weight.shape[1])
+
+    @property
+    def weight_format(self) -> str:
+        return "mxfp4" if isinstance(self.weight, MXFP4) else "bf16"
+
+    def run(self, kernel: Any, results: Mapping[str, Any], tile: Tile | None, programs: int | None) -> None:
+        """Launches kernel on these operands and `results`, its other arguments, or does not where there are no rows."""
+        device, num_experts = self.tokens_per_expert.device, len(self.tokens_per_expert)
+        if not self.num_rows or not num_experts:
+            return
+        tile = tile or tile_for(chip_of(device), self.weight_format, self.num_rows, num_experts)
+        programs = programs or num_programs(device, tile)
+        constants = {
+            "K": self._values.shape[1],
+            "N": self.num_columns,
+            "EXPERTS": experts_width(num_experts),
+            "OPERAND": tl.float32 if device.type == "cpu" else tl.bfloat16,
+        }
+        kernel[(programs,)](**self._arguments(programs), **results, **constants, **tile.launch, **OPTIONS)
+
+    def _arguments(self, programs: int) -> dict[str, Any]:
+        mx = isinstance(self.weight, MXFP4)
+        return {
+            "x": self._values,
+            "x_scales": self._scales[0] if mx else None,
+            "w": self.weight.packed if isinstance(self.weight, MXFP4) else self.weight,
+            "w_scales": self.weight.scales if isinstance(self.weight, MXFP4) else None,
+            "tokens_per_expert": self.tokens_per_expert,
+            "num_experts": len(self.tokens_per_expert),
+            "num_programs": programs,
+            "x_stride": self._values.stride(0),
+            "x_scale_stride": self._scales[0].stride(0) if mx else 0,
+        }
+
+    def products_torch(self) -> Iterator[tuple[slice, Tensor]]:
+        """What the product means, an expert after the other: its rows and their product [n, N], rounded to BF16."""
+        start = 0
+        for expert, count in enumerate(self.tokens_per_expert.tolist()):
+            rows = slice(start, start + count)
+            start += count
+            if isinstance(self.x, MXFP8) and isinstance(self.weight, MXFP4):
+                x = dequantize_mxfp8(MXFP8(self.x.values[rows], self.x.scales[rows]), torch.float32)
+                w = dequantize_mxfp4(MXFP4(self.weight.packed[expert], self.weight.scales[expert]), torch.float32)
+            else:
+                assert isinstance(self.x, Tensor)
+                assert isinstance(self.weight, Tensor)
+                x, w = self.x[rows].to(torch.float32), self.weight[expert].to(torch.float32)
+            yield rows, (x @ w.T).to(torch.bfloat16)
+
+
+def experts_width(num_experts: int) -> int:
+    """Width of the vector in which a kernel has its experts: 5 -> 8"""
+    return int(triton.next_power_of_2(max(num_experts, 2)))
+
+
+def builds_of(
+    target: Target,
+    kernel: Any,
+    case: str,
+    fixed: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, str | None]],
+) -> list[Build]:
+    """A product of 64 experts with every tile of the target, for both formats of the weights.
+
+    case     whose sizes they are, for the label
+    fixed    values of constants: K and N, and the kernel's own
+    results  format of the weights -> Triton type of each of the kernel's own parameters, None for one that is None
+    """
+    return [
+        _build(
+            kernel, f"{case} {kind} {tile.label}", tile, fixed, {**_TYPES[kind], **own}, INSTRUCTIONS[target.name][kind]
+        )
+        for kind, own in results.items()
+        for _, tile in TABLES[target.name][kind]
+    ]
+
+
+_SIZES = dict.fromkeys(("num_experts", "num_programs", "x_stride", "x_scale_stride"), "i32")
+_SHARED = {"tokens_per_expert": "*i32", **_SIZES}
+_TYPES: Mapping[str, Mapping[str, str | None]] = {
+    "mxfp4": {**_SHARED, "x": "*u8", "x_scales": "*u8", "w": "*u8", "w_scales": "*u8"},
+    "bf16": {**_SHARED, "x": "*bf16", "x_scales": None, "w": "*bf16", "w_scales": None},
+}
+
+
+def _build(
+    kernel: Any,
+    label: str,
+    tile: Tile,
+    fixed: Mapping[str, Any],
+    types: Mapping[str, str | None],
+    instruction: str,
+) -> Build:
+    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    absent = {name: None for name, kind in types.items() if kind is None}
+    signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("_stride")]
+    return Build(
+        label=label,
+        kernel=kernel,
+        signature=signature,
+        constants={**fixed, **sizes, **absent, "EXPERTS": 64, "OPERAND": tl.bfloat16},
+        aligned=frozenset(aligned),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        instruction=instruction,
+        options=dict(tile.options),
+    )

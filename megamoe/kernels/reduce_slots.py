@@ -1,0 +1,111 @@
+"""The slot sum: each token's rows in ascending slot order, in FP32 from zero, rounded once."""
+
+# T tokens   H hidden   K experts per token   N rows that came home
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megamoe.kernels.rounding import round_to_bf16
+from megamoe.kernels.targets import OPTIONS, Build, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program sums: columns of one token."""
+
+    columns: int
+    num_warps: int
+
+
+# few tokens are cut small, so that every multiprocessor has a piece
+FEW, MANY = Tile(512, 1), Tile(2048, 4)
+_FEW_TOKENS = 64
+
+
+@triton.jit
+def _reduce_slots_kernel(
+    rows, positions, out, num_rows, hidden, row_stride, NUM_SLOTS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """One program: COLUMNS columns of one token.
+
+    rows [N + 1, H] bfloat16, row_stride apart; positions [T, NUM_SLOTS] int64; out [T, H] bfloat16
+        positions of the token [2, 0], rows [a, b, c, 0], N 3  ->  0 + c + a
+        positions of the token [3, 1]                          ->  0 + 0 + b, and row 3 is not read
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for slot in tl.static_range(NUM_SLOTS):
+        row = tl.load(positions + token * NUM_SLOTS + slot)
+        width = tl.where(row < num_rows, hidden, 0)  # the row of zeros is not worth reading
+        piece = tl.load(rows + row * row_stride + columns, mask=columns < width, other=0.0)
+        total += piece.to(tl.float32)
+    tl.store(out + token * hidden + columns, round_to_bf16(total), mask=columns < hidden)
+
+
+def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
+    """Sums each token's rows in ascending slot order in FP32 from zero, rounds once to BF16.
+
+    rows [N + 1, H] bfloat16, the last one zero; positions [T, K] int64, N for a masked slot -> [T, H] bfloat16
+        rows = [a, b, c, 0]   positions = [[2, 0], [3, 1]]  ->  [c + a, b]
+    """
+    (num_tokens, num_slots), hidden = positions.shape, rows.shape[1]
+    assert rows.stride(1) == 1, f"columns of rows must lie side by side, their stride is {rows.stride(1)}"
+    assert positions.is_contiguous(), f"positions must be contiguous, strides are {positions.stride()}"
+    out = rows.new_empty(num_tokens, hidden)
+    tile = FEW if num_tokens < _FEW_TOKENS else MANY
+    if out.numel():
+        grid = (num_tokens, triton.cdiv(hidden, tile.columns))
+        _reduce_slots_kernel[grid](
+            rows,
+            positions,
+            out,
+            len(rows) - 1,
+            hidden,
+            rows.stride(0),
+            NUM_SLOTS=num_slots,
+            COLUMNS=tile.columns,
+            num_warps=tile.num_warps,
+            **OPTIONS,
+        )
+    return out
+
+
+def reduce_slots_torch(rows: Tensor, positions: Tensor) -> Tensor:
+    """What reduce_slots() means, one slot after the other."""
+    total = torch.zeros(len(positions), rows.shape[1], dtype=torch.float32, device=rows.device)
+    for slot in positions.unbind(1):
+        total += rows.index_select(0, slot)
+    return total.to(torch.bfloat16)
+
+
+def builds(_: Target) -> list[Build]:
+    """Both tiles, for six slots a token as DeepSeek-V4 has and for eight."""
+    signature = {
+        "rows": "*bf16",
+        "positions": "*i64",
+        "out": "*bf16",
+        "num_rows": "i32",
+        "hidden": "i32",
+        "row_stride": "i32",
+        "NUM_SLOTS": "constexpr",
+        "COLUMNS": "constexpr",
+    }
+    return [
+        Build(
+            label=f"{tile.columns} columns, {num_slots} slots",
+            kernel=_reduce_slots_kernel,
+            signature=signature,
+            constants={"NUM_SLOTS": num_slots, "COLUMNS": tile.columns},
+            aligned=frozenset({"rows", "positions", "out", "hidden", "row_stride"}),
+            num_warps=tile.num_warps,
+        )
+        for tile in (FEW, MANY)
+        for num_slots in (6, 8)
+    ]

@@ -1,0 +1,66 @@
+"""Runs tests of Triton kernels on CPU tensors, in a process of their own where Triton interprets.
+
+Whether Triton interprets is settled when a kernel is defined, from the environment, and the suite's own process has
+others that compile. So a test marked `interpreted` runs in a child in which nothing was imported before the choice.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, wraps
+from typing import ParamSpec
+
+import pytest
+import torch
+
+_DEADLINE_S = 240.0
+_SWITCH = "TRITON_INTERPRET"
+Params = ParamSpec("Params")
+
+
+def _interpret() -> None:
+    os.environ[_SWITCH] = "1"
+    torch.set_num_threads(1)
+
+
+@lru_cache(maxsize=1)
+def _child() -> tuple[ProcessPoolExecutor, int]:
+    """The child and its process id: started when first needed, it serves the whole run and ends with it."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _interpret)
+    return pool, pool.submit(os.getpid).result(_DEADLINE_S)
+
+
+def interpreted(test: Callable[Params, None]) -> Callable[Params, None]:
+    """Has a test run in the child; its arguments must be such that can be pickled. It cannot skip.
+
+    What the test raises is raised here, the child's traceback with it. RuntimeError where it takes more than four
+    minutes, BrokenProcessPool where it ends the child; the next test then starts another.
+    """
+
+    @wraps(test)
+    def run(*args: Params.args, **kwargs: Params.kwargs) -> None:
+        if os.environ.get(_SWITCH) == "1":  # in the child, which finds the test under this same name
+            try:
+                test(*args, **kwargs)
+            except pytest.fail.Exception as failed:  # of pytest.raises: pytest's own exceptions cannot be pickled
+                raise AssertionError(str(failed)) from None
+            return
+        pool, pid = _child()
+        try:
+            pool.submit(run, *args, **kwargs).result(_DEADLINE_S)
+        except Late as late:
+            _child.cache_clear()
+            os.kill(pid, signal.SIGKILL)
+            pool.shutdown()
+            raise RuntimeError(f"{test.__name__} took more than {_DEADLINE_S:g} s in the interpreter") from late
+        except BrokenProcessPool:
+            _child.cache_clear()
+            raise
+
+    return run
