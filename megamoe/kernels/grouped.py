@@ -48,6 +48,8 @@ class Grouped:
             raise ValueError(f"tokens_per_expert must be int32 [{num_experts}], got {given}")
         strides = [each.stride(-1) for each in (self._values, *self._scales)]
         assert strides == [1] * len(strides), strides
+        weights = [self.weight.packed, self.weight.scales] if isinstance(self.weight, MXFP4) else [self.weight]
+        assert all(each.is_contiguous() for each in weights), [each.stride() for each in weights]
 
     @property
     def _values(self) -> Tensor:
@@ -157,7 +159,7 @@ def _build(
     types: Mapping[str, str | None],
     instruction: str,
 ) -> Build:
-    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "NATIVE": tile.native}
     absent = {name: None for name, kind in types.items() if kind is None}
     signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("_stride")]

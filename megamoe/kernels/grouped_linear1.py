@@ -71,6 +71,7 @@ def _linear1_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """Program p computes tiles p, p + num_programs, and so on, in the order of `tiles.find`.
 
@@ -99,6 +100,7 @@ def _linear1_kernel(
             ROWS,
             COLUMNS,
             DEPTH,
+            NATIVE,
             OPERAND,
         )
         gate_up = round_to_bf16(tl.trans(total)).to(tl.float32)

@@ -27,6 +27,7 @@ class Tile:
 
     rows, columns, depth    powers of two; columns a multiple of 64 (32 gates and 32 ups), depth of 32
     num_warps, num_stages   of Triton: warps of a program, steps of K in flight
+    native                  the chip multiplies MXFP8 by MXFP4 itself; else they are decoded to BF16 first
     programs                how many of them a multiprocessor has at once
     options                 of the chip's compiler, as (name, value)
     """
@@ -37,6 +38,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 1
     programs: int = 1
+    native: bool = True
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -57,6 +59,7 @@ class Tile:
             "ROWS": self.rows,
             "COLUMNS": self.columns,
             "DEPTH": self.depth,
+            "NATIVE": self.native,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             **dict(self.options),
@@ -80,9 +83,9 @@ _MFMA = (("matrix_instr_nonkdim", 16),)
 TABLES: Mapping[str, Mapping[str, tuple[tuple[int | None, Tile], ...]]] = {
     "cuda:90": {
         "mxfp4": (
-            (16, Tile(16, 128, 128, num_warps=4, num_stages=4, programs=2)),
-            (64, Tile(64, 128, 128, num_warps=4, num_stages=3, programs=2)),
-            (None, Tile(128, 128, 128, num_warps=8, num_stages=3)),
+            (16, Tile(16, 128, 128, num_warps=4, num_stages=4, programs=2, native=False)),
+            (64, Tile(64, 128, 128, num_warps=4, num_stages=3, programs=2, native=False)),
+            (None, Tile(128, 128, 128, num_warps=8, num_stages=3, native=False)),
         ),
         "bf16": (
             (16, Tile(16, 128, 64, num_warps=4, num_stages=5, programs=2)),
@@ -114,8 +117,8 @@ TABLES: Mapping[str, Mapping[str, tuple[tuple[int | None, Tile], ...]]] = {
             (None, Tile(128, 128, 64, num_warps=8, num_stages=2, options=_MFMA)),
         ),
     },
-    # Triton's interpreter
-    "cpu": {"mxfp4": ((None, Tile(16, 128, 128)),), "bf16": ((None, Tile(16, 128, 128)),)},
+    # Triton's interpreter, which has no scaled product in every version
+    "cpu": {"mxfp4": ((None, Tile(16, 128, 128, native=False)),), "bf16": ((None, Tile(16, 128, 128)),)},
 }
 
 

@@ -1,0 +1,116 @@
+"""What tests of the grouped products share: operands, what is done with them, and what it should be in FP64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, dequantize_mxfp8, quantize_mxfp4, quantize_mxfp8
+from megamoe.kernels.grouped import Grouped
+from megamoe.kernels.grouped_linear1 import grouped_linear1, grouped_linear1_torch
+from megamoe.kernels.grouped_linear2 import grouped_linear2, grouped_linear2_torch
+from megamoe.kernels.tiles import Tile
+
+LIMIT = 10.0
+UNTOUCHED = 77.0  # what an output holds before
+# ways to multiply: by the chip's scaled instruction, decoded to BF16 first, and weights that are BF16 anyway
+WAYS = {
+    "native": Tile(16, 128, 128),
+    "decoded": Tile(16, 128, 128, native=False),
+    "bf16": Tile(16, 128, 128),
+}
+MX = ("native", "decoded")
+every_way = pytest.mark.parametrize("way", WAYS)
+both_mx = pytest.mark.parametrize("way", MX)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(*shape: int, seed: int) -> Tensor:
+    """-2 to 2, whole: products whose FP32 sums are the same in any order, and exact in both formats"""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(torch.float32)
+
+
+def grouped(x: Tensor, weight: Tensor, counts: list[int], way: str) -> Grouped:
+    """x [R, K] and weight [e, N, K] float32, rounded to the formats of the way"""
+    tokens_per_expert = torch.tensor(counts, dtype=torch.int32)
+    if way in MX:
+        return Grouped(quantize_mxfp8(x), quantize_mxfp4(weight), tokens_per_expert)
+    return Grouped(x.bfloat16(), weight.bfloat16(), tokens_per_expert)
+
+
+def drawn(counts: list[int], depth: int, columns: int, way: str) -> Grouped:
+    return grouped(
+        normal(sum(counts), depth, seed=0) * 2, normal(len(counts), columns, depth, seed=1) * 0.1, counts, way
+    )
+
+
+def products_fp64(product: Grouped) -> Tensor:
+    """[R, N] float64"""
+    x, weight = product.x, product.weight
+    rows = torch.split(as_fp64(x), product.tokens_per_expert.tolist())
+    weights = dequantize_mxfp4(weight, torch.float64) if isinstance(weight, MXFP4) else weight.double()
+    return torch.cat([piece @ each.T for piece, each in zip(rows, weights, strict=True)])
+
+
+def as_fp64(out: MXFP8 | Tensor) -> Tensor:
+    return dequantize_mxfp8(out, torch.float64) if isinstance(out, MXFP8) else out.double()
+
+
+def as_bytes(out: MXFP8 | Tensor) -> Tensor:
+    """[R, B] uint8: values and, where there are any, scales of each row"""
+    if isinstance(out, MXFP8):
+        return torch.cat((out.values.view(torch.uint8), out.scales), 1)
+    return out.view(torch.uint8)
+
+
+# ---- Linear-2 ----
+
+
+def linear2(product: Grouped, index: Tensor | None = None, *, twin: bool = False, **options: Any) -> Tensor:
+    """[R, H] bfloat16, UNTOUCHED where no row went"""
+    out = torch.full((product.num_rows, product.num_columns), UNTOUCHED, dtype=torch.bfloat16)
+    index = torch.arange(product.num_rows) if index is None else index
+    (grouped_linear2_torch if twin else grouped_linear2)(product, index, out, **options)
+    return out
+
+
+# ---- Linear-1 ----
+
+
+def linear1(
+    product: Grouped, limit: float | None = LIMIT, weights: Tensor | None = None, *, twin: bool = False, **options: Any
+) -> MXFP8 | Tensor:
+    """[R, I], what nobody wrote as in empty_hidden()"""
+    out = empty_hidden(product)
+    weights = weights_of(product) if weights is None else weights
+    (grouped_linear1_torch if twin else grouped_linear1)(product, weights, limit, out, **options)
+    return out
+
+
+def empty_hidden(product: Grouped) -> MXFP8 | Tensor:
+    rows, columns = product.num_rows, product.num_columns // 2
+    if product.weight_format == "bf16":
+        return torch.full((rows, columns), UNTOUCHED, dtype=torch.bfloat16)
+    values = torch.full((rows, columns), 0x55, dtype=torch.uint8)
+    return MXFP8(values.view(torch.float8_e4m3fn), torch.full((rows, columns // 32), 0xA5, dtype=torch.uint8))
+
+
+def weights_of(product: Grouped) -> Tensor:
+    """[R] float32, 0.25 to 1.25"""
+    return torch.rand(product.num_rows, generator=torch.Generator().manual_seed(6)) + 0.25
+
+
+def linear1_fp64(product: Grouped, limit: float | None) -> Tensor:
+    """[R, I] float64, rounded where the contract rounds"""
+    exact = products_fp64(product).bfloat16().double()
+    gate, up = exact[:, 0::2], exact[:, 1::2]
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    activated = torch.nn.functional.silu(gate) * up * weights_of(product).double().unsqueeze(1)
+    return as_fp64(quantize_mxfp8(activated.float()) if product.weight_format == "mxfp4" else activated.bfloat16())

@@ -1,0 +1,110 @@
+"""A row of a grouped product has the same bits in any company, any run and any grid; tables and refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamoe.formats import quantize_mxfp8
+from tests.interpreter import interpreted
+
+pytest.importorskip("triton")
+
+from megamoe.kernels.grouped import Grouped
+from megamoe.kernels.grouped_linear1 import grouped_linear1
+from megamoe.kernels.grouped_linear2 import grouped_linear2
+from megamoe.kernels.tiles import INSTRUCTIONS, TABLES, Tile, tile_for
+from tests.kernel_cases import WAYS, as_bytes, as_fp64, drawn, every_way, grouped, linear1, linear2, normal
+
+# ---- the same bits ----
+
+
+def row_bytes(product: Grouped, **options: Any) -> Tensor:
+    """[R, B] uint8: what both products give each row, side by side"""
+    hidden = linear1(product, weights=torch.full((product.num_rows,), 0.75), **options)
+    return torch.cat((as_bytes(hidden), as_bytes(linear2(product, **options))), 1)
+
+
+@every_way
+@interpreted
+def test_a_token_alone_has_the_bits_it_has_among_257(way: str) -> None:
+    x, weight = normal(257, 160, seed=18), normal(3, 128, 160, seed=19)
+    crowd = row_bytes(grouped(x, weight, [100, 0, 157], way), tile=WAYS[way])
+    for row in (0, 57, 99, 100, 131, 256):
+        counts = [1, 0, 0] if row < 100 else [0, 0, 1]
+        alone = row_bytes(grouped(x[row : row + 1], weight, counts, way), tile=WAYS[way])
+        assert torch.equal(alone[0], crowd[row])
+
+
+@every_way
+@interpreted
+def test_neither_another_run_nor_another_number_of_programs_changes_a_bit(way: str) -> None:
+    product = drawn([7, 0, 21], 96, 320, way)
+    first = row_bytes(product, tile=WAYS[way], programs=3)
+    for programs in (3, 1, 5, 64):
+        assert torch.equal(row_bytes(product, tile=WAYS[way], programs=programs), first)
+
+
+@every_way
+@interpreted
+def test_other_rows_in_a_tile_of_the_same_depth_change_no_bit(way: str) -> None:
+    product = drawn([7, 0, 21], 96, 320, way)
+    assert torch.equal(*(row_bytes(product, tile=replace(WAYS[way], rows=rows)) for rows in (16, 64)))
+
+
+@every_way
+@interpreted
+def test_a_row_that_is_not_a_number_stays_one_and_leaves_the_others_as_they_are(way: str) -> None:
+    x, weight = normal(5, 64, seed=11), normal(2, 128, 64, seed=12)
+    clean = grouped(x, weight, [3, 2], way)
+    x[1, 40] = torch.nan
+    marked = grouped(x, weight, [3, 2], way)
+    others = [0, 2, 3, 4]
+    for operation in (linear1, linear2):
+        before, after = (operation(each, tile=WAYS[way]) for each in (clean, marked))
+        assert bool(as_fp64(after)[1].isnan().all())
+        assert torch.equal(as_bytes(after)[others], as_bytes(before)[others])
+
+
+# ---- tables, and what is refused ----
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
+@pytest.mark.parametrize("chip", TABLES)
+def test_a_chip_sums_in_one_order_whatever_the_rows(chip: str, weight_format: str) -> None:
+    table = TABLES[chip][weight_format]
+    assert len({(tile.depth, tile.native, tile.options) for _, tile in table}) == 1
+    bounds = [bound for bound, _ in table]
+    assert bounds[-1] is None
+    assert bounds[:-1] == sorted(bound for bound in bounds if bound is not None)
+
+
+def test_every_chip_has_tiles_and_an_instruction_for_both_formats() -> None:
+    assert set(TABLES) == {*INSTRUCTIONS, "cpu"}
+    assert all(set(formats) == {"mxfp4", "bf16"} for formats in (*TABLES.values(), *INSTRUCTIONS.values()))
+
+
+def test_tiles_follow_rows_per_expert() -> None:
+    rows = [tile_for("cuda:100", "mxfp4", num_rows, 8).rows for num_rows in (0, 1, 8, 128, 129, 512, 513, 4096)]
+    assert rows == [16, 16, 16, 16, 64, 64, 128, 128]
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    x, weight, counts = torch.zeros(2, 64).bfloat16(), torch.zeros(1, 64, 64).bfloat16(), torch.ones(1).int()
+    with pytest.raises(ValueError, match="MXFP8 rows by MXFP4 weights, or BF16"):
+        Grouped(quantize_mxfp8(x), weight, counts)
+    with pytest.raises(ValueError, match="sums over 64 of the weights and 32 of the rows"):
+        Grouped(x[:, :32], weight, counts)
+    with pytest.raises(ValueError, match=r"must be int32 \[1\], got torch.int64 \[1\]"):
+        Grouped(x, weight, counts.long())
+    with pytest.raises(ValueError, match="columns must be a power of two and a multiple of 64, got 96"):
+        Tile(16, 96, 64)
+    product = Grouped(x, weight, counts)
+    with pytest.raises(ValueError, match=r"index \[2\] and out \[W, 64\], got \[1\] and \[2, 64\]"):
+        grouped_linear2(product, torch.zeros(1).long(), x)
+    with pytest.raises(ValueError, match=r"weights \[2\] and out \[2, 32\], got \[2\] and \[2, 64\]"):
+        grouped_linear1(product, torch.ones(2), None, x)
