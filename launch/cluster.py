@@ -28,6 +28,7 @@ from megamoe.launch.roster import Roster
 from megamoe.launch.seats import Seat, Seats
 from megamoe.launch.spawn import SpawnSeat, SpawnSeats
 from megamoe.launch.worker import Load, LoadReport, Meeting
+from megamoe.parallel.runs import sweep
 from megamoe.waves import Waves
 
 T = TypeVar("T")
@@ -183,6 +184,7 @@ class MegaMoECluster:
     def stop(self) -> None:
         """Ends everything that was started."""
         self._roster.close()
+        sweep()  # ranks that are ended do not take themselves off the list of runs
 
     @property
     def ranks(self) -> int:

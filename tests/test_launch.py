@@ -153,7 +153,7 @@ def test_a_run_can_be_looked_at_while_it_goes_on_and_leaves_nothing_after_ctrl_c
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert not psutil.wait_procs(children, timeout=10)[1]
-        assert run not in listed()
+        assert not (folder() / run).exists()
     finally:
         process.kill()
         process.communicate()
