@@ -42,7 +42,7 @@ class MegaMoE(nn.Module):
     overlap           False runs one wave, and nothing at the same time: the serial layer that overlap is held against
     keep_dequantized  also keep a BF16 copy of mxfp4 weights, 3 * H * I * 2 bytes an expert (memory_bytes tells)
     machine           what `megamoe calibrate` found of this machine, for waves="auto"; None is what ships
-    deadline_s        bound on every wait, where group is not an EPGroup that has its own
+    deadline_s        seconds that a call may be kept waiting, where group is not an EPGroup that has its own
 
     The output of a token is bitwise the same for any number of ranks, any waves and any other tokens in the
     batch, on one device type. last_call holds the CallRecord of the latest call.

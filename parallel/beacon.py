@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from statistics import median
 from typing import Any
 
@@ -136,16 +137,23 @@ class Beacon:
         self._wake_in, self._wake_out = socket.socketpair()
         self._stopping = False
         self._told = threading.Event()
-        self._peers = self._meet(store, deadline_s)
+        try:
+            self._peers = self._meet(store, deadline_s)
+        except BaseException:
+            for channel in (self._listener, self._wake_in, self._wake_out):
+                channel.close()
+            raise
         self._thread = threading.Thread(target=self._run, name="megamoe beacon", daemon=True)
         self._thread.start()
 
     def _meet(self, store: Store, deadline_s: float) -> dict[int, _Peer]:
         """Finds the others and connects to those of lower rank; those of higher rank come by themselves."""
+        within = timedelta(seconds=deadline_s)  # not the store's own, which is whoever's that made it
         if self.rank == 0:
             store.set("beacon token", secrets.token_hex(16))
         mine = {"host": self.host, "address": self.address, "port": self.port}
         store.set(f"beacon {self.rank}", json.dumps(mine))
+        store.wait(["beacon token", *(f"beacon {rank}" for rank in range(self.size))], within)
         peers = {}
         self.token = store.get("beacon token").decode()
         for rank in range(self.size):
@@ -157,7 +165,7 @@ class Beacon:
             peer.line.put({"token": self.token, "rank": self.rank})
         if store.add("beacons lit", 1) == self.size:  # a rank that left at once would leave others without an answer
             store.set("all beacons lit", "")
-        store.wait(["all beacons lit"])
+        store.wait(["all beacons lit"], within)
         return peers
 
     # ---- what a call asks ----
@@ -296,7 +304,10 @@ class Beacon:
             self._close(strangers)
 
     def _accept(self, strangers: list[Line]) -> None:
-        channel, _ = self._listener.accept()
+        try:
+            channel, _ = self._listener.accept()
+        except OSError:  # it has gone again, or no more files can be opened: no reason to fall silent
+            return
         line = _line(channel)
         strangers.append(line)
         self._selector.register(channel, selectors.EVENT_READ, line)

@@ -33,7 +33,8 @@ class EPGroup:
 
     rank, size       this rank and the number of ranks, in the group's own numbering
     transport        moves rows; None where this rank is alone
-    deadline_s       seconds that any single wait may take
+    deadline_s       seconds that a rank may be kept waiting: over gloo in one call of a layer, all its waits together;
+                     over other backends in each collective
     clock            turns a failure of the transport into an error that names a rank
     host, hosts      this rank's host name; those of the others, filled in at the first call
     workspace        buffers that the group's layers use in turn
