@@ -18,7 +18,9 @@ from megamoe.model.config import DeepSeekV4Config
 
 @dataclass(frozen=True, slots=True)
 class RankWork:
-    """What one rank did of a job: tokens over all batches, experts that it held over all layers, megabytes read."""
+    """What one rank did of a job: tokens over all batches, experts that it held over all layers at the end, and
+    megabytes that it read when the group was formed, the last time: none where it stayed as it was.
+    """
 
     rank: int
     tokens: int

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -84,9 +83,8 @@ def run_launch(
     return replace(report, starting={"preparation_s": prepared_s, **report.starting})
 
 
-@contextmanager
-def _cluster(request: LaunchRequest, on_event: Callable[[Event], None]) -> Iterator[MegaMoECluster]:
-    with MegaMoECluster(
+def _cluster(request: LaunchRequest, on_event: Callable[[Event], None]) -> MegaMoECluster:
+    return MegaMoECluster(
         request.ranks,
         launcher="spawn" if request.ray is None else "ray",
         address=request.ray,
@@ -97,8 +95,7 @@ def _cluster(request: LaunchRequest, on_event: Callable[[Event], None]) -> Itera
         log_dir=request.log_dir,
         policy=request.policy,
         on_event=on_event,
-    ) as cluster:
-        yield cluster
+    )
 
 
 def _run(cluster: MegaMoECluster, jobs: list[Sequence[int]], progress: Progress) -> tuple[JobReport, Tensor]:
