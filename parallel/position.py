@@ -67,7 +67,7 @@ class Position:
 
 
 class Whereabouts:
-    """This rank's own position. A note is one assignment: about a microsecond, some twenty of them a call."""
+    """This rank's own position. A note is one assignment, and a call takes some twenty-five of them."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
