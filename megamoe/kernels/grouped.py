@@ -18,17 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, dequantize_mxfp8
-from megamoe.kernels.targets import OPTIONS, Build, Target
-from megamoe.kernels.tiles import INSTRUCTIONS, TABLES, Tile, chip_of, num_programs, tile_for
+from megamoe.kernels.targets import OPTIONS, Build, Target, chip_of
+from megamoe.kernels.tiles import INSTRUCTIONS, TABLES, Tile, num_programs, tile_for
 
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
     """Rows and the weights of their experts: MXFP8 by MXFP4, or BF16 by BF16.
 
-    x                   [R, K] MXFP8 or bfloat16, rows sorted by expert; may be rows of a wider buffer
+    x                   [M, K] MXFP8 or bfloat16; may be rows of a wider buffer
     weight              [e, N, K] MXFP4 or bfloat16, contiguous
     tokens_per_expert   [e] int32 on the device: rows of each expert, together R at most; rows beyond are nobody's
+    source              [R] int32: in which row of x each row is, sorted by expert; None where x is those rows, R = M
+                        x = [a, b], source [1, 0, 1]  ->  rows b, a, b
 
     ValueError where these do not fit together.
     """
@@ -36,6 +38,7 @@ class Grouped:
     x: MXFP8 | Tensor
     weight: MXFP4 | Tensor
     tokens_per_expert: Tensor
+    source: Tensor | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.x, MXFP8) != isinstance(self.weight, MXFP4):
@@ -46,6 +49,8 @@ class Grouped:
         if tuple(self.tokens_per_expert.shape) != (num_experts,) or self.tokens_per_expert.dtype != torch.int32:
             given = f"{self.tokens_per_expert.dtype} {list(self.tokens_per_expert.shape)}"
             raise ValueError(f"tokens_per_expert must be int32 [{num_experts}], got {given}")
+        if self.source is not None and (self.source.dim() != 1 or self.source.dtype != torch.int32):
+            raise ValueError(f"source must be int32 [R], got {self.source.dtype} {list(self.source.shape)}")
         strides = [each.stride(-1) for each in (self._values, *self._scales)]
         assert strides == [1] * len(strides), strides
         weights = [self.weight.packed, self.weight.scales] if isinstance(self.weight, MXFP4) else [self.weight]
@@ -61,7 +66,7 @@ class Grouped:
 
     @property
     def num_rows(self) -> int:
-        return len(self._values)
+        return len(self._values if self.source is None else self.source)
 
     @property
     def num_columns(self) -> int:
@@ -94,6 +99,7 @@ class Grouped:
             "w": self.weight.packed if isinstance(self.weight, MXFP4) else self.weight,
             "w_scales": self.weight.scales if isinstance(self.weight, MXFP4) else None,
             "tokens_per_expert": self.tokens_per_expert,
+            "source": self.source,
             "num_experts": len(self.tokens_per_expert),
             "num_programs": programs,
             "x_stride": self._values.stride(0),
@@ -106,13 +112,15 @@ class Grouped:
         for expert, count in enumerate(self.tokens_per_expert.tolist()):
             rows = slice(start, start + count)
             start += count
+            lie = rows if self.source is None else self.source[rows].to(torch.int64)
             if isinstance(self.x, MXFP8) and isinstance(self.weight, MXFP4):
-                x = dequantize_mxfp8(MXFP8(self.x.values[rows], self.x.scales[rows]), torch.float32)
+                codes = self._values[lie].view(torch.float8_e4m3fn)
+                x = dequantize_mxfp8(MXFP8(codes, self.x.scales[lie]), torch.float32)
                 w = dequantize_mxfp4(MXFP4(self.weight.packed[expert], self.weight.scales[expert]), torch.float32)
             else:
                 assert isinstance(self.x, Tensor)
                 assert isinstance(self.weight, Tensor)
-                x, w = self.x[rows].to(torch.float32), self.weight[expert].to(torch.float32)
+                x, w = self.x[lie].to(torch.float32), self.weight[expert].to(torch.float32)
             yield rows, (x @ w.T).to(torch.bfloat16)
 
 

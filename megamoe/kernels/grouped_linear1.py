@@ -49,13 +49,14 @@ def activate(gate, up, weights, LIMIT: tl.constexpr):
     return gate / (1 + tl.exp(-gate)) * up * weights[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "num_programs"])
 def _linear1_kernel(
     x,
     x_scales,
     w,
     w_scales,
     tokens_per_expert,
+    source,
     weights,
     out,
     out_scales,
@@ -89,6 +90,7 @@ def _linear1_kernel(
             x_scales,
             w,
             w_scales,
+            source,
             x_stride,
             x_scale_stride,
             expert,
@@ -171,9 +173,10 @@ def _check(grouped: Grouped, weights: Tensor, out: MXFP8 | Tensor) -> None:
 
 
 def builds(target: Target) -> list[Build]:
-    """All tiles, with DeepSeek-V4-Pro's sizes."""
-    own: dict[str, dict[str, str | None]] = {
-        "mxfp4": {"weights": "*fp32", "out": "*u8", "out_scales": "*u8"},
-        "bf16": {"weights": "*fp32", "out": "*bf16", "out_scales": None},
+    """All tiles, with DeepSeek-V4-Pro's sizes, rows where the source says."""
+    own: dict[str, str | None] = {"source": "*i32", "weights": "*fp32"}
+    kinds: dict[str, dict[str, str | None]] = {
+        "mxfp4": {**own, "out": "*u8", "out_scales": "*u8"},
+        "bf16": {**own, "out": "*bf16", "out_scales": None},
     }
-    return builds_of(target, _linear1_kernel, "V4-Pro", {"K": 7168, "N": 6144, "LIMIT": 10.0}, own)
+    return builds_of(target, _linear1_kernel, "V4-Pro", {"K": 7168, "N": 6144, "LIMIT": 10.0}, kinds)

@@ -15,13 +15,14 @@ from megamoe.kernels.targets import Build, Target
 from megamoe.kernels.tiles import Tile, find, lay_out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "num_programs"])
 def _linear2_kernel(
     x,
     x_scales,
     w,
     w_scales,
     tokens_per_expert,
+    source,
     index,
     out,
     num_experts,
@@ -52,6 +53,7 @@ def _linear2_kernel(
             x_scales,
             w,
             w_scales,
+            source,
             x_stride,
             x_scale_stride,
             expert,
@@ -102,5 +104,5 @@ def _check(grouped: Grouped, index: Tensor, out: Tensor) -> None:
 
 def builds(target: Target) -> list[Build]:
     """All tiles, with DeepSeek-V4-Pro's sizes."""
-    own = {"index": "*i64", "out": "*bf16", "out_stride": "i32"}
+    own = {"source": None, "index": "*i64", "out": "*bf16", "out_stride": "i32"}
     return builds_of(target, _linear2_kernel, "V4-Pro", {"K": 3072, "N": 7168}, {"mxfp4": own, "bf16": own})

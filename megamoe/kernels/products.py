@@ -24,6 +24,7 @@ def tile_product(
     x_scales,
     w,
     w_scales,
+    source,
     x_stride,
     x_scale_stride,
     expert,
@@ -41,16 +42,18 @@ def tile_product(
     """A tile [COLUMNS, ROWS] float32 of w[expert] @ x^T: product_mx(), or product_bf16() where there are no scales.
 
     What is beyond the last row or column is read as the last one, so that no load has a mask, and nobody takes it.
-        num_rows 3, ROWS 4  ->  rows 0, 1, 2, 2
+    Rows lie in x where source says, if there is one, else where they are themselves.
+        first_row 5, num_rows 3, ROWS 4  ->  rows 5, 6, 7, 7
     """
-    rows = tl.minimum(tl.arange(0, ROWS), num_rows - 1)
+    rows = first_row + tl.minimum(tl.arange(0, ROWS), num_rows - 1)
+    if source is not None:
+        rows = tl.load(source + rows)
+    rows = rows.to(tl.int64)
     columns = tl.minimum(first_column + tl.arange(0, COLUMNS), N - 1)
-    x += first_row.to(tl.int64) * x_stride
     first = expert.to(tl.int64) * N
     if x_scales is None:
         return product_bf16(x, w + first * K, rows * x_stride, columns, K, DEPTH, OPERAND)
     else:  # noqa: RET505  Triton compiles what follows a return
-        x_scales += first_row.to(tl.int64) * x_scale_stride
         w += first * (K // 2)
         w_scales += first * (K // 32)
         return product_mx(

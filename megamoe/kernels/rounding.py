@@ -1,8 +1,8 @@
 """Rounding inside kernels: to BF16, and to E4M3 with one UE8M0 scale per 32, to the same bits on every chip.
 
-A value is rounded by arithmetic that is exact everywhere, and the cast that follows only changes its format. So the
-bits are those of `megamoe.formats` whatever a chip's own cast does with ties, and in Triton's interpreter too, whose
-casts cut BF16 off and lose E4M3's carries (3.9).
+A value is rounded by arithmetic that is exact everywhere, and what follows only changes its format. So the bits are
+those of `megamoe.formats` whatever a chip's own cast does with ties, and in Triton's interpreter too, whose casts cut
+BF16 off, lose its subnormals and lose E4M3's carries (3.9).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def round_to_bf16(x):
     bits = x.to(tl.int32, bitcast=True)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, rounded)  # a NaN could round to an infinity
-    return (rounded & -0x10000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

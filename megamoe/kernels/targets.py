@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 KIB = 1024
 
 
@@ -75,3 +77,15 @@ def target(name: str) -> Target:
     if name not in found:
         raise ValueError(f"no target is called {name!r}; there are {', '.join(found)}")
     return found[name]
+
+
+def chip_of(device: torch.device) -> str:
+    """The name of a device's chip: cuda:90, hip:gfx950, and "cpu", on which Triton interprets. Kernels may have none
+    for it.
+    """
+    if device.type == "cpu":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return "hip:" + properties.gcnArchName.split(":")[0]
+    return f"cuda:{properties.major * 10 + properties.minor}"

@@ -18,8 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from megamoe.kernels.targets import TARGETS
-
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -84,7 +82,7 @@ TABLES: Mapping[str, Mapping[str, tuple[tuple[int | None, Tile], ...]]] = {
     "cuda:90": {
         "mxfp4": (
             (16, Tile(16, 128, 128, num_warps=4, num_stages=4, programs=2, native=False)),
-            (64, Tile(64, 128, 128, num_warps=4, num_stages=3, programs=2, native=False)),
+            (64, Tile(64, 128, 128, num_warps=8, num_stages=4, native=False)),
             (None, Tile(128, 128, 128, num_warps=8, num_stages=3, native=False)),
         ),
         "bf16": (
@@ -130,19 +128,6 @@ def tile_for(chip: str, weight_format: str, num_rows: int, num_experts: int) -> 
     """
     rows = -(-num_rows // max(num_experts, 1))
     return next(tile for bound, tile in TABLES[chip][weight_format] if bound is None or rows <= bound)
-
-
-def chip_of(device: torch.device) -> str:
-    """The name under which TABLES has a device's tiles. ValueError for a chip without any."""
-    if device.type == "cpu":
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device)
-    amd = torch.version.hip is not None
-    chip = "hip:" + properties.gcnArchName.split(":")[0] if amd else f"cuda:{properties.major * 10}"
-    if chip not in TABLES:
-        names = ", ".join(target.name for target in TARGETS)
-        raise ValueError(f"no kernels for {properties.name}, which is {chip}; there are some for {names}")
-    return chip
 
 
 def num_programs(device: torch.device, tile: Tile) -> int:
