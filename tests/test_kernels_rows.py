@@ -59,14 +59,23 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
 @pytest.mark.parametrize("num_rows", [0, 1, 12])
 def test_every_row_is_listed_once_under_its_token(num_tokens: int, num_rows: int) -> None:
-    filling = Filling.of(draw_index(num_rows, -1, num_tokens), num_tokens)
+    index = draw_index(num_rows, -1, num_tokens)
+    filling = Filling.of(index, num_tokens)
     starts, rows = filling.starts.tolist(), filling.rows.tolist()
     assert len(starts) == num_tokens + 2
     assert sorted(rows) == list(range(num_rows))
     for token in range(num_tokens + 1):
         held = token if token < num_tokens else -1
-        expected = [row for row, each in enumerate(filling.index.tolist()) if each == held]
+        expected = [row for row, each in enumerate(index.tolist()) if each == held]
         assert rows[starts[token] : starts[token + 1]] == expected
+    assert filling.tokens.tolist() == [int(index[row]) % (num_tokens + 1) for row in rows]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+def test_each_token_in_a_row_of_its_own_is_a_filling_as_any_other(num_tokens: int) -> None:
+    plain, by_index = Filling.each(num_tokens, torch.device("cpu")), Filling.of(torch.arange(num_tokens), num_tokens)
+    for name in ("num_rows", "starts", "rows", "tokens"):
+        assert torch.equal(*(torch.as_tensor(getattr(each, name)) for each in (plain, by_index)))
 
 
 # ---- quantize ----
@@ -97,6 +106,20 @@ def test_rows_may_be_none_all_padding_all_of_one_token_or_in_any_order(index: li
 @interpreted
 def test_without_a_token_all_rows_are_padding() -> None:
     on_the_wire(draw(0, 64), torch.tensor([-1, -1]))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+@interpreted
+def test_rows_that_are_not_listed_stay_as_they_are(num_tokens: int) -> None:
+    held = [(4, 0), (1, 1), (6, 0)] if num_tokens else []
+    rows, tokens = torch.tensor(held, dtype=torch.int64).view(-1, 2).T
+    filling = Filling.at(tokens, rows, num_tokens, 7)
+    for operation in (quantize, quantize_torch):
+        written = wire(7, 64)
+        operation(draw(num_tokens, 64), filling, columns(written, 64))
+        touched = (written[:, :66] != 0xA5).any(1)
+        assert sorted(touched.nonzero().flatten().tolist()) == sorted(rows.tolist())
+        assert torch.equal(written[rows], on_the_wire(draw(num_tokens, 64), tokens))
 
 
 @pytest.mark.parametrize("blocks", [FEW.blocks, MANY.blocks])

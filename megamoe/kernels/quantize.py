@@ -1,6 +1,6 @@
 """Tokens to the wire: BF16 to E4M3 with one UE8M0 scale per 32, each token to all rows that it fills, read once."""
 
-# T tokens   H hidden   R rows   G = H / 32 blocks of a row
+# T tokens   H hidden   R rows   n rows that are filled   G = H / 32 blocks of a row
 
 from __future__ import annotations
 
@@ -18,24 +18,38 @@ from megamoe.kernels.targets import OPTIONS, Build, Target
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """Which token each row holds, told both ways.
+    """Which rows each token fills.
 
-    index    [R] int64, the token of a row, -1 for a row of padding, which holds zeros
-    starts   [T + 2] int64; token t fills starts[t]:starts[t + 1] of `rows`, padding starts[T]:starts[T + 1]
-    rows     [R] int64, rows by token, those of padding last
-        index [2, 0, -1, 2], T 3  ->  starts [0, 1, 1, 3, 4], rows [1, 0, 3, 2]
+    num_rows   R, rows that there are, filled or not
+    starts     [T + 2] int64; token t fills starts[t]:starts[t + 1] of `rows`, padding starts[T]:starts[T + 1]
+    rows       [n] int64, rows by token, those of padding last; rows that are not listed stay as they are
+    tokens     [n] int64, the token of each of `rows`, T for padding, which is zeros
+        of index [2, 0, -1, 2], T 3  ->  R 4, starts [0, 1, 1, 3, 4], rows [1, 0, 3, 2], tokens [0, 2, 2, 3]
     """
 
-    index: Tensor
+    num_rows: int
     starts: Tensor
     rows: Tensor
+    tokens: Tensor
 
     @classmethod
     def of(cls, index: Tensor, num_tokens: int) -> Filling:
-        """The filling by index [R] int64 on its device, without waiting for it."""
-        tokens, rows = torch.where(index < 0, num_tokens, index).sort(stable=True)
-        bounds = torch.arange(num_tokens + 2, device=index.device)
-        return cls(index, torch.searchsorted(tokens, bounds), rows)
+        """Every row is filled: by token index[r], or padding where that is -1. index [R] int64; waits for no device."""
+        rows = torch.arange(len(index), device=index.device)
+        return cls.at(torch.where(index < 0, num_tokens, index), rows, num_tokens, len(index))
+
+    @classmethod
+    def at(cls, tokens: Tensor, rows: Tensor, num_tokens: int, num_rows: int) -> Filling:
+        """Row rows[i] of num_rows holds token tokens[i], padding where that is num_tokens; both [n] int64."""
+        tokens, order = tokens.sort(stable=True)
+        bounds = torch.arange(num_tokens + 2, device=tokens.device)
+        return cls(num_rows, torch.searchsorted(tokens, bounds), rows[order], tokens)
+
+    @classmethod
+    def each(cls, num_tokens: int, device: torch.device) -> Filling:
+        """Row t holds token t."""
+        bounds = torch.arange(num_tokens + 2, device=device).clamp_(max=num_tokens)
+        return cls(num_tokens, bounds, bounds[:num_tokens], bounds[:num_tokens])
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +66,7 @@ _FEW_TOKENS = 64
 _SCALE_OF_ZEROS = 105  # 2^-22, the contract's least
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _quantize_kernel(
     tokens,
     starts,
@@ -93,14 +107,14 @@ def _quantize_kernel(
 def quantize(tokens: Tensor, filling: Filling, out: MXFP8) -> None:
     """Rounds tokens [T, H] bfloat16 and puts each into the rows of out, [R, H], that it fills; H a multiple of 32.
 
-    out's tensors may be columns of one wider buffer. A row of padding becomes what a token of zeros would.
+    tokens and out's tensors may be columns of wider buffers. A row of padding becomes what a token of zeros would.
     ValueError where H is no multiple of 32, or out has other rows than the filling.
     """
     num_tokens, hidden = tokens.shape
     _check(hidden, filling, out)
     if not num_tokens:
-        out.values.zero_()
-        out.scales.fill_(_SCALE_OF_ZEROS)
+        out.values.view(torch.uint8)[filling.rows] = 0
+        out.scales[filling.rows] = _SCALE_OF_ZEROS
         return
     tile = FEW if num_tokens < _FEW_TOKENS else MANY
     values = out.values.view(torch.uint8)
@@ -122,16 +136,16 @@ def quantize(tokens: Tensor, filling: Filling, out: MXFP8) -> None:
 
 
 def quantize_torch(tokens: Tensor, filling: Filling, out: MXFP8) -> None:
-    """What quantize() means: rounds tokens and a row of zeros, then takes a row for each place."""
+    """What quantize() means: rounds tokens and a row of zeros, then puts one in each place."""
     _check(tokens.shape[1], filling, out)
     zeros = tokens.new_zeros(1, tokens.shape[1])
-    rounded = quantize_mxfp8(torch.cat((tokens, zeros)))  # index -1 is the row of zeros
-    out.values.view(torch.uint8).copy_(rounded.values.view(torch.uint8)[filling.index])
-    out.scales.copy_(rounded.scales[filling.index])
+    rounded = quantize_mxfp8(torch.cat((tokens, zeros)))  # token T is the row of zeros
+    out.values.view(torch.uint8)[filling.rows] = rounded.values.view(torch.uint8)[filling.tokens]
+    out.scales[filling.rows] = rounded.scales[filling.tokens]
 
 
 def _check(hidden: int, filling: Filling, out: MXFP8) -> None:
-    wanted = (len(filling.index), hidden)
+    wanted = (filling.num_rows, hidden)
     if tuple(out.values.shape) != wanted:
         raise ValueError(f"quantize: out must have {list(wanted)} values, got {list(out.values.shape)}")
     strides = (out.values.stride(1), out.scales.stride(1))

@@ -28,7 +28,7 @@ FEW, MANY = Tile(512, 1), Tile(2048, 4)
 _FEW_TOKENS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _reduce_slots_kernel(
     rows, positions, out, num_rows, hidden, row_stride, NUM_SLOTS: tl.constexpr, COLUMNS: tl.constexpr
 ):
