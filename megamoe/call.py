@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -18,6 +19,7 @@ from megamoe.experts import Experts
 from megamoe.ops import reduce_slots
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import CallNotes, Notes
+from megamoe.parallel.streams import Stopwatch
 from megamoe.parallel.transport import Label, Transfer, Transport
 from megamoe.parallel.watch import WatchedTransport
 from megamoe.planner.pace import Pace
@@ -30,7 +32,11 @@ from megamoe.wire import Wire
 
 @dataclass(slots=True)
 class CallRecord:
-    """What one call of the layer did on this rank. Seconds are host time; bytes are those that left this rank."""
+    """What one call of the layer did on this rank. Seconds are host time; bytes are those that left this rank.
+
+    Where a GPU's kernels compute, compute_s is the GPU's time, known once the next call has begun, and a rank alone
+    notes its tokens and nothing else.
+    """
 
     tokens: int = 0
     waves: int = 0
@@ -96,8 +102,11 @@ class Rows:
     experts: range
 
 
-class Call:
-    """One call in flight. hidden [T, H] bfloat16; counts [P, E] int64: rows of every rank for every expert."""
+class CallBase(ABC):
+    """What all calls know: their parts, the counts, and the order of their steps.
+
+    hidden [T, H] bfloat16; counts [P, E] int64: rows of every rank for every expert
+    """
 
     def __init__(self, parts: Parts, route: Route, counts: Tensor, hidden: Tensor, record: CallRecord) -> None:
         self._name, self._experts, self._wire, self._plan = parts.name, parts.experts, parts.wire, parts.plan
@@ -110,6 +119,57 @@ class Call:
         self._arriving[self._rank] = 0
         arriving = parts.slabs.pairs[:, :, self._rank].sum(0).tolist()  # [W]
         self.steps = schedule(parts.plan.waves(self._rank), parts.pace.load(self._own.tolist(), arriving))
+        self.stopwatch: Stopwatch | None = None
+        self._dispatches: dict[int, Transfer] = {}
+        self._combines: dict[int, Transfer] = {}
+        self._note(hidden.shape[1])
+
+    @abstractmethod
+    def dispatch(self, wave: int) -> None:
+        """Sends this rank's slabs of the wave, and opens the way for what comes in and for what will come home."""
+
+    @abstractmethod
+    def compute(self, step: Step) -> None:
+        """Runs the experts of a step on what has arrived of its wave and on the rank-local rows it takes."""
+
+    @abstractmethod
+    def combine(self, wave: int) -> None:
+        """Sends the wave's results home."""
+
+    @abstractmethod
+    def reduce(self) -> Tensor:
+        """Sums every token's slots once all results are home -> [T, H] bfloat16"""
+
+    def _from_others(self, wave: int) -> Array:
+        """[P, experts of this rank in the wave]: rows that other ranks send for each."""
+        ids, first = self._plan.experts(self._rank, wave), self._experts.ids.start
+        return self._arriving[:, ids.start - first : ids.stop - first]
+
+    def _own_rows(self, experts: range) -> Array:
+        first = self._experts.ids.start
+        return self._own[experts.start - first : experts.stop - first]
+
+    def _spread(self, local: range, experts: range) -> Array:
+        """Rank-local rows as one more source of a wave's experts: those of `local`, none for the others -> [1, e]"""
+        counts = np.zeros((1, len(experts)), np.int64)
+        counts[0, local.start - experts.start : local.stop - experts.start] = self._own_rows(local)
+        return counts
+
+    def _note(self, hidden: int) -> None:
+        record, waves = self._record, range(self._plan.num_waves)
+        record.tokens, record.waves = self._num_tokens, len(waves)
+        record.rows_local = int(self._own.sum())
+        record.rows_sent = self._route.num_rows - record.rows_local
+        record.rows_received = int(self._arriving.sum())
+        record.dispatch_bytes = sum(sum(self._slabs.rows(self._rank, wave)) for wave in waves) * self._wire.row_bytes
+        record.combine_bytes = record.rows_received * 2 * hidden
+
+
+class Call(CallBase):
+    """One call in flight."""
+
+    def __init__(self, parts: Parts, route: Route, counts: Tensor, hidden: Tensor, record: CallRecord) -> None:
+        super().__init__(parts, route, counts, hidden, record)
         # this rank's own tokens, then what comes from others: all that its experts read
         inbox = (parts.slabs.inbox_rows(self._rank, len(hidden)), parts.wire.row_bytes)
         self._inbox = self._workspace.take("inbox", inbox, hidden, torch.uint8)
@@ -124,26 +184,8 @@ class Call:
         self._results[-1] = 0  # what a masked slot adds
         self._num_fresh = 0
         self._computed: dict[int, Tensor] = {}
-        self._dispatches: dict[int, Transfer] = {}
-        self._combines: dict[int, Transfer] = {}
-        self._note(hidden.shape[1])
-
-    def _from_others(self, wave: int) -> Array:
-        """[P, experts of this rank in the wave]: rows that other ranks send for each."""
-        ids, first = self._plan.experts(self._rank, wave), self._experts.ids.start
-        return self._arriving[:, ids.start - first : ids.stop - first]
-
-    def _note(self, hidden: int) -> None:
-        record, waves = self._record, range(self._plan.num_waves)
-        record.tokens, record.waves = self._num_tokens, len(waves)
-        record.rows_local = int(self._own.sum())
-        record.rows_sent = self._route.num_rows - record.rows_local
-        record.rows_received = int(self._arriving.sum())
-        record.dispatch_bytes = sum(sum(self._slabs.rows(self._rank, wave)) for wave in waves) * self._wire.row_bytes
-        record.combine_bytes = record.rows_received * 2 * hidden
 
     def dispatch(self, wave: int) -> None:
-        """Sends this rank's slabs of the wave, and opens the way for what comes in and for what will come home."""
         if self._transport is None or wave >= self._plan.num_waves:
             return
         incoming = self._slabs.incoming(self._rank, wave)
@@ -175,7 +217,6 @@ class Call:
         return slabs
 
     def compute(self, step: Step) -> None:
-        """Runs the experts of a step on what has arrived of its wave and on the rank-local rows it takes."""
         local_rows = self._route.local(step.local, self._experts.ids.start)
         places, weights = [self._route.tokens[local_rows]], [self._route.weights[local_rows]]
         counts, experts = self._own_rows(step.local)[None], step.local
@@ -213,13 +254,11 @@ class Call:
         return num_arrived
 
     def combine(self, wave: int) -> None:
-        """Sends the wave's results home."""
         if self._transport is not None:
             rows = self._slabs.pairs[:, wave, self._rank].tolist()
             self._combines[wave].send(self._computed[wave], rows)  # which stay until the call has ended
 
     def reduce(self) -> Tensor:
-        """Sums every token's slots once all results are home -> [T, H] bfloat16"""
         with self._record.timing("waiting_s"):
             for transfer in self._combines.values():
                 transfer.wait()
@@ -253,13 +292,3 @@ class Call:
             if arranged.in_place:
                 return out[:num_rows]
             return torch.index_select(out, 0, arranged.back, out=take(place, (num_rows, shape[1]), results))
-
-    def _own_rows(self, experts: range) -> Array:
-        first = self._experts.ids.start
-        return self._own[experts.start - first : experts.stop - first]
-
-    def _spread(self, local: range, experts: range) -> Array:
-        """Rank-local rows as one more source of a wave's experts: those of `local`, none for the others -> [1, e]"""
-        counts = np.zeros((1, len(experts)), np.int64)
-        counts[0, local.start - experts.start : local.stop - experts.start] = self._own_rows(local)
-        return counts

@@ -16,7 +16,7 @@ COMBINE_FORMATS = ("bf16",)
 
 
 def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
-    """ValueError that names the argument, what was found and what was expected."""
+    """What can be told without reading a value. ValueError that names the argument, what was found and expected."""
     given = {"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
@@ -34,20 +34,37 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
         raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
     if hidden.requires_grad and torch.is_grad_enabled():
         raise ValueError("hidden requires a gradient, and the layer has no backward yet: call it under torch.no_grad()")
-    wrong = (topk_ids < -1) | (topk_ids >= shape.num_experts)
+
+
+def any_wrong(shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """[1] bool, where the ids are: whether check_values() would complain."""
+    return (_unknown(shape, topk_ids) | _not_finite(topk_ids, topk_weights)).any().unsqueeze(0)
+
+
+def check_values(shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """ValueError for ids that there are not and weights that are not finite; masked slots may have any."""
+    wrong = _unknown(shape, topk_ids)
     if bool(wrong.any()):
         token, slot = (int(i) for i in wrong.nonzero()[0])
         raise ValueError(
             f"topk_ids[{token}, {slot}] is {int(topk_ids[token, slot])}, expected -1 or an expert in "
             f"[0, {shape.num_experts}); {int(wrong.sum())} of {topk_ids.numel()} are outside"
         )
-    wrong = ~topk_weights.isfinite() & (topk_ids >= 0)
+    wrong = _not_finite(topk_ids, topk_weights)
     if bool(wrong.any()):
         token, slot = (int(i) for i in wrong.nonzero()[0])
         raise ValueError(
             f"topk_weights[{token}, {slot}] is {float(topk_weights[token, slot])}, expected a finite number; "
             f"{int(wrong.sum())} of {topk_weights.numel()} are not"
         )
+
+
+def _unknown(shape: MoEShape, topk_ids: Tensor) -> Tensor:
+    return (topk_ids < -1) | (topk_ids >= shape.num_experts)
+
+
+def _not_finite(topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    return ~topk_weights.isfinite() & (topk_ids >= 0)
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, int]) -> None:

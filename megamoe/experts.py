@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.formats import BLOCK, MXFP4, MXFP4_MAX_SCALE, dequantize_mxfp4, quantize_mxfp4
+from megamoe.kernels.layout import interleave_gate_up, separate_gate_up
 from megamoe.ops import (
     PREPARED_ROWS,
     activate,
     can_prepare,
+    has_kernels,
     linear,
     linear_prepared,
     matmul_dtype,
@@ -29,6 +31,9 @@ WEIGHT_FORMATS = ("mxfp4", "bf16")
 # What decoding one expert's weights costs, in rows of its matrix products. Measured on one Zen 4 core, 2026-11-24:
 # some 0.5 ns a value of MXFP4, 9 ps a multiply-add.
 _DECODE_ROWS = 55.0
+# The same for kernels, which read packed weights from memory a second time: computed, for an H100 at 3.35 TB/s and 400
+# TFLOP/s, and not measured. H and I cancel out.
+_READ_ROWS = 30.0
 Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
 RowGroups = list[tuple[slice, int]]
 
@@ -41,6 +46,9 @@ class Experts(nn.Module):
             keep_dequantized=True also keeps a BF16 copy (3 * H * I * 2 bytes an expert more) and saves that time.
     bf16    gate_up bfloat16 [e, 2I, H], down bfloat16 [e, H, I]; on CPUs that multiply BF16 each matrix is held as
             their product reads it, and the state dict has it as it was
+
+    Where the device runs Triton kernels (`grouped`) gate_up has gate and up rows in turns, and the state dict has them
+    as they were; the kernels decode on the way, so keep_dequantized is refused.
     """
 
     gate_up: Tensor
@@ -61,9 +69,12 @@ class Experts(nn.Module):
         super().__init__()
         self.shape, self.ids, self.weight_format, self.device = shape, ids, weight_format, device
         self.packed = weight_format == "mxfp4"
+        self.grouped = has_kernels(device)
+        if self.grouped and keep_dequantized:
+            raise ValueError(f"keep_dequantized is of no use on {device}, whose kernels decode weights on their way")
         self.keep_dequantized = keep_dequantized and self.packed
         self._loaded = [False] * len(ids)
-        self.prepares = not self.packed and can_prepare(device)
+        self.prepares = not self.packed and can_prepare(device) and not self.grouped
         self._prepared: dict[str, dict[int, Tensor]] = {"gate_up": {}, "down": {}} if self.prepares else {}
         self._sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
         for name, (rows, columns) in self._sizes.items():
@@ -113,6 +124,13 @@ class Experts(nn.Module):
                 dense = [matrices[index].to_dense() for index in range(len(self.ids))]
                 none = torch.empty(0, *self._sizes[name], dtype=torch.bfloat16)
                 destination[prefix + name] = torch.stack(dense) if dense else none
+        for key in self._in_turns(destination, prefix):
+            destination[key] = separate_gate_up(destination[key])
+
+    def _in_turns(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """Keys whose rows are in turns here and not in a state dict."""
+        keys = (f"{prefix}gate_up", f"{prefix}gate_up_scales") if self.grouped else ()
+        return [key for key in keys if key in state_dict]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         mine = {prefix + name: name for name in self._prepared}
@@ -120,6 +138,8 @@ class Experts(nn.Module):
             for index, expert in enumerate(self.ids):
                 self.load(expert, *(state_dict[key][index] for key in mine))
         state_dict = {key: value for key, value in state_dict.items() if key not in mine}
+        for key in self._in_turns(state_dict, prefix):
+            state_dict[key] = interleave_gate_up(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not mine and all(prefix + name in state_dict for name, _ in self._weight_buffers()):
             self._loaded = [True] * len(self.ids)
@@ -139,6 +159,8 @@ class Experts(nn.Module):
     @property
     def decode_rows(self) -> float:
         """What making one expert's weights ready costs, in rows that could be computed meanwhile."""
+        if self.grouped:
+            return _READ_ROWS if self.packed else 4 * _READ_ROWS
         return _DECODE_ROWS if self.packed and not self.keep_dequantized else 0.0
 
     @property
@@ -166,17 +188,27 @@ class Experts(nn.Module):
             if self.prepares:
                 self._prepared[name][index] = prepare(dense.to(torch.bfloat16))
             else:
-                self.get_buffer(name)[index] = dense
+                self.get_buffer(name)[index] = self._laid(name, dense)
             return
         if not isinstance(weight, MXFP4):
             try:
                 weight = quantize_mxfp4(weight)
             except ValueError as refusal:
                 raise ValueError(f"{what}: {refusal}") from refusal
-        self.get_buffer(name)[index] = weight.packed
-        self.get_buffer(f"{name}_scales")[index] = weight.scales
+        self.get_buffer(name)[index] = self._laid(name, weight.packed)
+        self.get_buffer(f"{name}_scales")[index] = self._laid(name, weight.scales)
         if self.keep_dequantized:
             self.get_buffer(f"{name}_dequantized")[index] = dequantize_mxfp4(weight)
+
+    def _laid(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a weight in the order in which they are held."""
+        return interleave_gate_up(rows) if self.grouped and name == "gate_up" else rows
+
+    def stack(self, name: str, experts: range) -> MXFP4 | Tensor:
+        """gate_up or down of several experts, global ids, as they are held: what grouped products take."""
+        part = slice(experts.start - self.ids.start, experts.stop - self.ids.start)
+        weights = self.get_buffer(name)[part]
+        return MXFP4(weights, self.get_buffer(f"{name}_scales")[part]) if self.packed else weights
 
     def _weight(self, name: str, index: int, workspace: Workspace) -> Tensor:
         """One weight matrix as the matrix product takes it."""

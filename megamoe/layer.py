@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamoe.agreement import Part, Terms, agree
-from megamoe.call import Call, CallRecord, Parts
+from megamoe.call import Call, CallBase, CallRecord, Parts
 from megamoe.catalog import Machine
-from megamoe.checks import check_formats, check_input
+from megamoe.checks import any_wrong, check_formats, check_input, check_values
 from megamoe.experts import Experts, Weight
 from megamoe.formats import MXFP4
 from megamoe.parallel.group import EPGroup
@@ -22,6 +24,7 @@ from megamoe.planner.schedule import LOOKAHEAD
 from megamoe.rows import route_rows
 from megamoe.shape import MoEShape
 from megamoe.slabs import Slabs, count_rows
+from megamoe.spans import to_host
 from megamoe.tuner import Tuner
 from megamoe.waves import Waves, check_waves, plan_waves
 
@@ -95,6 +98,10 @@ class MegaMoE(nn.Module):
         )
         self.last_call = CallRecord()
         self._num_calls = 0
+        kernels, alone = self.experts.grouped, self.group.size == 1
+        self._alone = import_module("megamoe.kernel_alone") if kernels and alone else None
+        self._findings = self._alone.Findings(self.device) if self._alone else None
+        self._call: type[CallBase] = import_module("megamoe.kernel_call").KernelCall if kernels and not alone else Call
 
     def regroup(self, group: EPGroup | dist.ProcessGroup | None) -> list[int]:
         """Goes on in another group, as whichever rank this is there -> global ids of the experts still to be loaded.
@@ -151,6 +158,8 @@ class MegaMoE(nn.Module):
         rank is lost, and RuntimeError from then on: a group whose call was interrupted is broken.
         """
         complaint = self._complaint(hidden, topk_ids, topk_weights)
+        if self._alone is not None:
+            return self._compute_alone(hidden, topk_ids, topk_weights, complaint)
         record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
         stretch = self.group.unbroken(self.name, self._num_calls + 1)
         with torch.no_grad(), notes.lane("call"), stretch, record.timing("total_s"):
@@ -165,7 +174,37 @@ class MegaMoE(nn.Module):
                     call.combine(step.wave)
             out = call.reduce()
         self.last_call = record
-        self.tuner.note(record)
+        self.tuner.note(record, call.stopwatch)
+        return out
+
+    def _compute_alone(
+        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None
+    ) -> Tensor:
+        """The call of a rank alone whose device has kernels. It waits for nothing, and can be captured as a CUDA graph.
+
+        What is wrong with values is noticed on the device: the next call raises, and meanwhile an unknown id is NaN.
+        """
+        assert self._alone is not None
+        assert self._findings is not None
+        if complaint is not None:
+            raise complaint
+        if self._findings.take():
+            raise ValueError(
+                f"an earlier call of layer {self.name!r} had topk_ids outside of [0, {self.shape.num_experts}) that "
+                "were not -1, or topk_weights that were not finite; tokens with such ids became NaN"
+            )
+        self._num_calls += 1
+        self.last_call = CallRecord(tokens=len(hidden), waves=1)
+        with torch.no_grad(), self.last_call.timing("total_s"):
+            self._findings.note(any_wrong(self.shape, topk_ids, topk_weights))
+            out: Tensor = self._alone.compute_alone(
+                self.experts,
+                hidden.to(torch.bfloat16).contiguous(),
+                topk_ids.contiguous(),
+                topk_weights,
+                self.group.workspace,
+                rounds=self.tuner.choose_format() == "mxfp8",
+            )
         return out
 
     def _open(
@@ -176,23 +215,42 @@ class MegaMoE(nn.Module):
         complaint: ValueError | None,
         record: CallRecord,
         notes: Notes,
-    ) -> Call:
+    ) -> CallBase:
         """Agrees with all ranks on the call, before any row moves, and lays out this rank's part of it."""
         tokens, counts, firsts = 0, *torch.zeros(2, self.shape.num_experts, dtype=torch.int64)
         if complaint is None:
-            tokens = len(hidden)
-            counts, firsts = count_rows(topk_ids, self.placement)
+            counts, firsts, complaint = self._count(topk_ids, topk_weights)
+            tokens = 0 if complaint else len(hidden)
         self._num_calls += 1
+        self.tuner.learn()
         with record.timing("counts_s"):
             agreed = agree(self.group, self._terms(), Part(tokens, counts, firsts, self.tuner.row_s), complaint)
             choice = self.tuner.choose(agreed)
         with record.timing("compute_s"):
             plan = plan_waves(self.placement, choice.waves)
             slabs = Slabs.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts)
-            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist(), slabs)
+            workspace = self.group.workspace
+            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist(), slabs, workspace)
             hidden = hidden.to(torch.bfloat16).contiguous()
         parts = Parts(self.name, self.group, self.experts, choice.wire, plan, slabs, choice.pace, notes)
-        return Call(parts, route, agreed.counts, hidden, record)
+        call: CallBase = self._call(parts, route, agreed.counts, hidden, record)
+        return call
+
+    def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, ValueError | None]:
+        """Rows for each expert and fresh tokens, [E] int64 on the CPU, and what is wrong with the values if anything is.
+
+        A device is waited for once, for all of it.
+        """
+        counts = count_rows(topk_ids, self.placement)
+        wrong = any_wrong(self.shape, topk_ids, topk_weights).to(torch.int64)
+        told = to_host(torch.cat((counts.flatten(), wrong)), self.group.workspace, "counts")
+        pairs, firsts = told[:-1].view(2, -1)
+        try:
+            if told[-1]:
+                check_values(self.shape, topk_ids, topk_weights)
+        except ValueError as complaint:
+            return pairs, firsts, complaint
+        return pairs, firsts, None
 
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
         try:

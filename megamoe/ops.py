@@ -1,5 +1,7 @@
 """The operations of the layer, each with one meaning: the torch body runs on every device and is the oracle.
 
+Devices with Triton kernels run those instead, which are imported when the first of them is called.
+
 Bitwise contract: a row's result depends on that row alone, not on how many rows stand beside it, where it stands
 among them, or how many threads work. Element-wise operations keep it by being correctly rounded each; SiLU keeps it
 as a table over all BF16 values; a matrix product keeps it when its rows come in multiples of row_multiple(). A weight
@@ -11,11 +13,19 @@ is multiplied by as it is or prepared, which are two kernel paths: a layer takes
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megamoe.formats import dequantize_mxfp8, quantize_mxfp8, stretches
+from megamoe.formats import MXFP8, dequantize_mxfp8, quantize_mxfp8, stretches
+from megamoe.kernels import load
+from megamoe.kernels.targets import TARGETS, chip_of
+
+if TYPE_CHECKING:
+    from megamoe.kernels.grouped import Grouped
+    from megamoe.kernels.quantize import Filling
 
 _FP32_COLUMNS = 16  # MKL sums the columns beyond a multiple of these in another order when there are more threads
 _FP32_WEIGHTS = 512  # torch multiplies up to 4096 = 8 rows * 512 BF16 weights by other code than larger products
@@ -154,6 +164,9 @@ def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
         rows = [a, b, c, 0]   positions = [[2, 0], [3, 1]]  ->  [c + a, b]
     Adding the zero row changes no bit: a sum that starts from +0 is never -0.
     """
+    if has_kernels(rows.device):
+        summed: Tensor = _body("reduce_slots", rows.device)(rows, positions)
+        return summed
     num_tokens, topk = positions.shape
     out = rows.new_empty(num_tokens, rows.shape[1])
     for part in stretches(num_tokens, rows.shape[1]):
@@ -163,3 +176,37 @@ def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
             total += rows.index_select(0, chunk[:, slot])
         out[part] = total
     return out
+
+
+# ---- operations that devices with Triton kernels have: kernels/ says what each does, and the layer runs them there ----
+
+
+@lru_cache(maxsize=16)
+def has_kernels(device: torch.device) -> bool:
+    """Whether the layer runs Triton kernels on this device: on NVIDIA and AMD GPUs of the chips that there are some for.
+
+    Other GPUs, and those of a machine without Triton, run the torch bodies above.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return chip_of(device) in {target.name for target in TARGETS}
+
+
+def quantize(tokens: Tensor, filling: Filling, out: MXFP8) -> None:
+    """Tokens [T, H] bfloat16 rounded to MXFP8, each into the rows of out [R, H] that it fills."""
+    _body("quantize", tokens.device)(tokens, filling, out)
+
+
+def grouped_linear1(grouped: Grouped, weights: Tensor, limit: float | None, out: MXFP8 | Tensor) -> None:
+    """Linear-1 and the activation of rows sorted by expert -> out [R, I], which Linear-2 reads; weights [R] float32."""
+    _body("grouped_linear1", weights.device)(grouped, weights, limit, out)
+
+
+def grouped_linear2(grouped: Grouped, index: Tensor, out: Tensor) -> None:
+    """Linear-2 of rows sorted by expert; row r goes to out[index[r]], bfloat16 [W, H]; index [R] int64."""
+    _body("grouped_linear2", index.device)(grouped, index, out)
+
+
+def _body(name: str, device: torch.device) -> Any:
+    """An operation's kernel, or what it means where the device runs none."""
+    return getattr(load(name), name if has_kernels(device) else f"{name}_torch")

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megamoe.parallel.workspace import Workspace
 from megamoe.slabs import Array, Slabs
+from megamoe.spans import begins, to_device
 from megamoe.waves import WavePlan
 
 
@@ -54,9 +56,17 @@ class Route:
 
 
 def route_rows(
-    topk_ids: Tensor, topk_weights: Tensor, plan: WavePlan, ep_rank: int, counts: Sequence[int], slabs: Slabs
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    plan: WavePlan,
+    ep_rank: int,
+    counts: Sequence[int],
+    slabs: Slabs,
+    workspace: Workspace,
 ) -> Route:
     """Sorts the slots of topk_ids [T, K] int64 and topk_weights [T, K] float32; counts[E] are the rows of each expert.
+
+    What counts say goes to the ids' device in one copy, and the host waits for nothing there.
 
     2 ranks, 4 experts, 1 wave, on rank 0:  ids [[2, 0], [3, 2], [1, -1]]  ->  rows of experts 2, 2, 3 | 0, 1
     tokens [0, 1, 1, 0, 2]    positions [[0, 3], [2, 1], [4, 5]]
@@ -69,7 +79,9 @@ def route_rows(
     places = np.empty(len(order) + 1, np.int64)
     places[order] = np.arange(len(order))
     places[-1] = len(order)  # masked slots, id -1, come last
-    place = torch.from_numpy(places).to(topk_ids.device)
+    sending = _Sending.of(travelling, ep_rank, slabs)
+    told = to_device([places, *sending.arrays], topk_ids.device, workspace, "route")
+    place = told[0]
 
     num_rows, topk = sum(counts), topk_ids.shape[1]
     slots = place[topk_ids.flatten()].argsort(stable=True)
@@ -80,7 +92,7 @@ def route_rows(
 
     sent: list[list[int]] = slabs.pairs[ep_rank].tolist()
     wave_starts = [0, *accumulate(sum(rows) for rows in sent)]
-    fresh, lie = _send_once(tokens[: wave_starts[-1]], travelling, ep_rank, slabs)
+    fresh, lie = sending.once(tokens[: wave_starts[-1]], len(topk_ids), told[1:])
     return Route(
         tokens=tokens,
         weights=topk_weights.flatten()[slots],
@@ -93,30 +105,52 @@ def route_rows(
     )
 
 
-def _send_once(
-    tokens: Tensor, travelling: Sequence[tuple[int, int]], ep_rank: int, slabs: Slabs
-) -> tuple[Tensor, Tensor]:
-    """Of the rows that leave, tokens [n] as they travel: which tokens go along, and where each row's token will lie.
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """What counts say of the rows that leave, a span for each (wave, receiver) that gets any.
 
-    A token goes along with the first of its rows for a rank, and the others point there.
+    ranks, pairs [J]   receiver and rows of each span
+    bases [J]          row of the receiver's inbox where its tokens lie, less the tokens that go along before them
+    size, num_fresh    P, and tokens that go along in all
     """
-    if not len(tokens):
-        return tokens, tokens.to(torch.int32)
-    device, size = tokens.device, slabs.pairs.shape[0]
-    waves, ranks = np.asarray(travelling).T
-    pairs = slabs.pairs[ep_rank, waves, ranks]
-    peers = torch.from_numpy(ranks.repeat(pairs)).to(device)
-    index, key = torch.arange(len(tokens), device=device), tokens * size + peers
-    first = torch.full((int(tokens.max()) * size + size,), len(tokens), device=device)
-    first.scatter_reduce_(0, key, index, "amin")
-    first = first[key]  # [n] the row that brings each row's token
-    brings = first == index
-    # the n-th fresh token of all is some row behind the start of its slab's tokens, and where that is is known
-    begins = slabs.starts[ranks, waves, ep_rank] + slabs.heads[ep_rank, waves, ranks]
-    fresh = slabs.fresh[ep_rank, waves, ranks]
-    base = torch.from_numpy((begins - (fresh.cumsum() - fresh)).repeat(pairs)).to(device)
-    lies = base + brings.cumsum(0) - 1
-    return tokens[brings], lies[first].to(torch.int32)
+
+    ranks: Array
+    pairs: Array
+    bases: Array
+    size: int
+    num_fresh: int
+
+    @property
+    def arrays(self) -> list[Array]:
+        """What the device must know."""
+        return [self.pairs, np.stack((self.ranks, self.bases))]
+
+    @classmethod
+    def of(cls, travelling: Sequence[tuple[int, int]], ep_rank: int, slabs: Slabs) -> _Sending:
+        waves, ranks = np.asarray(travelling, np.int64).reshape(-1, 2).T
+        fresh = slabs.fresh[ep_rank, waves, ranks]
+        # the n-th fresh token of all is some row behind the start of its slab's tokens, and where that is is known
+        bases = slabs.starts[ranks, waves, ep_rank] + slabs.heads[ep_rank, waves, ranks] - begins(fresh)
+        return cls(ranks, slabs.pairs[ep_rank, waves, ranks], bases, slabs.pairs.shape[0], int(fresh.sum()))
+
+    def once(self, tokens: Tensor, num_tokens: int, told: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of the rows that leave, tokens [n] as they travel: which tokens go along, and where each row's token will lie.
+
+        A token goes along with the first of its rows for a rank, and the others point there. told: arrays, on the device
+        """
+        if not len(tokens):
+            return tokens, tokens.to(torch.int32)
+        pairs, of_spans = told
+        peers, bases = torch.repeat_interleave(of_spans, pairs, dim=1, output_size=len(tokens))
+        index, key = torch.arange(len(tokens), device=tokens.device), tokens * self.size + peers
+        first = torch.full((num_tokens * self.size,), len(tokens), device=tokens.device)
+        first.scatter_reduce_(0, key, index, "amin")
+        first = first[key]  # [n] the row that brings each row's token
+        brings = first == index
+        number = brings.cumsum(0) - 1
+        fresh = tokens.new_empty(self.num_fresh + 1)  # the last is where tokens that are there already are put aside
+        fresh.scatter_(0, torch.where(brings, number, self.num_fresh), tokens)
+        return fresh[: self.num_fresh], (bases + number)[first].to(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

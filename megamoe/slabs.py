@@ -78,22 +78,23 @@ def _by_wave_and_receiver(plan: WavePlan, by_expert: Tensor) -> Array:
 
 
 @lru_cache(maxsize=64)
-def _ranks(placement: Placement) -> Tensor:
+def _ranks(placement: Placement, device: torch.device) -> Tensor:
     """[1 + E] int64: -1 for masked slots, then the rank of each expert."""
-    return torch.tensor([-1, *placement.ranks()])
+    return torch.tensor([-1, *placement.ranks()], device=device)
 
 
-def count_rows(topk_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
-    """Pairs for each expert, and tokens whose first expert on its rank that is -> two [E] int64 on the CPU.
+def count_rows(topk_ids: Tensor, placement: Placement) -> Tensor:
+    """Pairs for each expert, and tokens whose first expert on its rank that is -> [2, E] int64, where the ids are.
 
     topk_ids [T, K] int64, -1 masks. 4 experts on 2 ranks, ids [[1, 0], [2, 0], [3, -1]]:
     pairs [2, 1, 1, 1], firsts [2, 0, 1, 1]: token 0 has both of rank 0's experts, and goes there for the first
+    Ids that there are not are counted as if there were, and are for others to refuse.
     """
-    num_experts = placement.num_experts
-    ids = topk_ids.sort(1).values + 1  # masked slots become 0
-    ranks = _ranks(placement).to(ids.device)[ids]
-    first = torch.ones_like(ids, dtype=torch.bool)
+    ids = topk_ids.sort(1).values.clamp(-1, placement.num_experts - 1) + 1  # masked slots become 0
+    ranks = _ranks(placement, ids.device)[ids]
+    first = torch.ones_like(ids)
     first[:, 1:] = ranks[:, 1:] != ranks[:, :-1]
-    pairs = torch.bincount(ids.flatten(), minlength=num_experts + 1)
-    firsts = torch.bincount(ids[first], minlength=num_experts + 1)
-    return pairs[1:].cpu(), firsts[1:].cpu()
+    counts = ids.new_zeros(2, placement.num_experts + 1)
+    counts[0].scatter_add_(0, ids.flatten(), torch.ones_like(ids).flatten())  # bincount would have the host wait
+    counts[1].scatter_add_(0, ids.flatten(), first.flatten())
+    return counts[:, 1:]

@@ -21,6 +21,7 @@ from megamoe.catalog import Machine, load_machine
 from megamoe.experts import Experts
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
+from megamoe.parallel.streams import Stopwatch
 from megamoe.planner.machine import product_row_us
 from megamoe.planner.pace import Pace, Spread, best_waves
 from megamoe.waves import Waves, auto_waves
@@ -70,6 +71,7 @@ class Tuner:
         self._settled: dict[int, list[int]] = {}
         self._wave_s = _wave_s(experts.device.type, machine)
         self._measured_row_s = 0.0
+        self._last: tuple[CallRecord, Stopwatch | None] | None = None
         self._expected_row_s = 0.0 if machine is None else _row_s(experts, machine)
 
     @property
@@ -77,8 +79,19 @@ class Tuner:
         """Seconds that a row takes to compute: as measured, else as the machine's profile says, else 0."""
         return self._measured_row_s or self._expected_row_s
 
-    def note(self, record: CallRecord) -> None:
-        """Learns from a call that has ended: the least time for a row counts, the rest is disturbance."""
+    def note(self, record: CallRecord, stopwatch: Stopwatch | None = None) -> None:
+        """Takes a call to learn from. Where a stopwatch knows what it computed, that is read when learn() is called."""
+        self._last = (record, stopwatch)
+        if stopwatch is None:
+            self.learn()
+
+    def learn(self) -> None:
+        """From the last call, waiting until it has ended: the least time for a row counts, the rest is disturbance."""
+        if self._last is None:
+            return
+        (record, stopwatch), self._last = self._last, None
+        if stopwatch is not None:
+            record.compute_s = stopwatch.read_s()
         rows = record.rows_local + record.rows_received
         if rows >= _MIN_ROWS:
             row_s = record.compute_s / rows
@@ -86,7 +99,7 @@ class Tuner:
 
     def choose(self, agreed: Agreement) -> Choice:
         """Waves, wire and pace of a call. All ranks come to the same; the link is measured when it is first needed."""
-        wire = Wire(self._choose_format(), self._experts.shape.hidden, round_on_arrival=self._experts.packed)
+        wire = Wire(self.choose_format(), self._experts.shape.hidden, round_on_arrival=self._experts.packed)
         rows = sum(agreed.tokens) * self._experts.shape.topk / len(agreed.tokens)
         out_bytes = self._out_bytes(wire, agreed)
         first_guess = auto_waves(self._placement, rows, out_bytes)
@@ -100,7 +113,7 @@ class Tuner:
             return Choice(self._settle(rows, pace), wire, pace)
         return Choice(first_guess, wire, pace)
 
-    def _choose_format(self) -> str:
+    def choose_format(self) -> str:
         """Once for good, so that bits do not change between calls: with bf16 weights the wire's rounding shows in them.
 
         With mxfp4 weights the tokens are rounded in any case, and once per token is less work than once per row.

@@ -1,6 +1,6 @@
 """What a token looks like on the wire, what is said of where it goes, and how the experts read both.
 
-A row of the wire is one token in the dispatch format, filled up to a multiple of 4 bytes:
+A row of the wire is one token in the dispatch format, filled up to a multiple of 16 bytes, which a GPU reads at once:
     mxfp8   H bytes E4M3, H/32 bytes UE8M0
     bf16    2H bytes BF16
 What is said of a (token, slot) pair is where its token lies and the pair's top-k weight, 8 bytes: INT32, FP32. Which
@@ -44,7 +44,7 @@ class Wire:
     @property
     def row_bytes(self) -> int:
         """B"""
-        return -(-self.token_bytes // 4) * 4
+        return -(-self.token_bytes // 16) * 16
 
     @property
     def in_place(self) -> bool:
@@ -68,8 +68,12 @@ class Wire:
         return rows
 
     def tokens(self, rows: Tensor) -> Tensor:
-        """Where in_place: rows [R, B] uint8, seen as [R, H] bfloat16"""
-        return rows.view(torch.bfloat16)
+        """rows [R, B] uint8 of a bf16 wire, seen as [R, H] bfloat16"""
+        return rows.view(torch.bfloat16)[:, : self.hidden]
+
+    def mxfp8(self, rows: Tensor) -> MXFP8:
+        """rows [R, B] uint8 of an mxfp8 wire, seen as MXFP8 [R, H]"""
+        return MXFP8(rows[:, : self.hidden].view(torch.float8_e4m3fn), rows[:, self.hidden : self.token_bytes])
 
     def decode(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """rows [R, B] uint8 into tokens [R, H] bfloat16 as the experts take them, which is returned."""
@@ -87,8 +91,7 @@ class Wire:
 
     def _decode(self, rows: Tensor, out: Tensor) -> None:
         if self.dispatch_format == "mxfp8":
-            values = rows[:, : self.hidden].view(torch.float8_e4m3fn)
-            dequantize_mxfp8(MXFP8(values, rows[:, self.hidden : self.token_bytes]), out=out)
+            dequantize_mxfp8(self.mxfp8(rows), out=out)
             return
         tokens = self.tokens(rows)
         if self.round_on_arrival:

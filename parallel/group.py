@@ -20,6 +20,7 @@ from megamoe.parallel.meeting import local_address
 from megamoe.parallel.position import RAISED, Whereabouts
 from megamoe.parallel.recorder import Notes, Recorder, Recording
 from megamoe.parallel.runs import list_rank
+from megamoe.parallel.streams import Streams
 from megamoe.parallel.transport import AllToAllTransport, Clock, Label, PairTransport, Transport
 from megamoe.parallel.workspace import Workspace
 
@@ -43,6 +44,7 @@ class EPGroup:
     beacons          at most one: tells the others, and knows where they are; a group of init_group() has it
     broken           why the group cannot be used any more, empty while it can
     recorders        at most one: takes notes of every call of the group's layers
+    streams          of each device that its layers are on: where messages are queued
 
     Layers that share an EPGroup learn from each other that it is broken; give all layers of a model the same one.
     """
@@ -60,6 +62,13 @@ class EPGroup:
     beacons: list[Beacon] = field(default_factory=list)
     workspace: Workspace = field(default_factory=Workspace)
     recorders: list[Recorder] = field(default_factory=list)
+    streams: dict[torch.device, Streams] = field(default_factory=dict)
+
+    def streams_of(self, device: torch.device) -> Streams:
+        """The device's streams, made when first asked for."""
+        if device not in self.streams:
+            self.streams[device] = Streams(device)
+        return self.streams[device]
 
     @contextmanager
     def record(self, recording: Recording) -> Iterator[None]:

@@ -11,15 +11,17 @@ from torch import Tensor
 class Workspace:
     """Buffers by name, each grown to the largest size asked of it. What is in one is lost when its name is taken again.
 
-    Shared by all layers of a group, which run one at a time.
+    Shared by all layers of a group, which run one at a time, on a GPU in one stream. While a CUDA graph is captured
+    buffers come from the graph's own memory instead, which is the graph's alone and stays as long as it does.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[Hashable, torch.device], Tensor] = {}
+        self._pinned: dict[tuple[Hashable, torch.dtype], Tensor] = {}
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that are held."""
+        """Bytes that are held, pinned ones of the host apart."""
         return sum(buffer.numel() for buffer in self._buffers.values())
 
     def take(self, name: Hashable, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -28,8 +30,18 @@ class Workspace:
         num_bytes = dtype.itemsize
         for size in shape:
             num_bytes *= size
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            return torch.empty(shape, dtype=dtype, device=like.device)
         buffer = self._buffers.get((name, like.device))
         if buffer is None or buffer.numel() < num_bytes:
             buffer = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
             self._buffers[name, like.device] = buffer
         return buffer[:num_bytes].view(dtype).view(shape)
+
+    def pinned(self, name: Hashable, size: int, dtype: torch.dtype) -> Tensor:
+        """[size] on the host, in memory that a GPU copies from and to by itself, where there is one; not cleared."""
+        buffer = self._pinned.get((name, dtype))
+        if buffer is None or len(buffer) < size:
+            buffer = torch.empty(size, dtype=dtype, pin_memory=torch.cuda.is_available())
+            self._pinned[name, dtype] = buffer
+        return buffer[:size]

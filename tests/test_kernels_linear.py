@@ -13,7 +13,7 @@ from tests.interpreter import interpreted
 pytest.importorskip("triton")
 
 from megamoe.kernels.grouped import Grouped
-from megamoe.kernels.grouped_linear1 import interleave_gate_up, separate_gate_up
+from megamoe.kernels.layout import interleave_gate_up, separate_gate_up
 from megamoe.kernels.tiles import Tile
 from tests.kernel_cases import (
     LIMIT,

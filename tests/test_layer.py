@@ -284,13 +284,14 @@ def test_the_record_of_a_call_counts_every_row_and_byte(ranks: LocalRanks) -> No
         assert record.rows_sent == int((mine >= 0).sum()) - local
         assert record.rows_received == held - local
         travelling = heads = 0
+        row_bytes = 144  # 128 + 128 / 32, filled up to sixteens
         for peer in {0, 1, 2} - {rank}:
             theirs = placement.experts(peer)
             travelling += int(((mine >= theirs.start) & (mine < theirs.stop)).any(1).sum())
             for wave in range(2):
                 experts = plan_waves(placement, 2).experts(peer, wave)
-                heads += -(-8 * int(((mine >= experts.start) & (mine < experts.stop)).sum()) // (128 + 128 // 32))
-        assert record.dispatch_bytes == (travelling + heads) * (128 + 128 // 32), "a token goes to a rank once"
+                heads += -(-8 * int(((mine >= experts.start) & (mine < experts.stop)).sum()) // row_bytes)
+        assert record.dispatch_bytes == (travelling + heads) * row_bytes, "a token goes to a rank once"
         assert record.combine_bytes == record.rows_received * 2 * 128
         assert 0 < record.compute_s <= record.total_s
     assert sum(record.rows_sent for record in found) == sum(record.rows_received for record in found)

@@ -23,19 +23,6 @@ from megamoe.kernels.targets import Build, Target
 from megamoe.kernels.tiles import Tile, find, lay_out
 
 
-def interleave_gate_up(weight: Tensor) -> Tensor:
-    """Rows of [..., 2I, W], gate first, in turns. Packed values, scales and BF16 alike.
-
-    [g0, g1, g2, u0, u1, u2]  ->  [g0, u0, g1, u1, g2, u2]
-    """
-    return torch.stack(weight.chunk(2, -2), -2).flatten(-3, -2)
-
-
-def separate_gate_up(weight: Tensor) -> Tensor:
-    """Inverse of interleave_gate_up().    [g0, u0, g1, u1, g2, u2]  ->  [g0, g1, g2, u0, u1, u2]"""
-    return torch.cat((weight[..., 0::2, :], weight[..., 1::2, :]), -2)
-
-
 @triton.jit
 def activate(gate, up, weights, LIMIT: tl.constexpr):
     """SiLU(min(gate, LIMIT)) * clamp(up, -LIMIT, LIMIT) * weight in FP32; a NaN stays one.

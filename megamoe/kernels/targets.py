@@ -80,12 +80,12 @@ def target(name: str) -> Target:
 
 
 def chip_of(device: torch.device) -> str:
-    """The name of a device's chip: cuda:90, hip:gfx950, and "cpu", on which Triton interprets. Kernels may have none
-    for it.
+    """The name of a device's chip, whether there are kernels for it or not: cuda:90, hip:gfx950; "cpu", where Triton
+    interprets. Chips of one generation share a name: compute capability 10.3 is cuda:100 as well.
     """
     if device.type == "cpu":
         return "cpu"
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return "hip:" + properties.gcnArchName.split(":")[0]
-    return f"cuda:{properties.major * 10 + properties.minor}"
+    return f"cuda:{properties.major * 10}"

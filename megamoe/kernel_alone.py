@@ -1,0 +1,78 @@
+"""A call of the layer of a rank that is alone, on a device that has Triton kernels: counts never leave the device.
+
+Nothing here waits, and sizes follow from T alone, so a CUDA graph can be captured of it and played again for other
+tokens and another routing. What is wrong with ids or weights can therefore be told only later: see `Findings`.
+"""
+
+# T tokens   H hidden   K experts per token   E experts   R = T * K slots, masked ones included
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamoe.experts import Experts
+from megamoe.formats import MXFP8, dequantize_mxfp8
+from megamoe.kernel_call import RowsByExpert, run_experts, take_mxfp8
+from megamoe.kernels.quantize import Filling
+from megamoe.ops import quantize, reduce_slots
+from megamoe.parallel.workspace import Workspace
+
+
+def compute_alone(
+    experts: Experts, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, workspace: Workspace, *, rounds: bool
+) -> Tensor:
+    """hidden [T, H] bfloat16, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
+
+    rounds   BF16 experts whose tokens an mxfp8 wire rounds. A token with an id that there is not becomes NaN.
+    """
+    num_tokens, topk = topk_ids.shape
+    num_experts, num_slots = experts.shape.num_experts, topk_ids.numel()
+    known = (topk_ids >= 0) & (topk_ids < num_experts)
+    by_expert, order = torch.where(known, topk_ids, num_experts).flatten().sort(stable=True)
+    ends = torch.searchsorted(by_expert, torch.arange(num_experts + 1, device=hidden.device))
+    rows = RowsByExpert(
+        x=_read_as(experts, hidden, workspace, rounds=rounds),
+        tokens_per_expert=ends.diff().to(torch.int32),
+        source=(order // topk).to(torch.int32),
+        weights=topk_weights.flatten()[order],
+    )
+    # a slot's result lies in the slot's row; then a row for ids that there are not, and one for masked slots
+    results = workspace.take("results", (num_slots + 2, hidden.shape[1]), hidden)
+    results[num_slots] = torch.nan
+    results[num_slots + 1] = 0
+    if num_slots:
+        run_experts(experts, experts.ids, rows, order, results, workspace)
+    count = torch.arange(num_slots, device=hidden.device).view(num_tokens, topk)
+    absent = torch.where(topk_ids == -1, num_slots + 1, num_slots)
+    return reduce_slots(results, torch.where(known, count, absent))
+
+
+def _read_as(experts: Experts, hidden: Tensor, workspace: Workspace, *, rounds: bool) -> MXFP8 | Tensor:
+    """The tokens as Linear-1 reads them."""
+    if not experts.packed and not rounds:
+        return hidden
+    rounded = take_mxfp8(workspace, "tokens", (hidden.shape[0], hidden.shape[1]), hidden)
+    quantize(hidden, Filling.each(len(hidden), hidden.device), rounded)
+    return rounded if experts.packed else dequantize_mxfp8(rounded)
+
+
+class Findings:
+    """What the device found wrong in earlier calls, told when the host comes by again and not waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._here = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._there = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def note(self, wrong: Tensor) -> None:
+        """wrong [1] bool on the device: whether there is anything to tell of this call."""
+        self._there.bitwise_or_(wrong.to(torch.int64))
+        self._here.copy_(self._there, non_blocking=True)
+
+    def take(self) -> bool:
+        """Whether anything was found since this was last asked, as far as the device has come."""
+        found = bool(self._here.item())
+        if found:
+            self._here.zero_()
+            self._there.zero_()
+        return found

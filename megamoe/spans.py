@@ -1,0 +1,57 @@
+"""Rows whose numbers follow from counts: told to a device as a few spans, in one copy, and spelled out there."""
+
+# J spans   n numbers that they have together
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megamoe.parallel.workspace import Workspace
+from megamoe.slabs import Array
+
+
+def to_device(arrays: Sequence[Array], device: torch.device, workspace: Workspace, name: Hashable) -> list[Tensor]:
+    """The arrays, int64 of any shapes, on the device: one copy, which the host does not wait for.
+
+    They go through the workspace's pinned buffer `name`, which must not be used for another copy before this one has
+    left; in a call of a layer the exchange of counts comes in between.
+    """
+    flat = np.concatenate([array.ravel() for array in arrays])
+    if device.type == "cpu":
+        there = torch.from_numpy(flat)
+    else:
+        pinned = workspace.pinned(name, len(flat), torch.int64)
+        pinned.numpy()[:] = flat
+        there = pinned.to(device, non_blocking=True)
+    parts = torch.split(there, [array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def begins(lengths: Array) -> Array:
+    """Where each span begins.    [2, 0, 3]  ->  [0, 2, 2]"""
+    ends: Array = lengths.cumsum()
+    return ends - lengths
+
+
+def spell_out(lengths: Tensor, offsets: Tensor, total: int) -> Tensor:
+    """Numbers of all spans, one span after the other: i + the offset of i's span, for i from 0 to n.
+
+    lengths [J] int64, n in all; offsets [..., J] int64: what a span's first number is, less where the span begins
+        lengths [2, 0, 3], firsts [10, 5, 7], so offsets [10, 3, 5]  ->  10 11 | 7 8 9
+    """
+    count = torch.arange(total, device=lengths.device)
+    return torch.repeat_interleave(offsets, lengths, dim=-1, output_size=total).add_(count)
+
+
+def to_host(counts: Tensor, workspace: Workspace, name: Hashable) -> Tensor:
+    """counts [n] on the CPU, once the device has come to them; through the workspace's pinned buffer `name`."""
+    if counts.device.type == "cpu":
+        return counts
+    pinned = workspace.pinned(name, len(counts), counts.dtype)
+    pinned.copy_(counts, non_blocking=True)
+    torch.cuda.current_stream(counts.device).synchronize()
+    return pinned.clone()

@@ -1,0 +1,61 @@
+"""Where a device's work is queued: compute in the caller's stream, messages in one beside it, so that both go on at once.
+
+A message waits for what it sends and for nothing else, and compute for what it reads. On a CPU there are no queues, and
+everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+class Streams:
+    """The stream of a group's messages on one device; compute is whatever stream is current where this is called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._messages: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._messages = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def hand_over(self) -> None:
+        """Has messages that are sent from now on wait for the compute that is queued by now, and for none after it."""
+        if self._messages is not None:
+            self._messages.wait_stream(torch.cuda.current_stream(self._device))
+
+    def messages(self) -> AbstractContextManager[object]:
+        """A block that queues messages. What it opens is waited for outside of it, so by compute."""
+        return nullcontext() if self._messages is None else torch.cuda.stream(self._messages)
+
+
+class Stopwatch:
+    """How long a device computes, in any number of stretches, `with stopwatch:` around each; read once all are over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._host_s = device, 0.0
+        self._events: list[torch.cuda.Event] = []
+
+    def __enter__(self) -> None:
+        self._host_s -= time.perf_counter()
+        self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        self._host_s += time.perf_counter()
+        self._mark()
+
+    def _mark(self) -> None:
+        if self._device.type == "cuda":
+            self._events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+            self._events[-1].record(torch.cuda.current_stream(self._device))
+
+    def read_s(self) -> float:
+        """Seconds of all stretches, of the device where it has a queue. Waits for the last stretch to end."""
+        if not self._events:
+            return self._host_s
+        self._events[-1].synchronize()
+        pairs = zip(self._events[::2], self._events[1::2], strict=True)
+        milliseconds: float = sum(begun.elapsed_time(ended) for begun, ended in pairs)
+        return milliseconds / 1e3
