@@ -237,7 +237,7 @@ class MegaMoE(nn.Module):
         return call
 
     def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, ValueError | None]:
-        """Rows for each expert and fresh tokens, [E] int64 on the CPU, and what is wrong with the values if anything is.
+        """Rows for each expert and fresh tokens, [E] int64 on the CPU, and what is wrong with the values.
 
         A device is waited for once, for all of it.
         """

@@ -178,12 +178,12 @@ def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
-# ---- operations that devices with Triton kernels have: kernels/ says what each does, and the layer runs them there ----
+# ---- what devices with Triton kernels run: kernels/ says what each operation does ----
 
 
 @lru_cache(maxsize=16)
 def has_kernels(device: torch.device) -> bool:
-    """Whether the layer runs Triton kernels on this device: on NVIDIA and AMD GPUs of the chips that there are some for.
+    """Whether the layer runs Triton kernels on this device: on NVIDIA and AMD GPUs of chips that there are some for.
 
     Other GPUs, and those of a machine without Triton, run the torch bodies above.
     """

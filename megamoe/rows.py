@@ -134,9 +134,9 @@ class _Sending:
         return cls(ranks, slabs.pairs[ep_rank, waves, ranks], bases, slabs.pairs.shape[0], int(fresh.sum()))
 
     def once(self, tokens: Tensor, num_tokens: int, told: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of the rows that leave, tokens [n] as they travel: which tokens go along, and where each row's token will lie.
+        """Of the rows that leave, tokens [n] as they travel: which tokens go along, where each row's token lies then.
 
-        A token goes along with the first of its rows for a rank, and the others point there. told: arrays, on the device
+        A token goes along with the first of its rows for a rank, and the others point there. told: arrays, there.
         """
         if not len(tokens):
             return tokens, tokens.to(torch.int32)

@@ -233,6 +233,10 @@ class PairTransport:
         return torch.cat((incoming[:rank], page.unsqueeze(0), incoming[rank:]))
 
 
+# torch 2.13 gave the collective this name and warns of the other
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class AllToAllTransfer:
     """One all_to_all_single, issued when this rank sends."""
 
@@ -281,5 +285,5 @@ class AllToAllTransport:
         mine = page.to(self._device)
         pages = mine.new_empty(self._group.size() * page.numel())
         with self._clock.naming(self._group, label):
-            dist.all_gather_into_tensor(pages, mine, group=self._group)
+            _gather(pages, mine, group=self._group)
         return pages.cpu().view(self._group.size(), -1)
