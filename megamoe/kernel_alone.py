@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from megamoe.experts import Experts
-from megamoe.formats import MXFP8, dequantize_mxfp8
-from megamoe.kernel_call import RowsByExpert, run_experts, take_mxfp8
+from megamoe.formats import dequantize_mxfp8
+from megamoe.kernel_call import Operand, RowsByExpert, run_experts, take_mxfp8
+from megamoe.kernels.layout import Wide
 from megamoe.kernels.quantize import Filling
+from megamoe.kernels.targets import reads_wide
 from megamoe.ops import quantize, reduce_slots
 from megamoe.parallel.workspace import Workspace
 
@@ -48,13 +50,14 @@ def compute_alone(
     return reduce_slots(results, torch.where(known, count, absent))
 
 
-def _read_as(experts: Experts, hidden: Tensor, workspace: Workspace, *, rounds: bool) -> MXFP8 | Tensor:
+def _read_as(experts: Experts, hidden: Tensor, workspace: Workspace, *, rounds: bool) -> Operand:
     """The tokens as Linear-1 reads them."""
     if not experts.packed and not rounds:
         return hidden
-    rounded = take_mxfp8(workspace, "tokens", (hidden.shape[0], hidden.shape[1]), hidden)
+    wide = experts.packed and reads_wide(hidden.device)
+    rounded = take_mxfp8(workspace, "tokens", (hidden.shape[0], hidden.shape[1]), hidden, wide=wide)
     quantize(hidden, Filling.each(len(hidden), hidden.device), rounded)
-    return rounded if experts.packed else dequantize_mxfp8(rounded)
+    return rounded if experts.packed or isinstance(rounded, Wide) else dequantize_mxfp8(rounded)
 
 
 class Findings:

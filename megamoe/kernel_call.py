@@ -12,6 +12,7 @@ the counts, and is told to the device as spans.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from megamoe.call import CallBase, CallRecord, Parts
 from megamoe.experts import Experts
 from megamoe.formats import BLOCK, MXFP8
 from megamoe.kernels.grouped import Grouped
+from megamoe.kernels.layout import Wide
 from megamoe.kernels.quantize import Filling
-from megamoe.ops import grouped_linear1, grouped_linear2, quantize, reduce_slots
+from megamoe.kernels.targets import reads_wide
+from megamoe.ops import grouped_linear1, grouped_linear2, quantize, reduce_slots, widen
 from megamoe.parallel.streams import Stopwatch
 from megamoe.parallel.transport import Label
 from megamoe.parallel.workspace import Workspace
@@ -31,6 +34,7 @@ from megamoe.rows import Route
 from megamoe.slabs import Array
 from megamoe.spans import begins, spell_out, to_device
 
+Operand: TypeAlias = MXFP8 | Wide | Tensor
 PAIR_WORDS = 8  # bytes of a word, in which what is said of a pair lies
 
 
@@ -38,13 +42,13 @@ PAIR_WORDS = 8  # bytes of a word, in which what is said of a pair lies
 class RowsByExpert:
     """Rows sorted by expert, without being moved for it.
 
-    x                   [M, H] MXFP8 or bfloat16
+    x                   [M, H] as take_operand() has it
     tokens_per_expert   [experts] int32, n in all; rows beyond are nobody's
     source              [n] int32, in which row of x each row is
     weights             [n] float32
     """
 
-    x: MXFP8 | Tensor
+    x: Operand
     tokens_per_expert: Tensor
     source: Tensor
     weights: Tensor
@@ -55,17 +59,26 @@ def run_experts(
 ) -> None:
     """Both products of the experts `ids`; row r becomes row goes[r], int64, of results [., H] bfloat16."""
     shape, size = experts.shape, (len(goes), experts.shape.intermediate)
-    if experts.packed:
-        hidden: MXFP8 | Tensor = take_mxfp8(workspace, "activated", size, results)
-    else:
-        hidden = workspace.take("activated", size, results)
+    hidden = take_operand(experts, workspace, "activated", size, results)
     first = Grouped(rows.x, experts.stack("gate_up", ids), rows.tokens_per_expert, rows.source)
     grouped_linear1(first, rows.weights, shape.swiglu_limit, hidden)
     grouped_linear2(Grouped(hidden, experts.stack("down", ids), rows.tokens_per_expert), goes, results)
 
 
-def take_mxfp8(workspace: Workspace, name: str, shape: tuple[int, int], like: Tensor) -> MXFP8:
-    """MXFP8 of that shape in the workspace's buffers of that name."""
+def take_operand(experts: Experts, workspace: Workspace, name: str, shape: tuple[int, int], like: Tensor) -> Operand:
+    """What the experts' products read, of that shape, in the workspace's buffers of that name.
+
+    bfloat16 for BF16 weights; for MXFP4 weights MXFP8, or Wide where the chip multiplies no MXFP8
+    """
+    if not experts.packed:
+        return workspace.take(name, shape, like, torch.bfloat16)
+    return take_mxfp8(workspace, name, shape, like, wide=reads_wide(like.device))
+
+
+def take_mxfp8(workspace: Workspace, name: str, shape: tuple[int, int], like: Tensor, *, wide: bool) -> MXFP8 | Wide:
+    """MXFP8 of that shape, or the same widened, in the workspace's buffers of that name."""
+    if wide:
+        return Wide(workspace.take(name, shape, like, torch.bfloat16))
     values = workspace.take(name, shape, like, torch.uint8).view(torch.float8_e4m3fn)
     return MXFP8(values, workspace.take((name, "scales"), (shape[0], shape[1] // BLOCK), like, torch.uint8))
 
@@ -123,21 +136,21 @@ class KernelCall(CallBase):
         self._num_home = int(self._wave_rows.sum())
         self._results = take("results", (self._num_home + route.num_rows + 1, hidden.shape[1]), hidden)
         self._results[-1] = 0  # what a masked slot adds
+        self._converts = False
         self._x = self._read_as(hidden)
         with self._watch:
             self._plan_and_pack(hidden)
         self._streams.hand_over()
 
-    def _read_as(self, hidden: Tensor) -> MXFP8 | Tensor:
+    def _read_as(self, hidden: Tensor) -> Operand:
         """The inbox as Linear-1 reads it: as it is, or converted after arrival into a buffer of its own."""
-        wire, shape = self._wire, (len(self._inbox), hidden.shape[1])
+        wire = self._wire
         if wire.in_place:
             return wire.tokens(self._inbox)
-        if self._experts.packed and wire.dispatch_format == "mxfp8":
+        if self._experts.packed and wire.dispatch_format == "mxfp8" and not reads_wide(self._device):
             return wire.mxfp8(self._inbox)
-        if not self._experts.packed:
-            return self._workspace.take("tokens", shape, hidden)
-        return take_mxfp8(self._workspace, "tokens", shape, hidden)
+        self._converts = True
+        return take_operand(self._experts, self._workspace, "tokens", (len(self._inbox), hidden.shape[1]), hidden)
 
     # ---- before anything is sent ----
 
@@ -178,7 +191,7 @@ class KernelCall(CallBase):
         return self._plan.experts(self._rank, step.wave) if step.arrived else step.local
 
     def _counts(self, step: Step) -> Array:
-        """[P + 1, experts of the step]: rows of each other rank, where the step takes what arrived; then this rank's."""
+        """[P + 1, experts of the step]: rows of each other rank, if the step takes what arrived; then this rank's."""
         if not step.arrived:
             return self._own_rows(step.local)[None]
         return np.concatenate((self._from_others(step.wave), self._spread(step.local, self._experts_of(step))))
@@ -214,14 +227,18 @@ class KernelCall(CallBase):
 
     def _convert(self, rows: slice) -> None:
         """Rows of the inbox as Linear-1 reads them; what is said of pairs is among them, and becomes nothing."""
-        arrived, num_rows, wire = self._inbox[rows], rows.stop - rows.start, self._wire
-        if not num_rows or wire.in_place or (self._experts.packed and wire.dispatch_format == "mxfp8"):
+        arrived, num_rows, wire, x = self._inbox[rows], rows.stop - rows.start, self._wire, self._x
+        if not num_rows or not self._converts:
             return
-        if isinstance(self._x, MXFP8):
-            out = MXFP8(self._x.values[rows], self._x.scales[rows])
+        if isinstance(x, Tensor):
+            wire.decode(arrived, x[rows])
+            return
+        out = MXFP8(x.values[rows], x.scales[rows]) if isinstance(x, MXFP8) else Wide(x.values[rows])
+        if wire.dispatch_format == "bf16":
             quantize(wire.tokens(arrived), Filling.each(num_rows, self._device), out)
         else:
-            wire.decode(arrived, self._x[rows])
+            assert isinstance(out, Wide)
+            widen(wire.mxfp8(arrived), out)
 
     # ---- wave by wave ----
 

@@ -25,6 +25,7 @@ from megamoe.kernels.targets import TARGETS, chip_of
 
 if TYPE_CHECKING:
     from megamoe.kernels.grouped import Grouped
+    from megamoe.kernels.layout import Wide
     from megamoe.kernels.quantize import Filling
 
 _FP32_COLUMNS = 16  # MKL sums the columns beyond a multiple of these in another order when there are more threads
@@ -192,12 +193,17 @@ def has_kernels(device: torch.device) -> bool:
     return chip_of(device) in {target.name for target in TARGETS}
 
 
-def quantize(tokens: Tensor, filling: Filling, out: MXFP8) -> None:
+def quantize(tokens: Tensor, filling: Filling, out: MXFP8 | Wide) -> None:
     """Tokens [T, H] bfloat16 rounded to MXFP8, each into the rows of out [R, H] that it fills."""
     _body("quantize", tokens.device)(tokens, filling, out)
 
 
-def grouped_linear1(grouped: Grouped, weights: Tensor, limit: float | None, out: MXFP8 | Tensor) -> None:
+def widen(x: MXFP8, out: Wide) -> None:
+    """Rows [R, K] of MXFP8 as BF16 in the order in which products sum."""
+    _body("widen", x.scales.device)(x, out)
+
+
+def grouped_linear1(grouped: Grouped, weights: Tensor, limit: float | None, out: MXFP8 | Wide | Tensor) -> None:
     """Linear-1 and the activation of rows sorted by expert -> out [R, I], which Linear-2 reads; weights [R] float32."""
     _body("grouped_linear1", weights.device)(grouped, weights, limit, out)
 

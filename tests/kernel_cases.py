@@ -95,7 +95,7 @@ def linear1(
 
 def empty_hidden(product: Grouped) -> MXFP8 | Tensor:
     rows, columns = product.num_rows, product.num_columns // 2
-    if product.weight_format == "bf16":
+    if product.kind == "bf16":
         return torch.full((rows, columns), UNTOUCHED, dtype=torch.bfloat16)
     values = torch.full((rows, columns), 0x55, dtype=torch.uint8)
     return MXFP8(values.view(torch.float8_e4m3fn), torch.full((rows, columns // 32), 0xA5, dtype=torch.uint8))
@@ -113,4 +113,4 @@ def linear1_fp64(product: Grouped, limit: float | None) -> Tensor:
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     activated = torch.nn.functional.silu(gate) * up * weights_of(product).double().unsqueeze(1)
-    return as_fp64(quantize_mxfp8(activated.float()) if product.weight_format == "mxfp4" else activated.bfloat16())
+    return as_fp64(quantize_mxfp8(activated.float()) if product.kind != "bf16" else activated.bfloat16())

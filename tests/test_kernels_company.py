@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear1 import grouped_linear1
 from megamoe.kernels.grouped_linear2 import grouped_linear2
-from megamoe.kernels.tiles import INSTRUCTIONS, TABLES, Tile, tile_for
+from megamoe.kernels.tiles import INSTRUCTIONS, TABLES, Tile, check_table, tile_for
 from tests.kernel_cases import WAYS, as_bytes, as_fp64, drawn, every_way, grouped, linear1, linear2, normal
 
 # ---- the same bits ----
@@ -73,23 +73,23 @@ def test_a_row_that_is_not_a_number_stays_one_and_leaves_the_others_as_they_are(
 # ---- tables, and what is refused ----
 
 
-@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
 @pytest.mark.parametrize("chip", TABLES)
-def test_a_chip_sums_in_one_order_whatever_the_rows(chip: str, weight_format: str) -> None:
-    table = TABLES[chip][weight_format]
-    assert len({(tile.depth, tile.native, tile.options) for _, tile in table}) == 1
-    bounds = [bound for bound, _ in table]
-    assert bounds[-1] is None
-    assert bounds[:-1] == sorted(bound for bound in bounds if bound is not None)
+def test_a_chip_sums_in_one_order_whatever_the_rows(chip: str) -> None:
+    check_table(TABLES[chip])
+    for kind, (*others, (bound, last)) in TABLES[chip].items():
+        mixed = {**TABLES[chip], kind: ((8, replace(last, depth=2 * last.depth)), *others, (bound, last))}
+        with pytest.raises(ValueError, match="must share depth, native and options, got 2 kinds"):
+            check_table(mixed)
 
 
 def test_every_chip_has_tiles_and_an_instruction_for_both_formats() -> None:
     assert set(TABLES) == {*INSTRUCTIONS, "cpu"}
-    assert all(set(formats) == {"mxfp4", "bf16"} for formats in (*TABLES.values(), *INSTRUCTIONS.values()))
+    assert all({"mxfp4", "bf16"} <= set(kinds) <= {"mxfp4", "wide", "bf16"} for kinds in TABLES.values())
+    assert all(set(kinds) >= set(TABLES[chip]) for chip, kinds in INSTRUCTIONS.items())
 
 
 def test_tiles_follow_rows_per_expert() -> None:
-    rows = [tile_for("cuda:100", "mxfp4", num_rows, 8).rows for num_rows in (0, 1, 8, 128, 129, 512, 513, 4096)]
+    rows = [tile_for(TABLES["cuda:100"], "mxfp4", num_rows, 8).rows for num_rows in (0, 1, 8, 128, 129, 512, 513, 4096)]
     assert rows == [16, 16, 16, 16, 64, 64, 128, 128]
 
 

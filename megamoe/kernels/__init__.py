@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 KERNELS = {
     "quantize": "megamoe.kernels.quantize",
+    "widen": "megamoe.kernels.widen",
     "grouped_linear1": "megamoe.kernels.grouped_linear1",
     "grouped_linear2": "megamoe.kernels.grouped_linear2",
     "reduce_slots": "megamoe.kernels.reduce_slots",
+    "route_slots": "megamoe.kernels.route_slots",
 }
 
 

@@ -18,15 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, dequantize_mxfp8
-from megamoe.kernels.targets import OPTIONS, Build, Target, chip_of
-from megamoe.kernels.tiles import INSTRUCTIONS, TABLES, Tile, num_programs, tile_for
+from megamoe.kernels.layout import Wide, in_memory_order
+from megamoe.kernels.targets import OPTIONS, Build, Target
+from megamoe.kernels.tiles import INSTRUCTIONS, Tile, num_programs, tile_for
+from megamoe.kernels.tuned import table_of, tiles_of
 
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
-    """Rows and the weights of their experts: MXFP8 by MXFP4, or BF16 by BF16.
+    """Rows and the weights of their experts: MXFP8, which may be widened, by MXFP4, or BF16 by BF16.
 
-    x                   [M, K] MXFP8 or bfloat16; may be rows of a wider buffer
+    x                   [M, K] MXFP8, Wide or bfloat16; may be rows of a wider buffer
     weight              [e, N, K] MXFP4 or bfloat16, contiguous
     tokens_per_expert   [e] int32 on the device: rows of each expert, together R at most; rows beyond are nobody's
     source              [R] int32: in which row of x each row is, sorted by expert; None where x is those rows, R = M
@@ -35,13 +37,13 @@ class Grouped:
     ValueError where these do not fit together.
     """
 
-    x: MXFP8 | Tensor
+    x: MXFP8 | Wide | Tensor
     weight: MXFP4 | Tensor
     tokens_per_expert: Tensor
     source: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.x, MXFP8) != isinstance(self.weight, MXFP4):
+        if isinstance(self.x, MXFP8 | Wide) != isinstance(self.weight, MXFP4):
             raise ValueError("a grouped product takes MXFP8 rows by MXFP4 weights, or BF16 rows by BF16 weights")
         (num_experts, _, depth), width = self.weight.shape, self._values.shape[1]
         if depth != width:
@@ -58,7 +60,9 @@ class Grouped:
 
     @property
     def _values(self) -> Tensor:
-        return self.x.values.view(torch.uint8) if isinstance(self.x, MXFP8) else self.x
+        if isinstance(self.x, MXFP8):
+            return self.x.values.view(torch.uint8)
+        return self.x.values if isinstance(self.x, Wide) else self.x
 
     @property
     def _scales(self) -> list[Tensor]:
@@ -73,7 +77,10 @@ class Grouped:
         return int(self.weight.shape[1])
 
     @property
-    def weight_format(self) -> str:
+    def kind(self) -> str:
+        """Which tiles the product takes: "wide" where x is, else by the format of the weights."""
+        if isinstance(self.x, Wide):
+            return "wide"
         return "mxfp4" if isinstance(self.weight, MXFP4) else "bf16"
 
     def run(self, kernel: Any, results: Mapping[str, Any], tile: Tile | None, programs: int | None) -> None:
@@ -81,7 +88,7 @@ class Grouped:
         device, num_experts = self.tokens_per_expert.device, len(self.tokens_per_expert)
         if not self.num_rows or not num_experts:
             return
-        tile = tile or tile_for(chip_of(device), self.weight_format, self.num_rows, num_experts)
+        tile = tile or tile_for(table_of(device), self.kind, self.num_rows, num_experts)
         programs = programs or num_programs(device, tile)
         constants = {
             "K": self._values.shape[1],
@@ -92,10 +99,10 @@ class Grouped:
         kernel[(programs,)](**self._arguments(programs), **results, **constants, **tile.launch, **OPTIONS)
 
     def _arguments(self, programs: int) -> dict[str, Any]:
-        mx = isinstance(self.weight, MXFP4)
+        scales = self._scales
         return {
             "x": self._values,
-            "x_scales": self._scales[0] if mx else None,
+            "x_scales": scales[0] if scales else None,
             "w": self.weight.packed if isinstance(self.weight, MXFP4) else self.weight,
             "w_scales": self.weight.scales if isinstance(self.weight, MXFP4) else None,
             "tokens_per_expert": self.tokens_per_expert,
@@ -103,25 +110,27 @@ class Grouped:
             "num_experts": len(self.tokens_per_expert),
             "num_programs": programs,
             "x_stride": self._values.stride(0),
-            "x_scale_stride": self._scales[0].stride(0) if mx else 0,
+            "x_scale_stride": scales[0].stride(0) if scales else 0,
         }
 
     def products_torch(self) -> Iterator[tuple[slice, Tensor]]:
-        """What the product means, an expert after the other: its rows and their product [n, N], rounded to BF16."""
+        """What the product means, an expert after the other: its rows, and in FP64, rounded, their product [n, N]."""
         start = 0
         for expert, count in enumerate(self.tokens_per_expert.tolist()):
             rows = slice(start, start + count)
             start += count
             lie = rows if self.source is None else self.source[rows].to(torch.int64)
-            if isinstance(self.x, MXFP8) and isinstance(self.weight, MXFP4):
-                codes = self._values[lie].view(torch.float8_e4m3fn)
-                x = dequantize_mxfp8(MXFP8(codes, self.x.scales[lie]), torch.float32)
-                w = dequantize_mxfp4(MXFP4(self.weight.packed[expert], self.weight.scales[expert]), torch.float32)
+            if isinstance(self.weight, MXFP4):
+                w = dequantize_mxfp4(MXFP4(self.weight.packed[expert], self.weight.scales[expert]), torch.float64)
             else:
-                assert isinstance(self.x, Tensor)
-                assert isinstance(self.weight, Tensor)
-                x, w = self.x[lie].to(torch.float32), self.weight[expert].to(torch.float32)
-            yield rows, (x @ w.T).to(torch.bfloat16)
+                w = self.weight[expert].to(torch.float64)
+            yield rows, (self._rows_fp64(lie) @ w.T).to(torch.bfloat16)
+
+    def _rows_fp64(self, lie: slice | Tensor) -> Tensor:
+        values = self._values[lie]
+        if isinstance(self.x, MXFP8):
+            return dequantize_mxfp8(MXFP8(values.view(torch.float8_e4m3fn), self.x.scales[lie]), torch.float64)
+        return (in_memory_order(values) if isinstance(self.x, Wide) else values).to(torch.float64)
 
 
 def experts_width(num_experts: int) -> int:
@@ -136,18 +145,16 @@ def builds_of(
     fixed: Mapping[str, Any],
     results: Mapping[str, Mapping[str, str | None]],
 ) -> list[Build]:
-    """A product of 64 experts with every tile of the target, for both formats of the weights.
+    """A product of 64 experts with every tile of the target and its devices, for both formats of the weights.
 
     case     whose sizes they are, for the label
     fixed    values of constants: K and N, and the kernel's own
     results  format of the weights -> Triton type of each of the kernel's own parameters, None for one that is None
     """
     return [
-        _build(
-            kernel, f"{case} {kind} {tile.label}", tile, fixed, {**_TYPES[kind], **own}, INSTRUCTIONS[target.name][kind]
-        )
+        _build(kernel, f"{case} {kind} {label}", tile, fixed, {**_TYPES[kind], **own}, INSTRUCTIONS[target.name][kind])
         for kind, own in results.items()
-        for _, tile in TABLES[target.name][kind]
+        for label, tile in tiles_of(target.name, kind).items()
     ]
 
 
@@ -155,6 +162,7 @@ _SIZES = dict.fromkeys(("num_experts", "num_programs", "x_stride", "x_scale_stri
 _SHARED = {"tokens_per_expert": "*i32", **_SIZES}
 _TYPES: Mapping[str, Mapping[str, str | None]] = {
     "mxfp4": {**_SHARED, "x": "*u8", "x_scales": "*u8", "w": "*u8", "w_scales": "*u8"},
+    "wide": {**_SHARED, "x": "*bf16", "x_scales": None, "w": "*u8", "w_scales": "*u8"},
     "bf16": {**_SHARED, "x": "*bf16", "x_scales": None, "w": "*bf16", "w_scales": None},
 }
 

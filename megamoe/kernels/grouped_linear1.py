@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megamoe.formats import MXFP8, quantize_mxfp8
+from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp8, quantize_mxfp8
 from megamoe.kernels.grouped import Grouped, builds_of
+from megamoe.kernels.layout import Wide, in_sum_order
 from megamoe.kernels.products import tile_product
-from megamoe.kernels.rounding import round_to_bf16, round_to_mxfp8
+from megamoe.kernels.rounding import round_to_bf16, round_to_mxfp8, widen_block
 from megamoe.kernels.targets import Build, Target
 from megamoe.kernels.tiles import Tile, find, lay_out
 
@@ -99,8 +100,12 @@ def _linear1_kernel(
         activated = activate(gate, up, tl.load(weights + first_row + rows, mask=has_row, other=0.0), LIMIT)
         places = (first_row + rows).to(tl.int64)[:, None]
         wanted = has_row[:, None] & (columns < WIDTH)[None, :]
-        if out_scales is None:
+        if w_scales is None:
             tl.store(out + places * WIDTH + columns[None, :], round_to_bf16(activated), mask=wanted)
+        elif out_scales is None:
+            codes, exponents = round_to_mxfp8(tl.reshape(activated, (ROWS * COLUMNS // 64, 32)))
+            widened = tl.reshape(widen_block(codes, exponents), (ROWS, COLUMNS // 2))
+            tl.store(out + places * WIDTH + columns[None, :], widened, mask=wanted)
         else:
             codes, exponents = round_to_mxfp8(tl.reshape(activated, (ROWS, COLUMNS // 64, 32)))
             tl.store(out + places * WIDTH + columns[None, :], tl.reshape(codes, (ROWS, COLUMNS // 2)), mask=wanted)
@@ -113,15 +118,15 @@ def grouped_linear1(
     grouped: Grouped,
     weights: Tensor,
     limit: float | None,
-    out: MXFP8 | Tensor,
+    out: MXFP8 | Wide | Tensor,
     *,
     tile: Tile | None = None,
     programs: int | None = None,
 ) -> None:
     """SiLU(gate) * up * weight of every row, clamped to limit, in out: what Linear-2 reads.
 
-    grouped of x [R, H] by weights [e, 2I, H] with gate and up rows in turns; weights [R] float32; out [R, I], MXFP8
-    where x is and bfloat16 where it is. The product is rounded to BF16 before the activation. Rows that are nobody's
+    grouped of x [R, H] by weights [e, 2I, H] with gate and up rows in turns; weights [R] float32; out [R, I], MXFP8 or
+    the same widened for MXFP4 weights, bfloat16 for such. The product is rounded to BF16 before the activation. Rows that are nobody's
     stay as they are. tile and programs as the device has them in its table, if not given.
     """
     _check(grouped, weights, out)
@@ -129,11 +134,11 @@ def grouped_linear1(
     if isinstance(out, MXFP8):
         results = {"out": out.values.view(torch.uint8), "out_scales": out.scales}
     else:
-        results = {"out": out, "out_scales": None}
+        results = {"out": _values(out), "out_scales": None}
     grouped.run(_linear1_kernel, {**results, "weights": weights, "LIMIT": limit}, tile, programs)
 
 
-def grouped_linear1_torch(grouped: Grouped, weights: Tensor, limit: float | None, out: MXFP8 | Tensor) -> None:
+def grouped_linear1_torch(grouped: Grouped, weights: Tensor, limit: float | None, out: MXFP8 | Wide | Tensor) -> None:
     """What grouped_linear1() means, an expert after the other."""
     _check(grouped, weights, out)
     for rows, product in grouped.products_torch():
@@ -145,14 +150,20 @@ def grouped_linear1_torch(grouped: Grouped, weights: Tensor, limit: float | None
             rounded = quantize_mxfp8(activated)
             out.values.view(torch.uint8)[rows] = rounded.values.view(torch.uint8)
             out.scales[rows] = rounded.scales
+        elif isinstance(out, Wide):
+            out.values[rows] = in_sum_order(dequantize_mxfp8(quantize_mxfp8(activated)))
         else:
             out[rows] = activated.to(torch.bfloat16)
 
 
-def _check(grouped: Grouped, weights: Tensor, out: MXFP8 | Tensor) -> None:
-    values, wanted = out.values if isinstance(out, MXFP8) else out, (grouped.num_rows, grouped.num_columns // 2)
-    if isinstance(out, MXFP8) != isinstance(grouped.x, MXFP8):
-        raise ValueError("grouped_linear1 writes MXFP8 where it reads MXFP8, and BF16 where it reads BF16")
+def _values(out: MXFP8 | Wide | Tensor) -> Tensor:
+    return out if isinstance(out, Tensor) else out.values
+
+
+def _check(grouped: Grouped, weights: Tensor, out: MXFP8 | Wide | Tensor) -> None:
+    values, wanted = _values(out), (grouped.num_rows, grouped.num_columns // 2)
+    if isinstance(out, MXFP8 | Wide) != isinstance(grouped.weight, MXFP4):
+        raise ValueError("grouped_linear1 writes MXFP8 for MXFP4 weights, widened or not, and BF16 for BF16 weights")
     if len(weights) != grouped.num_rows or tuple(values.shape) != wanted:
         given = f"{list(weights.shape)} and {list(values.shape)}"
         raise ValueError(f"grouped_linear1 needs weights [{wanted[0]}] and out {list(wanted)}, got {given}")
@@ -164,6 +175,7 @@ def builds(target: Target) -> list[Build]:
     own: dict[str, str | None] = {"source": "*i32", "weights": "*fp32"}
     kinds: dict[str, dict[str, str | None]] = {
         "mxfp4": {**own, "out": "*u8", "out_scales": "*u8"},
+        "wide": {**own, "source": None, "out": "*bf16", "out_scales": None},
         "bf16": {**own, "out": "*bf16", "out_scales": None},
     }
     return builds_of(target, _linear1_kernel, "V4-Pro", {"K": 7168, "N": 6144, "LIMIT": 10.0}, kinds)

@@ -39,7 +39,8 @@ def tile_product(
     NATIVE: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """A tile [COLUMNS, ROWS] float32 of w[expert] @ x^T: product_mx(), or product_bf16() where there are no scales.
+    """A tile [COLUMNS, ROWS] float32 of w[expert] @ x^T: product_mx(), product_wide() where x has no scales, or
+    product_bf16() where nothing has.
 
     What is beyond the last row or column is read as the last one, so that no load has a mask, and nobody takes it.
     Rows lie in x where source says, if there is one, else where they are themselves.
@@ -51,8 +52,11 @@ def tile_product(
     rows = rows.to(tl.int64)
     columns = tl.minimum(first_column + tl.arange(0, COLUMNS), N - 1)
     first = expert.to(tl.int64) * N
-    if x_scales is None:
+    if w_scales is None:
         return product_bf16(x, w + first * K, rows * x_stride, columns, K, DEPTH, OPERAND)
+    elif x_scales is None:
+        w += first * (K // 2)
+        return product_wide(x, w, w_scales + first * (K // 32), rows * x_stride, columns, K, DEPTH, OPERAND)
     else:  # noqa: RET505  Triton compiles what follows a return
         w += first * (K // 2)
         w_scales += first * (K // 32)
@@ -105,6 +109,27 @@ def product_mx(
         x += DEPTH
         w += DEPTH // CODES
         x_scales += DEPTH // 32
+        w_scales += DEPTH // 32
+    return total
+
+
+@triton.jit
+def product_wide(x, w, w_scales, rows, columns, K: tl.constexpr, DEPTH: tl.constexpr, OPERAND: tl.constexpr):
+    """product_mx() of x that is BF16 in the order of the sum (`layout.Wide`), to the same bits."""
+    WHOLE: tl.constexpr = K % DEPTH == 0
+    values, packs, blocks = tl.arange(0, DEPTH), tl.arange(0, DEPTH // 8), tl.arange(0, DEPTH // 32)
+    w = w.to(tl.pointer_type(tl.int32))
+    x += rows[None, :] + values[:, None]
+    w += columns[:, None] * (K // 8) + packs[None, :]
+    w_scales += columns[:, None] * (K // 32) + blocks[None, :]
+    total = tl.zeros((columns.shape[0], rows.shape[0]), tl.float32)
+    for k in range(0, K, DEPTH):
+        x_part = load_piece(x, values[:, None], K - k, WHOLE).to(OPERAND)
+        w_part = load_piece(w, packs[None, :], (K - k) // 8, WHOLE)
+        w_exponents = load_piece(w_scales, blocks[None, :], (K - k) // 32, WHOLE)
+        total = tl.dot(decode_e2m1(w_part, w_exponents, OPERAND), x_part, total)
+        x += DEPTH
+        w += DEPTH // 8
         w_scales += DEPTH // 32
     return total
 

@@ -1,4 +1,7 @@
-"""Tokens to the wire: BF16 to E4M3 with one UE8M0 scale per 32, each token to all rows that it fills, read once."""
+"""Tokens to the wire: BF16 to E4M3 with one UE8M0 scale per 32, each token to all rows that it fills, read once.
+
+Or to what the experts read, where nothing travels and the chip multiplies BF16: rounded alike, and widened (`layout`).
+"""
 
 # T tokens   H hidden   R rows   n rows that are filled   G = H / 32 blocks of a row
 
@@ -11,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megamoe.formats import BLOCK, MXFP8, quantize_mxfp8
-from megamoe.kernels.rounding import round_to_mxfp8
+from megamoe.formats import BLOCK, MXFP8, dequantize_mxfp8, quantize_mxfp8
+from megamoe.kernels.layout import Wide, in_sum_order
+from megamoe.kernels.rounding import round_to_mxfp8, widen_block
 from megamoe.kernels.targets import OPTIONS, Build, Target
 
 
@@ -63,7 +67,6 @@ class Tile:
 # few tokens are cut small, so that every multiprocessor has a piece
 FEW, MANY = Tile(8, 1), Tile(64, 4)
 _FEW_TOKENS = 64
-_SCALE_OF_ZEROS = 105  # 2^-22, the contract's least
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -82,7 +85,8 @@ def _quantize_kernel(
 ):
     """One program: BLOCKS blocks of one token, to every row that it fills, then of its share of the padding.
 
-    tokens [T, H] bfloat16, values [R, H] and scales [R, G] uint8, rows of each a stride apart
+    tokens [T, H] bfloat16, values [R, H] and scales [R, G] uint8, or values bfloat16 and no scales; rows of each a
+    stride apart
         starts [0, 1, 1, 3, 4], rows [1, 0, 3, 2], T 3: program 2 reads token 2 and writes rows 0 and 3;
         program 0 writes row 1, and row 2 with zeros and scale byte 105, which is 2^-22, the contract's least
     """
@@ -96,15 +100,20 @@ def _quantize_kernel(
         codes, exponents = round_to_mxfp8(piece.to(tl.float32))
         for place in range(first, last):
             row = tl.load(rows + place)
-            tl.store(values + row * value_stride + columns, codes, mask=has_column)
-            tl.store(scales + row * scale_stride + blocks, exponents, mask=has_block)
+            if scales is None:
+                tl.store(values + row * value_stride + columns, widen_block(codes, exponents), mask=has_column)
+            else:
+                tl.store(values + row * value_stride + columns, codes, mask=has_column)
+                tl.store(scales + row * scale_stride + blocks, exponents, mask=has_block)
     for place in range(tl.load(starts + num_tokens) + token, tl.load(starts + num_tokens + 1), num_tokens):
         row = tl.load(rows + place)
-        tl.store(values + row * value_stride + columns, tl.zeros((BLOCKS, 32), tl.uint8), mask=has_column)
-        tl.store(scales + row * scale_stride + blocks, tl.full((BLOCKS,), 105, tl.uint8), mask=has_block)
+        zeros = tl.zeros((BLOCKS, 32), values.dtype.element_ty)
+        tl.store(values + row * value_stride + columns, zeros, mask=has_column)
+        if scales is not None:
+            tl.store(scales + row * scale_stride + blocks, tl.full((BLOCKS,), 105, tl.uint8), mask=has_block)
 
 
-def quantize(tokens: Tensor, filling: Filling, out: MXFP8) -> None:
+def quantize(tokens: Tensor, filling: Filling, out: MXFP8 | Wide) -> None:
     """Rounds tokens [T, H] bfloat16 and puts each into the rows of out, [R, H], that it fills; H a multiple of 32.
 
     tokens and out's tensors may be columns of wider buffers. A row of padding becomes what a token of zeros would.
@@ -113,58 +122,62 @@ def quantize(tokens: Tensor, filling: Filling, out: MXFP8) -> None:
     num_tokens, hidden = tokens.shape
     _check(hidden, filling, out)
     if not num_tokens:
-        out.values.view(torch.uint8)[filling.rows] = 0
-        out.scales[filling.rows] = _SCALE_OF_ZEROS
+        quantize_torch(tokens, filling, out)
         return
     tile = FEW if num_tokens < _FEW_TOKENS else MANY
-    values = out.values.view(torch.uint8)
+    values, scales = (out.values.view(torch.uint8), out.scales) if isinstance(out, MXFP8) else (out.values, None)
     _quantize_kernel[(num_tokens, triton.cdiv(hidden // BLOCK, tile.blocks))](
         tokens,
         filling.starts,
         filling.rows,
         values,
-        out.scales,
+        scales,
         num_tokens,
         hidden,
         tokens.stride(0),
         values.stride(0),
-        out.scales.stride(0),
+        0 if scales is None else scales.stride(0),
         BLOCKS=tile.blocks,
         num_warps=tile.num_warps,
         **OPTIONS,
     )
 
 
-def quantize_torch(tokens: Tensor, filling: Filling, out: MXFP8) -> None:
+def quantize_torch(tokens: Tensor, filling: Filling, out: MXFP8 | Wide) -> None:
     """What quantize() means: rounds tokens and a row of zeros, then puts one in each place."""
     _check(tokens.shape[1], filling, out)
     zeros = tokens.new_zeros(1, tokens.shape[1])
     rounded = quantize_mxfp8(torch.cat((tokens, zeros)))  # token T is the row of zeros
-    out.values.view(torch.uint8)[filling.rows] = rounded.values.view(torch.uint8)[filling.tokens]
-    out.scales[filling.rows] = rounded.scales[filling.tokens]
+    if isinstance(out, MXFP8):
+        out.values.view(torch.uint8)[filling.rows] = rounded.values.view(torch.uint8)[filling.tokens]
+        out.scales[filling.rows] = rounded.scales[filling.tokens]
+    else:
+        out.values[filling.rows] = in_sum_order(dequantize_mxfp8(rounded))[filling.tokens]
 
 
-def _check(hidden: int, filling: Filling, out: MXFP8) -> None:
+def _check(hidden: int, filling: Filling, out: MXFP8 | Wide) -> None:
     wanted = (filling.num_rows, hidden)
     if tuple(out.values.shape) != wanted:
         raise ValueError(f"quantize: out must have {list(wanted)} values, got {list(out.values.shape)}")
-    strides = (out.values.stride(1), out.scales.stride(1))
-    assert strides == (1, 1), f"columns of out must lie side by side, strides are {strides}"
+    strides = [each.stride(1) for each in ((out.values, out.scales) if isinstance(out, MXFP8) else (out.values,))]
+    assert set(strides) == {1}, f"columns of out must lie side by side, strides are {strides}"
 
 
 def builds(_: Target) -> list[Build]:
-    """Both tiles."""
-    pointers = {"tokens": "*bf16", "starts": "*i64", "rows": "*i64", "values": "*u8", "scales": "*u8"}
+    """Both tiles, each to MXFP8 and widened."""
+    pointers = {"tokens": "*bf16", "starts": "*i64", "rows": "*i64"}
     strides = ("token_stride", "value_stride", "scale_stride")
     sizes = dict.fromkeys(("num_tokens", "hidden", *strides), "i32")
+    kinds = {"": {"values": "*u8", "scales": "*u8"}, ", widened": {"values": "*bf16", "scales": "constexpr"}}
     return [
         Build(
-            label=f"{tile.blocks} blocks",
+            label=f"{tile.blocks} blocks{label}",
             kernel=_quantize_kernel,
-            signature={**pointers, **sizes, "BLOCKS": "constexpr"},
-            constants={"BLOCKS": tile.blocks},
-            aligned=frozenset({*pointers, "hidden", *strides} - {"scales"}),
+            signature={**pointers, **out, **sizes, "BLOCKS": "constexpr"},
+            constants={"BLOCKS": tile.blocks} | ({"scales": None} if label else {}),
+            aligned=frozenset({*pointers, "values", "hidden", *strides}),
             num_warps=tile.num_warps,
         )
         for tile in (FEW, MANY)
+        for label, out in kinds.items()
     ]

@@ -19,6 +19,7 @@ class Target:
     shared_bytes               shared memory that one block can have at most
     tensor_columns             columns of tensor memory that a multiprocessor has
     instruction                beginning of the matrix instruction's name in what the compiler emits
+    scaled                     it multiplies MXFP8 by MXFP4 itself; else both are made BF16 first
     """
 
     backend: str
@@ -27,6 +28,7 @@ class Target:
     shared_bytes: int
     tensor_columns: int
     instruction: str
+    scaled: bool
 
     @property
     def name(self) -> str:
@@ -37,9 +39,9 @@ class Target:
 # Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (227 KiB a block for 9.0
 # and 10.0); AMD CDNA 4 Instruction Set Architecture (160 KiB LDS a compute unit). Tensor memory: PTX ISA, tcgen05.
 TARGETS = (
-    Target("cuda", 90, 32, 227 * KIB, 0, "wgmma.mma_async"),
-    Target("cuda", 100, 32, 227 * KIB, 512, "tcgen05.mma"),
-    Target("hip", "gfx950", 64, 160 * KIB, 0, "v_mfma"),
+    Target("cuda", 90, 32, 227 * KIB, 0, "wgmma.mma_async", scaled=False),
+    Target("cuda", 100, 32, 227 * KIB, 512, "tcgen05.mma", scaled=True),
+    Target("hip", "gfx950", 64, 160 * KIB, 0, "v_mfma", scaled=True),
 )
 
 # What all launches ask of the compiler. A product and a sum are rounded each for itself: whether Triton fuses them
@@ -77,6 +79,11 @@ def target(name: str) -> Target:
     if name not in found:
         raise ValueError(f"no target is called {name!r}; there are {', '.join(found)}")
     return found[name]
+
+
+def reads_wide(device: torch.device) -> bool:
+    """Whether grouped products of MXFP4 weights take their rows widened there (`layout.Wide`)."""
+    return chip_of(device) not in {target.name for target in TARGETS if target.scaled}
 
 
 def chip_of(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -66,7 +66,7 @@ class Tile:
 
 # What multiplies, by the chip's name and the format of the weights. The first two fields of v_mfma are what it gives.
 INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
-    "cuda:90": dict.fromkeys(("mxfp4", "bf16"), "k16.f32.bf16.bf16"),
+    "cuda:90": dict.fromkeys(("mxfp4", "wide", "bf16"), "k16.f32.bf16.bf16"),
     "cuda:100": {
         "mxfp4": "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale",
         "bf16": "tcgen05.mma.cta_group::1.kind::f16",
@@ -77,13 +77,21 @@ INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
 # one shape of instruction for all tiles: else MFMA would sum 128 of K at once in small tiles and 64 in large ones
 _MFMA = (("matrix_instr_nonkdim", 16),)
 
-# chip -> format of the weights -> up to so many rows an expert on average, and the tile; the last one has no bound
-TABLES: Mapping[str, Mapping[str, tuple[tuple[int | None, Tile], ...]]] = {
+# kind of product -> up to so many rows an expert on average, and the tile; the last one has no bound. The kinds are the
+# formats of the weights, and "wide", MXFP4 weights by widened rows, where a chip has use for it
+Table: TypeAlias = Mapping[str, tuple[tuple[int | None, Tile], ...]]
+
+# by chip; `tuned` has those that were found on a device
+TABLES: Mapping[str, Table] = {
     "cuda:90": {
         "mxfp4": (
             (16, Tile(16, 128, 128, num_warps=4, num_stages=4, programs=2, native=False)),
             (64, Tile(64, 128, 128, num_warps=8, num_stages=4, native=False)),
             (None, Tile(128, 128, 128, num_warps=8, num_stages=3, native=False)),
+        ),
+        "wide": (
+            (128, Tile(128, 128, 128, num_warps=8, num_stages=3, native=False)),
+            (None, Tile(256, 128, 128, num_warps=8, num_stages=2, native=False)),
         ),
         "bf16": (
             (16, Tile(16, 128, 64, num_warps=4, num_stages=5, programs=2)),
@@ -116,18 +124,49 @@ TABLES: Mapping[str, Mapping[str, tuple[tuple[int | None, Tile], ...]]] = {
         ),
     },
     # Triton's interpreter, which has no scaled product in every version
-    "cpu": {"mxfp4": ((None, Tile(16, 128, 128, native=False)),), "bf16": ((None, Tile(16, 128, 128)),)},
+    "cpu": {
+        "mxfp4": ((None, Tile(16, 128, 128, native=False)),),
+        "wide": ((None, Tile(32, 128, 128, native=False)),),
+        "bf16": ((None, Tile(16, 128, 128)),),
+    },
 }
 
+# chip -> above so many rows an expert on average x is widened first (`widen`)
+_WIDEN_ABOVE: Mapping[str, int] = {"cuda:90": 64, "cpu": 64}
 
-def tile_for(chip: str, weight_format: str, num_rows: int, num_experts: int) -> Tile:
+
+def widens(chip: str, num_rows: int, num_experts: int) -> bool:
+    """Whether x is to be widened for num_rows rows over num_experts experts; no bit depends on it."""
+    return chip in _WIDEN_ABOVE and num_rows > _WIDEN_ABOVE[chip] * max(num_experts, 1)
+
+
+def check_table(table: Table) -> None:
+    """ValueError where a table lacks a format, its bounds do not rise to none, or its tiles sum in several orders.
+
+    All tiles that rows of one format may be given, widened or not, share depth, native and options: that keeps a row's
+    bits the same in any company.
+    """
+    for kind in dict.fromkeys(("mxfp4", "bf16", *table)):
+        bounds = [bound for bound, _ in table.get(kind, ())]
+        if not bounds:
+            raise ValueError(f"the table has no tiles for {kind}")
+        if bounds[-1] is not None or bounds[:-1] != sorted({bound for bound in bounds if bound is not None}):
+            raise ValueError(f"bounds of {kind} must rise and end with none, got {bounds}")
+    for kinds in (("mxfp4", "wide"), ("bf16",)):
+        orders = {(tile.depth, tile.native, tile.options) for kind in kinds for _, tile in table.get(kind, ())}
+        if len(orders) > 1:
+            names = " and ".join(kind for kind in kinds if kind in table)
+            raise ValueError(f"tiles of {names} must share depth, native and options, got {len(orders)} kinds")
+
+
+def tile_for(table: Table, weight_format: str, num_rows: int, num_experts: int) -> Tile:
     """The tile for num_rows rows over num_experts experts, were they spread evenly.
 
     The rows of each expert are known on the device alone; any tile is right for any spread.
         cuda:90, mxfp4, 512 rows, 32 experts  ->  16 rows each: 16x128x128
     """
     rows = -(-num_rows // max(num_experts, 1))
-    return next(tile for bound, tile in TABLES[chip][weight_format] if bound is None or rows <= bound)
+    return next(tile for bound, tile in table[weight_format] if bound is None or rows <= bound)
 
 
 def num_programs(device: torch.device, tile: Tile) -> int:
