@@ -15,39 +15,29 @@ from megamoe.experts import Experts
 from megamoe.formats import dequantize_mxfp8
 from megamoe.kernel_call import Operand, RowsByExpert, run_experts, take_mxfp8
 from megamoe.kernels.layout import Wide
-from megamoe.kernels.quantize import Filling
 from megamoe.kernels.targets import reads_wide
-from megamoe.ops import quantize, reduce_slots
+from megamoe.ops import quantize, reduce_slots, route_slots
 from megamoe.parallel.workspace import Workspace
 
 
 def compute_alone(
     experts: Experts, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, workspace: Workspace, *, rounds: bool
-) -> Tensor:
-    """hidden [T, H] bfloat16, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
+) -> tuple[Tensor, Tensor]:
+    """hidden [T, H] bfloat16, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16, wrong.
 
-    rounds   BF16 experts whose tokens an mxfp8 wire rounds. A token with an id that there is not becomes NaN.
+    rounds   BF16 experts whose tokens an mxfp8 wire rounds. A token with an id that there is not becomes NaN, and
+    wrong [1] int64 is 1 for it, or for a weight that is not finite.
     """
-    num_tokens, topk = topk_ids.shape
-    num_experts, num_slots = experts.shape.num_experts, topk_ids.numel()
-    known = (topk_ids >= 0) & (topk_ids < num_experts)
-    by_expert, order = torch.where(known, topk_ids, num_experts).flatten().sort(stable=True)
-    ends = torch.searchsorted(by_expert, torch.arange(num_experts + 1, device=hidden.device))
-    rows = RowsByExpert(
-        x=_read_as(experts, hidden, workspace, rounds=rounds),
-        tokens_per_expert=ends.diff().to(torch.int32),
-        source=(order // topk).to(torch.int32),
-        weights=topk_weights.flatten()[order],
-    )
+    slots, num_slots = route_slots(topk_ids, topk_weights, experts.shape.num_experts), topk_ids.numel()
     # a slot's result lies in the slot's row; then a row for ids that there are not, and one for masked slots
     results = workspace.take("results", (num_slots + 2, hidden.shape[1]), hidden)
     results[num_slots] = torch.nan
     results[num_slots + 1] = 0
     if num_slots:
-        run_experts(experts, experts.ids, rows, order, results, workspace)
-    count = torch.arange(num_slots, device=hidden.device).view(num_tokens, topk)
-    absent = torch.where(topk_ids == -1, num_slots + 1, num_slots)
-    return reduce_slots(results, torch.where(known, count, absent))
+        x = _read_as(experts, hidden, workspace, rounds=rounds)
+        rows = RowsByExpert(x, slots.tokens_per_expert, slots.source, slots.weights)
+        run_experts(experts, experts.ids, rows, slots.order, results, workspace)
+    return reduce_slots(results, slots.positions), slots.wrong
 
 
 def _read_as(experts: Experts, hidden: Tensor, workspace: Workspace, *, rounds: bool) -> Operand:
@@ -56,7 +46,7 @@ def _read_as(experts: Experts, hidden: Tensor, workspace: Workspace, *, rounds: 
         return hidden
     wide = experts.packed and reads_wide(hidden.device)
     rounded = take_mxfp8(workspace, "tokens", (hidden.shape[0], hidden.shape[1]), hidden, wide=wide)
-    quantize(hidden, Filling.each(len(hidden), hidden.device), rounded)
+    quantize(hidden, None, rounded)
     return rounded if experts.packed or isinstance(rounded, Wide) else dequantize_mxfp8(rounded)
 
 
@@ -68,8 +58,8 @@ class Findings:
         self._there = torch.zeros(1, dtype=torch.int64, device=device)
 
     def note(self, wrong: Tensor) -> None:
-        """wrong [1] bool on the device: whether there is anything to tell of this call."""
-        self._there.bitwise_or_(wrong.to(torch.int64))
+        """wrong [1] int64 on the device: 1 where there is anything to tell of this call."""
+        self._there.bitwise_or_(wrong)
         self._here.copy_(self._there, non_blocking=True)
 
     def take(self) -> bool:

@@ -196,15 +196,16 @@ class MegaMoE(nn.Module):
         self._num_calls += 1
         self.last_call = CallRecord(tokens=len(hidden), waves=1)
         with torch.no_grad(), self.last_call.timing("total_s"):
-            self._findings.note(any_wrong(self.shape, topk_ids, topk_weights))
-            out: Tensor = self._alone.compute_alone(
+            out: Tensor
+            out, wrong = self._alone.compute_alone(
                 self.experts,
                 hidden.to(torch.bfloat16).contiguous(),
-                topk_ids.contiguous(),
+                topk_ids,
                 topk_weights,
                 self.group.workspace,
                 rounds=self.tuner.choose_format() == "mxfp8",
             )
+            self._findings.note(wrong)
         return out
 
     def _open(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from megamoe.kernels.grouped import Grouped
     from megamoe.kernels.layout import Wide
     from megamoe.kernels.quantize import Filling
+    from megamoe.kernels.route_slots import SlotsByExpert
 
 _FP32_COLUMNS = 16  # MKL sums the columns beyond a multiple of these in another order when there are more threads
 _FP32_WEIGHTS = 512  # torch multiplies up to 4096 = 8 rows * 512 BF16 weights by other code than larger products
@@ -193,9 +194,15 @@ def has_kernels(device: torch.device) -> bool:
     return chip_of(device) in {target.name for target in TARGETS}
 
 
-def quantize(tokens: Tensor, filling: Filling, out: MXFP8 | Wide) -> None:
-    """Tokens [T, H] bfloat16 rounded to MXFP8, each into the rows of out [R, H] that it fills."""
+def quantize(tokens: Tensor, filling: Filling | None, out: MXFP8 | Wide) -> None:
+    """Tokens [T, H] bfloat16 rounded to MXFP8, each into the rows of out [R, H] that it fills, by default its own."""
     _body("quantize", tokens.device)(tokens, filling, out)
+
+
+def route_slots(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> SlotsByExpert:
+    """The (token, slot) pairs of topk_ids and topk_weights [T, K] by expert, and whether any value is wrong."""
+    slots: SlotsByExpert = _body("route_slots", topk_ids.device)(topk_ids, topk_weights, num_experts)
+    return slots
 
 
 def widen(x: MXFP8, out: Wide) -> None:

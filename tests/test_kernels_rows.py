@@ -12,8 +12,10 @@ from tests.interpreter import interpreted
 
 pytest.importorskip("triton")
 
+from megamoe.kernels.layout import Wide, in_memory_order, in_sum_order
 from megamoe.kernels.quantize import FEW, MANY, Filling, quantize, quantize_torch
 from megamoe.kernels.reduce_slots import reduce_slots, reduce_slots_torch
+from megamoe.kernels.widen import widen, widen_torch
 
 MANY_TOKENS = 65  # from 64 on tokens are cut by the other tile
 WIDTHS = [32, 96, 2048, 2880]  # one block, three, the larger tile, gpt-oss's width: a tile and a part of one
@@ -47,6 +49,26 @@ def on_the_wire(tokens: Tensor, index: Tensor) -> Tensor:
     quantize_torch(tokens, filling, columns(by_twin, hidden))
     assert torch.equal(by_kernel, by_twin)
     return by_kernel
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, MANY_TOKENS])
+@pytest.mark.parametrize("hidden", [96, 2880])
+@interpreted
+def test_without_a_filling_a_token_is_in_its_own_row_and_widened_it_has_the_same_values(
+    num_tokens: int, hidden: int
+) -> None:
+    tokens = draw(num_tokens, hidden)
+    tokens[:1, 40] = torch.inf
+    for operation, spread in ((quantize, widen), (quantize_torch, widen_torch)):
+        rows = wire(num_tokens, hidden)
+        operation(tokens, None, columns(rows, hidden))
+        assert torch.equal(rows, on_the_wire(tokens, torch.arange(num_tokens)))
+        at_once, after = (Wide(torch.full((num_tokens, hidden), 7.0).bfloat16()) for _ in range(2))
+        operation(tokens, None, at_once)
+        spread(columns(rows, hidden), after)
+        assert same_bits(at_once.values.nan_to_num(3e38), after.values.nan_to_num(3e38))
+        plain = in_memory_order(at_once.values)
+        assert same_bits(plain.nan_to_num(3e38), dequantize_mxfp8(columns(rows, hidden)).nan_to_num(3e38))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -258,3 +280,29 @@ def test_a_token_alone_is_summed_to_the_bits_that_it_has_among_257() -> None:
 @interpreted
 def test_without_a_token_there_is_nothing_to_sum() -> None:
     assert reduce_slots(home(2, 32), torch.empty(0, 6, dtype=torch.int64)).shape == (0, 32)
+
+
+# ---- widen ----
+
+
+def test_the_order_of_the_sum_is_what_is_said_of_it() -> None:
+    assert in_sum_order(torch.arange(64))[32:42].tolist() == [32, 36, 40, 44, 48, 52, 56, 60, 33, 37]
+    assert torch.equal(in_memory_order(in_sum_order(torch.arange(96))), torch.arange(96))
+    for place in (0, 5, 13, 31):
+        word, half, register = place // 8, place % 8 // 4, place % 4
+        assert int(in_sum_order(torch.arange(32))[8 * register + 2 * word + half]) == place
+
+
+@interpreted
+def test_every_code_with_every_scale_that_bf16_holds_is_widened_exactly() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(137, 1)
+    codes[codes & 0x7F == 0x7F] = 0  # NaN, which stands only beside scale 255, and which the interpreter takes for 480
+    scales = torch.arange(110, 247, dtype=torch.uint8).unsqueeze(1).repeat(1, 8)
+    scales[-1] = 255
+    x = MXFP8(codes.view(torch.float8_e4m3fn), scales)
+    out, twin = (Wide(torch.empty(137, 256, dtype=torch.bfloat16)) for _ in range(2))
+    widen(x, out)
+    widen_torch(x, twin)
+    assert bool(out.values[-1].isnan().all())
+    for each in (out, twin):
+        assert same_bits(in_memory_order(each.values).nan_to_num(3e38), dequantize_mxfp8(x).nan_to_num(3e38))

@@ -105,4 +105,6 @@ def _check(grouped: Grouped, index: Tensor, out: Tensor) -> None:
 def builds(target: Target) -> list[Build]:
     """All tiles, with DeepSeek-V4-Pro's sizes."""
     own = {"source": None, "index": "*i64", "out": "*bf16", "out_stride": "i32"}
-    return builds_of(target, _linear2_kernel, "V4-Pro", {"K": 3072, "N": 7168}, dict.fromkeys(("mxfp4", "wide", "bf16"), own))
+    return builds_of(
+        target, _linear2_kernel, "V4-Pro", {"K": 3072, "N": 7168}, dict.fromkeys(("mxfp4", "wide", "bf16"), own)
+    )

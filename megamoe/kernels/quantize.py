@@ -7,6 +7,7 @@ Or to what the experts read, where nothing travels and the chip multiplies BF16:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,38 +90,46 @@ def _quantize_kernel(
     stride apart
         starts [0, 1, 1, 3, 4], rows [1, 0, 3, 2], T 3: program 2 reads token 2 and writes rows 0 and 3;
         program 0 writes row 1, and row 2 with zeros and scale byte 105, which is 2^-22, the contract's least
+        no starts and no rows: program 2 reads token 2 and writes row 2
     """
     token = tl.program_id(0)
     blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     columns = blocks[:, None] * 32 + tl.arange(0, 32)[None, :]
     has_block, has_column = blocks * 32 < hidden, columns < hidden
-    first, last = tl.load(starts + token), tl.load(starts + token + 1)
+    first, last = 0, 1
+    if starts is not None:
+        first, last = tl.load(starts + token), tl.load(starts + token + 1)
     if first < last:
         piece = tl.load(tokens + token.to(tl.int64) * token_stride + columns, mask=has_column, other=0.0)
         codes, exponents = round_to_mxfp8(piece.to(tl.float32))
         for place in range(first, last):
-            row = tl.load(rows + place)
+            row = token.to(tl.int64)
+            if rows is not None:
+                row = tl.load(rows + place)
             if scales is None:
                 tl.store(values + row * value_stride + columns, widen_block(codes, exponents), mask=has_column)
             else:
                 tl.store(values + row * value_stride + columns, codes, mask=has_column)
                 tl.store(scales + row * scale_stride + blocks, exponents, mask=has_block)
-    for place in range(tl.load(starts + num_tokens) + token, tl.load(starts + num_tokens + 1), num_tokens):
-        row = tl.load(rows + place)
-        zeros = tl.zeros((BLOCKS, 32), values.dtype.element_ty)
-        tl.store(values + row * value_stride + columns, zeros, mask=has_column)
-        if scales is not None:
-            tl.store(scales + row * scale_stride + blocks, tl.full((BLOCKS,), 105, tl.uint8), mask=has_block)
+    if starts is not None:
+        for place in range(tl.load(starts + num_tokens) + token, tl.load(starts + num_tokens + 1), num_tokens):
+            row = tl.load(rows + place)
+            zeros = tl.zeros((BLOCKS, 32), values.dtype.element_ty)
+            tl.store(values + row * value_stride + columns, zeros, mask=has_column)
+            if scales is not None:
+                tl.store(scales + row * scale_stride + blocks, tl.full((BLOCKS,), 105, tl.uint8), mask=has_block)
 
 
-def quantize(tokens: Tensor, filling: Filling, out: MXFP8 | Wide) -> None:
+def quantize(tokens: Tensor, filling: Filling | None, out: MXFP8 | Wide) -> None:
     """Rounds tokens [T, H] bfloat16 and puts each into the rows of out, [R, H], that it fills; H a multiple of 32.
+
+    Without a filling row t holds token t.
 
     tokens and out's tensors may be columns of wider buffers. A row of padding becomes what a token of zeros would.
     ValueError where H is no multiple of 32, or out has other rows than the filling.
     """
     num_tokens, hidden = tokens.shape
-    _check(hidden, filling, out)
+    _check(tokens, filling, out)
     if not num_tokens:
         quantize_torch(tokens, filling, out)
         return
@@ -128,8 +137,8 @@ def quantize(tokens: Tensor, filling: Filling, out: MXFP8 | Wide) -> None:
     values, scales = (out.values.view(torch.uint8), out.scales) if isinstance(out, MXFP8) else (out.values, None)
     _quantize_kernel[(num_tokens, triton.cdiv(hidden // BLOCK, tile.blocks))](
         tokens,
-        filling.starts,
-        filling.rows,
+        filling.starts if filling else None,
+        filling.rows if filling else None,
         values,
         scales,
         num_tokens,
@@ -143,20 +152,22 @@ def quantize(tokens: Tensor, filling: Filling, out: MXFP8 | Wide) -> None:
     )
 
 
-def quantize_torch(tokens: Tensor, filling: Filling, out: MXFP8 | Wide) -> None:
+def quantize_torch(tokens: Tensor, filling: Filling | None, out: MXFP8 | Wide) -> None:
     """What quantize() means: rounds tokens and a row of zeros, then puts one in each place."""
-    _check(tokens.shape[1], filling, out)
+    _check(tokens, filling, out)
     zeros = tokens.new_zeros(1, tokens.shape[1])
     rounded = quantize_mxfp8(torch.cat((tokens, zeros)))  # token T is the row of zeros
+    every = torch.arange(len(tokens), device=tokens.device)
+    rows, held = (filling.rows, filling.tokens) if filling else (every, every)
     if isinstance(out, MXFP8):
-        out.values.view(torch.uint8)[filling.rows] = rounded.values.view(torch.uint8)[filling.tokens]
-        out.scales[filling.rows] = rounded.scales[filling.tokens]
+        out.values.view(torch.uint8)[rows] = rounded.values.view(torch.uint8)[held]
+        out.scales[rows] = rounded.scales[held]
     else:
-        out.values[filling.rows] = in_sum_order(dequantize_mxfp8(rounded))[filling.tokens]
+        out.values[rows] = in_sum_order(dequantize_mxfp8(rounded))[held]
 
 
-def _check(hidden: int, filling: Filling, out: MXFP8 | Wide) -> None:
-    wanted = (filling.num_rows, hidden)
+def _check(tokens: Tensor, filling: Filling | None, out: MXFP8 | Wide) -> None:
+    wanted = (filling.num_rows if filling else len(tokens), tokens.shape[1])
     if tuple(out.values.shape) != wanted:
         raise ValueError(f"quantize: out must have {list(wanted)} values, got {list(out.values.shape)}")
     strides = [each.stride(1) for each in ((out.values, out.scales) if isinstance(out, MXFP8) else (out.values,))]
@@ -164,20 +175,28 @@ def _check(hidden: int, filling: Filling, out: MXFP8 | Wide) -> None:
 
 
 def builds(_: Target) -> list[Build]:
-    """Both tiles, each to MXFP8 and widened."""
-    pointers = {"tokens": "*bf16", "starts": "*i64", "rows": "*i64"}
+    """Both tiles: tokens with their rows to MXFP8, tokens as they are to MXFP8 and widened."""
     strides = ("token_stride", "value_stride", "scale_stride")
     sizes = dict.fromkeys(("num_tokens", "hidden", *strides), "i32")
-    kinds = {"": {"values": "*u8", "scales": "*u8"}, ", widened": {"values": "*bf16", "scales": "constexpr"}}
+    kinds: dict[str, dict[str, str | None]] = {
+        "": {"starts": "*i64", "rows": "*i64", "values": "*u8", "scales": "*u8"},
+        ", straight": {"starts": None, "rows": None, "values": "*u8", "scales": "*u8"},
+        ", straight, widened": {"starts": None, "rows": None, "values": "*bf16", "scales": None},
+    }
     return [
-        Build(
-            label=f"{tile.blocks} blocks{label}",
-            kernel=_quantize_kernel,
-            signature={**pointers, **out, **sizes, "BLOCKS": "constexpr"},
-            constants={"BLOCKS": tile.blocks} | ({"scales": None} if label else {}),
-            aligned=frozenset({*pointers, "values", "hidden", *strides}),
-            num_warps=tile.num_warps,
-        )
+        _build(tile, f"{tile.blocks} blocks{label}", {"tokens": "*bf16", **types, **sizes})
         for tile in (FEW, MANY)
-        for label, out in kinds.items()
+        for label, types in kinds.items()
     ]
+
+
+def _build(tile: Tile, label: str, types: Mapping[str, str | None]) -> Build:
+    absent = {name: None for name, kind in types.items() if kind is None}
+    return Build(
+        label=label,
+        kernel=_quantize_kernel,
+        signature={**{name: kind or "constexpr" for name, kind in types.items()}, "BLOCKS": "constexpr"},
+        constants={"BLOCKS": tile.blocks, **absent},
+        aligned=frozenset(types) - frozenset(absent) - {"scales", "num_tokens"},
+        num_warps=tile.num_warps,
+    )

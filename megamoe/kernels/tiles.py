@@ -90,6 +90,8 @@ TABLES: Mapping[str, Table] = {
             (None, Tile(128, 128, 128, num_warps=8, num_stages=3, native=False)),
         ),
         "wide": (
+            (16, Tile(16, 128, 128, num_warps=4, num_stages=4, programs=2, native=False)),
+            (64, Tile(64, 128, 128, num_warps=8, num_stages=4, native=False)),
             (128, Tile(128, 128, 128, num_warps=8, num_stages=3, native=False)),
             (None, Tile(256, 128, 128, num_warps=8, num_stages=2, native=False)),
         ),
@@ -131,20 +133,11 @@ TABLES: Mapping[str, Table] = {
     },
 }
 
-# chip -> above so many rows an expert on average x is widened first (`widen`)
-_WIDEN_ABOVE: Mapping[str, int] = {"cuda:90": 64, "cpu": 64}
-
-
-def widens(chip: str, num_rows: int, num_experts: int) -> bool:
-    """Whether x is to be widened for num_rows rows over num_experts experts; no bit depends on it."""
-    return chip in _WIDEN_ABOVE and num_rows > _WIDEN_ABOVE[chip] * max(num_experts, 1)
-
 
 def check_table(table: Table) -> None:
     """ValueError where a table lacks a format, its bounds do not rise to none, or its tiles sum in several orders.
 
-    All tiles that rows of one format may be given, widened or not, share depth, native and options: that keeps a row's
-    bits the same in any company.
+    All tiles of a kind share depth, native and options: that keeps a row's bits the same in any company.
     """
     for kind in dict.fromkeys(("mxfp4", "bf16", *table)):
         bounds = [bound for bound, _ in table.get(kind, ())]
@@ -152,21 +145,19 @@ def check_table(table: Table) -> None:
             raise ValueError(f"the table has no tiles for {kind}")
         if bounds[-1] is not None or bounds[:-1] != sorted({bound for bound in bounds if bound is not None}):
             raise ValueError(f"bounds of {kind} must rise and end with none, got {bounds}")
-    for kinds in (("mxfp4", "wide"), ("bf16",)):
-        orders = {(tile.depth, tile.native, tile.options) for kind in kinds for _, tile in table.get(kind, ())}
+        orders = {(tile.depth, tile.native, tile.options) for _, tile in table[kind]}
         if len(orders) > 1:
-            names = " and ".join(kind for kind in kinds if kind in table)
-            raise ValueError(f"tiles of {names} must share depth, native and options, got {len(orders)} kinds")
+            raise ValueError(f"tiles of {kind} must share depth, native and options, got {len(orders)} kinds")
 
 
-def tile_for(table: Table, weight_format: str, num_rows: int, num_experts: int) -> Tile:
+def tile_for(table: Table, kind: str, num_rows: int, num_experts: int) -> Tile:
     """The tile for num_rows rows over num_experts experts, were they spread evenly.
 
     The rows of each expert are known on the device alone; any tile is right for any spread.
         cuda:90, mxfp4, 512 rows, 32 experts  ->  16 rows each: 16x128x128
     """
     rows = -(-num_rows // max(num_experts, 1))
-    return next(tile for bound, tile in table[weight_format] if bound is None or rows <= bound)
+    return next(tile for bound, tile in table[kind] if bound is None or rows <= bound)
 
 
 def num_programs(device: torch.device, tile: Tile) -> int:
