@@ -20,24 +20,40 @@ from megamoe.ops import quantize, reduce_slots, route_slots
 from megamoe.parallel.workspace import Workspace
 
 
-def compute_alone(
-    experts: Experts, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, workspace: Workspace, *, rounds: bool
-) -> tuple[Tensor, Tensor]:
-    """hidden [T, H] bfloat16, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16, wrong.
+class Alone:
+    """The calls of one layer, and what the device found wrong in them."""
 
-    rounds   BF16 experts whose tokens an mxfp8 wire rounds. A token with an id that there is not becomes NaN, and
-    wrong [1] int64 is 1 for it, or for a weight that is not finite.
-    """
-    slots, num_slots = route_slots(topk_ids, topk_weights, experts.shape.num_experts), topk_ids.numel()
-    # a slot's result lies in the slot's row; then a row for ids that there are not, and one for masked slots
-    results = workspace.take("results", (num_slots + 2, hidden.shape[1]), hidden)
-    results[num_slots] = torch.nan
-    results[num_slots + 1] = 0
-    if num_slots:
-        x = _read_as(experts, hidden, workspace, rounds=rounds)
-        rows = RowsByExpert(x, slots.tokens_per_expert, slots.source, slots.weights)
-        run_experts(experts, experts.ids, rows, slots.order, results, workspace)
-    return reduce_slots(results, slots.positions), slots.wrong
+    def __init__(self, experts: Experts) -> None:
+        self._experts, self._findings = experts, Findings(experts.device)
+
+    def refuse(self, layer: str) -> None:
+        """ValueError where values of an earlier call were wrong, once, as far as the device has come."""
+        if self._findings.take():
+            num_experts = self._experts.shape.num_experts
+            raise ValueError(
+                f"an earlier call of layer {layer!r} had topk_ids outside of [0, {num_experts}) that were not -1, or "
+                "topk_weights that were not finite; tokens with such ids became NaN"
+            )
+
+    def compute(
+        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, workspace: Workspace, *, rounds: bool
+    ) -> Tensor:
+        """hidden [T, H] bfloat16, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
+
+        rounds   BF16 experts whose tokens an mxfp8 wire rounds. A token with an id that there is not becomes NaN.
+        """
+        experts, num_slots = self._experts, topk_ids.numel()
+        slots = route_slots(topk_ids, topk_weights, experts.shape.num_experts)
+        # a slot's result lies in the slot's row; then a row for ids that there are not, and one for masked slots
+        results = workspace.take("results", (num_slots + 2, hidden.shape[1]), hidden)
+        results[num_slots] = torch.nan
+        results[num_slots + 1] = 0
+        if num_slots:
+            x = _read_as(experts, hidden, workspace, rounds=rounds)
+            rows = RowsByExpert(x, slots.tokens_per_expert, slots.source, slots.weights)
+            run_experts(experts, experts.ids, rows, slots.order, results, workspace)
+        self._findings.note(slots.wrong)
+        return reduce_slots(results, slots.positions)
 
 
 def _read_as(experts: Experts, hidden: Tensor, workspace: Workspace, *, rounds: bool) -> Operand:

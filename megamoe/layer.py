@@ -20,6 +20,7 @@ from megamoe.formats import MXFP4
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Notes
+from megamoe.parallel.streams import on_device
 from megamoe.planner.schedule import LOOKAHEAD
 from megamoe.rows import route_rows
 from megamoe.shape import MoEShape
@@ -99,8 +100,7 @@ class MegaMoE(nn.Module):
         self.last_call = CallRecord()
         self._num_calls = 0
         kernels, alone = self.experts.grouped, self.group.size == 1
-        self._alone = import_module("megamoe.kernel_alone") if kernels and alone else None
-        self._findings = self._alone.Findings(self.device) if self._alone else None
+        self._alone = import_module("megamoe.kernel_alone").Alone(self.experts) if kernels and alone else None
         self._call: type[CallBase] = import_module("megamoe.kernel_call").KernelCall if kernels and not alone else Call
 
     def regroup(self, group: EPGroup | dist.ProcessGroup | None) -> list[int]:
@@ -156,13 +156,17 @@ class MegaMoE(nn.Module):
         hidden is bfloat16 or float32; float32 is rounded to BF16 first. Ranks may bring different T, also 0, but all
         must call. ValueError, on every rank, where any rank's input is wrong or the ranks disagree; PeerError where a
         rank is lost, and RuntimeError from then on: a group whose call was interrupted is broken.
+
+        On a GPU with kernels a rank alone waits for nothing, and a CUDA graph can be captured of the call. Values that
+        are wrong are then told by a later call's ValueError; a token with an id that there is not is NaN meanwhile.
         """
         complaint = self._complaint(hidden, topk_ids, topk_weights)
         if self._alone is not None:
             return self._compute_alone(hidden, topk_ids, topk_weights, complaint)
         record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
         stretch = self.group.unbroken(self.name, self._num_calls + 1)
-        with torch.no_grad(), notes.lane("call"), stretch, record.timing("total_s"):
+        quiet = torch.no_grad()
+        with on_device(self.device), quiet, notes.lane("call"), stretch, record.timing("total_s"):
             call = self._open(hidden, topk_ids, topk_weights, complaint, record, notes)
             for wave in range(LOOKAHEAD):
                 call.dispatch(wave)
@@ -180,32 +184,15 @@ class MegaMoE(nn.Module):
     def _compute_alone(
         self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None
     ) -> Tensor:
-        """The call of a rank alone whose device has kernels. It waits for nothing, and can be captured as a CUDA graph.
-
-        What is wrong with values is noticed on the device: the next call raises, and meanwhile an unknown id is NaN.
-        """
+        """The call of a rank alone whose device has kernels, which waits for nothing: see kernel_alone.py."""
         assert self._alone is not None
-        assert self._findings is not None
         if complaint is not None:
             raise complaint
-        if self._findings.take():
-            raise ValueError(
-                f"an earlier call of layer {self.name!r} had topk_ids outside of [0, {self.shape.num_experts}) that "
-                "were not -1, or topk_weights that were not finite; tokens with such ids became NaN"
-            )
         self._num_calls += 1
         self.last_call = CallRecord(tokens=len(hidden), waves=1)
-        with torch.no_grad(), self.last_call.timing("total_s"):
-            out: Tensor
-            out, wrong = self._alone.compute_alone(
-                self.experts,
-                hidden.to(torch.bfloat16).contiguous(),
-                topk_ids,
-                topk_weights,
-                self.group.workspace,
-                rounds=self.tuner.choose_format() == "mxfp8",
-            )
-            self._findings.note(wrong)
+        hidden, rounds = hidden.to(torch.bfloat16).contiguous(), self.tuner.choose_format() == "mxfp8"
+        with on_device(self.device), torch.no_grad(), self.last_call.timing("total_s"):
+            out: Tensor = self._alone.compute(hidden, topk_ids, topk_weights, self.group.workspace, rounds=rounds)
         return out
 
     def _open(
@@ -258,6 +245,8 @@ class MegaMoE(nn.Module):
             if self.group.recorders and self.device.type != "cpu":
                 raise ValueError(f"a recording notes host time, which says nothing of work on {self.device}")
             check_input(self.shape, self.device, hidden, topk_ids, topk_weights)
+            if self._alone is not None:
+                self._alone.refuse(self.name)
             if self.experts.missing:
                 missing = _short(self.experts.missing)
                 raise ValueError(f"layer {self.name!r} has no weights for experts {missing}: load them first")

@@ -12,6 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which launches go to this GPU, whichever is current outside of it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class Streams:
     """The stream of a group's messages on one device; compute is whatever stream is current where this is called."""
 

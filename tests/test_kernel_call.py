@@ -270,10 +270,8 @@ def no_kernels() -> AbstractContextManager[object]:
 def test_a_rank_alone_waits_for_nothing() -> None:
     batch, layer = make_batch(SHAPE, 9), layer_of(SHAPE)
     with no_kernels(), Waits() as waits:
-        layer._alone.compute_alone(  # type: ignore[union-attr]
-            layer.experts, batch.hidden, batch.ids, batch.weights, layer.group.workspace, rounds=False
-        )
-    assert waits.found == []
+        layer(batch.hidden, batch.ids, batch.weights)
+    assert waits.found == ["local_scalar_dense"], "the host's look at what was found before, in its own memory"
     with Waits() as waits:
         bool(batch.hidden.any())
         batch.hidden[batch.ids[:, 0] > 0]

@@ -126,8 +126,8 @@ def grouped_linear1(
     """SiLU(gate) * up * weight of every row, clamped to limit, in out: what Linear-2 reads.
 
     grouped of x [R, H] by weights [e, 2I, H] with gate and up rows in turns; weights [R] float32; out [R, I], MXFP8 or
-    the same widened for MXFP4 weights, bfloat16 for such. The product is rounded to BF16 before the activation. Rows that are nobody's
-    stay as they are. tile and programs as the device has them in its table, if not given.
+    the same widened for MXFP4 weights, bfloat16 for BF16 ones. The product is rounded to BF16 before the activation.
+    Rows that are nobody's stay as they are. tile and programs as the device has them in its table, if not given.
     """
     _check(grouped, weights, out)
     results: dict[str, Any]

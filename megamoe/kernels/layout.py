@@ -38,9 +38,11 @@ def in_sum_order(rows: Tensor) -> Tensor:
 
     0 1 2 ... 31  ->  0 4 8 12 16 20 24 28 | 1 5 9 ... 29 | 2 6 ... 30 | 3 7 ... 31
     """
-    return rows.unflatten(-1, (-1, 4, 2, 4)).movedim(-1, -3).flatten(-4)
+    blocks: Tensor = rows.unflatten(-1, (-1, 4, 2, 4))  # word, half, register
+    return blocks.movedim(-1, -3).flatten(-4)
 
 
 def in_memory_order(rows: Tensor) -> Tensor:
     """Inverse of in_sum_order()."""
-    return rows.unflatten(-1, (-1, 4, 4, 2)).movedim(-3, -1).flatten(-4)
+    blocks: Tensor = rows.unflatten(-1, (-1, 4, 4, 2))  # register, word, half
+    return blocks.movedim(-3, -1).flatten(-4)

@@ -54,14 +54,15 @@ def tile_product(
     first = expert.to(tl.int64) * N
     if w_scales is None:
         return product_bf16(x, w + first * K, rows * x_stride, columns, K, DEPTH, OPERAND)
-    if x_scales is None:
+    elif x_scales is None:  # noqa: RET505  Triton compiles what follows a return
         w += first * (K // 2)
         return product_wide(x, w, w_scales + first * (K // 32), rows * x_stride, columns, K, DEPTH, OPERAND)
-    w += first * (K // 2)
-    w_scales += first * (K // 32)
-    return product_mx(
-        x, x_scales, w, w_scales, rows * x_stride, rows * x_scale_stride, columns, K, DEPTH, NATIVE, OPERAND
-    )
+    else:
+        w += first * (K // 2)
+        w_scales += first * (K // 32)
+        return product_mx(
+            x, x_scales, w, w_scales, rows * x_stride, rows * x_scale_stride, columns, K, DEPTH, NATIVE, OPERAND
+        )
 
 
 @triton.jit
