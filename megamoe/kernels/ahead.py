@@ -5,7 +5,8 @@
     python -m megamoe.kernels.ahead --kernel quantize --target cuda:90
 
 A kernel is fit when it keeps nothing in local memory, its shared and tensor memory are within the chip's, and it
-multiplies with the instruction that it should. Exit code 1 where one is not, 2 for a name that does not exist.
+multiplies with the instruction that it should. Tiles that were found on a device (`tuned`) are compiled with those of
+its chip. Exit code 1 where one is not fit, 2 for a name that does not exist.
 """
 
 from __future__ import annotations

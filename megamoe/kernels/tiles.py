@@ -93,7 +93,7 @@ TABLES: Mapping[str, Table] = {
             (16, Tile(16, 128, 128, num_warps=4, num_stages=4, programs=2, native=False)),
             (64, Tile(64, 128, 128, num_warps=8, num_stages=4, native=False)),
             (128, Tile(128, 128, 128, num_warps=8, num_stages=3, native=False)),
-            (None, Tile(256, 128, 128, num_warps=8, num_stages=2, native=False)),
+            (None, Tile(256, 128, 128, num_warps=8, num_stages=3, native=False)),
         ),
         "bf16": (
             (16, Tile(16, 128, 64, num_warps=4, num_stages=5, programs=2)),

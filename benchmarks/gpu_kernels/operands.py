@@ -1,0 +1,266 @@
+"""What the products of one shape are measured on: weights in both formats, copies of them that take turns, and rows."""
+
+# M tokens   R rows, sorted by expert   e experts of this rank   H hidden   I intermediate   K top-k
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_kernels.clock import Clock
+from megamoe.catalog import load_model
+from megamoe.formats import BLOCK, MXFP4, MXFP8
+from megamoe.kernels.grouped import Grouped
+from megamoe.kernels.grouped_linear1 import grouped_linear1
+from megamoe.kernels.grouped_linear2 import grouped_linear2
+from megamoe.kernels.layout import Wide
+from megamoe.kernels.quantize import Filling, quantize
+from megamoe.kernels.targets import reads_wide
+from megamoe.kernels.tiles import Tile
+from megamoe.shape import MoEShape
+from megamoe.wire import Wire
+
+Weight = MXFP4 | Tensor
+Operand = MXFP8 | Wide | Tensor
+FORMATS = ("mxfp4", "bf16")
+_E2M1_RMS = 2.93  # of all sixteen codes
+_MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One rank's part of a published layer: its sizes, with num_experts the experts of this rank."""
+
+    name: str
+    sizes: MoEShape
+
+    @classmethod
+    def published(cls, name: str, model: str, ep_size: int) -> Shape:
+        """By the catalog's name of the model; experts are shared out over ep_size ranks."""
+        found = load_model(model)
+        experts = found.num_experts // ep_size
+        return cls(name, MoEShape(found.expert_hidden, found.intermediate, experts, found.topk, found.swiglu_limit))
+
+    def row_bytes(self) -> int:
+        """Bytes that a row takes in all buffers of a measurement, generously."""
+        return 16 * self.sizes.hidden + 24 * self.sizes.intermediate
+
+    def fitting(self, rows_per_expert: int, free_bytes: int) -> Shape:
+        """This shape with as many experts as have room for their rows, top-k at least."""
+        room = int(free_bytes * _MEMORY_SHARE) // (rows_per_expert * self.row_bytes())
+        experts = min(self.sizes.num_experts, max(self.sizes.topk, room))
+        return replace(self, sizes=replace(self.sizes, num_experts=experts))
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights of one format: copies of gate_up [e, 2I, H], gate and up rows in turns, and of down [e, H, I]."""
+
+    gate_up: list[Weight]
+    down: list[Weight]
+
+    @classmethod
+    def made(cls, shape: Shape, weight_format: str, clock: Clock) -> Weights:
+        """Random ones, of such a size that the results of both products are about 1."""
+        sizes = shape.sizes
+        matrices = ((2 * sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate))
+        stacks: list[list[Weight]] = []
+        for seed, (rows, depth) in enumerate(matrices):
+            make = random_mxfp4 if weight_format == "mxfp4" else random_bf16
+            first = make((sizes.num_experts, rows, depth), seed, clock.device)
+            stacks.append([first, *(clone(first) for _ in range(clock.copies(num_bytes(first)) - 1))])
+        return cls(*stacks)
+
+    def of_experts(self, num_experts: int) -> Weights:
+        """Those of the first experts, in place."""
+        return Weights(*([first_experts(each, num_experts) for each in stack] for stack in (self.gate_up, self.down)))
+
+
+def random_mxfp4(size: tuple[int, int, int], seed: int, device: torch.device) -> MXFP4:
+    """Any codes, scales within a factor of 4, so that products with x of about 1 are of about 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+    experts, rows, depth = size
+    middle = 127 - round(math.log2(_E2M1_RMS * math.sqrt(depth)))
+    packed = torch.randint(0, 256, (experts, rows, depth // 2), dtype=torch.uint8, device=device, generator=generator)
+    scales = (experts, rows, depth // BLOCK)
+    return MXFP4(
+        packed, torch.randint(middle - 1, middle + 2, scales, dtype=torch.uint8, device=device, generator=generator)
+    )
+
+
+def random_bf16(size: tuple[int, int, int], seed: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.empty(size, dtype=torch.bfloat16, device=device)
+    return weight.normal_(0, 1 / math.sqrt(size[2]), generator=generator)
+
+
+def clone(weight: Weight) -> Weight:
+    return MXFP4(weight.packed.clone(), weight.scales.clone()) if isinstance(weight, MXFP4) else weight.clone()
+
+
+def first_experts(weight: Weight, count: int) -> Weight:
+    return MXFP4(weight.packed[:count], weight.scales[:count]) if isinstance(weight, MXFP4) else weight[:count]
+
+
+def parts(operand: Weight | Operand) -> list[Tensor]:
+    """The values and, where there are any, their scales."""
+    if isinstance(operand, MXFP4):
+        return [operand.packed, operand.scales]
+    if isinstance(operand, MXFP8):
+        return [operand.values, operand.scales]
+    return [operand.values if isinstance(operand, Wide) else operand]
+
+
+def num_bytes(operand: Weight | Operand) -> int:
+    return sum(each.numel() * each.element_size() for each in parts(operand))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a rank's experts, the same number of each, and the tokens that they are.
+
+    tokens              [M, H] bfloat16, M = R / K
+    tokens_per_expert   [e] int32
+    source              [R] int32: token of each row
+    weights             [R] float32
+    """
+
+    tokens: Tensor
+    tokens_per_expert: Tensor
+    source: Tensor
+    weights: Tensor
+
+    @classmethod
+    def made(cls, shape: Shape, rows_per_expert: int, device: torch.device) -> Rows:
+        """Every token about K times, in the order of tokens for each expert, as a layer has them."""
+        generator = torch.Generator(device).manual_seed(rows_per_expert)
+        experts = shape.sizes.num_experts
+        num_rows = experts * rows_per_expert
+        num_tokens = max(1, num_rows // shape.sizes.topk)
+        drawn = torch.randperm(num_rows, device=device, generator=generator) % num_tokens
+        return cls(
+            torch.randn(num_tokens, shape.sizes.hidden, device=device, generator=generator).to(torch.bfloat16),
+            torch.full((experts,), rows_per_expert, dtype=torch.int32, device=device),
+            drawn.view(experts, rows_per_expert).sort(1).values.flatten().to(torch.int32),
+            torch.rand(num_rows, device=device, generator=generator) + 0.25,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Both products of one format on the same rows. linear1() writes hidden, which linear2() reads.
+
+    kind            of product: mxfp4, wide or bf16
+    x               [M, H] the tokens as the layer has them for Linear-1: MXFP8, Wide or bfloat16
+    first, second   what each multiplies, for every copy of the weights
+    weights         [R] float32, by which the activation is multiplied
+    hidden          [R, I] of the kind of x
+    index           [R] int64: row r's place in out
+    out             [R, H] bfloat16
+    """
+
+    kind: str
+    x: Operand
+    first: list[Grouped]
+    second: list[Grouped]
+    weights: Tensor
+    limit: float | None
+    hidden: Operand
+    index: Tensor
+    out: Tensor
+
+    @classmethod
+    def made(cls, rows: Rows, weights: Weights, limit: float | None, kind: str) -> Products:
+        """Of the kind that the weights are for (kind_of)."""
+        (_, width, depth), device, counts = weights.gate_up[0].shape, rows.source.device, rows.tokens_per_expert
+        x, hidden = tokens_as(kind, rows.tokens), empty_operand(kind, rows.num_rows, width // 2, device)
+        return cls(
+            kind,
+            x,
+            [Grouped(x, each, counts, rows.source) for each in weights.gate_up],
+            [Grouped(hidden, each, counts) for each in weights.down],
+            rows.weights,
+            limit,
+            hidden,
+            torch.arange(rows.num_rows, device=device),
+            torch.empty(rows.num_rows, depth, dtype=torch.bfloat16, device=device),
+        )
+
+    def linear1(self, turn: int = 0, tile: Tile | None = None) -> None:
+        grouped_linear1(self.first[turn % len(self.first)], self.weights, self.limit, self.hidden, tile=tile)
+
+    def linear2(self, turn: int = 0, tile: Tile | None = None) -> None:
+        grouped_linear2(self.second[turn % len(self.second)], self.index, self.out, tile=tile)
+
+    def both(self, turn: int = 0, tile: Tile | None = None) -> None:
+        self.linear1(turn, tile)
+        self.linear2(turn, tile)
+
+    def poison(self) -> None:
+        """Makes every byte that the products should write a NaN's."""
+        for each in (*parts(self.hidden), self.out):
+            each.view(torch.uint8).fill_(0xFF)
+
+
+def kind_of(weight_format: str, device: torch.device) -> str:
+    """The kind of product that the layer runs: "wide" for MXFP4 weights on chips that multiply them as BF16."""
+    return "wide" if weight_format == "mxfp4" and reads_wide(device) else weight_format
+
+
+def tokens_as(kind: str, tokens: Tensor) -> Operand:
+    """tokens [M, H] bfloat16 as Linear-1 reads them: as they are, widened, or MXFP8 in rows of the wire"""
+    if kind == "bf16":
+        return tokens
+    num_tokens, hidden = tokens.shape
+    x = empty_operand(kind, num_tokens, hidden, tokens.device)
+    if isinstance(x, MXFP8):
+        rows = torch.zeros(num_tokens, Wire("mxfp8", hidden, False).row_bytes, dtype=torch.uint8, device=tokens.device)
+        x = MXFP8(rows[:, :hidden].view(torch.float8_e4m3fn), rows[:, hidden : hidden + hidden // BLOCK])
+    assert isinstance(x, MXFP8 | Wide)
+    quantize(tokens, Filling.each(num_tokens, tokens.device), x)
+    return x
+
+
+def empty_operand(kind: str, num_rows: int, width: int, device: torch.device) -> Operand:
+    """[R, W] of that kind."""
+    if kind == "mxfp4":
+        values = torch.empty(num_rows, width, dtype=torch.uint8, device=device)
+        scales = torch.empty(num_rows, width // BLOCK, dtype=torch.uint8, device=device)
+        return MXFP8(values.view(torch.float8_e4m3fn), scales)
+    rows = torch.empty(num_rows, width, dtype=torch.bfloat16, device=device)
+    return Wide(rows) if kind == "wide" else rows
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch's own: x [R, K] bfloat16 by weight [e, N, K], ends [e] int32 where each expert's rows end -> [R, N]"""
+    call: Callable[..., Tensor] = getattr(torch.nn.functional, "grouped_mm", torch._grouped_mm)
+    return call(x, weight.transpose(1, 2), offs=ends)
+
+
+def unfused_linear1(products: Products) -> Callable[[int], None]:
+    """Linear-1 with its 2I columns through memory: the same product, torch's BF16 activation, the same rounding.
+
+    The weights' rows are taken for those of the gate first, so that torch has halves to work on; the time is the same.
+    """
+    num_rows, width, device = len(products.index), products.first[0].num_columns, products.out.device
+    gate_up = torch.empty(num_rows, width, dtype=torch.bfloat16, device=device)
+    filling, hidden = Filling.each(num_rows, device), products.hidden
+    assert isinstance(hidden, MXFP8 | Wide)
+    weights, limit = products.weights.to(torch.bfloat16).unsqueeze(1), products.limit
+
+    def run(turn: int) -> None:
+        grouped_linear2(products.first[turn % len(products.first)], products.index, gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        quantize(torch.nn.functional.silu(gate).mul_(up).mul_(weights), filling, hidden)
+
+    return run
