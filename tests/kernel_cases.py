@@ -12,17 +12,14 @@ from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, dequantize_mxfp8, qu
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear1 import grouped_linear1, grouped_linear1_torch
 from megamoe.kernels.grouped_linear2 import grouped_linear2, grouped_linear2_torch
+from megamoe.kernels.layout import Wide, in_memory_order, in_sum_order
 from megamoe.kernels.tiles import Tile
 
 LIMIT = 10.0
 UNTOUCHED = 77.0  # what an output holds before
-# ways to multiply: by the chip's scaled instruction, decoded to BF16 first, and weights that are BF16 anyway
-WAYS = {
-    "native": Tile(16, 128, 128),
-    "decoded": Tile(16, 128, 128, native=False),
-    "bf16": Tile(16, 128, 128),
-}
-MX = ("native", "decoded")
+# ways to multiply: by the chip's scaled instruction, as BF16 with rows widened before, and weights that are BF16 anyway
+WAYS = dict.fromkeys(("scaled", "wide", "bf16"), Tile(16, 128, 128))
+MX = ("scaled", "wide")
 every_way = pytest.mark.parametrize("way", WAYS)
 both_mx = pytest.mark.parametrize("way", MX)
 
@@ -40,8 +37,12 @@ def grouped(x: Tensor, weight: Tensor, counts: list[int], way: str) -> Grouped:
     """x [R, K] and weight [e, N, K] float32, rounded to the formats of the way"""
     tokens_per_expert = torch.tensor(counts, dtype=torch.int32)
     if way in MX:
-        return Grouped(quantize_mxfp8(x), quantize_mxfp4(weight), tokens_per_expert)
+        return Grouped(rows_for(way, quantize_mxfp8(x)), quantize_mxfp4(weight), tokens_per_expert)
     return Grouped(x.bfloat16(), weight.bfloat16(), tokens_per_expert)
+
+
+def rows_for(way: str, x: MXFP8) -> MXFP8 | Wide:
+    return Wide(in_sum_order(dequantize_mxfp8(x))) if way == "wide" else x
 
 
 def drawn(counts: list[int], depth: int, columns: int, way: str) -> Grouped:
@@ -58,15 +59,17 @@ def products_fp64(product: Grouped) -> Tensor:
     return torch.cat([piece @ each.T for piece, each in zip(rows, weights, strict=True)])
 
 
-def as_fp64(out: MXFP8 | Tensor) -> Tensor:
-    return dequantize_mxfp8(out, torch.float64) if isinstance(out, MXFP8) else out.double()
+def as_fp64(out: MXFP8 | Wide | Tensor) -> Tensor:
+    if isinstance(out, MXFP8):
+        return dequantize_mxfp8(out, torch.float64)
+    return in_memory_order(out.values).double() if isinstance(out, Wide) else out.double()
 
 
-def as_bytes(out: MXFP8 | Tensor) -> Tensor:
+def as_bytes(out: MXFP8 | Wide | Tensor) -> Tensor:
     """[R, B] uint8: values and, where there are any, scales of each row"""
     if isinstance(out, MXFP8):
         return torch.cat((out.values.view(torch.uint8), out.scales), 1)
-    return out.view(torch.uint8)
+    return (out.values if isinstance(out, Wide) else out).view(torch.uint8)
 
 
 # ---- Linear-2 ----
@@ -85,7 +88,7 @@ def linear2(product: Grouped, index: Tensor | None = None, *, twin: bool = False
 
 def linear1(
     product: Grouped, limit: float | None = LIMIT, weights: Tensor | None = None, *, twin: bool = False, **options: Any
-) -> MXFP8 | Tensor:
+) -> MXFP8 | Wide | Tensor:
     """[R, I], what nobody wrote as in empty_hidden()"""
     out = empty_hidden(product)
     weights = weights_of(product) if weights is None else weights
@@ -93,10 +96,11 @@ def linear1(
     return out
 
 
-def empty_hidden(product: Grouped) -> MXFP8 | Tensor:
+def empty_hidden(product: Grouped) -> MXFP8 | Wide | Tensor:
     rows, columns = product.num_rows, product.num_columns // 2
-    if product.kind == "bf16":
-        return torch.full((rows, columns), UNTOUCHED, dtype=torch.bfloat16)
+    untouched = torch.full((rows, columns), UNTOUCHED, dtype=torch.bfloat16)
+    if product.kind != "mxfp4":
+        return untouched if product.kind == "bf16" else Wide(untouched)
     values = torch.full((rows, columns), 0x55, dtype=torch.uint8)
     return MXFP8(values.view(torch.float8_e4m3fn), torch.full((rows, columns // 32), 0xA5, dtype=torch.uint8))
 

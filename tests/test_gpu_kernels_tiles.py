@@ -60,14 +60,13 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"depth": 128', '"depth": 64', "tiles of mxfp4 must share depth, native and options, got 2 kinds"),
-        ('"native": false', '"native": true', "tiles of mxfp4 must share"),
-        ("   [\n    64,", "   [\n    16,", r"bounds of mxfp4 must rise and end with none, got \[16, 16, None\]"),
-        ("    null,", "    99,", r"bounds of mxfp4 must rise and end with none, got \[16, 64, 99\]"),
+        ('"depth": 128', '"depth": 64', "tiles of wide must share depth and options, got 2 kinds"),
+        ("   [\n    64,", "   [\n    16,", r"bounds of wide must rise and end with none, got \[16, 16, 128, None\]"),
+        ("    null,", "    99,", r"bounds of wide must rise and end with none, got \[16, 64, 128, 99\]"),
         ('"bf16":', '"fp16":', "the table has no tiles for bf16"),
         ('"rows": 16', '"rows": 15', "tile rows must be a power of two"),
         ('"num_stages": 4', '"num_stages": "many"', r"num_stages: Input should be a valid integer"),
-        ('"programs": 2', '"program": 2', "has other fields than those of a table"),
+        ('"programs": 3', '"program": 3', "has other fields than those of a table"),
         (H100, "NVIDIA H20", "is of NVIDIA H20, whose file is called NVIDIA_H20.json"),
         ('{\n "device"', '[\n "device"', "Invalid JSON"),
     ],
@@ -83,7 +82,7 @@ def test_a_broken_table_is_refused_with_its_name(old: str, new: str, said: str, 
 
 def test_a_device_has_the_table_that_was_found_on_it_else_its_chips(folder: Path) -> None:
     assert table_of(CPU) is TABLES["cpu"]
-    table: dict[str, Any] = {name: ((None, Tile(32, 64, 64, native=False)),) for name in TABLES["cpu"]}
+    table: dict[str, Any] = {name: ((None, Tile(32, 64, 64)),) for name in TABLES["cpu"]}
     write_tuned(replace(FOUND, device="cpu", chip="cpu", table=table), folder)
     table_of.cache_clear()
     assert table_of(CPU) == table
@@ -99,7 +98,7 @@ def test_a_device_has_the_table_that_was_found_on_it_else_its_chips(folder: Path
 
 
 def test_a_product_takes_the_tile_of_its_device(folder: Path) -> None:
-    tile = Tile(64, 256, 32, num_warps=8, num_stages=3, native=False)
+    tile = Tile(64, 256, 32, num_warps=8, num_stages=3)
     table: dict[str, Any] = dict.fromkeys(TABLES["cpu"], ((None, tile),))
     write_tuned(replace(FOUND, device="cpu", chip="cpu", table=table), folder)
     launches: list[dict[str, Any]] = []
@@ -123,7 +122,7 @@ def test_a_chip_without_tiles_is_refused_with_those_that_have_some(
 def test_tiles_that_were_found_are_compiled_ahead_too(folder: Path) -> None:
     chip, other = target("cuda:90"), target("cuda:100")
     shipped = [each.label for each in load("grouped_linear2").builds(chip)]
-    table = with_first(with_first(FOUND.table, "bf16", num_stages=3), "mxfp4", programs=4)
+    table = with_first(with_first(FOUND.table, "bf16", num_stages=3), "wide", programs=4)
     write_tuned(replace(FOUND, table=table), folder)
     builds = load("grouped_linear2").builds(chip)
     (new,) = [each for each in builds if each.label not in shipped]
@@ -162,7 +161,7 @@ def test_tuning_writes_a_table_that_can_be_read(tmp_path: Path) -> None:
     assert printed.getvalue().count("passed over: RuntimeError: out of resource: shared memory") == 4
 
 
-BEGIN = Tile(16, 128, 128, native=False)
+BEGIN = Tile(16, 128, 128)
 
 
 def search(monkeypatch: pytest.MonkeyPatch, us: Callable[[Tile], float | str]) -> tune.Search:
@@ -179,7 +178,7 @@ def test_one_field_is_changed_at_a_time_while_it_helps(monkeypatch: pytest.Monke
 
     best = tune.descend(search(monkeypatch, us), BEGIN, time.monotonic() + 60)
     assert (best.rows, best.columns, best.num_stages, best.programs) == (32, 64, 3, 1), "0.6 of 100 is noise"
-    assert (best.depth, best.native, best.options) == (128, False, ())
+    assert (best.depth, best.options) == (128, ())
 
 
 def test_a_tile_that_does_not_run_is_replaced_by_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +201,7 @@ def test_tiles_are_not_so_large_that_they_take_minutes_to_compile(monkeypatch: p
 
 
 def test_the_order_of_the_sum_is_chosen_by_the_time_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Depth 64 is best for few rows, 256 for many and in all, and the chip's own instruction is not asked of Hopper."""
+    """Depth 64 is best for few rows, 256 for many and in all."""
 
     def us(tile: Tile) -> float:
         return {64: 10.0, 128: 30.0, 256: 20.0}[tile.depth] if tile.rows == 16 else 1000 / tile.depth
@@ -210,10 +209,6 @@ def test_the_order_of_the_sum_is_chosen_by_the_time_of_all_rows(monkeypatch: pyt
     few = search(monkeypatch, us)
     many = replace(few, begin=replace(BEGIN, rows=64), tried={})
     assert [tile.depth for tile in tune.best_order([few, many], time.monotonic() + 60)] == [256, 256]
-    assert not any(tile.native for tile in few.tried)
-    native = [replace(BEGIN, native=True)]
-    assert {tiles[0].native for tiles in tune.orders(native, native_too=True)} == {True, False}
-    assert {tiles[0].native for tiles in tune.orders(native, native_too=False)} == {True}
 
 
 def test_an_order_that_is_no_better_than_the_noise_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ pytest.importorskip("triton")
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear1 import grouped_linear1
 from megamoe.kernels.grouped_linear2 import grouped_linear2
+from megamoe.kernels.layout import Wide
+from megamoe.kernels.targets import TARGETS
 from megamoe.kernels.tiles import INSTRUCTIONS, TABLES, Tile, check_table, tile_for
 from tests.kernel_cases import WAYS, as_bytes, as_fp64, drawn, every_way, grouped, linear1, linear2, normal
 
@@ -56,6 +58,20 @@ def test_other_rows_in_a_tile_of_the_same_depth_change_no_bit(way: str) -> None:
     assert torch.equal(*(row_bytes(product, tile=replace(WAYS[way], rows=rows)) for rows in (16, 64)))
 
 
+@pytest.mark.parametrize("counts", [[2, 0, 5], [0, 0, 0], [0, 9, 1]], ids=str)
+@every_way
+@interpreted
+def test_a_row_that_a_source_names_has_the_bits_it_has_in_its_place(way: str, counts: list[int]) -> None:
+    source = torch.tensor(
+        [3, 0, 3, 3, 1, 2, 0, 1, 2, 3, 99], dtype=torch.int32
+    )  # beyond the counts it may say anything
+    x, weight, rows = normal(4, 96, seed=20), normal(3, 192, 96, seed=21), source[: sum(counts)].long()
+    apart, together = grouped(x, weight, counts, way), grouped(x[rows], weight, counts, way)
+    named = Grouped(apart.x, apart.weight, apart.tokens_per_expert, source)
+    assert torch.equal(row_bytes(named, tile=WAYS[way])[: len(rows)], row_bytes(together, tile=WAYS[way]))
+    assert torch.equal(linear2(named, twin=True)[: len(rows)], linear2(together, twin=True))
+
+
 @every_way
 @interpreted
 def test_a_row_that_is_not_a_number_stays_one_and_leaves_the_others_as_they_are(way: str) -> None:
@@ -78,14 +94,15 @@ def test_a_chip_sums_in_one_order_whatever_the_rows(chip: str) -> None:
     check_table(TABLES[chip])
     for kind, (*others, (bound, last)) in TABLES[chip].items():
         mixed = {**TABLES[chip], kind: ((8, replace(last, depth=2 * last.depth)), *others, (bound, last))}
-        with pytest.raises(ValueError, match="must share depth, native and options, got 2 kinds"):
+        with pytest.raises(ValueError, match="must share depth and options, got 2 kinds"):
             check_table(mixed)
 
 
 def test_every_chip_has_tiles_and_an_instruction_for_both_formats() -> None:
     assert set(TABLES) == {*INSTRUCTIONS, "cpu"}
-    assert all({"mxfp4", "bf16"} <= set(kinds) <= {"mxfp4", "wide", "bf16"} for kinds in TABLES.values())
-    assert all(set(kinds) >= set(TABLES[chip]) for chip, kinds in INSTRUCTIONS.items())
+    assert all(set(kinds) == set(TABLES[chip]) for chip, kinds in INSTRUCTIONS.items())
+    for each in TARGETS:
+        assert set(TABLES[each.name]) == {"mxfp4" if each.scaled else "wide", "bf16"}
 
 
 def test_tiles_follow_rows_per_expert() -> None:
@@ -101,6 +118,10 @@ def test_what_does_not_fit_together_is_refused() -> None:
         Grouped(x[:, :32], weight, counts)
     with pytest.raises(ValueError, match=r"must be int32 \[1\], got torch.int64 \[1\]"):
         Grouped(x, weight, counts.long())
+    with pytest.raises(ValueError, match=r"source must be int32 \[R\], got torch.int64 \[2\]"):
+        Grouped(x, weight, counts, torch.zeros(2).long())
+    with pytest.raises(ValueError, match="writes MXFP8 for MXFP4 weights, widened or not, and BF16 for BF16"):
+        grouped_linear1(Grouped(x, weight, counts), torch.ones(2), None, Wide(x[:, :32]))
     with pytest.raises(ValueError, match="columns must be a power of two and a multiple of 64, got 96"):
         Tile(16, 96, 64)
     product = Grouped(x, weight, counts)

@@ -93,13 +93,6 @@ def test_every_row_is_listed_once_under_its_token(num_tokens: int, num_rows: int
     assert filling.tokens.tolist() == [int(index[row]) % (num_tokens + 1) for row in rows]
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5])
-def test_each_token_in_a_row_of_its_own_is_a_filling_as_any_other(num_tokens: int) -> None:
-    plain, by_index = Filling.each(num_tokens, torch.device("cpu")), Filling.of(torch.arange(num_tokens), num_tokens)
-    for name in ("num_rows", "starts", "rows", "tokens"):
-        assert torch.equal(*(torch.as_tensor(getattr(each, name)) for each in (plain, by_index)))
-
-
 # ---- quantize ----
 
 

@@ -18,7 +18,7 @@ from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear1 import grouped_linear1
 from megamoe.kernels.grouped_linear2 import grouped_linear2
 from megamoe.kernels.layout import Wide
-from megamoe.kernels.quantize import Filling, quantize
+from megamoe.kernels.quantize import quantize
 from megamoe.kernels.targets import reads_wide
 from megamoe.kernels.tiles import Tile
 from megamoe.shape import MoEShape
@@ -225,7 +225,7 @@ def tokens_as(kind: str, tokens: Tensor) -> Operand:
         rows = torch.zeros(num_tokens, Wire("mxfp8", hidden, False).row_bytes, dtype=torch.uint8, device=tokens.device)
         x = MXFP8(rows[:, :hidden].view(torch.float8_e4m3fn), rows[:, hidden : hidden + hidden // BLOCK])
     assert isinstance(x, MXFP8 | Wide)
-    quantize(tokens, Filling.each(num_tokens, tokens.device), x)
+    quantize(tokens, None, x)
     return x
 
 
@@ -252,7 +252,7 @@ def unfused_linear1(products: Products) -> Callable[[int], None]:
     """
     num_rows, width, device = len(products.index), products.first[0].num_columns, products.out.device
     gate_up = torch.empty(num_rows, width, dtype=torch.bfloat16, device=device)
-    filling, hidden = Filling.each(num_rows, device), products.hidden
+    hidden = products.hidden
     assert isinstance(hidden, MXFP8 | Wide)
     weights, limit = products.weights.to(torch.bfloat16).unsqueeze(1), products.limit
 
@@ -261,6 +261,6 @@ def unfused_linear1(products: Products) -> Callable[[int], None]:
         gate, up = gate_up.chunk(2, -1)
         if limit is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        quantize(torch.nn.functional.silu(gate).mul_(up).mul_(weights), filling, hidden)
+        quantize(torch.nn.functional.silu(gate).mul_(up).mul_(weights), None, hidden)
 
     return run

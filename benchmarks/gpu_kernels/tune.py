@@ -1,8 +1,8 @@
 """Finds the tiles of a device: the order of the sum first, for all numbers of rows, then a tile for each of them.
 
-The order is depth and whether the chip multiplies MXFP8 by MXFP4 itself, by the time of both products over all numbers
-of rows. Then one field of a tile is changed at a time for as long as that helps. A tile that does not compile, does not
-fit, or gives other bits than the first tile of its order is passed over, and so is an order whose tiles differ.
+The order is the depth, by the time of both products over all numbers of rows. Then one field of a tile is changed at a
+time for as long as that helps. A tile that does not compile, does not fit, or gives other bits than the first tile of
+its order is passed over, and so is an order whose tiles differ.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megamoe.kernels.tuned import Tuned, device_name, table_of, write_tuned
 Steps = tuple[tuple[int | None, Tile], ...]
 
 # up to so many rows an expert: measured with so many
-BOUNDS: tuple[tuple[int | None, int], ...] = ((16, 8), (64, 64), (None, 512))
+BOUNDS: tuple[tuple[int | None, int], ...] = ((16, 8), (64, 64), (128, 128), (None, 1024))
 DEPTHS = (64, 128, 256)
 # what a field is changed to, in this order
 STEPS: dict[str, tuple[int, ...]] = {
@@ -97,13 +97,12 @@ def with_tile(products: Products, tile: Tile) -> Run:
 
 
 def order_of(tile: Tile) -> tuple[Any, ...]:
-    return tile.depth, tile.native, tile.options
+    return tile.depth, tile.options
 
 
 def as_text(tile: Tile) -> str:
-    """16x128x128, 4 warps, 4 stages, 2 programs, decoded"""
-    way = "native" if tile.native else "decoded"
-    return f"{tile.label}, {tile.num_warps} warps, {tile.num_stages} stages, {tile.programs} programs, {way}"
+    """16x128x128, 4 warps, 4 stages, 2 programs"""
+    return f"{tile.label}, {tile.num_warps} warps, {tile.num_stages} stages, {tile.programs} programs"
 
 
 def tune(clock: Clock, shapes: Sequence[Shape], until: float, folder: Path) -> int:
@@ -152,10 +151,10 @@ def found_tiles(searches: Sequence[Search], ends: float) -> list[Tile]:
 
 
 def best_order(searches: Sequence[Search], ends: float) -> list[Tile]:
-    """Every search's tile with the depth and the way of multiplying that take least time over all of them."""
+    """Every search's tile with the depth that takes least time over all of them."""
     begins = [search.begin for search in searches]
     totals: list[tuple[float, list[Tile]]] = []
-    for tiles in orders(begins, native_too=searches[0].kind == "mxfp4"):
+    for tiles in orders(begins):
         if totals and time.monotonic() > ends:
             break
         times = [search.us(tile) for search, tile in zip(searches, tiles, strict=True)]
@@ -170,15 +169,13 @@ def one_order(searches: Sequence[Search], tiles: Sequence[Tile]) -> bool:
     return all(searches[-1].same_bits(tile) for tile in tiles)
 
 
-def orders(begins: list[Tile], *, native_too: bool) -> Iterator[list[Tile]]:
-    """begins, then in every other order; native_too where there are two ways to multiply on chips that know one."""
+def orders(begins: list[Tile]) -> Iterator[list[Tile]]:
+    """begins, then with every other depth."""
     yield begins
-    native = begins[0].native
-    for way in (True, False) if native_too and native else (native,):
-        for depth in DEPTHS:
-            other = [replace(tile, depth=depth, native=way) for tile in begins]
-            if other != begins:
-                yield other
+    for depth in DEPTHS:
+        other = [replace(tile, depth=depth) for tile in begins]
+        if other != begins:
+            yield other
 
 
 def descend(search: Search, tile: Tile, ends: float) -> Tile:

@@ -1,10 +1,10 @@
-"""Decoding for chips whose matrix units know neither E2M1 nor scales: to BF16, exactly, in the order that costs least.
+"""Decoding weights for chips whose matrix units know neither E2M1 nor scales: to BF16, exactly, as costs least.
 
 A word holds eight E2M1 codes. Moved by a few bits and masked, two of them, four apart, are two BF16 numbers of 2^-126
-of their values (0.5 is a subnormal then, which BF16 products keep), and lie as a register of the matrix instruction
-has two neighbours of K. So each 32 of K are summed in another order than they have in memory, x being put into the
-same one. Compiled for Hopper, the loop of a tile of 16 rows is 4.3 instructions a weight, where `tl.dot_scaled`, which
-looks the codes up, has 6.4; memory delivers a weight in 5 of them (Triton 3.9; not timed).
+of their values (0.5 is a subnormal then, which BF16 products keep), and lie as a register of the matrix instruction has
+two neighbours of K. So each 32 of K are summed in another order than they have in memory, into which x is put when it
+is widened (`layout.Wide`). Compiled for SM90, the loop of a tile of 16 rows is 4.3 instructions a weight, where
+`tl.dot_scaled`, which looks the codes up, has 6.4; memory delivers a weight in 5 of them (Triton 3.9; not timed).
 
     place in memory  8q + 4h + i  ->  place in the sum  8i + 2q + h      q word 0..3, h half 0..1, i register 0..3
 """
@@ -70,18 +70,3 @@ def decode_e2m1(words, exponents, OPERAND: tl.constexpr):
     # two products: 2^126 and a scale above 2 in one would leave the range
     values = values * 8.507059173023462e37 * power_of_two(exponents, OPERAND)[:, :, None]
     return tl.reshape(values, (N, G * 32))
-
-
-@triton.jit
-def decode_e4m3(codes, exponents, OPERAND: tl.constexpr):
-    """codes [K, R] uint8, exponents [R, G] uint8 -> [K, R] bfloat16 or float32 in the order of the sum.
-
-    K 32, code 0x38 (1.0) in place 4, the others 0, exponent 128  ->  2.0 in place 1; exponent 255  ->  NaN everywhere
-    """
-    R: tl.constexpr = exponents.shape[0]
-    G: tl.constexpr = exponents.shape[1]
-    codes = tl.permute(tl.reshape(codes, (G, 4, 2, 4, R)), (0, 3, 1, 2, 4))  # block, word, half, register
-    values = tl.reshape(codes, (G, 32, R)).to(tl.float8e4nv, bitcast=True).to(OPERAND)
-    scales = tl.trans(power_of_two(exponents, OPERAND))
-    scales = tl.where(tl.trans(exponents) == 255, float("nan"), scales)
-    return tl.reshape(values * scales[:, None, :], (G * 32, R))

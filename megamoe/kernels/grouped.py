@@ -175,7 +175,7 @@ def _build(
     types: Mapping[str, str | None],
     instruction: str,
 ) -> Build:
-    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "NATIVE": tile.native}
+    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     absent = {name: None for name, kind in types.items() if kind is None}
     signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("_stride")]

@@ -60,7 +60,6 @@ def _linear1_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    NATIVE: tl.constexpr,
 ):
     """Program p computes tiles p, p + num_programs, and so on, in the order of `tiles.find`.
 
@@ -90,7 +89,6 @@ def _linear1_kernel(
             ROWS,
             COLUMNS,
             DEPTH,
-            NATIVE,
             OPERAND,
         )
         gate_up = round_to_bf16(tl.trans(total)).to(tl.float32)
@@ -175,7 +173,7 @@ def builds(target: Target) -> list[Build]:
     own: dict[str, str | None] = {"source": "*i32", "weights": "*fp32"}
     kinds: dict[str, dict[str, str | None]] = {
         "mxfp4": {**own, "out": "*u8", "out_scales": "*u8"},
-        "wide": {**own, "source": None, "out": "*bf16", "out_scales": None},
+        "wide": {**own, "out": "*bf16", "out_scales": None},
         "bf16": {**own, "out": "*bf16", "out_scales": None},
     }
     return builds_of(target, _linear1_kernel, "V4-Pro", {"K": 7168, "N": 6144, "LIMIT": 10.0}, kinds)

@@ -37,7 +37,6 @@ def _linear2_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    NATIVE: tl.constexpr,
 ):
     """Program p computes tiles p, p + num_programs, and so on, in the order of `tiles.find`.
 
@@ -65,7 +64,6 @@ def _linear2_kernel(
             ROWS,
             COLUMNS,
             DEPTH,
-            NATIVE,
             OPERAND,
         )
         rows, columns = tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,11 +1,11 @@
 """The product inside a tile: MXFP8 rows by MXFP4 weights, or BF16 by BF16, summed in FP32 in the order of K.
 
 On SM100 and gfx950 `tl.dot_scaled` is the chip's own instruction for E4M3 by E2M1 with a scale per 32. SM90 has none,
-and there both operands become BF16 (`fp4`), which holds E4M3 and E2M1 times a power of two exactly, and BF16 products
-are summed in FP32. FP8 products would do it with E2M1 as E4M3, but the sum of every 32 of K would have to leave the
-matrix unit and be multiplied by two scales: two operations for each result, 256 cycles of a multiprocessor for
-128 x 128 results, where 32 of K take 256 cycles as BF16 and 128 as FP8. Hopper also sums FP8 products in fewer bits
-than FP32 has (DeepSeek-V3 report, section 3.3.2).
+and there both operands become BF16, which holds E4M3 and E2M1 times a power of two exactly, and BF16 products are
+summed in FP32: x beforehand (`widen`), w on its way to the tensor cores (`fp4`). FP8 products would do it with E2M1 as
+E4M3, but the sum of every 32 of K would have to leave the matrix unit and be multiplied by two scales: two operations
+for each result, 256 cycles of a multiprocessor for 128 x 128 results, where 32 of K take 256 cycles as BF16 and 128 as
+FP8. Hopper also sums FP8 products in fewer bits than FP32 has (DeepSeek-V3 report, section 3.3.2).
 """
 
 # K the summed dimension, 32 of it to a scale   N rows of an expert's weight, columns of the result
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megamoe.kernels.fp4 import decode_e2m1, decode_e4m3
+from megamoe.kernels.fp4 import decode_e2m1
 
 
 @triton.jit
@@ -36,7 +36,6 @@ def tile_product(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    NATIVE: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     """A tile [COLUMNS, ROWS] float32 of w[expert] @ x^T: product_mx(), product_wide() where x has no scales, or
@@ -60,54 +59,33 @@ def tile_product(
     else:
         w += first * (K // 2)
         w_scales += first * (K // 32)
-        return product_mx(
-            x, x_scales, w, w_scales, rows * x_stride, rows * x_scale_stride, columns, K, DEPTH, NATIVE, OPERAND
-        )
+        return product_mx(x, x_scales, w, w_scales, rows * x_stride, rows * x_scale_stride, columns, K, DEPTH)
 
 
 @triton.jit
-def product_mx(
-    x,
-    x_scales,
-    w,
-    w_scales,
-    rows,
-    scale_rows,
-    columns,
-    K: tl.constexpr,
-    DEPTH: tl.constexpr,
-    NATIVE: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """[COLUMNS, ROWS] float32 = w [COLUMNS, K] @ x [ROWS, K]^T, by the chip's scaled instruction or decoded to OPERAND.
+def product_mx(x, x_scales, w, w_scales, rows, scale_rows, columns, K: tl.constexpr, DEPTH: tl.constexpr):
+    """[COLUMNS, ROWS] float32 = w [COLUMNS, K] @ x [ROWS, K]^T by the chip's scaled instruction.
 
     x E4M3 and w packed E2M1, both as uint8, and their scales. rows and scale_rows [ROWS]: where each row of x and of
     its scales starts; columns [COLUMNS]: rows of w, which are K / 2 bytes apart and their scales K / 32
         K 64: a row of x all 1 with scale bytes 128, a row of w all codes 1 (0.5) with 127  ->  64 * 1 * 2 * 0.5 = 64
     """
     WHOLE: tl.constexpr = K % DEPTH == 0
-    CODES: tl.constexpr = 2 if NATIVE else 8  # of w that are loaded as one element
-    values, packs, blocks = tl.arange(0, DEPTH), tl.arange(0, DEPTH // CODES), tl.arange(0, DEPTH // 32)
-    if not NATIVE:
-        w = w.to(tl.pointer_type(tl.int32))
+    values, packs, blocks = tl.arange(0, DEPTH), tl.arange(0, DEPTH // 2), tl.arange(0, DEPTH // 32)
     x += rows[None, :] + values[:, None]
     x_scales += scale_rows[:, None] + blocks[None, :]
-    w += columns[:, None] * (K // CODES) + packs[None, :]
+    w += columns[:, None] * (K // 2) + packs[None, :]
     w_scales += columns[:, None] * (K // 32) + blocks[None, :]
     total = tl.zeros((columns.shape[0], rows.shape[0]), tl.float32)
     for k in range(0, K, DEPTH):
         x_part = load_piece(x, values[:, None], K - k, WHOLE)
-        w_part = load_piece(w, packs[None, :], (K - k) // CODES, WHOLE)
+        w_part = load_piece(w, packs[None, :], (K - k) // 2, WHOLE)
         x_exponents = load_piece(x_scales, blocks[None, :], (K - k) // 32, WHOLE)
         w_exponents = load_piece(w_scales, blocks[None, :], (K - k) // 32, WHOLE)
-        if NATIVE:
-            # fast_math: a block of x with scale byte 255 has NaN for values already, none need be put in their place
-            total = tl.dot_scaled(w_part, w_exponents, "e2m1", x_part, x_exponents, "e4m3", total, fast_math=True)
-        else:
-            decoded = decode_e4m3(x_part, x_exponents, OPERAND)
-            total = tl.dot(decode_e2m1(w_part, w_exponents, OPERAND), decoded, total)
+        # fast_math: a block of x with scale byte 255 has NaN for values already, none need be put in their place
+        total = tl.dot_scaled(w_part, w_exponents, "e2m1", x_part, x_exponents, "e4m3", total, fast_math=True)
         x += DEPTH
-        w += DEPTH // CODES
+        w += DEPTH // 2
         x_scales += DEPTH // 32
         w_scales += DEPTH // 32
     return total
@@ -115,7 +93,10 @@ def product_mx(
 
 @triton.jit
 def product_wide(x, w, w_scales, rows, columns, K: tl.constexpr, DEPTH: tl.constexpr, OPERAND: tl.constexpr):
-    """product_mx() of x that is BF16 in the order of the sum (`layout.Wide`), to the same bits."""
+    """product_mx() of x that is BF16 in the order of the sum (`layout.Wide`), by weights decoded to OPERAND.
+
+    OPERAND tl.bfloat16; tl.float32 in the interpreter, which multiplies no BF16
+    """
     WHOLE: tl.constexpr = K % DEPTH == 0
     values, packs, blocks = tl.arange(0, DEPTH), tl.arange(0, DEPTH // 8), tl.arange(0, DEPTH // 32)
     w = w.to(tl.pointer_type(tl.int32))
@@ -136,7 +117,7 @@ def product_wide(x, w, w_scales, rows, columns, K: tl.constexpr, DEPTH: tl.const
 
 @triton.jit
 def product_bf16(x, w, rows, columns, K: tl.constexpr, DEPTH: tl.constexpr, OPERAND: tl.constexpr):
-    """product_mx() of BF16 x and w. OPERAND tl.bfloat16; tl.float32 in the interpreter, which multiplies no BF16."""
+    """product_mx() of BF16 x and w, OPERAND as in product_wide()."""
     WHOLE: tl.constexpr = K % DEPTH == 0
     values = tl.arange(0, DEPTH)
     x += rows[None, :] + values[:, None]

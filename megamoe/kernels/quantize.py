@@ -50,12 +50,6 @@ class Filling:
         bounds = torch.arange(num_tokens + 2, device=tokens.device)
         return cls(num_rows, torch.searchsorted(tokens, bounds), rows[order], tokens)
 
-    @classmethod
-    def each(cls, num_tokens: int, device: torch.device) -> Filling:
-        """Row t holds token t."""
-        bounds = torch.arange(num_tokens + 2, device=device).clamp_(max=num_tokens)
-        return cls(num_tokens, bounds, bounds[:num_tokens], bounds[:num_tokens])
-
 
 @dataclass(frozen=True, slots=True)
 class Tile:

@@ -25,7 +25,6 @@ class Tile:
 
     rows, columns, depth    powers of two; columns a multiple of 64 (32 gates and 32 ups), depth of 32
     num_warps, num_stages   of Triton: warps of a program, steps of K in flight
-    native                  the chip multiplies MXFP8 by MXFP4 itself; else they are decoded to BF16 first
     programs                how many of them a multiprocessor has at once
     options                 of the chip's compiler, as (name, value)
     """
@@ -36,7 +35,6 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 1
     programs: int = 1
-    native: bool = True
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -57,16 +55,15 @@ class Tile:
             "ROWS": self.rows,
             "COLUMNS": self.columns,
             "DEPTH": self.depth,
-            "NATIVE": self.native,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             **dict(self.options),
         }
 
 
-# What multiplies, by the chip's name and the format of the weights. The first two fields of v_mfma are what it gives.
+# What multiplies, by the chip's name and the kind of product. The first two fields of v_mfma are what it gives.
 INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
-    "cuda:90": dict.fromkeys(("mxfp4", "wide", "bf16"), "k16.f32.bf16.bf16"),
+    "cuda:90": dict.fromkeys(("wide", "bf16"), "k16.f32.bf16.bf16"),
     "cuda:100": {
         "mxfp4": "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale",
         "bf16": "tcgen05.mma.cta_group::1.kind::f16",
@@ -78,22 +75,17 @@ INSTRUCTIONS: Mapping[str, Mapping[str, str]] = {
 _MFMA = (("matrix_instr_nonkdim", 16),)
 
 # kind of product -> up to so many rows an expert on average, and the tile; the last one has no bound. The kinds are the
-# formats of the weights, and "wide", MXFP4 weights by widened rows, where a chip has use for it
+# formats of the weights, but for MXFP4 weights that are multiplied by widened rows (`layout.Wide`): "wide"
 Table: TypeAlias = Mapping[str, tuple[tuple[int | None, Tile], ...]]
 
 # by chip; `tuned` has those that were found on a device
 TABLES: Mapping[str, Table] = {
     "cuda:90": {
-        "mxfp4": (
-            (16, Tile(16, 128, 128, num_warps=4, num_stages=4, programs=2, native=False)),
-            (64, Tile(64, 128, 128, num_warps=8, num_stages=4, native=False)),
-            (None, Tile(128, 128, 128, num_warps=8, num_stages=3, native=False)),
-        ),
         "wide": (
-            (16, Tile(16, 128, 128, num_warps=4, num_stages=4, programs=2, native=False)),
-            (64, Tile(64, 128, 128, num_warps=8, num_stages=4, native=False)),
-            (128, Tile(128, 128, 128, num_warps=8, num_stages=3, native=False)),
-            (None, Tile(256, 128, 128, num_warps=8, num_stages=3, native=False)),
+            (16, Tile(16, 128, 128, num_warps=4, num_stages=4, programs=3)),
+            (64, Tile(64, 128, 128, num_warps=4, num_stages=3, programs=2)),
+            (128, Tile(128, 128, 128, num_warps=8, num_stages=3)),
+            (None, Tile(256, 128, 128, num_warps=8, num_stages=3)),
         ),
         "bf16": (
             (16, Tile(16, 128, 64, num_warps=4, num_stages=5, programs=2)),
@@ -125,36 +117,32 @@ TABLES: Mapping[str, Table] = {
             (None, Tile(128, 128, 64, num_warps=8, num_stages=2, options=_MFMA)),
         ),
     },
-    # Triton's interpreter, which has no scaled product in every version
-    "cpu": {
-        "mxfp4": ((None, Tile(16, 128, 128, native=False)),),
-        "wide": ((None, Tile(32, 128, 128, native=False)),),
-        "bf16": ((None, Tile(16, 128, 128)),),
-    },
+    # Triton's interpreter knows all kinds
+    "cpu": dict.fromkeys(("mxfp4", "wide", "bf16"), ((None, Tile(16, 128, 128)),)),
 }
 
 
 def check_table(table: Table) -> None:
     """ValueError where a table lacks a format, its bounds do not rise to none, or its tiles sum in several orders.
 
-    All tiles of a kind share depth, native and options: that keeps a row's bits the same in any company.
+    All tiles of a kind share depth and options: that keeps a row's bits the same in any company.
     """
-    for kind in dict.fromkeys(("mxfp4", "bf16", *table)):
+    for kind in dict.fromkeys(("bf16", "wide" if "wide" in table else "mxfp4", *table)):
         bounds = [bound for bound, _ in table.get(kind, ())]
         if not bounds:
             raise ValueError(f"the table has no tiles for {kind}")
         if bounds[-1] is not None or bounds[:-1] != sorted({bound for bound in bounds if bound is not None}):
             raise ValueError(f"bounds of {kind} must rise and end with none, got {bounds}")
-        orders = {(tile.depth, tile.native, tile.options) for _, tile in table[kind]}
+        orders = {(tile.depth, tile.options) for _, tile in table[kind]}
         if len(orders) > 1:
-            raise ValueError(f"tiles of {kind} must share depth, native and options, got {len(orders)} kinds")
+            raise ValueError(f"tiles of {kind} must share depth and options, got {len(orders)} kinds")
 
 
 def tile_for(table: Table, kind: str, num_rows: int, num_experts: int) -> Tile:
     """The tile for num_rows rows over num_experts experts, were they spread evenly.
 
     The rows of each expert are known on the device alone; any tile is right for any spread.
-        cuda:90, mxfp4, 512 rows, 32 experts  ->  16 rows each: 16x128x128
+        cuda:90, wide, 512 rows, 32 experts  ->  16 rows each: 16x128x128
     """
     rows = -(-num_rows // max(num_experts, 1))
     return next(tile for bound, tile in table[kind] if bound is None or rows <= bound)
