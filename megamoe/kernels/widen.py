@@ -1,9 +1,9 @@
 """Rows of MXFP8 to BF16 in the order of the sum, once, for chips that multiply them as BF16.
 
 Else each tile would decode its rows, and every tile of the same rows again. Compiled for SM90, a step of a tile of 256
-rows and 128 columns is 812 instructions for each scheduler, where the tensor cores need 2048 cycles for it; with rows
-decoded in the tile 128 by 128 was the largest that had the registers, 1070 in 1024, and the tensor cores waited for
-them: there was no matrix instruction in flight while the next step was decoded (Triton 3.9; not timed).
+rows and 128 columns is 722 to 824 instructions for each scheduler, where the tensor cores need 2048 cycles for it. With
+rows decoded in the tile 128 by 128 was the largest that had the registers, 1070 in 1024, and the tensor cores waited
+meanwhile: now one matrix instruction is in flight while the next weights are decoded (Triton 3.9; not timed).
 """
 
 # M rows of x   R rows that are widened   K what is summed over, G = K / 32 blocks of it
