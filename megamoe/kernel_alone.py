@@ -50,8 +50,8 @@ class Alone:
         results[num_slots + 1] = 0
         if num_slots:
             x = _read_as(experts, hidden, workspace, rounds=rounds)
-            rows = RowsByExpert(x, slots.tokens_per_expert, slots.source, slots.weights)
-            run_experts(experts, experts.ids, rows, slots.order, results, workspace)
+            rows = RowsByExpert(x, slots.tokens_per_expert, slots.source, slots.weights, slots.order)
+            run_experts(experts, experts.ids, rows, results, workspace)
         self._findings.note(slots.wrong)
         return reduce_slots(results, slots.positions)
 

@@ -36,6 +36,9 @@ from megamoe.spans import begins, spell_out, to_device
 
 Operand: TypeAlias = MXFP8 | Wide | Tensor
 PAIR_WORDS = 8  # bytes of a word, in which what is said of a pair lies
+# A message's kernel finds no room on a GPU that is full of programs until one has ended: while others send, each does a
+# quarter of the work that it would do alone. A guess until it is measured.
+_TURNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +49,26 @@ class RowsByExpert:
     tokens_per_expert   [experts] int32, n in all; rows beyond are nobody's
     source              [n] int32, in which row of x each row is
     weights             [n] float32
+    goes                [n] int64, which row of the results each row becomes
     """
 
     x: Operand
     tokens_per_expert: Tensor
     source: Tensor
     weights: Tensor
+    goes: Tensor
 
 
 def run_experts(
-    experts: Experts, ids: range, rows: RowsByExpert, goes: Tensor, results: Tensor, workspace: Workspace
+    experts: Experts, ids: range, rows: RowsByExpert, results: Tensor, workspace: Workspace, *, turns: int = 1
 ) -> None:
-    """Both products of the experts `ids`; row r becomes row goes[r], int64, of results [., H] bfloat16."""
-    shape, size = experts.shape, (len(goes), experts.shape.intermediate)
+    """Both products of the experts `ids`, into rows of results [., H] bfloat16. turns as in Grouped."""
+    counts, size = rows.tokens_per_expert, (len(rows.goes), experts.shape.intermediate)
     hidden = take_operand(experts, workspace, "activated", size, results)
-    first = Grouped(rows.x, experts.stack("gate_up", ids), rows.tokens_per_expert, rows.source)
-    grouped_linear1(first, rows.weights, shape.swiglu_limit, hidden)
-    grouped_linear2(Grouped(hidden, experts.stack("down", ids), rows.tokens_per_expert), goes, results)
+    first = Grouped(rows.x, experts.stack("gate_up", ids), counts, rows.source, turns)
+    grouped_linear1(first, rows.weights, experts.shape.swiglu_limit, hidden)
+    second = Grouped(hidden, experts.stack("down", ids), counts, turns=turns)
+    grouped_linear2(second, rows.goes, results)
 
 
 def take_operand(experts: Experts, workspace: Workspace, name: str, shape: tuple[int, int], like: Tensor) -> Operand:
@@ -275,8 +281,9 @@ class KernelCall(CallBase):
     def _run(self, work: Work) -> None:
         said = self._words.index_select(0, self._told[work.rows]).view(torch.int32).view(-1, 2)
         places, weights = said[:, 0].contiguous(), said[:, 1].contiguous().view(torch.float32)
-        rows = RowsByExpert(self._x, self._tokens_per_expert[work.counts], places, weights)
-        run_experts(self._experts, work.experts, rows, self._goes[work.rows], self._results, self._workspace)
+        counts, goes = self._tokens_per_expert[work.counts], self._goes[work.rows]
+        rows = RowsByExpert(self._x, counts, places, weights, goes)
+        run_experts(self._experts, work.experts, rows, self._results, self._workspace, turns=_TURNS)
 
     def combine(self, wave: int) -> None:
         start, num_rows = int(self._wave_starts[wave]), int(self._wave_rows[wave])

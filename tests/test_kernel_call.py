@@ -360,9 +360,10 @@ def queued(group: EPGroup, batch: Batch) -> list[str]:
 def computes(log: list[str]) -> Any:
     from megamoe.kernel_call import run_experts
 
-    def run(*args: Any) -> None:
+    def run(*args: Any, turns: int) -> None:
+        assert turns > 1, "or messages would wait until a kernel has ended"
         log.append("compute")
-        run_experts(*args)
+        run_experts(*args, turns=turns)
 
     return run
 

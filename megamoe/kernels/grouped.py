@@ -33,6 +33,8 @@ class Grouped:
     tokens_per_expert   [e] int32 on the device: rows of each expert, together R at most; rows beyond are nobody's
     source              [R] int32: in which row of x each row is, sorted by expert; None where x is those rows, R = M
                         x = [a, b], source [1, 0, 1]  ->  rows b, a, b
+    turns               how many times as many programs as the device runs at once: other streams' kernels can begin
+                        where one has ended
 
     ValueError where these do not fit together.
     """
@@ -41,6 +43,7 @@ class Grouped:
     weight: MXFP4 | Tensor
     tokens_per_expert: Tensor
     source: Tensor | None = None
+    turns: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.x, MXFP8 | Wide) != isinstance(self.weight, MXFP4):
@@ -89,7 +92,7 @@ class Grouped:
         if not self.num_rows or not num_experts:
             return
         tile = tile or tile_for(table_of(device), self.kind, self.num_rows, num_experts)
-        programs = programs or num_programs(device, tile)
+        programs = programs or num_programs(device, tile) * self.turns
         constants = {
             "K": self._values.shape[1],
             "N": self.num_columns,
