@@ -42,15 +42,19 @@ def weights(sizes: MoEShape, weight_format: str, device: torch.device) -> tuple[
     )
 
 
-def layer(sizes: MoEShape, weight_format: str, device: torch.device, group: EPGroup | None = None) -> MegaMoE:
-    made = empty_layer(sizes, weight_format, device, group)
+def layer(
+    sizes: MoEShape, weight_format: str, device: torch.device, group: EPGroup | None = None, *, waves: int = 1
+) -> MegaMoE:
+    made = empty_layer(sizes, weight_format, device, group, waves=waves)
     made.load_experts(*weights(sizes, weight_format, device))
     return made
 
 
-def empty_layer(sizes: MoEShape, weight_format: str, device: torch.device, group: EPGroup | None = None) -> MegaMoE:
+def empty_layer(
+    sizes: MoEShape, weight_format: str, device: torch.device, group: EPGroup | None = None, *, waves: int = 1
+) -> MegaMoE:
     wire = DISPATCH_FORMATS[weight_format]
-    return MegaMoE(sizes, group, weight_format=weight_format, dispatch_format=wire, device=device)
+    return MegaMoE(sizes, group, weight_format=weight_format, dispatch_format=wire, waves=waves, device=device)
 
 
 @dataclass(frozen=True, slots=True)

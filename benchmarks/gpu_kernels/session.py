@@ -17,6 +17,7 @@ from benchmarks.gpu_kernels.layer import LayerBench, layer_checks
 from benchmarks.gpu_kernels.operands import Shape
 from benchmarks.gpu_kernels.page import write
 from benchmarks.gpu_kernels.products import PRODUCT_PARTS, Bench
+from benchmarks.gpu_kernels.ranks import rank_checks
 from benchmarks.gpu_kernels.results import PARTS, Check, Results, Row
 from megamoe.kernels import tuned
 from megamoe.kernels.targets import chip_of
@@ -64,7 +65,7 @@ class Session:
             if parts:
                 self._measure(parts, lambda shape: products_of(shape, self.clock, ceilings, parts))
             if "layer" in self.asked.parts:
-                self._check(layer_checks(self.clock.device))
+                self._check((*layer_checks(self.clock.device), *rank_checks(self.clock.device)))
                 self._measure(("layer",), lambda shape: LayerBench.made(shape, self.clock, ceilings).measure)
         except Exception as error:  # noqa: BLE001  what was found before may not be lost
             self.results.check(Check("the run", False, first_line(error)))
