@@ -182,8 +182,8 @@ def test_json_holds_every_point_and_the_fit(tmp_path: Path) -> None:
     report: dict[str, Any] = json.loads(done.stdout)
     assert report["identical"] is True
     assert (report["hidden"], report["intermediate"], report["points"]) == (64, [32], [1.0])
-    # of 6 experts on 2 ranks, top-2: 3 of 15 choices have none on the other rank; a row is 64 + 2, filled up to 68
-    assert report["bytes_per_row"] == pytest.approx(8 + 68 * (1 - 3 / 15) + 128)
+    # of 6 experts on 2 ranks, top-2: 3 of 15 choices have none on the other rank; a row is 64 + 2, filled up to 80
+    assert report["bytes_per_row"] == pytest.approx(8 + 80 * (1 - 3 / 15) + 128)
     assert report["f_remote"] == 0.5
     (curve,) = report["curves"]
     assert curve["turn"] is None
