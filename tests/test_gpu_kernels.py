@@ -66,7 +66,7 @@ def test_everything_is_checked_and_measured(tmp_path: Path) -> None:
     code, printed, written = command(tmp_path / "page.md", "--rows", "17")
     assert code == 0, printed
     assert (written["device"], written["chip"], written["tiles"]) == ("cpu", "cpu", "of its chip")
-    assert [check["passed"] for check in written["checks"]] == [True] * 7
+    assert [check["passed"] for check in written["checks"]] == [True] * 9
     rows = {(row["part"], row["rows_per_expert"], row["what"]): row for row in written["rows"]}
     assert set(rows) == {(part, 17, what) for part in PARTS for what in PARTS[part]}
     for (part, _, what), row in rows.items():

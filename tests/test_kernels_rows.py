@@ -51,8 +51,7 @@ def on_the_wire(tokens: Tensor, index: Tensor) -> Tensor:
     return by_kernel
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5, MANY_TOKENS])
-@pytest.mark.parametrize("hidden", [96, 2880])
+@pytest.mark.parametrize(("num_tokens", "hidden"), [(0, 96), (1, 2880), (5, 96), (MANY_TOKENS, 96)])
 @interpreted
 def test_without_a_filling_a_token_is_in_its_own_row_and_widened_it_has_the_same_values(
     num_tokens: int, hidden: int
