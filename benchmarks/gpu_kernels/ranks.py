@@ -86,13 +86,13 @@ class ThreadTransfer:
             queued = torch.cuda.Event()  # type: ignore[no-untyped-call]
             queued.record()
         mine, room = self._transport.rank, self._transport.room
-        for peer, piece in enumerate(rows.split(list(counts))):
+        for peer, piece in enumerate(torch.split(rows, list(counts))):
             if len(piece):
                 room.box(self._label, mine, peer).put((piece, queued))
 
     def wait(self) -> None:
         mine, room = self._transport.rank, self._transport.room
-        for peer, place in enumerate(self._receive.split(self._counts)):
+        for peer, place in enumerate(torch.split(self._receive, self._counts)):
             if len(place):
                 piece, queued = room.box(self._label, peer, mine).get(timeout=_DEADLINE_S)
                 if queued is not None:
@@ -112,7 +112,7 @@ def outputs_of(weight_format: str, waves: int, parts: Sequence[Inputs], device: 
             group = EPGroup(rank, room.size, ThreadTransport(room, rank), _DEADLINE_S)
             made = layer(CHECKED, weight_format, device, group, waves=waves)
             with _stream_of_its_own(device):
-                out = made(*parts[rank])
+                out: Tensor = made(*parts[rank])
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
         except BaseException:
@@ -142,7 +142,7 @@ def check_ranks(weight_format: str, device: torch.device) -> Check:
     wanted = layer(CHECKED, weight_format, device)(*given)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    parts = list(zip(*(each.split(_TOKENS) for each in given), strict=True))
+    parts = list(zip(*(torch.split(each, _TOKENS) for each in given), strict=True))
     wrong = [
         waves for waves in _WAVES if not torch.equal(torch.cat(outputs_of(weight_format, waves, parts, device)), wanted)
     ]
