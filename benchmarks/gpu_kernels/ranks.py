@@ -22,7 +22,7 @@ from megamoe import EPGroup
 from megamoe.parallel.transport import Label
 
 _DEADLINE_S = 60.0
-_TOKENS = (20, 13)  # of each rank
+_TOKENS = [20, 13]  # of each rank
 _WAVES = (1, 3)
 # where each piece lies, and what is queued by then
 Letter = tuple[Tensor, "torch.cuda.Event | None"]
