@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megamoe.experts import Experts
 from megamoe.formats import dequantize_mxfp8
-from megamoe.kernel_call import Operand, RowsByExpert, run_experts, take_mxfp8
+from megamoe.kernel_experts import Operand, RowsByExpert, run_experts, take_mxfp8
 from megamoe.kernels.layout import Wide
 from megamoe.kernels.targets import reads_wide
 from megamoe.ops import quantize, reduce_slots, route_slots

@@ -6,87 +6,35 @@ them: Linear-1 reads each where it arrived, and Linear-2 writes each where it le
 the counts, and is told to the device as spans.
 """
 
-# T tokens of this rank   H hidden   I intermediate   P ranks   W waves   N rows this rank sends   B bytes of such a row
+# T tokens of this rank   H hidden   P ranks   W waves   N rows this rank sends   B bytes of such a row
 # G rows that others send here, and get back   n rows of a step, by expert   J spans
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megamoe.call import CallBase, CallRecord, Parts
-from megamoe.experts import Experts
-from megamoe.formats import BLOCK, MXFP8
-from megamoe.kernels.grouped import Grouped
+from megamoe.formats import MXFP8
+from megamoe.kernel_experts import Operand, RowsByExpert, run_experts, take_operand
 from megamoe.kernels.layout import Wide
 from megamoe.kernels.quantize import Filling
 from megamoe.kernels.targets import reads_wide
-from megamoe.ops import grouped_linear1, grouped_linear2, quantize, reduce_slots, widen
+from megamoe.ops import quantize, reduce_slots, widen
 from megamoe.parallel.streams import Stopwatch
 from megamoe.parallel.transport import Label
-from megamoe.parallel.workspace import Workspace
 from megamoe.planner.schedule import Step
 from megamoe.rows import Route
 from megamoe.slabs import Array
 from megamoe.spans import begins, spell_out, to_device
 
-Operand: TypeAlias = MXFP8 | Wide | Tensor
-PAIR_WORDS = 8  # bytes of a word, in which what is said of a pair lies
+WORD_BYTES = 8  # of a word, in which what is said of a pair lies
 # A message's kernel finds no room on a GPU that is full of programs until one has ended: while others send, each does a
 # quarter of the work that it would do alone. A guess until it is measured.
 _TURNS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class RowsByExpert:
-    """Rows sorted by expert, without being moved for it.
-
-    x                   [M, H] as take_operand() has it
-    tokens_per_expert   [experts] int32, n in all; rows beyond are nobody's
-    source              [n] int32, in which row of x each row is
-    weights             [n] float32
-    goes                [n] int64, which row of the results each row becomes
-    """
-
-    x: Operand
-    tokens_per_expert: Tensor
-    source: Tensor
-    weights: Tensor
-    goes: Tensor
-
-
-def run_experts(
-    experts: Experts, ids: range, rows: RowsByExpert, results: Tensor, workspace: Workspace, *, turns: int = 1
-) -> None:
-    """Both products of the experts `ids`, into rows of results [., H] bfloat16. turns as in Grouped."""
-    counts, size = rows.tokens_per_expert, (len(rows.goes), experts.shape.intermediate)
-    hidden = take_operand(experts, workspace, "activated", size, results)
-    first = Grouped(rows.x, experts.stack("gate_up", ids), counts, rows.source, turns)
-    grouped_linear1(first, rows.weights, experts.shape.swiglu_limit, hidden)
-    second = Grouped(hidden, experts.stack("down", ids), counts, turns=turns)
-    grouped_linear2(second, rows.goes, results)
-
-
-def take_operand(experts: Experts, workspace: Workspace, name: str, shape: tuple[int, int], like: Tensor) -> Operand:
-    """What the experts' products read, of that shape, in the workspace's buffers of that name.
-
-    bfloat16 for BF16 weights; for MXFP4 weights MXFP8, or Wide where the chip multiplies no MXFP8
-    """
-    if not experts.packed:
-        return workspace.take(name, shape, like, torch.bfloat16)
-    return take_mxfp8(workspace, name, shape, like, wide=reads_wide(like.device))
-
-
-def take_mxfp8(workspace: Workspace, name: str, shape: tuple[int, int], like: Tensor, *, wide: bool) -> MXFP8 | Wide:
-    """MXFP8 of that shape, or the same widened, in the workspace's buffers of that name."""
-    if wide:
-        return Wide(workspace.take(name, shape, like, torch.bfloat16))
-    values = workspace.take(name, shape, like, torch.uint8).view(torch.float8_e4m3fn)
-    return MXFP8(values, workspace.take((name, "scales"), (shape[0], shape[1] // BLOCK), like, torch.uint8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +112,7 @@ class KernelCall(CallBase):
         """Tells the device where rows are and go, and fills the slabs and this rank's part of the inbox."""
         slabs, rank, route = self._slabs, self._rank, self._route
         self._works, spans = self._plan_steps()
-        words = self._wire.row_bytes // PAIR_WORDS
+        words = self._wire.row_bytes // WORD_BYTES
         pairs = np.append(slabs.pairs[rank].ravel(), self._own.sum())
         told_at = np.append(self._slab_starts.ravel(), self._num_sent) * words
         fresh = slabs.fresh[rank].ravel()
@@ -204,7 +152,7 @@ class KernelCall(CallBase):
 
     def _firsts(self, step: Step, counts: Array) -> tuple[Array, Array]:
         """Of the rows of each source and expert, like counts: the first one's word, and its row of the results."""
-        words, route, wave = self._wire.row_bytes // PAIR_WORDS, self._route, step.wave
+        words, route, wave = self._wire.row_bytes // WORD_BYTES, self._route, step.wave
         ids, first = self._experts_of(step), self._experts.ids.start
         starts = np.asarray(route.local_starts[ids.start - first : ids.stop - first], np.int64)[None]
         told, goes = self._num_sent * words + starts - route.local_starts[0], self._num_home + starts

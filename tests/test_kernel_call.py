@@ -358,7 +358,7 @@ def queued(group: EPGroup, batch: Batch) -> list[str]:
 
 
 def computes(log: list[str]) -> Any:
-    from megamoe.kernel_call import run_experts
+    from megamoe.kernel_experts import run_experts
 
     def run(*args: Any, turns: int) -> None:
         assert turns > 1, "or messages would wait until a kernel has ended"
