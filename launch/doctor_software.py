@@ -13,7 +13,7 @@ import torch
 import megamoe
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices
 from megamoe.launch.doctor_check import Check, Examination, LookAt, gib, plural
-from megamoe.ops import matmul_dtype
+from megamoe.ops import has_kernels, matmul_dtype
 
 LEAST_TORCH, LEAST_RAY = (2, 11), (2, 40)
 _TRITONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-ascend")
@@ -100,7 +100,16 @@ def cpu_instructions(_: Examination) -> Check:
     return Check.ok("cpu instructions", f"{', '.join(found) or 'none for BF16'}: products in {products}")
 
 
-LOOK_AT: tuple[LookAt, ...] = (python, torch_version, triton, ray, devices, driver, cpu_instructions)
+def experts(examination: Examination) -> Check:
+    """What computes the experts on the devices that ranks are to use. A fact, not a fault."""
+    name = examination.device
+    if not num_devices(name):
+        return Check.ok("experts", f"there is no {name} to compute them")
+    kernels = has_kernels(torch.device(device_of(name, 0)))
+    return Check.ok("experts", f"{'Triton kernels' if kernels else 'torch'} on {name}")
+
+
+LOOK_AT: tuple[LookAt, ...] = (python, torch_version, triton, ray, devices, driver, cpu_instructions, experts)
 
 
 def parse_version(text: str) -> tuple[int, ...]:

@@ -296,6 +296,15 @@ def test_tables_of_any_number_of_ranks_fit_80_columns(size: int, capsys: pytest.
 # ---- device types ----
 
 
+def test_what_computes_the_experts_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor_software.experts(CPU).found == "torch on cpu"
+    assert doctor_software.experts(Examination(2, "npu")).found == "there is no npu to compute them"
+    monkeypatch.setattr(doctor_software, "num_devices", lambda _: 1)
+    for kernels, said in ((True, "Triton kernels on cuda"), (False, "torch on cuda")):
+        monkeypatch.setattr(doctor_software, "has_kernels", lambda _, found=kernels: found)
+        assert doctor_software.experts(Examination(2, "cuda")).found == said
+
+
 def test_every_backend_has_a_device_type_and_every_device_type_its_names() -> None:
     assert {name: kind.backend for name, kind in DEVICE_TYPES.items()} == BACKENDS
     assert [kind.ray_resource for kind in DEVICE_TYPES.values()] == ["CPU", "GPU", "NPU"]
