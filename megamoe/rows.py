@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megamoe.parallel.workspace import Workspace
 from megamoe.slabs import Array, Slabs
-from megamoe.spans import begins, to_device
+from megamoe.spans import begins, chosen, spread, to_device
 from megamoe.waves import WavePlan
 
 
@@ -110,7 +110,7 @@ class _Sending:
     """What counts say of the rows that leave, a span for each (wave, receiver) that gets any.
 
     ranks, pairs [J]   receiver and rows of each span
-    bases [J]          row of the receiver's inbox where its tokens lie, less the tokens that go along before them
+    bases [J]          row of the receiver's inbox before its tokens, less the tokens that go along before them
     size, num_fresh    P, and tokens that go along in all
     """
 
@@ -130,7 +130,7 @@ class _Sending:
         waves, ranks = np.asarray(travelling, np.int64).reshape(-1, 2).T
         fresh = slabs.fresh[ep_rank, waves, ranks]
         # the n-th fresh token of all is some row behind the start of its slab's tokens, and where that is is known
-        bases = slabs.starts[ranks, waves, ep_rank] + slabs.heads[ep_rank, waves, ranks] - begins(fresh)
+        bases = slabs.starts[ranks, waves, ep_rank] + slabs.heads[ep_rank, waves, ranks] - begins(fresh) - 1
         return cls(ranks, slabs.pairs[ep_rank, waves, ranks], bases, slabs.pairs.shape[0], int(fresh.sum()))
 
     def once(self, tokens: Tensor, num_tokens: int, told: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -141,16 +141,15 @@ class _Sending:
         if not len(tokens):
             return tokens, tokens.to(torch.int32)
         pairs, of_spans = told
-        peers, bases = torch.repeat_interleave(of_spans, pairs, dim=1, output_size=len(tokens))
+        peers, bases = spread(of_spans, pairs, len(tokens))
         index, key = torch.arange(len(tokens), device=tokens.device), tokens * self.size + peers
         first = torch.full((num_tokens * self.size,), len(tokens), device=tokens.device)
         first.scatter_reduce_(0, key, index, "amin")
         first = first[key]  # [n] the row that brings each row's token
         brings = first == index
-        number = brings.cumsum(0) - 1
-        fresh = tokens.new_empty(self.num_fresh + 1)  # the last is where tokens that are there already are put aside
-        fresh.scatter_(0, torch.where(brings, number, self.num_fresh), tokens)
-        return fresh[: self.num_fresh], (bases + number)[first].to(torch.int32)
+        number = brings.cumsum(0)
+        fresh = chosen(tokens, brings, number, self.num_fresh)
+        return fresh, (bases + number)[first].to(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

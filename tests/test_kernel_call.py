@@ -89,11 +89,13 @@ def sweep(group: EPGroup, batch: Batch, shares: list[slice], all_to_all: bool) -
     if all_to_all:
         group = with_all_to_all(group)
     mine, out = batch.part(shares[group.rank]), {}
-    for weights, wire in FORMATS:
-        for waves in WAVES:
-            layer = layer_of(SHAPE, group, weight_format=weights, dispatch_format=wire, waves=waves)
-            for _ in range(2):  # the second time in buffers that hold the first
-                out[weights, wire, str(waves)] = layer(mine.hidden, mine.ids, mine.weights)
+    copied = mock.patch("megamoe.spans.on_host", return_value=not all_to_all)  # as a GPU is told, and tells
+    with copied, mock.patch("torch.cuda.current_stream"):
+        for weights, wire in FORMATS:
+            for waves in WAVES:
+                layer = layer_of(SHAPE, group, weight_format=weights, dispatch_format=wire, waves=waves)
+                for _ in range(2):  # the second time in buffers that hold the first
+                    out[weights, wire, str(waves)] = layer(mine.hidden, mine.ids, mine.weights)
     return out
 
 
@@ -285,8 +287,10 @@ def waited_for(group: EPGroup, batch: Batch) -> list[str]:
         waits.found = ["counts"]  # what was waited for before was for these, or the host's own
         return plan_waves(*args)
 
-    with no_kernels(), mock.patch("megamoe.layer.plan_waves", known), waits:
-        layer(batch.hidden, batch.ids, batch.weights)
+    copied = mock.patch("megamoe.spans.on_host", return_value=False)
+    with copied, mock.patch("torch.cuda.current_stream"), no_kernels():
+        with mock.patch("megamoe.layer.plan_waves", known), waits:
+            layer(batch.hidden, batch.ids, batch.weights)
     return waits.found
 
 
