@@ -288,9 +288,9 @@ def waited_for(group: EPGroup, batch: Batch) -> list[str]:
         return plan_waves(*args)
 
     copied = mock.patch("megamoe.spans.on_host", return_value=False)
-    with copied, mock.patch("torch.cuda.current_stream"), no_kernels():
-        with mock.patch("megamoe.layer.plan_waves", known), waits:
-            layer(batch.hidden, batch.ids, batch.weights)
+    after = mock.patch("megamoe.layer.plan_waves", known)
+    with copied, mock.patch("torch.cuda.current_stream"), no_kernels(), after, waits:
+        layer(batch.hidden, batch.ids, batch.weights)
     return waits.found
 
 
