@@ -46,8 +46,8 @@ class Alone:
         slots = route_slots(topk_ids, topk_weights, experts.shape.num_experts)
         # a slot's result lies in the slot's row; then a row for ids that there are not, and one for masked slots
         results = workspace.take("results", (num_slots + 2, hidden.shape[1]), hidden)
-        results[num_slots] = torch.nan
-        results[num_slots + 1] = 0
+        results[num_slots].fill_(torch.nan)
+        results[num_slots + 1].zero_()
         if num_slots:
             x = _read_as(experts, hidden, workspace, rounds=rounds)
             rows = RowsByExpert(x, slots.tokens_per_expert, slots.source, slots.weights, slots.order)
