@@ -47,7 +47,7 @@ def _offset(name: str) -> int:
     return int(fields[name][1])
 
 
-_MAGIC = 0x4D4D0002  # "MM", and the version of this layout
+_MAGIC = 0x4D4D0003  # "MM", and the version of this layout and the wire's
 _COMPARED = (
     "layer",
     "call",

@@ -4,7 +4,7 @@ Nothing here waits, and sizes follow from T alone, so a CUDA graph can be captur
 tokens and another routing. What is wrong with ids or weights can therefore be told only later: see `Findings`.
 """
 
-# T tokens   H hidden   K experts per token   E experts   R = T * K slots, masked ones included
+# T tokens   H hidden   K experts per token, so T * K slots
 
 from __future__ import annotations
 
@@ -79,9 +79,12 @@ class Findings:
         self._here.copy_(self._there, non_blocking=True)
 
     def take(self) -> bool:
-        """Whether anything was found since this was last asked, as far as the device has come."""
+        """Whether anything was found since this was last asked, as far as the device has come.
+
+        Where something was, the device is waited for: a copy that is still queued would tell the same once more. While
+        a graph is captured nothing can be waited for, and it is told again.
+        """
         found = bool(self._here.item())
-        if found:
-            self._here.zero_()
-            self._there.zero_()
+        if found and not (self._there.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._here.copy_(self._there.zero_())
         return found

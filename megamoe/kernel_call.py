@@ -65,8 +65,8 @@ class Spans:
 class KernelCall(CallBase):
     """One call in flight.
 
-    rows      [sent, 1 + T + arriving, B] uint8 in one piece: slabs that this rank sends, by wave and receiver; what is
-              said of its own pairs, as in a slab's head; its inbox, which begins with its own tokens
+    rows      [., B] uint8 in one piece: the slabs that this rank sends, by wave and receiver; what is said of its own
+              pairs, as in a slab's head; its inbox, which begins with its own tokens
     results   [G + N + 1, H] bfloat16: what goes home, by wave and sender; what has come home or never left
     """
 
@@ -220,6 +220,7 @@ class KernelCall(CallBase):
         if step.arrived:
             with self._record.timing("waiting_s"):
                 self._dispatches[step.wave].wait()
+        # one lane for both products, which the host queues in one go
         with self._watch, self._notes.lane("linear-1", step.wave, work.rows.stop - work.rows.start):
             if step.arrived:
                 self._convert(self._arriving_rows(step.wave))

@@ -1,7 +1,7 @@
 """Where a device's work is queued: compute in the caller's stream, messages in one beside it, both at once.
 
 A message waits for what it sends and for nothing else, and compute for what it reads. On a CPU there are no queues, and
-everything here does nothing.
+only the stopwatch does anything.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ cases go through the kernels themselves, in Triton's interpreter.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -444,6 +445,37 @@ def test_a_rank_alone_is_told_of_wrong_values_by_the_next_call_and_goes_on() -> 
     masked = batch.weights.masked_fill(batch.ids < 0, torch.nan)
     assert torch.equal(layer(batch.hidden, batch.ids, masked), expected)
     assert torch.equal(layer(batch.hidden, batch.ids, batch.weights), expected), "a masked slot may have any weight"
+
+
+def test_what_was_found_is_told_once_though_a_copy_of_it_was_still_queued() -> None:
+    """A GPU's copies to the host arrive in their order, and some after the host has looked."""
+    findings = load_findings()(CPU)
+    queued: list[Callable[[], object]] = []
+    here, arrive = findings._here, findings._here.copy_
+
+    def later(there: Tensor, non_blocking: bool = False) -> None:
+        queued.append(partial(arrive, there.clone()))
+        if not non_blocking:  # what the host waits for, all that was queued before it included
+            while queued:
+                queued.pop(0)()
+
+    findings._here = mock.Mock(item=here.item, copy_=later, zero_=here.zero_)
+    findings.note(torch.tensor([1]))
+    findings.note(torch.tensor([0]))
+    assert not findings.take(), "nothing has arrived"
+    queued.pop(0)()
+    assert findings.take()
+    assert not queued
+    assert not findings.take()
+    findings.note(torch.tensor([0]))
+    queued.pop(0)()
+    assert not findings.take()
+
+
+def load_findings() -> Any:
+    from megamoe.kernel_alone import Findings
+
+    return Findings
 
 
 def one_wrong(group: EPGroup, batch: Batch) -> str:
