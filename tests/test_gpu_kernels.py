@@ -516,6 +516,8 @@ def test_without_a_gpu_and_a_page_there_is_nothing_to_do(
         (["--shapes", "V4-Flush"], "no shape is called 'V4-Flush'; there are V4-Flash, V4-Pro, Qwen3-235B"),
         (["--only", "linear3"], "no part is called 'linear3'; there are linear1, linear2, both, layer"),
         (["--rows", "8,0"], "--rows must be at least 1, got 0"),
+        (["--rows", "8,many"], "--rows must be numbers, separated by commas, got '8,many'"),
+        (["--write", "/no/such/folder/page.md"], "--write: there is no folder /no/such/folder"),
         (["--repeats", "3"], "--repeats must be at least 7, got 3"),
         (["--minutes", "0"], "--minutes must be positive, got 0"),
     ],

@@ -122,7 +122,6 @@ def cells(row: Row, over: list[str]) -> tuple[str, ...]:
 
 def write(results: Results, repeats: int, path: Path) -> None:
     """The page, and the JSON in the folder data beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(results, repeats))
     beside = path.parent / "data" / f"{path.stem}.json"
     beside.parent.mkdir(exist_ok=True)

@@ -75,7 +75,12 @@ def _asked(options: argparse.Namespace) -> Asked:
     """ValueError for what cannot be measured."""
     shapes = {shape.name: shape for shape in SHAPES}
     names = _names(options.shapes, list(shapes), "shape") or (TUNED_ON if options.tune else tuple(shapes))
-    rows = tuple(int(each) for each in options.rows.split(",")) if options.rows else ROWS
+    try:
+        rows = tuple(int(each) for each in options.rows.split(",")) if options.rows else ROWS
+    except ValueError:
+        raise ValueError(f"--rows must be numbers, separated by commas, got {options.rows!r}") from None
+    if options.write and not options.write.absolute().parent.is_dir():
+        raise ValueError(f"--write: there is no folder {options.write.parent}")
     if min(rows) < 1:
         raise ValueError(f"--rows must be at least 1, got {min(rows)}")
     if options.repeats < LEAST_REPEATS:
