@@ -470,6 +470,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     """The page of the documented command where there is no GPU."""
     monkeypatch.setattr(run, "found_device", lambda: None)
     monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
     assert run.main(["--write", "docs/gpu_kernels.md"]) == 0
     assert "nothing was run" in capsys.readouterr().err
     return tmp_path / "docs"
