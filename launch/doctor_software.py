@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import re
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import megamoe
+from megamoe.kernels.cpu.library import KernelWarning, find
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices
 from megamoe.launch.doctor_check import Check, Examination, LookAt, gib, plural
-from megamoe.ops import has_kernels, matmul_dtype
+from megamoe.ops import has_kernels
 
 LEAST_TORCH, LEAST_RAY = (2, 11), (2, 40)
 _TRITONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-ascend")
@@ -93,20 +95,33 @@ def driver(_: Examination) -> Check:
 
 
 def cpu_instructions(_: Examination) -> Check:
-    """What the CPU multiplies in, as the layer's operations decide it. A fact, not a fault."""
+    """Which instructions for BF16 the CPU has. A fact, not a fault."""
     features = torch.cpu.get_capabilities()
     found = [name for feature, name in _INSTRUCTIONS.items() if features.get(feature)]
-    products = "BF16" if matmul_dtype(torch.device("cpu")) == torch.bfloat16 else "FP32"
-    return Check.ok("cpu instructions", f"{', '.join(found) or 'none for BF16'}: products in {products}")
+    return Check.ok("cpu instructions", ", ".join(found) or "none for BF16")
 
 
 def experts(examination: Examination) -> Check:
-    """What computes the experts on the devices that ranks are to use. A fact, not a fault."""
+    """What computes the experts on the devices that ranks are to use."""
     name = examination.device
     if not num_devices(name):
         return Check.ok("experts", f"there is no {name} to compute them")
+    if name == "cpu":
+        return _cpu_kernels()
     kernels = has_kernels(torch.device(device_of(name, 0)))
     return Check.ok("experts", f"{'Triton kernels' if kernels else 'torch'} on {name}")
+
+
+def _cpu_kernels() -> Check:
+    """The path of the CPU's kernels, compiled here if it was not, and why a better one is not used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelWarning)
+        library, reasons = find(None)
+    said = f"; not {', '.join(reasons)}" if reasons else ""
+    if library is None:
+        fix = "install a C++ compiler: apt-get install g++, or point CXX at one"
+        return Check("experts", "warn", f"torch on cpu, slower{said}", fix)
+    return Check.ok("experts", f"kernels {library.path.name} on cpu, sums in order {library.path.arithmetic}{said}")
 
 
 LOOK_AT: tuple[LookAt, ...] = (python, torch_version, triton, ray, devices, driver, cpu_instructions, experts)

@@ -1,7 +1,7 @@
 """One call of the layer in flight: its rows, its buffers and its transfers. The layer's forward says in what order."""
 
 # T tokens of this rank   H hidden   P ranks   e experts of this rank   N rows this rank sends   B bytes of such a row
-# R rows that arrive in a wave   n rows that are computed, padding included
+# R rows that a step computes
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megamoe.experts import Experts
+from megamoe.kernels.cpu.library import Rows as RowsByExpert
 from megamoe.ops import reduce_slots
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import CallNotes, Notes
@@ -24,7 +25,7 @@ from megamoe.parallel.transport import Label, Transfer, Transport
 from megamoe.parallel.watch import WatchedTransport
 from megamoe.planner.pace import Pace
 from megamoe.planner.schedule import Step, schedule
-from megamoe.rows import Route, arrange
+from megamoe.rows import Route, by_expert
 from megamoe.slabs import Array, Slabs
 from megamoe.waves import WavePlan
 from megamoe.wire import Wire
@@ -270,25 +271,20 @@ class Call(CallBase):
         return out
 
     def _run(self, rows: Rows, place: Hashable, wave: int) -> Tensor:
-        """Results [R, H] bfloat16 in the rows' order, in the workspace's buffer called `place` or of their own."""
+        """Results [R, H] bfloat16 in the rows' order, in the workspace's buffer called `place`."""
         if not len(rows.places):
             return self._results[:0]
-        take, results, lane = self._workspace.take, self._results, self._notes.lane
-        arranged = arrange(rows.counts, self._experts.row_multiple, results.device)
-        groups = self._experts.groups(rows.experts, arranged.padded_rows)
-        shape, num_rows = (len(arranged.gather), results.shape[1]), len(arranged.back)
+        experts, workspace, lane, num_rows = self._experts, self._workspace, self._notes.lane, len(rows.places)
+        order = torch.from_numpy(by_expert(rows.counts)).to(self._results.device)
+        counts = torch.from_numpy(rows.counts.sum(0))
         with lane("linear-1", wave, num_rows):
             if not self._own_decoded:
                 self._wire.decode(self._encoded, self._tokens[: self._num_tokens])
                 self._own_decoded = True
-            order = rows.places.index_select(0, arranged.gather)
-            tokens = torch.index_select(self._tokens, 0, order, out=take("gathered", shape, results))
-            weights = rows.weights.index_select(0, arranged.gather)
-            gate_up = self._experts.linear1(tokens, groups, self._workspace)
+            tokens = RowsByExpert(self._tokens, counts, rows.places.index_select(0, order))
+            gate_up = experts.linear1(tokens, rows.experts, workspace)
         with lane("activation", wave, num_rows):
-            hidden = self._experts.activation(gate_up, weights, self._workspace)
+            hidden = experts.activation(gate_up, rows.weights.index_select(0, order), workspace)
         with lane("linear-2", wave, num_rows):
-            out = self._experts.linear2(hidden, groups, place if arranged.in_place else "computed", self._workspace)
-            if arranged.in_place:
-                return out[:num_rows]
-            return torch.index_select(out, 0, arranged.back, out=take(place, (num_rows, shape[1]), results))
+            out = workspace.take(place, (num_rows, self._results.shape[1]), self._results)
+            return experts.linear2(RowsByExpert(hidden, counts), rows.experts, out, order, workspace)

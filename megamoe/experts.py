@@ -1,61 +1,44 @@
 """This rank's experts: weights as they are held, and the arithmetic of rows that are sorted by expert."""
 
-# E experts in all   e experts of this rank   H hidden   I intermediate   n rows, each expert's padded
+# E experts in all   e experts of this rank   H hidden   I intermediate   M rows of x   n rows
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megamoe.formats import BLOCK, MXFP4, MXFP4_MAX_SCALE, dequantize_mxfp4, quantize_mxfp4
-from megamoe.kernels.layout import interleave_gate_up, separate_gate_up
-from megamoe.ops import (
-    PREPARED_ROWS,
-    activate,
-    can_prepare,
-    has_kernels,
-    linear,
-    linear_prepared,
-    matmul_dtype,
-    prepare,
-    row_multiple,
-    silu_table,
-)
+from megamoe.formats import MXFP4, MXFP4_MAX_SCALE, dequantize_mxfp4, quantize_mxfp4
+from megamoe.kernels.cpu.library import Rows
+from megamoe.ops import activate, has_kernels, silu_table
 from megamoe.parallel.workspace import Workspace
+from megamoe.products import DEQUANTIZED, Held, KernelProducts, products_of
 from megamoe.shape import MoEShape
+from megamoe.weights import SCALES, VALUES, InTurns, Matrix
 
 WEIGHT_FORMATS = ("mxfp4", "bf16")
-# What decoding one expert's weights costs, in rows of its matrix products. Measured on one Zen 4 core, 2026-11-24:
-# some 0.5 ns a value of MXFP4, 9 ps a multiply-add.
-_DECODE_ROWS = 55.0
-# The same for kernels, which read packed weights from memory a second time: computed, for an H100 at 3.35 TB/s and 400
-# TFLOP/s, and not measured. H and I cancel out.
+# What kernels of a GPU pay for reading packed weights from memory a second time, in rows of an expert's products:
+# computed, for an H100 at 3.35 TB/s and 400 TFLOP/s, and not measured. H and I cancel out.
 _READ_ROWS = 30.0
+_HELD = "held"
 Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
-RowGroups = list[tuple[slice, int]]
 
 
 class Experts(nn.Module):
     """The experts [first, first + e) of a layer.
 
-    mxfp4   gate_up uint8 [e, 2I, H/2] + scales [e, 2I, H/32], down uint8 [e, H, I/2] + scales [e, H, I/32]:
-            packed, dequantised one matrix at a time into a buffer that all layers of a group share.
-            keep_dequantized=True also keeps a BF16 copy (3 * H * I * 2 bytes an expert more) and saves that time.
-    bf16    gate_up bfloat16 [e, 2I, H], down bfloat16 [e, H, I]; on CPUs that multiply BF16 each matrix is held as
-            their product reads it, and the state dict has it as it was
+    Their weights belong to this rank alone. They are neither parameters nor buffers, so that nothing that broadcasts,
+    averages, compares, casts or moves those touches them. A state dict has them as they come, and says whose they are:
 
-    Where the device runs Triton kernels (`grouped`) gate_up has gate and up rows in turns, and the state dict has them
-    as they were; the kernels decode on the way, so keep_dequantized is refused.
+    mxfp4   gate_up uint8 [e, 2I, H/2] + gate_up_scales [e, 2I, H/32], down uint8 [e, H, I/2] + down_scales [e, H, I/32]
+    bf16    gate_up bfloat16 [e, 2I, H], down bfloat16 [e, H, I]
+    held    int64 [3]: first expert, end, E
+
+    In memory they lie as the device's products read them. keep_dequantized=True also keeps a BF16 copy of mxfp4 weights
+    where torch multiplies, 3 * H * I * 2 bytes an expert; kernels decode on the way, so there it is refused.
     """
-
-    gate_up: Tensor
-    down: Tensor
-    gate_up_scales: Tensor
-    down_scales: Tensor
-    table: Tensor
 
     def __init__(
         self,
@@ -70,29 +53,29 @@ class Experts(nn.Module):
         self.shape, self.ids, self.weight_format, self.device = shape, ids, weight_format, device
         self.packed = weight_format == "mxfp4"
         self.grouped = has_kernels(device)
-        if self.grouped and keep_dequantized:
+        self.products = products_of(device)
+        self.layout = InTurns() if self.grouped else self.products.layout
+        if keep_dequantized and (self.grouped or isinstance(self.products, KernelProducts)):
             raise ValueError(f"keep_dequantized is of no use on {device}, whose kernels decode weights on their way")
         self.keep_dequantized = keep_dequantized and self.packed
+        sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
+        self.matrices = {name: Matrix(name, *size, self.packed) for name, size in sizes.items()}
         self._loaded = [False] * len(ids)
-        self.prepares = not self.packed and can_prepare(device) and not self.grouped
-        self._prepared: dict[str, dict[int, Tensor]] = {"gate_up": {}, "down": {}} if self.prepares else {}
-        self._sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
-        for name, (rows, columns) in self._sizes.items():
-            for key, width, dtype in self._layout(name, columns):
-                # plain torch.empty: the pages of a large buffer are not touched before its weights arrive
-                self.register_buffer(key, torch.empty(len(ids), rows, width, dtype=dtype, device=device))
-        self.register_buffer("table", silu_table(shape.swiglu_limit, device), persistent=False)
-        self.matmul_dtype = matmul_dtype(device)
+        # plain torch.empty: the pages of a large buffer are not touched before its weights arrive
+        self._stacks = {
+            name: {
+                key: torch.empty(len(ids), *size, dtype=dtype, device=device)
+                for key, (size, dtype) in self._held_sizes(matrix).items()
+            }
+            for name, matrix in self.matrices.items()
+        }
+        self.table = silu_table(shape.swiglu_limit, device)
 
-    def _layout(self, name: str, columns: int) -> list[tuple[str, int, torch.dtype]]:
-        if self.prepares:
-            return []
-        if not self.packed:
-            return [(name, columns, torch.bfloat16)]
-        layout = [(name, columns // 2, torch.uint8), (f"{name}_scales", columns // BLOCK, torch.uint8)]
+    def _held_sizes(self, matrix: Matrix) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        buffers = self.layout.buffers(matrix)
         if self.keep_dequantized:
-            layout.append((f"{name}_dequantized", columns, torch.bfloat16))
-        return layout
+            buffers = {**buffers, DEQUANTIZED: ((matrix.outputs, matrix.inputs), torch.bfloat16)}
+        return buffers
 
     def regroup(self, ids: range) -> None:
         """Holds the experts `ids` from now on: those that it has keep their weights, the others' are missing.
@@ -103,65 +86,106 @@ class Experts(nn.Module):
         kept = range(start, max(start, min(self.ids.stop, ids.stop)))
         here, there = (slice(kept.start - held.start, kept.stop - held.start) for held in (self.ids, ids))
         if ids != self.ids:
-            for name, buffer in self._weight_buffers():
-                moved = buffer.new_empty(len(ids), *buffer.shape[1:])
-                moved[there] = buffer[here]
-                setattr(self, name, moved)
-        shift = self.ids.start - ids.start
-        for name, matrices in self._prepared.items():
-            self._prepared[name] = {i + shift: matrix for i, matrix in matrices.items() if i + self.ids.start in kept}
+            for stacks in self._stacks.values():
+                for key, stack in stacks.items():
+                    moved = stack.new_empty(len(ids), *stack.shape[1:])
+                    moved[there] = stack[here]
+                    stacks[key] = moved
         loaded = [False] * len(ids)
         loaded[there] = self._loaded[here]
         self.ids, self._loaded = ids, loaded
 
-    def _weight_buffers(self) -> list[tuple[str, Tensor]]:
-        return [(name, buffer) for name, buffer in self.named_buffers() if name != "table"]
+    # ---- what surrounds a module ----
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        """Casts leave the weights as they are; ValueError for a move to another device."""
+        moved = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
+        if moved.type != self.device.type or moved.index not in (None, self.device.index):
+            raise ValueError(
+                f"{describe(self.ids)} are on {self.device}, not to be moved to {moved}: make the layer there"
+            )
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, matrices in self._prepared.items():
-            if not self.missing:
-                dense = [matrices[index].to_dense() for index in range(len(self.ids))]
-                none = torch.empty(0, *self._sizes[name], dtype=torch.bfloat16)
-                destination[prefix + name] = torch.stack(dense) if dense else none
-        for key in self._in_turns(destination, prefix):
-            destination[key] = separate_gate_up(destination[key])
+        destination[prefix + _HELD] = self._whose
+        if self.missing:
+            return
+        for name, matrix in self.matrices.items():
+            for key, stack in self.layout.unpack(matrix, self._stacks[name]).items():
+                destination[f"{prefix}{name}{key}"] = stack
 
-    def _in_turns(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        """Keys whose rows are in turns here and not in a state dict."""
-        keys = (f"{prefix}gate_up", f"{prefix}gate_up_scales") if self.grouped else ()
-        return [key for key in keys if key in state_dict]
+    @property
+    def _whose(self) -> Tensor:
+        return torch.tensor([self.ids.start, self.ids.stop, self.shape.num_experts], dtype=torch.int64, device="cpu")
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        mine = {prefix + name: name for name in self._prepared}
-        if mine and all(key in state_dict for key in mine):
-            for index, expert in enumerate(self.ids):
-                self.load(expert, *(state_dict[key][index] for key in mine))
-        state_dict = {key: value for key, value in state_dict.items() if key not in mine}
-        for key in self._in_turns(state_dict, prefix):
-            state_dict[key] = interleave_gate_up(state_dict[key])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if not mine and all(prefix + name in state_dict for name, _ in self._weight_buffers()):
-            self._loaded = [True] * len(self.ids)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],  # noqa: ARG002
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes all of this rank's experts, or none where anything is amiss."""
+        expected = self._expected(prefix)
+        absent = [key for key in (prefix + _HELD, *expected) if key not in state_dict]
+        faults = [] if absent else self._faults(state_dict, prefix, expected)
+        missing_keys.extend(absent)
+        error_msgs.extend(faults)
+        known = {prefix + _HELD, *expected}
+        if strict:
+            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+        if absent or faults:
+            return
+        for index, expert in enumerate(self.ids):
+            weights = {}
+            for name in self.matrices:
+                values = state_dict[f"{prefix}{name}"][index]
+                weights[name] = MXFP4(values, state_dict[f"{prefix}{name}{SCALES}"][index]) if self.packed else values
+            self.load(expert, weights["gate_up"], weights["down"])
+
+    def _expected(self, prefix: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Keys of a state dict, with shapes and dtypes."""
+        return {
+            f"{prefix}{name}{key}": ((len(self.ids), *size), dtype)
+            for name, matrix in self.matrices.items()
+            for key, (size, dtype) in matrix.plain().items()
+        }
+
+    def _faults(
+        self, state_dict: Mapping[str, Any], prefix: str, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> list[str]:
+        """What speaks against taking a state dict's weights."""
+        whose = state_dict[prefix + _HELD]
+        if whose.tolist() != self._whose.tolist():
+            first, end, everything = whose.tolist()
+            return [
+                f"{prefix}*: the state dict has {describe(range(first, end))} of {everything}, this rank holds "
+                f"{describe(self.ids)} of {self.shape.num_experts}: save and load each rank's own"
+            ]
+        return [
+            f"{key} must be {dtype} {list(size)}, got {state_dict[key].dtype} {list(state_dict[key].shape)}"
+            for key, (size, dtype) in expected.items()
+            if tuple(state_dict[key].shape) != size or state_dict[key].dtype != dtype
+        ]
+
+    # ---- weights ----
 
     @property
     def memory_bytes(self) -> int:
         """Bytes that this rank's expert weights take, dequantised copies included."""
-        held = [buffer for _, buffer in self._weight_buffers()]
-        held += [matrix for matrices in self._prepared.values() for matrix in matrices.values()]
+        held = [stack for stacks in self._stacks.values() for stack in stacks.values()]
         return sum(each.numel() * each.element_size() for each in held)
-
-    @property
-    def row_multiple(self) -> int:
-        """What the rows of an expert must be padded to."""
-        return PREPARED_ROWS if self.prepares else row_multiple(self.device)
 
     @property
     def decode_rows(self) -> float:
         """What making one expert's weights ready costs, in rows that could be computed meanwhile."""
         if self.grouped:
             return _READ_ROWS if self.packed else 4 * _READ_ROWS
-        return _DECODE_ROWS if self.packed and not self.keep_dequantized else 0.0
+        return self.products.decode_rows if self.packed and not self.keep_dequantized else 0.0
 
     @property
     def missing(self) -> list[int]:
@@ -173,91 +197,60 @@ class Experts(nn.Module):
 
         Each a float tensor, MXFP4, or a pair (packed, scales) of one-byte tensors. What does not come in the
         layer's format is converted: floats are quantised to MXFP4, MXFP4 is dequantised to BF16 without loss.
+        Where either is refused, the expert keeps what it had.
         """
         if expert not in self.ids:
             raise ValueError(f"expert {expert} is not of this rank, which holds {describe(self.ids)}")
+        given = {"gate_up": gate_up, "down": down}
+        packed = {name: self._packed(matrix, given[name], expert) for name, matrix in self.matrices.items()}
         index = expert - self.ids.start
-        for name, weight in (("gate_up", gate_up), ("down", down)):
-            self._store(name, index, weight, self._sizes[name], f"{name} of expert {expert}")
+        for name, parts in packed.items():
+            for key, part in parts.items():
+                self._stacks[name][key][index] = part
         self._loaded[index] = True
 
-    def _store(self, name: str, index: int, weight: Weight, size: tuple[int, int], what: str) -> None:
-        weight = as_weight(weight, size, what)
+    def _packed(self, matrix: Matrix, weight: Weight, expert: int) -> dict[str, Tensor]:
+        """A weight as it is held. ValueError names what is wrong with it."""
+        what = f"{matrix.name} of expert {expert}"
+        weight = as_weight(weight, (matrix.outputs, matrix.inputs), what)
         if not self.packed:
             dense = dequantize_mxfp4(weight) if isinstance(weight, MXFP4) else weight
-            if self.prepares:
-                self._prepared[name][index] = prepare(dense.to(torch.bfloat16))
-            else:
-                self.get_buffer(name)[index] = self._laid(name, dense)
-            return
+            return self.layout.pack(matrix, dense.to(torch.bfloat16))
         if not isinstance(weight, MXFP4):
             try:
                 weight = quantize_mxfp4(weight)
             except ValueError as refusal:
                 raise ValueError(f"{what}: {refusal}") from refusal
-        self.get_buffer(name)[index] = self._laid(name, weight.packed)
-        self.get_buffer(f"{name}_scales")[index] = self._laid(name, weight.scales)
-        if self.keep_dequantized:
-            self.get_buffer(f"{name}_dequantized")[index] = dequantize_mxfp4(weight)
-
-    def _laid(self, name: str, rows: Tensor) -> Tensor:
-        """Rows of a weight in the order in which they are held."""
-        return interleave_gate_up(rows) if self.grouped and name == "gate_up" else rows
+        parts = self.layout.pack(matrix, weight)
+        return {**parts, DEQUANTIZED: dequantize_mxfp4(weight)} if self.keep_dequantized else parts
 
     def stack(self, name: str, experts: range) -> MXFP4 | Tensor:
-        """gate_up or down of several experts, global ids, as they are held: what grouped products take."""
+        """gate_up or down of several experts, global ids, as they are held: what a GPU's grouped products take."""
+        held = self._held(name, experts).stacks
+        return MXFP4(held[VALUES], held[SCALES]) if self.packed else held[VALUES]
+
+    def _held(self, name: str, experts: range) -> Held:
         part = slice(experts.start - self.ids.start, experts.stop - self.ids.start)
-        weights = self.get_buffer(name)[part]
-        return MXFP4(weights, self.get_buffer(f"{name}_scales")[part]) if self.packed else weights
+        return Held(self.matrices[name], {key: stack[part] for key, stack in self._stacks[name].items()})
 
-    def _weight(self, name: str, index: int, workspace: Workspace) -> Tensor:
-        """One weight matrix as the matrix product takes it."""
-        if not self.packed:
-            weight = self.get_buffer(name)[index]
-        elif self.keep_dequantized:
-            weight = self.get_buffer(f"{name}_dequantized")[index]
-        else:
-            packed = MXFP4(self.get_buffer(name)[index], self.get_buffer(f"{name}_scales")[index])
-            weight = workspace.take("weight", packed.shape, packed.packed, torch.bfloat16)
-            dequantize_mxfp4(packed, out=weight)
-        return weight.to(self.matmul_dtype)
+    # ---- rows sorted by expert, of the experts with these global ids ----
 
-    def linear1(self, tokens: Tensor, groups: RowGroups, workspace: Workspace) -> Tensor:
-        """tokens [n, H] bfloat16, rows sorted by expert as in groups() -> gate and up [n, 2I] bfloat16"""
-        return self._products(tokens, "gate_up", groups, "gate_up", workspace)
+    def linear1(self, rows: Rows, experts: range, workspace: Workspace) -> Tensor:
+        """rows of tokens [M, H] bfloat16 -> gate and up [n, 2I] bfloat16"""
+        num_rows = len(rows.x) if rows.source is None else len(rows.source)
+        out = workspace.take("gate_up", (num_rows, 2 * self.shape.intermediate), rows.x)
+        self.products.multiply(rows, self._held("gate_up", experts), out, None, workspace)
+        return out
 
     def activation(self, gate_up: Tensor, weights: Tensor, workspace: Workspace) -> Tensor:
         """Clamp, SiLU(gate) * up * weight, rounded as the contract says: [n, 2I], [n] float32 -> [n, I] bfloat16"""
         hidden = workspace.take("hidden", (len(gate_up), self.shape.intermediate), gate_up)
         return activate(gate_up, weights, self.shape.swiglu_limit, self.table, quantized=self.packed, out=hidden)
 
-    def linear2(self, hidden: Tensor, groups: RowGroups, place: Hashable, workspace: Workspace) -> Tensor:
-        """hidden [n, I] bfloat16 -> [n, H] bfloat16, in the workspace's buffer called `place` or of its own"""
-        return self._products(hidden, "down", groups, place, workspace)
-
-    def _products(self, x: Tensor, name: str, groups: RowGroups, place: Hashable, workspace: Workspace) -> Tensor:
-        """Every group's rows by its expert's matrix."""
-        if self.prepares and len(groups) == 1:
-            return linear_prepared(x, self._prepared[name][groups[0][1]])
-        width = 2 * self.shape.intermediate if name == "gate_up" else self.shape.hidden
-        out = workspace.take(place, (len(x), width), x, torch.bfloat16)
-        for rows, index in groups:
-            weight = self._prepared[name][index] if self.prepares else self._weight(name, index, workspace)
-            linear(x[rows], weight, out[rows])
+    def linear2(self, rows: Rows, experts: range, out: Tensor, goes: Tensor, workspace: Workspace) -> Tensor:
+        """rows of hidden [n, I] bfloat16 into out [n, H] bfloat16, row r into out[goes[r]]; goes [n] int64"""
+        self.products.multiply(rows, self._held("down", experts), out, goes, workspace)
         return out
-
-    def groups(self, experts: range, padded_rows: Sequence[int]) -> RowGroups:
-        """Rows and local index of each expert that has any; experts are global ids in order.
-
-        padded_rows: rows of each, a multiple of row_multiple
-        experts 4..6, rows [8, 0, 16] -> [0:8] 4, [8:24] 6
-        """
-        spans, start = [], 0
-        for expert, rows in zip(experts, padded_rows, strict=True):
-            if rows:
-                spans.append((slice(start, start + rows), expert - self.ids.start))
-            start += rows
-        return spans
 
     def extra_repr(self) -> str:
         held = f"{self.weight_format}, {self.memory_bytes / 1e6:.1f} MB"

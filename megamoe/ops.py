@@ -1,11 +1,11 @@
 """The operations of the layer, each with one meaning: the torch body runs on every device and is the oracle.
 
-Devices with Triton kernels run those instead, which are imported when the first of them is called.
+CPUs run kernels in C++ where they can be built, and devices with Triton kernels run those, imported when the first of
+them is called.
 
 Bitwise contract: a row's result depends on that row alone, not on how many rows stand beside it, where it stands
 among them, or how many threads work. Element-wise operations keep it by being correctly rounded each; SiLU keeps it
-as a table over all BF16 values; a matrix product keeps it when its rows come in multiples of row_multiple(). A weight
-is multiplied by as it is or prepared, which are two kernel paths: a layer takes one of them for each format.
+as a table over all BF16 values; a matrix product keeps it by its order of summation: see products.py.
 """
 
 # n rows   H hidden   I intermediate   T tokens   K experts per token   N rows that came home
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megamoe.formats import MXFP8, dequantize_mxfp8, quantize_mxfp8, stretches
 from megamoe.kernels import load
+from megamoe.kernels.cpu.library import chosen
 from megamoe.kernels.targets import TARGETS, chip_of
 
 if TYPE_CHECKING:
@@ -28,93 +29,6 @@ if TYPE_CHECKING:
     from megamoe.kernels.layout import Wide
     from megamoe.kernels.quantize import Filling
     from megamoe.kernels.route_slots import SlotsByExpert
-
-_FP32_COLUMNS = 16  # MKL sums the columns beyond a multiple of these in another order when there are more threads
-_FP32_WEIGHTS = 512  # torch multiplies up to 4096 = 8 rows * 512 BF16 weights by other code than larger products
-
-
-def row_multiple(device: torch.device) -> int:
-    """Rows that a matrix product must be padded to a multiple of, so that no row's bits depend on their number.
-
-    BLAS libraries switch kernels, and with them the order of the sum, for one row and for odd remainders. Tried on
-    x86 CPUs with AVX2, AVX-512 and AVX-512-BF16 instructions at 1, 2 and 4 threads, and with the last at 3, 6 and 8:
-    two rows a thread are enough, given what linear() does about columns and tiny weights.
-    """
-    if device.type != "cpu":
-        return 16
-    threads = torch.get_num_threads()
-    return max(8, 1 << (2 * threads - 1).bit_length())
-
-
-PREPARED_ROWS = 4  # row_multiple() of prepared weights; at K 2880 a single row has other bits than two have
-
-
-def can_prepare(device: torch.device) -> bool:
-    """Whether prepare() does anything: on CPUs that multiply BF16 themselves."""
-    return device.type == "cpu" and matmul_dtype(device) == torch.bfloat16 and torch._C._has_mkldnn
-
-
-def prepare(weight: Tensor) -> Tensor:
-    """weight [N, K] bfloat16 in the order in which the CPU's matrix product reads it; to_dense() gives it back.
-
-    Held like this, a weight need not be packed again by every product: on a Zen 4 core 2 to 3 times as fast for up to 8
-    rows, 5 % for 512 (2026-11-24). Where can_prepare() is false the weight is returned as it is.
-    """
-    if not can_prepare(weight.device):
-        return weight
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 512)  # a hint: a usual number of rows
-    return packed
-
-
-def is_prepared(weight: Tensor) -> bool:
-    return bool(weight.is_mkldnn)
-
-
-def matmul_dtype(device: torch.device) -> torch.dtype:
-    """BF16, or FP32 on CPUs without BF16 instructions: both hold the operands exactly and sum in FP32.
-
-    Emulated BF16 products are slower there, and their bits change with odd numbers of threads.
-    """
-    if device.type != "cpu":
-        return torch.bfloat16
-    features = torch.cpu.get_capabilities()
-    native = features.get("avx512_bf16") or features.get("amx_bf16") or features.get("avx_vnni_2")
-    return torch.bfloat16 if native else torch.float32
-
-
-def linear(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out [n, N] bfloat16 = x [n, K] @ weight [N, K]^T, FP32 accumulation, rounded once to BF16.
-
-    n must be a multiple of row_multiple(); x and weight bfloat16, weight prepared or not, out contiguous.
-    """
-    if is_prepared(weight):
-        return out.copy_(linear_prepared(x, weight))
-    assert len(x) % row_multiple(x.device) == 0, (len(x), row_multiple(x.device))
-    if weight.dtype == torch.float32 or (weight.numel() <= _FP32_WEIGHTS and x.device.type == "cpu"):
-        weight, num_columns = weight.to(torch.float32), len(weight)
-        if num_columns % _FP32_COLUMNS:
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, -num_columns % _FP32_COLUMNS))
-        return out.copy_(torch.mm(x.to(torch.float32), weight.t())[:, :num_columns])
-    return torch.mm(x, weight.t(), out=out)
-
-
-def linear_prepared(x: Tensor, weight: Tensor) -> Tensor:
-    """linear() by a prepared weight, into a tensor of its own. n must be a multiple of PREPARED_ROWS."""
-    assert len(x) % PREPARED_ROWS == 0, (len(x), PREPARED_ROWS)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
-
-
-def linear_any_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """linear() for any number of rows: pads with zeros, drops what comes of them."""
-    num_rows = len(x)
-    multiple = PREPARED_ROWS if is_prepared(weight) else row_multiple(x.device)
-    padded = x.new_zeros(-(-num_rows // multiple) * multiple, x.shape[1])
-    padded[:num_rows] = x
-    out = x.new_empty(len(padded), len(weight))
-    if not is_prepared(weight):
-        weight = weight.to(matmul_dtype(x.device))
-    return linear(padded, weight, out)[:num_rows]
 
 
 @lru_cache(maxsize=8)
@@ -124,7 +38,7 @@ def silu_table(limit: float | None, device: torch.device) -> Tensor:
     The gate is BF16, so this is the whole function, and vector and scalar code cannot differ in the last bit. Layers
     with the same limit share one table.
     """
-    gates = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).to(torch.float64)
+    gates = torch.arange(65536, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.bfloat16).to(torch.float64)
     if limit is not None:
         gates = gates.clamp(max=limit)
     return torch.nn.functional.silu(gates).to(torch.float32).to(device)
@@ -150,6 +64,10 @@ def activate(
     """Linear-2's input from Linear-1's output: swiglu, rounded to MXFP8 (quantized) or to BF16 -> [n, I] bfloat16."""
     num_rows, double = gate_up.shape
     out = gate_up.new_empty(num_rows, double // 2) if out is None else out
+    library = chosen() if gate_up.device.type == "cpu" else None
+    if library is not None:
+        library.activate(gate_up, weights.contiguous(), limit, table, quantized=quantized, out=out)
+        return out
     for rows in stretches(num_rows, double // 2):
         activated = swiglu(gate_up[rows], weights[rows], limit, table)
         if quantized:
@@ -171,6 +89,10 @@ def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
         return summed
     num_tokens, topk = positions.shape
     out = rows.new_empty(num_tokens, rows.shape[1])
+    library = chosen() if rows.device.type == "cpu" else None
+    if library is not None:
+        library.reduce_slots(rows, positions, out)
+        return out
     for part in stretches(num_tokens, rows.shape[1]):
         chunk = positions[part]
         total = torch.zeros(len(chunk), rows.shape[1], dtype=torch.float32, device=rows.device)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megamoe.formats import dequantize_mxfp4, dequantize_mxfp8, quantize_mxfp4, quantize_mxfp8
-from megamoe.ops import linear_any_rows, prepare
+from megamoe.formats import MXFP4, dequantize_mxfp4, dequantize_mxfp8, quantize_mxfp4, quantize_mxfp8
+from megamoe.products import linear
 from megamoe.shape import MoEShape
 
 
@@ -89,9 +89,9 @@ def _tokens(hidden: Tensor, quantized: bool) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, quantized: bool) -> Tensor:
-    """By the kernel path of the weight's format: BF16 weights are prepared for many products, MXFP4 decoded for one."""
-    weight = _round(weight, quantized)
-    return linear_any_rows(x, weight if quantized else prepare(weight))
+    """In the device's order of summation, one matrix at a time."""
+    rounded: Tensor | MXFP4 = quantize_mxfp4(weight) if quantized else weight.to(torch.bfloat16)
+    return linear(x, rounded)
 
 
 def _round(weight: Tensor, quantized: bool) -> Tensor:

@@ -3,7 +3,7 @@
 A row is one (token, slot) pair with an expert. Everything here is index arithmetic; the data moves once per order.
 """
 
-# T tokens   K experts per token   N rows of this rank   P ranks   S sources   e experts   R rows of all sources
+# T tokens   K experts per token   N rows of this rank   P ranks   S sources   e experts
 
 from __future__ import annotations
 
@@ -152,41 +152,13 @@ class _Sending:
         return fresh, (bases + number)[first].to(torch.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class Arrangement:
-    """How rows ordered by source become rows ordered by expert, each expert's padded, and how they go back.
+def by_expert(counts: Array) -> Array:
+    """Which row of the sources comes n-th when rows are ordered by expert, and by source within one.
 
-    gather [n] int64    row of the sources for each computed row; padding repeats row 0
-    back [R] int64      computed row of each row of the sources
-    padded_rows[e]      computed rows of each expert, n in all
-    in_place            the rows are in the experts' order as they are, and padding is needed only after the last
-    """
-
-    gather: Tensor
-    back: Tensor
-    padded_rows: list[int]
-    in_place: bool
-
-
-def arrange(counts: Array, multiple: int, device: torch.device) -> Arrangement:
-    """counts [S, e]: rows of each source, sorted by expert, for each expert.
-
-    [[1, 2], [2, 0]], multiple 4: rows 0 | 1 1 | 0 0 of two sources -> gather [0, 3, 4, 0, 1, 2, 0, 0]
-    back [0, 4, 5, 1, 2]    padded_rows [4, 4]
+    counts [S, e]: rows of each source, sorted by expert, for each expert.
+    [[1, 2], [2, 0]]: rows 0 | 1 1 | 0 0 of two sources -> [0, 3, 4, 1, 2]
     """
     num_sources, num_experts = counts.shape
     experts = np.repeat(np.tile(np.arange(num_experts, dtype=np.uint16), num_sources), counts.ravel())
-    by_expert = experts.argsort(kind="stable")
-    rows = counts.sum(0)
-    padded = -(-rows // multiple) * multiple
-    # a row moves up by the padding of the experts before its own
-    shift = (padded - rows).cumsum() - (padded - rows)
-    count = np.arange(len(experts))
-    places = count + shift[experts[by_expert]]
-    gather = np.zeros(int(padded.sum()), np.int64)
-    gather[places] = by_expert
-    back = np.empty_like(by_expert)
-    back[by_expert] = places
-    in_place = bool((back == count).all())
-    to_expert, to_source = (torch.from_numpy(each).to(device) for each in (gather, back))
-    return Arrangement(to_expert, to_source, padded.tolist(), in_place)
+    order: Array = experts.argsort(kind="stable")
+    return order

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP8, dequantize_mxfp8, quantize_mxfp8, stretches
+from megamoe.kernels.cpu.library import chosen
 
 DISPATCH_FORMATS = ("mxfp8", "bf16", "auto")  # auto picks one of the others
 
@@ -63,6 +64,10 @@ class Wire:
 
     def encode(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """tokens [T, H] bfloat16 into rows [T, B] uint8, which are returned."""
+        library = chosen() if tokens.device.type == "cpu" and self.dispatch_format == "mxfp8" else None
+        if library is not None:
+            library.quantize(tokens, self.mxfp8(rows))
+            return rows
         for part in stretches(len(tokens), self.hidden):
             self._encode(tokens[part], rows[part])
         return rows
@@ -77,6 +82,13 @@ class Wire:
 
     def decode(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """rows [R, B] uint8 into tokens [R, H] bfloat16 as the experts take them, which is returned."""
+        library = chosen() if rows.device.type == "cpu" else None
+        if library is not None and self.dispatch_format == "mxfp8":
+            library.dequantize(self.mxfp8(rows), tokens)
+            return tokens
+        if library is not None and self.round_on_arrival:
+            library.round(self.tokens(rows), tokens)
+            return tokens
         for part in stretches(len(rows), self.hidden):
             self._decode(rows[part], tokens[part])
         return tokens

@@ -11,8 +11,9 @@ from megamoe.call import CallRecord
 from megamoe.layer import MegaMoE
 from megamoe.model.checkpoint import Checkpoint, E4M3Blocks
 from megamoe.model.router import Router
-from megamoe.ops import activate, linear_any_rows, silu_table
+from megamoe.ops import activate, silu_table
 from megamoe.parallel.group import EPGroup
+from megamoe.products import linear
 from megamoe.waves import Waves
 
 
@@ -25,18 +26,18 @@ class SharedExpert(nn.Module):
         for name, weight in (("gate", gate), ("up", up), ("down", down)):
             self.register_buffer(name, weight.values)
             self.register_buffer(f"{name}_scales", weight.scales)
-        self.register_buffer("table", silu_table(limit, gate.values.device), persistent=False)
+        self.table = silu_table(limit, gate.values.device)  # no buffer: a cast of the model must not round it
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, H] bfloat16 -> [T, H] bfloat16"""
         gate_up = torch.cat((self._linear(hidden, "gate"), self._linear(hidden, "up")), 1)
         ones = torch.ones(len(hidden), dtype=torch.float32, device=hidden.device)
-        activated = activate(gate_up, ones, self.limit, self.get_buffer("table"), quantized=False)
+        activated = activate(gate_up, ones, self.limit, self.table, quantized=False)
         return self._linear(activated, "down")
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         weight = E4M3Blocks(self.get_buffer(name), self.get_buffer(f"{name}_scales"))
-        return linear_any_rows(x, weight.dequantize())
+        return linear(x, weight.dequantize())
 
 
 class MoEBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""Operations of the layer: SiLU as a table, and rows whose bits depend on nothing but themselves."""
+"""Operations of the layer in torch: SiLU as a table, and rows whose bits depend on nothing but themselves."""
 
 from __future__ import annotations
 
@@ -9,42 +9,20 @@ import torch
 from torch import Tensor
 
 from megamoe import formats
-from megamoe.ops import (
-    PREPARED_ROWS,
-    activate,
-    can_prepare,
-    is_prepared,
-    linear,
-    linear_any_rows,
-    matmul_dtype,
-    prepare,
-    row_multiple,
-    silu_table,
-    swiglu,
-)
-from megamoe.reference import relative_error, round_mxfp8
+from megamoe.kernels.cpu.library import using
+from megamoe.ops import activate, silu_table, swiglu
+from megamoe.reference import round_mxfp8
 
 CPU = torch.device("cpu")
-ROWS = (1, 2, 3, 7, 8, 9, 31, 33, 65, 257)
 THREADS = (1, 2, 4)
-SIZES = [
-    (64, 96),
-    (33, 32),
-    (3, 50),
-    (8, 64),
-    (9, 57),
-    (72, 100),
-    (256, 192),
-    (8, 2880),
-    (24, 7168),
-]  # N outputs, K inputs
 LIMITS = [None, 10.0, 1.0, 0.3]
 
 
 @pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
+def torch_bodies_and_threads_as_before() -> Iterator[None]:
     before = torch.get_num_threads()
-    yield
+    with using(None):
+        yield
     torch.set_num_threads(before)
 
 
@@ -134,143 +112,3 @@ def test_activation_does_not_depend_on_threads(threads: int) -> None:
     expected = activate(gate_up, weights, 5.0, table, quantized=True)
     torch.set_num_threads(threads)
     assert torch.equal(activate(gate_up, weights, 5.0, table, quantized=True), expected)
-
-
-# ---- matrix products ----
-
-
-def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """linear() with rows padded by rubbish that must not matter, where linear_any_rows() would choose the dtype"""
-    multiple = PREPARED_ROWS if is_prepared(weight) else row_multiple(CPU)
-    padded = torch.full((-(-len(x) // multiple) * multiple, x.shape[1]), 7.0, dtype=torch.bfloat16)
-    padded[: len(x)] = x
-    return linear(padded, weight, torch.empty(len(padded), weight.shape[0], dtype=torch.bfloat16))[: len(x)]
-
-
-def cancelling(n: int, k: int) -> tuple[Tensor, Tensor]:
-    """x [257, K] and weight [N, K] whose products sum to zero but for rounding.
-
-    What is left is the rounding of the sum, so another order of it shows in BF16 too, where ordinary numbers hide it.
-    """
-    order = torch.randperm(k, generator=torch.Generator().manual_seed(3))
-    a, b, rest = randn(257, k // 2), randn(n, k // 2, seed=1) * 2.0 ** (torch.arange(k // 2) % 12), k % 2
-    x, weight = torch.cat((a, a, torch.zeros(257, rest)), 1), torch.cat((b, -b, torch.zeros(n, rest)), 1)
-    return x[:, order].to(torch.bfloat16), weight[:, order].to(torch.bfloat16)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
-def weight_kinds() -> list[str]:
-    """FP32 always; BF16, as it is and prepared, where the CPU has instructions for it: without, nothing is promised"""
-    return ["float32", "bfloat16", "prepared"] if matmul_dtype(CPU) == torch.bfloat16 else ["float32"]
-
-
-def of_kind(weight: Tensor, kind: str) -> Tensor:
-    return prepare(weight) if kind == "prepared" else weight.to(getattr(torch, kind))
-
-
-@pytest.mark.parametrize("kind", weight_kinds())
-@pytest.mark.parametrize(("n", "k"), SIZES)
-def test_a_row_has_the_same_bits_for_any_number_of_rows_place_and_threads(n: int, k: int, kind: str) -> None:
-    x, weight = cancelling(n, k)
-    weight = of_kind(weight, kind)
-    expected = padded_linear(x, weight)
-    assert expected.count_nonzero() > expected.numel() / 4
-    order = torch.randperm(257, generator=torch.Generator().manual_seed(2))
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        for num_rows in ROWS:
-            assert same_bits(padded_linear(x[:num_rows], weight), expected[:num_rows]), (threads, num_rows)
-            moved = order[:num_rows]
-            assert same_bits(padded_linear(x[moved], weight), expected[moved]), (threads, num_rows)
-
-
-@pytest.mark.parametrize("kind", weight_kinds())
-@pytest.mark.parametrize(("n", "k"), SIZES)
-def test_a_row_has_the_same_bits_wherever_its_operands_lie_in_memory(n: int, k: int, kind: str) -> None:
-    x, weight = cancelling(n, k)
-    expected = padded_linear(x, of_kind(weight, kind))[:16]
-    for offset in (1, 2, 5, 16):
-        buffers = [torch.zeros(t.numel() + offset, dtype=t.dtype) for t in (x[:16], weight, expected)]
-        moved_x, moved_weight, out = (
-            buffer[offset:].view(like.shape) for buffer, like in zip(buffers, (x[:16], weight, expected), strict=True)
-        )
-        moved_x.copy_(x[:16]), moved_weight.copy_(weight)
-        assert same_bits(linear(moved_x, of_kind(moved_weight, kind), out), expected), offset
-
-
-@pytest.mark.skipif(not can_prepare(CPU), reason="no BF16 instructions")
-def test_a_prepared_weight_takes_as_much_room_and_gives_back_what_it_was() -> None:
-    weight = randn(64, 96).to(torch.bfloat16)
-    prepared = prepare(weight)
-    assert is_prepared(prepared)
-    assert (prepared.shape, prepared.numel(), prepared.dtype) == (weight.shape, weight.numel(), weight.dtype)
-    assert same_bits(prepared.to_dense(), weight)
-    rows = torch.zeros(PREPARED_ROWS, 2 * 96 + 4, dtype=torch.bfloat16)  # rows that are cut from wider ones
-    rows[:, :96] = randn(PREPARED_ROWS, 96, seed=1)
-    assert same_bits(padded_linear(rows[:, :96], prepared), padded_linear(rows[:, :96].contiguous(), prepared))
-
-
-def test_another_order_of_the_sum_would_show() -> None:
-    x, weight = cancelling(64, 96)
-    backwards = padded_linear(x.flip(1), weight.flip(1).float())
-    assert (backwards != padded_linear(x, weight.float())).float().mean() > 0.25
-
-
-@pytest.mark.parametrize(("n", "k"), SIZES)
-def test_linear_any_rows_gives_the_bits_of_the_whole_for_any_part(n: int, k: int) -> None:
-    x, weight = cancelling(n, k)
-    expected = linear_any_rows(x, weight)
-    assert same_bits(expected, padded_linear(x, weight.to(matmul_dtype(CPU))))
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        for num_rows in ROWS:
-            assert same_bits(linear_any_rows(x[257 - num_rows :], weight), expected[257 - num_rows :])
-
-
-def test_linear_of_no_rows_is_no_rows() -> None:
-    assert linear_any_rows(torch.zeros(0, 64, dtype=torch.bfloat16), torch.zeros(5, 64)).shape == (0, 5)
-
-
-@pytest.mark.parametrize("beside", [0.0, 3e38, float("inf"), float("nan")])
-@pytest.mark.parametrize("kind", weight_kinds())
-def test_a_row_does_not_see_the_values_beside_it(kind: str, beside: float) -> None:
-    x, weight = randn(33, 160).to(torch.bfloat16), of_kind(randn(48, 160, seed=1).to(torch.bfloat16), kind)
-    expected = padded_linear(x, weight)[5]
-    x[:5], x[6:] = beside, beside
-    assert same_bits(padded_linear(x, weight)[5], expected)
-
-
-@pytest.mark.parametrize("kind", weight_kinds())
-@pytest.mark.parametrize(("n", "k"), SIZES)
-def test_linear_sums_in_float32_and_rounds_once(n: int, k: int, kind: str) -> None:
-    x, weight = randn(65, k).to(torch.bfloat16), (randn(n, k, seed=1) / k**0.5).to(torch.bfloat16)
-    exact = x.double() @ weight.double().T
-    got = padded_linear(x, of_kind(weight, kind))
-    assert got.dtype == torch.bfloat16
-    assert relative_error(got, exact) < 2**-8
-    # a value that is not within rounding of the exact one was not summed in FP32
-    assert (got.double() - exact).abs().le(exact.abs() * 2**-8 + 1e-4).all()
-
-
-def test_products_of_small_integers_are_exact() -> None:
-    rng = torch.Generator().manual_seed(0)
-    x, weight = (torch.randint(-3, 4, (rows, 64), generator=rng).to(torch.bfloat16) for rows in (9, 5))
-    exact = (x.double() @ weight.double().T).to(torch.bfloat16)
-    assert torch.equal(linear_any_rows(x, weight), exact)
-    assert torch.equal(padded_linear(x, weight.float()), exact)
-
-
-@pytest.mark.parametrize("threads", THREADS)
-def test_two_rows_a_thread_and_at_least_eight_are_padded_to(threads: int) -> None:
-    torch.set_num_threads(threads)
-    multiple = row_multiple(CPU)
-    assert multiple >= max(8, 2 * threads)
-    assert multiple & (multiple - 1) == 0
-
-
-def test_linear_refuses_rows_that_are_not_padded() -> None:
-    with pytest.raises(AssertionError):
-        linear(torch.zeros(3, 32, dtype=torch.bfloat16), torch.zeros(4, 32), torch.zeros(3, 4, dtype=torch.bfloat16))

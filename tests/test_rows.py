@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from megamoe.ops import reduce_slots
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.workspace import Workspace
 from megamoe.reference import round_mxfp8
-from megamoe.rows import Route, arrange, route_rows
+from megamoe.rows import Route, by_expert, route_rows
 from megamoe.slabs import Slabs, count_rows
 from megamoe.waves import WavePlan, plan_waves
 from megamoe.wire import Wire
@@ -116,54 +115,23 @@ def test_routes_hold_when_every_slot_has_the_same_expert(expert: int) -> None:
         check_route(torch.full((5, 3), expert), torch.rand(5, 3, generator=generator(expert)), plan, rank)
 
 
-# ---- arrange ----
+# ---- by_expert ----
 
 
-def check_arrangement(counts: list[list[int]], multiple: int) -> None:
-    """Every field of the arrangement against lists of (source row, expert), filled expert by expert."""
-    num_experts = len(counts[0])
-    got = arrange(np.array(counts, np.int64).reshape(len(counts), num_experts), multiple, CPU)
-    experts = [expert for source in counts for expert, count in enumerate(source) for _ in range(count)]
-    gather, padded_rows = [], []
-    for expert in range(num_experts):
-        rows = [row for row, of in enumerate(experts) if of == expert]
-        rows += [0] * (-len(rows) % multiple)
-        gather += rows
-        padded_rows.append(len(rows))
-    assert got.gather.tolist() == gather
-    assert got.padded_rows == padded_rows
-    starts = [0, *accumulate(padded_rows)]
-    places = [starts[of] + experts[:row].count(of) for row, of in enumerate(experts)]
-    assert got.back.tolist() == places
-    assert got.gather.dtype == got.back.dtype == torch.int64
+def test_rows_by_expert_as_in_the_docstring() -> None:
+    assert by_expert(np.array([[1, 2], [2, 0]])).tolist() == [0, 3, 4, 1, 2]
 
 
-def test_arrangement_of_the_docstring() -> None:
-    got = arrange(np.array([[1, 2], [2, 0]]), 4, CPU)
-    assert got.gather.tolist() == [0, 3, 4, 0, 1, 2, 0, 0]
-    assert got.back.tolist() == [0, 4, 5, 1, 2]
-    assert got.padded_rows == [4, 4]
-
-
-@pytest.mark.parametrize("multiple", [1, 2, 8, 16])
 @pytest.mark.parametrize(("num_sources", "num_experts"), [(1, 1), (1, 5), (2, 3), (4, 2), (5, 7), (3, 0)])
-def test_arrangements_are_those_of_lists_of_single_rows(num_sources: int, num_experts: int, multiple: int) -> None:
+def test_rows_by_expert_are_those_of_a_sort_of_single_rows(num_sources: int, num_experts: int) -> None:
     for most in (0, 1, 4, 20):
-        rng = generator(num_sources, num_experts, most)
-        counts = torch.randint(0, most + 1, (num_sources, num_experts), generator=rng)
+        counts = torch.randint(0, most + 1, (num_sources, num_experts), generator=generator(num_sources, most))
         counts[0] = 0  # a source that sends nothing
-        check_arrangement(counts.tolist(), multiple)
         if num_experts > 1:
             counts[:, 1] = 0  # an expert that nobody wants
-            check_arrangement(counts.tolist(), multiple)
-
-
-def test_rows_go_to_their_experts_and_come_back() -> None:
-    counts = np.array([[3, 0, 5], [0, 0, 2], [9, 1, 0]])
-    got = arrange(counts, 8, CPU)
-    rows = torch.arange(20)
-    assert torch.equal(rows[got.gather][got.back], rows)
-    assert got.padded_rows == [16, 8, 8]
+        experts = [expert for source in counts.tolist() for expert, count in enumerate(source) for _ in range(count)]
+        expected = sorted(range(len(experts)), key=lambda row, of=experts: (of[row], row))  # type: ignore[misc]
+        assert by_expert(counts.numpy()).tolist() == expected
 
 
 # ---- the wire ----

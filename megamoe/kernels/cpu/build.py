@@ -1,0 +1,160 @@
+"""From source to a shared library, once for each path, kept in torch's cache of extensions.
+
+A library is built in a folder of its own and moved into the cache when it is whole, so that ranks which start at once,
+and a build that was interrupted, leave nothing half done. One rank compiles while the others wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path as FilePath
+
+import torch
+
+from megamoe.kernels.cpu.paths import Path
+
+SOURCES = ("products.cpp", "rows.cpp")
+HEADERS = ("vectors.h", "state.h")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-fast-math", "-fopenmp")
+DEADLINE_S = 300.0
+_HERE = FilePath(__file__).parent
+_COMPILE = """
+import json, sys
+from torch.utils.cpp_extension import load
+load(**json.loads(sys.argv[1]), is_python_module=False)
+"""
+
+
+class BuildError(RuntimeError):
+    """Why there is no library: no compiler, or what it said."""
+
+
+def build(path: Path, note: Callable[[str], None] | None = None) -> FilePath:
+    """The path's library, compiled where the cache has none. note is told before a compilation begins.
+
+    BuildError where the compiler is missing or fails, or does not end within DEADLINE_S.
+    """
+    library = _cache() / f"{path.name}-{_fingerprint(path)}.so"
+    if library.exists():
+        return library
+    with _turn(library):
+        if not library.exists():
+            if note is not None:
+                note(f"compiling the CPU's kernels ({path.name}), once on this machine")
+            _compile(path, library)
+    return library
+
+
+def is_built(path: Path) -> bool:
+    """Whether the cache has the path's library."""
+    return (_cache() / f"{path.name}-{_fingerprint(path)}.so").exists()
+
+
+@lru_cache(maxsize=1)
+def _cache() -> FilePath:
+    """torch's folder of extensions; where it cannot be written, a folder of this process alone."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or FilePath.home() / ".cache" / "torch_extensions"
+    folder = FilePath(root) / "megamoe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass  # read-only or full: what comes next does without
+    return FilePath(tempfile.mkdtemp(prefix="megamoe-kernels-"))
+
+
+def _fingerprint(path: Path) -> str:
+    """Of what the library is made from: sources, flags, torch, and the compiler that would be asked."""
+    digest = hashlib.sha256()
+    for name in (*SOURCES, *HEADERS):
+        digest.update((_HERE / name).read_bytes())
+    said = [*FLAGS, *path.flags, torch.__version__, _compiler(), platform.machine()]
+    digest.update("\0".join(said).encode())
+    return digest.hexdigest()[:16]
+
+
+def _compiler() -> str:
+    """What torch's builder calls."""
+    return os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
+
+
+@contextmanager
+def _turn(library: FilePath) -> Iterator[None]:
+    """Waits until no other process builds this library. A process that dies gives its turn back."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    deadline = time.monotonic() + DEADLINE_S
+    with open(library.with_suffix(".lock"), "w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as taken:
+                if time.monotonic() > deadline:
+                    raise BuildError(f"another process has been building {library} for {DEADLINE_S:g} s") from taken
+                time.sleep(0.05)
+        yield
+
+
+def _compile(path: Path, library: FilePath) -> None:
+    """Compiles in a process of its own: what torch's builder prints and needs in its environment stays there."""
+    compiler = shlex.split(_compiler())[0]
+    if shutil.which(compiler) is None:
+        raise BuildError(f"there is no C++ compiler {compiler!r}")
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent) as folder:
+        asked = {
+            "name": "megamoe_cpu",
+            "sources": [str(_HERE / name) for name in SOURCES],
+            "extra_cflags": [*FLAGS, *path.flags],
+            "build_directory": folder,
+        }
+        command = [sys.executable, "-c", _COMPILE, json.dumps(asked)]
+        try:
+            done = subprocess.run(
+                command,
+                env=_environment(),
+                capture_output=True,
+                text=True,
+                timeout=DEADLINE_S,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired as late:
+            raise BuildError(f"the compiler did not end within {DEADLINE_S:g} s") from late
+        built = FilePath(folder) / "megamoe_cpu.so"
+        if done.returncode or not built.exists():
+            raise BuildError(_reason(done.stdout + done.stderr))
+        os.replace(built, library)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with Ninja on the path: it comes with this interpreter's packages, which may not be."""
+    folders = [str(FilePath(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    spec = find_spec("ninja")
+    if spec is not None and spec.origin is not None:
+        folders.insert(0, str(FilePath(spec.origin).parent / "data" / "bin"))
+    return {**os.environ, "PATH": os.pathsep.join(folders)}
+
+
+def _reason(said: str) -> str:
+    """The line of a failed build that says why: the compiler's first error, else what Python ended with."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    return (errors or lines[-1:] or ["the compiler said nothing"])[0]

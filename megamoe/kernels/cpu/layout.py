@@ -1,0 +1,82 @@
+"""How the CPU's products hold weights: blocks of 32 outputs, so that one load has what many outputs need next.
+
+Rows of the weight are padded with zeros to a multiple of 32, and so is K for BF16. Packing only moves bits.
+"""
+
+# N outputs   K inputs   B blocks of 32 outputs   G groups of 32 along K
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamoe.formats import BLOCK, MXFP4, unpack_e2m1
+
+OUTPUTS = 32
+
+
+def num_blocks(outputs: int) -> int:
+    """B"""
+    return -(-outputs // OUTPUTS)
+
+
+def mxfp4_shapes(outputs: int, inputs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the packed values and of the scales, both uint8."""
+    blocks = num_blocks(outputs)
+    return (blocks, inputs // 4, 64), (blocks, inputs // BLOCK, OUTPUTS)
+
+
+def bf16_shape(outputs: int, inputs: int) -> tuple[int, ...]:
+    """Shape of the values, bfloat16: a block has pairs of K, each for 32 outputs."""
+    return num_blocks(outputs), -(-inputs // BLOCK) * BLOCK // 2, OUTPUTS, 2
+
+
+def pack_mxfp4(weight: MXFP4) -> MXFP4Blocks:
+    """weight [N, K] -> packed uint8 [B, K/4, 64], scales uint8 [B, G, 32].
+
+    Byte 16 l + 8 h + 2 o + j of the 64 belongs to output 16 h + 4 l + o: its low nibble to the 4 values' j, its high
+    nibble to their 2 + j.
+    """
+    codes = _pad(unpack_e2m1(weight.packed), OUTPUTS, 0)
+    rows, inputs = codes.shape
+    # block, h, l, o; four, high nibble, j
+    codes = codes.view(rows // OUTPUTS, 2, 4, 4, inputs // 4, 2, 2).permute(0, 4, 2, 1, 3, 6, 5)
+    packed = (codes[..., 0] | (codes[..., 1] << 4)).reshape(rows // OUTPUTS, inputs // 4, 64)
+    scales = _pad(weight.scales, OUTPUTS, 0).view(rows // OUTPUTS, OUTPUTS, inputs // BLOCK)
+    return packed, scales.transpose(1, 2).contiguous()
+
+
+def unpack_mxfp4(packed: Tensor, scales: Tensor, outputs: int) -> MXFP4:
+    """Inverse of pack_mxfp4(), for any number of matrices: packed [..., B, K/4, 64] -> MXFP4 [..., N, K]"""
+    *lead, blocks, fours, _ = packed.shape
+    bytes_ = packed.reshape(-1, blocks, fours, 4, 2, 4, 2)  # block, four, l, h, o, j
+    codes = torch.stack((bytes_ & 15, bytes_ >> 4), -2)  # ... o, high nibble, j
+    codes = codes.permute(0, 1, 4, 3, 5, 2, 6, 7)  # block, h, l, o, four, high nibble, j
+    rows = (codes[..., 0] | (codes[..., 1] << 4)).reshape(*lead, blocks * OUTPUTS, fours * 2)
+    plain = scales.transpose(-1, -2).reshape(*lead, blocks * OUTPUTS, fours * 4 // BLOCK)
+    return MXFP4(rows[..., :outputs, :].contiguous(), plain[..., :outputs, :].contiguous())
+
+
+def pack_bf16(weight: Tensor) -> Tensor:
+    """weight [N, K] bfloat16 -> [B, ceil(K/32) * 16, 32, 2]"""
+    padded = _pad(_pad(weight, OUTPUTS, 0), BLOCK, 1)
+    rows, inputs = padded.shape
+    return padded.view(rows // OUTPUTS, OUTPUTS, inputs // 2, 2).transpose(1, 2).contiguous()
+
+
+def unpack_bf16(blocks: Tensor, outputs: int, inputs: int) -> Tensor:
+    """Inverse of pack_bf16(), for any number of matrices: [..., B, ., 32, 2] -> [..., N, K]"""
+    plain = blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    return plain[..., :outputs, :inputs].contiguous()
+
+
+def _pad(matrix: Tensor, multiple: int, dim: int) -> Tensor:
+    missing = -matrix.shape[dim] % multiple
+    if not missing:
+        return matrix
+    shape = list(matrix.shape)
+    shape[dim] = missing
+    return torch.cat((matrix, matrix.new_zeros(shape)), dim)
+
+
+MXFP4Blocks = tuple[Tensor, Tensor]

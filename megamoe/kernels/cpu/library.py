@@ -1,0 +1,300 @@
+"""A path's library: its functions on tensors, and the test that it passes on this machine before it is used."""
+
+# n rows   M rows of x   K inputs   N outputs   H hidden   I intermediate   T tokens
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, quantize_mxfp4, unpack_e2m1
+from megamoe.kernels.cpu.build import BuildError, build, is_built
+from megamoe.kernels.cpu.layout import MXFP4Blocks, pack_bf16, pack_mxfp4
+from megamoe.kernels.cpu.paths import Path, runnable
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "products": (
+        *(_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG),
+        *(_LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT, _INT),
+    ),
+    "quantize": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _INT),
+    "dequantize": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT),
+    "round": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT),
+    "activate": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _FLOAT, _INT, _POINTER, _INT),
+    "reduce_slots": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a product, sorted by expert.
+
+    x        [M, K] bfloat16, each row contiguous
+    counts   [experts] int64: rows of each expert, n in all
+    source   [n] int64: which row of x each row is; None where they are x's own in order
+    """
+
+    x: Tensor
+    counts: Tensor
+    source: Tensor | None = None
+
+
+class Library:
+    """The functions of one path. All of them write where they are told to and return nothing."""
+
+    def __init__(self, path: Path, file: str) -> None:
+        self.path = path
+        loaded = ctypes.CDLL(file)
+        self._functions = {}
+        for name, types in _SIGNATURES.items():
+            function = getattr(loaded, f"megamoe_{name}")
+            function.argtypes, function.restype = types, None
+            self._functions[name] = function
+
+    def products(
+        self, rows: Rows, weights: MXFP4Blocks | Tensor, outputs: int, out: Tensor, goes: Tensor | None = None
+    ) -> None:
+        """Each row times its expert's matrix.
+
+        weights  of all experts in order, as layout.py packs them: packed [experts, B, K/4, 64] and scales, or BF16
+        out      [., N] bfloat16 or float32; row r goes to row goes[r] of it, goes [n] int64, by default to its own
+        """
+        packed, scales = weights if isinstance(weights, tuple) else (weights, None)
+        x, counts = rows.x, rows.counts
+        assert x.dtype == torch.bfloat16, x.dtype
+        assert x.stride(1) == 1
+        assert out.stride(1) == 1
+        assert packed.is_contiguous()
+        assert scales is None or scales.is_contiguous()
+        assert counts.dtype == torch.int64
+        assert counts.is_contiguous()
+        assert len(counts) == len(packed)
+        self._functions["products"](
+            *(x.data_ptr(), x.stride(0), _pointer(rows.source), x.shape[1]),
+            *(packed.data_ptr(), _pointer(scales), _bytes_of_one(packed), _bytes_of_one(scales), outputs),
+            *(counts.data_ptr(), len(counts), out.data_ptr(), out.stride(0), _pointer(goes)),
+            *(out.dtype == torch.float32, torch.get_num_threads()),
+        )
+
+    def quantize(self, x: Tensor, out: MXFP8) -> None:
+        """x [n, K] bfloat16 rounded to MXFP8 [n, K]."""
+        codes, scales = out.values, out.scales
+        assert x.dtype == torch.bfloat16
+        assert x.stride(1) == codes.stride(1) == scales.stride(1) == 1
+        self._functions["quantize"](
+            *(x.data_ptr(), x.stride(0), *x.shape, codes.data_ptr(), codes.stride(0)),
+            *(scales.data_ptr(), scales.stride(0), torch.get_num_threads()),
+        )
+
+    def dequantize(self, q: MXFP8, out: Tensor) -> None:
+        """q [n, K] as bfloat16 [n, K]."""
+        codes, scales = q.values, q.scales
+        assert out.dtype == torch.bfloat16
+        assert out.stride(1) == codes.stride(1) == scales.stride(1) == 1
+        self._functions["dequantize"](
+            *(codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0), *out.shape),
+            *(out.data_ptr(), out.stride(0), torch.get_num_threads()),
+        )
+
+    def round(self, x: Tensor, out: Tensor) -> None:
+        """x [n, K] bfloat16 rounded to MXFP8, as bfloat16 [n, K]."""
+        assert x.dtype == out.dtype == torch.bfloat16
+        assert x.stride(1) == out.stride(1) == 1
+        self._functions["round"](
+            x.data_ptr(), x.stride(0), *x.shape, out.data_ptr(), out.stride(0), torch.get_num_threads()
+        )
+
+    def activate(
+        self, gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor, *, quantized: bool, out: Tensor
+    ) -> None:
+        """ops.activate(): gate_up [n, 2I] bfloat16, weights [n] float32, table [65536] float32 -> [n, I] bfloat16"""
+        assert gate_up.is_contiguous()
+        assert out.is_contiguous()
+        assert weights.is_contiguous()
+        assert gate_up.dtype == out.dtype == torch.bfloat16
+        assert weights.dtype == table.dtype == torch.float32
+        self._functions["activate"](
+            *(gate_up.data_ptr(), weights.data_ptr(), *out.shape, table.data_ptr()),
+            *(float("inf") if limit is None else limit, quantized, out.data_ptr(), torch.get_num_threads()),
+        )
+
+    def reduce_slots(self, rows: Tensor, positions: Tensor, out: Tensor) -> None:
+        """ops.reduce_slots(): rows [N + 1, H] bfloat16, positions [T, K] int64 -> [T, H] bfloat16"""
+        assert rows.is_contiguous()
+        assert positions.is_contiguous()
+        assert out.is_contiguous()
+        assert rows.dtype == out.dtype == torch.bfloat16
+        assert positions.dtype == torch.int64
+        self._functions["reduce_slots"](
+            rows.data_ptr(),
+            rows.shape[1],
+            positions.data_ptr(),
+            *positions.shape,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _bytes_of_one(stack: Tensor | None) -> int:
+    return 0 if stack is None else stack.stride(0) * stack.element_size()
+
+
+# ---- which library is used ----
+
+
+class KernelWarning(UserWarning):
+    """The CPU's kernels are not used, or not the best of them, and why."""
+
+
+_asked: list[Path | None] = []
+
+
+@contextmanager
+def using(path: Path | None) -> Iterator[None]:
+    """Within, chosen() is the library of that path, and none for None: for tests of each path."""
+    _asked.append(path)
+    try:
+        yield
+    finally:
+        _asked.pop()
+
+
+def chosen() -> Library | None:
+    """The library of the best path that this CPU runs; None, with a warning, where none can be built."""
+    if _asked:
+        return None if _asked[-1] is None else load(_asked[-1])
+    return _best()
+
+
+@lru_cache(maxsize=1)
+def _best() -> Library | None:
+    return find(None)[0]
+
+
+def find(note: Callable[[str], None] | None) -> tuple[Library | None, list[str]]:
+    """The best library that can be built and passes its test, and why each better one is not used."""
+    reasons = []
+    for path in runnable():
+        try:
+            return load(path, note), reasons
+        except BuildError as reason:
+            reasons.append(f"{path.name}: {reason}")
+    warnings.warn(
+        f"experts are computed by torch, slower: no kernels for this CPU ({'; '.join(reasons)})",
+        KernelWarning,
+        stacklevel=2,
+    )
+    return None, reasons
+
+
+def prepare(note: Callable[[str], None]) -> None:
+    """Builds the library that chosen() will use, where it is not built. note is told before a compilation begins."""
+    paths = runnable()
+    if paths and not is_built(paths[0]):
+        find(note)
+
+
+_loaded: dict[Path, Library] = {}
+
+
+def load(path: Path, note: Callable[[str], None] | None = None) -> Library:
+    """The library of a path once it has passed its test, built where it is not. BuildError says why there is none."""
+    if path not in _loaded:
+        file = build(path, note)
+        try:
+            library = Library(path, str(file))
+        except OSError as refusal:
+            raise BuildError(f"{file} cannot be loaded: {refusal}") from refusal
+        fault = find_fault(library)
+        if fault:
+            raise BuildError(fault)
+        _loaded[path] = library
+    return _loaded[path]
+
+
+# ---- the test of a library on this machine ----
+
+
+def sum_in_order(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    """The products' order of summation in plain torch: x [n, K], weight [N, K], scales [N, K/32] -> [n, N] float32.
+
+    The oracle of the "fma" paths. A product of two BF16 values is exact in FP64, and FP64 has bits enough that adding
+    FP32 to it and rounding to FP32 is the same as rounding once.
+    """
+    total = torch.zeros(len(x), len(weight), dtype=torch.float32, device="cpu")
+    wide_x, wide_weight = x.to(torch.float64), weight.to(torch.float64)
+    for start in range(0, x.shape[1], 32):
+        part = torch.zeros_like(total)
+        for k in range(start, min(start + 32, x.shape[1])):
+            part = (wide_x[:, k, None] * wide_weight[:, k] + part.to(torch.float64)).to(torch.float32)
+        scale = 1.0 if scales is None else scales[:, start // 32].to(torch.float64)
+        total = (part.to(torch.float64) * scale + total.to(torch.float64)).to(torch.float32)
+    return total
+
+
+def find_fault(library: Library) -> str:
+    """What is wrong with the library on this machine, "" where nothing is: some milliseconds, at its first use.
+
+    By the number of rows both ways of the products are taken. The bits of "fma" are known; those of "bf16-dot" must be
+    the same in any company and near the sum in FP64.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    outputs, inputs, num_rows = 72, 96, 15
+    weight, x = (
+        torch.randn(rows, inputs, generator=generator, dtype=torch.float32, device="cpu")
+        for rows in (outputs, num_rows)
+    )
+    x = x.to(torch.bfloat16)
+    quantized, dense = quantize_mxfp4(weight), weight.to(torch.bfloat16)
+    packed, scales = pack_mxfp4(quantized)
+    exact = {"MXFP4": dequantize_mxfp4(quantized, torch.float64), "BF16": dense.to(torch.float64)}
+    for name, held in (("MXFP4", (packed[None], scales[None])), ("BF16", pack_bf16(dense)[None])):
+        whole = _product(library, x, held, outputs)
+        for rows in (1, 3, 6):
+            if not torch.equal(_product(library, x[:rows], held, outputs), whole[:rows]):
+                return f"products of {name} weights have other bits for {rows} rows than for {num_rows}"
+        reference = x.to(torch.float64) @ exact[name].T
+        if float((whole - reference).norm()) > 1e-5 * float(reference.norm()):
+            return f"products of {name} weights are wrong"
+    if library.path.arithmetic == "fma":
+        values = torch.tensor(_E2M1, dtype=torch.float32, device="cpu")[unpack_e2m1(quantized.packed).long()]
+        expected = sum_in_order(x[:2], values, quantized.scales.view(torch.float8_e8m0fnu).to(torch.float32))
+        if not torch.equal(_product(library, x[:2], (packed[None], scales[None]), outputs), expected):
+            return "products of MXFP4 weights are not summed in the order that they should be"
+    return ""
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def _product(library: Library, x: Tensor, held: MXFP4Blocks | Tensor, outputs: int) -> Tensor:
+    out = torch.empty(len(x), outputs, dtype=torch.float32, device="cpu")
+    library.products(Rows(x, _count(x)), held, outputs, out)
+    return out
+
+
+def product_of(library: Library, x: Tensor, weight: MXFP4 | Tensor, out: Tensor) -> None:
+    """x [n, K] bfloat16 times one matrix [N, K], MXFP4 or bfloat16 as it comes, into out [n, N]."""
+    held: MXFP4Blocks | Tensor
+    if isinstance(weight, MXFP4):
+        packed, scales = pack_mxfp4(weight)
+        held = (packed[None], scales[None])
+    else:
+        held = pack_bf16(weight)[None]
+    library.products(Rows(x, _count(x)), held, out.shape[1], out)
+
+
+def _count(x: Tensor) -> Tensor:
+    return torch.tensor([len(x)], dtype=torch.int64, device="cpu")

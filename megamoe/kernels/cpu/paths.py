@@ -1,0 +1,49 @@
+"""The ways in which the CPU's kernels can compute, and which of them this machine can run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+_AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "fma3")
+_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DMEGAMOE_AVX512")
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """One way to compute.
+
+    arithmetic   "fma": one fused multiply-add for each value of K, the same bits on all such paths
+                 "bf16-dot": one BF16 dot product for each pair of K, as AVX512_BF16 rounds it
+    flags        what the compiler is given; needs: what torch.cpu.get_capabilities() must have
+    """
+
+    name: str
+    arithmetic: str
+    flags: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+    def runs_on(self, features: Mapping[str, object]) -> bool:
+        return all(features.get(each) for each in self.needs)
+
+
+# best first
+PATHS = (
+    Path(
+        "avx512-bf16",
+        "bf16-dot",
+        (*_AVX512_FLAGS, "-mavx512bf16", "-DMEGAMOE_BF16_DOT"),
+        (*_AVX512, "avx512_bf16"),
+    ),
+    Path("avx512", "fma", _AVX512_FLAGS, _AVX512),
+    Path("avx2", "fma", ("-mavx2", "-mfma", "-DMEGAMOE_AVX2"), ("avx2", "fma3")),
+    Path("portable", "fma"),
+)
+
+
+def runnable() -> list[Path]:
+    """The paths that this CPU can run, best first."""
+    features = torch.cpu.get_capabilities()
+    return [path for path in PATHS if path.runs_on(features)]

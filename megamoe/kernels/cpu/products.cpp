@@ -1,0 +1,349 @@
+// Products of rows with expert weights, in an order of summation that depends on K alone.
+//
+// For output o of row r, with w a weight before its scale, s the scale of 32 weights, and fma rounded once:
+//
+//     sum = 0
+//     for each 32 values of K, ascending:
+//         part = 0
+//         for each k of them, ascending: part = fma(x[r][k], w[o][k], part)    (pairs of k: see vectors.h)
+//         sum = fma(part, s[o][these 32], sum)
+//     out[r][o] = sum, rounded once to BF16, or as it is
+//
+// BF16 weights have s = 1. Neither the number of rows, nor a row's place, nor tiles, threads or the width of vectors
+// enter: each output has a chain of its own. The two ways below, for few rows and for many, differ in what they keep in
+// registers and in nothing else.
+//
+// Weights are held in blocks of 32 outputs (layout.py). For each 4 of K a block has 64 bytes of E2M1, or 2 x 32 pairs of
+// BF16. What is decoded at once, a unit, is one vector of those bytes: 4 values of K for two vectors of outputs.
+#include <algorithm>
+#include <vector>
+
+#include "state.h"
+#include "vectors.h"
+
+namespace megamoe {
+namespace {
+
+constexpr int BLOCK = 32;               // outputs
+constexpr int GROUP = 32;               // values of K under one scale, and of one partial sum
+constexpr int UNITS = BLOCK / 2 / LANES;  // of a block
+constexpr int UNIT = 2 * LANES;         // outputs
+constexpr int CHAINS = 8;               // of additions side by side, where each addition waits for the one before
+constexpr int DEPTH = 8 * GROUP;        // of K, that a decoded tile holds: 16 KB for each 8 lanes
+constexpr int PANEL_ROWS = 192;         // whose tokens, as FP32 and DEPTH deep, stay in the second cache
+constexpr int PANEL_BLOCKS = 32;        // whose sums for these rows stay there too
+
+// First output, of its block, of the first or second vector of a unit.
+constexpr int output_of(int unit, int second) { return second * (BLOCK / 2) + unit * LANES; }
+
+// A block of weights. pairs(): a unit's values of K 4 * four to 4 * four + 3, as DecodeE2M1 has them.
+struct E2M1 {
+    const uint8_t* packed;
+    const uint8_t* scales;
+
+    void pairs(const DecodeE2M1& decode, int64_t four, int unit, Words out[4]) const {
+        decode(packed + four * 64 + unit * LANES * 4, out);
+    }
+    Vector scale(int64_t group, int output) const { return load_e8m0(scales + group * BLOCK + output); }
+};
+
+struct BF16 {
+    const uint8_t* packed;
+
+    void pairs(const DecodeE2M1&, int64_t four, int unit, Words out[4]) const {
+        for (int j = 0; j < 4; j++) out[j] = load_words(packed + four * 256 + j / 2 * 128 + output_of(unit, j % 2) * 4);
+    }
+    Vector scale(int64_t, int) const { return broadcast(1.0f); }
+};
+
+struct Rows {
+    const uint16_t* x;
+    int64_t stride, depth;
+    const int64_t* source;
+
+    // Elements of rows, [end - begin][num_rows] in values of K, zero beyond K. begin and end are multiples of GROUP.
+    void spread(int64_t first, int num_rows, int64_t begin, int64_t end, Element* to) const {
+        const int64_t whole = std::min(end, depth) / STEP * STEP;
+        for (int r = 0; r < num_rows; r++) {
+            const uint16_t* from = x + (source ? source[first + r] : first + r) * stride;
+            Element* at = to + r;
+            int64_t k = begin;
+            for (; k < whole; k += STEP, at += num_rows) *at = element(from + k);
+            if (k < std::min(end, depth)) {  // half a pair
+                const uint16_t last[2] = {from[k], 0};
+                *at = element(last);
+                k += STEP, at += num_rows;
+            }
+            for (; k < end; k += STEP, at += num_rows) *at = Element(0);
+        }
+    }
+};
+
+struct Out {
+    void* to;
+    int64_t stride, width;
+    const int64_t* goes;
+    bool wide;  // FP32
+
+    void write(int64_t r, int64_t first, const float* sums, int count) const {
+        const int64_t at = (goes ? goes[r] : r) * stride + first;
+        count = int(std::min<int64_t>(count, width - first));
+        if (wide) {
+            for (int i = 0; i < count; i++) static_cast<float*>(to)[at + i] = sums[i];
+        } else {
+            for (int i = 0; i < count; i++) static_cast<uint16_t*>(to)[at + i] = to_bf16(sums[i]);
+        }
+    }
+};
+
+// What a thread works in, kept from call to call.
+class Scratch {
+    std::vector<Element> x, tile;
+    std::vector<float> scales, sums;
+
+    template <class T>
+    static T* take(std::vector<T>& buffer, size_t size) {
+        if (buffer.size() < size) buffer.resize(size);
+        return buffer.data();
+    }
+
+public:
+    Element* take_x(int64_t rows, int64_t depth) { return take(x, size_t(rows * depth / STEP)); }
+    Element* take_tile() { return take(tile, DEPTH / STEP * UNIT); }
+    float* take_scales() { return take(scales, DEPTH / GROUP * UNIT); }
+    float* take_sums() { return take(sums, PANEL_ROWS * PANEL_BLOCKS * BLOCK); }
+};
+thread_local Scratch scratch;
+
+// An expert's rows, and the part of its blocks that a thread computes.
+struct Share {
+    Rows rows;
+    Out out;
+    int64_t first, count;  // rows
+    int64_t begin, end;    // blocks
+    int64_t groups;        // of K
+};
+
+// ---- few rows: weights go from memory to the sums through registers alone ----
+
+// The sums of NUM units side by side for ROWS rows: x [K / STEP][ROWS], sums [NUM][2][ROWS][LANES].
+template <int ROWS, int NUM, class Weights>
+void sum_few(const Weights (&weights)[NUM], const int (&units)[NUM], const Element* x, int64_t groups,
+             float* sums) {
+    const DecodeE2M1 decode;
+    Vector total[NUM][2][ROWS];
+    for (auto& unit : total)
+        for (auto& half : unit)
+            for (Vector& each : half) each = zero();
+    for (int64_t group = 0; group < groups; group++) {
+        Vector part[NUM][2][ROWS];
+        for (auto& unit : part)
+            for (auto& half : unit)
+                for (Vector& each : half) each = zero();
+#pragma GCC unroll 1
+        for (int four = 0; four < GROUP / 4; four++) {
+            const Element* at = x + (group * GROUP + four * 4) / STEP * ROWS;
+#pragma GCC unroll 8
+            for (int n = 0; n < NUM; n++) {
+                Words pairs[4];
+                weights[n].pairs(decode, group * (GROUP / 4) + four, units[n], pairs);
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; k += STEP) {
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; half++) {
+                        const Weight weight = weight_of(pairs[k / 2 * 2 + half], k);
+#pragma GCC unroll 4
+                        for (int r = 0; r < ROWS; r++)
+                            part[n][half][r] = add_product(at[k / STEP * ROWS + r], weight, part[n][half][r]);
+                    }
+                }
+            }
+        }
+        for (int n = 0; n < NUM; n++)
+            for (int half = 0; half < 2; half++) {
+                const Vector scale = weights[n].scale(group, output_of(units[n], half));
+                for (int r = 0; r < ROWS; r++) total[n][half][r] = fma(part[n][half][r], scale, total[n][half][r]);
+            }
+    }
+    for (const auto& unit : total)
+        for (const auto& half : unit)
+            for (const Vector& each : half) {
+                store(sums, each);
+                sums += LANES;
+            }
+}
+
+// NUM units from `unit` on, for the share's rows first to first + ROWS - 1.
+template <int ROWS, int NUM, class At>
+void run_units(const Share& share, int first, int64_t unit, const Element* x, const At& at) {
+    std::decay_t<decltype(at(0))> weights[NUM];
+    int units[NUM];
+    float sums[NUM * ROWS * UNIT];
+    for (int n = 0; n < NUM; n++) {
+        weights[n] = at((unit + n) / UNITS);
+        units[n] = int((unit + n) % UNITS);
+    }
+    sum_few<ROWS, NUM>(weights, units, x, share.groups, sums);
+    const float* from = sums;
+    for (int n = 0; n < NUM; n++)
+        for (int half = 0; half < 2; half++)
+            for (int r = 0; r < ROWS; r++, from += LANES)
+                share.out.write(share.first + first + r, (unit + n) / UNITS * BLOCK + output_of(units[n], half), from,
+                                LANES);
+}
+
+// As many units as run side by side for all rows, then the next; what the second four rows read is still in a cache.
+template <int ROWS, class At>
+void run_few(const Share& share, const At& at) {
+    constexpr int FIRST = std::min(ROWS, 4), SECOND = ROWS - FIRST, NUM = std::max(1, CHAINS / (2 * FIRST));
+    const int64_t depth = share.groups * GROUP, end = share.end * UNITS;
+    Element *x = scratch.take_x(ROWS, depth), *second = x + depth / STEP * FIRST;
+    share.rows.spread(share.first, FIRST, 0, depth, x);
+    if constexpr (SECOND > 0) share.rows.spread(share.first + FIRST, SECOND, 0, depth, second);
+    int64_t unit = share.begin * UNITS;
+    for (; unit + NUM <= end; unit += NUM) {
+        run_units<FIRST, NUM>(share, 0, unit, x, at);
+        if constexpr (SECOND > 0) run_units<SECOND, NUM>(share, FIRST, unit, second, at);
+    }
+    for (; unit < end; unit++) {
+        run_units<FIRST, 1>(share, 0, unit, x, at);
+        if constexpr (SECOND > 0) run_units<SECOND, 1>(share, FIRST, unit, second, at);
+    }
+}
+
+// ---- many rows: weights are decoded into a tile, which all rows of a panel read ----
+
+// Adds to the sums of ROWS rows, of stride `width`, what `groups` groups of K bring: x [K / STEP][ROWS], tile
+// [K / STEP][UNIT], scales [groups][UNIT].
+template <int ROWS>
+void sum_tile(const Element* x, const Element* tile, const float* scales, int groups, float* sums, int64_t width) {
+    for (int group = 0; group < groups; group++) {
+        Vector part[ROWS][2];
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++) part[r][0] = part[r][1] = zero();
+        for (int k = 0; k < GROUP; k += STEP) {
+            const Weight first = load_weight(tile), second = load_weight(tile + LANES);
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; r++) {
+                part[r][0] = add_product(x[r], first, part[r][0]);
+                part[r][1] = add_product(x[r], second, part[r][1]);
+            }
+            tile += UNIT;
+            x += ROWS;
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++)
+            for (int half = 0; half < 2; half++) {
+                float* at = sums + r * width + half * LANES;
+                store(at, fma(part[r][half], load(scales + half * LANES), load(at)));
+            }
+        scales += UNIT;
+    }
+}
+
+template <int ROWS = TILE_ROWS>
+void sum_rows(int rows, const Element* x, const Element* tile, const float* scales, int groups, float* sums,
+              int64_t width) {
+    if (rows == ROWS) {
+        sum_tile<ROWS>(x, tile, scales, groups, sums, width);
+    } else if constexpr (ROWS > 1) {
+        sum_rows<ROWS - 1>(rows, x, tile, scales, groups, sums, width);
+    }
+}
+
+// One unit's values of `groups` groups as elements [K / STEP][UNIT], and their scales [groups][UNIT].
+template <class Weights>
+void decode_unit(const Weights& weights, int unit, int64_t first, int groups, Element* tile, float* scales) {
+    const DecodeE2M1 decode;
+    for (int group = 0; group < groups; group++, scales += UNIT) {
+        for (int half = 0; half < 2; half++)
+            store(scales + half * LANES, weights.scale(first + group, output_of(unit, half)));
+        for (int four = 0; four < GROUP / 4; four++) {
+            Words pairs[4];
+            weights.pairs(decode, (first + group) * (GROUP / 4) + four, unit, pairs);
+            for (int k = 0; k < 4; k += STEP, tile += UNIT)
+                for (int half = 0; half < 2; half++)
+                    store_weight(tile + half * LANES, weight_of(pairs[k / 2 * 2 + half], k));
+        }
+    }
+}
+
+// A panel of rows by the blocks begin to end. Within a panel sums lie unit by unit: [rows][blocks][UNITS][UNIT].
+template <class At>
+void run_panel(const Share& share, int64_t first, int rows, int64_t begin, int64_t end, const At& at) {
+    const int64_t width = (end - begin) * BLOCK;
+    Element *x = scratch.take_x(PANEL_ROWS, DEPTH), *tile = scratch.take_tile();
+    float *scales = scratch.take_scales(), *sums = scratch.take_sums();
+    std::fill(sums, sums + rows * width, 0.0f);
+    for (int64_t group = 0; group < share.groups; group += DEPTH / GROUP) {
+        const int groups = int(std::min<int64_t>(DEPTH / GROUP, share.groups - group));
+        const int64_t depth = groups * GROUP;
+        for (int row = 0; row < rows; row += TILE_ROWS)
+            share.rows.spread(first + row, std::min(TILE_ROWS, rows - row), group * GROUP, group * GROUP + depth,
+                              x + row * depth / STEP);
+        for (int64_t unit = begin * UNITS; unit < end * UNITS; unit++) {
+            decode_unit(at(unit / UNITS), int(unit % UNITS), group, groups, tile, scales);
+            float* to = sums + (unit - begin * UNITS) * UNIT;
+            for (int row = 0; row < rows; row += TILE_ROWS)
+                sum_rows(std::min(TILE_ROWS, rows - row), x + row * depth / STEP, tile, scales, groups, to + row * width,
+                         width);
+        }
+    }
+    for (int row = 0; row < rows; row++)
+        for (int64_t unit = begin * UNITS; unit < end * UNITS; unit++)
+            for (int half = 0; half < 2; half++)
+                share.out.write(first + row, unit / UNITS * BLOCK + output_of(int(unit % UNITS), half),
+                                sums + row * width + (unit - begin * UNITS) * UNIT + half * LANES, LANES);
+}
+
+template <class At>
+void run_share(const Share& share, const At& at) {
+    switch (share.count) {
+        case 1: return run_few<1>(share, at);
+        case 2: return run_few<2>(share, at);
+        case 3: return run_few<3>(share, at);
+        case 4: return run_few<4>(share, at);
+        case 5: return run_few<5>(share, at);
+        case 6: return run_few<6>(share, at);
+        case 7: return run_few<7>(share, at);
+        case 8: return run_few<8>(share, at);
+    }
+    for (int64_t row = 0; row < share.count; row += PANEL_ROWS)
+        for (int64_t block = share.begin; block < share.end; block += PANEL_BLOCKS)
+            run_panel(share, share.first + row, int(std::min<int64_t>(PANEL_ROWS, share.count - row)), block,
+                      std::min(block + PANEL_BLOCKS, share.end), at);
+}
+
+}  // namespace
+}  // namespace megamoe
+
+// Rows sorted by expert times each expert's matrix.
+//   x [., k] bfloat16 of that stride; source[r] is the row of x that row r reads, null for r itself
+//   packed, scales: of the first expert, with the bytes from one expert to the next; scales null for BF16 weights
+//   counts [experts]: rows of each; out [., n] of that stride, bfloat16 or (wide) float32; goes[r] as source, for out
+extern "C" void megamoe_products(const uint16_t* x, int64_t x_stride, const int64_t* source, int64_t k,
+                                 const uint8_t* packed, const uint8_t* scales, int64_t packed_bytes,
+                                 int64_t scales_bytes, int64_t n, const int64_t* counts, int64_t experts, void* out,
+                                 int64_t out_stride, const int64_t* goes, int wide, int threads) {
+    using namespace megamoe;
+    const int64_t groups = (k + GROUP - 1) / GROUP, blocks = (n + BLOCK - 1) / BLOCK;
+    const int64_t block_bytes = groups * GROUP * BLOCK * (scales ? 1 : 4) / 2, block_scales = groups * BLOCK;
+    const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
+#pragma omp parallel for num_threads(int(shares)) schedule(static, 1) if (shares > 1)
+    for (int64_t part = 0; part < shares; part++) {
+        const RoundToNearest state;
+        int64_t first = 0;
+        for (int64_t expert = 0; expert < experts; first += counts[expert++]) {
+            if (!counts[expert]) continue;
+            const Share share{{x, x_stride, k, source}, {out, out_stride, n, goes, wide != 0}, first, counts[expert],
+                              blocks * part / shares, blocks * (part + 1) / shares, groups};
+            const uint8_t* at = packed + expert * packed_bytes;
+            if (scales) {
+                const uint8_t* scale = scales + expert * scales_bytes;
+                run_share(share, [=](int64_t b) { return E2M1{at + b * block_bytes, scale + b * block_scales}; });
+            } else {
+                run_share(share, [=](int64_t b) { return BF16{at + b * block_bytes}; });
+            }
+        }
+    }
+}

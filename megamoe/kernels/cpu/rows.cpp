@@ -1,0 +1,163 @@
+// What surrounds the products: MXFP8 rounding, the activation, the sum of slots. Each value is a correctly rounded
+// operation on values of its own row, in the order that is written, so no row's bits depend on its company.
+#include <algorithm>
+
+#include "state.h"
+#include "vectors.h"
+
+namespace megamoe {
+namespace {
+
+constexpr int GROUP = 32;           // values under one scale
+constexpr int64_t AT_ONCE = 16384;  // values, below which a second thread is not worth waking
+
+int threads_for(int64_t values, int threads) {
+    return int(std::max<int64_t>(1, std::min<int64_t>(threads, values / AT_ONCE)));
+}
+
+// Scale byte of 2^ceil(log2(max(amax, 1e-4) / 448)), 448 = 1.75 * 2^8; 255 where a value is NaN or infinite.
+uint8_t scale_of(const float* values) {
+    uint32_t most = 0;  // magnitudes order as their bits do, and NaN comes last
+    for (int i = 0; i < GROUP; i++) most = std::max(most, as_bits(values[i]) & 0x7FFFFFFF);
+    if (most >= 0x7F800000) return 255;
+    most = std::max(most, as_bits(1e-4f));
+    return uint8_t(((most + 0x1FFFFF) >> 23) - 8);
+}
+
+// What values are multiplied by before they are rounded, 1 / scale.
+float inverse_of(uint8_t scale) { return as_float(uint32_t(254 - scale) << 23); }
+
+// E4M3, ties to even, of a magnitude of at most 448.
+inline uint8_t to_e4m3(float value) {
+    const uint32_t bits = as_bits(value), magnitude = bits & 0x7FFFFFFF;
+    const uint32_t normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960;
+    // below 2^-6 steps are 2^-9, which is what an addition to 2^14 rounds to
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 16384.0f) - as_bits(16384.0f);
+    return uint8_t((magnitude < 0x3C800000 ? subnormal : normal) | (bits >> 24 & 0x80));
+}
+
+inline float from_e4m3(uint8_t code) {
+    const uint32_t magnitude = code & 0x7F, sign = uint32_t(code & 0x80) << 24;
+    const float normal = as_float((magnitude << 20) + (120u << 23)), subnormal = float(magnitude) * 0x1p-9f;
+    const float value = magnitude < 8 ? subnormal : normal;
+    return magnitude == 0x7F ? as_float(0x7FC00000) : as_float(as_bits(value) | sign);
+}
+
+void quantize_group(const float* values, uint8_t* codes, uint8_t* scale) {
+    *scale = scale_of(values);
+    if (*scale == 255) {
+        std::fill(codes, codes + GROUP, uint8_t(0x7F));
+        return;
+    }
+    const float inverse = inverse_of(*scale);
+    for (int i = 0; i < GROUP; i++) codes[i] = to_e4m3(values[i] * inverse);
+}
+
+void dequantize_group(const uint8_t* codes, uint8_t scale, uint16_t* out) {
+    const float factor = scale == 255 ? as_float(0x7FC00000) : from_e8m0(scale);
+    for (int i = 0; i < GROUP; i++) out[i] = to_bf16(from_e4m3(codes[i]) * factor);
+}
+
+void round_group(const float* values, uint16_t* out) {
+    uint8_t codes[GROUP], scale;
+    quantize_group(values, codes, &scale);
+    dequantize_group(codes, scale, out);
+}
+
+void widen_group(const uint16_t* from, float* to) {
+    for (int i = 0; i < GROUP; i++) to[i] = from_bf16(from[i]);
+}
+
+}  // namespace
+}  // namespace megamoe
+
+using namespace megamoe;
+
+// x [rows, width] bfloat16 -> values [rows, width] E4M3 and scales [rows, width / 32] E8M0, each of its stride.
+extern "C" void megamoe_quantize(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t width, uint8_t* values,
+                                 int64_t values_stride, uint8_t* scales, int64_t scales_stride, int threads) {
+#pragma omp parallel for num_threads(threads_for(rows * width, threads)) if (threads_for(rows * width, threads) > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const RoundToNearest state;
+        for (int64_t k = 0; k < width; k += GROUP) {
+            float group[GROUP];
+            widen_group(x + r * x_stride + k, group);
+            quantize_group(group, values + r * values_stride + k, scales + r * scales_stride + k / GROUP);
+        }
+    }
+}
+
+// The inverse -> out [rows, width] bfloat16
+extern "C" void megamoe_dequantize(const uint8_t* values, int64_t values_stride, const uint8_t* scales,
+                                   int64_t scales_stride, int64_t rows, int64_t width, uint16_t* out,
+                                   int64_t out_stride, int threads) {
+#pragma omp parallel for num_threads(threads_for(rows * width, threads)) if (threads_for(rows * width, threads) > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const RoundToNearest state;
+        for (int64_t k = 0; k < width; k += GROUP)
+            dequantize_group(values + r * values_stride + k, scales[r * scales_stride + k / GROUP],
+                             out + r * out_stride + k);
+    }
+}
+
+// x [rows, width] bfloat16 rounded to MXFP8 and back -> out [rows, width] bfloat16
+extern "C" void megamoe_round(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t width, uint16_t* out,
+                              int64_t out_stride, int threads) {
+#pragma omp parallel for num_threads(threads_for(rows * width, threads)) if (threads_for(rows * width, threads) > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const RoundToNearest state;
+        for (int64_t k = 0; k < width; k += GROUP) {
+            float group[GROUP];
+            widen_group(x + r * x_stride + k, group);
+            round_group(group, out + r * out_stride + k);
+        }
+    }
+}
+
+// SiLU(gate) * clamp(up) * weight, rounded to MXFP8 and back (quantized) or to BF16.
+//   gate_up [rows, 2 * width] bfloat16, gate first; weights [rows] float32; out [rows, width] bfloat16
+//   table [65536] float32: SiLU of each clamped BF16 gate; limit: of up's magnitude, infinite where there is none
+extern "C" void megamoe_activate(const uint16_t* gate_up, const float* weights, int64_t rows, int64_t width,
+                                 const float* table, float limit, int quantized, uint16_t* out, int threads) {
+#pragma omp parallel for num_threads(threads_for(rows * width, threads)) if (threads_for(rows * width, threads) > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const RoundToNearest state;
+        const uint16_t *gates = gate_up + r * 2 * width, *ups = gates + width;
+        for (int64_t k = 0; k < width; k += GROUP) {
+            float group[GROUP];
+            const int count = int(std::min<int64_t>(GROUP, width - k));
+            for (int i = 0; i < count; i++) {
+                float up = from_bf16(ups[k + i]);
+                up = up < -limit ? -limit : up > limit ? limit : up;
+                group[i] = table[gates[k + i]] * up * weights[r];
+            }
+            uint16_t* to = out + r * width + k;
+            if (quantized) {
+                round_group(group, to);
+            } else {
+                for (int i = 0; i < count; i++) to[i] = to_bf16(group[i]);
+            }
+        }
+    }
+}
+
+// out[t] = sum over slots, ascending, of rows[positions[t][slot]], in FP32 from zero, rounded once.
+//   rows [., width] bfloat16; positions [tokens, topk]; out [tokens, width] bfloat16
+extern "C" void megamoe_reduce_slots(const uint16_t* rows, int64_t width, const int64_t* positions, int64_t tokens,
+                                     int64_t topk, uint16_t* out, int threads) {
+    constexpr int64_t CHUNK = 512;
+    const int workers = threads_for(tokens * topk * width, threads);
+#pragma omp parallel for num_threads(workers) if (workers > 1)
+    for (int64_t t = 0; t < tokens; t++) {
+        const RoundToNearest state;
+        for (int64_t begin = 0; begin < width; begin += CHUNK) {
+            float sums[CHUNK] = {};
+            const int64_t count = std::min(CHUNK, width - begin);
+            for (int64_t slot = 0; slot < topk; slot++) {
+                const uint16_t* row = rows + positions[t * topk + slot] * width + begin;
+                for (int64_t i = 0; i < count; i++) sums[i] += from_bf16(row[i]);
+            }
+            for (int64_t i = 0; i < count; i++) out[t * width + begin + i] = to_bf16(sums[i]);
+        }
+    }
+}

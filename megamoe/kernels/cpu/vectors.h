@@ -1,0 +1,240 @@
+// Vectors of 32-bit floats and the few operations that the products need, once for each instruction set.
+//
+// Vectors have 16 lanes with AVX-512 and 8 with AVX2; elsewhere they are arrays of 8 that the compiler vectorises. All
+// three fuse each multiplication with its addition, so all three give the same bits.
+//
+// MEGAMOE_BF16_DOT is another arithmetic, that of AVX512_BF16: an element of x and of a weight is then a pair of BF16, and
+// one instruction adds both products, the upper first. Without AVX-512 the same is written out, to test what surrounds it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(MEGAMOE_AVX2) || defined(MEGAMOE_AVX512)
+#include <immintrin.h>
+#endif
+
+namespace megamoe {
+
+inline float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float from_bf16(uint16_t bits) { return as_float(uint32_t(bits) << 16); }
+
+// Round to nearest, ties to even; every NaN becomes 0x7FC0.
+inline uint16_t to_bf16(float value) {
+    const uint32_t bits = as_bits(value);
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : uint16_t(rounded);
+}
+
+// 2^(byte - 127); 2^-127 is subnormal and exact
+inline float from_e8m0(uint8_t byte) { return as_float(byte ? uint32_t(byte) << 23 : 0x00400000u); }
+
+#if defined(MEGAMOE_AVX512)
+
+constexpr int LANES = 16;
+constexpr int TILE_ROWS = 12;  // of a tile of sums, two vectors wide, that stays in registers
+using Vector = __m512;
+using Words = __m512i;
+
+inline Vector zero() { return _mm512_setzero_ps(); }
+inline Vector broadcast(float value) { return _mm512_set1_ps(value); }
+inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
+inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline Words load_words(const void* from) { return _mm512_loadu_si512(from); }
+// of each 32-bit word that holds two BF16 values: the lower, the upper
+inline Vector lower(Words w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
+inline Vector upper(Words w) {
+    return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xFFFF0000u))));
+}
+inline Vector load_e8m0(const uint8_t* from) {
+    const Words bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const Words bits = _mm512_slli_epi32(bytes, 23);
+    return _mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(0x00400000)));
+}
+
+// A vector of bytes of E2M1, four values of K for each of two vectors of outputs, as pairs of BF16:
+// the first outputs' values 0 and 1, the second outputs' values 0 and 1, then the same of values 2 and 3. See layout.py.
+struct DecodeE2M1 {
+    Words high = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, char(0x80),
+        char(0xBF), char(0xBF), char(0xBF), char(0xC0), char(0xC0), char(0xC0), char(0xC0)));
+    Words low = _mm512_broadcast_i32x4(_mm_setr_epi8(
+        0, 0, char(0x80), char(0xC0), 0, 0x40, char(0x80), char(0xC0), 0, 0, char(0x80), char(0xC0), 0, 0x40,
+        char(0x80), char(0xC0)));
+    Words nibble = _mm512_set1_epi8(15);
+
+    inline void operator()(const uint8_t* from, Words pairs[4]) const {
+        const Words bytes = load_words(from);
+        const Words first = _mm512_and_si512(bytes, nibble);
+        const Words second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+        const Words h0 = _mm512_shuffle_epi8(high, first), l0 = _mm512_shuffle_epi8(low, first);
+        const Words h1 = _mm512_shuffle_epi8(high, second), l1 = _mm512_shuffle_epi8(low, second);
+        pairs[0] = _mm512_unpacklo_epi8(l0, h0);
+        pairs[1] = _mm512_unpackhi_epi8(l0, h0);
+        pairs[2] = _mm512_unpacklo_epi8(l1, h1);
+        pairs[3] = _mm512_unpackhi_epi8(l1, h1);
+    }
+};
+
+#elif defined(MEGAMOE_AVX2)
+
+constexpr int LANES = 8;
+constexpr int TILE_ROWS = 6;
+using Vector = __m256;
+using Words = __m256i;
+
+inline Vector zero() { return _mm256_setzero_ps(); }
+inline Vector broadcast(float value) { return _mm256_set1_ps(value); }
+inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+inline void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
+inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline Words load_words(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline Vector lower(Words w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); }
+inline Vector upper(Words w) {
+    return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(int(0xFFFF0000u))));
+}
+inline Vector load_e8m0(const uint8_t* from) {
+    const Words bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    const Words bits = _mm256_slli_epi32(bytes, 23);
+    return _mm256_castsi256_ps(_mm256_max_epu32(bits, _mm256_set1_epi32(0x00400000)));
+}
+
+struct DecodeE2M1 {
+    Words high = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, char(0x80),
+        char(0xBF), char(0xBF), char(0xBF), char(0xC0), char(0xC0), char(0xC0), char(0xC0)));
+    Words low = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+        0, 0, char(0x80), char(0xC0), 0, 0x40, char(0x80), char(0xC0), 0, 0, char(0x80), char(0xC0), 0, 0x40,
+        char(0x80), char(0xC0)));
+    Words nibble = _mm256_set1_epi8(15);
+
+    inline void operator()(const uint8_t* from, Words pairs[4]) const {
+        const Words bytes = load_words(from);
+        const Words first = _mm256_and_si256(bytes, nibble);
+        const Words second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+        const Words h0 = _mm256_shuffle_epi8(high, first), l0 = _mm256_shuffle_epi8(low, first);
+        const Words h1 = _mm256_shuffle_epi8(high, second), l1 = _mm256_shuffle_epi8(low, second);
+        pairs[0] = _mm256_unpacklo_epi8(l0, h0);
+        pairs[1] = _mm256_unpackhi_epi8(l0, h0);
+        pairs[2] = _mm256_unpacklo_epi8(l1, h1);
+        pairs[3] = _mm256_unpackhi_epi8(l1, h1);
+    }
+};
+
+#else
+
+constexpr int LANES = 8;
+constexpr int TILE_ROWS = 4;
+struct Vector {
+    float lane[LANES];
+};
+struct Words {
+    uint32_t lane[LANES];
+};
+
+inline Vector broadcast(float value) {
+    Vector v;
+    for (float& each : v.lane) each = value;
+    return v;
+}
+inline Vector zero() { return broadcast(0.0f); }
+inline Vector load(const float* from) {
+    Vector v;
+    std::memcpy(v.lane, from, sizeof v);
+    return v;
+}
+inline void store(float* to, const Vector& v) { std::memcpy(to, v.lane, sizeof v); }
+inline Vector fma(const Vector& a, const Vector& b, const Vector& c) {
+    Vector v;
+    for (int i = 0; i < LANES; i++) v.lane[i] = std::fma(a.lane[i], b.lane[i], c.lane[i]);
+    return v;
+}
+inline Words load_words(const void* from) {
+    Words w;
+    std::memcpy(w.lane, from, sizeof w);
+    return w;
+}
+inline Vector lower(const Words& w) {
+    Vector v;
+    for (int i = 0; i < LANES; i++) v.lane[i] = as_float(w.lane[i] << 16);
+    return v;
+}
+inline Vector upper(const Words& w) {
+    Vector v;
+    for (int i = 0; i < LANES; i++) v.lane[i] = as_float(w.lane[i] & 0xFFFF0000u);
+    return v;
+}
+inline Vector load_e8m0(const uint8_t* from) {
+    Vector v;
+    for (int i = 0; i < LANES; i++) v.lane[i] = from_e8m0(from[i]);
+    return v;
+}
+
+struct DecodeE2M1 {
+    uint16_t value[16] = {0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
+                          0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
+
+    inline void operator()(const uint8_t* from, Words pairs[4]) const {
+        for (int i = 0; i < LANES; i++) {
+            const uint8_t* bytes = from + 16 * (i / 4) + 2 * (i % 4);
+            for (int second = 0; second < 2; second++) {
+                const uint8_t a = bytes[8 * second], b = bytes[8 * second + 1];
+                pairs[second].lane[i] = value[a & 15] | uint32_t(value[b & 15]) << 16;
+                pairs[2 + second].lane[i] = value[a >> 4] | uint32_t(value[b >> 4]) << 16;
+            }
+        }
+    }
+};
+
+#endif
+
+// ---- elements: what is broadcast of x and multiplied with a vector of weights ----
+
+#if defined(MEGAMOE_BF16_DOT)
+
+constexpr int STEP = 2;  // values of K in an element
+using Element = uint32_t;
+using Weight = Words;
+
+inline Element element(const uint16_t* x) { return x[0] | uint32_t(x[1]) << 16; }
+inline Weight weight_of(const Words& pair, int) { return pair; }
+inline Weight load_weight(const Element* from) { return load_words(from); }
+#if defined(MEGAMOE_AVX512)
+inline void store_weight(Element* to, const Weight& w) { _mm512_storeu_si512(to, w); }
+inline Vector add_product(Element x, const Weight& w, Vector part) {
+    return _mm512_dpbf16_ps(part, (__m512bh)w, (__m512bh)_mm512_set1_epi32(int(x)));
+}
+#else
+inline void store_weight(Element* to, const Weight& w) { std::memcpy(to, &w, sizeof w); }
+inline Vector add_product(Element x, const Weight& w, const Vector& part) {
+    const Vector sum = fma(broadcast(as_float(x & 0xFFFF0000u)), upper(w), part);
+    return fma(broadcast(as_float(x << 16)), lower(w), sum);
+}
+#endif
+
+#else
+
+constexpr int STEP = 1;
+using Element = float;
+using Weight = Vector;
+
+inline Element element(const uint16_t* x) { return from_bf16(*x); }
+inline Weight weight_of(const Words& pair, int k) { return k % 2 ? upper(pair) : lower(pair); }
+inline Weight load_weight(const Element* from) { return load(from); }
+inline void store_weight(Element* to, const Weight& w) { store(to, w); }
+inline Vector add_product(Element x, const Weight& w, const Vector& part) { return fma(broadcast(x), w, part); }
+
+#endif
+
+}  // namespace megamoe

@@ -1,0 +1,108 @@
+"""How a device holds the weights of its experts: in the order in which what multiplies by them reads them.
+
+Each layout says what it holds for a matrix, packs one matrix, and gives stacks of them back as they came.
+"""
+
+# e experts   N outputs   K inputs
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megamoe.formats import BLOCK, MXFP4
+from megamoe.kernels.cpu.layout import bf16_shape, mxfp4_shapes, pack_bf16, pack_mxfp4, unpack_bf16, unpack_mxfp4
+from megamoe.kernels.layout import interleave_gate_up, separate_gate_up
+
+VALUES, SCALES = "", "_scales"  # what a matrix's name is followed by
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """What is known of one of an expert's matrices: weight [outputs, inputs], MXFP4 (packed) or BF16.
+
+    name   "gate_up", whose first half of rows are the gate's, or "down"
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    packed: bool
+
+    def plain(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes as weights come, and as a state dict has them."""
+        if not self.packed:
+            return {VALUES: ((self.outputs, self.inputs), torch.bfloat16)}
+        return {
+            VALUES: ((self.outputs, self.inputs // 2), torch.uint8),
+            SCALES: ((self.outputs, self.inputs // BLOCK), torch.uint8),
+        }
+
+
+class Layout(ABC):
+    """How matrices are held. Whatever is packed is MXFP4 or bfloat16, as the matrix says."""
+
+    @abstractmethod
+    def buffers(self, matrix: Matrix) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of what is held for one expert."""
+
+    @abstractmethod
+    def pack(self, matrix: Matrix, weight: MXFP4 | Tensor) -> dict[str, Tensor]:
+        """One expert's weight as it is held."""
+
+    @abstractmethod
+    def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stacks [e, ...] of what is held, as in Matrix.plain()."""
+
+
+class RowMajor(Layout):
+    """As weights come."""
+
+    def buffers(self, matrix: Matrix) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return matrix.plain()
+
+    def pack(self, matrix: Matrix, weight: MXFP4 | Tensor) -> dict[str, Tensor]:
+        assert isinstance(weight, MXFP4) == matrix.packed
+        return {VALUES: weight.packed, SCALES: weight.scales} if isinstance(weight, MXFP4) else {VALUES: weight}
+
+    def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: held[key] for key in matrix.plain()}
+
+
+class InTurns(RowMajor):
+    """Gate and up rows in turns, as the Triton kernels read them."""
+
+    def pack(self, matrix: Matrix, weight: MXFP4 | Tensor) -> dict[str, Tensor]:
+        rows = super().pack(matrix, weight)
+        return {key: interleave_gate_up(each) for key, each in rows.items()} if matrix.name == "gate_up" else rows
+
+    def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rows = super().unpack(matrix, held)
+        return {key: separate_gate_up(each) for key, each in rows.items()} if matrix.name == "gate_up" else rows
+
+
+class Blocks(Layout):
+    """Blocks of 32 outputs, as the CPU's kernels read them."""
+
+    def buffers(self, matrix: Matrix) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if not matrix.packed:
+            return {VALUES: (bf16_shape(matrix.outputs, matrix.inputs), torch.bfloat16)}
+        values, scales = mxfp4_shapes(matrix.outputs, matrix.inputs)
+        return {VALUES: (values, torch.uint8), SCALES: (scales, torch.uint8)}
+
+    def pack(self, matrix: Matrix, weight: MXFP4 | Tensor) -> dict[str, Tensor]:
+        assert isinstance(weight, MXFP4) == matrix.packed
+        if not isinstance(weight, MXFP4):
+            return {VALUES: pack_bf16(weight)}
+        packed, scales = pack_mxfp4(weight)
+        return {VALUES: packed, SCALES: scales}
+
+    def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not matrix.packed:
+            return {VALUES: unpack_bf16(held[VALUES], matrix.outputs, matrix.inputs)}
+        plain = unpack_mxfp4(held[VALUES], held[SCALES], matrix.outputs)
+        return {VALUES: plain.packed, SCALES: plain.scales}

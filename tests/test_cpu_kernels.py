@@ -1,0 +1,363 @@
+"""The CPU's kernels, every path that this CPU runs: the order of the sum to the bit, and torch's bodies beside them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path as FilePath
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamoe.formats import (
+    MXFP4,
+    MXFP8,
+    dequantize_mxfp4,
+    dequantize_mxfp8,
+    e8m0_to_float,
+    quantize_mxfp4,
+    quantize_mxfp8,
+    unpack_e2m1,
+)
+from megamoe.kernels.cpu import build as building
+from megamoe.kernels.cpu.build import BuildError, build
+from megamoe.kernels.cpu.layout import pack_bf16, pack_mxfp4, unpack_bf16, unpack_mxfp4
+from megamoe.kernels.cpu.library import Library, Rows, find_fault, load, product_of, sum_in_order, using
+from megamoe.kernels.cpu.paths import PATHS, Path, runnable
+from megamoe.ops import activate, reduce_slots, silu_table
+from megamoe.reference import round_mxfp8
+
+# "bf16-dot" written out, so that what surrounds its instruction is tested where the CPU does not have it
+WRITTEN_OUT = Path("portable-bf16", "bf16-dot", ("-DMEGAMOE_BF16_DOT",))
+TESTED = [*runnable(), WRITTEN_OUT]
+FUSED = [path for path in TESTED if path.arithmetic == "fma"]
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 31, 192, 193, 257)
+THREADS = (1, 2, 3, 4)
+SIZES = [(64, 96), (33, 32), (3, 50), (9, 57), (72, 100), (256, 192), (40, 2880), (24, 7168)]  # N outputs, K inputs
+
+
+def ids(path: Path) -> str:
+    return path.name
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def wide(*shape: int, seed: int = 0) -> Tensor:
+    """Values of both signs over 40 powers of two."""
+    powers = torch.randint(-20, 20, shape, generator=torch.Generator().manual_seed(seed + 1))
+    return randn(*shape, seed=seed) * torch.exp2(powers.float())
+
+
+def cancelling(n: int, k: int) -> tuple[Tensor, Tensor]:
+    """x [257, K] and weight [N, K] whose products sum to zero but for rounding.
+
+    What is left is the rounding of the sum, so another order of it shows in BF16 too, where ordinary numbers hide it.
+    """
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(3))
+    a, b, rest = randn(257, k // 2), randn(n, k // 2, seed=1) * 2.0 ** (torch.arange(k // 2) % 12), k % 2
+    x, weight = torch.cat((a, a, torch.zeros(257, rest)), 1), torch.cat((b, -b, torch.zeros(n, rest)), 1)
+    return x[:, order].to(torch.bfloat16), weight[:, order].to(torch.bfloat16)
+
+
+def product(library: Library, x: Tensor, weight: MXFP4 | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    out = torch.full((len(x), weight.shape[0]), torch.nan, dtype=dtype)
+    product_of(library, x, weight, out)
+    return out
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+# ---- the order of the sum ----
+
+
+@pytest.mark.parametrize("path", FUSED, ids=ids)
+@pytest.mark.parametrize(("n", "k"), [(64, 96), (33, 32), (40, 192), (8, 1024)])
+def test_mxfp4_products_are_sums_of_fused_steps_in_order(path: Path, n: int, k: int) -> None:
+    for x, weight in ((wide(21, k).to(torch.bfloat16), wide(n, k, seed=5)), cancelling(n, k)):
+        x, quantized = x[:21], quantize_mxfp4(weight)
+        expected = sum_in_order(x, E2M1[unpack_e2m1(quantized.packed).long()], e8m0_to_float(quantized.scales))
+        assert same_bits(product(load(path), x, quantized), expected)
+        assert same_bits(product(load(path), x, quantized, torch.bfloat16), expected.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("path", FUSED, ids=ids)
+@pytest.mark.parametrize(("n", "k"), [(64, 96), (33, 32), (3, 50), (9, 57), (40, 192)])
+def test_bf16_products_are_sums_of_fused_steps_in_order(path: Path, n: int, k: int) -> None:
+    for x, weight in ((wide(21, k), wide(n, k, seed=5)), cancelling(n, k)):
+        x, weight = x[:21].to(torch.bfloat16), weight.to(torch.bfloat16)
+        expected = sum_in_order(x, weight)
+        assert same_bits(product(load(path), x, weight), expected)
+        assert same_bits(product(load(path), x, weight, torch.bfloat16), expected.to(torch.bfloat16))
+
+
+def test_the_order_in_torch_is_that_of_single_fused_steps() -> None:
+    from math import fsum  # one rounding of exact terms to FP64, then to FP32: innocuous, as sum_in_order() explains
+
+    x, weight = wide(1, 40).to(torch.bfloat16), wide(1, 40, seed=3).to(torch.bfloat16)
+    total = 0.0
+    for start in (0, 32):
+        part = 0.0
+        for k in range(start, min(start + 32, 40)):
+            part = float(torch.tensor(fsum((float(x[0, k]) * float(weight[0, k]), part)), dtype=torch.float32))
+        total = float(torch.tensor(fsum((part, total)), dtype=torch.float32))
+    assert float(sum_in_order(x, weight)) == total
+    assert not same_bits(sum_in_order(x.flip(1), weight.flip(1)), sum_in_order(x, weight)), "another order would show"
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+@pytest.mark.parametrize("packed", [True, False], ids=["mxfp4", "bf16"])
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_a_row_has_the_same_bits_for_any_number_of_rows_place_and_threads(
+    path: Path, packed: bool, n: int, k: int
+) -> None:
+    if packed and k % 32:
+        pytest.skip("MXFP4 has blocks of 32")
+    x, weight = cancelling(n, k)
+    library, held = load(path), quantize_mxfp4(weight) if packed else weight
+    expected = product(library, x, held)
+    assert packed or expected.count_nonzero() > expected.numel() / 4
+    order = torch.randperm(257, generator=torch.Generator().manual_seed(2))
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for num_rows in ROWS if "portable" not in path.name or k < 150 else (1, 5, 193):
+            assert same_bits(product(library, x[:num_rows], held), expected[:num_rows]), (threads, num_rows)
+            moved = order[:num_rows]
+            assert same_bits(product(library, x[moved], held), expected[moved]), (threads, num_rows)
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+def test_rows_go_where_they_are_told_by_their_experts(path: Path) -> None:
+    library, experts, k, n = load(path), 5, 64, 72
+    weights = [quantize_mxfp4(randn(n, k, seed=seed)) for seed in range(experts)]
+    packed = [pack_mxfp4(weight) for weight in weights]
+    held = torch.stack([each for each, _ in packed]), torch.stack([each for _, each in packed])
+    counts = torch.tensor([3, 0, 9, 1, 200])
+    x = randn(50, k + 16).to(torch.bfloat16)[:, 3 : 3 + k]  # cut from wider rows, at an odd place
+    rng = torch.Generator().manual_seed(4)
+    source, goes = torch.randint(0, 50, (213,), generator=rng), torch.randperm(213, generator=rng)
+    out = torch.zeros(215, 2 * n, dtype=torch.bfloat16)
+    library.products(Rows(x, counts, source), held, n, out[:, 5 : 5 + n], goes)
+    of = torch.arange(experts).repeat_interleave(counts)
+    for row in range(213):
+        expected = product(library, x[source[row]][None].contiguous(), weights[int(of[row])], torch.bfloat16)[0]
+        assert same_bits(out[goes[row], 5 : 5 + n], expected)
+    assert not out[213:].any()
+    assert not out[:, :5].any()
+    assert not out[:, 5 + n :].any()
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+@pytest.mark.parametrize("beside", [0.0, 3e38, float("inf"), float("nan")])
+def test_a_row_does_not_see_the_values_beside_it(path: Path, beside: float) -> None:
+    x, weight = randn(33, 160).to(torch.bfloat16), randn(48, 160, seed=1).to(torch.bfloat16)
+    expected = product(load(path), x, weight)[5]
+    x[:5], x[6:] = beside, beside
+    assert same_bits(product(load(path), x, weight)[5], expected)
+
+
+@pytest.mark.parametrize("path", FUSED, ids=ids)
+def test_subnormals_are_kept_whatever_the_caller_asked_of_its_thread(path: Path) -> None:
+    x = (randn(40, 64) * 2.0**-100).to(torch.bfloat16)
+    weight = (randn(40, 64, seed=1) * 2.0**-36).to(torch.bfloat16)
+    tokens = (randn(40, 64, seed=2) * 1e-39).to(torch.bfloat16)
+    expected = sum_in_order(x, weight)
+    assert expected.abs().max() < 2.0**-126
+    assert expected.any()
+    torch.set_flush_denormal(True)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            got, rounded = product(load(path), x, weight), torch.empty_like(tokens)
+            load(path).round(tokens, rounded)
+            reduced = torch.empty_like(tokens)
+            load(path).reduce_slots(tokens, torch.arange(40).view(40, 1), reduced)
+    finally:
+        torch.set_flush_denormal(False)
+    assert same_bits(got, expected)
+    assert same_bits(rounded, round_mxfp8(tokens))
+    assert same_bits(reduced, tokens + 0.0)  # a sum that starts from zero is never -0
+    assert reduced.any()
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+def test_every_code_and_scale_of_mxfp4_is_multiplied_by(path: Path) -> None:
+    codes = torch.arange(16, dtype=torch.uint8).repeat(253, 2)  # [253, 32], a row for each scale byte
+    scales = torch.arange(253, dtype=torch.uint8).view(253, 1)
+    weight = MXFP4(codes[:, 0::2] | (codes[:, 1::2] << 4), scales)
+    exact = dequantize_mxfp4(weight, torch.float64)
+    for k in range(16):
+        x = torch.zeros(1, 32, dtype=torch.bfloat16)
+        x[0, k] = 1.0
+        got = product(load(path), x, weight)[0]
+        assert torch.equal(got.double(), exact[:, k] + 0.0), k  # + 0.0: a sum that starts from zero is never -0
+
+
+# ---- how weights are held ----
+
+
+@pytest.mark.parametrize(("n", "k"), [(32, 32), (64, 96), (33, 64), (5, 160), (192, 128)])
+def test_weights_come_back_as_they_were(n: int, k: int) -> None:
+    weights = [quantize_mxfp4(randn(n, k, seed=seed)) for seed in range(3)]
+    packed, scales = (torch.stack(each) for each in zip(*(pack_mxfp4(weight) for weight in weights), strict=True))
+    back = unpack_mxfp4(packed, scales, n)
+    assert torch.equal(back.packed, torch.stack([weight.packed for weight in weights]))
+    assert torch.equal(back.scales, torch.stack([weight.scales for weight in weights]))
+    for width in (k, k - 3):
+        dense = [randn(n, width, seed=seed).to(torch.bfloat16) for seed in range(3)]
+        assert torch.equal(unpack_bf16(torch.stack([pack_bf16(each) for each in dense]), n, width), torch.stack(dense))
+
+
+# ---- what surrounds the products ----
+
+
+def awkward(rows: int, width: int) -> Tensor:
+    """BF16 over the whole range, with zeros, subnormals and, in a few blocks, values that are not finite."""
+    x = wide(rows, width).to(torch.bfloat16)
+    x[1] = (randn(width) * 1e-40).to(torch.bfloat16)
+    x[2, 3], x[3, 40], x[4, 70] = torch.nan, torch.inf, -torch.inf
+    x[5], x[6, :32], x[7, 5] = 0.0, -0.0, 3.3e38
+    return x
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+def test_mxfp8_is_rounded_to_and_read_as_torch_does(path: Path) -> None:
+    library = load(path)
+    everything = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(2048, 32)
+    for x in (awkward(64, 96), everything, randn(3000, 64).to(torch.bfloat16)):
+        expected = quantize_mxfp8(x)
+        rows = torch.zeros(len(x), x.shape[1] + x.shape[1] // 32 + 5, dtype=torch.uint8)  # as a row of the wire
+        got = MXFP8(rows[:, : x.shape[1]].view(torch.float8_e4m3fn), rows[:, x.shape[1] : -5])
+        library.quantize(x, got)
+        assert torch.equal(got.scales, expected.scales)
+        values, numbers = expected.values.view(torch.uint8), ~expected.values.float().isnan()
+        assert torch.equal(got.values.view(torch.uint8)[numbers], values[numbers])
+        assert torch.equal(got.values.float().isnan(), ~numbers)
+        assert not rows[:, -5:].any()
+        back, rounded, dense = torch.empty_like(x), torch.empty_like(x), dequantize_mxfp8(expected)
+        library.dequantize(got, back)
+        library.round(x, rounded)
+        for each in (back, rounded):
+            assert torch.equal(each.isnan(), dense.isnan())
+            assert torch.equal(each[~dense.isnan()].view(torch.int16), dense[~dense.isnan()].view(torch.int16))
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+def test_every_code_and_scale_of_mxfp8_is_read_as_torch_does(path: Path) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    scales = torch.arange(256, dtype=torch.uint8).view(256, 1).repeat(1, 8)
+    q, got = MXFP8(codes.view(torch.float8_e4m3fn), scales), torch.empty(256, 256, dtype=torch.bfloat16)
+    load(path).dequantize(q, got)
+    expected = dequantize_mxfp8(q, torch.float32).to(torch.bfloat16)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got[~got.isnan()].view(torch.int16), expected[~got.isnan()].view(torch.int16))
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+@pytest.mark.parametrize("quantized", [True, False], ids=["mxfp8", "bf16"])
+@pytest.mark.parametrize("limit", [None, 3.0])
+def test_the_activation_is_torchs_to_the_bit(path: Path, quantized: bool, limit: float | None) -> None:
+    table = silu_table(limit, torch.device("cpu"))
+    for num_rows, width in ((0, 64), (1, 64), (700, 96), (5, 50)):
+        if quantized and width % 32:
+            continue
+        gate_up = (wide(num_rows, 2 * width) * 3).to(torch.bfloat16)
+        if num_rows > 4:
+            gate_up[1, 3], gate_up[2, width + 3], gate_up[3, 40] = torch.nan, torch.nan, torch.inf
+        weights = randn(num_rows, seed=1)
+        with using(None):
+            expected = activate(gate_up, weights, limit, table, quantized=quantized)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with using(path):
+                got = activate(gate_up, weights, limit, table, quantized=quantized)
+            assert torch.equal(got.isnan(), expected.isnan())
+            numbers = ~expected.isnan()
+            assert torch.equal(got[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+@pytest.mark.parametrize(("tokens", "topk", "width"), [(0, 2, 64), (1, 1, 5), (40, 8, 1030), (300, 3, 96)])
+def test_the_sum_of_slots_is_torchs_to_the_bit(path: Path, tokens: int, topk: int, width: int) -> None:
+    rows = wide(tokens * topk + 1, width).to(torch.bfloat16)
+    rows[-1] = 0
+    positions = torch.randperm(tokens * topk, generator=torch.Generator().manual_seed(1)).view(tokens, topk)
+    if tokens > 1:
+        positions[0], positions[1, 0] = tokens * topk, tokens * topk  # masked slots
+    with using(None):
+        expected = reduce_slots(rows, positions)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with using(path):
+            assert same_bits(reduce_slots(rows, positions), expected)
+
+
+# ---- how a library gets there ----
+
+
+def test_every_path_can_be_built_where_its_flags_are_known() -> None:
+    paths = PATHS if torch.cpu.get_capabilities().get("architecture") == "x86_64" else runnable()
+    for path in paths:
+        assert build(path).exists()
+
+
+TWO_AT_ONCE = """
+import sys
+from megamoe.kernels.cpu.build import build
+from megamoe.kernels.cpu.paths import Path
+notes = []
+print(build(Path("tiny", "fma", ("-O0",)), notes.append), len(notes))
+"""
+
+
+def test_ranks_that_start_at_once_compile_once(tmp_path: FilePath) -> None:
+    environment = {**building._environment(), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", TWO_AT_ONCE], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [rank.communicate(timeout=200)[0].split() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    assert len({library for library, _ in said}) == 1
+    assert sorted(notes for _, notes in said) == ["0", "0", "1"]
+    assert sorted(each.suffix for each in (tmp_path / "megamoe").iterdir()) == [".lock", ".so"]
+
+
+def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "_cache", lambda: tmp_path)
+    with pytest.raises(BuildError, match="-mno-such-thing"):
+        build(Path("odd", "fma", ("-mno-such-thing",)))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match="no-such-compiler"):
+        build(Path("none", "fma"))
+    assert {each.suffix for each in tmp_path.iterdir()} == {".lock"}
+
+
+def test_a_library_that_sums_in_another_order_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = load(runnable()[-1])
+    assert find_fault(library) == ""
+    right = library.products
+
+    def by_company(rows: Rows, weights: object, outputs: int, out: Tensor, goes: Tensor | None = None) -> None:
+        right(rows, weights, outputs, out, goes)  # type: ignore[arg-type]
+        out += len(out) * 1e-6
+
+    monkeypatch.setattr(library, "products", by_company)
+    assert "other bits for 1 rows" in find_fault(library)
+    monkeypatch.setattr(library, "products", lambda *given: given[3].fill_(1.0))
+    assert "wrong" in find_fault(library)
