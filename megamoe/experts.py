@@ -104,7 +104,8 @@ class Experts(nn.Module):
             raise ValueError(
                 f"{describe(self.ids)} are on {self.device}, not to be moved to {moved}: make the layer there"
             )
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

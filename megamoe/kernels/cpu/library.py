@@ -185,7 +185,7 @@ def _best() -> Library | None:
 
 def find(note: Callable[[str], None] | None) -> tuple[Library | None, list[str]]:
     """The best library that can be built and passes its test, and why each better one is not used."""
-    reasons = []
+    reasons: list[str] = []
     for path in runnable():
         try:
             return load(path, note), reasons
