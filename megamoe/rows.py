@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megamoe.kernels.cpu.library import chosen as chosen_library
 from megamoe.parallel.workspace import Workspace
 from megamoe.slabs import Array, Slabs
 from megamoe.spans import begins, chosen, spread, to_device
@@ -83,26 +84,33 @@ def route_rows(
     told = to_device([places, *sending.arrays], topk_ids.device, workspace, "route")
     place = told[0]
 
-    num_rows, topk = sum(counts), topk_ids.shape[1]
-    slots = place[topk_ids.flatten()].argsort(stable=True)
-    positions = torch.empty_like(slots)
-    positions[slots] = torch.arange(len(slots), device=slots.device)
-    slots = slots[:num_rows]
-    tokens = slots // topk
-
+    tokens, weights, positions = _sort_slots(topk_ids, topk_weights, place, sum(counts))
     sent: list[list[int]] = slabs.pairs[ep_rank].tolist()
     wave_starts = [0, *accumulate(sum(rows) for rows in sent)]
     fresh, lie = sending.once(tokens[: wave_starts[-1]], len(topk_ids), told[1:])
     return Route(
         tokens=tokens,
-        weights=topk_weights.flatten()[slots],
-        positions=positions.clamp_(max=num_rows).view(topk_ids.shape),
+        weights=weights,
+        positions=positions,
         sent=sent,
         wave_starts=wave_starts,
         local_starts=list(accumulate((counts[e] for e in own), initial=wave_starts[-1])),
         fresh=fresh,
         places=lie,
     )
+
+
+def _sort_slots(topk_ids: Tensor, topk_weights: Tensor, places: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots by the places [E + 1] of their experts -> tokens [N], weights [N], positions [T, K] as in Route."""
+    library = chosen_library() if topk_ids.device.type == "cpu" else None
+    if library is not None:
+        return library.sort_slots(topk_ids, topk_weights, places, num_rows)
+    slots = places[topk_ids.flatten()].argsort(stable=True)
+    positions = torch.empty_like(slots)
+    positions[slots] = torch.arange(len(slots), device=slots.device)
+    slots = slots[:num_rows]
+    tokens, weights = slots // topk_ids.shape[1], topk_weights.flatten()[slots]
+    return tokens, weights, positions.clamp_(max=num_rows).view(topk_ids.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +149,9 @@ class _Sending:
         if not len(tokens):
             return tokens, tokens.to(torch.int32)
         pairs, of_spans = told
+        library = chosen_library() if tokens.device.type == "cpu" else None
+        if library is not None:
+            return library.send_once(tokens, (pairs, of_spans), num_tokens, self.size, self.num_fresh)
         peers, bases = spread(of_spans, pairs, len(tokens))
         index, key = torch.arange(len(tokens), device=tokens.device), tokens * self.size + peers
         first = torch.full((num_tokens * self.size,), len(tokens), device=tokens.device)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megamoe.kernels.cpu.library import chosen
 from megamoe.parallel.placement import Placement
 from megamoe.waves import WavePlan
 from megamoe.wire import Wire
@@ -90,6 +91,9 @@ def count_rows(topk_ids: Tensor, placement: Placement) -> Tensor:
     pairs [2, 1, 1, 1], firsts [2, 0, 1, 1]: token 0 has both of rank 0's experts, and goes there for the first
     Ids that there are not are counted as if there were, and are for others to refuse.
     """
+    library = chosen() if topk_ids.device.type == "cpu" else None
+    if library is not None:
+        return library.count_rows(topk_ids, _ranks(placement, topk_ids.device)[1:])
     ids = topk_ids.sort(1).values.clamp(-1, placement.num_experts - 1) + 1  # masked slots become 0
     ranks = _ranks(placement, ids.device)[ids]
     first = torch.ones_like(ids)

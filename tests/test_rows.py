@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from megamoe.formats import quantize_mxfp8
+from megamoe.kernels.cpu.library import using
+from megamoe.kernels.cpu.paths import runnable
 from megamoe.ops import reduce_slots
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.workspace import Workspace
@@ -20,6 +23,13 @@ from megamoe.waves import WavePlan, plan_waves
 from megamoe.wire import Wire
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[None, *runnable()[:1]], ids=["torch", "kernels"][: 1 + len(runnable())], autouse=True)
+def by(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways in which a CPU does all of this."""
+    with using(request.param):
+        yield
 
 
 def generator(*seed: int) -> torch.Generator:

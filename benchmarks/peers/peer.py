@@ -89,7 +89,9 @@ class Peer:
 
 PEERS = (
     Peer("torch by hand", f"{HERE}.plain_torch:PlainTorch"),
+    Peer("torch by hand fp32", f"{HERE}.plain_torch:PlainTorchFP32"),
     Peer("transformers eager", f"{HERE}.transformers_ep:Eager", "transformers"),
+    Peer("transformers eager fp32", f"{HERE}.transformers_ep:EagerFP32", "transformers"),
     Peer("transformers grouped_mm", f"{HERE}.transformers_ep:GroupedMM", "transformers"),
     Peer("torchtitan", f"{HERE}.torchtitan_ep:TorchTitan", "torchtitan", INSTALL_TORCHTITAN),
     Peer("deepspeed.moe", f"{HERE}.deepspeed_ep:DeepSpeedMoE", "deepspeed"),

@@ -19,10 +19,13 @@ from megamoe.shape import MoEShape
 class PlainTorch:
     """What a careful user writes with torch alone. Weights in the layout that grouped_mm takes without a copy."""
 
+    dtype = torch.bfloat16  # of weights and products; rows travel as BF16
+
     def __init__(self, group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> None:
         self.num_ranks, self.num_experts = group.size, shape.num_experts
         own = weights.part(Placement(shape.num_experts, group.size).experts(group.rank))
-        self.gate_up, self.down = own.gate_up.transpose(1, 2), own.down.transpose(1, 2)  # [e, H, 2I], [e, I, H]
+        # [e, H, 2I], [e, I, H]
+        self.gate_up, self.down = (each.to(self.dtype).transpose(1, 2) for each in (own.gate_up, own.down))
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         topk = ids.shape[1]
@@ -48,6 +51,13 @@ class PlainTorch:
         experts = torch.arange(counts.shape[1]).repeat(self.num_ranks).repeat_interleave(counts.flatten())  # [R]
         order = experts.argsort(stable=True)
         ends = counts.sum(0).cumsum(0).to(torch.int32)
-        gate, up = grouped_mm(received.index_select(0, order), self.gate_up, offs=ends).chunk(2, dim=-1)
+        x = received.index_select(0, order).to(self.dtype)
+        gate, up = grouped_mm(x, self.gate_up, offs=ends).chunk(2, dim=-1)
         out = grouped_mm(silu(gate) * up, self.down, offs=ends)
-        return out.index_select(0, order.argsort())
+        return out.to(received.dtype).index_select(0, order.argsort())
+
+
+class PlainTorchFP32(PlainTorch):
+    """The same with FP32 products, which CPUs without BF16 instructions are faster at."""
+
+    dtype = torch.float32

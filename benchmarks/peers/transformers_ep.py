@@ -24,6 +24,7 @@ class Eager:
     """Its experts in the eager implementation: a loop over the experts that have rows."""
 
     implementation = "eager"
+    dtype = torch.bfloat16
 
     def __init__(self, group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> None:
         config = Qwen3MoeConfig(
@@ -35,7 +36,7 @@ class Eager:
         )
         assert config._experts_implementation == self.implementation
         block = nn.Module()
-        block.experts = Qwen3MoeExperts(config).to(torch.bfloat16)
+        block.experts = Qwen3MoeExperts(config).to(self.dtype)
         block.experts.gate_up_proj.copy_(weights.gate_up)
         block.experts.down_proj.copy_(weights.down)
         mesh = init_device_mesh("cpu", (group.size, 1), mesh_dim_names=("ep", "tp"))
@@ -44,6 +45,7 @@ class Eager:
         self.experts = block.experts
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        hidden = hidden.to(self.dtype)
         out: Tensor = self.experts(hidden, ids, weights.to(hidden.dtype))
         return out
 
@@ -52,3 +54,9 @@ class GroupedMM(Eager):
     """Its experts as two grouped products."""
 
     implementation = "grouped_mm"
+
+
+class EagerFP32(Eager):
+    """In FP32, rows on the wire included: which CPUs without BF16 instructions are faster at."""
+
+    dtype = torch.float32

@@ -26,7 +26,7 @@ import torch
 
 from megamoe.kernels.cpu.paths import Path
 
-SOURCES = ("products.cpp", "rows.cpp")
+SOURCES = ("products.cpp", "rows.cpp", "routing.cpp")
 HEADERS = ("vectors.h", "state.h")
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-fast-math", "-fopenmp")
 DEADLINE_S = 300.0

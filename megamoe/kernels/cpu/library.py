@@ -17,7 +17,7 @@ from torch import Tensor
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, quantize_mxfp4, unpack_e2m1
 from megamoe.kernels.cpu.build import BuildError, build, is_built
 from megamoe.kernels.cpu.layout import MXFP4Blocks, pack_bf16, pack_mxfp4
-from megamoe.kernels.cpu.paths import Path, runnable
+from megamoe.kernels.cpu.paths import Path, worthwhile
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
@@ -30,6 +30,10 @@ _SIGNATURES = {
     "round": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT),
     "activate": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _FLOAT, _INT, _POINTER, _INT),
     "reduce_slots": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT),
+    "read": (_POINTER, _LONG),
+    "count_rows": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER),
+    "sort_slots": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER),
+    "send_once": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER),
 }
 
 
@@ -142,6 +146,53 @@ class Library:
             torch.get_num_threads(),
         )
 
+    def count_rows(self, topk_ids: Tensor, rank_of: Tensor) -> Tensor:
+        """slabs.count_rows(): topk_ids [T, K] int64, rank_of [E] int64 -> [2, E] int64"""
+        ids = topk_ids.contiguous()
+        counts = torch.zeros(2, len(rank_of), dtype=torch.int64, device="cpu")
+        self._functions["count_rows"](
+            *(ids.data_ptr(), *ids.shape, rank_of.data_ptr(), len(rank_of)),
+            *(counts[0].data_ptr(), counts[1].data_ptr()),
+        )
+        return counts
+
+    def sort_slots(
+        self, topk_ids: Tensor, topk_weights: Tensor, places: Tensor, num_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots by their experts' places: topk_ids [T, K] int64, topk_weights [T, K] float32, places [E + 1] int64.
+
+        -> tokens [N] int64, weights [N] float32, positions [T, K] int64, as in rows.Route
+        """
+        ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
+        tokens, positions = ids.new_empty(num_rows), torch.empty_like(ids)
+        of_rows = weights.new_empty(num_rows)
+        self._functions["sort_slots"](
+            *(ids.data_ptr(), weights.data_ptr(), *ids.shape, places.data_ptr(), len(places) - 1, num_rows),
+            *(tokens.data_ptr(), of_rows.data_ptr(), positions.data_ptr()),
+        )
+        return tokens, of_rows, positions
+
+    def send_once(
+        self, tokens: Tensor, spans: tuple[Tensor, Tensor], num_tokens: int, num_ranks: int, num_fresh: int
+    ) -> tuple[Tensor, Tensor]:
+        """rows._Sending.once(): tokens [n] int64; lengths [J] and (ranks, bases) [2, J] int64 of the spans.
+
+        -> fresh [num_fresh] int64, places [n] int32
+        """
+        lengths, of_spans = (each.contiguous() for each in spans)
+        seen = tokens.new_full((num_tokens * num_ranks,), -1)
+        fresh, places = tokens.new_empty(num_fresh), tokens.new_empty(len(tokens), dtype=torch.int32)
+        self._functions["send_once"](
+            *(tokens.data_ptr(), lengths.data_ptr(), of_spans[0].data_ptr(), of_spans[1].data_ptr(), len(lengths)),
+            *(num_ranks, seen.data_ptr(), fresh.data_ptr(), places.data_ptr()),
+        )
+        return fresh, places
+
+    def read(self, stack: Tensor) -> None:
+        """Reads a tensor's memory on one core and does nothing else: what benchmarks hold products against."""
+        assert stack.is_contiguous()
+        self._functions["read"](stack.data_ptr(), stack.numel() * stack.element_size() // 8)
+
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
@@ -186,7 +237,7 @@ def _best() -> Library | None:
 def find(note: Callable[[str], None] | None) -> tuple[Library | None, list[str]]:
     """The best library that can be built and passes its test, and why each better one is not used."""
     reasons: list[str] = []
-    for path in runnable():
+    for path in worthwhile():
         try:
             return load(path, note), reasons
         except BuildError as reason:
@@ -201,7 +252,7 @@ def find(note: Callable[[str], None] | None) -> tuple[Library | None, list[str]]
 
 def prepare(note: Callable[[str], None]) -> None:
     """Builds the library that chosen() will use, where it is not built. note is told before a compilation begins."""
-    paths = runnable()
+    paths = worthwhile()
     if paths and not is_built(paths[0]):
         find(note)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,3 +48,9 @@ def runnable() -> list[Path]:
     """The paths that this CPU can run, best first."""
     features = torch.cpu.get_capabilities()
     return [path for path in PATHS if path.runs_on(features)]
+
+
+def worthwhile() -> list[Path]:
+    """Those that are faster than torch: an x86 CPU is asked to fuse in software where its flags are not given."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    return [path for path in runnable() if path.flags or not x86]
