@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from megamoe.launch import rule_cli
-from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress, stderr, stdout
+from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress, stderr, stdout
 
 if TYPE_CHECKING:
     from megamoe.launch.bench import BenchReport
@@ -84,6 +84,7 @@ def bench(
                 raise ValueError("a trace holds one workload: give --trace or --waves sweep")
             if trace and not trace.resolve().parent.is_dir():
                 raise ValueError(f"there is no folder {trace.resolve().parent} to write the trace in")
+            compile_kernels(bar)
             requests = sweep_waves(request) if waves == "sweep" else [request]
             reports = []
             for number, each in enumerate(requests):

@@ -13,7 +13,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress, stderr, stdout
+from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress, stderr, stdout
 
 if TYPE_CHECKING:
     from megamoe.launch.demo import DemoReport
@@ -46,6 +46,7 @@ def demo(
             task = bar.add_task("starting", total=None)
             from megamoe.launch.demo import Request, run_demo  # brings torch, which --help does not need
 
+            compile_kernels(bar)
             request = Request(ranks, text, parse_waves(waves), checkpoint, deadline_s, _chosen(launcher))
 
             def show(what: str, done: int, of: int) -> None:

@@ -80,3 +80,10 @@ def parse_waves(text: str) -> int | str | tuple[int, ...]:
     except ValueError:
         return check_waves(text)
     return check_waves(sizes[0] if len(sizes) == 1 else sizes)
+
+
+def compile_kernels(bar: Progress) -> None:
+    """Compiles the CPU's kernels before ranks start, with a line that says so, where this machine has none yet."""
+    from megamoe.kernels.cpu.library import prepare  # brings torch, which --help does not need
+
+    prepare(lambda line: bar.console.print(line, highlight=False, soft_wrap=True))

@@ -16,6 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from megamoe.kernels.cpu.paths import worthwhile
 from megamoe.launch import devices, doctor_machine, doctor_software
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices, present_device
 from megamoe.launch.doctor import LOOK_AT, examine
@@ -297,7 +298,12 @@ def test_tables_of_any_number_of_ranks_fit_80_columns(size: int, capsys: pytest.
 
 
 def test_what_computes_the_experts_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor_software.experts(CPU).found == "torch on cpu"
+    path = worthwhile()[0]
+    assert doctor_software.experts(CPU).found == f"kernels {path.name} on cpu, sums in order {path.arithmetic}"
+    monkeypatch.setattr(doctor_software, "find", lambda _: (None, ["avx2: there is no C++ compiler 'c++'"]))
+    check = doctor_software.experts(CPU)
+    assert (check.state, check.found) == ("warn", "torch on cpu, slower; not avx2: there is no C++ compiler 'c++'")
+    assert "g++" in check.fix
     assert doctor_software.experts(Examination(2, "npu")).found == "there is no npu to compute them"
     monkeypatch.setattr(doctor_software, "num_devices", lambda _: 1)
     for kernels, said in ((True, "Triton kernels on cuda"), (False, "torch on cuda")):
