@@ -23,6 +23,7 @@ WEIGHT_FORMATS = ("mxfp4", "bf16")
 # computed, for an H100 at 3.35 TB/s and 400 TFLOP/s, and not measured. H and I cancel out.
 _READ_ROWS = 30.0
 _HELD = "held"
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes whose values are the weights
 Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
 
 
@@ -167,11 +168,13 @@ class Experts(nn.Module):
                 f"{prefix}*: the state dict has {describe(range(first, end))} of {everything}, this rank holds "
                 f"{describe(self.ids)} of {self.shape.num_experts}: save and load each rank's own"
             ]
-        return [
+        wrong = [
             f"{key} must be {dtype} {list(size)}, got {state_dict[key].dtype} {list(state_dict[key].shape)}"
             for key, (size, dtype) in expected.items()
             if tuple(state_dict[key].shape) != size or state_dict[key].dtype != dtype
         ]
+        scales = [key for key in expected if key.endswith(SCALES) and self.ids]
+        return wrong or [fault for key in scales if (fault := _scale_fault(state_dict[key], key))]
 
     # ---- weights ----
 
@@ -274,11 +277,18 @@ def as_weight(weight: Weight, size: tuple[int, int], what: str) -> Tensor | MXFP
     if tuple(weight.shape) != size:
         raise ValueError(f"{what} must have shape {list(size)}, got {list(weight.shape)}")
     if isinstance(weight, MXFP4):
-        largest = int(weight.scales.max())
-        if largest > MXFP4_MAX_SCALE:
-            raise ValueError(
-                f"{what} has a scale byte of {largest}; above {MXFP4_MAX_SCALE} (2^125) BF16 cannot hold the weights"
-            )
-    elif not weight.is_floating_point():
-        raise ValueError(f"{what} must be a float tensor or MXFP4, got {weight.dtype}")
+        fault = _scale_fault(weight.scales, what)
+        if fault:
+            raise ValueError(fault)
+    elif weight.dtype not in _PLAIN:
+        scaled = weight.dtype.itemsize == 1
+        hint = ", which means nothing without its scales: give a pair (packed, scales) or floats" if scaled else ""
+        raise ValueError(f"{what} must be a float tensor or MXFP4, got {weight.dtype}{hint}")
     return weight
+
+
+def _scale_fault(scales: Tensor, what: str) -> str:
+    largest = int(scales.max())
+    if largest <= MXFP4_MAX_SCALE:
+        return ""
+    return f"{what} has a scale byte of {largest}; above {MXFP4_MAX_SCALE} (2^125) BF16 cannot hold the weights"

@@ -25,6 +25,8 @@ from torch import Tensor
 BLOCK = 32
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4_MAX_SCALE = 252  # 2^125: six times the next one leaves the range of BF16
+_PACKED = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
+_E8M0 = (torch.uint8, torch.int8, torch.float8_e8m0fnu)
 _VALUES_AT_ONCE = 512 * 1024
 _MXFP8_MIN_AMAX = 1e-4  # the contract's floor; its scale is 2^-22
 _MXFP4_MIN_SCALE = 2  # 2^-125: half of it is the smallest normal BF16
@@ -55,10 +57,14 @@ class MXFP4:
 
     @classmethod
     def from_bytes(cls, packed: Tensor, scales: Tensor) -> MXFP4:
-        """Views any one-byte spelling of the two tensors (int8, float4_e2m1fn_x2, float8_e8m0fnu) as bytes."""
-        for name, tensor in (("packed", packed), ("scales", scales)):
-            if tensor.element_size() != 1:
-                raise ValueError(f"MXFP4 {name} must be of a one-byte dtype, got {tensor.dtype}")
+        """Takes packed bytes as uint8, int8 or float4_e2m1fn_x2, and scale bytes as uint8, int8 or float8_e8m0fnu.
+
+        ValueError for other dtypes, though they may be of one byte: they are other numbers.
+        """
+        for name, tensor, known in (("packed", packed, _PACKED), ("scales", scales, _E8M0)):
+            if tensor.dtype not in known:
+                spelled = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
+                raise ValueError(f"MXFP4 {name} must be of dtype {spelled}, got {tensor.dtype}")
         return cls(packed.view(torch.uint8), scales.view(torch.uint8))
 
     @property

@@ -1,8 +1,9 @@
 """Reads a checkpoint in DeepSeek-V4's own format, tensor by tensor, checking each before a byte of it is read.
 
 Names and layout: facts of the published checkpoints. Experts `layers.N.ffn.experts.E.w{1,2,3}.{weight,scale}` (w1
-gate, w3 up, w2 down), I8 with two E2M1 values a byte and F8_E8M0 scales per 32; the shared expert FP8 E4M3 with one
-scale per 128 x 128; `layers.N.ffn.gate.weight` with `.bias` (scored layers) or `.tid2eid` (hash-routed layers).
+gate, w3 up, w2 down), two E2M1 values a byte (I8, U8 or F4) and a scale per 32 (F8_E8M0 or U8); the shared expert FP8
+E4M3 with one scale per 128 x 128; `layers.N.ffn.gate.weight` with `.bias` (scored layers) or `.tid2eid` (hash-routed
+layers).
 """
 
 # E experts   H hidden   I intermediate   V vocabulary   K experts per token
@@ -114,7 +115,7 @@ class Checkpoint:
         return rows
 
     def tensor(self, name: str, shape: Sequence[int], *dtypes: str, count: bool = True) -> Tensor:
-        """One tensor by name, mapped: clone what is kept, or the whole shard stays mapped with it.
+        """One tensor by name, mapped: clone what is kept, or the whole shard stays mapped with it. F4: shape in bytes.
 
         ValueError where it is missing or has another shape or dtype than expected.
         """
@@ -124,16 +125,19 @@ class Checkpoint:
         view = file.get_slice(name)
         if view.get_dtype() not in dtypes:
             raise ValueError(f"{self.path}: {name} has dtype {view.get_dtype()}, expected {' or '.join(dtypes)}")
-        if list(view.get_shape()) != list(shape):
-            raise ValueError(f"{self.path}: {name} has shape {view.get_shape()}, expected {list(shape)}")
+        two_a_byte = view.get_dtype() == "F4"  # whose shape counts values
+        expected = [*shape[:-1], 2 * shape[-1]] if two_a_byte else list(shape)
+        if list(view.get_shape()) != expected:
+            raise ValueError(f"{self.path}: {name} has shape {view.get_shape()}, expected {expected}")
         tensor: Tensor = file.get_tensor(name)
         if count:
             self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
     def _mxfp4(self, name: str, rows: int, columns: int) -> MXFP4:
-        packed = self.tensor(f"{name}.weight", (rows, columns // 2), "I8")
-        return MXFP4.from_bytes(packed, self.tensor(f"{name}.scale", (rows, columns // BLOCK), "F8_E8M0"))
+        packed = self.tensor(f"{name}.weight", (rows, columns // 2), "I8", "U8", "F4")
+        scales = self.tensor(f"{name}.scale", (rows, columns // BLOCK), "F8_E8M0", "U8")
+        return MXFP4.from_bytes(packed, scales)
 
     def _fp8(self, name: str, rows: int, columns: int) -> E4M3Blocks:
         values = self.tensor(f"{name}.weight", (rows, columns), "F8_E4M3")

@@ -242,7 +242,19 @@ def scales_of(value: int) -> MXFP4:
         (GATE_UP, scales_of(255), "down of expert 1 has a scale byte of 255; above 252"),
         (GATE_UP, scales_of(253), "down of expert 1 has a scale byte of 253"),
         (GATE_UP, (DOWN, DOWN, DOWN), r"down must be a tensor, MXFP4 or \(packed, scales\), got 3 items"),
-        (GATE_UP, (DOWN, DOWN), "MXFP4 packed must be of a one-byte dtype, got torch.float32"),
+        (GATE_UP, (DOWN, DOWN), "MXFP4 packed must be of dtype .*, got torch.float32"),
+        (
+            GATE_UP.to(torch.float8_e4m3fn),
+            DOWN,
+            "gate_up of expert 0 must be .*float8_e4m3fn, which means nothing",
+        ),
+        (GATE_UP, DOWN.to(torch.float8_e5m2), "down of expert 0 must be .*float8_e5m2, which means nothing"),
+        (
+            GATE_UP,
+            DOWN.to(torch.float8_e8m0fnu),
+            "down of expert 0 must be .*float8_e8m0fnu, which means nothing",
+        ),
+        (GATE_UP.to(torch.complex64), DOWN, "gate_up of expert 0 must be a float tensor or MXFP4, got torch.complex64"),
         ("weights", DOWN, "gate_up must be .* got str"),
     ],
 )

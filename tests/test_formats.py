@@ -561,11 +561,19 @@ def test_from_bytes_takes_any_one_byte_spelling(spelling: torch.dtype, scale_spe
     assert torch.equal(got.scales, q.scales)
 
 
-def test_from_bytes_refuses_wider_dtypes_and_wrong_shapes() -> None:
-    with pytest.raises(ValueError, match=r"packed must be of a one-byte dtype, got torch\.int32"):
-        MXFP4.from_bytes(zeros(2, 32, dtype=torch.int32), zeros(2, 2))
-    with pytest.raises(ValueError, match=r"scales must be of a one-byte dtype, got torch\.float32"):
-        MXFP4.from_bytes(zeros(2, 32), zeros(2, 2, dtype=torch.float32))
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int32, torch.float32, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz],
+    ids=str,
+)
+def test_from_bytes_refuses_dtypes_that_are_other_numbers_whatever_their_width(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"MXFP4 packed must be of dtype uint8, int8, float4_e2m1fn_x2, got {dtype}"):
+        MXFP4.from_bytes(torch.zeros(2, 32, dtype=dtype), zeros(2, 2))
+    with pytest.raises(ValueError, match=rf"MXFP4 scales must be of dtype uint8, int8, float8_e8m0fnu, got {dtype}"):
+        MXFP4.from_bytes(zeros(2, 32), torch.zeros(2, 2, dtype=dtype))
+
+
+def test_from_bytes_refuses_scales_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=re.escape("MXFP4 scales must be [2, 2] for values [2, 64], got [2, 4]")):
         MXFP4.from_bytes(zeros(2, 32, dtype=I8), zeros(2, 4, dtype=I8))
 

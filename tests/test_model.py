@@ -130,7 +130,12 @@ def wrong_shape(path: Path) -> None:
 
 
 def wrong_dtype(path: Path) -> None:
-    edit(path, lambda tensors: tensors.update({f"{EXPERT}.weight": tensors[f"{EXPERT}.weight"].view(torch.uint8)}))
+    edit(path, lambda tensors: tensors.update({f"{EXPERT}.weight": tensors[f"{EXPERT}.weight"].to(torch.float32)}))
+
+
+def scales_of_another_kind(path: Path) -> None:
+    scale = f"{EXPERT}.scale"
+    edit(path, lambda tensors: tensors.update({scale: tensors[scale].view(torch.float8_e4m3fn)}))
 
 
 def nan_scale(path: Path) -> None:
@@ -160,7 +165,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, r"model-00003-of-00004.safetensors cannot be read, it may be truncated"),
     "expert_missing": (drop_expert, r"has no tensor 'layers.1.ffn.experts.4.w2.weight'"),
     "wrong_shape": (wrong_shape, r"layers.1.ffn.experts.4.w2.scale has shape \[128, 1\], expected \[128, 2\]"),
-    "wrong_dtype": (wrong_dtype, r"layers.1.ffn.experts.4.w2.weight has dtype U8, expected I8"),
+    "wrong_dtype": (wrong_dtype, r"layers.1.ffn.experts.4.w2.weight has dtype F32, expected I8 or U8 or F4"),
+    "other_scales": (
+        scales_of_another_kind,
+        r"layers.1.ffn.experts.4.w2.scale has dtype F8_E4M3, expected F8_E8M0 or U8",
+    ),
     "nan_scale": (nan_scale, r"layers.1.ffn: down of expert 4 has a scale byte of 255"),
     "hash_table_out_of_range": (wild_table, r"tid2eid holds expert ids 0 to 7, expected \[0, 7\)"),
     "shard_missing": (lambda p: (p / "model-00002-of-00004.safetensors").unlink(), "lacks model-00002-of-00004"),
@@ -179,6 +188,27 @@ def test_a_broken_checkpoint_is_refused_by_name(tmp_path: Path, broken: str) -> 
     change(path)
     with pytest.raises(ValueError, match=message), Checkpoint.open(path) as opened:
         ExpertStack.load(opened)
+
+
+SPELLINGS = [(torch.uint8, torch.uint8), (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu), (torch.int8, torch.uint8)]
+
+
+@pytest.mark.parametrize(("packed", "scales"), SPELLINGS, ids=str)
+def test_experts_are_read_in_every_spelling_of_their_bytes(
+    checkpoint: Path, tmp_path: Path, packed: torch.dtype, scales: torch.dtype
+) -> None:
+    path = tmp_path / "spelled"
+    write_checkpoint(path, CONFIG)
+
+    def spell(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            tensors[name] = tensors[name].view(packed if name.endswith("weight") else scales)
+
+    edit(path, spell)
+    with Checkpoint.open(path) as spelled, Checkpoint.open(checkpoint) as plain:
+        for got, expected in zip(spelled.expert(1, 4), plain.expert(1, 4), strict=True):
+            assert torch.equal(got.packed, expected.packed)
+            assert torch.equal(got.scales, expected.scales)
 
 
 # ---- routers ----

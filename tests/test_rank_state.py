@@ -1,0 +1,210 @@
+"""Weights that are of one rank: no wrapper touches them, and a state dict says whose they are."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from megamoe.launch.ranks import LocalRanks
+from megamoe.layer import MegaMoE
+from megamoe.parallel.group import EPGroup
+from megamoe.reference import moe
+from megamoe.shape import MoEShape
+from tests.cases import make_batch, make_layer, make_weights
+
+SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2)
+
+
+def output(layer: MegaMoE) -> Tensor:
+    batch = make_batch(SHAPE, 20)
+    return layer(batch.hidden, batch.ids, batch.weights)
+
+
+def expected(weight_format: str = "mxfp4") -> Tensor:
+    batch = make_batch(SHAPE, 20)
+    return moe(SHAPE, batch.hidden, batch.ids, batch.weights, *make_weights(SHAPE), weight_format=weight_format)
+
+
+# ---- another rank's weights ----
+
+
+def loads_what_rank_0_saved(group: EPGroup, weight_format: str) -> str:
+    layer = make_layer(SHAPE, group, weight_format=weight_format)
+    saved = io.BytesIO()
+    torch.save(layer.state_dict(), saved)
+    objects = [saved.getvalue()]
+    dist.broadcast_object_list(objects, 0)
+    state = torch.load(io.BytesIO(objects[0]), weights_only=True)
+    fresh = MegaMoE(SHAPE, group, weight_format=weight_format)
+    try:
+        fresh.load_state_dict(state)
+    except RuntimeError as refusal:
+        assert fresh.experts.missing == list(fresh.local_experts)
+        fresh.load_state_dict(layer.state_dict())
+        assert torch.equal(output(fresh), expected(weight_format))
+        return str(refusal)
+    assert torch.equal(output(fresh), expected(weight_format))
+    return ""
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
+def test_the_state_of_another_rank_is_refused_by_name(ranks: LocalRanks, weight_format: str) -> None:
+    said = ranks.run(loads_what_rank_0_saved, weight_format, size=2)
+    assert said[0] == ""
+    assert "the state dict has experts 0 to 2 of 6, this rank holds experts 3 to 5 of 6" in said[1]
+
+
+def through_distributed_checkpoint(group: EPGroup, folder: str) -> str:
+    layer = make_layer(SHAPE, group)
+    state = layer.state_dict()
+    dcp.save(state, checkpoint_id=folder)
+    dcp.load(state, checkpoint_id=folder)
+    fresh = MegaMoE(SHAPE, group)
+    try:
+        fresh.load_state_dict(state)
+    except RuntimeError as refusal:
+        return str(refusal)
+    return ""
+
+
+def test_a_checkpoint_that_keeps_one_rank_s_copy_is_refused_on_the_others(ranks: LocalRanks, tmp_path: Path) -> None:
+    said = ranks.run(through_distributed_checkpoint, str(tmp_path), size=2)
+    assert sum("this rank holds" in each for each in said) == 1, "one rank's copy was kept for both"
+
+
+class Block(nn.Module):
+    """A layer that trains beside experts that do not."""
+
+    def __init__(self, layer: MegaMoE) -> None:
+        super().__init__()
+        self.dense = nn.Linear(SHAPE.hidden, SHAPE.hidden, dtype=torch.bfloat16)
+        self.register_buffer("scale", torch.ones(1, dtype=torch.bfloat16))
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            routed = self.layer(hidden, ids, weights)
+        out: Tensor = self.dense(hidden) * self.scale + routed
+        return out
+
+
+def wrapped(group: EPGroup) -> bool:
+    layer = make_layer(SHAPE, group)
+    model = DistributedDataParallel(Block(layer))
+    batch = make_batch(SHAPE, 20)
+    model(batch.hidden, batch.ids, batch.weights).float().sum().backward()
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+    return torch.equal(output(layer), expected())
+
+
+def test_what_broadcasts_parameters_and_buffers_leaves_the_experts_alone(ranks: LocalRanks) -> None:
+    assert ranks.run(wrapped, size=2) == [True, True]
+
+
+# ---- casts and moves ----
+
+CASTS: dict[str, Callable[[MegaMoE], object]] = {
+    "to_bfloat16": lambda layer: layer.to(torch.bfloat16),
+    "half": lambda layer: layer.half(),
+    "double": lambda layer: layer.double(),
+    "float": lambda layer: layer.float(),
+    "to_cpu": lambda layer: layer.to("cpu"),
+    "to_empty": lambda layer: layer.to_empty(device="cpu"),
+    "requires_grad": lambda layer: layer.requires_grad_(True),
+    "zero_buffers": lambda layer: [buffer.zero_() for buffer in layer.buffers()],
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
+def test_a_cast_of_the_module_changes_no_bit(cast: str, weight_format: str) -> None:
+    layer = make_layer(SHAPE, weight_format=weight_format)
+    CASTS[cast](layer)
+    assert torch.equal(output(layer), expected(weight_format))
+    fresh = MegaMoE(SHAPE, weight_format=weight_format)
+    CASTS[cast](fresh)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(output(fresh), expected(weight_format))
+
+
+def test_a_move_to_another_device_is_refused() -> None:
+    for move in (lambda layer: layer.to("meta"), lambda layer: layer.to_empty(device="meta")):
+        with pytest.raises(ValueError, match="experts 0 to 5 are on cpu, not to be moved to meta"):
+            move(make_layer(SHAPE))
+
+
+# ---- a state dict that is wrong ----
+
+
+def lacks(state: dict[str, Tensor]) -> None:
+    del state["experts.down_scales"]
+
+
+def other_shape(state: dict[str, Tensor]) -> None:
+    state["experts.down"] = state["experts.down"][:, :16]
+
+
+def other_dtype(state: dict[str, Tensor]) -> None:
+    state["experts.gate_up"] = state["experts.gate_up"].float()
+
+
+def unknown(state: dict[str, Tensor]) -> None:
+    state["experts.bias"] = torch.zeros(1)
+
+
+def nan_scale(state: dict[str, Tensor]) -> None:
+    state["experts.gate_up_scales"][4, 3, 1] = 255
+
+
+def of_nobody(state: dict[str, Tensor]) -> None:
+    del state["experts.held"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lacks, "Missing key.*experts.down_scales"),
+        (other_shape, r"experts.down must be torch.uint8 \[6, 64, 16\], got torch.uint8 \[6, 16, 16\]"),
+        (other_dtype, r"experts.gate_up must be torch.uint8 \[6, 64, 32\], got torch.float32"),
+        (unknown, "Unexpected key.*experts.bias"),
+        (nan_scale, "experts.gate_up_scales has a scale byte of 255"),
+        (of_nobody, "Missing key.*experts.held"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_a_state_dict_that_is_refused_leaves_the_layer_as_it_was(
+    change: Callable[[dict[str, Tensor]], None], message: str
+) -> None:
+    loaded, fresh = make_layer(SHAPE), MegaMoE(SHAPE)
+    other = MegaMoE(SHAPE)
+    other.load_experts(*make_weights(SHAPE, seed=9))
+    state = other.state_dict()
+    change(state)
+    for layer in (loaded, fresh):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            layer.load_state_dict(state)
+    if change is not unknown:  # torch tells of keys too many after it has loaded
+        assert torch.equal(output(loaded), expected())
+        assert fresh.experts.missing == list(range(6))
+        with pytest.raises(ValueError, match="no weights for experts 0, 1, 2, 3"):
+            output(fresh)
+
+
+def test_a_layer_without_all_its_weights_has_no_weights_in_its_state() -> None:
+    layer = MegaMoE(SHAPE)
+    assert list(layer.state_dict()) == ["experts.held"]
+    gate_up, down = make_weights(SHAPE)
+    layer.load_expert(0, gate_up[0], down[0])
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts\.gate_up"):
+        MegaMoE(SHAPE).load_state_dict(layer.state_dict())
