@@ -101,10 +101,13 @@ class Scratch {
     std::vector<Element> x, tile;
     std::vector<float> scales, sums;
 
+    // At least `size` of a buffer, from the start of a cache line on, so that no vector lies across two.
     template <class T>
     static T* take(std::vector<T>& buffer, size_t size) {
-        if (buffer.size() < size) buffer.resize(size);
-        return buffer.data();
+        constexpr size_t LINE = 64;
+        if (buffer.size() < size + LINE / sizeof(T)) buffer.resize(size + LINE / sizeof(T));
+        const auto at = reinterpret_cast<uintptr_t>(buffer.data());
+        return reinterpret_cast<T*>((at + LINE - 1) / LINE * LINE);
     }
 
 public:
@@ -221,6 +224,7 @@ void sum_tile(const Element* x, const Element* tile, const float* scales, int gr
         Vector part[ROWS][2];
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) part[r][0] = part[r][1] = zero();
+#pragma GCC unroll 2
         for (int k = 0; k < GROUP; k += STEP) {
             const Weight first = load_weight(tile), second = load_weight(tile + LANES);
 #pragma GCC unroll 12
