@@ -28,7 +28,7 @@ from megamoe.kernels.cpu.paths import Path
 
 SOURCES = ("products.cpp", "rows.cpp", "routing.cpp")
 HEADERS = ("vectors.h", "state.h")
-FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-fast-math", "-fopenmp")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 DEADLINE_S = 300.0
 _HERE = FilePath(__file__).parent
 _COMPILE = """

@@ -58,10 +58,29 @@ void dequantize_group(const uint8_t* codes, uint8_t scale, uint16_t* out) {
     for (int i = 0; i < GROUP; i++) out[i] = to_bf16(from_e4m3(codes[i]) * factor);
 }
 
+// The value of to_e4m3(value), without going through its code.
+inline float round_e4m3(float value) {
+    const uint32_t bits = as_bits(value), magnitude = bits & 0x7FFFFFFF;
+    const uint32_t normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) & 0xFFF00000;
+    const uint32_t subnormal = as_bits((as_float(magnitude) + 16384.0f) - 16384.0f);
+    return as_float((magnitude < 0x3C800000 ? subnormal : normal) | (bits & 0x80000000));
+}
+
+// quantize_group() and dequantize_group() in one.
 void round_group(const float* values, uint16_t* out) {
-    uint8_t codes[GROUP], scale;
-    quantize_group(values, codes, &scale);
-    dequantize_group(codes, scale, out);
+    const uint8_t scale = scale_of(values);
+    if (scale == 255) {
+        std::fill(out, out + GROUP, uint16_t(0x7FC0));
+        return;
+    }
+    const float inverse = inverse_of(scale), factor = from_e8m0(scale);
+    for (int i = 0; i < GROUP; i++) out[i] = to_bf16(round_e4m3(values[i] * inverse) * factor);
+}
+
+// NaN stays NaN.
+inline float clamp(float value, float limit) {
+    const float below = value > limit ? limit : value;
+    return below < -limit ? -limit : below;
 }
 
 void widen_group(const uint16_t* from, float* to) {
@@ -124,18 +143,17 @@ extern "C" void megamoe_activate(const uint16_t* gate_up, const float* weights, 
         const RoundToNearest state;
         const uint16_t *gates = gate_up + r * 2 * width, *ups = gates + width;
         for (int64_t k = 0; k < width; k += GROUP) {
-            float group[GROUP];
             const int count = int(std::min<int64_t>(GROUP, width - k));
-            for (int i = 0; i < count; i++) {
-                float up = from_bf16(ups[k + i]);
-                up = up < -limit ? -limit : up > limit ? limit : up;
-                group[i] = table[gates[k + i]] * up * weights[r];
-            }
-            uint16_t* to = out + r * width + k;
+            uint16_t up[GROUP] = {}, *to = out + r * width + k;
+            float group[GROUP] = {};
+            std::memcpy(up, ups + k, count * sizeof *up);
+            for (int i = 0; i < count; i++) group[i] = table[gates[k + i]];
+            for (int i = 0; i < GROUP; i++) group[i] = group[i] * clamp(from_bf16(up[i]), limit) * weights[r];
             if (quantized) {
                 round_group(group, to);
             } else {
-                for (int i = 0; i < count; i++) to[i] = to_bf16(group[i]);
+                for (int i = 0; i < GROUP; i++) up[i] = to_bf16(group[i]);
+                std::memcpy(to, up, count * sizeof *up);
             }
         }
     }
