@@ -173,13 +173,30 @@ class Experts(nn.Module):
 
         Each a float tensor, MXFP4, or a pair (packed, scales) of one-byte tensors. What does not come in the
         layer's format is converted: floats are quantised to MXFP4, MXFP4 is dequantised to BF16 without loss.
+        Both are looked through before either is taken: where this raises ValueError nothing has changed.
         """
+        self.check(expert, gate_up, down)
+        index = expert - self.ids.start
+        self._loaded[index] = False  # what an interruption leaves is neither the old expert nor the new one
+        with torch.no_grad():
+            for name, weight in (("gate_up", gate_up), ("down", down)):
+                self._store(name, index, weight, self._sizes[name], f"{name} of expert {expert}")
+        self._loaded[index] = True
+
+    def check(self, expert: int, gate_up: Weight, down: Weight) -> None:
+        """ValueError for what load() would not take."""
         if expert not in self.ids:
             raise ValueError(f"expert {expert} is not of this rank, which holds {describe(self.ids)}")
-        index = expert - self.ids.start
-        for name, weight in (("gate_up", gate_up), ("down", down)):
-            self._store(name, index, weight, self._sizes[name], f"{name} of expert {expert}")
-        self._loaded[index] = True
+        for name, given in (("gate_up", gate_up), ("down", down)):
+            what = f"{name} of expert {expert}"
+            weight = as_weight(given, self._sizes[name], what)
+            if self.packed and isinstance(weight, Tensor):
+                refuse_unquantizable(weight, what)
+
+    def forget(self, experts: range) -> None:
+        """Takes these experts, global ids, for missing until they are loaded again."""
+        for expert in experts:
+            self._loaded[expert - self.ids.start] = False
 
     def _store(self, name: str, index: int, weight: Weight, size: tuple[int, int], what: str) -> None:
         weight = as_weight(weight, size, what)
@@ -191,10 +208,7 @@ class Experts(nn.Module):
                 self.get_buffer(name)[index] = self._laid(name, dense)
             return
         if not isinstance(weight, MXFP4):
-            try:
-                weight = quantize_mxfp4(weight)
-            except ValueError as refusal:
-                raise ValueError(f"{what}: {refusal}") from refusal
+            weight = quantize_mxfp4(weight)
         self.get_buffer(name)[index] = self._laid(name, weight.packed)
         self.get_buffer(f"{name}_scales")[index] = self._laid(name, weight.scales)
         if self.keep_dequantized:
@@ -267,6 +281,16 @@ class Experts(nn.Module):
 def describe(ids: range) -> str:
     """range(4, 8) -> 'experts 4 to 7'"""
     return f"experts {ids.start} to {ids.stop - 1}" if ids else "no experts"
+
+
+def refuse_unquantizable(weight: Tensor, what: str) -> None:
+    """ValueError where quantize_mxfp4() has no code for some value, found without quantising the others."""
+    largest = float(weight.detach().to(torch.float32).abs().amax()) if weight.numel() else 0.0
+    if not largest < 2.0**127:  # NaN neither
+        try:
+            quantize_mxfp4(weight)
+        except ValueError as refusal:
+            raise ValueError(f"{what}: {refusal}") from refusal
 
 
 def as_weight(weight: Weight, size: tuple[int, int], what: str) -> Tensor | MXFP4:
