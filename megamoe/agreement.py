@@ -6,6 +6,7 @@ all of them find out together when one was called wrongly or differently, and al
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport import Label
 
@@ -67,9 +69,13 @@ _TERMS = slice(_offset("hidden"), _offset("host"))
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What all ranks must be called with alike. swiglu_limit 0 stands for none."""
+    """What all ranks must be called with alike. swiglu_limit 0 stands for none.
+
+    layer, number: the layer's name, and which it is of the layers of that name that share the group, from 1
+    """
 
     layer: str
+    number: int
     call: int
     hidden: int
     intermediate: int
@@ -80,6 +86,11 @@ class Terms:
     dispatch_format: str
     combine_format: str
     waves: str
+
+    @property
+    def who(self) -> str:
+        """The layer as the ranks compare it: layers of one name are told apart."""
+        return self.layer if self.number == 1 else f"{self.layer} (number {self.number} of that name)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +120,8 @@ class Part:
 def agree(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None) -> Agreement:
     """Exchanges pages with all ranks of the group.
 
-    Raises the complaint, if this rank has one, after all others have heard of it. ValueError, on every rank alike,
-    where any rank complained or the terms differ; PeerError for a rank that does not answer within the deadline.
+    Raises the complaint, if this rank has one, after all others have heard of it. CallRefusedError, on every rank
+    alike, where any rank complained or the terms differ; PeerError for a rank that does not answer within the deadline.
     """
     if group.transport is None:
         if complaint is not None:
@@ -122,7 +133,7 @@ def agree(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None
     pages: npt.NDArray[np.void] = raw.numpy().view(_PAGE).reshape(-1)
     group.hosts.update({rank: _text(pages[rank]["host"]) for rank in range(group.size)})
     if complaint is not None:
-        raise complaint
+        raise CallRefusedError(str(complaint)) from complaint
     _refuse_differences(group, pages)
     tokens = pages["tokens"].tolist()
     row_s = float(pages["row_s"].max()) if bool((pages["row_s"] > 0).all()) else 0.0
@@ -141,8 +152,8 @@ def _write_page(
     page = np.zeros(1, _PAGE)
     page["magic"], page["tokens"], page["row_s"] = _MAGIC, part.num_tokens, part.row_s
     for name in _COMPARED:
-        value = getattr(terms, name)
-        page[name] = _clipped(value, _PAGE[name].itemsize) if isinstance(value, str) else value
+        value = terms.who if name == "layer" else getattr(terms, name)
+        page[name] = told(value, _PAGE[name].itemsize) if isinstance(value, str) else value
     page["host"] = _clipped(group.host, 64)
     if complaint is not None:
         page["wrong"], page["complaint"] = 1, _clipped(str(complaint), 200)
@@ -158,11 +169,11 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
         return
     strangers = [rank for rank in range(group.size) if pages[rank]["magic"] != _MAGIC]
     if strangers:
-        raise ValueError(f"{_ranks(strangers)} sent no page of this version of megamoe")
+        raise CallRefusedError(f"{_ranks(strangers)} sent no page of this version of megamoe")
     for rank in range(group.size):
         if pages[rank]["wrong"]:
             host, text = group.hosts[rank], _text(pages[rank]["complaint"])
-            raise ValueError(f"rank {rank} on {host} was called wrongly, so no rank computed: {text}")
+            raise CallRefusedError(f"rank {rank} on {host} was called wrongly, so no rank computed: {text}")
     found = []
     for name in _COMPARED:
         values = [_plain(pages[rank][name]) for rank in range(group.size)]
@@ -172,12 +183,28 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
         if len(said) > 1:
             found.append(f"{name} is {', '.join(said)}")
     if found:
-        raise ValueError(f"ranks disagree, so no rank computed: {'; '.join(found)}")
+        order = any(each.startswith(("layer is", "call is")) for each in found)
+        hint = "; every rank must call the same layers in the same order, from whatever threads" if order else ""
+        raise CallRefusedError(f"ranks disagree, so no rank computed: {'; '.join(found)}{hint}")
 
 
 def _ranks(ranks: list[int]) -> str:
     """[2] -> 'rank 2'    [0, 1] -> 'ranks 0, 1'"""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def told(text: str, size: int) -> bytes:
+    """UTF-8 of at most `size` bytes that is another for another text: what does not fit becomes its ends and a digest.
+
+    "layers.0.experts", 16 bytes -> as it is; 100 letters a, 64 bytes -> 22 of them, "...", 22, " #" and 15 hex digits
+    """
+    raw = text.encode()
+    if len(raw) <= size and not raw.endswith(b"\0"):  # numpy drops zeros at the end
+        return raw
+    digest = f" #{hashlib.sha256(raw).hexdigest()[: min(15, size - 2)]}"
+    ends = max(0, size - len(digest) - len("...")) // 2
+    head, tail = raw[:ends].decode(errors="ignore"), raw[len(raw) - ends :].decode(errors="ignore")
+    return f"{head}...{tail}{digest}".encode() if ends else digest.encode()
 
 
 def _clipped(text: str, size: int) -> bytes:

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from megamoe.ambient import in_a_transform, loses_denormals
 from megamoe.experts import WEIGHT_FORMATS
 from megamoe.formats import BLOCK
 from megamoe.shape import MoEShape
@@ -21,6 +23,9 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
+            found = f"{type(tensor).__name__} of layout {tensor.layout}"
+            raise ValueError(f"{name} must be a plain dense tensor that lies on this rank, got {found}")
         if tensor.device.type != device.type:
             raise ValueError(f"{name} is on {tensor.device}, the layer is on {device}")
     _check_shape("hidden", hidden, ("T", shape.hidden))
@@ -32,8 +37,49 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
         raise ValueError(f"topk_ids must be torch.int64, got {topk_ids.dtype}")
     if topk_weights.dtype != torch.float32:
         raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
-    if hidden.requires_grad and torch.is_grad_enabled():
-        raise ValueError("hidden requires a gradient, and the layer has no backward yet: call it under torch.no_grad()")
+    for name, tensor in given.items():
+        check_gradient(name, tensor)
+
+
+def check_gradient(name: str, tensor: Tensor) -> None:
+    """ValueError where a gradient is asked for, backward or forward, that there is none of."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, and there is no backward yet: call it under torch.no_grad()")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ValueError(f"{name} carries a tangent, and the layer has no forward-mode derivative")
+
+
+def check_name(name: str) -> None:
+    """ValueError for a layer's name that ranks could not tell each other."""
+    if not isinstance(name, str):
+        raise ValueError(f"name must be a string, got {type(name).__name__}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as wrong:
+        raise ValueError(f"name must be text that UTF-8 can hold, got {name!r}") from wrong
+
+
+def check_device(device: torch.device | str | None) -> torch.device:
+    """The device that holds a layer's weights: the CPU where none is given, whatever torch's default device is."""
+    try:
+        found = torch.device("cpu" if device is None else device)
+    except RuntimeError as wrong:
+        raise ValueError(f"device must be one that torch knows, got {device!r}") from wrong
+    if found.type == "meta":
+        raise ValueError("device must be one that can hold weights, got 'meta': leave it out for the CPU")
+    return found
+
+
+def check_ambient() -> None:
+    """ValueError where what surrounds a call leaves no way to a right result."""
+    transform = in_a_transform()
+    if transform:
+        raise ValueError(f"the layer was called inside of {transform}, which cannot follow it: call it outside")
+    if loses_denormals():
+        raise ValueError(
+            "torch.set_flush_denormal(True) was set before torch began its worker threads, which now flush denormal "
+            "numbers for good: set it later, or torch.set_num_threads(1) before the first call"
+        )
 
 
 def any_wrong(shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -201,17 +201,37 @@ class Experts(nn.Module):
 
         Each a float tensor, MXFP4, or a pair (packed, scales) of one-byte tensors. What does not come in the
         layer's format is converted: floats are quantised to MXFP4, MXFP4 is dequantised to BF16 without loss.
-        Where either is refused, the expert keeps what it had.
+        Both are looked through before either is taken: where this raises ValueError nothing has changed.
         """
+        self._refuse_stranger(expert)
+        given = {"gate_up": gate_up, "down": down}
+        with torch.no_grad():
+            packed = {name: self._packed(matrix, given[name], expert) for name, matrix in self.matrices.items()}
+            index = expert - self.ids.start
+            self._loaded[index] = False  # what an interruption leaves is neither the old expert nor the new one
+            for name, parts in packed.items():
+                for key, part in parts.items():
+                    self._stacks[name][key][index] = part
+        self._loaded[index] = True
+
+    def check(self, expert: int, gate_up: Weight, down: Weight) -> None:
+        """ValueError for what load() would not take."""
+        self._refuse_stranger(expert)
+        given = {"gate_up": gate_up, "down": down}
+        for name, matrix in self.matrices.items():
+            what = f"{name} of expert {expert}"
+            weight = as_weight(given[name], (matrix.outputs, matrix.inputs), what)
+            if self.packed and isinstance(weight, Tensor):
+                refuse_unquantizable(weight, what)
+
+    def forget(self, experts: range) -> None:
+        """Takes these experts, global ids, for missing until they are loaded again."""
+        for expert in experts:
+            self._loaded[expert - self.ids.start] = False
+
+    def _refuse_stranger(self, expert: int) -> None:
         if expert not in self.ids:
             raise ValueError(f"expert {expert} is not of this rank, which holds {describe(self.ids)}")
-        given = {"gate_up": gate_up, "down": down}
-        packed = {name: self._packed(matrix, given[name], expert) for name, matrix in self.matrices.items()}
-        index = expert - self.ids.start
-        for name, parts in packed.items():
-            for key, part in parts.items():
-                self._stacks[name][key][index] = part
-        self._loaded[index] = True
 
     def _packed(self, matrix: Matrix, weight: Weight, expert: int) -> dict[str, Tensor]:
         """A weight as it is held. ValueError names what is wrong with it."""
@@ -264,6 +284,16 @@ class Experts(nn.Module):
 def describe(ids: range) -> str:
     """range(4, 8) -> 'experts 4 to 7'"""
     return f"experts {ids.start} to {ids.stop - 1}" if ids else "no experts"
+
+
+def refuse_unquantizable(weight: Tensor, what: str) -> None:
+    """ValueError where quantize_mxfp4() has no code for some value, found without quantising the others."""
+    largest = float(weight.detach().to(torch.float32).abs().amax()) if weight.numel() else 0.0
+    if not largest < 2.0**127:  # NaN neither
+        try:
+            quantize_mxfp4(weight)
+        except ValueError as refusal:
+            raise ValueError(f"{what}: {refusal}") from refusal
 
 
 def as_weight(weight: Weight, size: tuple[int, int], what: str) -> Tensor | MXFP4:

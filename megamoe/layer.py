@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import torch
@@ -12,11 +14,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamoe.agreement import Part, Terms, agree
+from megamoe.ambient import eager, undisturbed
 from megamoe.call import Call, CallBase, CallRecord, Parts
 from megamoe.catalog import Machine
-from megamoe.checks import any_wrong, check_formats, check_input, check_values
+from megamoe.checks import (
+    any_wrong,
+    check_ambient,
+    check_device,
+    check_formats,
+    check_input,
+    check_name,
+    check_values,
+)
 from megamoe.experts import Experts, Weight
-from megamoe.formats import MXFP4
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Notes
@@ -26,6 +36,7 @@ from megamoe.rows import route_rows
 from megamoe.shape import MoEShape
 from megamoe.slabs import Slabs, count_rows
 from megamoe.spans import to_host
+from megamoe.stacks import load_stacks, shortened
 from megamoe.tuner import Tuner
 from megamoe.waves import Waves, check_waves, plan_waves
 
@@ -69,22 +80,25 @@ class MegaMoE(nn.Module):
         deadline_s: float = 60.0,
     ) -> None:
         super().__init__()
+        check_ambient()
+        check_name(name)
         check_formats(shape, weight_format, dispatch_format, combine_format)
         self.shape, self.name = shape, name
         self.weight_format, self.dispatch_format, self.combine_format = weight_format, dispatch_format, combine_format
         self.waves, self.overlap = check_waves(waves if overlap else 1), overlap
-        self.device = torch.device(device or "cpu")
+        self.device = check_device(device)
         self.group = EPGroup.of(group, self.device, deadline_s=deadline_s)
         self.placement = Placement(shape.num_experts, self.group.size)
-        self.experts = Experts(
-            shape,
-            self.placement.experts(self.group.rank),
-            weight_format=weight_format,
-            device=self.device,
-            keep_dequantized=keep_dequantized,
-        )
         self.machine = machine
-        self._begin()
+        with undisturbed(self.device):
+            self.experts = Experts(
+                shape,
+                self.placement.experts(self.group.rank),
+                weight_format=weight_format,
+                device=self.device,
+                keep_dequantized=keep_dequantized,
+            )
+            self._begin()
 
     def _begin(self) -> None:
         """What is of the group, and not of the weights: calls are counted from 0, and nothing is known of its link."""
@@ -99,6 +113,7 @@ class MegaMoE(nn.Module):
         )
         self.last_call = CallRecord()
         self._num_calls = 0
+        self.group.turns.number(self, self.name)  # layers of one name are told apart by the order in which they came
         kernels, alone = self.experts.grouped, self.group.size == 1
         self._alone = import_module("megamoe.kernel_alone").Alone(self.experts) if kernels and alone else None
         self._call: type[CallBase] = import_module("megamoe.kernel_call").KernelCall if kernels and not alone else Call
@@ -112,10 +127,12 @@ class MegaMoE(nn.Module):
         the new group's link, with bf16 weights and dispatch_format="auto" perhaps otherwise, which shows in the bits.
         Nothing is sent, so the old group may be broken or gone. Its deadline is kept where group is not an EPGroup.
         """
-        self.group = EPGroup.of(group, self.device, deadline_s=self.group.deadline_s)
-        self.placement = Placement(self.shape.num_experts, self.group.size)
-        self.experts.regroup(self.placement.experts(self.group.rank))
-        self._begin()
+        new = EPGroup.of(group, self.device, deadline_s=self.group.deadline_s)
+        with self._turn(), undisturbed(self.device):
+            placement = Placement(self.shape.num_experts, new.size)
+            self.experts.regroup(placement.experts(new.rank))
+            self.group, self.placement = new, placement
+            self._begin()
         return self.experts.missing
 
     @property
@@ -130,7 +147,8 @@ class MegaMoE(nn.Module):
 
     def load_expert(self, expert: int, gate_up: Weight, down: Weight) -> None:
         """Takes one expert's weights, by global id: gate_up [2I, H], gate rows first, and down [H, I]."""
-        self.experts.load(expert, gate_up, down)
+        with self._turn(), undisturbed(self.device):
+            self.experts.load(expert, gate_up, down)
 
     def load_experts(self, gate_up: Weight, down: Weight) -> None:
         """Takes gate_up [E, 2I, H] (gate rows first) and down [E, H, I], of all experts or of this rank's only.
@@ -138,18 +156,20 @@ class MegaMoE(nn.Module):
         Each a float tensor, MXFP4, or a pair (packed, scales). ValueError for wrong shapes, dtypes, NaN weights in
         a layer of MXFP4, or scales that BF16 cannot hold.
         """
-        stacks = {"gate_up": _stack(gate_up, "gate_up"), "down": _stack(down, "down")}
-        ids, everything = self.local_experts, self.shape.num_experts
-        for name, stack in stacks.items():
-            if stack.shape[0] not in (everything, len(ids)):
-                raise ValueError(
-                    f"{name} holds {stack.shape[0]} experts, expected all {everything} or this rank's {len(ids)}"
-                )
-        firsts = {name: 0 if stack.shape[0] == everything else ids.start for name, stack in stacks.items()}
-        for expert in ids:
-            gate_up, down = (_item(stack, expert - firsts[name]) for name, stack in stacks.items())
-            self.experts.load(expert, gate_up, down)
+        with self._turn(), undisturbed(self.device):
+            load_stacks(self.experts, self.shape.num_experts, gate_up, down)
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The group's turn, of the group that this layer is in once it has it."""
+        while True:
+            group = self.group
+            with group.turn(self.name, self.device):
+                if group is self.group:
+                    yield
+                    return
+
+    @eager
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden [T, H], topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
 
@@ -160,13 +180,18 @@ class MegaMoE(nn.Module):
         On a GPU with kernels a rank alone waits for nothing, and a CUDA graph can be captured of the call. Values that
         are wrong are then told by a later call's ValueError; a token with an id that there is not is NaN meanwhile.
         """
-        complaint = self._complaint(hidden, topk_ids, topk_weights)
-        if self._alone is not None:
-            return self._compute_alone(hidden, topk_ids, topk_weights, complaint)
+        with self._turn():
+            complaint = self._complaint(hidden, topk_ids, topk_weights)
+            with undisturbed(self.device), on_device(self.device):
+                if self._alone is not None:
+                    return self._compute_alone(hidden, topk_ids, topk_weights, complaint)
+                return self._compute(hidden, topk_ids, topk_weights, complaint)
+
+    def _compute(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None) -> Tensor:
+        """The call, wave by wave."""
         record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
         stretch = self.group.unbroken(self.name, self._num_calls + 1)
-        quiet = torch.no_grad()
-        with on_device(self.device), quiet, notes.lane("call"), stretch, record.timing("total_s"):
+        with notes.lane("call"), stretch, record.timing("total_s"):
             call = self._open(hidden, topk_ids, topk_weights, complaint, record, notes)
             for wave in range(LOOKAHEAD):
                 call.dispatch(wave)
@@ -191,7 +216,7 @@ class MegaMoE(nn.Module):
         self._num_calls += 1
         self.last_call = CallRecord(tokens=len(hidden), waves=1)
         hidden, rounds = hidden.to(torch.bfloat16).contiguous(), self.tuner.choose_format() == "mxfp8"
-        with on_device(self.device), torch.no_grad(), self.last_call.timing("total_s"):
+        with self.last_call.timing("total_s"):
             out: Tensor = self._alone.compute(hidden, topk_ids, topk_weights, self.group.workspace, rounds=rounds)
         return out
 
@@ -244,11 +269,12 @@ class MegaMoE(nn.Module):
         try:
             if self.group.recorders and self.device.type != "cpu":
                 raise ValueError(f"a recording notes host time, which says nothing of work on {self.device}")
+            check_ambient()
             check_input(self.shape, self.device, hidden, topk_ids, topk_weights)
             if self._alone is not None:
                 self._alone.refuse(self.name)
             if self.experts.missing:
-                missing = _short(self.experts.missing)
+                missing = shortened(self.experts.missing)
                 raise ValueError(f"layer {self.name!r} has no weights for experts {missing}: load them first")
         except ValueError as complaint:
             return complaint
@@ -257,6 +283,7 @@ class MegaMoE(nn.Module):
     def _terms(self) -> Terms:
         return Terms(
             layer=self.name,
+            number=self.group.turns.number(self, self.name),
             call=self._num_calls,
             hidden=self.shape.hidden,
             intermediate=self.shape.intermediate,
@@ -266,7 +293,7 @@ class MegaMoE(nn.Module):
             weight_format=self.weight_format,
             dispatch_format=self.dispatch_format,
             combine_format=self.combine_format,
-            waves=str(self.waves) if self.machine is None else f"{self.waves} at {self.machine.wave_us.value:g} us",
+            waves=str(self.waves) if self.machine is None else f"{self.waves} at {self.machine.wave_us.value!r} us",
         )
 
     def extra_repr(self) -> str:
@@ -275,24 +302,3 @@ class MegaMoE(nn.Module):
             f"intermediate={self.shape.intermediate}, num_experts={self.shape.num_experts}, topk={self.shape.topk}, "
             f"weights={self.weight_format}, dispatch={self.dispatch_format}, waves={self.waves}"
         )
-
-
-def _stack(weight: Weight, name: str) -> Tensor | MXFP4:
-    """A stack of experts' weights with three dimensions, MXFP4 pairs made one record."""
-    if isinstance(weight, tuple):
-        if len(weight) != 2:
-            raise ValueError(f"{name} must be a tensor, MXFP4 or (packed, scales), got {len(weight)} items")
-        weight = MXFP4.from_bytes(*weight)
-    if not isinstance(weight, Tensor | MXFP4) or len(weight.shape) != 3:
-        found = list(weight.shape) if isinstance(weight, Tensor | MXFP4) else type(weight).__name__
-        raise ValueError(f"{name} must be [experts, rows, columns], got {found}")
-    return weight
-
-
-def _item(stack: Tensor | MXFP4, index: int) -> Tensor | MXFP4:
-    return MXFP4(stack.packed[index], stack.scales[index]) if isinstance(stack, MXFP4) else stack[index]
-
-
-def _short(ids: list[int]) -> str:
-    """[0, 1, 2, 3, 4, 5] -> '0, 1, 2, 3, ... (6)'"""
-    return ", ".join(map(str, ids)) if len(ids) <= 5 else f"{', '.join(map(str, ids[:4]))}, ... ({len(ids)})"

@@ -1,8 +1,12 @@
-"""The error that names a rank: who did not answer, where, in which phase, and after how long."""
+"""Errors of a group: the one that names a rank (who did not answer, where, when), and the one that all ranks share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+
+
+class CallRefusedError(ValueError):
+    """All ranks of a group refused a call together, before any row moved: the group can be used again."""
 
 
 @dataclass(eq=False)

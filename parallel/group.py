@@ -5,16 +5,17 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous
 
 from megamoe.parallel.beacon import Beacon
-from megamoe.parallel.errors import PeerError
+from megamoe.parallel.errors import CallRefusedError, PeerError
 from megamoe.parallel.link import measure_link
 from megamoe.parallel.meeting import local_address
 from megamoe.parallel.position import RAISED, Whereabouts
@@ -22,6 +23,7 @@ from megamoe.parallel.recorder import Notes, Recorder, Recording
 from megamoe.parallel.runs import list_rank
 from megamoe.parallel.streams import Streams
 from megamoe.parallel.transport import AllToAllTransport, Clock, Label, PairTransport, Transport
+from megamoe.parallel.turns import Turns
 from megamoe.parallel.workspace import Workspace
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -42,11 +44,13 @@ class EPGroup:
     links            at most one: bytes per second that each rank can send while it receives as many, once measured
     whereabouts      where this rank is, noted as it goes
     beacons          at most one: tells the others, and knows where they are; a group of init_group() has it
-    broken           why the group cannot be used any more, empty while it can
+    broken           why the group cannot be used any more, empty while it can; always, where a rank is alone
+    turns            whose turn it is to call, and which layers there are
     recorders        at most one: takes notes of every call of the group's layers
     streams          of each device that its layers are on: where messages are queued
 
-    Layers that share an EPGroup learn from each other that it is broken; give all layers of a model the same one.
+    Calls of a group take turns: see turns.py. EPGroups of one process group share turns and broken, since they share
+    its messages; give all layers of a model the same one, and they share buffers too.
     """
 
     rank: int
@@ -58,6 +62,7 @@ class EPGroup:
     hosts: dict[int, str] = field(default_factory=dict)
     links: list[float] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    turns: Turns = field(default_factory=Turns)
     whereabouts: Whereabouts = field(default_factory=Whereabouts)
     beacons: list[Beacon] = field(default_factory=list)
     workspace: Workspace = field(default_factory=Workspace)
@@ -94,23 +99,28 @@ class EPGroup:
         """Where a call notes what it does: the group's whereabouts, and the recorder if there is one."""
         return self.recorders[0].call(layer, call, self.whereabouts) if self.recorders else Notes(self.whereabouts)
 
+    def turn(self, layer: str, device: torch.device) -> AbstractContextManager[None]:
+        """This group's turn for the block: see Turns.take()."""
+        return self.turns.take(f"layer {layer!r}", device, self.deadline_s)
+
     @contextmanager
     def unbroken(self, layer: str, call: int) -> Iterator[None]:
         """A call's stretch of exchange. What interrupts it breaks the group: its messages may still be on their way.
 
-        ValueError is what all ranks raise together before any row has moved, and breaks nothing. RuntimeError where
-        the group is broken already; PeerError where a peer is known to be lost.
+        CallRefusedError is what all ranks raise together before any row has moved, and breaks nothing. Nor does
+        anything where a rank is alone, which has no messages. RuntimeError where the group is broken already; PeerError
+        where a peer is known to be lost.
         """
         if self.broken:
             raise RuntimeError(f"the group cannot be used any more, an earlier call was interrupted: {self.broken[0]}")
-        self.whereabouts.enter(layer, call)
         try:
+            self.whereabouts.enter(layer, call)
             self._refuse_lost(layer)
             yield
-        except ValueError:
-            self.whereabouts.leave()
-            raise
         except BaseException as interruption:
+            if self.size == 1 or isinstance(interruption, CallRefusedError):
+                self.whereabouts.leave()
+                raise
             self.broken.append(f"{type(interruption).__name__}: {str(interruption).partition(chr(10))[0]}")
             self.announce(interruption)
             raise
@@ -160,7 +170,29 @@ class EPGroup:
             transport = PairTransport(group, clock)
         elif group.size() > 1:
             transport = AllToAllTransport(group, clock, torch.device(device))
-        return cls(group.rank(), group.size(), transport, deadline_s, clock, hosts=hosts, whereabouts=whereabouts)
+        shared = _SHARED.setdefault(group, _Shared())
+        return cls(
+            group.rank(),
+            group.size(),
+            transport,
+            deadline_s,
+            clock,
+            hosts=hosts,
+            whereabouts=whereabouts,
+            broken=shared.broken,
+            turns=shared.turns,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shared:
+    """What all EPGroups of one process group have in common, since its messages do not know one from another."""
+
+    broken: list[str] = field(default_factory=list)
+    turns: Turns = field(default_factory=Turns)
+
+
+_SHARED: WeakKeyDictionary[dist.ProcessGroup, _Shared] = WeakKeyDictionary()
 
 
 @contextmanager

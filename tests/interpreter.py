@@ -43,7 +43,8 @@ class _RowByRow:
         return np.concatenate([np.matmul(a[row : row + 1], b, **options) for row in range(len(a))])
 
 
-def _interpret() -> None:
+def interpret() -> None:
+    """Has Triton interpret in this process, in which none of its kernels may have been imported."""
     os.environ[_SWITCH] = "1"
     torch.set_num_threads(1)
     import_module("triton.runtime.interpreter").np = _RowByRow()  # type: ignore[attr-defined]
@@ -52,7 +53,7 @@ def _interpret() -> None:
 @lru_cache(maxsize=1)
 def _child() -> tuple[ProcessPoolExecutor, int]:
     """The child and its process id: started when first needed, it serves the whole run and ends with it."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _interpret)
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), interpret)
     return pool, pool.submit(os.getpid).result(_DEADLINE_S)
 
 

@@ -6,7 +6,6 @@ cases go through the kernels themselves, in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -32,7 +31,7 @@ from megamoe.reference import relative_error
 from megamoe.shape import MoEShape
 from megamoe.waves import Waves, plan_waves
 from tests.cases import Batch, make_batch, make_layer, make_weights, oracle, split
-from tests.interpreter import interpreted
+from tests.interpreter import interpret, interpreted
 
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
 FORMATS = [(weights, wire) for weights in ("mxfp4", "bf16") for wire in ("mxfp8", "bf16")]
@@ -212,7 +211,7 @@ def test_a_token_alone_has_the_bits_it_has_in_a_batch_of_257_and_they_are_the_or
 
 
 def interpreted_ranks(group: EPGroup, batch: Batch, shares: list[slice]) -> dict[tuple[str, str, int], Tensor]:
-    os.environ["TRITON_INTERPRET"] = "1"
+    interpret()
     mine, out = batch.part(shares[group.rank]), {}
     for (weights, wire), waves in zip(FORMATS, (1, 2, 3, 2), strict=True):
         layer = layer_of(SHAPE, group, weight_format=weights, dispatch_format=wire, waves=waves)

@@ -1,0 +1,92 @@
+"""What torch keeps per thread or per process and a user may have set: a layer's bits depend on none of it.
+
+Autocast, default device, grad mode, inference mode and flushing of denormals are put aside for as long as a layer
+works, and stand as they were afterwards. Compilers run the layer as it is, between two graphs. What would give wrong
+numbers or no gradient where one is asked for is refused: see checks.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_GRAIN = 65_536  # values for each thread, twice as many as torch needs to give a thread any
+_TINY = sys.float_info.min  # the least normal number of FP64
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """A block that computes on device, and on the CPU, as in a fresh process, without gradients."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():  # what stays must not become an inference tensor
+            stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.no_grad())
+        if torch._C._len_torch_function_stack():  # a default device is one of torch's function modes
+            stack.enter_context(torch._C.DisableTorchFunction())
+        for kind in {device.type, "cpu"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if _flushes_denormals():
+            stack.enter_context(_keeping_denormals())
+        yield
+
+
+def _flushes_denormals() -> bool:
+    """Whether this thread takes denormal numbers for 0: torch can be told to, and does not say whether it was."""
+    return _TINY * 0.5 == 0.0
+
+
+def loses_denormals() -> bool:
+    """Whether some of torch's worker threads flush denormals for good: those that began while they were flushed.
+
+    Looked for where this thread flushes them, and nowhere else.
+    """
+    if not _flushes_denormals():
+        return False
+    with _keeping_denormals():
+        size = torch.get_num_threads() * _GRAIN
+        least = torch.ones(size, dtype=torch.int32, device="cpu").view(torch.float32)
+        return not bool((least * 1.0).view(torch.int32).all())
+
+
+@contextmanager
+def _keeping_denormals() -> Iterator[None]:
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(True)
+
+
+def eager(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that torch.compile neither traces nor looks into. Nothing is imported for those who do not compile."""
+    disabled: list[Callable[P, T]] = []
+
+    @wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> T:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return inner
+
+
+def in_a_transform() -> str:
+    """What of torch only pretends to compute here, "" where nothing does: a layer could not but give wrong numbers."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func"
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return "a FakeTensorMode"
+    return ""
