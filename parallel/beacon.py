@@ -277,19 +277,23 @@ class Beacon:
             self._hear_stranger(source)
             return
         assert source.line is not None
-        was_lost = self._is_lost(source)
         try:
-            records = source.line.take()
+            self._take_in(source, source.line.take())
         except EOFError:
             self._selector.unregister(source.line.channel)
             source.line.channel.close()
+            self._take_in(source, [], closed=True)
+
+    def _take_in(self, peer: _Peer, records: Sequence[Any], *, closed: bool = False) -> None:
+        """What a peer says, or that its connection has ended; where it is lost by that, a call is told."""
+        was_lost = self._is_lost(peer)
+        for record in records:
+            self._note(peer, record)
+        if closed:
             with self._changed:
-                source.closed = True
+                peer.closed = True
                 self._changed.notify_all()
-        else:
-            for record in records:
-                self._note(source, record)
-        if self._is_lost(source) and not was_lost and self.whereabouts.busy:
+        if self._is_lost(peer) and not was_lost and self.whereabouts.busy:
             self.trouble()
 
     def _hear_stranger(self, line: Line) -> None:
@@ -308,8 +312,7 @@ class Beacon:
         if known and peer is not None and peer.line is None:
             peer.line = line
             self._selector.register(line.channel, selectors.EVENT_READ, peer)
-            for record in records[1:]:
-                self._note(peer, record)
+            self._take_in(peer, records[1:])
             return
         if known and hello.get("ask"):
             line.put({"size": self.size, "sights": [asdict(sight) for sight in self.sights()]})

@@ -15,7 +15,7 @@ import torch
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """A block in which launches go to this device of an accelerator, whichever is current outside of it."""
     make = None if device.type == "cpu" else getattr(torch.get_device_module(device), "device", None)
-    return nullcontext() if make is None else make(device)  # type: ignore[no-any-return]
+    return nullcontext() if make is None else make(device)
 
 
 def synchronize(device: torch.device) -> None:
