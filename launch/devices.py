@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megamoe.parallel.group import BACKENDS
+from megamoe.parallel.interfaces import INTERFACE_VARIABLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,9 @@ class DeviceType:
 
 
 DEVICE_TYPES = {
-    "cpu": DeviceType("cpu", BACKENDS["cpu"], "CPU", None, "GLOO_SOCKET_IFNAME"),
-    "cuda": DeviceType("cuda", BACKENDS["cuda"], "GPU", "CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "="),
-    "npu": DeviceType("npu", BACKENDS["npu"], "NPU", "ASCEND_RT_VISIBLE_DEVICES", "HCCL_SOCKET_IFNAME", "="),
+    "cpu": DeviceType("cpu", BACKENDS["cpu"], "CPU", None, INTERFACE_VARIABLES["cpu"]),
+    "cuda": DeviceType("cuda", BACKENDS["cuda"], "GPU", "CUDA_VISIBLE_DEVICES", INTERFACE_VARIABLES["cuda"], "="),
+    "npu": DeviceType("npu", BACKENDS["npu"], "NPU", "ASCEND_RT_VISIBLE_DEVICES", INTERFACE_VARIABLES["npu"], "="),
 }
 # torch built for ROCm calls its devices cuda and RCCL nccl, and RCCL reads NCCL's variables; Ray shares AMD's devices
 # out by HIP_VISIBLE_DEVICES and refuses ROCR_VISIBLE_DEVICES

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megamoe.parallel.streams import synchronize
 from megamoe.parallel.workspace import Workspace
 from megamoe.slabs import Array
 
@@ -78,5 +79,5 @@ def to_host(counts: Tensor, workspace: Workspace, name: Hashable) -> Tensor:
         return counts
     pinned = workspace.pinned(name, len(counts), counts.dtype)
     pinned.copy_(counts, non_blocking=True)
-    torch.cuda.current_stream(counts.device).synchronize()
+    synchronize(counts.device)
     return pinned.clone()

@@ -14,19 +14,20 @@ import json
 import secrets
 import selectors
 import socket
-import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import median
 from typing import Any
 
 from torch.distributed import Store
 
 from megamoe.parallel.diagnosis import Sight, Verdict, diagnose
+from megamoe.parallel.interfaces import list_interfaces
+from megamoe.parallel.line import Heartbeat, Line
+from megamoe.parallel.meeting import wait_for
 from megamoe.parallel.position import LEFT, RAISED, Position, Whereabouts
 
 BEAT_S = 0.25
@@ -34,60 +35,6 @@ PATIENCE_S = 0.7  # how long an error waits for what the others say
 _PROBE_S = 0.4
 _ANSWERS = 8  # beats whose median says how far away a peer is
 _TOLD = 16  # peers of which a rank tells that
-_MOST_BYTES = 1 << 20
-_LENGTH = struct.Struct(">I")
-
-
-class Line:
-    """A connection that carries records: JSON behind a length."""
-
-    def __init__(self, channel: socket.socket) -> None:
-        self.channel = channel
-        self._arrived, self._leaving = bytearray(), bytearray()
-
-    def put(self, record: dict[str, Any]) -> None:
-        """Queues a record. One that finds a megabyte waiting is dropped: whoever does not read needs no more of it."""
-        if len(self._leaving) < _MOST_BYTES:
-            body = json.dumps(record).encode()
-            self._leaving += _LENGTH.pack(len(body)) + body
-
-    @property
-    def waiting(self) -> bool:
-        """Whether something has yet to be sent."""
-        return bool(self._leaving)
-
-    def flush(self) -> None:
-        """Sends what the kernel takes. OSError where the connection is gone."""
-        try:
-            while self._leaving:
-                del self._leaving[: self.channel.send(self._leaving)]
-        except BlockingIOError:
-            return
-
-    def take(self) -> list[dict[str, Any]]:
-        """Records that have arrived. EOFError, once none is left, where the connection has ended."""
-        ended = False
-        try:
-            while not ended:
-                piece = self.channel.recv(65536)
-                self._arrived += piece
-                ended = not piece
-        except BlockingIOError:
-            pass
-        except OSError:
-            ended = True
-        records = []
-        while len(self._arrived) >= _LENGTH.size:
-            (size,) = _LENGTH.unpack_from(self._arrived)
-            if size > _MOST_BYTES:
-                raise EOFError("no record of a beacon")
-            if len(self._arrived) < _LENGTH.size + size:
-                break
-            records.append(json.loads(self._arrived[_LENGTH.size : _LENGTH.size + size]))
-            del self._arrived[: _LENGTH.size + size]
-        if ended and not records:
-            raise EOFError("the connection has ended")
-        return records
 
 
 @dataclass(slots=True)
@@ -114,6 +61,7 @@ class Beacon:
     store      where the ranks meet; addresses and the group's token are left there
     address    IP address of this rank that the others reach
     trouble    called, in the beacon's thread, when a peer is found dead or has raised while this rank is in a call
+    pulse      called there at every beat
     """
 
     def __init__(
@@ -129,10 +77,11 @@ class Beacon:
     ) -> None:
         self.rank, self.size, self.host, self.whereabouts = rank, size, host, whereabouts
         self.trouble: Callable[[], None] = lambda: None
+        self.pulse: Callable[[], None] = lambda: None
         self._beat_s = max(BEAT_S, size / 64)
         self._changed = threading.Condition()
         self._selector = selectors.DefaultSelector()
-        self._listener = socket.create_server((address, 0), family=_family(address), backlog=max(16, size))
+        self._listener = _listen(rank, address, max(16, size))
         self.port, self.address = self._listener.getsockname()[1], address
         self._wake_in, self._wake_out = socket.socketpair()
         self._stopping = False
@@ -148,25 +97,36 @@ class Beacon:
 
     def _meet(self, store: Store, deadline_s: float) -> dict[int, _Peer]:
         """Finds the others and connects to those of lower rank; those of higher rank come by themselves."""
-        within = timedelta(seconds=deadline_s)  # not the store's own, which is whoever's that made it
         if self.rank == 0:
             store.set("beacon token", secrets.token_hex(16))
         mine = {"host": self.host, "address": self.address, "port": self.port}
         store.set(f"beacon {self.rank}", json.dumps(mine))
-        store.wait(["beacon token", *(f"beacon {rank}" for rank in range(self.size))], within)
+        lit = {f"beacon {rank}": f"rank {rank}" for rank in range(self.size)}
+        wait_for(store, {**lit, "beacon token": "rank 0"}, deadline_s)
         peers = {}
         self.token = store.get("beacon token").decode()
         for rank in range(self.size):
             if rank != self.rank:
-                peers[rank] = _Peer(rank, **json.loads(store.get(f"beacon {rank}")))
+                said = json.loads(store.get(f"beacon {rank}"))
+                peers[rank] = _Peer(rank, said["host"], said["address"], said["port"])
         for peer in list(peers.values())[: self.rank]:
-            channel = socket.create_connection((peer.address, peer.port), timeout=deadline_s)
-            peer.line = _line(channel)
+            peer.line = _line(self._connect(peer, deadline_s))
             peer.line.put({"token": self.token, "rank": self.rank})
         if store.add("beacons lit", 1) == self.size:  # a rank that left at once would leave others without an answer
             store.set("all beacons lit", "")
-        store.wait(["all beacons lit"], within)
+        wait_for(store, {"all beacons lit": "some rank"}, deadline_s)
         return peers
+
+    def _connect(self, peer: _Peer, within_s: float) -> socket.socket:
+        """ConnectionError that names the rank and its address where it cannot be reached there."""
+        try:
+            return socket.create_connection((peer.address, peer.port), timeout=within_s)
+        except OSError as refusal:
+            raise ConnectionError(
+                f"rank {self.rank} on {self.host} ({self.address}) does not reach the heartbeat of rank {peer.rank} on "
+                f"{peer.host} at {peer.address} port {peer.port}: {refusal.strerror or refusal}. Have the ranks use an "
+                "interface that they share: GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME), or address="
+            ) from refusal
 
     # ---- what a call asks ----
 
@@ -317,26 +277,30 @@ class Beacon:
             self._hear_stranger(source)
             return
         assert source.line is not None
-        was_lost = self._is_lost(source)
         try:
-            records = source.line.take()
-        except (EOFError, ValueError):
+            self._take_in(source, source.line.take())
+        except EOFError:
             self._selector.unregister(source.line.channel)
             source.line.channel.close()
+            self._take_in(source, [], closed=True)
+
+    def _take_in(self, peer: _Peer, records: Sequence[Any], *, closed: bool = False) -> None:
+        """What a peer says, or that its connection has ended; where it is lost by that, a call is told."""
+        was_lost = self._is_lost(peer)
+        for record in records:
+            self._note(peer, record)
+        if closed:
             with self._changed:
-                source.closed = True
+                peer.closed = True
                 self._changed.notify_all()
-        else:
-            for record in records:
-                self._note(source, record)
-        if self._is_lost(source) and not was_lost and self.whereabouts.busy:
+        if self._is_lost(peer) and not was_lost and self.whereabouts.busy:
             self.trouble()
 
     def _hear_stranger(self, line: Line) -> None:
         """A rank that says who it is, or a program that asks for the picture; anything else is sent away."""
         try:
             records = line.take()
-        except (EOFError, ValueError):
+        except EOFError:
             records = [{}]
         if not records:
             return
@@ -348,30 +312,33 @@ class Beacon:
         if known and peer is not None and peer.line is None:
             peer.line = line
             self._selector.register(line.channel, selectors.EVENT_READ, peer)
-            for record in records[1:]:
-                self._note(peer, record)
+            self._take_in(peer, records[1:])
             return
         if known and hello.get("ask"):
             line.put({"size": self.size, "sights": [asdict(sight) for sight in self.sights()]})
             _send(line)
         line.channel.close()
 
-    def _note(self, peer: _Peer, record: dict[str, Any]) -> None:
+    def _note(self, peer: _Peer, record: Any) -> None:
+        """Whatever a peer says shows that it is there; what cannot be read is another version's, and is passed over."""
         now = time.monotonic()
+        said = record if isinstance(record, dict) else {}
+        answered, beat = said.get("answer"), Heartbeat.of(said, self.size)
         with self._changed:
             peer.heard = now
-            if "answer" in record:
-                peer.answered_s.append(now - record["answer"])
+            if isinstance(answered, int | float):
+                peer.answered_s.append(now - answered)
                 peer.asked = 0.0
+            if beat is None:
                 return
-            peer.position = Position(**record["position"])
-            peer.unheard, peer.answers = tuple(record["unheard"]), tuple(map(tuple, record["answers"]))
+            peer.position, peer.unheard, peer.answers = beat.position, beat.unheard, beat.answers
             self._changed.notify_all()
         if peer.line is not None:
-            peer.line.put({"answer": record["at"]})
+            peer.line.put({"answer": beat.at})
             _send(peer.line)
 
     def _tell(self) -> None:
+        self.pulse()
         now = time.monotonic()
         unheard = [peer.rank for peer in self._peers.values() if now - peer.heard > 4 * self._beat_s]
         position = self.whereabouts.position().as_dict()
@@ -395,6 +362,16 @@ def _with_probe(sight: Sight, found: str | None) -> Sight:
     if found is None:
         return sight
     return replace(sight, closed=sight.closed or found == "refused", reachable=found == "accepted")
+
+
+def _listen(rank: int, address: str, backlog: int) -> socket.socket:
+    try:
+        return socket.create_server((address, 0), family=_family(address), backlog=backlog)
+    except OSError as refusal:
+        there = ", ".join(map(str, list_interfaces()))
+        raise ValueError(
+            f"rank {rank} cannot listen at {address}: {refusal.strerror}; this machine has {there}"
+        ) from refusal
 
 
 def _family(address: str) -> socket.AddressFamily:
@@ -430,10 +407,16 @@ def ask(address: str, port: int, token: str, timeout_s: float = 2.0) -> list[Sig
                 if not ready.select(max(0.0, until - time.monotonic())):
                     raise TimeoutError(f"no answer from {address} port {port} within {timeout_s:g} s")
                 records = line.take()
-    return [_sight(sight) for sight in records[0]["sights"]]
+    told = records[0].get("sights") if isinstance(records[0], dict) else None
+    if not isinstance(told, list):
+        raise EOFError(f"what {address} port {port} answers is no picture of a group")
+    try:
+        return [_sight(sight, len(told)) for sight in told]
+    except (KeyError, TypeError) as other:
+        raise EOFError(f"{address} port {port} answers as another version of megamoe does: {other}") from other
 
 
-def _sight(record: dict[str, Any]) -> Sight:
-    position = record["position"]
-    fields = {**record, "unheard": tuple(record["unheard"]), "answers": tuple(map(tuple, record["answers"]))}
-    return Sight(**{**fields, "position": None if position is None else Position(**position)})
+def _sight(record: dict[str, Any], size: int) -> Sight:
+    known = {each.name: record[each.name] for each in fields(Sight) if each.name in record}
+    told = {"unheard": tuple(record["unheard"]), "answers": tuple(map(tuple, record["answers"]))}
+    return Sight(**{**known, **told, "position": Position.of(record["position"], size)})

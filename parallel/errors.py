@@ -13,13 +13,15 @@ class CallRefusedError(ValueError):
 class PeerError(RuntimeError):
     """A rank was lost, stalled past the deadline, or its link broke. The group cannot be used any more.
 
-    rank, host   the peer to blame                      phase   "counts", "dispatch", "combine", ...
+    rank, host   the peer to blame, in the group's numbering
+    phase        "counts", "dispatch", "combine", ...
     layer        name of the layer that waited          wave    its wave, None outside of waves
     waited_s     how long this rank waited              reason  what the transport said
     condition    "dead", "unreachable", "stopped", "stalled", "raised", "left", "absent", "slow" or "cut off" (this rank
                  itself); "" where the ranks have no beacon and only the transport was heard
     meaning      that in words
     picture      a line for every rank: what it was last seen to do, and how long ago
+    global_rank  the peer's rank in the whole program, where the group numbers its ranks otherwise; else None
     """
 
     rank: int
@@ -33,11 +35,13 @@ class PeerError(RuntimeError):
     condition: str = ""
     meaning: str = "did not deliver"
     picture: tuple[str, ...] = ()
+    global_rank: int | None = None
 
     def __str__(self) -> str:
         wave = "" if self.wave is None else f", wave {self.wave}"
+        who = named(self.rank, self.global_rank)
         lines = [
-            f"rank {self.rank} on {self.host} {self.meaning}: layer {self.layer!r}{wave}, phase {self.phase}, "
+            f"{who} on {self.host} {self.meaning}: layer {self.layer!r}{wave}, phase {self.phase}, "
             f"after {self.waited_s:.1f} s (deadline {self.deadline_s:g} s): {self.reason}"
         ]
         return "\n  ".join([*lines, *self.picture])
@@ -45,3 +49,8 @@ class PeerError(RuntimeError):
     def __reduce__(self) -> tuple[type[PeerError], tuple[object, ...], dict[str, object]]:
         notes: dict[str, object] = {"__notes__": self.__notes__} if hasattr(self, "__notes__") else {}
         return type(self), tuple(getattr(self, each.name) for each in fields(self)), notes
+
+
+def named(rank: int, global_rank: int | None) -> str:
+    """A rank as messages call it.    1, None -> "rank 1"    1, 5 -> "rank 1 (global rank 5)" """
+    return f"rank {rank}" if global_rank in (None, rank) else f"rank {rank} (global rank {global_rank})"

@@ -14,15 +14,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous
 
+from megamoe.parallel.all_to_all import AllToAllTransport
+from megamoe.parallel.backend import backend_for, backend_timeout_s, check_group, end_group, global_ranks
 from megamoe.parallel.beacon import Beacon
-from megamoe.parallel.errors import CallRefusedError, PeerError
+from megamoe.parallel.errors import CallRefusedError, PeerError, named
 from megamoe.parallel.link import measure_link
-from megamoe.parallel.meeting import local_address
+from megamoe.parallel.meeting import fresh_store, heartbeat_address
 from megamoe.parallel.position import RAISED, Whereabouts
 from megamoe.parallel.recorder import Notes, Recorder, Recording
-from megamoe.parallel.runs import list_rank
+from megamoe.parallel.runs import check_name, list_rank
 from megamoe.parallel.streams import Streams
-from megamoe.parallel.transport import AllToAllTransport, Clock, Label, PairTransport, Transport
+from megamoe.parallel.threads import calm_gloo_threads, gloo_threads
+from megamoe.parallel.transport import Clock, Label, PairTransport, Transport
 from megamoe.parallel.turns import Turns
 from megamoe.parallel.workspace import Workspace
 
@@ -132,6 +135,11 @@ class EPGroup:
             assert self.clock is not None
             raise self.clock.error(lost, Label(layer, "begin"), time.monotonic(), "it was lost between calls")
 
+    def named(self, rank: int) -> str:
+        """A rank of this group as messages call it, with its rank in the whole program where that is another."""
+        known = self.clock.global_ranks if self.clock is not None else ()
+        return named(rank, known[rank] if known else None)
+
     def announce(self, interruption: BaseException) -> None:
         """Tells the others why this rank will not go on, so that they name the same rank, and at once."""
         if isinstance(interruption, PeerError):
@@ -152,7 +160,10 @@ class EPGroup:
     ) -> EPGroup:
         """Wraps a torch process group. None is one rank; an EPGroup is returned as it is.
 
-        gloo gets point-to-point pairs, every other backend all-to-all. ValueError for anything else.
+        What the group has for the layer's device decides: gloo gets point-to-point pairs, every other backend
+        all-to-all. The group stays its owner's: no thread, setting or deadline of it is changed, and nothing of it is
+        ended. ValueError for anything else, for a group that this rank is not in, and for one without a backend for
+        the device.
         """
         if isinstance(group, EPGroup):
             return group
@@ -160,20 +171,21 @@ class EPGroup:
             raise ValueError(f"deadline_s must be positive, got {deadline_s}")
         if group is None:
             return cls(0, 1, None, deadline_s)
-        if not isinstance(group, dist.ProcessGroup):
-            raise ValueError(f"group must be a torch ProcessGroup, an EPGroup or None, got {type(group).__name__}")
+        check_group(group)
+        device, size = torch.device(device), group.size()
+        world = global_ranks(group)
         hosts: dict[int, str] = {}
         whereabouts = Whereabouts()
-        clock = Clock(deadline_s, hosts, whereabouts)
+        clock = Clock(deadline_s, hosts, whereabouts, world)
         transport: Transport | None = None
-        if group.size() > 1 and dist.get_backend(group) == "gloo":
+        if size > 1 and backend_for(group, device) == "gloo":
             transport = PairTransport(group, clock)
-        elif group.size() > 1:
-            transport = AllToAllTransport(group, clock, torch.device(device))
+        elif size > 1:
+            transport = AllToAllTransport(group, clock, device)
         shared = _SHARED.setdefault(group, _Shared())
         return cls(
             group.rank(),
-            group.size(),
+            size,
             transport,
             deadline_s,
             clock,
@@ -222,27 +234,53 @@ def init_group(
         raise ValueError(f"rank {rank} is not in [0, {size})")
     if deadline_s <= 0:
         raise ValueError(f"deadline_s must be positive, got {deadline_s}")
-    timeout = timedelta(seconds=deadline_s)
-    if store is None and init_method is not None:
-        store, _, _ = next(rendezvous(init_method, rank, size, timeout=timeout))
+    if dist.is_initialized():
+        raise ValueError(
+            "torch.distributed is initialised already, and that group is not this function's to replace: give its "
+            "ProcessGroup to the layer, or to EPGroup.of(), or end it first with destroy_process_group()"
+        )
+    if run is not None:
+        check_name(run)
+    store = _meet(store, init_method, rank, size, deadline_s)
+    others = gloo_threads()  # of groups that are not ours, and stay as they are
+    world = _start(device, store, rank, size, deadline_s)
+    group: EPGroup | None = None
+    try:
+        group = EPGroup.of(world, device, deadline_s=deadline_s)
+        if size == 1:
+            yield group
+            return
+        own = heartbeat_address(store, device.type, rank, size, address, deadline_s)
+        with _beacon(group, PrefixStore("beacon", store), own, run):
+            calm_gloo_threads(others=others)  # only now, for a thread has no name before it runs
+            yield group
+    finally:
+        if dist.group.WORLD is world:  # else the block has ended it by itself
+            end_group(world, device, in_peace=group is not None and not group.broken)
+
+
+def _meet(store: Store | None, init_method: str | None, rank: int, size: int, deadline_s: float) -> Store:
+    """Where the ranks meet, in a part of it that no earlier group has used."""
+    if store is None and init_method is None and size == 1:
+        return HashStore()
+    if store is None:
+        store, _, _ = next(rendezvous(init_method or "env://", rank, size, timeout=timedelta(seconds=deadline_s)))
+    return fresh_store(store, rank, deadline_s)
+
+
+def _start(device: torch.device, store: Store, rank: int, size: int, deadline_s: float) -> dist.ProcessGroup:
+    """torch's default group, connected."""
+    timeout = timedelta(seconds=backend_timeout_s(device, deadline_s))
     try:
         dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=size, timeout=timeout)
-    except BaseException:
-        _forget_failed_start()
-        raise
-    try:
         world = dist.group.WORLD
         assert world is not None
         if device.type == "cpu":
             dist.barrier(world)  # a rank that ended its group at once would break the others off in mid-connection
-        group = EPGroup.of(world, device, deadline_s=deadline_s)
-        if size == 1 or store is None:
-            yield group
-            return
-        with _beacon(group, PrefixStore("beacon", store), address or local_address(store), run):
-            yield group
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        _forget_failed_start()
+        raise
+    return world
 
 
 @contextmanager
@@ -252,7 +290,7 @@ def _beacon(group: EPGroup, store: Store, address: str, run: str | None) -> Iter
     assert group.transport is not None
     where = group.whereabouts
     beacon = Beacon(group.rank, group.size, store, where, address=address, host=group.host, deadline_s=group.deadline_s)
-    beacon.trouble = group.transport.abort
+    beacon.trouble, beacon.pulse = group.transport.abort, getattr(group.transport, "tend", _nothing)
     group.beacons.append(beacon)
     group.clock.beacons.append(beacon)
     listed = list_rank(run, group.rank, beacon.address, beacon.port, beacon.token) if run else nullcontext()
@@ -268,7 +306,7 @@ def _beacon(group: EPGroup, store: Store, address: str, run: str | None) -> Iter
         beacon.leave()
         group.beacons.clear()  # what is left of the group must not hold itself, and its connections, alive
         group.clock.beacons.clear()
-        beacon.trouble = _nothing
+        beacon.trouble = beacon.pulse = _nothing
 
 
 def _forget_failed_start() -> None:

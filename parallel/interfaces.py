@@ -5,6 +5,7 @@ Every backend has to be told one interface by name, and takes a wrong one withou
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -14,6 +15,8 @@ import psutil
 # addresses that documentation may use (RFC 5737, RFC 3849): nobody's, so the way there is the default route
 _ELSEWHERE = ("198.51.100.1", "2001:db8::1")
 _DISCARD_PORT = 9
+# what tells each device type's process-group backend which interface to use
+INTERFACE_VARIABLES = {"cpu": "GLOO_SOCKET_IFNAME", "cuda": "NCCL_SOCKET_IFNAME", "npu": "HCCL_SOCKET_IFNAME"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,26 @@ def choose(address: str | None = None, name: str | None = None) -> Interface:
     if not usable:
         raise ValueError(f"no network interface of this machine is up; there are {_listed(there)}")
     return usable[0]
+
+
+def told(device_type: str) -> Interface | None:
+    """The interface that a device type's backend is told to use by its variable; None where it is told none, or one
+    that has no address here.
+
+    Spellings are the backends': gloo takes names, NCCL and HCCL prefixes of names, names after "=", and after "^" what
+    not to use. Of several the first goes first.
+    """
+    setting = os.environ.get(INTERFACE_VARIABLES[device_type], "").strip()
+    exact = device_type == "cpu" or setting.startswith("=")
+    names = [name for name in setting.lstrip("=^").split(",") if name]
+    there = [interface for interface in list_interfaces() if interface.up]
+    if setting.startswith("^"):
+        return next((each for each in candidates(there) if not each.name.startswith(tuple(names))), None)
+    for name in names:
+        for interface in there:
+            if interface.name == name or (interface.name.startswith(name) and not exact):
+                return interface
+    return None
 
 
 def candidates(interfaces: list[Interface]) -> list[Interface]:

@@ -1,11 +1,66 @@
-"""The address at which this rank is reached by the others: the one from which it reaches where they meet."""
+"""Where ranks meet: a part of the store that no group has used before, and the address at which others reach a rank."""
 
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
+from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
+
+from megamoe.parallel.interfaces import told
+
+
+def fresh_store(store: Store, rank: int, within_s: float) -> Store:
+    """A part of the store for the next group: under torchrun one store serves a program for as long as it runs.
+
+    What a group leaves behind, torch's own keys too, the next one would take for its own. Rank 0 numbers the groups;
+    the others take the newest that they have not been in, so that a start which fails on one rank can be tried again.
+    RuntimeError where rank 0 does not come in time.
+    """
+    if rank == 0:
+        number = store.add("megamoe groups", 1)
+        store.set(f"megamoe group {number}", "")
+    else:
+        known = f"megamoe groups that rank {rank} knows"
+        latest = store.add(known, 0)
+        wait_for(store, {f"megamoe group {latest + 1}": "rank 0"}, within_s)
+        number = store.add("megamoe groups", 0)
+        store.add(known, number - latest)
+    return PrefixStore(f"megamoe group {number}", store)
+
+
+def wait_for(store: Store, keys: dict[str, str], within_s: float) -> None:
+    """Waits for keys, each left by someone. RuntimeError that says who has not come."""
+    try:
+        store.wait(list(keys), timedelta(seconds=within_s))
+    except RuntimeError as late:
+        missing = [who for key, who in keys.items() if not store.check([key])]
+        if not missing:
+            raise
+        said = f"{', '.join(missing)} did not come to where the ranks meet within {within_s:g} s"
+        raise RuntimeError(said) from late
+
+
+def heartbeat_address(store: Store, kind: str, rank: int, size: int, given: str | None, within_s: float) -> str:
+    """IP address at which the other ranks reach this one: that of the interface which the group's backend uses.
+
+    In this order: the one given; that of the interface which the backend is told to use (GLOO_SOCKET_IFNAME, ...); the
+    one from which this rank reaches the store's host, or a rank elsewhere where that is loopback: Debian's hosts file
+    gives a machine's own name 127.0.1.1. All ranks must ask.
+    """
+    interface = told(kind)
+    own = given or (interface.address if interface else local_address(store))
+    store.set(f"address of rank {rank}", own)
+    keys = {f"address of rank {each}": f"rank {each}" for each in range(size)}
+    wait_for(store, keys, within_s)
+    if given or interface or not _is_loopback(own):
+        return own
+    others = [store.get(key).decode() for key in keys]
+    elsewhere = next((other for other in others if not _is_loopback(other)), None)
+    return own if elsewhere is None else address_towards(elsewhere)
 
 
 def local_address(store: Store) -> str:
@@ -20,6 +75,13 @@ def address_towards(host: str) -> str:
     with socket.socket(family, kind, protocol) as channel:
         channel.connect(where)
         return str(channel.getsockname()[0])
+
+
+def _is_loopback(address: str) -> bool:
+    """Of a name that was given in place of an address nothing is known."""
+    with suppress(ValueError):
+        return ip_address(address).is_loopback
+    return False
 
 
 def _host(store: Any) -> str | None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 OUTSIDE, WORKING, WAITING, RAISED, LEFT = "outside", "working", "waiting", "raised", "left"
 _LAST = (RAISED, LEFT)
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("state", "layer", "phase", "complaint"), (str,)),
+    **dict.fromkeys(("call", "sequence", "calls"), (int,)),
+    **dict.fromkeys(("wave", "peer"), (int, type(None))),
+    "age_s": (int, float),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,20 @@ class Position:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def of(cls, record: object, size: int) -> Position | None:
+        """What as_dict() made, as it came over a connection: None for what is no position in a group of that size.
+
+        A field that is missing or unknown is another version's, and no reason to doubt the rest.
+        """
+        if not isinstance(record, dict):
+            return None
+        known = {each.name: record[each.name] for each in fields(cls) if each.name in record}
+        if not all(isinstance(value, _TYPES[name]) for name, value in known.items()):
+            return None
+        found = cls(**known)
+        return found if found.peer is None or 0 <= found.peer < size else None
 
     @property
     def place(self) -> str:

@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import psutil
@@ -73,17 +73,27 @@ def listed() -> dict[str, list[ListedRank]]:
     sweep()
     runs: dict[str, list[ListedRank]] = {}
     for file in sorted(folder().glob("*/rank-*.json")):
-        with suppress(FileNotFoundError):  # it has left meanwhile
-            runs.setdefault(file.parent.name, []).append(ListedRank(**json.loads(file.read_text())))
+        rank = _read(file)
+        if rank is not None:
+            runs.setdefault(file.parent.name, []).append(rank)
     return {run: sorted(ranks, key=lambda rank: rank.rank) for run, ranks in runs.items()}
 
 
 def sweep() -> None:
-    """Removes files of processes that are gone."""
+    """Removes files of processes that are gone, and what is left of files that were cut short."""
     for file in folder().glob("*/rank-*.json"):
-        with suppress(FileNotFoundError):
-            if ListedRank(**json.loads(file.read_text())).gone:
-                _remove(file)
+        rank = _read(file)
+        if rank is None or rank.gone:
+            _remove(file)
+
+
+def _read(file: Path) -> ListedRank | None:
+    """None for a file that has left meanwhile, or that does not say all that it should."""
+    try:
+        said = json.loads(file.read_text())
+        return ListedRank(**{each.name: said[each.name] for each in fields(ListedRank)})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _remove(file: Path) -> None:

@@ -13,8 +13,23 @@ import torch
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """A block in which launches go to this GPU, whichever is current outside of it."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """A block in which launches go to this device of an accelerator, whichever is current outside of it."""
+    make = None if device.type == "cpu" else getattr(torch.get_device_module(device), "device", None)
+    return nullcontext() if make is None else make(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Returns when a device has done what is queued in its current stream; of an accelerator without streams, all."""
+    module = torch.get_device_module(device)
+    stream = module.current_stream(device) if hasattr(module, "current_stream") else module
+    getattr(stream, "synchronize", module.synchronize)()
+
+
+def make_current(device: torch.device) -> None:
+    """Makes a device of an accelerator the current one of this process. RuntimeError, torch's own, for one that is not
+    there."""
+    if device.type != "cpu" and device.index is not None:
+        torch.get_device_module(device).set_device(device)
 
 
 class Streams:

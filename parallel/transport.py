@@ -1,7 +1,7 @@
 """How bytes move between ranks: expect, send, wait; several transfers can be in flight together.
 
 Two fast paths under one face. Pairs (isend and irecv with every peer) run at wire speed in both directions on
-gloo, where all_to_all_single is half-duplex at the median. All-to-all is the fast path of NCCL and HCCL.
+gloo, where all_to_all_single is half-duplex at the median. All-to-all (all_to_all.py) is that of NCCL and HCCL.
 Every wait has the group's deadline; what goes wrong is raised as PeerError and names the peer.
 """
 
@@ -23,7 +23,6 @@ from torch import Tensor
 from megamoe.parallel.beacon import Beacon
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.position import Whereabouts
-from megamoe.parallel.threads import calm_gloo_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +71,15 @@ class Transport(Protocol):
 class Clock:
     """Deadline, names and notes that both transports need, and what turns a failure into a PeerError.
 
-    beacons   at most one: says who is to blame where the transport only knows whom it waited for
+    global_ranks   of the group's ranks in the whole program, where they differ; empty where they are the same
+    beacons        at most one: says who is to blame where the transport only knows whom it waited for
     """
 
-    def __init__(self, deadline_s: float, hosts: dict[int, str], whereabouts: Whereabouts) -> None:
+    def __init__(
+        self, deadline_s: float, hosts: dict[int, str], whereabouts: Whereabouts, global_ranks: Sequence[int] = ()
+    ) -> None:
         self.deadline_s, self.hosts, self.whereabouts = deadline_s, hosts, whereabouts
+        self.global_ranks = tuple(global_ranks)
         self.beacons: list[Beacon] = []
 
     def error(self, peer: int, label: Label, since: float, cause: Exception | str) -> PeerError:
@@ -84,7 +87,8 @@ class Clock:
         waited = time.monotonic() - since
         where = (label.phase, label.layer, label.wave, waited, self.deadline_s, reason)
         if not self.beacons:
-            return PeerError(peer, self.hosts.get(peer, "unknown host"), *where)
+            known = self.global_ranks[peer] if self.global_ranks else None
+            return PeerError(peer, self.hosts.get(peer, "unknown host"), *where, global_rank=known)
         verdict, sights = self.beacons[0].judge(peer)
         return PeerError(
             verdict.rank,
@@ -93,6 +97,7 @@ class Clock:
             condition=verdict.condition,
             meaning=verdict.meaning,
             picture=tuple(map(str, sights)),
+            global_rank=self.global_ranks[verdict.rank] if self.global_ranks else None,
         )
 
     @contextmanager
@@ -102,11 +107,21 @@ class Clock:
         self.whereabouts.wait(label.phase, label.wave, None)
         try:
             yield
+        except MissingPageError as cause:
+            raise self.error(cause.rank, label, begun, cause) from cause
         except RuntimeError as cause:
             peer = (group.rank() + 1) % group.size()
             guess = "" if self.beacons else ", so the rank is a guess"
             raise self.error(peer, label, begun, f"a collective with all ranks failed{guess}: {cause}") from cause
         self.whereabouts.arrived(label.phase, label.wave, time.monotonic() - begun)
+
+
+class MissingPageError(RuntimeError):
+    """A collective is said to have ended, and what a rank should have sent is not there."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"the exchange ended without rank {rank}'s page")
+        self.rank = rank
 
 
 def _plain(cause: Exception | str) -> str:
@@ -195,7 +210,6 @@ class PairTransport:
 
     def __init__(self, group: dist.ProcessGroup, clock: Clock) -> None:
         self.group, self.clock = group, clock
-        calm_gloo_threads()
         rank, size = group.rank(), group.size()
         # from the nearest neighbour on, so that no one is everybody's first
         self.receivers = [(rank + distance) % size for distance in range(1, size)]
@@ -231,59 +245,3 @@ class PairTransport:
         transfer.finish()
         self._gathered = transfer
         return torch.cat((incoming[:rank], page.unsqueeze(0), incoming[rank:]))
-
-
-# torch 2.13 gave the collective this name and warns of the other
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class AllToAllTransfer:
-    """One all_to_all_single, issued when this rank sends."""
-
-    def __init__(
-        self, group: dist.ProcessGroup, clock: Clock, label: Label, receive: Tensor, counts: Sequence[int]
-    ) -> None:
-        self._group, self._clock, self._label = group, clock, label
-        self._receive, self._receive_counts = receive, list(counts)
-        self._work: dist.Work | None = None
-
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
-        with self._clock.naming(self._group, self._label):
-            self._work = dist.all_to_all_single(
-                self._receive, rows, self._receive_counts, list(counts), group=self._group, async_op=True
-            )
-
-    def wait(self) -> None:
-        work, self._work = self._work, None
-        if work is not None:
-            with self._clock.naming(self._group, self._label):
-                work.wait()
-
-    def finish(self) -> None:
-        """wait() has waited for both directions."""
-
-
-class AllToAllTransport:
-    """One all_to_all_single a transfer: the fast path of NCCL and HCCL. The group's own timeout is its deadline.
-
-    A collective that fails does not tell which peer failed it: the error then names the next rank and says so.
-    """
-
-    early = False
-
-    def __init__(self, group: dist.ProcessGroup, clock: Clock, device: torch.device) -> None:
-        self._group, self._clock, self._device = group, clock, device
-
-    def abort(self) -> None:
-        """Has every wait of this rank end in an error, where the backend can: NCCL and HCCL do, gloo does not."""
-        self._group.abort()
-
-    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> AllToAllTransfer:
-        return AllToAllTransfer(self._group, self._clock, label, receive, counts)
-
-    def gather(self, page: Tensor, label: Label) -> Tensor:
-        mine = page.to(self._device)
-        pages = mine.new_empty(self._group.size() * page.numel())
-        with self._clock.naming(self._group, label):
-            _gather(pages, mine, group=self._group)
-        return pages.cpu().view(self._group.size(), -1)

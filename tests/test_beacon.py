@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from torch.distributed import HashStore
 
 from megamoe.parallel import beacon
 from megamoe.parallel.beacon import Beacon, ask
+from megamoe.parallel.line import Heartbeat, Line
 from megamoe.parallel.position import LEFT, OUTSIDE, RAISED, WAITING, Position, Whereabouts
 
 
@@ -161,3 +165,93 @@ def test_an_ended_beacon_leaves_no_thread() -> None:
     with beacons(4):
         assert sum(thread.name == "megamoe beacon" for thread in threading.enumerate()) == 4
     assert holds(lambda: all(thread.name != "megamoe beacon" for thread in threading.enumerate()))
+
+
+# ---- what peers of another version, or with a fault, may say ----
+
+BEAT = {"at": 1.0, "position": Position(WAITING, "moe", 4, 1, "combine", 0).as_dict(), "unheard": [], "answers": []}
+
+
+def without(record: dict[str, Any], *path: str) -> dict[str, Any]:
+    """The record without a key, which may lie deeper."""
+    head, *rest = path
+    return {
+        key: without(value, *rest) if key == head else value for key, value in record.items() if rest or key != head
+    }
+
+
+STRANGE: dict[str, Any] = {
+    "no_position": without(BEAT, "position"),
+    "no_time": without(BEAT, "at"),
+    "position_of_another_type": {**BEAT, "position": "waiting"},
+    "a_call_of_another_type": {**BEAT, "position": {**BEAT["position"], "call": "4"}},
+    "waits_for_a_rank_that_there_is_not": {**BEAT, "position": {**BEAT["position"], "peer": 17}},
+    "unheard_of_another_type": {**BEAT, "unheard": 3},
+    "an_answer_of_another_type": {"answer": "soon"},
+    "nothing": {},
+    "a_list": [1, 2],
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_record_that_cannot_be_read_is_passed_over_and_its_rank_lives(name: str) -> None:
+    with beacons(2) as lit:
+        assert holds(lambda: lit[0]._peers[1].line is not None)
+        line = lit[1]._peers[0].line
+        assert line is not None
+        line.put(STRANGE[name])
+        lit[1].whereabouts.enter("moe", 9)
+        lit[1].say()
+        assert holds(lambda: position_of(lit[0], 1).call == 9)
+        assert lit[0].lost() is None
+        assert not lit[0].sights()[1].closed
+
+
+@pytest.mark.parametrize("key", ["sequence", "calls", "age_s", "complaint", "wave"])
+def test_what_is_missing_or_new_in_a_heartbeat_does_not_hide_the_rest(key: str) -> None:
+    record = without({**BEAT, "mood": "good"}, "position", key)
+    record["position"]["mood"] = "good"
+    beat = Heartbeat.of({**without(record, "answers"), "unheard": [1, 5, "x"]}, 2)
+    assert beat is not None
+    assert (beat.position.layer, beat.position.peer, beat.unheard, beat.answers) == ("moe", 0, (1,), ())
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b"\xff\xfe", b"{", b"17"], ids=["deep", "binary", "cut", "number"])
+def test_a_body_that_is_no_record_does_not_end_the_thread_that_hears_it(body: bytes) -> None:
+    with beacons(2) as lit:
+        said = struct.pack(">I", len(body)) + body
+        with socket.create_connection(("127.0.0.1", lit[0].port), timeout=5) as stranger:
+            stranger.sendall(said)
+            assert stranger.recv(10) == b""
+        line = lit[1]._peers[0].line
+        assert line is not None
+        line._leaving += said
+        lit[1].whereabouts.enter("moe", 9)
+        lit[1].say()
+        assert holds(lambda: position_of(lit[0], 1).call == 9)
+
+
+def test_a_rank_that_raised_before_its_connection_was_taken_ends_waits_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(beacon, "BEAT_S", 3600.0)
+    with beacons(2) as lit:
+        troubled = threading.Event()
+        lit[0].trouble = troubled.set
+        lit[0].whereabouts.enter("moe", 1)
+        here, there = socket.socketpair()
+        with here, there:
+            peer = lit[0]._peers[1]
+            assert holds(lambda: peer.line is not None)
+            peer.line = None
+            there.setblocking(False)
+            stranger, caller = Line(there), Line(here)
+            raised = Position(RAISED, "moe", 1, None, "counts", None, 9, 0.0, "KeyError", 1).as_dict()
+            caller.put({"token": lit[0].token, "rank": 1})
+            caller.put({**BEAT, "position": raised})
+            caller.flush()
+            lit[0]._selector.register(there, selectors.EVENT_READ, stranger)
+            lit[0]._wake()
+            assert troubled.wait(5.0)
+            lit[0]._selector.unregister(there)

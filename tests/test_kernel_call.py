@@ -24,9 +24,10 @@ from megamoe.kernels import load
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.ops import has_kernels
+from megamoe.parallel.all_to_all import AllToAllTransport
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.streams import Streams
-from megamoe.parallel.transport import AllToAllTransport, Clock
+from megamoe.parallel.transport import Clock
 from megamoe.reference import relative_error
 from megamoe.shape import MoEShape
 from megamoe.waves import Waves, plan_waves

@@ -12,9 +12,10 @@ from megamoe.formats import quantize_mxfp4
 from megamoe.kernels.cpu.library import using
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
+from megamoe.parallel.all_to_all import AllToAllTransport
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
-from megamoe.parallel.transport import AllToAllTransport, Clock
+from megamoe.parallel.transport import Clock
 from megamoe.parallel.workspace import Workspace
 from megamoe.reference import moe_fp64, relative_error
 from megamoe.shape import MoEShape

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from megamoe.call import CallRecord
 from megamoe.launch.ranks import LocalRanks
+from megamoe.parallel.all_to_all import AllToAllTransport
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import Notes, Recording
-from megamoe.parallel.transport import AllToAllTransport, Clock
+from megamoe.parallel.transport import Clock
 from megamoe.shape import MoEShape
 from megamoe.timeline import CALL, COMMUNICATION, LANES, Timeline
 from megamoe.trace import record
