@@ -34,6 +34,7 @@ _PAGE = np.dtype(
         ("weight_format", "S16"),
         ("dispatch_format", "S16"),
         ("combine_format", "S16"),
+        ("arithmetic", "S16"),
         ("waves", "S64"),
         ("layer", "S64"),
         ("host", "S64"),
@@ -49,7 +50,7 @@ def _offset(name: str) -> int:
     return int(fields[name][1])
 
 
-_MAGIC = 0x4D4D0003  # "MM", and the version of this layout and the wire's
+_MAGIC = 0x4D4D0004  # "MM", and the version of this layout and the wire's
 _COMPARED = (
     "layer",
     "call",
@@ -61,6 +62,7 @@ _COMPARED = (
     "weight_format",
     "dispatch_format",
     "combine_format",
+    "arithmetic",
     "waves",
 )
 # where a page holds what is compared: these fields stand next to each other
@@ -71,6 +73,7 @@ _TERMS = slice(_offset("hidden"), _offset("host"))
 class Terms:
     """What all ranks must be called with alike. swiglu_limit 0 stands for none.
 
+    arithmetic: how experts are summed where they are, as Experts.arithmetic has it
     layer, number: the layer's name, and which it is of the layers of that name that share the group, from 1
     """
 
@@ -85,6 +88,7 @@ class Terms:
     weight_format: str
     dispatch_format: str
     combine_format: str
+    arithmetic: str
     waves: str
 
     @property
@@ -185,6 +189,8 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
     if found:
         order = any(each.startswith(("layer is", "call is")) for each in found)
         hint = "; every rank must call the same layers in the same order, from whatever threads" if order else ""
+        if any(each.startswith("arithmetic is") for each in found):
+            hint += '; arithmetic="fma" is what CPUs with and without BF16 instructions have in common'
         raise CallRefusedError(f"ranks disagree, so no rank computed: {'; '.join(found)}{hint}")
 
 

@@ -49,12 +49,13 @@ class Experts(nn.Module):
         weight_format: str,
         device: torch.device,
         keep_dequantized: bool = False,
+        arithmetic: str = "auto",
     ) -> None:
         super().__init__()
         self.shape, self.ids, self.weight_format, self.device = shape, ids, weight_format, device
         self.packed = weight_format == "mxfp4"
         self.grouped = has_kernels(device)
-        self.products = products_of(device)
+        self.products = products_of(device, arithmetic)
         self.layout = InTurns() if self.grouped else self.products.layout
         if keep_dequantized and (self.grouped or isinstance(self.products, KernelProducts)):
             raise ValueError(f"keep_dequantized is of no use on {device}, whose kernels decode weights on their way")
@@ -183,6 +184,11 @@ class Experts(nn.Module):
         """Bytes that this rank's expert weights take, dequantised copies included."""
         held = [stack for stacks in self._stacks.values() for stack in stacks.values()]
         return sum(each.numel() * each.element_size() for each in held)
+
+    @property
+    def arithmetic(self) -> str:
+        """How products are summed: "fma", "bf16-dot", "torch" or "triton". Tokens have the same bits where it is one."""
+        return "triton" if self.grouped else self.products.arithmetic
 
     @property
     def decode_rows(self) -> float:

@@ -55,7 +55,10 @@ class MegaMoE(nn.Module):
     device            where the weights are and the tokens must be; the CPU by default
     name              how errors call this layer; must be the same on all ranks
     overlap           False runs one wave, and nothing at the same time: the serial layer that overlap is held against
-    keep_dequantized  also keep a BF16 copy of mxfp4 weights, 3 * H * I * 2 bytes an expert (memory_bytes tells)
+    keep_dequantized  also keep a BF16 copy of mxfp4 weights, 3 * H * I * 2 bytes an expert (memory_bytes tells), where
+                      the device has no kernels, which decode on the way
+    arithmetic        on CPUs "fma" keeps to fused multiply-adds where one has BF16 instructions and another has not:
+                      ranks must sum alike; "auto" takes the CPU's best
     machine           what `megamoe calibrate` found of this machine, for waves="auto"; None is what ships
     deadline_s        seconds that a call may be kept waiting, where group is not an EPGroup that has its own
 
@@ -76,6 +79,7 @@ class MegaMoE(nn.Module):
         name: str = "moe",
         overlap: bool = True,
         keep_dequantized: bool = False,
+        arithmetic: str = "auto",
         machine: Machine | None = None,
         deadline_s: float = 60.0,
     ) -> None:
@@ -97,6 +101,7 @@ class MegaMoE(nn.Module):
                 weight_format=weight_format,
                 device=self.device,
                 keep_dequantized=keep_dequantized,
+                arithmetic=arithmetic,
             )
             self._begin()
 
@@ -293,6 +298,7 @@ class MegaMoE(nn.Module):
             weight_format=self.weight_format,
             dispatch_format=self.dispatch_format,
             combine_format=self.combine_format,
+            arithmetic=self.experts.arithmetic,
             waves=str(self.waves) if self.machine is None else f"{self.waves} at {self.machine.wave_us.value!r} us",
         )
 

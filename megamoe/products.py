@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP4, dequantize_mxfp4
-from megamoe.kernels.cpu.library import KernelWarning, Library, Rows, chosen
+from megamoe.kernels.cpu.build import BuildError
+from megamoe.kernels.cpu.library import KernelWarning, Library, Rows, chosen, load
 from megamoe.kernels.cpu.library import product_of as product_by_kernel
+from megamoe.kernels.cpu.paths import runnable
 from megamoe.parallel.workspace import Workspace
 from megamoe.weights import SCALES, VALUES, Blocks, Layout, Matrix, RowMajor
 
 DEQUANTIZED = "_dequantized"
 ROW_BLOCKS = (32, 64, 128, 256)
 # What decoding one expert's weights costs, in rows of its products. By torch's look-ups, on one Zen 4 core, 2026-11-24:
-# some 0.5 ns a value of MXFP4, 9 ps a multiply-add. By the CPU's kernels decoding is a fifth of one row's product.
+# some 0.5 ns a value of MXFP4, 9 ps a multiply-add.
 _TORCH_DECODE_ROWS = 55.0
 
 
@@ -65,7 +67,7 @@ class KernelProducts(Products):
     """The CPU's kernels."""
 
     layout = Blocks()
-    decode_rows = 0.0
+    decode_rows = 1.0  # reading the weights again, and half of a row's product
 
     def __init__(self, library: Library) -> None:
         self.library, self.arithmetic = library, library.path.arithmetic
@@ -110,10 +112,26 @@ class TorchProducts(Products):
         return dequantize_mxfp4(packed, out=weight)
 
 
-def products_of(device: torch.device) -> Products:
-    """How the device multiplies."""
-    library = chosen() if device.type == "cpu" else None
-    return TorchProducts() if library is None else KernelProducts(library)
+def products_of(device: torch.device, arithmetic: str = "auto") -> Products:
+    """How the device multiplies: the best that it has, or, on a CPU, the best of one arithmetic.
+
+    ValueError where there are no kernels of that arithmetic.
+    """
+    if arithmetic == "auto":
+        library = chosen() if device.type == "cpu" else None
+        return TorchProducts() if library is None else KernelProducts(library)
+    if device.type != "cpu":
+        raise ValueError(f"arithmetic {arithmetic!r} is for CPUs; on {device} leave it out")
+    reasons = []
+    for path in runnable():
+        if path.arithmetic == arithmetic:
+            try:
+                return KernelProducts(load(path))
+            except BuildError as reason:
+                reasons.append(f"{path.name}: {reason}")
+    known = ", ".join(sorted({"auto", *(path.arithmetic for path in runnable())}))
+    why = f" ({'; '.join(reasons)})" if reasons else ""
+    raise ValueError(f"arithmetic must be one of {known} on this CPU, got {arithmetic!r}{why}")
 
 
 def linear(x: Tensor, weight: Tensor | MXFP4, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
