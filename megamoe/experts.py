@@ -187,7 +187,7 @@ class Experts(nn.Module):
 
     @property
     def arithmetic(self) -> str:
-        """How products are summed: "fma", "bf16-dot", "torch" or "triton". Tokens have the same bits where it is one."""
+        """How products are summed: "fma", "bf16-dot", "torch" or "triton"."""
         return "triton" if self.grouped else self.products.arithmetic
 
     @property

@@ -44,7 +44,7 @@ class Slabs:
         """tokens[r]: T of each rank; counts, firsts [P, E] int64: pairs of each rank for each expert, and tokens whose
         first expert on its rank that is.
         """
-        pairs, fresh = (_by_wave_and_receiver(plan, each) for each in (counts, firsts))
+        pairs, fresh = _by_wave_and_receiver(plan, torch.stack((counts, firsts)))
         heads: Array = -(-wire.PAIR_BYTES * pairs // wire.row_bytes)
         rows = (heads + fresh).transpose(2, 1, 0)  # [receiver, wave, sender]
         flat = rows.reshape(len(tokens), -1)
@@ -67,15 +67,18 @@ class Slabs:
 
 
 def _by_wave_and_receiver(plan: WavePlan, by_expert: Tensor) -> Array:
-    """[P, E] -> [P, W, P]: sums over the experts of each rank's wave, none for a rank's own."""
-    size = plan.placement.ep_size
-    upto = np.zeros((len(by_expert), by_expert.shape[1] + 1), np.int64)
-    np.cumsum(by_expert.numpy(), 1, out=upto[:, 1:])
-    bounds = np.asarray(plan.bounds)  # [receiver, W + 1]
-    sums: Array = (upto[:, bounds[:, 1:]] - upto[:, bounds[:, :-1]]).transpose(0, 2, 1).copy()
-    ranks = np.arange(size)
-    sums[ranks, :, ranks] = 0
+    """[2, P, E] -> [2, P, W, P]: sums over the experts of each rank's wave, none for a rank's own."""
+    upto = np.zeros((*by_expert.shape[:2], by_expert.shape[2] + 1), np.int64)
+    np.cumsum(by_expert.numpy(), 2, out=upto[..., 1:])
+    bounds, ranks = _bounds(plan)  # [receiver, W + 1]
+    sums: Array = (upto[..., bounds[:, 1:]] - upto[..., bounds[:, :-1]]).swapaxes(2, 3).copy()
+    sums[:, ranks, :, ranks] = 0
     return sums
+
+
+@lru_cache(maxsize=64)
+def _bounds(plan: WavePlan) -> tuple[Array, Array]:
+    return np.asarray(plan.bounds), np.arange(plan.placement.ep_size)
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from megamoe.agreement import Agreement
 from megamoe.call import CallRecord
@@ -66,8 +66,8 @@ class Tuner:
         self._waves, self._overlap = waves, overlap
         self._placement = Placement(experts.shape.num_experts, group.size)
         self.dispatch_format = None if dispatch_format == "auto" else dispatch_format
-        # [P, E]: whether an expert is on another rank
-        self._remote = torch.arange(group.size)[:, None] != torch.tensor(self._placement.ranks())
+        # [P, E]: 1 where an expert is on another rank
+        self._remote = (np.arange(group.size)[:, None] != np.array(self._placement.ranks(), np.int64)).astype(np.int64)
         self._settled: dict[int, list[int]] = {}
         self._wave_s = _wave_s(experts.device.type, machine)
         self._measured_row_s = 0.0
@@ -130,7 +130,7 @@ class Tuner:
 
     def _out_bytes(self, wire: Wire, agreed: Agreement) -> float:
         """Bytes that a row has sent with it on average: a token goes to a rank once for all of its rows there."""
-        rows, tokens = (int(each[self._remote].sum()) for each in (agreed.counts, agreed.firsts))
+        rows, tokens = (int(np.vdot(each.numpy(), self._remote)) for each in (agreed.counts, agreed.firsts))
         return wire.PAIR_BYTES + wire.row_bytes * tokens / max(rows, 1)
 
     def _pace(self, out_bytes: float, row_s: float) -> Pace:
