@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from megamoe.catalog.huggingface_keys import Config, first
+from megamoe.catalog.huggingface.keys import Config, first
 from megamoe.catalog.schema import WeightFormat
 
 ALGORITHMS: dict[str, WeightFormat] = {"nvfp4": "nvfp4", "mxfp4": "mxfp4", "mxfp8": "fp8", "fp8": "fp8", "int8": "int8"}
