@@ -50,14 +50,14 @@ def _sliding(text: Config, layers: int, **more: Any) -> Attention:
     """Layers of a local window, which some families give heads of their own."""
     other = section(text, "attention_other_setting")
     heads = optional_count(text, "swa_num_attention_heads", "num_sliding_attention_heads")
-    own = {
+    own: dict[str, int | None] = {
         "heads": heads or optional_count(other, "num_attention_heads"),
         "kv_heads": optional_count(text, "swa_num_key_value_heads") or optional_count(other, "num_attention_groups"),
         "head_dim": optional_count(text, "swa_head_dim") or optional_count(other, "head_dim"),
     }
-    own = {key: value for key, value in own.items() if value is not None}
+    said = {key: value for key, value in own.items() if value is not None}
     window = count(text, "sliding_window", "sliding_window_size")
-    return _gqa(text, layers, **{"kind": "sliding", "window": window, **own, **more})
+    return _gqa(text, layers, **{"kind": "sliding", "window": window, **said, **more})
 
 
 def _chunked(text: Config, layers: int, **more: Any) -> Attention:
@@ -128,7 +128,7 @@ def _mamba1(text: Config, layers: int) -> Attention:
     channels = hidden * expand
     heads = expand * rank if channels % (expand * rank) == 0 else 1
     state = count(text, "mamba_d_state")
-    sizes = {"kv_heads": expand, "head_dim": state, "v_head_dim": channels // heads}
+    sizes: dict[str, Any] = {"kv_heads": expand, "head_dim": state, "v_head_dim": channels // heads}
     return Attention(kind="linear", layers=layers, heads=heads, **sizes)
 
 
@@ -138,7 +138,7 @@ def _conv(text: Config, layers: int, **_: Any) -> Attention:
     Counted as one head; key heads of half of hidden in all are as large as the fourth projection.
     """
     hidden, taps = count(text, "hidden_size"), count(text, "conv_L_cache")
-    sizes = {"kv_heads": max(1, hidden // (2 * taps)), "head_dim": taps, "v_head_dim": hidden}
+    sizes: dict[str, Any] = {"kv_heads": max(1, hidden // (2 * taps)), "head_dim": taps, "v_head_dim": hidden}
     return Attention(kind="linear", layers=layers, heads=1, **sizes)
 
 
@@ -179,7 +179,7 @@ def _latent(text: Config, kinds: list[str]) -> tuple[Attention, ...]:
 
 
 def _indexers(text: Config, layers: int) -> list[str]:
-    """For each layer whether it runs an index (full) or takes what an earlier one chose (shared), as GLM-5.2 says it."""
+    """For each layer whether it runs an index (full) or takes what an earlier one chose (shared): GLM-5.2."""
     if first(text, "indexer_types") is not None:
         types = per_layer(text, "indexer_types", layers)
     elif first(text, "index_topk_pattern") is not None:
@@ -224,7 +224,7 @@ def _v4(text: Config, ratios: list[Any]) -> tuple[Attention, ...]:
         "o_groups": count(text, "o_groups"),
         "window": count(text, "sliding_window"),
     }
-    index = {"index_heads": count(text, "index_n_heads"), "index_dim": count(text, "index_head_dim")}
+    index: dict[str, Any] = {"index_heads": count(text, "index_n_heads"), "index_dim": count(text, "index_head_dim")}
     index["index_topk"] = count(text, "index_topk")
     return tuple(
         Attention(kind=RATIOS[r], layers=n, ratio=r or None, **sizes, **(index if r == 4 else {}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -61,13 +60,13 @@ def whole(config: Config, *names: str) -> int | None:
 
 
 def number(config: Config, *names: str) -> float | None:
-    """The first name's value as a finite number; None where no name is there."""
+    """The first name's value as a number; None where no name is there."""
     name = given(config, *names)
     if name is None:
         return None
     value = config[name]
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {_short(value)}; it must be a number")
+    if type(value) not in (int, float) or not -MOST <= value <= MOST:
+        raise ValueError(f"{name} is {_short(value)}; it must be a number of at most {MOST}")
     return float(value)
 
 
@@ -110,9 +109,8 @@ def per_layer(config: Config, name: str, layers: int) -> list[Any]:
     if not isinstance(entries, list) or len(entries) < layers:
         has = f"{len(entries)} entries" if isinstance(entries, list) else _short(entries)
         raise ValueError(f"{name} has {has} for {layers} layers")
-    wrong = next((entry for entry in entries if not isinstance(entry, str | int)), 0)
-    if wrong != 0:
-        raise ValueError(f"{name} has {_short(wrong)} for a layer; it must be a word or a whole number")
+    if wrong := [entry for entry in entries if not isinstance(entry, str | int)]:
+        raise ValueError(f"{name} has {_short(wrong[0])} for a layer; it must be a word or a whole number")
     return entries[:layers]
 
 

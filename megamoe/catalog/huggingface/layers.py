@@ -24,7 +24,7 @@ HAS_EXPERTS = {"sparse": True, "moe": True, "hash_moe": True, "dense": False, "m
 DENSE_BY_DEFAULT = {"deepseek_v3": 3, "deepseek_v32": 3, "glm_moe_dsa": 3, "bailing_hybrid": 2, "lfm2_moe": 2}
 DENSE_BY_DEFAULT |= dict.fromkeys(("hy_v3", "hy_v4", "mimo_v2_flash", "glm4_moe", "glm4_moe_lite", "glm4v_moe_text"), 1)
 DENSE_BY_DEFAULT |= dict.fromkeys(("afmoe", "axk1", "ernie4_5_moe", "exaone_moe", "kimi_linear", "laguna"), 1)
-LEADING = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers", "n_dense_layers")
+LEADING: tuple[str, ...] = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers", "n_dense_layers")
 LEADING += ("num_dense_first_layers", "moe_layer_num_skipped")
 # every n-th layer, the n-th first; DeepSeek's moe_layer_freq is another: the layers whose number it divides
 EVERY = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval", "moe_layer_frequency")

@@ -33,10 +33,25 @@ LAYERS |= {"chunked_attention": "chunked", "minimax_m3_sparse": "sparse", "index
 LAYERS |= {"mamba": "linear", "mamba2": "linear", "conv": "conv"}
 LAYERS |= {"compressed_sparse_attention": "csa", "heavily_compressed_attention": "hca"}
 SAME = {"indexed": "full", "sparse": "full", "chunked": "sliding", "conv": "linear"}
-LINEAR_SIZES = ("mamba_d_state", "mamba_num_heads", "mamba_n_heads", "ssm_state_size", "linear_num_value_heads")
+LINEAR_SIZES: tuple[str, ...] = (
+    "mamba_d_state",
+    "mamba_num_heads",
+    "mamba_n_heads",
+    "ssm_state_size",
+    "linear_num_value_heads",
+)
 LINEAR_SIZES += ("linear_num_heads", "linear_attn_config", "conv_L_cache", "full_attn_alpha_factor")
 # families whose layers differ also where the config does not say how
-HYBRID = ("afmoe", "bailing_hybrid", "bailing_moe_linear", "beam", "cohere2_moe", "exaone_moe", "flint", "gpt_oss")
+HYBRID: tuple[str, ...] = (
+    "afmoe",
+    "bailing_hybrid",
+    "bailing_moe_linear",
+    "beam",
+    "cohere2_moe",
+    "exaone_moe",
+    "flint",
+    "gpt_oss",
+)
 HYBRID += ("granitemoehybrid", "granitemoe_swa", "jamba", "kimi_linear", "kolibri1", "lfm2_moe", "mimo_v2_flash")
 HYBRID += ("minimax", "minimax_text_01", "muse_spark_text", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text")
 

@@ -12,25 +12,31 @@ from typing import Any
 
 from megamoe.catalog.huggingface.keys import Config
 
-PARTS = set(
+
+def words_of(key: str) -> frozenset[str]:
+    """attn_layerPeriod -> attn, layer, period"""
+    return frozenset(re.split(r"[_\W]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()))
+
+
+PARTS = words_of(
     "layer layers block blocks attn attention moe expert experts dense sparse mlp ffn mamba mamba2 ssm linear window "
-    "sliding swa global local full recurrent conv hybrid cache kv cross rnn delta kda gdn lightning".split()
+    "sliding swa global local full recurrent conv hybrid cache kv cross rnn delta kda gdn lightning"
 )
-PLACES = set(
+PLACES = words_of(
     "period offset pattern interval freq frequency frequencies step stride types every layers replace schedule layout "
-    "placement".split()
+    "placement"
 )
-LAYER_PLACES = set("only start end skip skipped list map enum ratio first last prefix configs".split())
-LAST_PLACES = set("ids idx idxs index indices indexes positions position type per layer".split())
-CYCLES = set("period interval freq frequency frequencies step stride every".split())
-WORDS = set("pattern schedule layout placement map enum list layers types".split())
+LAYER_PLACES = words_of("only start end skip skipped list map enum ratio first last prefix configs")
+LAST_PLACES = words_of("ids idx idxs index indices indexes positions position type per layer")
+CYCLES = words_of("period interval freq frequency frequencies step stride every")
+WORDS = words_of("pattern schedule layout placement map enum list layers types")
 # parts that no plan counts, and MTP layers, which come on top
-OTHER = set(
-    "rope nope rotary norm layernorm rmsnorm init initializer drop dropout layerdrop dropped aux auxiliary loss token tokens "
-    "tokenizer mtp nextn predict eagle draft medusa vision visual image video audio speech talker code2wav encoder "
-    "scale scaling theta temperature bias eps limit limits quant quantization dtype act activation softcapping "
-    "logit logits feature features chunk kernel kernels checkpointing parallel hash router routing router topk "
-    "cudagraph deepstack fused residual seed".split()
+OTHER = words_of(
+    "rope nope rotary norm layernorm rmsnorm init initializer drop dropout layerdrop dropped aux auxiliary loss "
+    "token tokens tokenizer mtp nextn predict eagle draft medusa vision visual image video audio speech talker "
+    "code2wav encoder scale scaling theta temperature bias eps limit limits quant quantization dtype act activation softcapping "
+    "logit logits feature features chunk kernel kernels checkpointing parallel hash router routing topk "
+    "cudagraph deepstack fused residual seed"
 )
 NAMES = {
     "attn_res_block_size": False,  # residual connections
@@ -71,7 +77,7 @@ def refuse_unread(text: Config, layers: int) -> None:
 
 def _unread(config: Config, layers: int, *, above: str = "") -> Iterator[str]:
     for key, value in config.items():
-        words = _words(key)
+        words = words_of(key)
         if OTHER & words and NAMES.get(key) is not True:
             continue
         if isinstance(value, Mapping) and key not in NAMES and (PARTS & words or above):
@@ -80,17 +86,13 @@ def _unread(config: Config, layers: int, *, above: str = "") -> Iterator[str]:
             yield above + key
 
 
-def _words(key: str) -> set[str]:
-    return set(re.split(r"[_\W]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()))
-
-
 def _places(key: str, value: Any, layers: int, inside: bool) -> bool:
     """Whether a key of this name and kind of value can place layers."""
     if key in NAMES:
         return NAMES[key]
     if value is True:
         return False
-    words, last = _words(key), key.lower().rsplit("_", 1)[-1]
+    words, last = words_of(key), key.lower().rsplit("_", 1)[-1]
     of_layers = bool({"layer", "layers", "block", "blocks"} & words)
     if isinstance(value, list) and len(value) >= layers and len({str(entry) for entry in value}) > 1:
         return True  # something for each layer
@@ -108,6 +110,6 @@ def _leaves_out(key: str, value: Any, layers: int) -> bool:
     number_of_one = key.lower().rsplit("_", 1)[-1] in ("index", "idx", "position", "id")
     if value is None or value is False or value in ("", [], {}) or (value == 0 and not number_of_one):
         return False
-    if type(value) is int and ((value == 1 and CYCLES & _words(key)) or (value == layers and key in WHOLE)):
+    if type(value) is int and ((value == 1 and CYCLES & words_of(key)) or (value == layers and key in WHOLE)):
         return False
     return not (isinstance(value, list) and len(value) >= layers and all(entry in (None, False, 0) for entry in value))
