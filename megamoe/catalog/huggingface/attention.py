@@ -30,7 +30,7 @@ def attention_of(text: Config) -> tuple[Attention, ...]:
     if first(text, "num_attention_heads_per_layer") is not None:
         heads = per_layer(text, "num_attention_heads_per_layer", len(kinds_of_layers))
         return tuple(
-            _ONE_KIND[kind](Config({**text, "num_attention_heads": each}), n, heads=each)
+            _ONE_KIND[kind](text, n, heads=each)
             for (kind, each), n in Counter(zip(kinds_of_layers, heads, strict=True)).items()
         )
     return tuple(_ONE_KIND[kind](text, n) for kind, n in Counter(kinds_of_layers).items())
@@ -38,9 +38,12 @@ def attention_of(text: Config) -> tuple[Attention, ...]:
 
 def _gqa(text: Config, layers: int, **more: Any) -> Attention:
     heads = count(text, "num_attention_heads")
-    dim = optional_count(text, "head_dim", "kv_channels") or count(text, "hidden_size") // heads
+    dim = optional_count(text, "head_dim", "attention_head_dim", "kv_channels") or count(text, "hidden_size") // heads
     v_dim = optional_count(text, "v_head_dim")
-    sizes = {"heads": heads, "kv_heads": optional_count(text, "num_key_value_heads", "num_attention_groups") or heads}
+    sizes: dict[str, int | None] = {
+        "heads": heads,
+        "kv_heads": optional_count(text, "num_key_value_heads", "num_attention_groups") or heads,
+    }
     sizes |= {"head_dim": dim, "v_head_dim": v_dim if v_dim != dim else None}
     gate = flag(text, "attn_output_gate") or str(text.get("model_type")) == "qwen3_next"
     return Attention(**{"kind": "gqa", "layers": layers, **sizes, "output_gate": gate, **more})

@@ -12,11 +12,15 @@ MOST_LAYERS = 10_000
 
 
 class Config(dict[str, Any]):
-    """The keys of a config.json or of a section of it, and the names of those that were read."""
+    """The keys of a config.json or of a section of it, and the names of those that were read.
 
-    def __init__(self, keys: Mapping[str, Any]) -> None:
+    `mtp_layers`: so many entries may stand behind those of the layers in a list that has one for each.
+    """
+
+    def __init__(self, keys: Mapping[str, Any], mtp_layers: int = 0) -> None:
         super().__init__(keys)
         self.read: set[str] = set()
+        self.mtp_layers = mtp_layers
 
 
 def given(config: Config, *names: str) -> str | None:
@@ -99,14 +103,14 @@ def section(config: Config, name: str) -> Config:
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} is {_short(value)}; it must be an object of keys")
     if not isinstance(value, Config):
-        config[name] = value = Config(value)
+        config[name] = value = Config(value, config.mtp_layers)
     return value
 
 
 def per_layer(config: Config, name: str, layers: int) -> list[Any]:
-    """A list with a word or number for each layer, without those of MTP layers behind; ValueError if it is shorter."""
+    """A list with a word or number for each layer, MTP layers behind left out; ValueError for other lengths."""
     entries = first(config, name)
-    if not isinstance(entries, list) or len(entries) < layers:
+    if not isinstance(entries, list) or len(entries) not in (layers, layers + config.mtp_layers):
         has = f"{len(entries)} entries" if isinstance(entries, list) else _short(entries)
         raise ValueError(f"{name} has {has} for {layers} layers")
     if wrong := [entry for entry in entries if not isinstance(entry, str | int)]:
@@ -128,10 +132,10 @@ def numbers(config: Config, name: str, layers: int, *, start: int = 0) -> set[in
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list):
         raise ValueError(f"{name} is {_short(value)}; it must be a list of layers")
-    found = [int(item) if isinstance(item, str) and item.strip().isdecimal() else item for item in items]
+    found: list[Any] = [int(item) if isinstance(item, str) and item.strip().isdecimal() else item for item in items]
     if wrong := [item for item in found if type(item) is not int or not start <= item < layers + start]:
         raise ValueError(f"{name} has {_short(wrong[0])}; the layers are {start} to {layers + start - 1}")
-    return {item - start for item in found}
+    return {int(item) - start for item in found}
 
 
 def periodic(config: Config, period_key: str, offset_key: str, layers: int) -> list[bool]:

@@ -41,7 +41,7 @@ DENSE_WIDTH = (
     "dense_intermediate_size",
     "intermediate_size",
 )
-MTP = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+MTP = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
 SCALING = ("routed_scaling_factor", "router_scaling_factor", "moe_router_scaling_factor")
 LATENT = ("routed_expert_hidden_size", "moe_latent_size", "moe_hidden_size")
 SWITCHES = ("is_moe", "use_moe", "enable_moe_block")
@@ -60,6 +60,7 @@ def model_from_config(config: Mapping[str, Any], *, name: str, source: str) -> M
     """
     text = _language_part(config)
     _require(text)
+    text.mtp_layers = whole(text, *MTP) or 0
     has_experts = layers_with_experts(text)
     leading = has_experts.index(True)
     mixed = not all(has_experts[leading:])
@@ -80,7 +81,7 @@ def model_from_config(config: Mapping[str, Any], *, name: str, source: str) -> M
         "gated": text_of(text, "mlp_hidden_act", "hidden_act") not in ("relu", "relu2"),
         "vocab": count(text, "vocab_size"),
         "tied_embeddings": flag(text, "tie_word_embeddings"),
-        "mtp_layers": whole(text, *MTP) or 0,
+        "mtp_layers": text.mtp_layers,
         "max_positions": optional_count(text, "max_position_embeddings", "seq_length"),
         "swiglu_limit": number(text, "swiglu_limit"),
         "routed_scaling_factor": number(text, *SCALING),

@@ -34,9 +34,9 @@ WORDS = words_of("pattern schedule layout placement map enum list layers types")
 OTHER = words_of(
     "rope nope rotary norm layernorm rmsnorm init initializer drop dropout layerdrop dropped aux auxiliary loss "
     "token tokens tokenizer mtp nextn predict eagle draft medusa vision visual image video audio speech talker "
-    "code2wav encoder scale scaling theta temperature bias eps limit limits quant quantization dtype act activation softcapping "
-    "logit logits feature features chunk kernel kernels checkpointing parallel hash router routing topk "
-    "cudagraph deepstack fused residual seed"
+    "code2wav encoder scale scaling theta temperature bias eps limit limits quant quantization dtype act "
+    "activation softcapping logit logits feature features chunk kernel kernels checkpointing parallel hash "
+    "router routing topk projection cudagraph deepstack fused residual seed"
 )
 NAMES = {
     "attn_res_block_size": False,  # residual connections
@@ -57,6 +57,7 @@ NAMES = {
     "no_rope_layers": False,
     "per_layer_config": True,
     "parallel_attn_mlp_res": True,  # a plain MLP beside the experts of every layer
+    "residual_moe": True,
     "attention_kv_lora_dim": True,  # a latent cache by another name
     "pyramid_num_routed": True,
 }
@@ -80,10 +81,11 @@ def _unread(config: Config, layers: int, *, above: str = "") -> Iterator[str]:
         words = words_of(key)
         if OTHER & words and NAMES.get(key) is not True:
             continue
-        if isinstance(value, Mapping) and key not in NAMES and (PARTS & words or above):
-            yield from _unread(value if isinstance(value, Config) else Config(value), layers, above=f"{above}{key}.")
-        elif key not in config.read and _leaves_out(key, value, layers) and _places(key, value, layers, bool(above)):
+        placed = _leaves_out(key, value, layers) and _places(key, value, layers, bool(above))
+        if placed and key not in config.read:
             yield above + key
+        elif isinstance(value, Mapping) and (PARTS & words or above):
+            yield from _unread(value if isinstance(value, Config) else Config(value), layers, above=f"{above}{key}.")
 
 
 def _places(key: str, value: Any, layers: int, inside: bool) -> bool:
