@@ -134,7 +134,10 @@ def _read_config(path: Path) -> Model:
     """A Model from a config.json, and from the hf_quant_config.json that some checkpoints have beside it."""
     config, beside = _json(path), path.with_name("hf_quant_config.json")
     if isinstance(config, dict) and "quantization_config" not in config and beside.is_file():
-        config["quantization_config"] = _json(beside).get("quantization", {})
+        quantization = _json(beside)
+        if not isinstance(quantization, dict):
+            raise ValueError(f"{beside} holds an object of keys, not {type(quantization).__name__}")
+        config["quantization_config"] = quantization.get("quantization", {})
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
     try:
         return model_from_config(config, name=name.lower(), source=str(path))
@@ -147,5 +150,5 @@ def _read_config(path: Path) -> Model:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None

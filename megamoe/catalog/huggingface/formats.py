@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from megamoe.catalog.huggingface_keys import Config, first
+from megamoe.catalog.huggingface.keys import Config, first, section, text_of
 from megamoe.catalog.schema import WeightFormat
 
 ALGORITHMS: dict[str, WeightFormat] = {"nvfp4": "nvfp4", "mxfp4": "mxfp4", "mxfp8": "fp8", "fp8": "fp8", "int8": "int8"}
@@ -22,20 +21,22 @@ class Formats(NamedTuple):
 
 def formats_of(text: Config) -> Formats:
     """From expert_dtype and quantization_config; BF16 without them. ValueError for a quantization not known here."""
-    quantization: Mapping[str, Any] = first(text, "quantization_config") or {}
-    method = str(quantization.get("quant_method", "")).lower()
+    quantization = section(text, "quantization_config")
+    method = (text_of(quantization, "quant_method") or "").lower()
     rest: WeightFormat = "fp8" if method == "fp8" else "bf16"
-    if quantization.get("moe_quant_algo"):
-        return Formats(_known(str(quantization["moe_quant_algo"])), rest)
+    algorithm = text_of(quantization, "moe_quant_algo")
+    if algorithm:
+        return Formats(_known(algorithm), rest)
     if first(text, "expert_dtype") == "fp4":
         return Formats("mxfp4", rest)
-    if quantization.get("quantized_layers"):
-        return _by_layer(quantization["quantized_layers"])
-    if quantization.get("config_groups"):
-        return _by_group(list(quantization["config_groups"].values()))
+    layers, groups = section(quantization, "quantized_layers"), section(quantization, "config_groups")
+    if layers:
+        return _by_layer([(name, section(layers, name)) for name in layers])
+    if groups:
+        return _by_group([section(groups, name) for name in groups])
     if quantization.get("bits"):
         return _packed(quantization)
-    said = method if method in ALGORITHMS else str(quantization.get("quant_algo") or method)
+    said = method if method in ALGORITHMS else text_of(quantization, "quant_algo") or method
     if not said:
         return Formats("bf16", "bf16")
     experts = _known(said)
@@ -49,25 +50,25 @@ def _known(algorithm: str) -> WeightFormat:
     return ALGORITHMS[name]
 
 
-def _by_layer(layers: Mapping[str, Mapping[str, Any]]) -> Formats:
+def _by_layer(layers: list[tuple[str, Config]]) -> Formats:
     """modelopt's mixed precision: what most routed experts have, and most of the rest."""
     votes: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for name, layer in layers.items():
+    for name, layer in layers:
         votes["experts" in name and "shared" not in name][str(layer.get("quant_algo"))] += 1
     experts, rest = ([_known(algo) for algo, _ in votes[of].most_common(1)] for of in (True, False))
     return Formats(experts[0] if experts else "bf16", rest[0] if rest else "bf16")
 
 
-def _by_group(groups: list[Mapping[str, Any]]) -> Formats:
+def _by_group(groups: list[Config]) -> Formats:
     """compressed-tensors: the group that names experts, or the only one; 4 bits leave the rest as it was."""
-    named = [group for group in groups if any("experts" in str(target) for target in group.get("targets") or ())]
+    named = [group for group in groups if "experts" in str(group.get("targets"))]
     chosen = (named or groups)[0]
     others = [group for group in groups if group is not chosen]
-    formats = _packed(chosen.get("weights") or {})
-    return formats._replace(rest=_packed(others[0].get("weights") or {}).experts) if named and others else formats
+    formats = _packed(section(chosen, "weights"))
+    return formats._replace(rest=_packed(section(others[0], "weights")).experts) if named and others else formats
 
 
-def _packed(weights: Mapping[str, Any]) -> Formats:
+def _packed(weights: Config) -> Formats:
     """Bits, type and group size, as compressed-tensors, modelopt, gptq and awq give them."""
     bits, kind = weights.get("num_bits", weights.get("bits")), weights.get("type", "int")
     group = weights.get("group_size")
