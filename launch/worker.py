@@ -21,6 +21,7 @@ from megamoe.model.checkpoint import Checkpoint
 from megamoe.model.deepseek_v4 import ExpertStack
 from megamoe.parallel.group import EPGroup, init_group
 from megamoe.parallel.position import Position
+from megamoe.parallel.streams import make_current
 from megamoe.waves import Waves
 
 
@@ -88,6 +89,7 @@ class Worker:
     def __init__(self, options: WorkerOptions) -> None:
         self.options = options
         torch.set_num_threads(options.threads)
+        make_current(torch.device(options.device))  # what backends and kernels take where none is named
         self._store: TCPStore | None = None
         self._group: EPGroup | None = None
         self._membership, self._reading = ExitStack(), ExitStack()

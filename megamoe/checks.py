@@ -21,8 +21,10 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.device.type != device.type:
+        if _apart(tensor.device, device):
             raise ValueError(f"{name} is on {tensor.device}, the layer is on {device}")
+        if _apart(tensor.device, hidden.device):  # of a layer on "cuda" hidden says which
+            raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}")
     _check_shape("hidden", hidden, ("T", shape.hidden))
     _check_shape("topk_ids", topk_ids, (len(hidden), shape.topk))
     _check_shape("topk_weights", topk_weights, (len(hidden), shape.topk))
@@ -34,6 +36,11 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
         raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
     if hidden.requires_grad and torch.is_grad_enabled():
         raise ValueError("hidden requires a gradient, and the layer has no backward yet: call it under torch.no_grad()")
+
+
+def _apart(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are not the same. One without a number may be any of its type.    cuda, cuda:1 -> False"""
+    return one.type != other.type or (one.index != other.index and None not in (one.index, other.index))
 
 
 def any_wrong(shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
+from megamoe.parallel.errors import PeerError
 from megamoe.parallel.recorder import Arrival, CallNotes, Flight, now_ns
 from megamoe.parallel.transport import Label, Transfer, Transport
 
+_PATIENCE_S = 24 * 3600.0  # of a watcher, whose call keeps the deadline
+
 
 class WatchedTransport:
-    """Wraps a transport for one call. While watched, the deadline of a transfer runs from its opening."""
+    """Wraps a transport for one call.
+
+    A transfer is watched from its opening on, and the call's deadline counts while the call waits for it: a rank that
+    computes for longer than the deadline is not kept waiting by anyone.
+    """
 
     def __init__(self, transport: Transport, notes: CallNotes) -> None:
         self._transport, self._notes = transport, notes
-        self.early = transport.early
+        self.early, self.clock = transport.early, transport.clock
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
         """As the wrapped transport does, and opens a note in the lane of the label's phase."""
         row_bytes = receive[:1].numel() * receive.element_size()
         flight = self._notes.flight(label.phase, label.wave or 0, tuple(counts), row_bytes)
-        transfer = _WatchedTransfer(self._transport.expect(receive, counts, label), self._notes, flight)
+        watched = self._transport.expect(receive, counts, label)
+        transfer = _WatchedTransfer(self._transport, label, watched, self._notes, flight)
         if self.early:
             transfer.watch()
         return transfer
@@ -36,12 +46,15 @@ class WatchedTransport:
 
 
 class _WatchedTransfer:
-    def __init__(self, transfer: Transfer, notes: CallNotes, flight: Flight) -> None:
-        self._transfer, self._notes, self._flight = transfer, notes, flight
+    def __init__(
+        self, transport: Transport, label: Label, transfer: Transfer, notes: CallNotes, flight: Flight
+    ) -> None:
+        self._transport, self._label, self._transfer = transport, label, transfer
+        self._notes, self._flight = notes, flight
         self._arrival: Arrival | None = None
 
     def watch(self) -> None:
-        self._arrival = self._notes.recorder.watch(self._flight, self._transfer.wait)
+        self._arrival = self._notes.recorder.watch(self._flight, partial(self._transfer.wait, _PATIENCE_S))
 
     def send(self, rows: Tensor, counts: Sequence[int]) -> None:
         self._flight.sent_ns = now_ns()
@@ -49,10 +62,24 @@ class _WatchedTransfer:
         if self._arrival is None:
             self.watch()
 
-    def wait(self) -> None:
+    def wait(self, within_s: float | None = None) -> None:
         arrival, self._arrival = self._arrival, None
         if arrival is not None:
+            with self._notes.waiting(self._label.phase, self._label.wave):
+                self._take(arrival, self._transport.clock.left_s() if within_s is None else within_s)
+
+    def _take(self, arrival: Arrival, within_s: float) -> None:
+        """Where the rows do not come in time the watcher's wait is broken off, which has it say whom it waited for."""
+        begun = time.monotonic()
+        late = self._transport.early and not arrival.within(within_s)
+        if late:
+            self._transport.abort()
+        try:
             arrival.result()
+        except PeerError as error:
+            if late:
+                error.waited_s, error.reason = time.monotonic() - begun, "its rows did not come in time"
+            raise
 
     def finish(self) -> None:
         self._transfer.finish()
