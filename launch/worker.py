@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,15 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a worker read: experts that it had already, experts read from disk, bytes read in all."""
+    """What a worker read: experts that it had already, experts read from disk, bytes read in all.
+
+    vocab_size   of the checkpoint, the same on all ranks
+    """
 
     experts_kept: int
     experts_read: int
     bytes_read: int
+    vocab_size: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +198,7 @@ class Worker:
             )
             kept, read = 0, model.num_local_experts
         self._model, self._loaded, self._checkpoint = model, load, checkpoint
-        return LoadReport(kept, read, checkpoint.bytes_read)
+        return LoadReport(kept, read, checkpoint.bytes_read, checkpoint.config.vocab_size)
 
     def forward(self, token_ids: Sequence[int]) -> tuple[Tensor, CallRecord]:
         """This rank's share of a batch, perhaps of no tokens -> hidden [T, H] bfloat16 on the CPU, what its layers did.
