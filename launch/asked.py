@@ -34,11 +34,16 @@ def check_tokens(token_ids: Any, vocab_size: int) -> list[int]:
     else:
         raise ValueError(f"token_ids must be [T] integers, got {type(token_ids).__name__}")
     for place, token in enumerate(ids):
-        if not isinstance(token, Integral) or isinstance(token, bool):
+        if not _is_integer(token):
             raise ValueError(f"token_ids must be [T] integers, got {type(token).__name__} at place {place}")
         if not 0 <= token < vocab_size:
             raise ValueError(f"token {token} is outside of the checkpoint's vocabulary of {vocab_size}")
     return [int(token) for token in ids]
+
+
+def _is_integer(value: object) -> bool:
+    """Of whichever kind, numpy's too; True is none."""
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def _check_tensor(token_ids: Tensor) -> None:
@@ -68,9 +73,9 @@ def check_work(work: Callable[..., Any], args: tuple[Any, ...]) -> None:
         ) from wrong
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
+def check_count(name: str, value: Any, least: int = 1) -> None:
     """ValueError for what is no integer of at least `least`."""
-    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
+    if _is_integer(value) and value >= least:
         return
     bound = "positive" if least == 1 else f"at least {least}"
     raise ValueError(f"{name} must be {bound}, got {value!r}")

@@ -27,6 +27,10 @@ from megamoe.parallel.interfaces import choose
 from megamoe.parallel.runs import check_name
 
 _GONE_S = 10.0  # a killed process that is there for longer is stuck in the kernel
+_EARLY_END = (  # Python imports the program first, and what that raises goes to this process's own stderr
+    "it ended while it imported this program, which its traceback above tells of. What starts ranks must be under "
+    "if __name__ == '__main__':"
+)
 _CHUNK_BYTES = 1 << 16  # as much as a pipe holds: one read empties it
 
 
@@ -215,7 +219,7 @@ class SpawnSeats:
         try:
             info: WorkerInfo = seat.call("info").result(max(0.0, deadline_s - (time.monotonic() - begun)))
         except SeatLostError as lost:
-            raise RuntimeError(": ".join(filter(None, (lost.message, seat.said_last)))) from lost
+            raise RuntimeError(f"{lost.message}: {seat.said_last or _EARLY_END}") from lost
         except TimeoutError as late:
             seat.kill()
             raise RuntimeError(f"seat {number} did not answer within {deadline_s:g} s") from late

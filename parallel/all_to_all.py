@@ -35,8 +35,7 @@ class AllToAllTransfer:
             )
             transport.follow(self._work)
 
-    def wait(self, within_s: float | None = None) -> None:
-        del within_s  # a collective keeps the group's deadline, whoever waits for it
+    def wait(self) -> None:
         work, self._work = self._work, None
         if work is not None:
             with self._transport.naming(self._label):

@@ -41,8 +41,8 @@ class Transfer(Protocol):
         """Starts sending rows [sum(counts), ...], ordered by peer; they must stay untouched until finish()."""
         ...
 
-    def wait(self, within_s: float | None = None) -> None:
-        """Returns when all rows to this rank are in place: within what is left of the call's deadline, or within_s."""
+    def wait(self) -> None:
+        """Returns when all rows to this rank are in place."""
         ...
 
     def finish(self) -> None:
@@ -54,7 +54,6 @@ class Transport(Protocol):
     """Moves rows between the ranks of a group. early: rows may arrive before this rank has sent its own."""
 
     early: bool
-    clock: Clock
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
         """Opens a transfer whose incoming rows fill receive [sum(counts), ...], ordered by peer. Returns at once."""
@@ -161,6 +160,7 @@ class PairTransfer:
         self._post(self._outgoing, self._pairs.group.send, rows, counts, self._pairs.receivers)
 
     def wait(self, within_s: float | None = None) -> None:
+        """within_s in place of what is left of the call's deadline"""
         self._wait_all(self._incoming, within_s)
 
     def finish(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.recorder import Arrival, CallNotes, Flight, now_ns
-from megamoe.parallel.transport import Label, Transfer, Transport
+from megamoe.parallel.transport import Label, PairTransfer, PairTransport, Transfer, Transport
 
 _PATIENCE_S = 24 * 3600.0  # of a watcher, whose call keeps the deadline
 
@@ -18,13 +18,13 @@ _PATIENCE_S = 24 * 3600.0  # of a watcher, whose call keeps the deadline
 class WatchedTransport:
     """Wraps a transport for one call.
 
-    A transfer is watched from its opening on, and the call's deadline counts while the call waits for it: a rank that
-    computes for longer than the deadline is not kept waiting by anyone.
+    A transfer of pairs is watched from its opening on, and the call's deadline counts while the call waits for it: a
+    rank that computes for longer than the deadline is not kept waiting by anyone.
     """
 
     def __init__(self, transport: Transport, notes: CallNotes) -> None:
         self._transport, self._notes = transport, notes
-        self.early, self.clock = transport.early, transport.clock
+        self.early = transport.early
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
         """As the wrapped transport does, and opens a note in the lane of the label's phase."""
@@ -54,7 +54,10 @@ class _WatchedTransfer:
         self._arrival: Arrival | None = None
 
     def watch(self) -> None:
-        self._arrival = self._notes.recorder.watch(self._flight, partial(self._transfer.wait, _PATIENCE_S))
+        transfer = self._transfer
+        # a collective keeps the group's deadline, whoever waits for it
+        wait = partial(transfer.wait, _PATIENCE_S) if isinstance(transfer, PairTransfer) else transfer.wait
+        self._arrival = self._notes.recorder.watch(self._flight, wait)
 
     def send(self, rows: Tensor, counts: Sequence[int]) -> None:
         self._flight.sent_ns = now_ns()
@@ -62,18 +65,18 @@ class _WatchedTransfer:
         if self._arrival is None:
             self.watch()
 
-    def wait(self, within_s: float | None = None) -> None:
+    def wait(self) -> None:
         arrival, self._arrival = self._arrival, None
         if arrival is not None:
             with self._notes.waiting(self._label.phase, self._label.wave):
-                self._take(arrival, self._transport.clock.left_s() if within_s is None else within_s)
+                self._take(arrival)
 
-    def _take(self, arrival: Arrival, within_s: float) -> None:
+    def _take(self, arrival: Arrival) -> None:
         """Where the rows do not come in time the watcher's wait is broken off, which has it say whom it waited for."""
-        begun = time.monotonic()
-        late = self._transport.early and not arrival.within(within_s)
+        begun, transport = time.monotonic(), self._transport
+        late = isinstance(transport, PairTransport) and not arrival.within(transport.clock.left_s())
         if late:
-            self._transport.abort()
+            transport.abort()
         try:
             arrival.result()
         except PeerError as error:

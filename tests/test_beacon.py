@@ -169,7 +169,12 @@ def test_an_ended_beacon_leaves_no_thread() -> None:
 
 # ---- what peers of another version, or with a fault, may say ----
 
-BEAT = {"at": 1.0, "position": Position(WAITING, "moe", 4, 1, "combine", 0).as_dict(), "unheard": [], "answers": []}
+BEAT: dict[str, Any] = {
+    "at": 1.0,
+    "position": Position(WAITING, "moe", 4, 1, "combine", 0).as_dict(),
+    "unheard": [],
+    "answers": [],
+}
 
 
 def without(record: dict[str, Any], *path: str) -> dict[str, Any]:

@@ -247,7 +247,7 @@ def test_a_wrong_request_is_refused_in_the_driver_and_no_rank_is_replaced(
 def test_tokens_may_be_any_integers(cluster: MegaMoECluster, cases: Cases) -> None:
     ids, expected = cases[0]
     for same in (ids.to(torch.int16), ids.numpy(), list(ids.numpy()), tuple(ids.tolist()), range(0)):
-        assert torch.equal(cluster.forward(same), expected[: len(same)])
+        assert torch.equal(cluster.forward(same), expected[: len(same)])  # type: ignore[arg-type]
 
 
 def test_no_such_checkpoint_is_refused_and_the_next_load_goes_on(

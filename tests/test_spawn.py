@@ -311,7 +311,9 @@ def test_a_program_that_ranks_cannot_import_is_told_what_to_do(tmp_path: Path, h
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     if how == "unguarded":
-        assert "put what starts them under if __name__ == '__main__':" in last
+        assert "put what starts them under if __name__ == '__main__':" in done.stderr
+        assert "died: exit code 1: it ended while it imported this program" in last
+        assert "What starts ranks must be under if __name__ == '__main__':" in last
     else:
         assert last.startswith("ValueError: ranks are spawned, and each begins by importing the program's file, but ")
         assert "save the program as a file and run that" in last
