@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import PicklingError
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megamoe.call import CallRecord
+from megamoe.launch.asked import IMPORTABLE, check_count, check_seconds, check_tokens, check_work
 from megamoe.launch.job import share
 from megamoe.launch.lab import Host
 from megamoe.launch.ray_cluster import RaySeats
@@ -29,7 +31,8 @@ from megamoe.launch.seats import Seat, Seats
 from megamoe.launch.spawn import SpawnSeat, SpawnSeats
 from megamoe.launch.worker import Load, LoadReport, Meeting
 from megamoe.parallel.runs import sweep
-from megamoe.waves import Waves
+from megamoe.waves import Waves, check_waves
+from megamoe.wire import DISPATCH_FORMATS
 
 T = TypeVar("T")
 LAUNCHERS = ("ray", "spawn")
@@ -110,10 +113,15 @@ class MegaMoECluster:
         on_event: Callable[[Event], None] = lambda _: None,
         seats: Seats | None = None,
     ) -> None:
-        if ranks < 1:
-            raise ValueError(f"ranks must be positive, got {ranks}")
+        check_count("ranks", ranks)
+        check_seconds("deadline_s", deadline_s)
+        check_seconds("batch_deadline_s", deadline_s if batch_deadline_s is None else batch_deadline_s)
         if launcher not in LAUNCHERS:
             raise ValueError(f"launcher must be one of {', '.join(LAUNCHERS)}, got {launcher!r}")
+        unused = ("address",) if launcher == "spawn" else ("interface", "hosts")
+        for name in unused:
+            if {"address": address, "interface": interface, "hosts": hosts}[name] is not None:
+                raise ValueError(f"{name} means nothing to launcher {launcher!r}")
         self.policy = policy or RestartPolicy()
         least, most = self.policy.elastic or (ranks, ranks)
         if not least <= ranks <= most:
@@ -204,6 +212,11 @@ class MegaMoECluster:
         """Every rank reads its own experts, and what every rank needs. ValueError for what is no such checkpoint."""
         begun = time.monotonic()
         self._load = None
+        if not isinstance(checkpoint, str | Path):
+            raise ValueError(f"checkpoint must be the path of a folder, got {type(checkpoint).__name__}")
+        if dispatch_format not in DISPATCH_FORMATS:
+            raise ValueError(f"dispatch_format must be one of {', '.join(DISPATCH_FORMATS)}, got {dispatch_format!r}")
+        check_waves(waves)
         load = Load(Path(checkpoint), waves, dispatch_format)
         reports: list[LoadReport] = self._insist(lambda: self._all("load", [(load,)] * self.ranks))
         self._load, self.loads = load, reports
@@ -214,11 +227,12 @@ class MegaMoECluster:
         """A batch, spread over the ranks: token_ids [T] -> hidden [T, H] bfloat16.
 
         Where a rank is lost and the policy allows it, the group comes back and the batch is run again; else PeerError
-        (a rank that others lost, by name), SeatLostError or what the rank itself raised.
+        (a rank that others lost, by name), SeatLostError or what the rank itself raised. ValueError, and no rank is
+        asked, for what are no tokens of the checkpoint.
         """
         if self._load is None:
             raise ValueError("no checkpoint is loaded: load() comes before forward()")
-        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        ids = check_tokens(token_ids, self.loads[0].vocab_size)
         self._take_back()
 
         def attempt() -> list[tuple[Tensor, CallRecord]]:
@@ -230,7 +244,11 @@ class MegaMoECluster:
         return torch.cat([hidden for hidden, _ in done])
 
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
-        """work(group, *args) on every rank, results in order of rank. Runs again where the group had to come back."""
+        """work(group, *args) on every rank, results in order of rank. Runs again where the group had to come back.
+
+        ValueError, and no rank is asked, for what cannot be called so, or cannot be sent.
+        """
+        check_work(work, args)
         return self._insist(lambda: self._all("run", [(work, *args)] * self.ranks))
 
     def health(self, timeout_s: float = 2.0) -> list[RankHealth]:
@@ -248,6 +266,7 @@ class MegaMoECluster:
         ValueError for more than the cluster was made for; RuntimeError where a process cannot be had for a rank that
         comes, and those there were stay.
         """
+        check_count("ranks", ranks, 0)
         if not 1 <= ranks <= self.most:
             raise ValueError(
                 f"ranks must be in [1, {self.most}], got {ranks}: give elastic=(1, more) to have more room"
@@ -309,7 +328,12 @@ class MegaMoECluster:
         self, method: str, args: Sequence[tuple[Any, ...]], members: Sequence[Seat], within_s: float
     ) -> list[Any]:
         """Results in order of rank, or _GroupError with what is to be done."""
-        futures = [seat.call(method, *arguments) for seat, arguments in zip(members, args, strict=True)]
+        try:
+            futures = [seat.call(method, *arguments) for seat, arguments in zip(members, args, strict=True)]
+        except (PicklingError, AttributeError, TypeError) as refusal:
+            raise ValueError(
+                f"what {method} is given cannot be sent to a process: {refusal}. {IMPORTABLE}"
+            ) from refusal
         outcomes = collect(futures, method, within_s=within_s, patience_s=self._deadline_s + _ANSWER_S)
         failure = judge(outcomes, {rank: seat.alive for rank, seat in enumerate(members)})
         if failure is not None:

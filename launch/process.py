@@ -25,6 +25,7 @@ import psutil
 from megamoe.launch.lab import Host
 
 _LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+_STARTING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +109,14 @@ def _follow_parent() -> None:
 @contextmanager
 def _quiet_torch() -> Iterator[None]:
     """Read when a process imports torch: no warnings of addresses that have no name."""
-    before = os.environ.get(_LOG_LEVEL)
-    os.environ[_LOG_LEVEL] = before or "ERROR"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(_LOG_LEVEL, None)
+    with _STARTING:  # two starts at once would take each other's setting for the program's own
+        before = os.environ.get(_LOG_LEVEL)
+        os.environ[_LOG_LEVEL] = before or "ERROR"
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop(_LOG_LEVEL, None)
 
 
 @contextmanager
@@ -130,12 +132,15 @@ def _blocked_interrupts() -> Iterator[None]:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C does not cut the block short."""
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    before = signal.getsignal(signal.SIGINT)
+    # one that is not Python's could not be put back
+    ours = before is not None and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        if before is not None:
+        if ours:
             signal.signal(signal.SIGINT, before)
 
 

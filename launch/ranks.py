@@ -19,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from megamoe.launch.asked import check_count, check_main
 from megamoe.launch.lab import Host
 from megamoe.launch.process import cause, loopback, portable, share_of_cores, start, uninterrupted
 from megamoe.parallel.group import EPGroup, init_group
@@ -58,8 +59,8 @@ class LocalRanks:
         deadline_s: float = 60.0,
         hosts: Sequence[Host] | None = None,
     ) -> None:
-        if num_ranks < 1:
-            raise ValueError(f"num_ranks must be positive, got {num_ranks}")
+        check_main()
+        check_count("num_ranks", num_ranks)
         self._hosts = list(hosts) if hosts is not None else [loopback()] * num_ranks
         if len(self._hosts) != num_ranks:
             raise ValueError(f"{num_ranks} ranks cannot live on {len(self._hosts)} hosts, one each is needed")

@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import signal
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from megamoe.launch.asked import check_count, check_seconds
 from megamoe.launch.devices import device_type
+from megamoe.launch.process import uninterrupted
+from megamoe.parallel.runs import check_name
 
 if TYPE_CHECKING:
     from megamoe.launch.ray_placement import Placement
@@ -69,10 +70,12 @@ class RaySeats:
         run: str | None = None,
         log_dir: Path | None = None,
     ) -> None:
-        if num_seats < 1:
-            raise ValueError(f"num_seats must be positive, got {num_seats}")
-        if deadline_s <= 0:
-            raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+        check_count("num_seats", num_seats)
+        check_seconds("deadline_s", deadline_s)
+        if threads is not None:
+            check_count("threads", threads)
+        if run is not None:
+            check_name(run)
         self._resource = device_type(device).ray_resource
         _require_ray()
         self.num_seats, self.address, self.device, self.deadline_s = num_seats, address, device, deadline_s
@@ -142,14 +145,9 @@ class RaySeats:
 
     def close(self) -> None:
         """Ends all that was started, and returns when it is gone. Ctrl-C does not cut this short."""
-        in_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
-        try:
+        with uninterrupted():
             self._placement = None
             self._ends.close()
-        finally:
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
 
     def _end_seats(self) -> None:
         """All at once: on another node each can take seconds. Raises what the first that could not be ended raised."""

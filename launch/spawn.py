@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
+from megamoe.launch.asked import IMPORTABLE, check_count, check_devices, check_main, check_seconds, make_folder
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type
 from megamoe.launch.lab import Host
 from megamoe.launch.process import Child, cause, loopback, portable, share_of_cores, start, uninterrupted
@@ -23,8 +24,13 @@ from megamoe.launch.seat_output import SeatOutput
 from megamoe.launch.seats import SeatLostError
 from megamoe.launch.worker import Worker, WorkerInfo, WorkerOptions
 from megamoe.parallel.interfaces import choose
+from megamoe.parallel.runs import check_name
 
 _GONE_S = 10.0  # a killed process that is there for longer is stuck in the kernel
+_EARLY_END = (  # Python imports the program first, and what that raises goes to this process's own stderr
+    "it ended while it imported this program, which its traceback above tells of. What starts ranks must be under "
+    "if __name__ == '__main__':"
+)
 _CHUNK_BYTES = 1 << 16  # as much as a pipe holds: one read empties it
 
 
@@ -169,10 +175,14 @@ class SpawnSeats:
         run: str | None = None,
         log_dir: Path | None = None,
     ) -> None:
-        if num_seats < 1:
-            raise ValueError(f"num_seats must be positive, got {num_seats}")
-        if deadline_s <= 0:
-            raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+        check_main()
+        check_count("num_seats", num_seats)
+        check_seconds("deadline_s", deadline_s)
+        if threads is not None:
+            check_count("threads", threads)
+        if run is not None:
+            check_name(run)
+        check_devices(device, num_seats)
         if hosts is not None and len(hosts) != num_seats:
             raise ValueError(f"{num_seats} seats cannot be on {len(hosts)} hosts, one each is needed")
         if hosts is not None and interface is not None:
@@ -182,7 +192,7 @@ class SpawnSeats:
         self._hosts = list(hosts) if hosts is not None else [_host(interface)] * num_seats
         self._log_dir = log_dir
         if log_dir is not None:
-            log_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(log_dir)
         self._seats: dict[int, SpawnSeat] = {}
         self._reaping = threading.Lock()  # starting a process reaps others that have ended
         self._closed = False
@@ -209,7 +219,7 @@ class SpawnSeats:
         try:
             info: WorkerInfo = seat.call("info").result(max(0.0, deadline_s - (time.monotonic() - begun)))
         except SeatLostError as lost:
-            raise RuntimeError(": ".join(filter(None, (lost.message, seat.said_last)))) from lost
+            raise RuntimeError(f"{lost.message}: {seat.said_last or _EARLY_END}") from lost
         except TimeoutError as late:
             seat.kill()
             raise RuntimeError(f"seat {number} did not answer within {deadline_s:g} s") from late
@@ -275,9 +285,17 @@ def _answer(pipe: Connection, number: int, options: WorkerOptions) -> None:
         pipe.send_bytes(_answered(worker, number, question))
 
 
-def _answered(worker: Worker, number: int, question: bytes) -> bytes:
+def _unpacked(number: int, question: bytes) -> tuple[str, tuple[Any, ...]]:
     try:
         method, args = pickle.loads(question)
+    except (pickle.UnpicklingError, AttributeError, ImportError) as unknown:
+        raise ValueError(f"seat {number} cannot read what it is asked: {unknown}. {IMPORTABLE}") from unknown
+    return method, args
+
+
+def _answered(worker: Worker, number: int, question: bytes) -> bytes:
+    try:
+        method, args = _unpacked(number, question)
         return pickle.dumps((True, getattr(worker, method)(*args)))
     except Exception as error:  # noqa: BLE001  handed to who asked
         return pickle.dumps((False, portable(error, f"seat {number}")))

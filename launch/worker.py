@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megamoe.model.checkpoint import Checkpoint
 from megamoe.model.deepseek_v4 import ExpertStack
 from megamoe.parallel.group import EPGroup, init_group
 from megamoe.parallel.position import Position
+from megamoe.parallel.streams import make_current
 from megamoe.waves import Waves
 
 
@@ -66,11 +67,15 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a worker read: experts that it had already, experts read from disk, bytes read in all."""
+    """What a worker read: experts that it had already, experts read from disk, bytes read in all.
+
+    vocab_size   of the checkpoint, the same on all ranks
+    """
 
     experts_kept: int
     experts_read: int
     bytes_read: int
+    vocab_size: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,7 @@ class Worker:
     def __init__(self, options: WorkerOptions) -> None:
         self.options = options
         torch.set_num_threads(options.threads)
+        make_current(torch.device(options.device))  # what backends and kernels take where none is named
         self._store: TCPStore | None = None
         self._group: EPGroup | None = None
         self._membership, self._reading = ExitStack(), ExitStack()
@@ -192,7 +198,7 @@ class Worker:
             )
             kept, read = 0, model.num_local_experts
         self._model, self._loaded, self._checkpoint = model, load, checkpoint
-        return LoadReport(kept, read, checkpoint.bytes_read)
+        return LoadReport(kept, read, checkpoint.bytes_read, checkpoint.config.vocab_size)
 
     def forward(self, token_ids: Sequence[int]) -> tuple[Tensor, CallRecord]:
         """This rank's share of a batch, perhaps of no tokens -> hidden [T, H] bfloat16 on the CPU, what its layers did.

@@ -26,8 +26,10 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
             found = f"{type(tensor).__name__} of layout {tensor.layout}"
             raise ValueError(f"{name} must be a plain dense tensor that lies on this rank, got {found}")
-        if tensor.device.type != device.type:
+        if _apart(tensor.device, device):
             raise ValueError(f"{name} is on {tensor.device}, the layer is on {device}")
+        if _apart(tensor.device, hidden.device):  # of a layer on "cuda" hidden says which
+            raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}")
     _check_shape("hidden", hidden, ("T", shape.hidden))
     _check_shape("topk_ids", topk_ids, (len(hidden), shape.topk))
     _check_shape("topk_weights", topk_weights, (len(hidden), shape.topk))
@@ -45,7 +47,7 @@ def check_gradient(name: str, tensor: Tensor) -> None:
     """ValueError where a gradient is asked for, backward or forward, that there is none of."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, and there is no backward yet: call it under torch.no_grad()")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
         raise ValueError(f"{name} carries a tangent, and the layer has no forward-mode derivative")
 
 
@@ -80,6 +82,11 @@ def check_ambient() -> None:
             "torch.set_flush_denormal(True) was set before torch began its worker threads, which now flush denormal "
             "numbers for good: set it later, or torch.set_num_threads(1) before the first call"
         )
+
+
+def _apart(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are not the same. One without a number may be any of its type.    cuda, cuda:1 -> False"""
+    return one.type != other.type or (one.index != other.index and None not in (one.index, other.index))
 
 
 def any_wrong(shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_TILE = 32
+_TILE, _DEVICE_TILE = 32, 1024
 
 
 class Router(nn.Module):
@@ -55,15 +55,18 @@ class Router(nn.Module):
     def scores(self, hidden: Tensor) -> Tensor:
         """hidden [T, H] -> [T, E] float32, tile by tile of a fixed size, so that a row has the same bits in any batch.
 
+        All of it on the device of hidden, whose tiles are larger where that is no CPU: each costs launches there.
+
         FP32 products sum in another order for a few rows than for many, and vector code rounds softplus differently
         from the scalar code at an array's end; a tile of 32 rows has neither few rows nor an end.
         """
-        scores = torch.empty(len(hidden), self.num_experts, dtype=torch.float32)
-        tile = torch.zeros(_TILE, hidden.shape[1])
-        for start in range(0, len(hidden), _TILE):
-            rows = hidden[start : start + _TILE]
+        num_rows = _TILE if hidden.device.type == "cpu" else _DEVICE_TILE
+        scores = torch.empty(len(hidden), self.num_experts, dtype=torch.float32, device=hidden.device)
+        tile = torch.zeros(num_rows, hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), num_rows):
+            rows = hidden[start : start + num_rows]
             tile.zero_()
             tile[: len(rows)] = rows
-            tile_scores = nn.functional.softplus(tile @ self.weight.T).sqrt()  # [32, E, padded]
-            scores[start : start + _TILE] = tile_scores[: len(rows), : self.num_experts]
+            tile_scores = nn.functional.softplus(tile @ self.weight.T).sqrt()  # [num_rows, E, padded]
+            scores[start : start + num_rows] = tile_scores[: len(rows), : self.num_experts]
         return scores

@@ -64,13 +64,13 @@ class AllToAllTransport:
     _SPINS, _NAP_S = 200, 5e-5
 
     def __init__(self, group: dist.ProcessGroup, clock: Clock, device: torch.device) -> None:
-        self.group, self._clock, self._device = group, clock, device
+        self.group, self.clock, self._device = group, clock, device
         self.aborted = ""  # why, once it has happened
         self._followed: deque[tuple[float, dist.Work]] = deque()
 
     def naming(self, label: Label) -> AbstractContextManager[None]:
         """Turns a failure in the block into a PeerError."""
-        return self._clock.naming(self.group, label)
+        return self.clock.naming(self.group, label)
 
     def refuse_aborted(self) -> None:
         """RuntimeError once the group's collectives have been broken off."""
@@ -85,8 +85,8 @@ class AllToAllTransport:
 
     def follow(self, work: dist.Work) -> None:
         """Has tend() look after a work that nobody waits for on the host."""
-        if self._device.type != "cpu" and self._clock.beacons:
-            self._followed.append((time.monotonic() + self._clock.deadline_s, work))
+        if self._device.type != "cpu" and self.clock.beacons:
+            self._followed.append((time.monotonic() + self.clock.deadline_s, work))
 
     def tend(self) -> None:
         """Breaks off what is queued and has not ended within the deadline. Called by the beacon, beside the call."""
@@ -97,12 +97,12 @@ class AllToAllTransport:
             self._followed.clear()
             self.abort(f"a collective failed: {failure}")
         if self._followed and not self.aborted and time.monotonic() > self._followed[0][0]:
-            self.abort(f"rows that were queued did not arrive within {self._clock.deadline_s:g} s")
+            self.abort(f"rows that were queued did not arrive within {self.clock.deadline_s:g} s")
 
     def wait(self, work: dist.Work) -> None:
         """Has what reads the rows wait for them: the host, or the device's queue."""
         if self._device.type == "cpu":
-            work.wait(timedelta(seconds=self._clock.deadline_s))
+            work.wait(timedelta(seconds=self.clock.deadline_s))
         else:
             work.wait()
         self.refuse_aborted()
@@ -130,10 +130,10 @@ class AllToAllTransport:
 
     def _watch(self, work: dist.Work) -> None:
         """Returns when a device has done a work. RuntimeError where it has not within the deadline."""
-        until, asked = time.monotonic() + self._clock.deadline_s, 0
+        until, asked = time.monotonic() + self.clock.deadline_s, 0
         while not work.is_completed():
             self.refuse_aborted()
             if time.monotonic() > until:
-                raise RuntimeError(f"no answer within {self._clock.deadline_s:g} s")
+                raise RuntimeError(f"no answer within {self.clock.deadline_s:g} s")
             asked += 1
             time.sleep(0 if asked < self._SPINS else self._NAP_S)

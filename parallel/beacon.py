@@ -112,6 +112,7 @@ class Beacon:
         for peer in list(peers.values())[: self.rank]:
             peer.line = _line(self._connect(peer, deadline_s))
             peer.line.put({"token": self.token, "rank": self.rank})
+            _send(peer.line)  # now: a process that ends before its first beat is known by its connection
         if store.add("beacons lit", 1) == self.size:  # a rank that left at once would leave others without an answer
             store.set("all beacons lit", "")
         wait_for(store, {"all beacons lit": "some rank"}, deadline_s)

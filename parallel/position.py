@@ -92,6 +92,7 @@ class Whereabouts:
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self._calling, self.waited_s = False, 0.0  # in this call so far
+        self._watched: dict[tuple[str, int | None], int | None] = {}  # whom other threads wait for, on its behalf
         self._layer, self._call, self._sequence, self.calls = "", 0, 0, 0
         self._now: tuple[str, int | None, str, int | None, float, str] = (OUTSIDE, None, "", None, time.monotonic(), "")
 
@@ -105,6 +106,7 @@ class Whereabouts:
         self.thread = threading.get_ident()
         self.calls += 1
         self._layer, self._call, self._calling, self.waited_s = layer, call, True, 0.0
+        self._watched.clear()
         self._note(WORKING, None, "begin", None)
 
     def work(self, phase: str, wave: int | None = None) -> None:
@@ -112,16 +114,24 @@ class Whereabouts:
         self._note(WORKING, wave, phase, None)
 
     def wait(self, phase: str, wave: int | None, peer: int | None) -> None:
-        """This rank waits for a peer. Notes of other threads than the call's own are not taken."""
+        """This rank waits for a peer, None for others whom it does not know.
+
+        Where another thread than the call's own waits, the rank does not: that says whom the call waits for, once it
+        waits for the same phase and wave.
+        """
         if threading.get_ident() == self.thread:
             self._note(WAITING, wave, phase, peer)
+        else:
+            self._watched[phase, wave] = peer
 
     def arrived(self, phase: str, wave: int | None, took_s: float) -> None:
         """What this rank waited for is there, after so long."""
-        if threading.get_ident() == self.thread and self._calling:
+        if threading.get_ident() != self.thread:
+            self._watched.pop((phase, wave), None)
+        elif self._calling:
             self.waited_s += took_s
             self._note(WORKING, wave, phase, None)
-        elif threading.get_ident() == self.thread:
+        else:
             self._note(OUTSIDE, None, "", None)
 
     def leave(self) -> None:
@@ -144,5 +154,7 @@ class Whereabouts:
 
     def position(self) -> Position:
         state, wave, phase, peer, since, complaint = self._now
+        if state == WAITING and peer is None:
+            peer = self._watched.get((phase, wave))
         age = time.monotonic() - since
         return Position(state, self._layer, self._call, wave, phase, peer, self._sequence, age, complaint, self.calls)

@@ -68,6 +68,14 @@ class Notes:
     def __init__(self, whereabouts: Whereabouts) -> None:
         self._whereabouts = whereabouts
 
+    @contextmanager
+    def waiting(self, phase: str, wave: int | None) -> Iterator[None]:
+        """A block that waits for what another thread watches, and knows from whom it comes."""
+        begun = time.monotonic()
+        self._whereabouts.wait(phase, wave, None)
+        yield
+        self._whereabouts.arrived(phase, wave, time.monotonic() - begun)
+
     def lane(self, lane: str, wave: int | None = None, rows: int = 0) -> AbstractContextManager[None]:
         """A block of work."""
         del rows
@@ -115,6 +123,13 @@ class Arrival:
         except BaseException as error:  # noqa: BLE001  raised by result(), where the call waits for this transfer
             self._error = error
         self._pending.release()
+
+    def within(self, seconds: float) -> bool:
+        """Whether the wait ends in time. To be called before result(), which then need not wait."""
+        ended = self._pending.acquire(timeout=max(0.0, seconds))
+        if ended:
+            self._pending.release()
+        return ended
 
     def result(self) -> None:
         """Returns when the rows are there, or raises what the wait raised. To be called once."""

@@ -82,6 +82,10 @@ class Clock:
         self.global_ranks = tuple(global_ranks)
         self.beacons: list[Beacon] = []
 
+    def left_s(self) -> float:
+        """Seconds that this call may still be kept waiting."""
+        return self.deadline_s - self.whereabouts.waited_s
+
     def error(self, peer: int, label: Label, since: float, cause: Exception | str) -> PeerError:
         reason = _plain(cause)
         waited = time.monotonic() - since
@@ -155,8 +159,9 @@ class PairTransfer:
     def send(self, rows: Tensor, counts: Sequence[int]) -> None:
         self._post(self._outgoing, self._pairs.group.send, rows, counts, self._pairs.receivers)
 
-    def wait(self) -> None:
-        self._wait_all(self._incoming)
+    def wait(self, within_s: float | None = None) -> None:
+        """within_s in place of what is left of the call's deadline"""
+        self._wait_all(self._incoming, within_s)
 
     def finish(self) -> None:
         self._wait_all(self._outgoing)
@@ -185,13 +190,13 @@ class PairTransfer:
                 except RuntimeError as cause:  # gloo refuses at once on a pair that has failed before
                     raise self._pairs.clock.error(peer, self._label, begun, cause) from cause
 
-    def _wait_all(self, works: list[tuple[int, dist.Work]]) -> None:
+    def _wait_all(self, works: list[tuple[int, dist.Work]], within_s: float | None = None) -> None:
         begun, clock = time.monotonic(), self._pairs.clock
         while works:
             peer, work = works.pop(0)
             self._ended.append(work)  # to let go of one takes a lock that gloo's thread wants now
             clock.whereabouts.wait(self._label.phase, self._label.wave, peer)
-            left = clock.deadline_s - clock.whereabouts.waited_s - (time.monotonic() - begun)
+            left = (clock.left_s() if within_s is None else within_s) - (time.monotonic() - begun)
             try:
                 work.wait(timedelta(seconds=max(left, 0.001)))
             except RuntimeError as cause:

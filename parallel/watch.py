@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
+from megamoe.parallel.errors import PeerError
 from megamoe.parallel.recorder import Arrival, CallNotes, Flight, now_ns
-from megamoe.parallel.transport import Label, Transfer, Transport
+from megamoe.parallel.transport import Label, PairTransfer, PairTransport, Transfer, Transport
+
+_PATIENCE_S = 24 * 3600.0  # of a watcher, whose call keeps the deadline
 
 
 class WatchedTransport:
-    """Wraps a transport for one call. While watched, the deadline of a transfer runs from its opening."""
+    """Wraps a transport for one call.
+
+    A transfer of pairs is watched from its opening on, and the call's deadline counts while the call waits for it: a
+    rank that computes for longer than the deadline is not kept waiting by anyone.
+    """
 
     def __init__(self, transport: Transport, notes: CallNotes) -> None:
         self._transport, self._notes = transport, notes
@@ -21,7 +30,8 @@ class WatchedTransport:
         """As the wrapped transport does, and opens a note in the lane of the label's phase."""
         row_bytes = receive[:1].numel() * receive.element_size()
         flight = self._notes.flight(label.phase, label.wave or 0, tuple(counts), row_bytes)
-        transfer = _WatchedTransfer(self._transport.expect(receive, counts, label), self._notes, flight)
+        watched = self._transport.expect(receive, counts, label)
+        transfer = _WatchedTransfer(self._transport, label, watched, self._notes, flight)
         if self.early:
             transfer.watch()
         return transfer
@@ -36,12 +46,18 @@ class WatchedTransport:
 
 
 class _WatchedTransfer:
-    def __init__(self, transfer: Transfer, notes: CallNotes, flight: Flight) -> None:
-        self._transfer, self._notes, self._flight = transfer, notes, flight
+    def __init__(
+        self, transport: Transport, label: Label, transfer: Transfer, notes: CallNotes, flight: Flight
+    ) -> None:
+        self._transport, self._label, self._transfer = transport, label, transfer
+        self._notes, self._flight = notes, flight
         self._arrival: Arrival | None = None
 
     def watch(self) -> None:
-        self._arrival = self._notes.recorder.watch(self._flight, self._transfer.wait)
+        transfer = self._transfer
+        # a collective keeps the group's deadline, whoever waits for it
+        wait = partial(transfer.wait, _PATIENCE_S) if isinstance(transfer, PairTransfer) else transfer.wait
+        self._arrival = self._notes.recorder.watch(self._flight, wait)
 
     def send(self, rows: Tensor, counts: Sequence[int]) -> None:
         self._flight.sent_ns = now_ns()
@@ -52,7 +68,21 @@ class _WatchedTransfer:
     def wait(self) -> None:
         arrival, self._arrival = self._arrival, None
         if arrival is not None:
+            with self._notes.waiting(self._label.phase, self._label.wave):
+                self._take(arrival)
+
+    def _take(self, arrival: Arrival) -> None:
+        """Where the rows do not come in time the watcher's wait is broken off, which has it say whom it waited for."""
+        begun, transport = time.monotonic(), self._transport
+        late = isinstance(transport, PairTransport) and not arrival.within(transport.clock.left_s())
+        if late:
+            transport.abort()
+        try:
             arrival.result()
+        except PeerError as error:
+            if late:
+                error.waited_s, error.reason = time.monotonic() - begun, "its rows did not come in time"
+            raise
 
     def finish(self) -> None:
         self._transfer.finish()

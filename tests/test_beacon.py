@@ -169,7 +169,12 @@ def test_an_ended_beacon_leaves_no_thread() -> None:
 
 # ---- what peers of another version, or with a fault, may say ----
 
-BEAT = {"at": 1.0, "position": Position(WAITING, "moe", 4, 1, "combine", 0).as_dict(), "unheard": [], "answers": []}
+BEAT: dict[str, Any] = {
+    "at": 1.0,
+    "position": Position(WAITING, "moe", 4, 1, "combine", 0).as_dict(),
+    "unheard": [],
+    "answers": [],
+}
 
 
 def without(record: dict[str, Any], *path: str) -> dict[str, Any]:
@@ -200,7 +205,8 @@ def test_a_record_that_cannot_be_read_is_passed_over_and_its_rank_lives(name: st
         assert holds(lambda: lit[0]._peers[1].line is not None)
         line = lit[1]._peers[0].line
         assert line is not None
-        line.put(STRANGE[name])
+        lit[1].pulse = lambda: line.put(STRANGE[name])  # before every heartbeat
+        lit[1].say()
         lit[1].whereabouts.enter("moe", 9)
         lit[1].say()
         assert holds(lambda: position_of(lit[0], 1).call == 9)
@@ -226,7 +232,8 @@ def test_a_body_that_is_no_record_does_not_end_the_thread_that_hears_it(body: by
             assert stranger.recv(10) == b""
         line = lit[1]._peers[0].line
         assert line is not None
-        line._leaving += said
+        lit[1].pulse = lambda: line._leaving.extend(said)
+        lit[1].say()
         lit[1].whereabouts.enter("moe", 9)
         lit[1].say()
         assert holds(lambda: position_of(lit[0], 1).call == 9)
@@ -243,7 +250,9 @@ def test_a_rank_that_raised_before_its_connection_was_taken_ends_waits_all_the_s
         here, there = socket.socketpair()
         with here, there:
             peer = lit[0]._peers[1]
-            assert holds(lambda: peer.line is not None)
+            assert holds(lambda: peer.position is not None)
+            assert peer.line is not None
+            lit[0]._selector.unregister(peer.line.channel)
             peer.line = None
             there.setblocking(False)
             stranger, caller = Line(there), Line(here)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -176,13 +177,77 @@ def test_a_rank_that_raises_its_own_error_is_replaced_at_once(cluster: MegaMoECl
 def test_a_token_outside_the_vocabulary_is_refused_at_once_and_nothing_restarts(
     cluster: MegaMoECluster, cases: Cases, token: int
 ) -> None:
-    before, begun = pids(cluster), time.monotonic()
+    assert right(cluster, cases[:1])
+    before, begun, since, loads = pids(cluster), time.monotonic(), len(cluster.events), cluster.loads
     with pytest.raises(ValueError, match=f"token {token} is outside of the checkpoint's vocabulary of 500"):
         cluster.forward([1, 2, 3, token])
     assert time.monotonic() - begun < DEADLINE_S / 2
     assert right(cluster, cases[:2])
     assert pids(cluster) == before
-    assert [report.experts_read for report in cluster.loads] == [0, 0]
+    assert cluster.loads is loads, "nothing was read"
+    assert kinds(cluster, since) == []
+
+
+def takes_two(group: EPGroup, number: int) -> int:
+    return group.rank + number
+
+
+WRONG: dict[str, tuple[Callable[[MegaMoECluster], object], str]] = {
+    "a_batch_dimension": (lambda c: c.forward(torch.ones(1, 9, dtype=torch.int64)), r"must be \[T\], got \[1, 9\]"),
+    "one_token": (lambda c: c.forward(torch.tensor(3)), r"token_ids must be \[T\], got \[\]"),
+    "nested_lists": (lambda c: c.forward([[1, 2], [3, 4]]), "must be .* integers, got list at place 0"),  # type: ignore[list-item]
+    "floats": (lambda c: c.forward([1, 2.0]), "must be .* integers, got float at place 1"),  # type: ignore[list-item]
+    "float_tensor": (lambda c: c.forward(torch.ones(3)), r"token_ids must be integers, got torch\.float32"),
+    "text": (lambda c: c.forward("abc"), r"must be \[T\] integers, got str"),  # type: ignore[arg-type]
+    "nothing": (lambda c: c.forward(None), "got NoneType"),  # type: ignore[arg-type]
+    "too_few_arguments": (lambda c: c.run(takes_two), r"takes_two\(.*\) .* cannot be called with a group and 0 arg"),
+    "too_many_arguments": (lambda c: c.run(takes_two, 1, 2), "too many positional arguments"),
+    "no_function": (lambda c: c.run("takes_two", 1), "work must be a function of a module, got str"),  # type: ignore[arg-type]
+    "a_lambda": (lambda c: c.run(lambda _: 1), "cannot be sent to a process: .*top of a module"),
+    "what_cannot_be_sent": (lambda c: c.run(takes_two, threading.Lock()), "cannot be sent to a process"),
+    "what_cannot_be_imported": (lambda c: c.run(elsewhere()), "cannot read what it is asked: .*top of a module"),
+    "ranks_in_words": (lambda c: c.resize("two"), "ranks must be at least 0, got 'two'"),  # type: ignore[arg-type]
+    "waves": (lambda c: c.load("anywhere", waves=0), "waves must be"),
+    "format": (lambda c: c.load("anywhere", dispatch_format="fp8"), "dispatch_format must be one of mxfp8, bf16, auto"),
+    "no_path": (lambda c: c.load(7), "checkpoint must be the path of a folder, got int"),  # type: ignore[arg-type]
+}
+
+
+class Elsewhere:
+    """A function of a module that this process has and the ranks have not."""
+
+    def __call__(self, group: EPGroup) -> int:
+        return group.rank
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        return importlib.import_module, ("no_such_module_of_theirs",)
+
+
+def elsewhere() -> Callable[[EPGroup], int]:
+    return Elsewhere()
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_request_is_refused_in_the_driver_and_no_rank_is_replaced(
+    cluster: MegaMoECluster, checkpoint: Path, cases: Cases, name: str
+) -> None:
+    assert right(cluster, cases[:1])
+    before, since = pids(cluster), len(cluster.events)
+    ask, said = WRONG[name]
+    with pytest.raises(ValueError, match=said):
+        ask(cluster)
+    # only what the ranks alone can tell has them meet again
+    assert kinds(cluster, since) == (["failed"] if name == "what_cannot_be_imported" else [])
+    if said.startswith(("waves", "dispatch", "checkpoint")):
+        cluster.load(checkpoint)
+    assert right(cluster, cases[:1])
+    assert pids(cluster) == before
+
+
+def test_tokens_may_be_any_integers(cluster: MegaMoECluster, cases: Cases) -> None:
+    ids, expected = cases[0]
+    for same in (ids.to(torch.int16), ids.numpy(), list(ids.numpy()), tuple(ids.tolist()), range(0)):
+        assert torch.equal(cluster.forward(same), expected[: len(same)])  # type: ignore[arg-type]
 
 
 def test_no_such_checkpoint_is_refused_and_the_next_load_goes_on(
@@ -207,11 +272,15 @@ def resources(cluster: MegaMoECluster) -> list[tuple[int, int]]:
     return [(each.num_fds(), each.num_threads()) for each in processes]
 
 
+def refuses(group: EPGroup) -> None:
+    raise ValueError(f"rank {group.rank} is of no use")
+
+
 def test_twenty_generations_leave_no_connection_and_no_thread_behind(cluster: MegaMoECluster, cases: Cases) -> None:
     found, since = [], len(cluster.events)
     for _ in range(20):
-        with pytest.raises(ValueError, match="vocabulary"):
-            cluster.forward([1, 2, 3, 500])
+        with pytest.raises(ValueError, match="of no use"):
+            cluster.run(refuses)
         assert right(cluster, cases[:1])
         found.append(resources(cluster))
     assert kinds(cluster, since) == ["failed", "formed"] * 20
@@ -347,7 +416,11 @@ def test_a_rank_whose_link_is_cut_is_left_out_until_it_is_healed(checkpoint: Pat
         faults.cut(str(hosts[0].lab), 2)
         assert right(cluster, cases[:4])
         assert pids(cluster) == before[:2]
-        assert kinds(cluster, since)[:3] == ["failed", "replaced", "out"]
+        # the new process may take longer to start than the deadline, and is out then before it has been a member
+        went = kinds(cluster, since)
+        assert went[:3] in (["failed", "replaced", "out"], ["failed", "out", "formed"]), went
+        assert went[-1] == "formed"
+        assert went.count("failed") == 1
         faults.heal(str(hosts[0].lab), 2)
         assert grown_to(cluster, 3, cases)
         assert pids(cluster)[:2] == before[:2]
@@ -377,6 +450,15 @@ def test_without_a_seat_a_group_that_is_not_elastic_waits_for_it(checkpoint: Pat
     ("ranks", "arguments", "said"),
     [
         (0, {}, "ranks must be positive, got 0"),
+        ("2", {}, "ranks must be positive, got '2'"),
+        (2, {"deadline_s": float("nan")}, "deadline_s must be positive, got nan"),
+        (2, {"batch_deadline_s": 0}, "batch_deadline_s must be positive, got 0"),
+        (2, {"launcher": "spawn", "address": "local"}, "address means nothing to launcher 'spawn'"),
+        (2, {"launcher": "ray", "interface": "lo"}, "interface means nothing to launcher 'ray'"),
+        (2, {"launcher": "spawn", "threads": 0}, "threads must be positive, got 0"),
+        (2, {"launcher": "spawn", "run": "my run"}, "run 'my run' is not of letters"),
+        (2, {"launcher": "spawn", "device": "npu"}, "2 ranks on this machine need as many npu devices, it has 0"),
+        (2, {"launcher": "spawn", "log_dir": Path(__file__)}, "cannot be a folder: File exists"),
         (2, {"launcher": "smoke"}, "launcher must be one of ray, spawn, got 'smoke'"),
         (5, {"policy": RestartPolicy(elastic=(2, 4))}, "ranks 5 is outside of elastic 2:4"),
     ],

@@ -234,27 +234,27 @@ def test_a_refused_weight_leaves_the_expert_what_it_had() -> None:
 # ---- ranks whose CPUs sum in different ways ----
 
 
-def mixed(group: EPGroup, arithmetic: str, batch: Batch, shares: list[slice]) -> Tensor | str:
-    """Rank 1 has another arithmetic by default than rank 0."""
+def mixed(group: EPGroup, arithmetic: str, batch: Batch, shares: list[slice]) -> tuple[Tensor, str]:
+    """Rank 1 has another arithmetic by default than rank 0. The output, and what was said if there is none."""
     shape, mine = MoEShape(64, 32, 4, 2), batch.part(shares[group.rank])
     with using(WRITTEN_OUT) if group.rank else using(runnable()[-1]):
         layer = MegaMoE(shape, group, arithmetic=arithmetic)
         layer.load_experts(*make_weights(shape))
         try:
-            return layer(mine.hidden, mine.ids, mine.weights)
+            return layer(mine.hidden, mine.ids, mine.weights), ""
         except ValueError as refusal:
-            return str(refusal)
+            return torch.empty(0), str(refusal)
 
 
 def test_ranks_must_sum_alike_and_can_be_told_to(ranks: LocalRanks) -> None:
     shape = MoEShape(64, 32, 4, 2)
     batch, shares = make_batch(shape, 20), split(20, 2)
-    for said in ranks.run(mixed, "auto", batch, shares, size=2):
+    for _, said in ranks.run(mixed, "auto", batch, shares, size=2):
         assert "arithmetic is fma on rank 0, bf16-dot on rank 1" in said
         assert 'arithmetic="fma" is what CPUs with and without BF16 instructions have in common' in said
     with using(runnable()[-1]):
         expected = oracle(shape, batch, "mxfp4", "mxfp8")
-    assert torch.equal(torch.cat(ranks.run(mixed, "fma", batch, shares, size=2)), expected)
+    assert torch.equal(torch.cat([out for out, _ in ranks.run(mixed, "fma", batch, shares, size=2)]), expected)
 
 
 def test_an_arithmetic_that_there_is_not_is_refused_by_name() -> None:

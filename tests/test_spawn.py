@@ -285,6 +285,40 @@ def test_seats_go_when_their_parent_is_killed(tmp_path: Path) -> None:
     assert not alive
 
 
+UNGUARDED = """
+from megamoe.launch.spawn import SpawnSeats
+with SpawnSeats(1, threads=1) as seats:
+    print(seats.open(0, 60).pid)
+"""
+GUARDED = UNGUARDED.replace("\nwith", "\nif __name__ == '__main__':\n  with").replace("    print", "      print")
+
+
+@pytest.mark.parametrize("how", ["stdin", "command", "unguarded", "gone"])
+def test_a_program_that_ranks_cannot_import_is_told_what_to_do(tmp_path: Path, how: str) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(UNGUARDED if how == "unguarded" else GUARDED)
+    command = {"stdin": ["-"], "command": ["-c", GUARDED], "unguarded": [str(script)], "gone": [str(script)]}[how]
+    text = GUARDED
+    if how == "gone":
+        script.write_text(f"import os\nos.unlink(__file__)\n{GUARDED}")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, *command], input=text, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    if how == "command":
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    if how == "unguarded":
+        assert "put what starts them under if __name__ == '__main__':" in done.stderr
+        assert "died: exit code 1: it ended while it imported this program" in last
+        assert "What starts ranks must be under if __name__ == '__main__':" in last
+    else:
+        assert last.startswith("ValueError: ranks are spawned, and each begins by importing the program's file, but ")
+        assert "save the program as a file and run that" in last
+
+
 # ---- what they print ----
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor
 from megamoe.call import CallRecord
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.all_to_all import AllToAllTransport
+from megamoe.parallel.diagnosis import Sight, diagnose
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.recorder import Notes, Recording
-from megamoe.parallel.transport import Clock
+from megamoe.parallel.position import WAITING, WORKING, Position, Whereabouts
+from megamoe.parallel.recorder import Notes, Recorder, Recording
+from megamoe.parallel.transport import Clock, Label
+from megamoe.parallel.watch import WatchedTransport
 from megamoe.shape import MoEShape
 from megamoe.timeline import CALL, COMMUNICATION, LANES, Timeline
 from megamoe.trace import record
@@ -142,3 +146,75 @@ def test_a_device_whose_work_host_time_does_not_measure_refuses_to_be_recorded()
     with layer.group.record(Recording(0, "here")):
         complaint = layer._complaint(*(torch.zeros(0),) * 3)
     assert "host time, which says nothing of work on cuda" in str(complaint)
+
+
+def computes_for_longer_than_the_deadline(group: EPGroup) -> Tensor:
+    """Rank 0 is recorded, has a deadline of half a second, and computes for one; the other waits for it."""
+    batch = make_batch(SHAPE, 50)
+    own = EPGroup.of(dist.group.WORLD, deadline_s=30.0 if group.rank else 0.5)
+    layer = make_layer(SHAPE, own, waves=2)
+    layer(batch.hidden, batch.ids, batch.weights)
+    whole = layer.experts.linear1
+
+    def slow(*arguments: Any) -> Tensor:
+        time.sleep(0.7)
+        return whole(*arguments)
+
+    if group.rank == 0:
+        layer.experts.linear1 = slow  # type: ignore[assignment,method-assign]
+    with record(layer.group):
+        return layer(batch.hidden, batch.ids, batch.weights)
+
+
+def test_a_recorded_rank_that_computes_past_the_deadline_blames_nobody(ranks: LocalRanks) -> None:
+    first, second = ranks.run(computes_for_longer_than_the_deadline, size=2)
+    assert torch.equal(first, second)
+
+
+class Held:
+    """A transport whose one transfer comes from rank 2, when it is let go."""
+
+    early = True
+
+    def __init__(self, where: Whereabouts) -> None:
+        self.where, self.go, self.watched = where, threading.Event(), threading.Event()
+
+    def expect(self, *_: object) -> Held:
+        return self
+
+    def wait(self) -> None:
+        self.where.wait("dispatch", 1, 2)
+        self.watched.set()
+        assert self.go.wait(10)
+        self.where.arrived("dispatch", 1, 0.0)
+
+
+def test_a_recorded_rank_that_waits_says_so_and_for_whom() -> None:
+    where, seen = Whereabouts(), []
+    held, recorder = Held(where), Recorder(Recording(0, "here"))
+
+    def call() -> None:
+        where.enter("moe", 1)
+        watched = WatchedTransport(held, recorder.call("moe", 1, where))  # type: ignore[arg-type]
+        transfer = watched.expect(torch.empty(3, 1), [0, 0, 3], Label("moe", "dispatch", 1))
+        assert held.watched.wait(10)
+        seen.append(where.position())  # the rows are not there, but the rank computes meanwhile
+        waits.set()
+        transfer.wait()
+        seen.append(where.position())
+
+    waits, calling = threading.Event(), threading.Thread(target=call)
+    calling.start()
+    assert waits.wait(10)
+    until = time.monotonic() + 10
+    while where.position().state != WAITING and time.monotonic() < until:
+        threading.Event().wait(0.005)
+    waiting = where.position()
+    held.go.set()
+    calling.join(10)
+    recorder.stop()
+    assert (waiting.state, waiting.phase, waiting.wave, waiting.peer) == (WAITING, "dispatch", 1, 2)
+    assert [each.state for each in seen] == [WORKING, WORKING]
+    stalled = Position(WORKING, "moe", 1, 0, "linear-1", age_s=9.0)
+    sights = [Sight(0, "a", Position(WAITING, peer=1), 0.0), Sight(1, "b", waiting, 0.1), Sight(2, "c", stalled, 0.1)]
+    assert diagnose(0, 1, sights).rank == 2, "the one that it waits for, and not the one that waits"
