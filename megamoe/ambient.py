@@ -14,6 +14,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,6 +80,32 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
         return disabled[0](*args, **kwargs)
 
     return inner
+
+
+class Keeping:
+    """What nn.Module._apply() does to tensors, less what would change them: they keep their dtype.
+
+    whose     for errors, "layer 'moe'"
+    moves     whether they may go to another device; ValueError where they may not
+    emptied   whether any was replaced by a tensor of other values, as to_empty() does
+    """
+
+    def __init__(self, fn: Callable[[Tensor], Tensor], whose: str, *, moves: bool) -> None:
+        self._fn, self._whose, self._moves, self.emptied = fn, whose, moves, False
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        probe = self._fn(tensor.new_zeros(1))  # what it does, seen on one value: a tensor may be large
+        if probe.device != tensor.device and not self._moves:
+            raise ValueError(
+                f"{self._whose} was made for {tensor.device} and does not move to {probe.device}: make it with "
+                f"device={str(probe.device)!r} and load its weights there"
+            )
+        if probe.dtype != tensor.dtype:
+            return tensor.to(probe.device)
+        changed = self._fn(tensor)
+        if changed is not tensor and changed.device == tensor.device:
+            self.emptied |= not torch.equal(changed.view(torch.uint8), tensor.view(torch.uint8))
+        return changed
 
 
 def in_a_transform() -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP4, dequantize_mxfp4
 from megamoe.kernels.cpu.build import BuildError
+from megamoe.kernels.cpu.layout import pack_bf16
 from megamoe.kernels.cpu.library import KernelWarning, Library, Rows, chosen, load
 from megamoe.kernels.cpu.library import product_of as product_by_kernel
 from megamoe.kernels.cpu.paths import runnable
@@ -146,6 +147,24 @@ def linear(x: Tensor, weight: Tensor | MXFP4, *, dtype: torch.dtype = torch.bflo
     out = torch.empty(len(x), weight.shape[0], dtype=dtype, device=x.device)
     product_by_kernel(library, x.contiguous(), weight if isinstance(weight, MXFP4) else weight.to(torch.bfloat16), out)
     return out
+
+
+class Prepared:
+    """A matrix [N, K] bfloat16 as the products of its device read it, for use again and again; linear()'s bits."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._library = chosen() if weight.device.type == "cpu" else None
+        weight = weight.detach().to(torch.bfloat16)
+        self._outputs, self._held = len(weight), weight if self._library is None else pack_bf16(weight)[None]
+
+    def multiply(self, x: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """x [n, K] bfloat16 -> [n, N] of dtype, bfloat16 or float32"""
+        if self._library is None:
+            return multiply_in_blocks(x, self._held, dtype)
+        out = torch.empty(len(x), self._outputs, dtype=dtype, device=x.device)
+        counts = torch.tensor([len(x)], dtype=torch.int64, device="cpu")
+        self._library.products(Rows(x.contiguous(), counts), self._held, self._outputs, out)
+        return out
 
 
 # ---- torch's products ----

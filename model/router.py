@@ -7,6 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megamoe.ambient import undisturbed
+from megamoe.products import Prepared
+
 _TILE, _DEVICE_TILE = 32, 1024
 
 
@@ -31,15 +34,17 @@ class Router(nn.Module):
         if (bias is None) == (table is None):
             raise ValueError("a router takes either a bias (scored) or a table (hash-routed)")
         self.topk, self.scale, self.num_experts = topk, scale, len(weight)
-        # MKL sums columns beyond a multiple of 16 in another order when there are more threads
-        padded = nn.functional.pad(weight.to(torch.float32), (0, 0, 0, -len(weight) % 16))
-        self.register_buffer("weight", padded)
+        self.register_buffer("weight", weight)
+        self._prepared: tuple[Tensor, int, Prepared] | None = None
         self.register_buffer("bias", bias)
         self.register_buffer("table", table)
 
-    @torch.no_grad()
     def forward(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [T, H] bfloat16, token_ids [T] int64 -> topk_ids [T, K] int64, topk_weights [T, K] float32"""
+        with undisturbed(hidden.device):
+            return self._choose(hidden, token_ids)
+
+    def _choose(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.scores(hidden)
         if self.table is not None:
             ids = self.table[token_ids].to(torch.int64)
@@ -53,20 +58,26 @@ class Router(nn.Module):
         return ids, chosen / total.unsqueeze(-1) * self.scale
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """hidden [T, H] -> [T, E] float32, tile by tile of a fixed size, so that a row has the same bits in any batch.
+        """hidden [T, H] bfloat16 -> [T, E] float32; a row has the same bits in any batch, on the device of hidden.
 
-        All of it on the device of hidden, whose tiles are larger where that is no CPU: each costs launches there.
-
-        FP32 products sum in another order for a few rows than for many, and vector code rounds softplus differently
-        from the scalar code at an array's end; a tile of 32 rows has neither few rows nor an end.
+        Products are summed in FP32 in the order that the experts' are (products.py). Vector code rounds softplus
+        differently from the scalar code at an array's end, so that works on tiles of a fixed size, whose numbers of
+        values have no such end. Tiles are larger where the device is no CPU: each costs launches there.
         """
-        num_rows = _TILE if hidden.device.type == "cpu" else _DEVICE_TILE
-        scores = torch.empty(len(hidden), self.num_experts, dtype=torch.float32, device=hidden.device)
-        tile = torch.zeros(num_rows, hidden.shape[1], dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), num_rows):
-            rows = hidden[start : start + num_rows]
+        size = _TILE if hidden.device.type == "cpu" else _DEVICE_TILE
+        products = self._weight_prepared().multiply(hidden.to(torch.bfloat16), dtype=torch.float32)
+        scores = torch.empty_like(products)
+        tile = products.new_zeros(size, self.num_experts)
+        for start in range(0, len(products), size):
+            rows = products[start : start + size]
             tile.zero_()
             tile[: len(rows)] = rows
-            tile_scores = nn.functional.softplus(tile @ self.weight.T).sqrt()  # [num_rows, E, padded]
-            scores[start : start + num_rows] = tile_scores[: len(rows), : self.num_experts]
+            scores[start : start + size] = nn.functional.softplus(tile).sqrt()[: len(rows)]
         return scores
+
+    def _weight_prepared(self) -> Prepared:
+        """The weight as products read it, made anew where a state dict or a move has changed it."""
+        weight, version = self.weight, self.weight._version
+        if self._prepared is None or self._prepared[0] is not weight or self._prepared[1] != version:
+            self._prepared = weight, version, Prepared(weight)
+        return self._prepared[2]
