@@ -33,7 +33,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         if torch._C._len_torch_function_stack():  # a default device is one of torch's function modes
             stack.enter_context(torch._C.DisableTorchFunction())
         for kind in {device.type, "cpu"}:
-            if torch.is_autocast_enabled(kind):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if _flushes_denormals():
             stack.enter_context(_keeping_denormals())

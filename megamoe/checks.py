@@ -23,9 +23,7 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
-            found = f"{type(tensor).__name__} of layout {tensor.layout}"
-            raise ValueError(f"{name} must be a plain dense tensor that lies on this rank, got {found}")
+        _check_plain(name, tensor)
         if _apart(tensor.device, device):
             raise ValueError(f"{name} is on {tensor.device}, the layer is on {device}")
         if _apart(tensor.device, hidden.device):  # of a layer on "cuda" hidden says which
@@ -41,6 +39,12 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
         raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
     for name, tensor in given.items():
         check_gradient(name, tensor)
+
+
+def _check_plain(name: str, tensor: Tensor) -> None:
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
+        found = f"{type(tensor).__name__} of layout {tensor.layout}"
+        raise ValueError(f"{name} must be a plain dense tensor that lies on this rank, got {found}")
 
 
 def check_gradient(name: str, tensor: Tensor) -> None:
