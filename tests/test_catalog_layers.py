@@ -312,5 +312,9 @@ def test_a_list_where_a_number_is_expected_is_a_request_that_is_wrong(tmp_path: 
     ):
         config.write_text(json.dumps(MOE | keys))
         assert said in refused("plan", "--model", config, "--hardware", "h200", "--ep", 8)
+    config.write_text('{"num_experts": ' + "9" * 5000 + "}")
+    assert "config.json is not JSON: Exceeds the limit" in refused("catalog", "show", config)
+    config.write_text(json.dumps(MOE | {"num_experts": 2**40}))
+    assert "num_experts 1099511627776 is more than 65536, the most that" in refused("catalog", "show", config)
     (tmp_path / "hf_quant_config.json").write_text("[]")
     assert "hf_quant_config.json holds an object of keys" in refused("catalog", "show", config)

@@ -150,5 +150,5 @@ def _read_config(path: Path) -> Model:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
         raise ValueError(f"{path} is not JSON: {error}") from None

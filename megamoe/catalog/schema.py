@@ -22,6 +22,7 @@ WeightFormat = Literal["bf16", "fp8", "mxfp4", "nvfp4", "int8"]
 AttentionKind = Literal["gqa", "mla", "dsa", "sliding", "csa", "hca", "linear"]
 MARKETS = ("neocloud", "hyperscaler", "rental")
 LINKS = ("scaleup_gb_s", "p2p_gb_s", "nic_gb_s")
+MOST = {"num_experts": 2**16, "layers": 10_000}  # a plan goes through them one by one
 
 
 class Entry(BaseModel):
@@ -219,6 +220,9 @@ class Model(Entry):
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
+        for key, most in MOST.items():
+            if getattr(self, key) > most:
+                raise ValueError(f"{key} {getattr(self, key)} is more than {most}, the most that can be planned")
         if self.topk > self.num_experts:
             raise ValueError(f"topk {self.topk} is more than num_experts {self.num_experts}")
         if self.dense_layers >= self.layers:

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 MOST = 2**40  # of any size; more is a slip of the pen, and too much for floating point further on
-MOST_LAYERS = 10_000
 
 
 class Config(dict[str, Any]):

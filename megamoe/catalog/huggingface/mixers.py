@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megamoe.catalog.huggingface.keys import (
-    MOST_LAYERS,
     Config,
     agreed,
     count,
@@ -24,6 +23,7 @@ from megamoe.catalog.huggingface.keys import (
     switch,
     whole,
 )
+from megamoe.catalog.schema import MOST
 
 # transformers' names, older ones of remote code, and the letters of Nemotron's pattern
 BLOCKS = {"M": "linear", "E": "moe", "*": "full", "-": "mlp", "mamba": "linear", "linear_attention": "linear"}
@@ -62,8 +62,8 @@ def num_layers(text: Config) -> int:
     if blocks and layers not in (None, len(blocks)):
         raise ValueError(f"it names the types of {len(blocks)} blocks, but num_hidden_layers is {layers}")
     layers = len(blocks) if blocks else count(text, "num_hidden_layers")
-    if layers > MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers is {layers}; it can be {MOST_LAYERS} at most")
+    if layers > MOST["layers"]:
+        raise ValueError(f"num_hidden_layers is {layers}; it can be {MOST['layers']} at most")
     return layers
 
 
