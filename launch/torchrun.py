@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ from megamoe.launch.terminal import Format, exit_codes, parse_waves
 from megamoe.launch.worker import Load, LoadReport, Worker, WorkerOptions
 from megamoe.model.config import DeepSeekV4Config
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.interfaces import choose
+from megamoe.parallel.interfaces import Interface, choose, told
 from megamoe.parallel.transport import Label
 
 _START = "torchrun --nproc-per-node N -m megamoe.launch.worker ..."
@@ -123,7 +124,8 @@ def worker(
 
 def torchrun_options(device: str, place: Place, interface: str | None, deadline_s: float) -> WorkerOptions:
     """Also tells the backends which interface to use, in the only way that they can be told."""
-    through = choose(None if interface else _address(place.master), interface)
+    device_type(device)
+    through = _interface(device, place, interface)
     settings = [each.interface_setting(through.name) for each in (DEVICE_TYPES["cpu"], device_type(device))]
     if device != "cpu" and num_devices(device) <= place.local_rank:
         raise ValueError(
@@ -138,6 +140,22 @@ def torchrun_options(device: str, place: Place, interface: str | None, deadline_
         threads=share_of_cores(place.local_size),
         deadline_s=deadline_s,
     )
+
+
+def _interface(device: str, place: Place, name: str | None) -> Interface:
+    """The one that is named, else the one that the environment tells a backend, else the one towards rank 0.
+
+    Where that is loopback though ranks are on other machines too, rank 0's own hosts file has its name stand for
+    127.0.1.1, as Debian's does: then the obvious one.
+    """
+    if name is not None:
+        return choose(name=name)
+    said = told(device) or told("cpu")
+    if said is not None:
+        return said
+    master = _address(place.master)
+    elsewhere = place.local_size < place.size and ip_address(master).is_loopback
+    return choose() if elsewhere else choose(master)
 
 
 def _address(master: str) -> str:

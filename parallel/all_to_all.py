@@ -65,6 +65,7 @@ class AllToAllTransport:
 
     def __init__(self, group: dist.ProcessGroup, clock: Clock, device: torch.device) -> None:
         self.group, self.clock, self._device = group, clock, device
+        self.device_type = device.type
         self.aborted = ""  # why, once it has happened
         self._followed: deque[tuple[float, dist.Work]] = deque()
 

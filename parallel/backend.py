@@ -33,6 +33,16 @@ def backend_for(group: dist.ProcessGroup, device: torch.device) -> str:
     return has[device.type]
 
 
+def check_made_for(made_for: str | None, device: torch.device | str | None) -> None:
+    """ValueError where a group's transport moves rows of another device type than a layer's."""
+    wanted = None if device is None else torch.device(device).type
+    if None not in (made_for, wanted) and wanted not in (made_for, "meta"):
+        raise ValueError(
+            f"the EPGroup moves rows of {made_for} devices, the layer is on {wanted}: make it for those, with "
+            f'EPGroup.of(group, "{wanted}") or init_group("{wanted}", ...)'
+        )
+
+
 def global_ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
     """The group's ranks in the whole program, by rank in the group; empty where they are the same.
 

@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous
 
 from megamoe.parallel.all_to_all import AllToAllTransport
-from megamoe.parallel.backend import backend_for, backend_timeout_s, check_group, end_group, global_ranks
+from megamoe.parallel.backend import (
+    backend_for,
+    backend_timeout_s,
+    check_group,
+    check_made_for,
+    end_group,
+    global_ranks,
+)
 from megamoe.parallel.beacon import Beacon
 from megamoe.parallel.errors import CallRefusedError, PeerError, named
 from megamoe.parallel.link import measure_link
@@ -154,11 +161,12 @@ class EPGroup:
     def of(
         cls,
         group: EPGroup | dist.ProcessGroup | None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         *,
         deadline_s: float = DEADLINE_S,
     ) -> EPGroup:
-        """Wraps a torch process group. None is one rank; an EPGroup is returned as it is.
+        """Wraps a torch process group for layers on a device, by default the CPU. None is one rank; an EPGroup is
+        returned as it is.
 
         What the group has for the layer's device decides: gloo gets point-to-point pairs, every other backend
         all-to-all. The group stays its owner's: no thread, setting or deadline of it is changed, and nothing of it is
@@ -166,13 +174,14 @@ class EPGroup:
         the device.
         """
         if isinstance(group, EPGroup):
+            check_made_for(getattr(group.transport, "device_type", None), device)
             return group
-        if deadline_s <= 0:
+        if not deadline_s > 0:
             raise ValueError(f"deadline_s must be positive, got {deadline_s}")
         if group is None:
             return cls(0, 1, None, deadline_s)
         check_group(group)
-        device, size = torch.device(device), group.size()
+        device, size = torch.device(device or "cpu"), group.size()
         world = global_ranks(group)
         hosts: dict[int, str] = {}
         whereabouts = Whereabouts()
@@ -232,7 +241,7 @@ def init_group(
         raise ValueError(f"no process-group backend is known for device type {device.type!r}, only {sorted(BACKENDS)}")
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} is not in [0, {size})")
-    if deadline_s <= 0:
+    if not deadline_s > 0:
         raise ValueError(f"deadline_s must be positive, got {deadline_s}")
     if dist.is_initialized():
         raise ValueError(

@@ -207,7 +207,7 @@ class PairTransfer:
 class PairTransport:
     """Point-to-point pairs with every peer: gloo's fast path. Tags keep the phases and waves of a call apart."""
 
-    early = True
+    early, device_type = True, "cpu"
     _PHASES = ("counts", "more counts", "dispatch", "combine", "link")
     _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
     TAIL_TAG = _TAGS_PER_PHASE // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import selectors
 import socket
 import struct
@@ -10,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed import HashStore
 
-from megamoe.parallel import beacon
+from megamoe.parallel import beacon, runs
 from megamoe.parallel.beacon import Beacon, ask
 from megamoe.parallel.line import Heartbeat, Line
 from megamoe.parallel.position import LEFT, OUTSIDE, RAISED, WAITING, Position, Whereabouts
@@ -264,3 +266,17 @@ def test_a_rank_that_raised_before_its_connection_was_taken_ends_waits_all_the_s
             lit[0]._wake()
             assert troubled.wait(5.0)
             lit[0]._selector.unregister(there)
+
+
+def test_a_list_of_runs_outlives_files_that_are_cut_short_or_of_another_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runs, "folder", lambda: tmp_path)
+    with runs.list_rank("mine", 0, "127.0.0.1", 7, "token"):
+        file = tmp_path / "mine" / "rank-0.json"
+        known = json.loads(file.read_text())
+        file.write_text(json.dumps({**known, "mood": "good"}))
+        for number, text in enumerate(("", "{", "[]", json.dumps({"rank": 3})), 1):
+            (tmp_path / "mine" / f"rank-{number}.json").write_text(text)
+        assert [rank.port for rank in runs.listed()["mine"]] == [7]
+        assert [each.name for each in (tmp_path / "mine").iterdir()] == ["rank-0.json"]

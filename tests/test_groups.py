@@ -118,7 +118,9 @@ def test_groups_that_cannot_serve_are_refused_with_what_would(ranks: LocalRanks)
 
 
 def moves_rows_on_gloo(group: EPGroup) -> str:
-    assert group.size == 2
+    assert EPGroup.of(group) is EPGroup.of(group, "cpu") is group
+    with pytest.raises(ValueError, match=r"the EPGroup moves rows of cpu devices, the layer is on cuda: make it for"):
+        EPGroup.of(group, "cuda:0")
     with pytest.raises(ValueError, match=r"no backend that moves rows between cuda devices") as refusal:
         EPGroup.of(dist.group.WORLD, "cuda:0")
     return str(refusal.value)

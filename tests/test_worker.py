@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,13 +17,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megamoe.launch import torchrun as torchrun_worker
 from megamoe.launch.job import batches, digest, read_text, share, tokenise
 from megamoe.launch.process import loopback
 from megamoe.launch.spawn import SpawnSeat, SpawnSeats
+from megamoe.launch.torchrun import Place
 from megamoe.launch.worker import Load, LoadReport, Meeting, Worker, WorkerOptions
 from megamoe.model.checkpoint import Checkpoint
 from megamoe.model.deepseek_v4 import ExpertStack
 from megamoe.model.synthetic import SMALL, write_checkpoint
+from megamoe.parallel import interfaces
+from megamoe.parallel.interfaces import INTERFACE_VARIABLES, Interface
 
 CONFIG = SMALL.model_copy(
     update={
@@ -90,6 +95,36 @@ def test_the_packages_own_text_is_there() -> None:
     text, name = read_text(None)
     assert name.startswith("Alice")
     assert len(tokenise(text)) > 1000
+
+
+# ---- which interface torchrun's ranks use ----
+
+ETH = Interface("eth1", "10.1.0.7", False, True, 0)
+
+
+@pytest.mark.parametrize(
+    ("named", "environment", "local_size", "expected"),
+    [
+        (None, {}, 4, "lo"),
+        (None, {}, 2, "eth1"),
+        (None, {"GLOO_SOCKET_IFNAME": "eth2"}, 2, "eth2"),
+        ("eth3", {"GLOO_SOCKET_IFNAME": "eth2"}, 2, "eth3"),
+        (None, {"NCCL_SOCKET_IFNAME": "=eth2"}, 2, "eth1"),
+    ],
+    ids=["one_machine", "own_name_is_loopback", "told", "named", "told_another_backend"],
+)
+def test_ranks_of_torchrun_use_the_interface_that_leads_to_the_others(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, environment: dict[str, str], local_size: int, expected: str
+) -> None:
+    for variable in INTERFACE_VARIABLES.values():
+        monkeypatch.setenv(variable, environment.get(variable, ""))
+    there = [ETH, replace(ETH, name="eth2"), replace(ETH, name="eth3"), Interface("lo", "127.0.0.1", True, True, 0)]
+    monkeypatch.setattr(interfaces, "list_interfaces", lambda: there)
+    monkeypatch.setattr(interfaces, "interface_towards", lambda _: there[3])
+    monkeypatch.setattr(interfaces, "_default_route", lambda: "eth1")
+    monkeypatch.setattr(torchrun_worker, "_address", lambda _: "127.0.1.1")
+    options = torchrun_worker.torchrun_options("cpu", Place(0, 4, 0, local_size, "node0"), named, 9.0)
+    assert options.interface == os.environ["GLOO_SOCKET_IFNAME"] == expected
 
 
 # ---- a worker's model ----
