@@ -173,17 +173,17 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
         return
     strangers = [rank for rank in range(group.size) if pages[rank]["magic"] != _MAGIC]
     if strangers:
-        raise CallRefusedError(f"{_ranks(strangers)} sent no page of this version of megamoe")
+        raise CallRefusedError(f"{_ranks(group, strangers)} sent no page of this version of megamoe")
     for rank in range(group.size):
         if pages[rank]["wrong"]:
             host, text = group.hosts[rank], _text(pages[rank]["complaint"])
-            raise CallRefusedError(f"rank {rank} on {host} was called wrongly, so no rank computed: {text}")
+            raise CallRefusedError(f"{group.named(rank)} on {host} was called wrongly, so no rank computed: {text}")
     found = []
     for name in _COMPARED:
         values = [_plain(pages[rank][name]) for rank in range(group.size)]
         said = []
         for value in dict.fromkeys(values):
-            said.append(f"{value} on {_ranks([rank for rank, other in enumerate(values) if other == value])}")
+            said.append(f"{value} on {_ranks(group, [rank for rank, other in enumerate(values) if other == value])}")
         if len(said) > 1:
             found.append(f"{name} is {', '.join(said)}")
     if found:
@@ -194,9 +194,12 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
         raise CallRefusedError(f"ranks disagree, so no rank computed: {'; '.join(found)}{hint}")
 
 
-def _ranks(ranks: list[int]) -> str:
-    """[2] -> 'rank 2'    [0, 1] -> 'ranks 0, 1'"""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def _ranks(group: EPGroup, ranks: list[int]) -> str:
+    """[2] -> 'rank 2'    [0, 1] -> 'ranks 0, 1'    [1] of a group of ranks 4 and 5 -> 'rank 1 (global rank 5)'"""
+    names = [group.named(rank) for rank in ranks]
+    if len(names) == 1:
+        return names[0]
+    return f"ranks {', '.join(name.removeprefix('rank ') for name in names)}"
 
 
 def told(text: str, size: int) -> bytes:
