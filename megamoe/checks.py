@@ -67,7 +67,7 @@ def check_device(device: torch.device | str | None) -> torch.device:
         raise ValueError(f"device must be one that torch knows, got {device!r}") from wrong
     if found.type == "meta":
         raise ValueError(
-            "device must be one that can hold weights, got 'meta': leave it out, memory is taken when weights are loaded"
+            "device must be one that holds weights, got 'meta': leave it out, memory is taken when weights are loaded"
         )
     return found
 
