@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 
@@ -34,5 +35,10 @@ class MoEShape:
         if self.topk > self.num_experts:
             raise ValueError(f"topk {self.topk} is larger than num_experts {self.num_experts}")
         limit = self.swiglu_limit
-        if limit is not None and not (math.isfinite(limit) and limit > 0):
+        if limit is not None and not (_is_number(limit) and math.isfinite(limit) and limit > 0):
             raise ValueError(f"swiglu_limit must be a positive finite number or None, got {limit!r}")
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a plain number that FP64 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -23,12 +23,16 @@ from megamoe.planner.pace import MAX_AUTO_WAVES
 Waves = int | str | Sequence[int]
 
 AUTO_MESSAGE_BYTES = 256 * 1024
+MAX_WAVES = 10_000  # messages of a wave are told apart by its number, for which there is so much room
 
 
 def check_waves(waves: Waves) -> int | str | tuple[int, ...]:
     """waves as a positive integer, "auto", or the relative sizes of uneven waves. ValueError for anything else."""
-    if waves == "auto":
+    if isinstance(waves, str) and waves == "auto":
         return "auto"
+    number = len(waves) if isinstance(waves, Sequence) and not isinstance(waves, str) else waves
+    if isinstance(number, int) and number > MAX_WAVES:
+        raise ValueError(f"waves are at most {MAX_WAVES}, got {number}")
     if isinstance(waves, int) and not isinstance(waves, bool) and waves > 0:
         return waves
     if isinstance(waves, Sequence) and not isinstance(waves, str) and waves:

@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from megamoe.ambient import Keeping, eager, undisturbed
 from megamoe.call import CallRecord
+from megamoe.checks import check_gradient
 from megamoe.layer import MegaMoE
 from megamoe.model.checkpoint import Checkpoint, E4M3Blocks
 from megamoe.model.router import Router
@@ -17,7 +21,15 @@ from megamoe.products import linear
 from megamoe.waves import Waves
 
 
-class SharedExpert(nn.Module):
+class KeepsDtypes(nn.Module):
+    """A module whose tensors keep the checkpoint's dtypes: .half() and the like may move them and not round them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsDtypes:
+        super()._apply(Keeping(fn, type(self).__name__, moves=True), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class SharedExpert(KeepsDtypes):
     """The expert that every token visits, on the token's own rank: held in FP8, computed in BF16, clamped alike."""
 
     def __init__(self, gate: E4M3Blocks, up: E4M3Blocks, down: E4M3Blocks, limit: float) -> None:
@@ -26,21 +38,23 @@ class SharedExpert(nn.Module):
         for name, weight in (("gate", gate), ("up", up), ("down", down)):
             self.register_buffer(name, weight.values)
             self.register_buffer(f"{name}_scales", weight.scales)
-        self.table = silu_table(limit, gate.values.device)  # no buffer: a cast of the model must not round it
 
+    @eager
     def forward(self, hidden: Tensor) -> Tensor:
-        """[T, H] bfloat16 -> [T, H] bfloat16"""
-        gate_up = torch.cat((self._linear(hidden, "gate"), self._linear(hidden, "up")), 1)
-        ones = torch.ones(len(hidden), dtype=torch.float32, device=hidden.device)
-        activated = activate(gate_up, ones, self.limit, self.table, quantized=False)
-        return self._linear(activated, "down")
+        """[T, H] bfloat16 -> [T, H] bfloat16. ValueError where a gradient is asked for."""
+        check_gradient("hidden", hidden)
+        with undisturbed(hidden.device):
+            gate_up = torch.cat((self._linear(hidden, "gate"), self._linear(hidden, "up")), 1)
+            ones = torch.ones(len(hidden), dtype=torch.float32, device=hidden.device)
+            table = silu_table(self.limit, hidden.device)
+            return self._linear(activate(gate_up, ones, self.limit, table, quantized=False), "down")
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         weight = E4M3Blocks(self.get_buffer(name), self.get_buffer(f"{name}_scales"))
         return linear(x, weight.dequantize())
 
 
-class MoEBlock(nn.Module):
+class MoEBlock(KeepsDtypes):
     """hidden + experts(norm(hidden)): what stands after the attention of one DeepSeek-V4 layer."""
 
     def __init__(self, norm: Tensor, eps: float, router: Router, routed: MegaMoE, shared: SharedExpert | None) -> None:
@@ -48,15 +62,20 @@ class MoEBlock(nn.Module):
         self.eps, self.router, self.routed, self.shared = eps, router, routed, shared
         self.register_buffer("norm", norm.to(torch.float64))
 
-    @torch.no_grad()
+    @eager
     def forward(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """hidden [T, H] bfloat16, token_ids [T] int64 -> [T, H] bfloat16"""
-        normed = self._normalise(hidden)
-        topk_ids, topk_weights = self.router(normed, token_ids)
-        out: Tensor = hidden.to(torch.float32) + self.routed(normed, topk_ids, topk_weights)
-        if self.shared is not None:
-            out += self.shared(normed)
-        return out.to(torch.bfloat16)
+        """hidden [T, H] bfloat16, token_ids [T] int64 -> [T, H] bfloat16. Errors as MegaMoE.forward() has them."""
+        asked = hidden.requires_grad and torch.is_grad_enabled()
+        with undisturbed(hidden.device):
+            normed = self._normalise(hidden)
+            topk_ids, topk_weights = self.router(normed, token_ids)
+        # a gradient that is asked for is refused there, by all ranks together
+        routed: Tensor = self.routed(normed.requires_grad_(asked), topk_ids, topk_weights)
+        with undisturbed(hidden.device):
+            out = hidden.to(torch.float32) + routed
+            if self.shared is not None:
+                out += self.shared(normed)
+            return out.to(torch.bfloat16)
 
     def _normalise(self, hidden: Tensor) -> Tensor:
         """RMSNorm in FP64, rounded to BF16 once."""
@@ -88,7 +107,8 @@ class ExpertStack(nn.Module):
     ) -> ExpertStack:
         """ValueError names the tensor that is missing or has another shape or dtype than the config asks for."""
         layers = range(checkpoint.config.num_hidden_layers)
-        return cls([_load_block(checkpoint, layer, group, waves, dispatch_format, device) for layer in layers])
+        with undisturbed(torch.device(device)):
+            return cls([_load_block(checkpoint, layer, group, waves, dispatch_format, device) for layer in layers])
 
     def regroup(self, checkpoint: Checkpoint, group: EPGroup | None) -> tuple[int, int]:
         """Goes on in another group -> experts that this rank had already, and those that were read, over all layers.
@@ -100,13 +120,13 @@ class ExpertStack(nn.Module):
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, MoEBlock)
             missing = block.routed.regroup(group)
-            _load_experts(checkpoint, layer, block.routed, missing)
+            with undisturbed(block.routed.device):
+                _load_experts(checkpoint, layer, block.routed, missing)
             kept, read = kept + len(block.routed.local_experts) - len(missing), read + len(missing)
         return kept, read
 
-    @torch.no_grad()
     def forward(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """hidden [T, H] bfloat16, token_ids [T] int64 -> [T, H] bfloat16"""
+        """hidden [T, H] bfloat16, token_ids [T] int64 -> [T, H] bfloat16. Errors as MegaMoE.forward() has them."""
         for block in self.blocks:
             hidden = block(hidden, token_ids)
         return hidden

@@ -56,9 +56,9 @@ def write_checkpoint(
     count = config.num_hidden_layers + 1
     shards = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     weight_map: dict[str, str] = {}
-    embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16)
+    embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16, device="cpu")
     for rows in torch.split(embedding, 8192):  # in pieces: a whole FP32 copy would double the memory
-        rows.copy_(torch.randn(rows.shape, generator=rng))
+        rows.copy_(_randn(rows.shape, rng))
     _save(path, shards[0], {"embed.weight": embedding}, weight_map)
     del embedding
     progress(shards[0])
@@ -81,14 +81,14 @@ def _layer_tensors(
     hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
     matrices = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
     name = f"layers.{layer}.ffn"
-    tensors = {f"layers.{layer}.ffn_norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}
-    tensors[f"{name}.gate.weight"] = (torch.randn(experts, hidden, generator=rng) / hidden**0.5).to(torch.bfloat16)
+    tensors = {f"layers.{layer}.ffn_norm.weight": torch.ones(hidden, dtype=torch.bfloat16, device="cpu")}
+    tensors[f"{name}.gate.weight"] = (_randn((experts, hidden), rng) / hidden**0.5).to(torch.bfloat16)
     if config.is_hash_routed(layer):
         # K different experts a token: the first of a random order
-        order = torch.rand(config.vocab_size, experts, generator=rng).argsort(-1)
+        order = torch.rand(config.vocab_size, experts, generator=rng, dtype=torch.float32, device="cpu").argsort(-1)
         tensors[f"{name}.gate.tid2eid"] = order[:, : config.num_experts_per_tok].to(torch.int32).contiguous()
     else:
-        tensors[f"{name}.gate.bias"] = torch.randn(experts, generator=rng) * 0.1
+        tensors[f"{name}.gate.bias"] = _randn((experts,), rng) * 0.1
     for expert in range(experts):
         for key, size in matrices.items():
             quantized = quantize_mxfp4(_matrix(size, rng))
@@ -104,4 +104,9 @@ def _layer_tensors(
 
 
 def _matrix(size: tuple[int, int], rng: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=rng).mul_(1.5 / size[1] ** 0.5)
+    return _randn(size, rng).mul_(1.5 / size[1] ** 0.5)
+
+
+def _randn(size: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """The same numbers whatever torch's default dtype and device are."""
+    return torch.randn(size, generator=rng, dtype=torch.float32, device="cpu")

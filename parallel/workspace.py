@@ -7,12 +7,14 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from megamoe.parallel.turns import queue_of
+
 
 class Workspace:
     """Buffers by name, each grown to the largest size asked of it. What is in one is lost when its name is taken again.
 
-    Shared by all layers of a group, which run one at a time, on a GPU in one stream. While a CUDA graph is captured
-    buffers come from the graph's own memory instead, which is the graph's alone and stays as long as it does.
+    Shared by all layers of a group, which take turns, on a GPU in whatever streams: see turns.py. While a CUDA graph is
+    captured buffers come from the graph's own memory, which is the graph's alone and stays as long as it does.
     """
 
     def __init__(self) -> None:
@@ -34,6 +36,8 @@ class Workspace:
             return torch.empty(shape, dtype=dtype, device=like.device)
         buffer = self._buffers.get((name, like.device))
         if buffer is None or buffer.numel() < num_bytes:
+            if buffer is not None:
+                _let_go(buffer)
             buffer = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
             self._buffers[name, like.device] = buffer
         return buffer[:num_bytes].view(dtype).view(shape)
@@ -45,3 +49,10 @@ class Workspace:
             buffer = torch.empty(size, dtype=dtype, pin_memory=torch.cuda.is_available())
             self._pinned[name, dtype] = buffer
         return buffer[:size]
+
+
+def _let_go(buffer: Tensor) -> None:
+    """Keeps a buffer's memory from others until the current stream, which comes after all that used it, is done."""
+    stream = queue_of(buffer.device)
+    if stream is not None:
+        buffer.record_stream(stream)  # type: ignore[arg-type]
