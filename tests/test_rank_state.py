@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,3 +214,20 @@ def test_a_layer_without_all_its_weights_has_no_weights_in_its_state() -> None:
     layer.load_expert(0, gate_up[0], down[0])
     with pytest.raises(RuntimeError, match=r"Missing key.*experts\.gate_up"):
         MegaMoE(SHAPE).load_state_dict(layer.state_dict())
+
+
+def pickled(layer: MegaMoE) -> MegaMoE:
+    copied: MegaMoE = pickle.loads(pickle.dumps(layer))
+    return copied
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
+def test_a_copy_of_a_layer_has_weights_of_its_own(copied: Callable[[MegaMoE], MegaMoE], weight_format: str) -> None:
+    layer = make_layer(SHAPE, weight_format=weight_format)
+    output(layer)
+    other = copied(layer)
+    assert torch.equal(output(other), expected(weight_format))
+    other.load_experts(*make_weights(SHAPE, seed=9))
+    assert not torch.equal(output(other), expected(weight_format))
+    assert torch.equal(output(layer), expected(weight_format))

@@ -63,6 +63,10 @@ class Library:
             function.argtypes, function.restype = types, None
             self._functions[name] = function
 
+    def __reduce__(self) -> tuple[Callable[[Path], Library], tuple[Path]]:
+        """A copy, in this process or another, is the library that is loaded there."""
+        return load, (self.path,)
+
     def products(
         self, rows: Rows, weights: MXFP4Blocks | Tensor, outputs: int, out: Tensor, goes: Tensor | None = None
     ) -> None:
