@@ -86,7 +86,7 @@ class Checkpoint:
     def gate_weight(self, layer: int) -> Tensor:
         """[E, H] bfloat16"""
         size = (self.config.n_routed_experts, self.config.hidden_size)
-        return self.tensor(f"layers.{layer}.ffn.gate.weight", size, "BF16")
+        return self.tensor(f"layers.{layer}.ffn.gate.weight", size, "BF16").clone()
 
     def gate_bias(self, layer: int) -> Tensor:
         """[E] float32, of a scored layer"""

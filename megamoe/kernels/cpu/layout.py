@@ -13,6 +13,7 @@ from torch import Tensor
 from megamoe.formats import BLOCK, MXFP4, unpack_e2m1
 
 OUTPUTS = 32
+_BLOCKS_AT_ONCE = 8  # so that what packing needs meanwhile is small
 
 
 def num_blocks(outputs: int) -> int:
@@ -37,13 +38,19 @@ def pack_mxfp4(weight: MXFP4) -> MXFP4Blocks:
     Byte 16 l + 8 h + 2 o + j of the 64 belongs to output 16 h + 4 l + o: its low nibble to the 4 values' j, its high
     nibble to their 2 + j.
     """
-    codes = _pad(unpack_e2m1(weight.packed), OUTPUTS, 0)
-    rows, inputs = codes.shape
-    # block, h, l, o; four, high nibble, j
-    codes = codes.view(rows // OUTPUTS, 2, 4, 4, inputs // 4, 2, 2).permute(0, 4, 2, 1, 3, 6, 5)
-    packed = (codes[..., 0] | (codes[..., 1] << 4)).reshape(rows // OUTPUTS, inputs // 4, 64)
-    scales = _pad(weight.scales, OUTPUTS, 0).view(rows // OUTPUTS, OUTPUTS, inputs // BLOCK)
-    return packed, scales.transpose(1, 2).contiguous()
+    outputs, inputs = weight.shape
+    shapes = mxfp4_shapes(outputs, inputs)
+    packed, scales = (weight.packed.new_empty(shape) for shape in shapes)
+    for first in range(0, shapes[0][0], _BLOCKS_AT_ONCE):
+        rows = slice(first * OUTPUTS, (first + _BLOCKS_AT_ONCE) * OUTPUTS)
+        codes = _pad(unpack_e2m1(weight.packed[rows]), OUTPUTS, 0)
+        # block, h, l, o; four, high nibble, j
+        codes = codes.view(-1, 2, 4, 4, inputs // 4, 2, 2).permute(0, 4, 2, 1, 3, 6, 5)
+        part = packed[first : first + _BLOCKS_AT_ONCE]
+        torch.bitwise_or(codes[..., 0], codes[..., 1] << 4, out=part.view(codes.shape[:-1]))
+        block_scales = _pad(weight.scales[rows], OUTPUTS, 0).view(-1, OUTPUTS, inputs // BLOCK)
+        scales[first : first + _BLOCKS_AT_ONCE] = block_scales.transpose(1, 2)
+    return packed, scales
 
 
 def unpack_mxfp4(packed: Tensor, scales: Tensor, outputs: int) -> MXFP4:
