@@ -167,7 +167,7 @@ class MegaMoE(nn.Module):
         """
         with self._turn():
             keeping = Keeping(fn, f"layer {self.name!r}", moves=False)
-            super()._apply(keeping, recurse)
+            super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
             if keeping.emptied:
                 self.experts.forget(self.local_experts)
         return self

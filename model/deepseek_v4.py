@@ -25,7 +25,7 @@ class KeepsDtypes(nn.Module):
     """A module whose tensors keep the checkpoint's dtypes: .half() and the like may move them and not round them."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(Keeping(fn, type(self).__name__, moves=True), recurse)
+        super()._apply(Keeping(fn, type(self).__name__, moves=True), recurse)  # type: ignore[no-untyped-call]
         return self
 
 

@@ -165,7 +165,7 @@ def test_a_compiled_layer_has_the_bits_of_an_eager_one(whole: bool) -> None:
 
 
 def traced(layer: MegaMoE) -> None:
-    torch.jit.trace(layer, (BATCH.hidden, BATCH.ids, BATCH.weights), check_trace=False)
+    torch.jit.trace(layer, (BATCH.hidden, BATCH.ids, BATCH.weights), check_trace=False)  # type: ignore[no-untyped-call]
 
 
 def mapped(layer: MegaMoE) -> None:
@@ -186,7 +186,7 @@ def faked_outside(layer: MegaMoE) -> None:
     layer(mode.from_tensor(BATCH.hidden), BATCH.ids, BATCH.weights)
 
 
-def made_of_fakes(layer: MegaMoE) -> None:
+def made_of_fakes(_: MegaMoE) -> None:
     with FakeTensorMode():
         make_layer(SHAPE)
 
@@ -194,7 +194,8 @@ def made_of_fakes(layer: MegaMoE) -> None:
 def dual(layer: MegaMoE) -> None:
     with forward_ad.dual_level():
         hidden = BATCH.hidden.float()
-        layer(forward_ad.make_dual(hidden, torch.ones_like(hidden)), BATCH.ids, BATCH.weights)
+        both = forward_ad.make_dual(hidden, torch.ones_like(hidden))  # type: ignore[no-untyped-call]
+        layer(both, BATCH.ids, BATCH.weights)
 
 
 def sparse(layer: MegaMoE) -> None:
@@ -205,11 +206,11 @@ def weights_that_need_a_gradient(layer: MegaMoE) -> None:
     layer(BATCH.hidden, BATCH.ids, BATCH.weights.clone().requires_grad_())
 
 
-def on_meta(layer: MegaMoE) -> None:
+def on_meta(_: MegaMoE) -> None:
     MegaMoE(SHAPE, device="meta")
 
 
-def on_nothing(layer: MegaMoE) -> None:
+def on_nothing(_: MegaMoE) -> None:
     MegaMoE(SHAPE, device="abacus")
 
 
@@ -263,9 +264,7 @@ def test_a_layer_that_is_moved_or_emptied_says_so() -> None:
     layer = make_layer(SHAPE)
     state = {name: each.clone() for name, each in layer.state_dict().items()}
     expected = call(layer)
-    with pytest.raises(
-        ValueError, match="layer 'moe' was made for cpu and does not move to meta: make it with device="
-    ):
+    with pytest.raises(ValueError, match="layer 'moe' was made for cpu and does not move to meta: make it"):
         layer.to("meta")
     assert torch.equal(call(layer), expected)
     layer.to_empty(device="cpu")
@@ -281,15 +280,15 @@ def test_a_layer_that_is_moved_or_emptied_says_so() -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("ambient") / "small"
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 6, "num_experts_per_tok": 2}
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "n_routed_experts": 6, "num_experts_per_tok": 2}
     with default_dtype(torch.float64), torch.device("meta"):
         write_checkpoint(path, SMALL.model_copy(update=sizes | {"vocab_size": 50}))
     return path
 
 
-@pytest.mark.parametrize("ambient", ["autocast", "bfloat16", "device_block", "inference_mode", "deterministic"])
+@pytest.mark.parametrize("ambient", ["autocast", "device_block", "inference_mode", "deterministic"])
 def test_blocks_have_the_same_bits_too(checkpoint: Path, ambient: str) -> None:
-    ids, hidden = torch.arange(40), torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids, hidden = torch.arange(40), torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     with Checkpoint.open(checkpoint) as opened:
         stack = ExpertStack.load(opened)
         expected = stack(hidden, ids)

@@ -52,7 +52,7 @@ def fails_in_the_middle(group: EPGroup, end: type[BaseException]) -> tuple[str, 
         raise end("a table of the kernel")
 
     if group.rank == 1:
-        layer.experts.linear1 = fail  # type: ignore[method-assign]
+        layer.experts.linear1 = fail  # type: ignore[method-assign,assignment]
     with pytest.raises((end, PeerError)) as ended:
         call(layer, batch)
     with pytest.raises(RuntimeError, match="cannot be used any more") as refusal:
@@ -108,7 +108,7 @@ BAD = {
 def test_a_refused_reload_keeps_all_of_the_old_weights(bad: str) -> None:
     layer, batch = make_layer(SHAPE), make_batch(SHAPE, 9)
     expected = call(layer, batch)
-    with pytest.raises(ValueError, match="gate_up|down"):
+    with pytest.raises(ValueError, match=r"gate_up|down"):
         layer.load_experts(*BAD[bad])
     assert torch.equal(call(layer, batch), expected)
 
