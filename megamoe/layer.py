@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamoe.agreement import Part, Terms, agree
+from megamoe.agreement import Part, Terms, agree, exact
 from megamoe.ambient import Keeping, eager, undisturbed
 from megamoe.call import Call, CallBase, CallRecord, Parts
 from megamoe.catalog import Machine
@@ -306,7 +306,9 @@ class MegaMoE(nn.Module):
             weight_format=self.weight_format,
             dispatch_format=self.dispatch_format,
             combine_format=self.combine_format,
-            waves=str(self.waves) if self.machine is None else f"{self.waves} at {self.machine.wave_us.value!r} us",
+            waves=str(self.waves)
+            if self.machine is None
+            else f"{self.waves} at {exact(self.machine.wave_us.value)} us",
         )
 
     def extra_repr(self) -> str:
