@@ -216,6 +216,12 @@ def told(text: str, size: int) -> bytes:
     return f"{head}...{tail}{digest}".encode() if ends else digest.encode()
 
 
+def exact(value: float) -> str:
+    """A number in as few digits as tell it from all others.    100.0 -> '100'    100.0000001 -> '100.0000001'"""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def _clipped(text: str, size: int) -> bytes:
     """UTF-8 of at most `size` bytes, cut between characters."""
     return text.encode()[:size].decode(errors="ignore").encode()

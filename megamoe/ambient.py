@@ -110,7 +110,7 @@ class Keeping:
 
 def in_a_transform() -> str:
     """What of torch only pretends to compute here, "" where nothing does: a layer could not but give wrong numbers."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func"

@@ -51,7 +51,9 @@ def check_gradient(name: str, tensor: Tensor) -> None:
     """ValueError where a gradient is asked for, backward or forward, that there is none of."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, and there is no backward yet: call it under torch.no_grad()")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+    if forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
         raise ValueError(f"{name} carries a tangent, and the layer has no forward-mode derivative")
 
 

@@ -216,9 +216,12 @@ class Experts(nn.Module):
             index = expert - self.ids.start
             self._loaded[index] = False  # what an interruption leaves is neither the old expert nor the new one
             for name, parts in packed.items():
-                for key, part in parts.items():
-                    self._stacks[name][key][index] = part
+                self._store(name, index, parts)
         self._loaded[index] = True
+
+    def _store(self, name: str, index: int, parts: Mapping[str, Tensor]) -> None:
+        for key, part in parts.items():
+            self._stacks[name][key][index] = part
 
     def check(self, expert: int, gate_up: Weight, down: Weight) -> None:
         """ValueError for what load() would not take."""

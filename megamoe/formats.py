@@ -183,7 +183,7 @@ def quantize_mxfp4(weight: Tensor) -> MXFP4:
     exponents = torch.where(amax == 0, 127, exponents)
     scaled = blocks / e8m0_to_float(exponents.to(torch.uint8))
     # a magnitude goes to the next code only when above the midpoint: ties to the smaller
-    midpoints = torch.tensor((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0), device=weight.device)
+    midpoints = torch.tensor((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0), dtype=torch.float32, device=weight.device)
     codes = torch.bucketize(scaled.abs(), midpoints, out_int32=True).to(torch.uint8)
     codes = torch.where((scaled < 0) & (codes > 0), codes + 8, codes)
     return MXFP4(pack_e2m1(codes.flatten(-2)), exponents.squeeze(-1).to(torch.uint8))
@@ -260,7 +260,7 @@ def quantize_e4m3_blocks(weight: Tensor, block: int = 128) -> tuple[Tensor, Tens
         raise ValueError("quantize_e4m3_blocks: weights must be finite")
     rows, columns = weight.shape
     tall, wide = -(-rows // block), -(-columns // block)
-    padded = torch.zeros(tall * block, wide * block)
+    padded = torch.zeros(tall * block, wide * block, dtype=torch.float32, device=weight.device)
     padded[:rows, :columns] = weight
     amax = padded.view(tall, block, wide, block).abs().amax((1, 3)).clamp_min(_MXFP8_MIN_AMAX)
     scales = _ceil_log2_ratio(amax, 0x600000, 8).to(torch.uint8)
@@ -292,17 +292,17 @@ def _block_max(groups: Tensor, tall: int, wide: int, block: int) -> Tensor:
 
 def _e2m1_table() -> Tensor:
     """[65536] int64: the four BF16 values of two packed bytes, in the order of memory."""
-    words = torch.arange(65536)
+    words = torch.arange(65536, device="cpu")
     codes = torch.stack([(words >> shift) & 15 for shift in (0, 4, 8, 12)], -1)
-    values = torch.tensor(E2M1_MAGNITUDES + tuple(-m for m in E2M1_MAGNITUDES), dtype=torch.bfloat16)
+    values = torch.tensor(E2M1_MAGNITUDES + tuple(-m for m in E2M1_MAGNITUDES), dtype=torch.bfloat16, device="cpu")
     return values[codes].view(torch.int64).flatten()
 
 
 def _e4m3_table() -> Tensor:
     """[65536] int32: the two BF16 values of two bytes, in the order of memory."""
-    words = torch.arange(65536)
+    words = torch.arange(65536, device="cpu")
     codes = torch.stack((words & 255, words >> 8), -1)
-    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16)
+    values = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(torch.bfloat16)
     return values[codes].view(torch.int32).flatten()
 
 

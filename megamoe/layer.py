@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamoe.agreement import Part, Terms, agree
+from megamoe.agreement import Part, Terms, agree, exact
 from megamoe.ambient import eager, undisturbed
 from megamoe.call import Call, CallBase, CallRecord, Parts
 from megamoe.catalog import Machine
@@ -299,8 +299,12 @@ class MegaMoE(nn.Module):
             dispatch_format=self.dispatch_format,
             combine_format=self.combine_format,
             arithmetic=self.experts.arithmetic,
-            waves=str(self.waves) if self.machine is None else f"{self.waves} at {self.machine.wave_us.value!r} us",
+            waves=self._waves_term(),
         )
+
+    def _waves_term(self) -> str:
+        """What "auto" chooses follows from what a wave costs the machine."""
+        return f"{self.waves}" if self.machine is None else f"{self.waves} at {exact(self.machine.wave_us.value)} us"
 
     def extra_repr(self) -> str:
         return (

@@ -37,7 +37,7 @@ def moe(
         activated = _swiglu(gate, up, topk_weights[token, slot], shape.swiglu_limit)
         activated = round_mxfp8(activated) if quantized else activated.to(torch.bfloat16)
         slots[token, slot] = _product(activated, down[expert], quantized)
-    total = torch.zeros(len(tokens), shape.hidden)
+    total = torch.zeros(len(tokens), shape.hidden, dtype=torch.float32)
     for k in range(shape.topk):
         total = total + slots[:, k].to(torch.float32)
     return total.to(torch.bfloat16)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megamoe.ambient import undisturbed
 from megamoe.formats import quantize_e4m3_blocks, quantize_mxfp4
 from megamoe.model.checkpoint import INDEX
 from megamoe.model.config import DeepSeekV4Config
@@ -51,12 +52,19 @@ def write_checkpoint(
     One shard for the embedding, then one a layer. Weights are normal, scaled so that values keep their size from
     layer to layer; the selection bias is not zero and the hash table spreads tokens over all experts.
     """
+    with undisturbed(torch.device("cpu")):
+        _write_shards(path, config, seed, progress)
+    (path / "config.json").write_text(config.model_dump_json(indent=1))
+
+
+def _write_shards(path: Path, config: DeepSeekV4Config, seed: int, progress: Callable[[str], None]) -> None:
+    """Everything but config.json."""
     path.mkdir(parents=True, exist_ok=True)
     rng = torch.Generator().manual_seed(seed)
     count = config.num_hidden_layers + 1
     shards = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     weight_map: dict[str, str] = {}
-    embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16, device="cpu")
+    embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16)
     for rows in torch.split(embedding, 8192):  # in pieces: a whole FP32 copy would double the memory
         rows.copy_(_randn(rows.shape, rng))
     _save(path, shards[0], {"embed.weight": embedding}, weight_map)
@@ -67,7 +75,6 @@ def write_checkpoint(
         _save(path, shards[layer + 1], tensors, weight_map)
         progress(shards[layer + 1])
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
-    (path / "config.json").write_text(config.model_dump_json(indent=1))
 
 
 def _save(path: Path, shard: str, tensors: dict[str, Tensor], weight_map: dict[str, str]) -> None:
@@ -81,11 +88,11 @@ def _layer_tensors(
     hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
     matrices = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
     name = f"layers.{layer}.ffn"
-    tensors = {f"layers.{layer}.ffn_norm.weight": torch.ones(hidden, dtype=torch.bfloat16, device="cpu")}
+    tensors = {f"layers.{layer}.ffn_norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}
     tensors[f"{name}.gate.weight"] = (_randn((experts, hidden), rng) / hidden**0.5).to(torch.bfloat16)
     if config.is_hash_routed(layer):
         # K different experts a token: the first of a random order
-        order = torch.rand(config.vocab_size, experts, generator=rng, dtype=torch.float32, device="cpu").argsort(-1)
+        order = torch.rand(config.vocab_size, experts, generator=rng, dtype=torch.float32).argsort(-1)
         tensors[f"{name}.gate.tid2eid"] = order[:, : config.num_experts_per_tok].to(torch.int32).contiguous()
     else:
         tensors[f"{name}.gate.bias"] = _randn((experts,), rng) * 0.1
@@ -108,5 +115,5 @@ def _matrix(size: tuple[int, int], rng: torch.Generator) -> Tensor:
 
 
 def _randn(size: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """The same numbers whatever torch's default dtype and device are."""
-    return torch.randn(size, generator=rng, dtype=torch.float32, device="cpu")
+    """The same numbers whatever torch's default dtype is."""
+    return torch.randn(size, generator=rng, dtype=torch.float32)
