@@ -16,6 +16,7 @@ from megamoe.kernels.cpu.library import KernelWarning, find
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices
 from megamoe.launch.doctor_check import Check, Examination, LookAt, gib, plural
 from megamoe.ops import has_kernels
+from megamoe.products import ROW_BLOCKS, keeps_bits, multiply_dtype
 
 LEAST_TORCH, LEAST_RAY = (2, 11), (2, 40)
 _TRITONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-ascend")
@@ -120,8 +121,15 @@ def _cpu_kernels() -> Check:
     said = f"; not {', '.join(reasons)}" if reasons else ""
     if library is None:
         fix = "install a C++ compiler: apt-get install g++, or point CXX at one"
-        return Check("experts", "warn", f"torch on cpu, slower{said}", fix)
+        depends = "" if _torch_keeps_bits() else "; its products depend on the batch on this machine"
+        return Check("experts", "warn", f"torch on cpu, slower{depends}{said}", fix)
     return Check.ok("experts", f"kernels {library.path.name} on cpu, sums in order {library.path.arithmetic}{said}")
+
+
+def _torch_keeps_bits() -> bool:
+    """Whether a row of torch's products has the same bits in any place, in blocks of some size; tried on one shape."""
+    cpu = torch.device("cpu")
+    return any(keeps_bits(cpu, multiply_dtype(cpu), (1024, 1024), size) for size in ROW_BLOCKS)
 
 
 LOOK_AT: tuple[LookAt, ...] = (python, torch_version, triton, ray, devices, driver, cpu_instructions, experts)

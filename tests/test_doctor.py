@@ -304,6 +304,8 @@ def test_what_computes_the_experts_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     check = doctor_software.experts(CPU)
     assert (check.state, check.found) == ("warn", "torch on cpu, slower; not avx2: there is no C++ compiler 'c++'")
     assert "g++" in check.fix
+    monkeypatch.setattr(doctor_software, "keeps_bits", lambda *_: False)
+    assert "its products depend on the batch on this machine" in doctor_software.experts(CPU).found
     assert doctor_software.experts(Examination(2, "npu")).found == "there is no npu to compute them"
     monkeypatch.setattr(doctor_software, "num_devices", lambda _: 1)
     for kernels, said in ((True, "Triton kernels on cuda"), (False, "torch on cuda")):
