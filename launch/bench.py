@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megamoe.catalog import load_machine
+from megamoe.checks import check_formats
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
 from megamoe.launch.lab import Host, lab, parse_rate
 from megamoe.launch.ranks import LocalRanks
@@ -79,7 +80,7 @@ class BenchRequest:
         elif self.latency_ms:
             raise ValueError(f"latency_ms {self.latency_ms} needs a link to delay, such as 1gbit")
         check_waves(self.waves)
-        MegaMoE(self.shape, weight_format=self.weight_format, dispatch_format=self.dispatch_format, device="meta")
+        check_formats(self.shape, self.weight_format, self.dispatch_format, "bf16")
         predict_run(self)
 
     @property
