@@ -74,7 +74,12 @@ class KernelProducts(Products):
         self.library, self.arithmetic = library, library.path.arithmetic
 
     def multiply(
-        self, rows: Rows, held: Held, out: Tensor, goes: Tensor | None = None, _: Workspace | None = None
+        self,
+        rows: Rows,
+        held: Held,
+        out: Tensor,
+        goes: Tensor | None = None,
+        workspace: Workspace | None = None,  # noqa: ARG002  what torch decodes into; nothing is decoded to memory here
     ) -> None:
         stacks = held.stacks
         weights = (stacks[VALUES], stacks[SCALES]) if held.matrix.packed else stacks[VALUES]
