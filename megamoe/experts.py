@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from megamoe.formats import MXFP4, MXFP4_MAX_SCALE, dequantize_mxfp4, quantize_mxfp4
 from megamoe.kernels.cpu.library import Rows
+from megamoe.kernels.layout import LARGEST_SMALL_SCALE, Prepacked
+from megamoe.kernels.targets import reads_wide
 from megamoe.ops import activate, has_kernels, silu_table
 from megamoe.parallel.workspace import Workspace
 from megamoe.products import DEQUANTIZED, Held, KernelProducts, products_of
 from megamoe.shape import MoEShape
-from megamoe.weights import SCALES, VALUES, InTurns, Matrix
+from megamoe.weights import SCALES, VALUES, InTurns, Matrix, Panels
 
 WEIGHT_FORMATS = ("mxfp4", "bf16")
 # What kernels of a GPU pay for reading packed weights from memory a second time, in rows of an expert's products:
@@ -56,13 +58,16 @@ class Experts(nn.Module):
         self.packed = weight_format == "mxfp4"
         self.grouped = has_kernels(device)
         self.products = products_of(device, arithmetic)
-        self.layout = InTurns() if self.grouped else self.products.layout
+        self.layout = self.products.layout
+        if self.grouped:
+            self.layout = Panels() if reads_wide(device) else InTurns()
         if keep_dequantized and (self.grouped or isinstance(self.products, KernelProducts)):
             raise ValueError(f"keep_dequantized is of no use on {device}, whose kernels decode weights on their way")
         self.keep_dequantized = keep_dequantized and self.packed
         sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
         self.matrices = {name: Matrix(name, *size, self.packed) for name, size in sizes.items()}
         self._loaded = [False] * len(ids)
+        self._largest_scales = [0] * len(ids)  # of both matrices, where they are prepacked
         # plain torch.empty: the pages of a large buffer are not touched before its weights arrive
         self._stacks = {
             name: {
@@ -93,9 +98,9 @@ class Experts(nn.Module):
                     moved = stack.new_empty(len(ids), *stack.shape[1:])
                     moved[there] = stack[here]
                     stacks[key] = moved
-        loaded = [False] * len(ids)
-        loaded[there] = self._loaded[here]
-        self.ids, self._loaded = ids, loaded
+        loaded, largest = [False] * len(ids), [0] * len(ids)
+        loaded[there], largest[there] = self._loaded[here], self._largest_scales[here]
+        self.ids, self._loaded, self._largest_scales = ids, loaded, largest
 
     # ---- what surrounds a module ----
 
@@ -217,6 +222,8 @@ class Experts(nn.Module):
             self._loaded[index] = False  # what an interruption leaves is neither the old expert nor the new one
             for name, parts in packed.items():
                 self._store(name, index, parts)
+            if self.packed and isinstance(self.layout, Panels):
+                self._largest_scales[index] = max(int(parts[SCALES].max()) for parts in packed.values())
         self._loaded[index] = True
 
     def _store(self, name: str, index: int, parts: Mapping[str, Tensor]) -> None:
@@ -257,10 +264,17 @@ class Experts(nn.Module):
         parts = self.layout.pack(matrix, weight)
         return {**parts, DEQUANTIZED: dequantize_mxfp4(weight)} if self.keep_dequantized else parts
 
-    def stack(self, name: str, experts: range) -> MXFP4 | Tensor:
+    def stack(self, name: str, experts: range) -> MXFP4 | Prepacked | Tensor:
         """gate_up or down of several experts, global ids, as they are held: what a GPU's grouped products take."""
-        held = self._held(name, experts).stacks
-        return MXFP4(held[VALUES], held[SCALES]) if self.packed else held[VALUES]
+        held = self._held(name, experts)
+        values = held.stacks[VALUES]
+        if not self.packed:
+            return values
+        if not isinstance(self.layout, Panels):
+            return MXFP4(values, held.stacks[SCALES])
+        largest = max(self._largest_scales, default=0)  # of all experts: no kernel is compiled for some of them
+        sizes = held.matrix.outputs, held.matrix.inputs
+        return Prepacked(values, held.stacks[SCALES], *sizes, small_scales=largest <= LARGEST_SMALL_SCALE)
 
     def _held(self, name: str, experts: range) -> Held:
         part = slice(experts.start - self.ids.start, experts.stop - self.ids.start)

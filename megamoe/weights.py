@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP4
 from megamoe.kernels.cpu.layout import bf16_shape, mxfp4_shapes, pack_bf16, pack_mxfp4, unpack_bf16, unpack_mxfp4
-from megamoe.kernels.layout import interleave_gate_up, separate_gate_up
+from megamoe.kernels.layout import interleave_gate_up, prepack, prepacked_shapes, separate_gate_up, unprepack
 
 VALUES, SCALES = "", "_scales"  # what a matrix's name is followed by
 
@@ -74,7 +74,7 @@ class RowMajor(Layout):
 
 
 class InTurns(RowMajor):
-    """Gate and up rows in turns, as the Triton kernels read them."""
+    """Gate and up rows in turns, as the Triton kernels read them where the chip multiplies MXFP4."""
 
     def pack(self, matrix: Matrix, weight: MXFP4 | Tensor) -> dict[str, Tensor]:
         rows = super().pack(matrix, weight)
@@ -83,6 +83,29 @@ class InTurns(RowMajor):
     def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows = super().unpack(matrix, held)
         return {key: separate_gate_up(each) for key, each in rows.items()} if matrix.name == "gate_up" else rows
+
+
+class Panels(InTurns):
+    """Gate and up rows in turns, MXFP4 prepacked: as the Triton kernels read them where the chip multiplies BF16."""
+
+    def buffers(self, matrix: Matrix) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if not matrix.packed:
+            return super().buffers(matrix)
+        words, scales = prepacked_shapes(matrix.outputs, matrix.inputs)
+        return {VALUES: (words, torch.int32), SCALES: (scales, torch.uint8)}
+
+    def pack(self, matrix: Matrix, weight: MXFP4 | Tensor) -> dict[str, Tensor]:
+        rows = super().pack(matrix, weight)
+        if not matrix.packed:
+            return rows
+        words, scales = prepack(MXFP4(rows[VALUES], rows[SCALES]))
+        return {VALUES: words, SCALES: scales}
+
+    def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not matrix.packed:
+            return super().unpack(matrix, held)
+        plain = unprepack(held[VALUES], held[SCALES], matrix.outputs, matrix.inputs)
+        return super().unpack(matrix, {VALUES: plain.packed, SCALES: plain.scales})
 
 
 class Blocks(Layout):

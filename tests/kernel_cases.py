@@ -12,7 +12,7 @@ from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, dequantize_mxfp8, qu
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear1 import grouped_linear1, grouped_linear1_torch
 from megamoe.kernels.grouped_linear2 import grouped_linear2, grouped_linear2_torch
-from megamoe.kernels.layout import Wide, in_memory_order, in_sum_order
+from megamoe.kernels.layout import Prepacked, Wide, in_memory_order, in_sum_order
 from megamoe.kernels.tiles import Tile
 
 LIMIT = 10.0
@@ -37,12 +37,16 @@ def grouped(x: Tensor, weight: Tensor, counts: list[int], way: str) -> Grouped:
     """x [R, K] and weight [e, N, K] float32, rounded to the formats of the way"""
     tokens_per_expert = torch.tensor(counts, dtype=torch.int32)
     if way in MX:
-        return Grouped(rows_for(way, quantize_mxfp8(x)), quantize_mxfp4(weight), tokens_per_expert)
+        return Grouped(rows_for(way, quantize_mxfp8(x)), weights_for(way, quantize_mxfp4(weight)), tokens_per_expert)
     return Grouped(x.bfloat16(), weight.bfloat16(), tokens_per_expert)
 
 
 def rows_for(way: str, x: MXFP8) -> MXFP8 | Wide:
     return Wide(in_sum_order(dequantize_mxfp8(x))) if way == "wide" else x
+
+
+def weights_for(way: str, weight: MXFP4) -> MXFP4 | Prepacked:
+    return Prepacked.of(weight) if way == "wide" else weight
 
 
 def drawn(counts: list[int], depth: int, columns: int, way: str) -> Grouped:
@@ -55,7 +59,8 @@ def products_fp64(product: Grouped) -> Tensor:
     """[R, N] float64"""
     x, weight = product.x, product.weight
     rows = torch.split(as_fp64(x), product.tokens_per_expert.tolist())
-    weights = dequantize_mxfp4(weight, torch.float64) if isinstance(weight, MXFP4) else weight.double()
+    plain = weight.plain() if isinstance(weight, Prepacked) else weight
+    weights = dequantize_mxfp4(plain, torch.float64) if isinstance(plain, MXFP4) else plain.double()
     return torch.cat([piece @ each.T for piece, each in zip(rows, weights, strict=True)])
 
 

@@ -415,7 +415,7 @@ def test_regrouped_experts_keep_their_rows_in_turns() -> None:
     assert experts.missing == [7, 8, 9]
     for name in ("gate_up", "down"):
         kept, expected = (each.stack(name, range(4, 7)) for each in (experts, whole))
-        assert torch.equal(kept.packed, expected.packed)  # type: ignore[union-attr]
+        assert torch.equal(kept.words, expected.words)  # type: ignore[union-attr]
         assert torch.equal(kept.scales, expected.scales)  # type: ignore[union-attr]
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from megamoe.kernels import KERNELS, load
 from megamoe.kernels.ahead import Compiled, Resources, compile_ahead, compile_build, main, table
+from megamoe.kernels.sass import product_loop
 from megamoe.kernels.targets import TARGETS, Build, Target, target
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +70,48 @@ def test_every_build_of_every_operation_is_fit_to_run(operation: str, chip: Targ
 def test_products_use_the_matrix_instruction_of_the_chip(operation: str, chip: Target) -> None:
     for each in compiled(operation, chip):
         assert any(name.startswith(chip.instruction) for name in each.resources.instructions), each.build.label
+
+
+@pytest.mark.parametrize("operation", ["grouped_linear1", "grouped_linear2"])
+def test_few_rows_are_decoded_in_fewer_instructions_than_memory_leaves_time_for(operation: str) -> None:
+    """An H200's memory delivers a weight in the time of 4.1 thread-instructions."""
+    found = {each.build.label: each for each in compiled(operation, target("cuda:90")) if " wide" in each.build.label}
+    decode = found["V4-Pro wide 16x128x128"]
+    assert decode.instructions_a_weight is not None
+    assert decode.instructions_a_weight <= 3.8
+    large = next(each for label, each in found.items() if "scales above" in label)
+    assert large.resources.loop is not None
+    assert large.resources.loop["HMUL2"] == 2 * found["V4-Pro wide 64x128x128"].resources.loop["HMUL2"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("operation", ["grouped_linear1", "grouped_linear2"])
+def test_all_that_a_step_reads_is_copied_ahead(operation: str) -> None:
+    for each in compiled(operation, target("cuda:90")):
+        loop = each.resources.loop
+        assert loop is not None, each.build.label
+        assert loop["HGMMA"] > 0
+        assert loop["LDGSTS"] > 0
+        assert loop["LDG"] == 0, each.build.label
+
+
+def test_the_loop_is_the_smallest_one_that_multiplies() -> None:
+    code = """
+Function:kernel
+--:-:-:-:1\tMOV R1, R2;
+LBB1:
+--:-:-:-:1\t@!P0 LDG.E R3, desc[UR8][R4.64];
+LBB0:
+04:-:-:Y:4\tIMAD.SHL.U32 R1, R2, 0x8, RZ;
+--:-:-:-:1\tHGMMA.64x16x16.F32.BF16 R32, R72, gdesc[UR12], R32;
+--:-:-:-:5\t@!P0 BRA LBB0;
+LBB3:
+--:-:-:-:5\t@P1 BRA LBB3;
+--:-:-:-:5\t@!P0 BRA LBB1;
+--:-:-:-:5\tBRA LBB2;
+LBB2:
+"""
+    assert product_loop(code) == {"IMAD": 1, "HGMMA": 1, "BRA": 1}
+    assert product_loop(code.replace("HGMMA", "FFMA")) is None
 
 
 @pytest.mark.parametrize("operation", KERNELS)

@@ -13,7 +13,7 @@ from tests.interpreter import interpreted
 pytest.importorskip("triton")
 
 from megamoe.kernels.grouped import Grouped
-from megamoe.kernels.layout import interleave_gate_up, separate_gate_up
+from megamoe.kernels.layout import LARGEST_SMALL_SCALE, Prepacked, interleave_gate_up, separate_gate_up
 from megamoe.kernels.tiles import Tile
 from tests.kernel_cases import (
     LIMIT,
@@ -32,6 +32,7 @@ from tests.kernel_cases import (
     normal,
     products_fp64,
     rows_for,
+    weights_for,
     whole,
 )
 
@@ -89,14 +90,19 @@ def test_rows_go_where_the_index_says_and_no_other_place_is_written() -> None:
     assert torch.equal(out, linear2(product, index, twin=True))
 
 
-@both_mx
+@pytest.mark.parametrize(
+    ("way", "first", "last"), [("scaled", 2, 252), ("wide", 2, 252), ("wide", 2, LARGEST_SMALL_SCALE)]
+)
 @interpreted
-def test_every_e2m1_code_in_every_place_with_every_scale_is_decoded_exactly(way: str) -> None:
-    scales = torch.arange(2, 253, dtype=torch.uint8).repeat(16)  # one a row of 32 values
-    codes = (torch.arange(len(scales)).unsqueeze(1) // 251 + torch.arange(32)) % 16
+def test_every_e2m1_code_in_every_place_with_every_scale_is_decoded_exactly(way: str, first: int, last: int) -> None:
+    num_scales = last + 1 - first
+    scales = torch.arange(first, last + 1, dtype=torch.uint8).repeat(16)  # one a row of 32 values
+    codes = (torch.arange(len(scales)).unsqueeze(1) // num_scales + torch.arange(32)) % 16
     weight = MXFP4(pack_e2m1(codes.to(torch.uint8)).unsqueeze(0), scales.view(1, -1, 1))
     ones = MXFP8(torch.eye(32).to(torch.float8_e4m3fn), torch.full((32, 1), 127, dtype=torch.uint8))
-    out = linear2(Grouped(rows_for(way, ones), weight, counted(32)), tile=Tile(32, 256, 32))
+    held = weights_for(way, weight)
+    assert not isinstance(held, Prepacked) or held.small_scales == (last <= LARGEST_SMALL_SCALE)
+    out = linear2(Grouped(rows_for(way, ones), held, counted(32)), tile=Tile(32, 256, 128))
     assert torch.equal(out, dequantize_mxfp4(weight)[0].T)
 
 
@@ -109,7 +115,8 @@ def test_every_e4m3_code_with_every_scale_of_the_contract_is_decoded_exactly(way
     values[:, :, 7] = codes
     x = MXFP8(values.flatten(0, 1).view(torch.float8_e4m3fn), scales.repeat_interleave(len(codes)).unsqueeze(1))
     weight = MXFP4(torch.full((1, 64, 16), 0x22, dtype=torch.uint8), torch.full((1, 64, 1), 127, dtype=torch.uint8))
-    out = linear2(Grouped(rows_for(way, x), weight, counted(len(x.values))), tile=Tile(1024, 64, 32))
+    product = Grouped(rows_for(way, x), weights_for(way, weight), counted(len(x.values)))
+    out = linear2(product, tile=Tile(1024, 64, 128))
     assert torch.equal(out, dequantize_mxfp8(x)[:, 7:8].expand(-1, 64))
 
 

@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from megamoe.kernels import KERNELS, load
+from megamoe.kernels.sass import product_loop
 from megamoe.kernels.targets import KIB, OPTIONS, TARGETS, Build, Target, target
 
 _MATRIX = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?mfma)[\w.:]*")
@@ -46,6 +47,7 @@ class Resources:
     tensor_columns   of tensor memory of a block
     instructions     matrix instructions by name, and how often each stands in the code
     warnings         what the assembler says of performance that is lost
+    loop             on SM90, instructions of the loop of a product by opcode, of a warp and step of K
     """
 
     registers: int
@@ -54,6 +56,12 @@ class Resources:
     tensor_columns: int
     instructions: Mapping[str, int]
     warnings: tuple[str, ...] = ()
+    loop: Mapping[str, int] | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Instructions that a warp issues for a step of K."""
+        return None if self.loop is None else sum(self.loop.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,14 @@ class Compiled:
         if self.build.instruction and not any(self.build.instruction in name for name in found.instructions):
             reasons.append(f"no {self.build.instruction} in it, but {', '.join(found.instructions) or 'none at all'}")
         return [f"{self.operation} {self.build.label} on {chip.name}: {reason}" for reason in reasons]
+
+    @property
+    def instructions_a_weight(self) -> float | None:
+        """Of all threads together, for each of the tile's COLUMNS x DEPTH weights; None where no loop was read."""
+        if self.resources.step is None:
+            return None
+        weights = self.build.constants["COLUMNS"] * self.build.constants["DEPTH"]
+        return self.resources.step * self.build.num_warps * self.target.warp_size / weights
 
 
 def compile_ahead(operation: str, chip: Target) -> Iterator[Compiled]:
@@ -119,6 +135,7 @@ def _fresh() -> Iterator[io.StringIO]:
 def _resources(compiled: Any, log: str) -> Resources:
     assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     registers, local_bytes = _of_ptxas(log) if "ptx" in compiled.asm else _of_amdgcn(assembly)
+    has_loop = "wgmma.mma_async" in assembly
     return Resources(
         registers,
         local_bytes,
@@ -126,6 +143,7 @@ def _resources(compiled: Any, log: str) -> Resources:
         getattr(compiled.metadata, "tmem_size", None) or 0,
         Counter(_MATRIX.findall(assembly)),
         tuple(line.strip() for line in log.splitlines() if "Potential Performance Loss" in line),
+        product_loop(compiled.asm["sass"]) if has_loop else None,
     )
 
 
@@ -157,7 +175,8 @@ _HEADER = """\
 # Kernels, compiled
 
 What each Triton kernel takes on the chips it is compiled for, none of which need be there: registers of a thread,
-KiB of shared memory of a block, and the matrix instructions in the code with how often each stands there. None keeps
+KiB of shared memory of a block, and the matrix instructions in the code with how often each stands there; for SM90 also
+what the loop of a product has: instructions of a warp and step of K, and of all threads for each weight. None keeps
 anything in local memory. Nothing here says how long a kernel takes.
 
     python -m megamoe.kernels.ahead --write docs/kernels.md
@@ -166,14 +185,18 @@ Triton {version}, {today}.
 """
 
 
+_COLUMNS = ("operation", "tile", "warps", "stages", "registers", "shared KiB", "matrix instructions")
+
+
 def table(compiled: Iterable[Compiled], today: date) -> str:
     """Markdown: one table for each target."""
     parts, rows = [_HEADER.format(version=triton.__version__, today=today)], list(compiled)
     for chip in TARGETS:
         here = [_row(each) for each in rows if each.target == chip]
         if here:
-            heading = "| operation | tile | warps | stages | registers | shared KiB | matrix instructions |"
-            parts.append(f"\n## {chip.name}\n\n{heading}\n|---|---|---|---|---|---|---|\n" + "".join(here))
+            columns = (*_COLUMNS, *(("a step", "a weight") if chip.name == "cuda:90" else ()))
+            heading = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
+            parts.append(f"\n## {chip.name}\n\n{heading}" + "".join(here))
     return "".join(parts)
 
 
@@ -181,7 +204,11 @@ def _row(compiled: Compiled) -> str:
     build, found = compiled.build, compiled.resources
     instructions = ", ".join(f"{count} `{name}`" for name, count in sorted(found.instructions.items()))
     numbers = (build.num_warps, build.num_stages, found.registers, f"{found.shared_bytes / KIB:.4g}")
-    return f"| {' | '.join(map(str, (compiled.operation, build.label, *numbers, instructions)))} |\n"
+    cells = [compiled.operation, build.label, *map(str, numbers), instructions]
+    if compiled.target.name == "cuda:90":
+        weight = compiled.instructions_a_weight
+        cells += ["-", "-"] if weight is None else [str(found.step), f"{weight:.2f}"]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,18 +18,23 @@ import triton.language as tl
 from torch import Tensor
 
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, dequantize_mxfp8
-from megamoe.kernels.layout import Wide, in_memory_order
+from megamoe.kernels.layout import CHUNK, LARGEST_SMALL_SCALE, Prepacked, Wide, in_memory_order
 from megamoe.kernels.targets import OPTIONS, Build, Target
-from megamoe.kernels.tiles import INSTRUCTIONS, Tile, num_programs, tile_for
+from megamoe.kernels.tiles import INSTRUCTIONS, LARGE_SCALES, Tile, num_programs, tile_for
 from megamoe.kernels.tuned import table_of, tiles_of
+
+# arguments of both kernels that change from call to call: the kernels are not compiled again for a 1 or a multiple of 16,
+SIZES = ["num_experts", "num_programs"]
+# nor for where a step's part of a buffer begins
+SLICED = ["tokens_per_expert", "source", "weights", "index"]
 
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
-    """Rows and the weights of their experts: MXFP8, which may be widened, by MXFP4, or BF16 by BF16.
+    """Rows and the weights of their experts: MXFP8 by MXFP4, the same widened by prepacked ones, or BF16 by BF16.
 
     x                   [M, K] MXFP8, Wide or bfloat16; may be rows of a wider buffer
-    weight              [e, N, K] MXFP4 or bfloat16, contiguous
+    weight              [e, N, K] MXFP4, Prepacked or bfloat16, contiguous
     tokens_per_expert   [e] int32 on the device: rows of each expert, together R at most; rows beyond are nobody's
     source              [R] int32: in which row of x each row is, sorted by expert; None where x is those rows, R = M
                         x = [a, b], source [1, 0, 1]  ->  rows b, a, b
@@ -40,14 +45,17 @@ class Grouped:
     """
 
     x: MXFP8 | Wide | Tensor
-    weight: MXFP4 | Tensor
+    weight: MXFP4 | Prepacked | Tensor
     tokens_per_expert: Tensor
     source: Tensor | None = None
     turns: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.x, MXFP8 | Wide) != isinstance(self.weight, MXFP4):
-            raise ValueError("a grouped product takes MXFP8 rows by MXFP4 weights, or BF16 rows by BF16 weights")
+        kinds = {MXFP8: MXFP4, Wide: Prepacked}
+        if not isinstance(self.weight, kinds.get(type(self.x), Tensor)):
+            pairs = "MXFP8 rows by MXFP4 weights, widened ones by prepacked weights, or BF16 rows by BF16 weights"
+            given = f"{type(self.x).__name__} by {type(self.weight).__name__}"
+            raise ValueError(f"a grouped product takes {pairs}, got {given}")
         (num_experts, _, depth), width = self.weight.shape, self._values.shape[1]
         if depth != width:
             raise ValueError(f"a grouped product sums over {depth} of the weights and {width} of the rows")
@@ -58,8 +66,18 @@ class Grouped:
             raise ValueError(f"source must be int32 [R], got {self.source.dtype} {list(self.source.shape)}")
         strides = [each.stride(-1) for each in (self._values, *self._scales)]
         assert strides == [1] * len(strides), strides
-        weights = [self.weight.packed, self.weight.scales] if isinstance(self.weight, MXFP4) else [self.weight]
-        assert all(each.is_contiguous() for each in weights), [each.stride() for each in weights]
+        if isinstance(self.x, Wide):
+            stride = self._values.stride(0)
+            assert stride % 8 == 0, stride
+            assert len(self._values) * stride < 1 << 34, (len(self._values), stride)  # in eighths they fit 31 bits
+        assert all(each.is_contiguous() for each in self._parts), [each.stride() for each in self._parts]
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        """The weights, and their scales if they have any."""
+        if isinstance(self.weight, Tensor):
+            return [self.weight]
+        return [self.weight.words if isinstance(self.weight, Prepacked) else self.weight.packed, self.weight.scales]
 
     @property
     def _values(self) -> Tensor:
@@ -81,7 +99,7 @@ class Grouped:
 
     @property
     def kind(self) -> str:
-        """Which tiles the product takes: "wide" where x is, else by the format of the weights."""
+        """Which tiles the product takes: "wide" for widened rows, else by the format of the weights."""
         if isinstance(self.x, Wide):
             return "wide"
         return "mxfp4" if isinstance(self.weight, MXFP4) else "bf16"
@@ -91,23 +109,35 @@ class Grouped:
         device, num_experts = self.tokens_per_expert.device, len(self.tokens_per_expert)
         if not self.num_rows or not num_experts:
             return
-        tile = tile or tile_for(table_of(device), self.kind, self.num_rows, num_experts)
+        tile = tile or self._tile(device)
+        if self.kind == "wide" and tile.depth % CHUNK:
+            raise ValueError(f"tiles for prepacked weights have a depth that {CHUNK} divides, got {tile.label}")
         programs = programs or num_programs(device, tile) * self.turns
         constants = {
             "K": self._values.shape[1],
             "N": self.num_columns,
             "EXPERTS": experts_width(num_experts),
             "OPERAND": tl.float32 if device.type == "cpu" else tl.bfloat16,
+            "SMALL_SCALES": self._small_scales,
         }
         kernel[(programs,)](**self._arguments(programs), **results, **constants, **tile.launch, **OPTIONS)
 
+    def _tile(self, device: torch.device) -> Tile:
+        if not self._small_scales:
+            return LARGE_SCALES
+        return tile_for(table_of(device), self.kind, self.num_rows, len(self.tokens_per_expert))
+
+    @property
+    def _small_scales(self) -> bool:
+        return not isinstance(self.weight, Prepacked) or self.weight.small_scales
+
     def _arguments(self, programs: int) -> dict[str, Any]:
-        scales = self._scales
+        scales, weights = self._scales, self._parts
         return {
             "x": self._values,
             "x_scales": scales[0] if scales else None,
-            "w": self.weight.packed if isinstance(self.weight, MXFP4) else self.weight,
-            "w_scales": self.weight.scales if isinstance(self.weight, MXFP4) else None,
+            "w": weights[0],
+            "w_scales": weights[1] if len(weights) > 1 else None,
             "tokens_per_expert": self.tokens_per_expert,
             "source": self.source,
             "num_experts": len(self.tokens_per_expert),
@@ -123,11 +153,15 @@ class Grouped:
             rows = slice(start, start + count)
             start += count
             lie = rows if self.source is None else self.source[rows].to(torch.int64)
-            if isinstance(self.weight, MXFP4):
-                w = dequantize_mxfp4(MXFP4(self.weight.packed[expert], self.weight.scales[expert]), torch.float64)
-            else:
-                w = self.weight[expert].to(torch.float64)
-            yield rows, (self._rows_fp64(lie) @ w.T).to(torch.bfloat16)
+            yield rows, (self._rows_fp64(lie) @ self._weight_fp64(expert).T).to(torch.bfloat16)
+
+    def _weight_fp64(self, expert: int) -> Tensor:
+        weight = self.weight
+        if isinstance(weight, Tensor):
+            return weight[expert].to(torch.float64)
+        plain = weight[expert : expert + 1].plain() if isinstance(weight, Prepacked) else weight
+        place = 0 if isinstance(weight, Prepacked) else expert
+        return dequantize_mxfp4(MXFP4(plain.packed[place], plain.scales[place]), torch.float64)
 
     def _rows_fp64(self, lie: slice | Tensor) -> Tensor:
         values = self._values[lie]
@@ -154,18 +188,24 @@ def builds_of(
     fixed    values of constants: K and N, and the kernel's own
     results  format of the weights -> Triton type of each of the kernel's own parameters, None for one that is None
     """
-    return [
-        _build(kernel, f"{case} {kind} {label}", tile, fixed, {**_TYPES[kind], **own}, INSTRUCTIONS[target.name][kind])
-        for kind, own in results.items()
-        for label, tile in tiles_of(target.name, kind).items()
-    ]
+    found = []
+    for kind, own in results.items():
+        tiles = tiles_of(target.name, kind)
+        types, instruction = {**_TYPES[kind], **own}, INSTRUCTIONS[target.name].get(kind, "")
+        for label, tile in tiles.items():
+            found.append(_build(kernel, f"{case} {kind} {label}", tile, fixed, types, instruction))
+        if tiles and kind == "wide":
+            label = f"{case} wide, scales above {LARGEST_SMALL_SCALE}, {LARGE_SCALES.label}"
+            large = {**fixed, "SMALL_SCALES": False}
+            found.append(_build(kernel, label, LARGE_SCALES, large, types, instruction))
+    return found
 
 
 _SIZES = dict.fromkeys(("num_experts", "num_programs", "x_stride", "x_scale_stride"), "i32")
 _SHARED = {"tokens_per_expert": "*i32", **_SIZES}
 _TYPES: Mapping[str, Mapping[str, str | None]] = {
     "mxfp4": {**_SHARED, "x": "*u8", "x_scales": "*u8", "w": "*u8", "w_scales": "*u8"},
-    "wide": {**_SHARED, "x": "*bf16", "x_scales": None, "w": "*u8", "w_scales": "*u8"},
+    "wide": {**_SHARED, "x": "*bf16", "x_scales": None, "w": "*i32", "w_scales": "*u8"},
     "bf16": {**_SHARED, "x": "*bf16", "x_scales": None, "w": "*bf16", "w_scales": None},
 }
 
@@ -181,12 +221,13 @@ def _build(
     sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     absent = {name: None for name, kind in types.items() if kind is None}
     signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("_stride")]
+    pointers = [name for name, kind in signature.items() if kind.startswith("*") and name not in SLICED]
+    aligned = [*pointers, *(name for name in signature if name.endswith("_stride"))]
     return Build(
         label=label,
         kernel=kernel,
         signature=signature,
-        constants={**fixed, **sizes, **absent, "EXPERTS": 64, "OPERAND": tl.bfloat16},
+        constants={"SMALL_SCALES": True, **fixed, **sizes, **absent, "EXPERTS": 64, "OPERAND": tl.bfloat16},
         aligned=frozenset(aligned),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp8, quantize_mxfp8
-from megamoe.kernels.grouped import Grouped, builds_of
-from megamoe.kernels.layout import Wide, in_sum_order
+from megamoe.kernels.grouped import SIZES, SLICED, Grouped, builds_of
+from megamoe.kernels.layout import Prepacked, Wide, in_sum_order
 from megamoe.kernels.products import tile_product
 from megamoe.kernels.rounding import round_to_bf16, round_to_mxfp8, widen_block
 from megamoe.kernels.targets import Build, Target
@@ -37,7 +37,7 @@ def activate(gate, up, weights, LIMIT: tl.constexpr):
     return gate / (1 + tl.exp(-gate)) * up * weights[:, None]
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_programs"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
 def _linear1_kernel(
     x,
     x_scales,
@@ -56,6 +56,7 @@ def _linear1_kernel(
     N: tl.constexpr,
     EXPERTS: tl.constexpr,
     OPERAND: tl.constexpr,
+    SMALL_SCALES: tl.constexpr,
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -90,6 +91,7 @@ def _linear1_kernel(
             COLUMNS,
             DEPTH,
             OPERAND,
+            SMALL_SCALES,
         )
         gate_up = round_to_bf16(tl.trans(total)).to(tl.float32)
         gate, up = tl.split(tl.reshape(gate_up, (ROWS, COLUMNS // 2, 2)))
@@ -160,7 +162,7 @@ def _values(out: MXFP8 | Wide | Tensor) -> Tensor:
 
 def _check(grouped: Grouped, weights: Tensor, out: MXFP8 | Wide | Tensor) -> None:
     values, wanted = _values(out), (grouped.num_rows, grouped.num_columns // 2)
-    if isinstance(out, MXFP8 | Wide) != isinstance(grouped.weight, MXFP4):
+    if isinstance(out, MXFP8 | Wide) != isinstance(grouped.weight, MXFP4 | Prepacked):
         raise ValueError("grouped_linear1 writes MXFP8 for MXFP4 weights, widened or not, and BF16 for BF16 weights")
     if len(weights) != grouped.num_rows or tuple(values.shape) != wanted:
         given = f"{list(weights.shape)} and {list(values.shape)}"

@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megamoe.kernels.grouped import Grouped, builds_of
+from megamoe.kernels.grouped import SIZES, SLICED, Grouped, builds_of
 from megamoe.kernels.products import tile_product
 from megamoe.kernels.rounding import round_to_bf16
 from megamoe.kernels.targets import Build, Target
 from megamoe.kernels.tiles import Tile, find, lay_out
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_programs"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
 def _linear2_kernel(
     x,
     x_scales,
@@ -34,6 +34,7 @@ def _linear2_kernel(
     N: tl.constexpr,
     EXPERTS: tl.constexpr,
     OPERAND: tl.constexpr,
+    SMALL_SCALES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -65,6 +66,7 @@ def _linear2_kernel(
             COLUMNS,
             DEPTH,
             OPERAND,
+            SMALL_SCALES,
         )
         rows, columns = tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
         places = tl.load(index + first_row + rows, mask=rows < num_rows, other=-1)

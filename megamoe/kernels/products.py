@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megamoe.kernels.fp4 import decode_e2m1
+from megamoe.kernels.fp4 import bytes_of, decode_e2m1
 
 
 @triton.jit
@@ -37,6 +37,7 @@ def tile_product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     OPERAND: tl.constexpr,
+    SMALL_SCALES: tl.constexpr,
 ):
     """A tile [COLUMNS, ROWS] float32 of w[expert] @ x^T: product_mx(), product_wide() where x has no scales, or
     product_bf16() where nothing has.
@@ -54,8 +55,10 @@ def tile_product(
     if w_scales is None:
         return product_bf16(x, w + first * K, rows * x_stride, columns, K, DEPTH, OPERAND)
     elif x_scales is None:  # noqa: RET505  Triton compiles what follows a return
-        w += first * (K // 2)
-        return product_wide(x, w, w_scales + first * (K // 32), rows * x_stride, columns, K, DEPTH, OPERAND)
+        eighths = (rows * (x_stride // 8)).to(tl.int32)
+        panel = expert.to(tl.int64) * ((N + 63) // 64) + first_column // 64
+        left = (N - first_column + 63) // 64
+        return product_wide(x, w, w_scales, eighths, panel, left, K, N, COLUMNS, DEPTH, OPERAND, SMALL_SCALES)
     else:
         w += first * (K // 2)
         w_scales += first * (K // 32)
@@ -92,26 +95,49 @@ def product_mx(x, x_scales, w, w_scales, rows, scale_rows, columns, K: tl.conste
 
 
 @triton.jit
-def product_wide(x, w, w_scales, rows, columns, K: tl.constexpr, DEPTH: tl.constexpr, OPERAND: tl.constexpr):
+def product_wide(
+    x,
+    w,
+    w_scales,
+    rows,
+    panel,
+    panels_left,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SMALL_SCALES: tl.constexpr,
+):
     """product_mx() of x that is BF16 in the order of the sum (`layout.Wide`), by weights decoded to OPERAND.
 
-    OPERAND tl.bfloat16; tl.float32 in the interpreter, which multiplies no BF16
+    rows [ROWS] int32: where each row of x starts, in eighths, for 64 bits of each are more registers than there are;
+    w int32 and w_scales uint8 as in `layout.Prepacked`: the tile begins with panel `panel` of all, and its expert has
+    panels_left from there on. DEPTH is a multiple of 128: a thread takes the scales of 128 values in one word, since
+    fewer bytes are not copied ahead. OPERAND tl.bfloat16; tl.float32 in the interpreter, which multiplies no BF16
     """
+    CHUNKS: tl.constexpr = (K + 127) // 128
     WHOLE: tl.constexpr = K % DEPTH == 0
-    values, packs, blocks = tl.arange(0, DEPTH), tl.arange(0, DEPTH // 8), tl.arange(0, DEPTH // 32)
-    w = w.to(tl.pointer_type(tl.int32))
-    x += rows[None, :] + values[:, None]
-    w += columns[:, None] * (K // 8) + packs[None, :]
-    w_scales += columns[:, None] * (K // 32) + blocks[None, :]
-    total = tl.zeros((columns.shape[0], rows.shape[0]), tl.float32)
+    WHOLE_CHUNKS: tl.constexpr = CHUNKS * 128 % DEPTH == 0
+    values, packs, chunks = tl.arange(0, DEPTH), tl.arange(0, DEPTH // 8), tl.arange(0, DEPTH // 128)
+    columns = tl.arange(0, COLUMNS)
+    panels = columns // 64
+    if (N + 63) // 64 % (COLUMNS // 64) != 0:
+        panels = tl.minimum(panels, panels_left - 1)
+    w += panel * (CHUNKS * 1024)
+    words = (panels * (CHUNKS * 1024) + columns % 64 * 16)[:, None] + (packs // 16 * 1024 + packs % 16)[None, :]
+    w_scales = w_scales.to(tl.pointer_type(tl.int32)) + panel * (CHUNKS * 64)
+    scales = (panels * (CHUNKS * 64) + columns % 64)[:, None] + (chunks * 64)[None, :]
+    total = tl.zeros((COLUMNS, rows.shape[0]), tl.float32)
     for k in range(0, K, DEPTH):
-        x_part = load_piece(x, values[:, None], K - k, WHOLE).to(OPERAND)
-        w_part = load_piece(w, packs[None, :], (K - k) // 8, WHOLE)
-        w_exponents = load_piece(w_scales, blocks[None, :], (K - k) // 32, WHOLE)
-        total = tl.dot(decode_e2m1(w_part, w_exponents, OPERAND), x_part, total)
+        x_rows = x + (rows.to(tl.int64) * 8)[None, :]
+        x_part = load_piece(x_rows + values[:, None], values[:, None], K - k, WHOLE).to(OPERAND)
+        w_part = load_piece(w + words, packs[None, :] // 16, CHUNKS - k // 128, WHOLE_CHUNKS)
+        exponents = bytes_of(load_piece(w_scales + scales, chunks[None, :], CHUNKS - k // 128, WHOLE_CHUNKS))
+        total = tl.dot(decode_e2m1(w_part, exponents, OPERAND, SMALL_SCALES), x_part, total)
         x += DEPTH
-        w += DEPTH // 8
-        w_scales += DEPTH // 32
+        w += DEPTH * 8
+        w_scales += DEPTH // 2
     return total
 
 

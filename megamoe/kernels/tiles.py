@@ -78,6 +78,9 @@ _MFMA = (("matrix_instr_nonkdim", 16),)
 # formats of the weights, but for MXFP4 weights that are multiplied by widened rows (`layout.Wide`): "wide"
 Table: TypeAlias = Mapping[str, tuple[tuple[int | None, Tile], ...]]
 
+# for prepacked weights with larger scales than any checkpoint is known to have, whatever the rows
+LARGE_SCALES = Tile(64, 128, 128, num_warps=4, num_stages=3, programs=2)
+
 # by chip; `tuned` has those that were found on a device
 TABLES: Mapping[str, Table] = {
     "cuda:90": {
