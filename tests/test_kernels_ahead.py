@@ -125,6 +125,16 @@ def test_builds_have_labels_of_their_own_and_say_what_every_parameter_is(operati
             assert each.aligned <= set(each.signature) - set(each.constants)
 
 
+@pytest.mark.parametrize("operation", KERNELS)
+def test_a_launch_asks_for_what_was_built_wherever_a_part_of_a_buffer_begins(operation: str) -> None:
+    """A pointer that a build takes for aligned is so in all launches, or Triton compiles once more inside a call."""
+    for chip in TARGETS:
+        for build in load(operation).builds(chip):
+            pointers = {name for name, kind in build.signature.items() if kind.startswith("*")}
+            anywhere = {each.name for each in build.kernel.params if each.do_not_specialize_on_alignment}
+            assert pointers & build.aligned == pointers - anywhere, build.label
+
+
 def test_the_table_in_the_docs_has_a_row_for_every_build() -> None:
     written = (ROOT / "docs" / "kernels.md").read_text()
     for chip in TARGETS:

@@ -113,7 +113,7 @@ def test_tiles_follow_rows_per_expert() -> None:
 
 def test_what_does_not_fit_together_is_refused() -> None:
     x, weight, counts = torch.zeros(2, 64).bfloat16(), torch.zeros(1, 64, 64).bfloat16(), torch.ones(1).int()
-    with pytest.raises(ValueError, match="MXFP8 rows by MXFP4 weights, .* got MXFP8 by Tensor"):
+    with pytest.raises(ValueError, match=r"MXFP8 rows by MXFP4 weights, .* got MXFP8 by Tensor"):
         Grouped(quantize_mxfp8(x), weight, counts)
     with pytest.raises(ValueError, match="sums over 64 of the weights and 32 of the rows"):
         Grouped(x[:, :32], weight, counts)

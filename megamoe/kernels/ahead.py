@@ -93,7 +93,7 @@ class Compiled:
         """Of all threads together, for each of the tile's COLUMNS x DEPTH weights; None where no loop was read."""
         if self.resources.step is None:
             return None
-        weights = self.build.constants["COLUMNS"] * self.build.constants["DEPTH"]
+        weights: int = self.build.constants["COLUMNS"] * self.build.constants["DEPTH"]
         return self.resources.step * self.build.num_warps * self.target.warp_size / weights
 
 

@@ -1,10 +1,10 @@
 """Decoding weights for chips whose matrix units know neither E2M1 nor scales: to BF16, exactly, as costs least.
 
 A prepacked word (`layout.Prepacked`) holds eight E2M1 codes. Moved by a few bits and masked, two of them, four apart,
-are two BF16 numbers of 2^-126 of their values (0.5 is a subnormal then, which BF16 products keep), and lie as a register
-of the matrix instruction has two neighbours of K. So each 32 of K are summed in another order than they have in memory,
-into which x is put when it is widened (`layout.Wide`). A multiplication by 2^126 times the scale gives the values, both
-of a pair in one instruction; scale bytes above 128 take two, since 2^126 times the scale would leave BF16's range.
+are two BF16 numbers of 2^-126 of their values (0.5 is a subnormal then, which BF16 products keep), and lie as a
+register of the matrix instruction has two neighbours of K. So each 32 of K are summed in another order than they have
+in memory, into which x is put when it is widened (`layout.Wide`). A multiplication by 2^126 times the scale gives the
+values, both of a pair in one instruction; scale bytes above 128 take two, since that factor would leave BF16's range.
 
     place in memory  8q + 4h + i  ->  place in the sum  8i + 2q + h      q word 0..3, h half 0..1, i register 0..3
 

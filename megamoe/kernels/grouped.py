@@ -23,7 +23,7 @@ from megamoe.kernels.targets import OPTIONS, Build, Target
 from megamoe.kernels.tiles import INSTRUCTIONS, LARGE_SCALES, Tile, num_programs, tile_for
 from megamoe.kernels.tuned import table_of, tiles_of
 
-# arguments of both kernels that change from call to call: the kernels are not compiled again for a 1 or a multiple of 16,
+# arguments of both kernels that change from call to call: they are not compiled again for a 1 or a multiple of 16,
 SIZES = ["num_experts", "num_programs"]
 # nor for where a step's part of a buffer begins
 SLICED = ["tokens_per_expert", "source", "weights", "index"]

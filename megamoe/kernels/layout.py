@@ -1,4 +1,4 @@
-"""How operands lie for the kernels: gate and up rows in turns, rows of BF16 in the order of the sum, prepacked weights."""
+"""How operands lie for the kernels: gate and up rows in turns, BF16 rows in the order of the sum, prepacked weights."""
 
 # I intermediate   W width of a row   K the summed dimension   R rows   e experts   N outputs
 
@@ -53,7 +53,10 @@ def in_memory_order(rows: Tensor) -> Tensor:
 
 # ---- MXFP4 weights for chips that multiply BF16 ----
 
-PANEL, CHUNK = 64, 128  # outputs of a panel, values of K of a chunk; a piece, one of each, lies in one stretch of memory
+PANEL, CHUNK = (
+    64,
+    128,
+)  # outputs of a panel, values of K of a chunk; a piece, one of each, lies in one stretch of memory
 LARGEST_SMALL_SCALE = 128  # 2^126 times a scale, which turns codes into values (`fp4`), is below 2^128
 # a word has codes i and i + 4 in its halves: where the magnitude's lowest bit and the sign of i lie in 16 bits
 _MAGNITUDES, _SIGNS = (6, 3, 0, 9), (15, 12, 13, 14)
@@ -117,19 +120,21 @@ def _in_pieces(rows: Tensor, width: int) -> Tensor:
     """[..., N, W] -> [..., N / 64, W / width, 64, width], filled up with zeros"""
     missing = -rows.shape[-1] % width, -rows.shape[-2] % PANEL
     rows = torch.nn.functional.pad(rows, (0, missing[0], 0, missing[1])) if any(missing) else rows
-    return rows.unflatten(-1, (-1, width)).unflatten(-3, (-1, PANEL)).transpose(-3, -2).contiguous()
+    pieces: Tensor = rows.unflatten(-1, (-1, width)).unflatten(-3, (-1, PANEL))
+    return pieces.transpose(-3, -2).contiguous()
 
 
 def _in_rows(pieces: Tensor, outputs: int, width: int) -> Tensor:
     """Inverse of _in_pieces()."""
-    return pieces.transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., :outputs, :width]
+    rows: Tensor = pieces.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    return rows[..., :outputs, :width]
 
 
 def spread_codes(words: Tensor) -> Tensor:
     """words int32 of eight E2M1 codes, the first in the lowest bits -> the same codes where the decoder takes them.
 
-    Code i lies in the lower half of its word, code i + 4 likewise in the higher: magnitudes of codes 0 to 3 from bits 6,
-    3, 0 and 9, signs in bits 15, 12, 13 and 14.
+    Code i lies in the lower half of its word, code i + 4 likewise in the higher: magnitudes of codes 0 to 3 begin at
+    bits 6, 3, 0 and 9, their signs are bits 15, 12, 13 and 14.
         code 0 is 3 (1.5), code 5 is 9 (-0.5)  ->  0x000000C0 | 1 << (16 + 3) | 1 << (16 + 12)
     """
     spread = torch.zeros_like(words)

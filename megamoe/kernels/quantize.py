@@ -64,7 +64,8 @@ FEW, MANY = Tile(8, 1), Tile(64, 4)
 _FEW_TOKENS = 64
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+# parts of buffers begin anywhere: a kernel that was compiled for one place runs at all of them
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["starts", "rows", "scales"])
 def _quantize_kernel(
     tokens,
     starts,
@@ -191,6 +192,6 @@ def _build(tile: Tile, label: str, types: Mapping[str, str | None]) -> Build:
         kernel=_quantize_kernel,
         signature={**{name: kind or "constexpr" for name, kind in types.items()}, "BLOCKS": "constexpr"},
         constants={"BLOCKS": tile.blocks, **absent},
-        aligned=frozenset(types) - frozenset(absent) - {"scales", "num_tokens"},
+        aligned=frozenset(types) - frozenset(absent) - {"starts", "rows", "scales", "num_tokens"},
         num_warps=tile.num_warps,
     )

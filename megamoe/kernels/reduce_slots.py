@@ -28,7 +28,7 @@ FEW, MANY = Tile(512, 1), Tile(2048, 4)
 _FEW_TOKENS = 64
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions"])
 def _reduce_slots_kernel(
     rows, positions, out, num_rows, hidden, row_stride, NUM_SLOTS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -103,7 +103,7 @@ def builds(_: Target) -> list[Build]:
             kernel=_reduce_slots_kernel,
             signature=signature,
             constants={"NUM_SLOTS": num_slots, "COLUMNS": tile.columns},
-            aligned=frozenset({"rows", "positions", "out", "hidden", "row_stride"}),
+            aligned=frozenset({"rows", "out", "hidden", "row_stride"}),
             num_warps=tile.num_warps,
         )
         for tile in (FEW, MANY)

@@ -49,7 +49,7 @@ def _keys(ids, num_experts):
     return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts"])
+@triton.jit(do_not_specialize=["num_slots", "num_experts"], do_not_specialize_on_alignment=["topk_ids", "topk_weights"])
 def _route_slots_kernel(
     topk_ids,
     topk_weights,
@@ -181,7 +181,7 @@ def builds(_: Target) -> list[Build]:
             kernel=_route_slots_kernel,
             signature={**pointers, **sizes},
             constants={"TOPK": topk, **constants},
-            aligned=frozenset(pointers),
+            aligned=frozenset(pointers) - {"topk_ids", "topk_weights"},
             num_warps=NUM_WARPS,
         )
         for topk in (6, 8)

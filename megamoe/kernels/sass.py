@@ -33,7 +33,7 @@ def product_loop(sass: str) -> Mapping[str, int] | None:
             if branch and branch[1] in labels:  # backwards: its label came before it
                 loops.append([_opcode(each) for each in code[labels[branch[1]] :]])
     loops = [loop for loop in loops if _MATRIX in loop]
-    return Counter(min(loops, key=len)) if loops else None
+    return Counter(min(loops, key=lambda loop: len(loop))) if loops else None
 
 
 def _opcode(instruction: str) -> str:

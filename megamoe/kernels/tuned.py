@@ -1,18 +1,20 @@
-"""Which table of tiles a device has: one found on it by `python -m benchmarks.gpu_kernels --tune`, else its chip's.
+"""Which table of tiles a device has: one that `python -m benchmarks.gpu_kernels` found on it, else its chip's.
 
-A table that was found is a file of `tables/`, called after its device. The device's name alone decides.
+A table that was found is a file of `tables/`, called after its device. The device's name alone decides. Files are read
+without pydantic, as all that a GPU runs imports torch and Triton alone.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from megamoe.kernels.targets import chip_of
 from megamoe.kernels.tiles import TABLES, Table, Tile, check_table
@@ -42,9 +44,6 @@ class Tuned:
         check_table(self.table)
 
 
-_FORMAT = TypeAdapter(Tuned)
-
-
 def device_name(device: torch.device) -> str:
     """As torch calls it: NVIDIA H100 80GB HBM3; "cpu" """
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -59,24 +58,63 @@ def write_tuned(tuned: Tuned, folder: Path) -> Path:
     """Writes the file of its device, in place of what is there -> the file"""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(tuned.device)
-    path.write_bytes(_FORMAT.dump_json(tuned, indent=1) + b"\n")
+    path.write_text(json.dumps(asdict(tuned), indent=1) + "\n")
     return path
 
 
 def read_tuned(path: Path) -> Tuned:
     """ValueError that names the file, where it is not what write_tuned() wrote or breaks what a table must keep."""
     try:
-        text = path.read_bytes()
-        tuned = _FORMAT.validate_json(text)
-    except ValidationError as wrong:
-        first = wrong.errors(include_url=False)[0]
-        place, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{path}: {place + ': ' if place else ''}{said}") from None
-    if json.loads(_FORMAT.dump_json(tuned)) != json.loads(text):
-        raise ValueError(f"{path}: has other fields than those of a table")
+        tuned = _tuned_of(json.loads(path.read_bytes()))
+    except json.JSONDecodeError as wrong:
+        raise ValueError(f"{path}: invalid JSON: {wrong}") from None
+    except ValueError as wrong:
+        raise ValueError(f"{path}: {wrong}") from None
     if file_name(tuned.device) != path.name:
         raise ValueError(f"{path}: is of {tuned.device}, whose file is called {file_name(tuned.device)}")
     return tuned
+
+
+def _tuned_of(found: Any) -> Tuned:
+    """ValueError for what is not a table as JSON."""
+    _check_fields(found, Tuned, "the file")
+    texts = {name: _of_type(found[name], str, name) for name in ("device", "chip", "date", "torch", "triton")}
+    table = _of_type(found["table"], dict, "table")
+    return Tuned(**texts, table={kind: _steps(steps, f"table.{kind}") for kind, steps in table.items()})
+
+
+def _steps(found: Any, place: str) -> tuple[tuple[int | None, Tile], ...]:
+    steps = []
+    for number, step in enumerate(_of_type(found, list, place)):
+        here = f"{place}.{number}"
+        if len(_of_type(step, list, here)) != 2:
+            raise ValueError(f"{here}: must be a bound and a tile")
+        bound = None if step[0] is None else _of_type(step[0], int, f"{here}.bound")
+        steps.append((bound, _tile(step[1], f"{here}.tile")))
+    return tuple(steps)
+
+
+def _tile(found: Any, place: str) -> Tile:
+    _check_fields(found, Tile, place)
+    sizes = {name: _of_type(value, int, f"{place}.{name}") for name, value in found.items() if name != "options"}
+    options = _of_type(found["options"], list, f"{place}.options")
+    pairs = [_of_type(each, list, f"{place}.options") for each in options]
+    return Tile(**sizes, options=tuple((str(name), value) for name, value in pairs))
+
+
+def _check_fields(found: Any, kind: type[Tuned] | type[Tile], place: str) -> None:
+    wanted = [each.name for each in fields(kind)]
+    if list(_of_type(found, dict, place)) != wanted:
+        raise ValueError(f"{place}: must have the fields {', '.join(wanted)}, has {', '.join(map(str, found))}")
+
+
+def _of_type(value: Any, kind: type[Any], place: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{place}: must be {_NAMES[kind]}, got {value!r:.60}")
+    return value
+
+
+_NAMES: Mapping[type[Any], str] = {str: "text", int: "a whole number", dict: "an object", list: "a list"}
 
 
 @lru_cache(maxsize=16)

@@ -1,9 +1,9 @@
 """Rows of MXFP8 to BF16 in the order of the sum, once, for chips that multiply them as BF16.
 
 Else each tile would decode its rows, and every tile of the same rows again. Compiled for SM90, a step of a tile of 256
-rows and 128 columns is 722 to 824 instructions for each scheduler, where the tensor cores need 2048 cycles for it. With
-rows decoded in the tile 128 by 128 was the largest that had the registers, 1070 in 1024, and the tensor cores waited
-meanwhile: now one matrix instruction is in flight while the next weights are decoded (Triton 3.9; not timed).
+rows and 128 columns is 584 to 632 instructions for each scheduler, where the tensor cores need 2048 cycles for it. With
+rows decoded in the tile 128 by 128 was the largest that had the registers, and the tensor cores waited meanwhile: now
+one matrix instruction is in flight while the next weights are decoded (Triton 3.9, `megamoe.kernels.ahead`; not timed).
 """
 
 # M rows of x   R rows that are widened   K what is summed over, G = K / 32 blocks of it
@@ -22,7 +22,7 @@ from megamoe.kernels.targets import OPTIONS, Build, Target
 _BLOCKS, _NUM_WARPS = 64, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["x_scales"])
 def _widen_kernel(x, x_scales, out, width, x_stride, x_scale_stride, out_stride, BLOCKS: tl.constexpr):
     """One program: BLOCKS blocks of one row, of width values in all.
 
