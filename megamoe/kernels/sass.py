@@ -32,8 +32,8 @@ def product_loop(sass: str) -> Mapping[str, int] | None:
             branch = _BRANCH.search(code[-1])
             if branch and branch[1] in labels:  # backwards: its label came before it
                 loops.append([_opcode(each) for each in code[labels[branch[1]] :]])
-    loops = [loop for loop in loops if _MATRIX in loop]
-    return Counter(min(loops, key=lambda loop: len(loop))) if loops else None
+    multiplying = sorted((loop for loop in loops if _MATRIX in loop), key=len)
+    return Counter(multiplying[0]) if multiplying else None
 
 
 def _opcode(instruction: str) -> str:
