@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megamoe.catalog import figures, load_machine, load_model
-from megamoe.planner.calibrate import calibrate, check, median_error
-from megamoe.planner.flops import ASSUMPTIONS, efficiency
-from megamoe.planner.machine import read_runs
-from megamoe.planner.published import published
-from megamoe.planner.published_layers import deepep_dispatch, isca, pull_request_316
-from megamoe.planner.validate import Compared, Errors, compare, read_table
+from megamoe.planner.serving.flops import ASSUMPTIONS, efficiency
+from megamoe.planner.validation.calibrate import calibrate, check, median_error
+from megamoe.planner.validation.published import published
+from megamoe.planner.validation.published_layers import deepep_dispatch, isca, pull_request_316
+from megamoe.planner.validation.validate import Compared, Errors, compare, read_table
+from megamoe.schedule.machine import read_runs
 
 DATA = Path(__file__).parents[1] / "docs" / "data"
 V4_EFFICIENCY = {"deepseek-v4-pro": (27, 10), "deepseek-v4-flash": (10, 7)}

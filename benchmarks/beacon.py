@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from megamoe.launch.bench import make_expert_weights, make_workload
-from megamoe.launch.lab import lab
+from megamoe.launch.bench.bench import make_expert_weights, make_workload
+from megamoe.launch.lab.lab import lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.position import Whereabouts
-from megamoe.parallel.transport import Label
+from megamoe.parallel.health.status import Whereabouts
+from megamoe.parallel.transport.pairs import Label
 from megamoe.shape import MoEShape
 
 SHAPE = MoEShape(hidden=1024, intermediate=512, num_experts=16, topk=4)

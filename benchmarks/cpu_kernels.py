@@ -24,11 +24,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from megamoe.execution.products import multiply_dtype
 from megamoe.kernels.cpu import build as building
 from megamoe.kernels.cpu.layout import bf16_shape, mxfp4_shapes
 from megamoe.kernels.cpu.library import Library, Rows, load
 from megamoe.kernels.cpu.paths import Path, runnable
-from megamoe.products import multiply_dtype
 
 FEW, MANY = (1, 2, 4, 8), 512
 SIZE, EXPERTS = 2048, 64  # 64 matrices of 2048 x 2048: 143 MB in MXFP4, so that no cache holds them

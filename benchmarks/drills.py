@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from megamoe.launch import faults
-from megamoe.launch.lab import Host, lab, processes, runs
-from megamoe.launch.seats import SeatLostError
-from megamoe.launch.spawn import SpawnSeats
-from megamoe.launch.worker import Meeting
+from megamoe.launch.cluster.spawn import SpawnSeats
+from megamoe.launch.cluster.worker import Meeting
+from megamoe.launch.cluster.worker_handle import SeatLostError
+from megamoe.launch.lab import faults
+from megamoe.launch.lab.lab import Host, lab, processes, runs
 from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup

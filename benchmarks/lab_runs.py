@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from megamoe.launch.bench import BenchReport, BenchRequest, run_bench
-from megamoe.waves import Waves
+from megamoe.launch.bench.bench import BenchReport, BenchRequest, run_bench
+from megamoe.routing.waves import Waves
 
 Workload = tuple[str, int, int, int, int, int, str | None, Waves]
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from megamoe.model.synthetic import write_checkpoint
+from megamoe.model.deepseek_v4.synthetic import write_checkpoint
 
 LAUNCHERS = {"spawn": [], "ray": ["--ray", "local"]}
 PARTS = ("launcher_s", "processes_s", "group_s", "load_s", "first_batch_s")

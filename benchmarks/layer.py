@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megamoe.launch.bench import BenchReport, BenchRequest, run_bench
+from megamoe.launch.bench.bench import BenchReport, BenchRequest, run_bench
 
 SMALL = {"hidden": 1024, "intermediate": 512, "num_experts": 16, "topk": 4}
 BF16 = {"weight_format": "bf16", "dispatch_format": "bf16"}

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 
 from megamoe.launch.ranks import LocalRanks
-from megamoe.model.checkpoint import Checkpoint
-from megamoe.model.deepseek_v4 import ExpertStack
-from megamoe.model.synthetic import SMALL, write_checkpoint
+from megamoe.model.deepseek_v4.blocks import ExpertStack
+from megamoe.model.deepseek_v4.checkpoint import Checkpoint
+from megamoe.model.deepseek_v4.synthetic import SMALL, write_checkpoint
 from megamoe.parallel.group import EPGroup
 
 ALLOWED_MB = 300

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from megamoe.catalog import find_profile, load_hardware, load_model
-from megamoe.planner.search import search
+from megamoe.planner.search.search import search
 
 PLAN = ("plan", "--model", "deepseek-v4-pro", "--hardware", "gb200", "--ep", "16")
 REPEATS = 9

@@ -15,16 +15,16 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from megamoe.call import CallRecord
-from megamoe.launch.cluster import LAUNCHERS, MegaMoECluster
-from megamoe.launch.job import check_vocabulary, read_text, share, tokenise
-from megamoe.launch.torchrun_work import run_under_torchrun
-from megamoe.model.checkpoint import Checkpoint
-from megamoe.model.config import DeepSeekV4Config
-from megamoe.model.deepseek_v4 import ExpertStack
-from megamoe.model.synthetic import SMALL, num_steps, write_checkpoint
+from megamoe.execution.pipeline import CallRecord
+from megamoe.launch.cluster.cluster import LAUNCHERS, MegaMoECluster
+from megamoe.launch.cluster.job import check_vocabulary, read_text, share, tokenise
+from megamoe.launch.cluster.torchrun_work import run_under_torchrun
+from megamoe.model.deepseek_v4.blocks import ExpertStack
+from megamoe.model.deepseek_v4.checkpoint import Checkpoint
+from megamoe.model.deepseek_v4.config import DeepSeekV4Config
+from megamoe.model.deepseek_v4.synthetic import SMALL, num_steps, write_checkpoint
 from megamoe.parallel.group import EPGroup
-from megamoe.waves import Waves, check_waves
+from megamoe.routing.waves import Waves, check_waves
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
 

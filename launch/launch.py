@@ -11,13 +11,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megamoe.launch.cluster import Event, MegaMoECluster
+from megamoe.launch.cluster.cluster import Event, MegaMoECluster
+from megamoe.launch.cluster.job import (
+    JobReport,
+    RankWork,
+    batches,
+    check_vocabulary,
+    digest,
+    read_text,
+    share,
+    tokenise,
+)
+from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.demo import checkpoint_or_small
-from megamoe.launch.job import JobReport, RankWork, batches, check_vocabulary, digest, read_text, share, tokenise
 from megamoe.launch.process import age_s
-from megamoe.launch.recovery import RestartPolicy
-from megamoe.parallel.runs import check_name
-from megamoe.waves import Waves, check_waves
+from megamoe.parallel.health.runs import check_name
+from megamoe.routing.waves import Waves, check_waves
 
 Progress = Callable[[str, int, int], None]
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from megamoe.launch.lab import Host
+from megamoe.launch.lab.lab import Host
 
 _LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 _STARTING = threading.Lock()

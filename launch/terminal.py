@@ -71,7 +71,7 @@ def progress() -> Iterator[Progress]:
 
 def parse_waves(text: str) -> int | str | tuple[int, ...]:
     """'auto' -> 'auto'    '4' -> 4    '1,2,1' -> (1, 2, 1)    ValueError for anything else"""
-    from megamoe.waves import check_waves
+    from megamoe.routing.waves import check_waves
 
     if text == "auto":
         return "auto"

@@ -29,32 +29,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megamoe.call import CallRecord
+    from megamoe.execution.pipeline import CallRecord
     from megamoe.formats import MXFP4, MXFP8
-    from megamoe.launch.cluster import MegaMoECluster
-    from megamoe.launch.recovery import RestartPolicy
+    from megamoe.launch.cluster.cluster import MegaMoECluster
+    from megamoe.launch.cluster.recovery import RestartPolicy
     from megamoe.layer import MegaMoE
     from megamoe.parallel.errors import PeerError
     from megamoe.parallel.group import EPGroup, init_group
     from megamoe.shape import MoEShape
-    from megamoe.timeline import Timeline
-    from megamoe.trace import record
+    from megamoe.trace.recording import record
+    from megamoe.trace.timeline import Timeline
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "CallRecord": "megamoe.call",
+    "CallRecord": "megamoe.execution.pipeline",
     "EPGroup": "megamoe.parallel.group",
     "MXFP4": "megamoe.formats",
     "MXFP8": "megamoe.formats",
     "MegaMoE": "megamoe.layer",
-    "MegaMoECluster": "megamoe.launch.cluster",
+    "MegaMoECluster": "megamoe.launch.cluster.cluster",
     "MoEShape": "megamoe.shape",
     "PeerError": "megamoe.parallel.errors",
-    "RestartPolicy": "megamoe.launch.recovery",
-    "Timeline": "megamoe.timeline",
+    "RestartPolicy": "megamoe.launch.cluster.recovery",
+    "Timeline": "megamoe.trace.timeline",
     "init_group": "megamoe.parallel.group",
-    "record": "megamoe.trace",
+    "record": "megamoe.trace.recording",
 }
 
 __all__ = [

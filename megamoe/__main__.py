@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from megamoe.launch.cli import main
+from megamoe.launch.cli.main import main
 
 main()

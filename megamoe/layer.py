@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamoe.agreement import Part, Terms, agree, exact
 from megamoe.ambient import eager, undisturbed
-from megamoe.call import Call, CallBase, CallRecord, Parts
 from megamoe.catalog import Machine
-from megamoe.checks import (
+from megamoe.execution.autotune import Tuner
+from megamoe.execution.checks import (
     any_wrong,
     check_ambient,
     check_device,
@@ -26,19 +25,20 @@ from megamoe.checks import (
     check_name,
     check_values,
 )
-from megamoe.experts import Experts, Weight
+from megamoe.execution.experts import Experts, Weight
+from megamoe.execution.pipeline import Call, CallBase, CallRecord, Parts
+from megamoe.execution.stacks import load_stacks, shortened
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Notes
 from megamoe.parallel.streams import on_device
-from megamoe.planner.schedule import LOOKAHEAD
-from megamoe.rows import route_rows
+from megamoe.routing.agreement import Part, Terms, agree, exact
+from megamoe.routing.messages import Slabs, count_rows
+from megamoe.routing.permutation import route_rows
+from megamoe.routing.segments import to_host
+from megamoe.routing.waves import Waves, check_waves, plan_waves
+from megamoe.schedule.schedule import LOOKAHEAD
 from megamoe.shape import MoEShape
-from megamoe.slabs import Slabs, count_rows
-from megamoe.spans import to_host
-from megamoe.stacks import load_stacks, shortened
-from megamoe.tuner import Tuner
-from megamoe.waves import Waves, check_waves, plan_waves
 
 
 class MegaMoE(nn.Module):
@@ -120,8 +120,12 @@ class MegaMoE(nn.Module):
         self._num_calls = 0
         self.group.turns.number(self, self.name)  # layers of one name are told apart by the order in which they came
         kernels, alone = self.experts.grouped, self.group.size == 1
-        self._alone = import_module("megamoe.kernel_alone").Alone(self.experts) if kernels and alone else None
-        self._call: type[CallBase] = import_module("megamoe.kernel_call").KernelCall if kernels and not alone else Call
+        self._alone = (
+            import_module("megamoe.execution.backends.triton_alone").Alone(self.experts) if kernels and alone else None
+        )
+        self._call: type[CallBase] = (
+            import_module("megamoe.execution.backends.triton_call").KernelCall if kernels and not alone else Call
+        )
 
     def regroup(self, group: EPGroup | dist.ProcessGroup | None) -> list[int]:
         """Goes on in another group, as whichever rank this is there -> global ids of the experts still to be loaded.

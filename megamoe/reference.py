@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megamoe.execution.products import linear
 from megamoe.formats import MXFP4, dequantize_mxfp4, dequantize_mxfp8, quantize_mxfp4, quantize_mxfp8
-from megamoe.products import linear
 from megamoe.shape import MoEShape
 
 

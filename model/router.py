@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.ambient import undisturbed
-from megamoe.products import Prepared
+from megamoe.execution.products import Prepared
 
 _TILE, _DEVICE_TILE = 32, 1024
 

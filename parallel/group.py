@@ -14,8 +14,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous
 
-from megamoe.parallel.all_to_all import AllToAllTransport
-from megamoe.parallel.backend import (
+from megamoe.parallel.errors import CallRefusedError, PeerError, named
+from megamoe.parallel.health.heartbeat import Beacon
+from megamoe.parallel.health.runs import check_name, list_rank
+from megamoe.parallel.health.status import RAISED, Whereabouts
+from megamoe.parallel.link import measure_link
+from megamoe.parallel.recorder import Notes, Recorder, Recording
+from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
+from megamoe.parallel.streams import Streams
+from megamoe.parallel.threads import calm_gloo_threads, gloo_threads
+from megamoe.parallel.transport.all_to_all import AllToAllTransport
+from megamoe.parallel.transport.pairs import Clock, Label, PairTransport, Transport
+from megamoe.parallel.transport.process_group import (
     backend_for,
     backend_timeout_s,
     check_group,
@@ -23,16 +33,6 @@ from megamoe.parallel.backend import (
     end_group,
     global_ranks,
 )
-from megamoe.parallel.beacon import Beacon
-from megamoe.parallel.errors import CallRefusedError, PeerError, named
-from megamoe.parallel.link import measure_link
-from megamoe.parallel.meeting import fresh_store, heartbeat_address
-from megamoe.parallel.position import RAISED, Whereabouts
-from megamoe.parallel.recorder import Notes, Recorder, Recording
-from megamoe.parallel.runs import check_name, list_rank
-from megamoe.parallel.streams import Streams
-from megamoe.parallel.threads import calm_gloo_threads, gloo_threads
-from megamoe.parallel.transport import Clock, Label, PairTransport, Transport
 from megamoe.parallel.turns import Turns
 from megamoe.parallel.workspace import Workspace
 

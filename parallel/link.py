@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from megamoe.parallel.transport import Label, Transport
+from megamoe.parallel.transport.pairs import Label, Transport
 
 _FIRST_BYTES, _MOST_BYTES = 32 * 1024, 16 * 1024 * 1024
 _LONG_ENOUGH_S = 0.05

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from megamoe.parallel.position import Whereabouts
+from megamoe.parallel.health.status import Whereabouts
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.reference import moe
+from megamoe.routing.waves import Waves
 from megamoe.shape import MoEShape
-from megamoe.waves import Waves
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamoe.launch.seats import Seat, Seats
-from megamoe.model.checkpoint import Checkpoint
-from megamoe.model.deepseek_v4 import ExpertStack, MoEBlock
+from megamoe.launch.cluster.worker_handle import Seat, Seats
+from megamoe.model.deepseek_v4.blocks import ExpertStack, MoEBlock
+from megamoe.model.deepseek_v4.checkpoint import Checkpoint
 from megamoe.parallel.group import EPGroup
 
 

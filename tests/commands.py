@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner
 
-from megamoe.launch.cli import app
+from megamoe.launch.cli.main import app
 
 
 def refused(*arguments: object) -> str:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, dequantize_mxfp8, quantize_mxfp4, quantize_mxfp8
+from megamoe.kernels.chips.tiles import Tile
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear1 import grouped_linear1, grouped_linear1_torch
 from megamoe.kernels.grouped_linear2 import grouped_linear2, grouped_linear2_torch
 from megamoe.kernels.layout import Prepacked, Wide, in_memory_order, in_sum_order
-from megamoe.kernels.tiles import Tile
 
 LIMIT = 10.0
 UNTOUCHED = 77.0  # what an output holds before

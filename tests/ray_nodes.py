@@ -21,13 +21,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megamoe.launch.lab import Host, lab
-from megamoe.launch.ray_cluster import RaySeats
-from megamoe.launch.worker import Meeting
+from megamoe.launch.cluster.ray.pool import RaySeats
+from megamoe.launch.cluster.worker import Meeting
+from megamoe.launch.lab.lab import Host, lab
 from megamoe.parallel.group import EPGroup
 
 if TYPE_CHECKING:
-    from megamoe.launch.ray_seat import RaySeat
+    from megamoe.launch.cluster.ray.handle import RaySeat
 
 GCS_PORT = 6379
 START_S = 60.0

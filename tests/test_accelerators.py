@@ -16,20 +16,20 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.distributed import distributed_c10d
 
-from megamoe.checks import check_input
-from megamoe.launch.worker import Worker, WorkerOptions
+from megamoe.execution.checks import check_input
+from megamoe.launch.cluster.worker import Worker, WorkerOptions
 from megamoe.model.router import Router
-from megamoe.parallel import all_to_all
-from megamoe.parallel.all_to_all import AllToAllTransport
-from megamoe.parallel.backend import backend_timeout_s, end_group
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.position import Whereabouts
+from megamoe.parallel.health.status import Whereabouts
 from megamoe.parallel.streams import make_current, on_device, synchronize
-from megamoe.parallel.transport import Clock, Label
+from megamoe.parallel.transport import all_to_all
+from megamoe.parallel.transport.all_to_all import AllToAllTransport
+from megamoe.parallel.transport.pairs import Clock, Label
+from megamoe.parallel.transport.process_group import backend_timeout_s, end_group
 from megamoe.parallel.workspace import Workspace
+from megamoe.routing.segments import to_host
 from megamoe.shape import MoEShape
-from megamoe.spans import to_host
 
 LABEL = Label("moe", "dispatch", 0)
 
@@ -240,7 +240,7 @@ class Module:
 def test_a_copy_to_the_host_waits_for_whatever_accelerator_it_comes_from(streams: bool) -> None:
     module, counts = Module(streams=streams), torch.tensor([3, 4])
     asked = mock.patch("torch.get_device_module", return_value=module)
-    with asked, mock.patch("megamoe.spans.on_host", return_value=False), mock.patch("torch.cuda", None):
+    with asked, mock.patch("megamoe.routing.segments.on_host", return_value=False), mock.patch("torch.cuda", None):
         there = torch.empty(2, dtype=torch.int64)
         with mock.patch.object(Workspace, "pinned", return_value=there):
             assert to_host(counts, Workspace(), "counts").tolist() == [3, 4]
@@ -283,7 +283,7 @@ SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2)
 def test_a_tensor_on_another_device_of_the_same_type_is_refused(
     layer: str, devices: tuple[str, str, str], said: str | None
 ) -> None:
-    with FakeTensorMode(), mock.patch("megamoe.checks._check_plain"):  # which refuses tensors that are fake
+    with FakeTensorMode(), mock.patch("megamoe.execution.checks._check_plain"):  # which refuses tensors that are fake
         hidden = torch.empty(3, 64, device=devices[0])
         ids, weights = torch.zeros(3, 2, dtype=torch.int64, device=devices[1]), torch.empty(3, 2, device=devices[2])
         if said is None:

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from megamoe.parallel import beacon, runs
-from megamoe.parallel.beacon import Beacon, ask
-from megamoe.parallel.line import Heartbeat, Line
-from megamoe.parallel.position import LEFT, OUTSIDE, RAISED, WAITING, Position, Whereabouts
+from megamoe.parallel.health import heartbeat, runs
+from megamoe.parallel.health.heartbeat import Beacon, ask
+from megamoe.parallel.health.records import Heartbeat, Line
+from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, Position, Whereabouts
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def test_every_rank_hears_where_the_others_are() -> None:
 def test_a_rank_that_raises_is_heard_before_the_next_beat_and_ends_the_waits_of_those_in_a_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(beacon, "BEAT_S", 3600.0)
+    monkeypatch.setattr(heartbeat, "BEAT_S", 3600.0)
     with beacons(3) as lit:
         troubled = threading.Event()
         lit[0].trouble = troubled.set
@@ -244,7 +244,7 @@ def test_a_body_that_is_no_record_does_not_end_the_thread_that_hears_it(body: by
 def test_a_rank_that_raised_before_its_connection_was_taken_ends_waits_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(beacon, "BEAT_S", 3600.0)
+    monkeypatch.setattr(heartbeat, "BEAT_S", 3600.0)
     with beacons(2) as lit:
         troubled = threading.Event()
         lit[0].trouble = troubled.set

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from megamoe.launch.bench import MEASURES, BenchRequest, sweep_waves
-from megamoe.launch.lab import burst_bytes
-from megamoe.launch.presets import preset
+from megamoe.launch.bench.bench import MEASURES, BenchRequest, sweep_waves
+from megamoe.launch.bench.presets import preset
+from megamoe.launch.lab.lab import burst_bytes
 from megamoe.shape import MoEShape
-from megamoe.timeline import Timeline
+from megamoe.trace.timeline import Timeline
 from tests.commands import refused
 from tests.test_demo import command
 from tests.test_lab import needs_lab

@@ -18,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe.launch import faults, recovery
-from megamoe.launch.cluster import MegaMoECluster
-from megamoe.launch.lab import lab
-from megamoe.launch.recovery import RestartPolicy
-from megamoe.launch.seats import SeatLostError
-from megamoe.launch.spawn import SpawnSeats
-from megamoe.model.synthetic import write_checkpoint
+from megamoe.launch.cluster import recovery
+from megamoe.launch.cluster.cluster import MegaMoECluster
+from megamoe.launch.cluster.recovery import RestartPolicy
+from megamoe.launch.cluster.spawn import SpawnSeats
+from megamoe.launch.cluster.worker_handle import SeatLostError
+from megamoe.launch.lab import faults
+from megamoe.launch.lab.lab import lab
+from megamoe.model.deepseek_v4.synthetic import write_checkpoint
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from tests.cluster_cases import WatchedSeats, batches_and_outputs, break_next_forward

@@ -17,9 +17,9 @@ import psutil
 import pytest
 import torch
 
-from megamoe.launch.cluster import Event, MegaMoECluster
-from megamoe.launch.recovery import RestartPolicy
-from megamoe.model.synthetic import write_checkpoint
+from megamoe.launch.cluster.cluster import Event, MegaMoECluster
+from megamoe.launch.cluster.recovery import RestartPolicy
+from megamoe.model.deepseek_v4.synthetic import write_checkpoint
 from tests.cluster_cases import batches_and_outputs, break_next_forward
 from tests.test_model import CONFIG
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamoe.execution.ops import activate, reduce_slots, silu_table
 from megamoe.formats import (
     MXFP4,
     MXFP8,
@@ -26,7 +27,6 @@ from megamoe.kernels.cpu.build import BuildError, build
 from megamoe.kernels.cpu.layout import pack_bf16, pack_mxfp4, unpack_bf16, unpack_mxfp4
 from megamoe.kernels.cpu.library import Library, Rows, find_fault, load, product_of, sum_in_order, using
 from megamoe.kernels.cpu.paths import PATHS, Path, runnable
-from megamoe.ops import activate, reduce_slots, silu_table
 from megamoe.reference import round_mxfp8
 
 # "bf16-dot" written out, so that what surrounds its instruction is tested where the CPU does not have it

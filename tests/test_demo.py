@@ -18,11 +18,11 @@ import pytest
 
 import megamoe
 from megamoe.launch.terminal import parse_waves
-from megamoe.model.synthetic import write_checkpoint
+from megamoe.model.deepseek_v4.synthetic import write_checkpoint
 from tests.commands import refused
 from tests.test_model import CONFIG, LAYER_1, truncate
 
-COMMAND = [sys.executable, "-c", "from megamoe.launch.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from megamoe.launch.cli.main import main; main()"]
 
 
 def command(*arguments: object, **options: str) -> subprocess.CompletedProcess[str]:
@@ -152,7 +152,9 @@ def test_a_signal_at_any_point_leaves_no_file_and_no_process(
         "ranks_running": lambda: len(spawned(process)) == 2 and met(process),
         "ray_started": lambda: bool(running(process, "/raylet/raylet")),
         "ray_ranks": lambda: len(running(process, "ray::SeatActor")) == 2,
-        "torchrun_ranks": lambda: len(running(process, "megamoe.launch.torchrun_work")) == 3,  # and torchrun itself
+        "torchrun_ranks": lambda: (
+            len(running(process, "megamoe.launch.cluster.torchrun_work")) == 3
+        ),  # and torchrun itself
     }[moment]
     until = time.monotonic() + 60
     while not reached():

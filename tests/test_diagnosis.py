@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe.parallel.diagnosis import Sight, diagnose
-from megamoe.parallel.position import LEFT, OUTSIDE, RAISED, WAITING, WORKING, Position
+from megamoe.parallel.health.diagnosis import Sight, diagnose
+from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKING, Position
 
 
 def waits(rank: int, peer: int | None, age_s: float = 2.0) -> Sight:

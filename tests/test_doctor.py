@@ -17,12 +17,13 @@ import typer
 from typer.testing import CliRunner, Result
 
 from megamoe.kernels.cpu.paths import worthwhile
-from megamoe.launch import devices, doctor_machine, doctor_software
+from megamoe.launch import devices
+from megamoe.launch.cli.doctor import _print_checks, _print_links, doctor
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices, present_device
-from megamoe.launch.doctor import LOOK_AT, examine
-from megamoe.launch.doctor_check import Check, Examination, Link
-from megamoe.launch.doctor_cli import _print_checks, _print_links, doctor
-from megamoe.launch.doctor_exchange import Trial, exchange, try_backend
+from megamoe.launch.doctor import machine, software
+from megamoe.launch.doctor.check import Check, Examination, Link
+from megamoe.launch.doctor.doctor import LOOK_AT, examine
+from megamoe.launch.doctor.exchange import Trial, exchange, try_backend
 from megamoe.parallel.group import BACKENDS, EPGroup
 from megamoe.parallel.interfaces import Interface
 
@@ -173,15 +174,15 @@ def test_a_check_that_trips_is_a_finding_and_the_rest_goes_on() -> None:
     def left_shoe(_: Examination) -> Check:
         raise OSError("no such foot")
 
-    found = examine(CPU, look_at=(left_shoe, doctor_software.python), between=lambda _: ([], []))
+    found = examine(CPU, look_at=(left_shoe, software.python), between=lambda _: ([], []))
     assert [(check.name, check.state) for check in found.checks] == [("left shoe", "warn"), ("python", "ok")]
     assert "OSError: no such foot" in found.checks[0].found
 
 
 LOW = """
 import resource
-from megamoe.launch.doctor_check import Examination
-from megamoe.launch.doctor_machine import open_files
+from megamoe.launch.doctor.check import Examination
+from megamoe.launch.doctor.machine import open_files
 for soft, hard in ((1024, 4096), (512, 512)):
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     check = open_files(Examination(2, "cpu"))
@@ -204,8 +205,8 @@ def groups(folder: Path, lines: str, files: dict[str, str], monkeypatch: pytest.
         file = folder / "tree" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{text}\n")
-    monkeypatch.setattr(doctor_machine, "OWN_CGROUPS", own)
-    monkeypatch.setattr(doctor_machine, "CGROUPS", folder / "tree")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", own)
+    monkeypatch.setattr(machine, "CGROUPS", folder / "tree")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_half_a_core_is_too_little_for_two_ranks(
     lines: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups(tmp_path, lines, files, monkeypatch)
-    check = doctor_machine.cores(CPU)
+    check = machine.cores(CPU)
     assert check.state == "warn"
     assert check.found.startswith("0.5 usable")
     assert "the control group allows 0.5" in check.found
@@ -232,28 +233,28 @@ def test_half_a_core_is_too_little_for_two_ranks(
 def test_memory_ends_where_the_control_group_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"memory.max": str(2**30), "memory.current": str(2**30 - 2**28)}
     groups(tmp_path, "0::/\n", files, monkeypatch)
-    check = doctor_machine.memory(Examination(1, "cpu"))
+    check = machine.memory(Examination(1, "cpu"))
     assert (check.state, check.found.startswith("0.2 GiB free")) == ("warn", True)
     assert "control group" in check.found
 
 
 def test_without_control_groups_nothing_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_machine, "OWN_CGROUPS", tmp_path / "none")
-    monkeypatch.setattr(doctor_machine, "SHARED_MEMORY", tmp_path / "none")
-    assert "control group" not in doctor_machine.cores(CPU).found
-    assert "control group" not in doctor_machine.memory(CPU).found
-    assert doctor_machine.shared_memory(CPU).state == "ok"
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "none")
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "none")
+    assert "control group" not in machine.cores(CPU).found
+    assert "control group" not in machine.memory(CPU).found
+    assert machine.shared_memory(CPU).state == "ok"
 
 
 def test_several_interfaces_and_none_named_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     there = [Interface(name, f"192.0.2.{number}", False, True, 0) for number, name in enumerate(("net1", "net2"), 1)]
-    monkeypatch.setattr(doctor_machine, "list_interfaces", lambda: there)
-    monkeypatch.setattr(doctor_machine, "choose", lambda **_: there[0])
-    check = doctor_machine.interfaces(CPU)
+    monkeypatch.setattr(machine, "list_interfaces", lambda: there)
+    monkeypatch.setattr(machine, "choose", lambda **_: there[0])
+    check = machine.interfaces(CPU)
     assert check.state == "warn"
     assert check.fix.startswith("megamoe doctor --interface net1")
     assert "also net2 (192.0.2.2)" in check.found
-    assert doctor_machine.interfaces(Examination(2, "cpu", interface="net1")).state == "ok"
+    assert machine.interfaces(Examination(2, "cpu", interface="net1")).state == "ok"
 
 
 @pytest.mark.parametrize(
@@ -261,18 +262,18 @@ def test_several_interfaces_and_none_named_is_a_warning(monkeypatch: pytest.Monk
     [("2.11.0+cpu", (2, 11)), ("2.9.0.dev20250901", (2, 9)), ("3", (3,)), ("2.11.0a0+git", (2, 11))],
 )
 def test_versions_are_compared_by_their_first_two_numbers(text: str, version: tuple[int, ...]) -> None:
-    assert doctor_software.parse_version(text) == version
+    assert software.parse_version(text) == version
 
 
 def test_an_old_torch_fails_and_missing_ray_and_triton_warn_where_they_are_wanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.__version__", "2.9.1+cpu")
-    assert doctor_software.torch_version(CPU) == Check("torch", "fail", "2.9.1+cpu", "pip install 'torch>=2.11'")
-    monkeypatch.setattr(doctor_software, "_installed", lambda *_: None)
-    assert doctor_software.ray(CPU).fix == "pip install 'megamoe[ray]'"
-    assert doctor_software.triton(CPU).state == "ok"
-    assert doctor_software.triton(Examination(2, "cuda")).fix == "pip install triton"
+    assert software.torch_version(CPU) == Check("torch", "fail", "2.9.1+cpu", "pip install 'torch>=2.11'")
+    monkeypatch.setattr(software, "_installed", lambda *_: None)
+    assert software.ray(CPU).fix == "pip install 'megamoe[ray]'"
+    assert software.triton(CPU).state == "ok"
+    assert software.triton(Examination(2, "cuda")).fix == "pip install triton"
 
 
 def test_a_fix_without_a_fault_and_a_fault_without_a_fix_are_refused() -> None:
@@ -299,18 +300,18 @@ def test_tables_of_any_number_of_ranks_fit_80_columns(size: int, capsys: pytest.
 
 def test_what_computes_the_experts_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     path = worthwhile()[0]
-    assert doctor_software.experts(CPU).found == f"kernels {path.name} on cpu, sums in order {path.arithmetic}"
-    monkeypatch.setattr(doctor_software, "find", lambda _: (None, ["avx2: there is no C++ compiler 'c++'"]))
-    check = doctor_software.experts(CPU)
+    assert software.experts(CPU).found == f"kernels {path.name} on cpu, sums in order {path.arithmetic}"
+    monkeypatch.setattr(software, "find", lambda _: (None, ["avx2: there is no C++ compiler 'c++'"]))
+    check = software.experts(CPU)
     assert (check.state, check.found) == ("warn", "torch on cpu, slower; not avx2: there is no C++ compiler 'c++'")
     assert "g++" in check.fix
-    monkeypatch.setattr(doctor_software, "keeps_bits", lambda *_: False)
-    assert "its products depend on the batch on this machine" in doctor_software.experts(CPU).found
-    assert doctor_software.experts(Examination(2, "npu")).found == "there is no npu to compute them"
-    monkeypatch.setattr(doctor_software, "num_devices", lambda _: 1)
+    monkeypatch.setattr(software, "keeps_bits", lambda *_: False)
+    assert "its products depend on the batch on this machine" in software.experts(CPU).found
+    assert software.experts(Examination(2, "npu")).found == "there is no npu to compute them"
+    monkeypatch.setattr(software, "num_devices", lambda _: 1)
     for kernels, said in ((True, "Triton kernels on cuda"), (False, "torch on cuda")):
-        monkeypatch.setattr(doctor_software, "has_kernels", lambda _, found=kernels: found)
-        assert doctor_software.experts(Examination(2, "cuda")).found == said
+        monkeypatch.setattr(software, "has_kernels", lambda _, found=kernels: found)
+        assert software.experts(Examination(2, "cuda")).found == said
 
 
 def test_every_backend_has_a_device_type_and_every_device_type_its_names() -> None:

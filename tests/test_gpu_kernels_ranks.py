@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu_kernels import ranks
 from benchmarks.gpu_kernels.ranks import ThreadTransfer, ThreadTransport, check_ranks, rank_checks
-from megamoe.parallel.transport import Label
+from megamoe.parallel.transport.pairs import Label
 from tests.test_kernel_call import as_with_kernels
 
 CPU = torch.device("cpu")

@@ -19,13 +19,14 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu_kernels import tune
 from benchmarks.gpu_kernels.clock import HostClock
-from megamoe.kernels import load, tuned
+from megamoe.kernels import load
 from megamoe.kernels.ahead import Compiled, compile_build
+from megamoe.kernels.chips import tuned
+from megamoe.kernels.chips.targets import target
+from megamoe.kernels.chips.tiles import TABLES, Tile
+from megamoe.kernels.chips.tuned import Tuned, file_name, read_tuned, table_of, tiles_of, write_tuned
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear2 import grouped_linear2
-from megamoe.kernels.targets import target
-from megamoe.kernels.tiles import TABLES, Tile
-from megamoe.kernels.tuned import Tuned, file_name, read_tuned, table_of, tiles_of, write_tuned
 from tests.test_gpu_kernels import CPU, TINY, patched
 
 # ---- tables that were found ----

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, distributed_c10d
 
 from megamoe.launch.ranks import LocalRanks
-from megamoe.parallel import interfaces, meeting
-from megamoe.parallel.beacon import Beacon
+from megamoe.parallel import interfaces, rendezvous
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup, init_group
+from megamoe.parallel.health.heartbeat import Beacon
+from megamoe.parallel.health.status import Whereabouts
 from megamoe.parallel.interfaces import Interface, told
-from megamoe.parallel.meeting import fresh_store, heartbeat_address
-from megamoe.parallel.position import Whereabouts
+from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
 from megamoe.parallel.threads import gloo_threads
-from megamoe.parallel.transport import PairTransport
+from megamoe.parallel.transport.pairs import PairTransport
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer, oracle, split
 
@@ -274,18 +274,18 @@ def test_a_heartbeat_is_where_the_others_are_though_the_machines_own_name_is_loo
 ) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     names_self, route = iter(["127.0.1.1"]), {"10.1.0.8": "10.1.0.7"}
-    monkeypatch.setattr(meeting, "local_address", lambda _: next(names_self))
-    monkeypatch.setattr(meeting, "address_towards", route.__getitem__)
+    monkeypatch.setattr(rendezvous, "local_address", lambda _: next(names_self))
+    monkeypatch.setattr(rendezvous, "address_towards", route.__getitem__)
     assert addresses(2, {1: "10.1.0.8"}) == ["10.1.0.7", "10.1.0.8"]
 
 
 def test_a_heartbeat_follows_the_backends_interface_and_stays_on_loopback_where_all_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(meeting, "told", lambda _: ETH[0])
+    monkeypatch.setattr(rendezvous, "told", lambda _: ETH[0])
     assert addresses(2, {}) == ["10.1.0.7"] * 2
     assert addresses(2, {0: "10.9.9.9"}) == ["10.9.9.9", "10.1.0.7"]
-    monkeypatch.setattr(meeting, "told", lambda _: None)
+    monkeypatch.setattr(rendezvous, "told", lambda _: None)
     assert addresses(3, {}) == ["127.0.0.1"] * 3
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe.agreement import told
 from megamoe.catalog import load_machine
-from megamoe.experts import Experts
+from megamoe.execution.experts import Experts
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import CallRefusedError, PeerError
 from megamoe.parallel.group import EPGroup
+from megamoe.routing.agreement import told
 from megamoe.shape import MoEShape
 from tests.cases import Batch, make_batch, make_layer, make_weights
 

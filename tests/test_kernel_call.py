@@ -19,18 +19,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamoe.experts import Experts
+from megamoe.execution.experts import Experts
+from megamoe.execution.ops import has_kernels
 from megamoe.kernels import load
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
-from megamoe.ops import has_kernels
-from megamoe.parallel.all_to_all import AllToAllTransport
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.streams import Streams
-from megamoe.parallel.transport import Clock
+from megamoe.parallel.transport.all_to_all import AllToAllTransport
+from megamoe.parallel.transport.pairs import Clock
 from megamoe.reference import relative_error
+from megamoe.routing.waves import Waves, plan_waves
 from megamoe.shape import MoEShape
-from megamoe.waves import Waves, plan_waves
 from tests.cases import Batch, make_batch, make_layer, make_weights, oracle, split
 from tests.interpreter import interpret, interpreted
 
@@ -44,12 +44,12 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 
 def as_with_kernels() -> AbstractContextManager[object]:
     """Layers made in the block are those of a device with kernels."""
-    return mock.patch("megamoe.experts.has_kernels", return_value=True)
+    return mock.patch("megamoe.execution.experts.has_kernels", return_value=True)
 
 
 def in_triton() -> AbstractContextManager[object]:
     """Operations in the block are the kernels and not their twins."""
-    return mock.patch("megamoe.ops.has_kernels", return_value=True)
+    return mock.patch("megamoe.execution.ops.has_kernels", return_value=True)
 
 
 def layer_of(shape: MoEShape, group: EPGroup | None = None, **options: Any) -> MegaMoE:
@@ -78,7 +78,7 @@ def test_which_devices_have_kernels(chip: str) -> None:
     found = mock.patch("torch.cuda.get_device_properties", return_value=mock.Mock(**properties))
     with found, mock.patch("torch.version.hip", hip):
         assert asked(device) == expected
-        with mock.patch("megamoe.ops.find_spec", return_value=None):
+        with mock.patch("megamoe.execution.ops.find_spec", return_value=None):
             assert not asked(device), "without Triton"
     assert not asked(CPU)
 
@@ -90,7 +90,7 @@ def sweep(group: EPGroup, batch: Batch, shares: list[slice], all_to_all: bool) -
     if all_to_all:
         group = with_all_to_all(group)
     mine, out = batch.part(shares[group.rank]), {}
-    copied = mock.patch("megamoe.spans.on_host", return_value=not all_to_all)  # as a GPU is told, and tells
+    copied = mock.patch("megamoe.routing.segments.on_host", return_value=not all_to_all)  # as a GPU is told, and tells
     with copied, mock.patch("torch.cuda.current_stream"):
         for weights, wire in FORMATS:
             for waves in WAVES:
@@ -267,7 +267,7 @@ def no_kernels() -> AbstractContextManager[object]:
     def body(name: str, _: torch.device) -> Any:
         return load(name).route_slots_torch if name == "route_slots" else lambda *_: None  # type: ignore[attr-defined]
 
-    return mock.patch("megamoe.ops._body", body)
+    return mock.patch("megamoe.execution.ops._body", body)
 
 
 def test_a_rank_alone_waits_for_nothing() -> None:
@@ -288,7 +288,7 @@ def waited_for(group: EPGroup, batch: Batch) -> list[str]:
         waits.found = ["counts"]  # what was waited for before was for these, or the host's own
         return plan_waves(*args)
 
-    copied = mock.patch("megamoe.spans.on_host", return_value=False)
+    copied = mock.patch("megamoe.routing.segments.on_host", return_value=False)
     after = mock.patch("megamoe.layer.plan_waves", known)
     with copied, mock.patch("torch.cuda.current_stream"), no_kernels(), after, waits:
         layer(batch.hidden, batch.ids, batch.weights)
@@ -354,7 +354,7 @@ def queued(group: EPGroup, batch: Batch) -> list[str]:
     try:
         with (
             mock.patch.object(transport, "expect", logged),
-            mock.patch("megamoe.kernel_call.run_experts", computes(log)),
+            mock.patch("megamoe.execution.backends.triton_call.run_experts", computes(log)),
         ):
             layer(batch.hidden, batch.ids, batch.weights)
     finally:
@@ -363,7 +363,7 @@ def queued(group: EPGroup, batch: Batch) -> list[str]:
 
 
 def computes(log: list[str]) -> Any:
-    from megamoe.kernel_experts import run_experts
+    from megamoe.execution.backends.triton_experts import run_experts
 
     def run(*args: Any, turns: int) -> None:
         assert turns > 1, "or messages would wait until a kernel has ended"
@@ -473,7 +473,7 @@ def test_what_was_found_is_told_once_though_a_copy_of_it_was_still_queued() -> N
 
 
 def load_findings() -> Any:
-    from megamoe.kernel_alone import Findings
+    from megamoe.execution.backends.triton_alone import Findings
 
     return Findings
 

@@ -21,8 +21,8 @@ import triton.language as tl
 
 from megamoe.kernels import KERNELS, load
 from megamoe.kernels.ahead import Compiled, Resources, compile_ahead, compile_build, main, table
-from megamoe.kernels.sass import product_loop
-from megamoe.kernels.targets import TARGETS, Build, Target, target
+from megamoe.kernels.chips.sass import product_loop
+from megamoe.kernels.chips.targets import TARGETS, Build, Target, target
 
 ROOT = Path(__file__).parents[1]
 by_target = pytest.mark.parametrize("chip", TARGETS, ids=lambda chip: chip.name)

@@ -14,12 +14,12 @@ from tests.interpreter import interpreted
 
 pytest.importorskip("triton")
 
+from megamoe.kernels.chips.targets import TARGETS
+from megamoe.kernels.chips.tiles import INSTRUCTIONS, TABLES, Tile, check_table, tile_for
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear1 import grouped_linear1
 from megamoe.kernels.grouped_linear2 import grouped_linear2
 from megamoe.kernels.layout import Wide
-from megamoe.kernels.targets import TARGETS
-from megamoe.kernels.tiles import INSTRUCTIONS, TABLES, Tile, check_table, tile_for
 from tests.kernel_cases import WAYS, as_bytes, as_fp64, drawn, every_way, grouped, linear1, linear2, normal
 
 # ---- the same bits ----

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megamoe import MoEShape
-from megamoe.experts import Experts
+from megamoe.execution.experts import Experts
 from megamoe.formats import E2M1_MAGNITUDES, MXFP4, dequantize_mxfp4, pack_e2m1, quantize_mxfp4
 from megamoe.kernels.layout import (
     LARGEST_SMALL_SCALE,

@@ -12,9 +12,9 @@ from tests.interpreter import interpreted
 
 pytest.importorskip("triton")
 
+from megamoe.kernels.chips.tiles import Tile
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.layout import LARGEST_SMALL_SCALE, Prepacked, interleave_gate_up, separate_gate_up
-from megamoe.kernels.tiles import Tile
 from tests.kernel_cases import (
     LIMIT,
     UNTOUCHED,

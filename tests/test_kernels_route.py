@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe.checks import any_wrong
+from megamoe.execution.checks import any_wrong
 from megamoe.shape import MoEShape
 from tests.interpreter import interpreted
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe import ops
+from megamoe.execution import ops
 from megamoe.formats import BLOCK, MXFP8, dequantize_mxfp8, quantize_mxfp8
 from tests.interpreter import interpreted
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megamoe.launch.faults import cut, find, format_rate, heal, links, slow
-from megamoe.launch.lab import (
+from megamoe.launch.lab.faults import cut, find, format_rate, heal, links, slow
+from megamoe.launch.lab.lab import (
     NAMESPACES,
     PREFIX,
     Host,
@@ -33,7 +33,7 @@ from megamoe.launch.lab import (
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.transport import Label
+from megamoe.parallel.transport.pairs import Label
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, oracle, split
 from tests.test_layer import forward
@@ -91,7 +91,7 @@ def test_a_lab_is_taken_down_when_its_block_raises() -> None:
 
 KILLED = """
 import time
-from megamoe.launch.lab import lab
+from megamoe.launch.lab.lab import lab
 with lab(2, "1gbit") as hosts:
     print(hosts[0].namespace, flush=True)
     time.sleep(60)

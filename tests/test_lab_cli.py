@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from megamoe.launch.lab import lab
+from megamoe.launch.lab.lab import lab
 from tests.test_demo import COMMAND, command
 from tests.test_lab import needs_lab
 
@@ -112,7 +112,7 @@ def test_a_lab_outlives_its_command_until_it_is_taken_down(room: Room) -> None:
 PROGRAM = """
 import os, torch
 from megamoe import init_group
-from megamoe.parallel.transport import Label
+from megamoe.parallel.transport.pairs import Label
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 with init_group("cpu", rank=rank, size=size, init_method="env://", deadline_s=30) as group:
     print(group.transport.gather(torch.tensor([[rank + 7]], dtype=torch.uint8)[0], Label("lab", "counts")).tolist())
@@ -151,7 +151,7 @@ def test_two_kept_labs_stand_side_by_side_and_are_named_apart(room: Room) -> Non
     assert room.json("down", "--all") == []
 
 
-HELD = "from megamoe.launch.lab import lab\nwith lab(1, '1gbit'):\n    print(flush=True)\n    input()\n"
+HELD = "from megamoe.launch.lab.lab import lab\nwith lab(1, '1gbit'):\n    print(flush=True)\n    input()\n"
 
 
 @needs_lab

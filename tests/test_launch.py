@@ -16,14 +16,14 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from megamoe.launch.doctor_run import look
-from megamoe.launch.job import digest
+from megamoe.launch.cluster.job import digest
+from megamoe.launch.cluster.recovery import parse_elastic
+from megamoe.launch.cluster.torchrun_work import run_under_torchrun
+from megamoe.launch.doctor.run import look
 from megamoe.launch.launch import LaunchRequest
-from megamoe.launch.recovery import parse_elastic
-from megamoe.launch.torchrun_work import run_under_torchrun
-from megamoe.model.synthetic import write_checkpoint
+from megamoe.model.deepseek_v4.synthetic import write_checkpoint
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.runs import check_name, folder, listed
+from megamoe.parallel.health.runs import check_name, folder, listed
 from tests.commands import refused
 from tests.test_demo import COMMAND, command
 from tests.test_model import CONFIG

@@ -7,19 +7,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.call import CallRecord
+from megamoe.execution.pipeline import CallRecord
 from megamoe.formats import quantize_mxfp4
 from megamoe.kernels.cpu.library import using
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
-from megamoe.parallel.all_to_all import AllToAllTransport
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
-from megamoe.parallel.transport import Clock
+from megamoe.parallel.transport.all_to_all import AllToAllTransport
+from megamoe.parallel.transport.pairs import Clock
 from megamoe.parallel.workspace import Workspace
 from megamoe.reference import moe_fp64, relative_error
+from megamoe.routing.waves import Waves, plan_waves
 from megamoe.shape import MoEShape
-from megamoe.waves import Waves, plan_waves
 from tests.cases import Batch, make_batch, make_layer, make_weights, oracle, split
 
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from megamoe.formats import dequantize_mxfp4
 from megamoe.launch.ranks import LocalRanks
-from megamoe.model.checkpoint import INDEX, Checkpoint
-from megamoe.model.config import DeepSeekV4Config
-from megamoe.model.deepseek_v4 import ExpertStack, MoEBlock
+from megamoe.model.deepseek_v4.blocks import ExpertStack, MoEBlock
+from megamoe.model.deepseek_v4.checkpoint import INDEX, Checkpoint
+from megamoe.model.deepseek_v4.config import DeepSeekV4Config
+from megamoe.model.deepseek_v4.synthetic import SMALL, write_checkpoint
 from megamoe.model.router import Router
-from megamoe.model.synthetic import SMALL, write_checkpoint
 from megamoe.parallel.group import EPGroup
-from megamoe.waves import Waves
+from megamoe.routing.waves import Waves
 
 CONFIG = SMALL.model_copy(
     update={

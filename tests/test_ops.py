@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megamoe import formats
+from megamoe.execution.ops import activate, silu_table, swiglu
 from megamoe.kernels.cpu.library import using
-from megamoe.ops import activate, silu_table, swiglu
 from megamoe.reference import round_mxfp8
 
 CPU = torch.device("cpu")

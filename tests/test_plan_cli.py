@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from megamoe.launch.cli import COMMANDS, app
-from megamoe.launch.plan_file import read_plan
+from megamoe.launch.cli.main import COMMANDS, app
+from megamoe.launch.cli.planner.plan_file import read_plan
 
 TABLE = Path(__file__).parents[1] / "docs" / "data" / "mega_moe_gb200_deepseek_v4_pro.csv"
 PRO = ("--model", "deepseek-v4-pro", "--hardware", "gb200")
@@ -419,7 +419,9 @@ def test_help_lists_every_command_once() -> None:
         assert "Usage: megamoe" in run(name, "--help").stdout.replace("root", "megamoe")
 
 
-MODULES = "import sys; from megamoe.launch.cli import app; app({arguments}, standalone_mode=False); print(*sys.modules)"
+MODULES = (
+    "import sys; from megamoe.launch.cli.main import app; app({arguments}, standalone_mode=False); print(*sys.modules)"
+)
 
 
 def started(*arguments: object) -> set[str]:
@@ -431,8 +433,8 @@ def started(*arguments: object) -> set[str]:
 
 def test_a_plan_imports_nothing_that_it_does_not_need() -> None:
     plan = started("plan", *PRO, "--ep", 16, "--batch", 64)
-    assert "megamoe.planner.serving" in plan
-    assert not {"torch", "numpy", "matplotlib", "megamoe.planner.report", "megamoe.launch.bench_cli"} & plan
+    assert "megamoe.planner.serving.serving" in plan
+    assert not {"torch", "numpy", "matplotlib", "megamoe.planner.report", "megamoe.launch.cli.bench"} & plan
     assert "numpy" in started("plan", *PRO, "--ep", 16, "--routing", "zipf_1.1")
     listed = started("--help")
     assert "torch" not in listed
@@ -441,7 +443,7 @@ def test_a_plan_imports_nothing_that_it_does_not_need() -> None:
 
 def test_a_plan_starts_and_ends_within_half_a_second() -> None:
     times = []
-    command = [sys.executable, "-c", "from megamoe.launch.cli import main; main()", "plan", *PRO, "--ep", "16"]
+    command = [sys.executable, "-c", "from megamoe.launch.cli.main import main; main()", "plan", *PRO, "--ep", "16"]
     for _ in range(3):
         begin = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.catalog import find_profile, load_hardware, load_model
-from megamoe.planner.formats import VALUE_BYTES, value_bytes
-from megamoe.planner.layer import Device, Expert, compute_format, dispatch_us, layer_time
-from megamoe.planner.plan import PlanRequest, plan
-from megamoe.planner.routing import KINDS, RankLoad, Routing, _replicated, busiest
-from megamoe.planner.rule import Rule, hides_tflops, threshold, tiers, transfer_us
-from megamoe.planner.schedule import Work, play
+from megamoe.planner.layer.cost import Device, Expert, compute_format, dispatch_us, layer_time
+from megamoe.planner.layer.plan import PlanRequest, plan
+from megamoe.planner.layer.routing import KINDS, RankLoad, Routing, _replicated, busiest
+from megamoe.planner.layer.rule import Rule, hides_tflops, threshold, tiers, transfer_us
+from megamoe.schedule.formats import VALUE_BYTES, value_bytes
+from megamoe.schedule.schedule import Work, play
 
 PRO = Expert.of(load_model("deepseek-v4-pro"))
 

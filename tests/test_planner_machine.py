@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from megamoe.catalog import Machine, figures, load_machine
-from megamoe.launch.cli import app
-from megamoe.planner.calibrate import as_yaml, calibrate, check, median_error, nonnegative
-from megamoe.planner.machine import Run, choose_waves, communication_us, predict, read_runs
+from megamoe.launch.cli.main import app
+from megamoe.planner.validation.calibrate import as_yaml, calibrate, check, median_error, nonnegative
+from megamoe.schedule.machine import Run, choose_waves, communication_us, predict, read_runs
 
 CPU = load_machine("cpu")
 RUN = Run(2, 0.125, 2048, 1024, 512, 16, 4, "bf16", "bf16", 4)

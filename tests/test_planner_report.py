@@ -40,7 +40,7 @@ from megamoe.planner.report import (
     write_report,
 )
 from megamoe.planner.report import figures as sections
-from megamoe.planner.report.labels import Box, text_box
+from megamoe.planner.report.charts.labels import Box, text_box
 from megamoe.planner.report.words import amount, number, short, shorten, width, wrap
 
 LIMIT_BYTES = 400_000

@@ -9,12 +9,12 @@ import pytest
 
 from megamoe.planner.answer import Answer, answer
 from megamoe.planner.explain import explain, layer_terms, rule_terms, traffic_terms
+from megamoe.planner.layer.require import Requirement, require
+from megamoe.planner.layer.traffic import traffic
 from megamoe.planner.page import page, unit_of
 from megamoe.planner.question import Question, ask
-from megamoe.planner.require import Requirement, require
-from megamoe.planner.sensitivity import result_of, sensitivity
-from megamoe.planner.sweep import parse_values, spread, sweep
-from megamoe.planner.traffic import traffic
+from megamoe.planner.search.sensitivity import result_of, sensitivity
+from megamoe.planner.search.sweep import parse_values, spread, sweep
 
 HIDDEN = {"model": "deepseek-v4-pro", "hardware": "gb200", "ep": 16}
 EXPOSED = {"model": "qwen3-30b-a3b", "hardware": "h100", "ep": 8}

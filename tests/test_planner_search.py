@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.catalog import Hardware, Model, Profile, find_profile, load_hardware, load_model
-from megamoe.planner.deployment import Deployment
-from megamoe.planner.recommend import QUEUE, UTILIZATION, Load, Recommendation, recommend
-from megamoe.planner.search import SearchResult, Space, Targets, search
-from megamoe.planner.serving import Serving, serve
+from megamoe.planner.search.recommend import QUEUE, UTILIZATION, Load, Recommendation, recommend
+from megamoe.planner.search.search import SearchResult, Space, Targets, search
+from megamoe.planner.serving.deployment import Deployment
+from megamoe.planner.serving.serving import Serving, serve
 
 SMALL = Space(
     eps=(8, 16, 32),
@@ -162,7 +162,7 @@ def test_five_thousand_deployments_in_under_three_seconds() -> None:
 
 def test_search_imports_neither_torch_nor_numpy() -> None:
     code = (
-        "import sys; from megamoe.catalog import *; from megamoe.planner.search import search\n"
+        "import sys; from megamoe.catalog import *; from megamoe.planner.search.search import search\n"
         "hardware = load_hardware('gb200')\n"
         "asked = load_model('deepseek-v4-pro'), hardware, find_profile(hardware)\n"
         "assert search(*asked, context=8192, devices=16).best\n"

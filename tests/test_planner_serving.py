@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.catalog import Hardware, Model, find_profile, load_hardware, load_model, override
-from megamoe.planner.attention import AttentionCost, attention_cost, draft_attention
-from megamoe.planner.deployment import Deployment
-from megamoe.planner.flops import efficiency
-from megamoe.planner.memory import memory
-from megamoe.planner.published import RESULTS, Comparison, published
-from megamoe.planner.serving import costs_of, explain, serve
+from megamoe.planner.serving.attention import AttentionCost, attention_cost, draft_attention
+from megamoe.planner.serving.deployment import Deployment
+from megamoe.planner.serving.flops import efficiency
+from megamoe.planner.serving.memory import memory
+from megamoe.planner.serving.serving import costs_of, explain, serve
+from megamoe.planner.validation.published import RESULTS, Comparison, published
 
 MILLION = 1 << 20
 

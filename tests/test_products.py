@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe import products
+from megamoe.execution import products
+from megamoe.execution.products import ROW_BLOCKS, Held, linear, products_of, rows_at_once
+from megamoe.execution.weights import Matrix
 from megamoe.formats import quantize_mxfp4
 from megamoe.kernels.cpu import build as building
 from megamoe.kernels.cpu.library import KernelWarning, Rows, using
@@ -21,10 +23,8 @@ from megamoe.kernels.cpu.paths import runnable
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.products import ROW_BLOCKS, Held, linear, products_of, rows_at_once
 from megamoe.reference import relative_error
 from megamoe.shape import MoEShape
-from megamoe.weights import Matrix
 from tests.cases import Batch, make_batch, make_layer, make_weights, oracle, split
 from tests.test_cpu_kernels import SIZES, WRITTEN_OUT, cancelling, randn, same_bits
 

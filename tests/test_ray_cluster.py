@@ -17,16 +17,16 @@ from typing import IO, Any
 
 import pytest
 
-from megamoe.launch.ray_cluster import RaySeats
-from megamoe.launch.seats import SeatLostError
+from megamoe.launch.cluster.ray.pool import RaySeats
+from megamoe.launch.cluster.worker_handle import SeatLostError
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 
 pytest.importorskip("ray")
 
-from megamoe.launch import ray_session
-from megamoe.launch.ray_placement import order_bundles
-from megamoe.launch.ray_seat import RaySeat
+from megamoe.launch.cluster.ray import session
+from megamoe.launch.cluster.ray.handle import RaySeat
+from megamoe.launch.cluster.ray.placement import order_bundles
 from tests.ray_nodes import add_up, is_gone, meet, nap, two_nodes
 
 WAIT_S = 60.0
@@ -35,13 +35,13 @@ CAN_HOLD_A_LAB = sys.platform.startswith("linux") and os.geteuid() == 0 and shut
 DRIVER = """
 import json, os, psutil, signal, sys
 from pathlib import Path
-from megamoe.launch.ray_cluster import RaySeats
+from megamoe.launch.cluster.ray.pool import RaySeats
 
 def speak(group, text):
     print("to stdout:", text)
     print("to stderr:", text, file=sys.stderr)
 
-from megamoe.launch.worker import Meeting
+from megamoe.launch.cluster.worker import Meeting
 with RaySeats(2, address="local", log_dir=Path(sys.argv[1])) as seats:
     for number in range(2):
         seat = seats.open(number, 60.0)
@@ -167,25 +167,25 @@ def test_an_address_without_a_cluster_is_refused_within_the_deadline() -> None:
         silent.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(RuntimeError, match=f"no Ray cluster answers at {address}: Connection refused"):
-            ray_session.check_cluster(address, 2.0)
+            session.check_cluster(address, 2.0)
         silent.listen()
         begin = time.monotonic()
         with pytest.raises(RuntimeError, match="did not answer as a Ray cluster within 2 s"):
-            ray_session.check_cluster(address, 2.0)
+            session.check_cluster(address, 2.0)
         assert time.monotonic() - begin < 4.0
 
 
 @pytest.mark.parametrize("address", ["head", "head:", ":6379", "ray://head"])
 def test_an_address_needs_a_host_and_a_port(address: str) -> None:
     with pytest.raises(ValueError, match="is not host:port"):
-        ray_session.check_cluster(address, 1.0)
+        session.check_cluster(address, 1.0)
 
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'megamoe\[ray\]'"):
         RaySeats(2)
-    alone = "import sys; sys.modules['ray'] = None; import megamoe.launch.ray_cluster"
+    alone = "import sys; sys.modules['ray'] = None; import megamoe.launch.cluster.ray.pool"
     subprocess.run([sys.executable, "-c", alone], check=True, timeout=WAIT_S)
 
 

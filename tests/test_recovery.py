@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from megamoe.launch import recovery
+from megamoe.launch.cluster import recovery
+from megamoe.launch.cluster.recovery import RestartPolicy, StuckError, collect, judge, parse_elastic
+from megamoe.launch.cluster.worker_handle import SeatLostError
 from megamoe.launch.process import portable
-from megamoe.launch.recovery import RestartPolicy, StuckError, collect, judge, parse_elastic
-from megamoe.launch.seats import SeatLostError
 from megamoe.parallel.errors import PeerError
 
 OK = "a result"

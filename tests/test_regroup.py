@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.call import CallRecord
-from megamoe.experts import Experts
+from megamoe.execution.experts import Experts
+from megamoe.execution.pipeline import CallRecord
 from megamoe.kernels.cpu.library import using
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
-from megamoe.model.checkpoint import Checkpoint
-from megamoe.model.deepseek_v4 import ExpertStack
-from megamoe.model.synthetic import SMALL, write_checkpoint
+from megamoe.model.deepseek_v4.blocks import ExpertStack
+from megamoe.model.deepseek_v4.checkpoint import Checkpoint
+from megamoe.model.deepseek_v4.synthetic import SMALL, write_checkpoint
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.shape import MoEShape

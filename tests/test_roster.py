@@ -12,10 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from megamoe.launch.cluster import MegaMoECluster
-from megamoe.launch.recovery import RestartPolicy
-from megamoe.launch.roster import Roster
-from megamoe.launch.spawn import SpawnSeats
+from megamoe.launch.cluster.cluster import MegaMoECluster
+from megamoe.launch.cluster.recovery import RestartPolicy
+from megamoe.launch.cluster.spawn import SpawnSeats
+from megamoe.launch.cluster.worker_pool import Roster
 
 
 class FakeSeat:

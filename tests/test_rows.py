@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamoe.execution.ops import reduce_slots
 from megamoe.formats import quantize_mxfp8
 from megamoe.kernels.cpu.library import using
 from megamoe.kernels.cpu.paths import runnable
-from megamoe.ops import reduce_slots
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.workspace import Workspace
 from megamoe.reference import round_mxfp8
-from megamoe.rows import Route, by_expert, route_rows
-from megamoe.slabs import Slabs, count_rows
-from megamoe.waves import WavePlan, plan_waves
-from megamoe.wire import Wire
+from megamoe.routing.messages import Slabs, count_rows
+from megamoe.routing.permutation import Route, by_expert, route_rows
+from megamoe.routing.waves import WavePlan, plan_waves
+from megamoe.routing.wire import Wire
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from megamoe.launch.bench import BenchReport, BenchRequest
-from megamoe.launch.lab import parse_rate
-from megamoe.launch.rule import (
+from megamoe.launch.bench.bench import BenchReport, BenchRequest
+from megamoe.launch.bench.rule import (
     RuleReport,
     RuleRequest,
     exposed_share,
@@ -21,6 +20,7 @@ from megamoe.launch.rule import (
     theory_share,
     threshold_flops_per_byte,
 )
+from megamoe.launch.lab.lab import parse_rate
 from tests.test_demo import command
 from tests.test_lab import needs_lab
 
@@ -149,7 +149,7 @@ def test_progress_counts_every_run() -> None:
 
 def drawn(report: RuleReport, path: Path) -> bytes:
     pytest.importorskip("matplotlib")
-    from megamoe.launch import figures
+    from megamoe.launch.cli import figures
 
     figures.draw(report, path)
     return path.read_bytes()

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe.agreement import told
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.turns import Turns
+from megamoe.routing.agreement import told
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer, make_weights, oracle
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megamoe.parallel.workspace import Workspace
-from megamoe.spans import begins, chosen, spell_out, spread, to_device, to_host
+from megamoe.routing.segments import begins, chosen, spell_out, spread, to_device, to_host
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def test_spans_are_spelled_out_number_by_number(lengths: list[int], gpu: bool) -
         [first + i for first, length in zip(row, lengths, strict=True) for i in range(length)]
         for row in firsts.tolist()
     ]
-    with mock.patch("megamoe.spans.on_host", return_value=not gpu):
+    with mock.patch("megamoe.routing.segments.on_host", return_value=not gpu):
         told = to_device((sizes, firsts - begins(sizes)), CPU, Workspace(), "test")
         assert spell_out(told[0], told[1], sum(lengths)).tolist() == expected
         assert spread(torch.from_numpy(firsts), told[0], sum(lengths)).tolist() == [
@@ -36,7 +36,7 @@ def test_spans_are_spelled_out_number_by_number(lengths: list[int], gpu: bool) -
 @pytest.mark.parametrize("mask", [[True, False, True], [False] * 3, [True] * 3, []], ids=str)
 def test_what_is_chosen_keeps_its_order(mask: list[bool], gpu: bool) -> None:
     values, bits = torch.tensor([7, 8, 9])[: len(mask)], torch.tensor(mask, dtype=torch.bool)
-    with mock.patch("megamoe.spans.on_host", return_value=not gpu):
+    with mock.patch("megamoe.routing.segments.on_host", return_value=not gpu):
         found = chosen(values, bits, bits.cumsum(0), sum(mask))
     assert found.tolist() == [value for value, each in zip([7, 8, 9], mask, strict=False) if each]
 
@@ -44,7 +44,7 @@ def test_what_is_chosen_keeps_its_order(mask: list[bool], gpu: bool) -> None:
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as_on_a_gpu"])
 def test_arrays_keep_their_shapes_and_what_comes_back_is_the_hosts_own(gpu: bool) -> None:
     arrays, workspace = (np.arange(6).reshape(2, 3), np.arange(2), np.zeros((0, 4), np.int64)), Workspace()
-    with mock.patch("megamoe.spans.on_host", return_value=not gpu):
+    with mock.patch("megamoe.routing.segments.on_host", return_value=not gpu):
         there = to_device(arrays, CPU, workspace, "there")
         assert [each.tolist() for each in there] == [array.tolist() for array in arrays]
         counts = torch.tensor([1, 2])

@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megamoe.launch.lab import Host
+from megamoe.launch.cluster.spawn import SpawnSeat, SpawnSeats
+from megamoe.launch.cluster.worker import Meeting
+from megamoe.launch.cluster.worker_handle import SeatLostError
+from megamoe.launch.lab.lab import Host
 from megamoe.launch.process import loopback
-from megamoe.launch.seats import SeatLostError
-from megamoe.launch.spawn import SpawnSeat, SpawnSeats
-from megamoe.launch.worker import Meeting
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 
@@ -264,7 +264,7 @@ def test_closed_seats_are_gone_and_stay_closed() -> None:
 
 ORPHANS = """
 import os, signal, sys
-from megamoe.launch.spawn import SpawnSeats
+from megamoe.launch.cluster.spawn import SpawnSeats
 if __name__ == "__main__":
     with SpawnSeats(2, threads=1) as seats:
         print(*[seats.open(number, 60).pid for number in range(2)], flush=True)
@@ -286,7 +286,7 @@ def test_seats_go_when_their_parent_is_killed(tmp_path: Path) -> None:
 
 
 UNGUARDED = """
-from megamoe.launch.spawn import SpawnSeats
+from megamoe.launch.cluster.spawn import SpawnSeats
 with SpawnSeats(1, threads=1) as seats:
     print(seats.open(0, 60).pid)
 """

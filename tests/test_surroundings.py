@@ -15,9 +15,9 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 from megamoe.layer import MegaMoE
-from megamoe.model.checkpoint import Checkpoint
-from megamoe.model.deepseek_v4 import ExpertStack
-from megamoe.model.synthetic import SMALL, write_checkpoint
+from megamoe.model.deepseek_v4.blocks import ExpertStack
+from megamoe.model.deepseek_v4.checkpoint import Checkpoint
+from megamoe.model.deepseek_v4.synthetic import SMALL, write_checkpoint
 from megamoe.shape import MoEShape
 from tests.cases import Batch, make_batch, make_layer, make_weights
 

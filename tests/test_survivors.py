@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from megamoe.launch.seats import Seat, SeatLostError
-from megamoe.launch.spawn import SpawnSeats
-from megamoe.launch.worker import Meeting
+from megamoe.launch.cluster.spawn import SpawnSeats
+from megamoe.launch.cluster.worker import Meeting
+from megamoe.launch.cluster.worker_handle import Seat, SeatLostError
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.transport import Label
+from megamoe.parallel.transport.pairs import Label
 
 ROWS = 1 << 28  # bytes: too many to be sent before a process can end
 

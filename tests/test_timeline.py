@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe.launch.timeline_view import draw_figure, drawn
+from megamoe.launch.cli.timeline_view import draw_figure, drawn
 from megamoe.parallel.recorder import Flight, Recording, Span
-from megamoe.timeline import CALL, LANES, Event, Share, Timeline, intersection, union
+from megamoe.trace.timeline import CALL, LANES, Event, Share, Timeline, intersection, union
 from tests.test_demo import command
 
 MS = 1_000_000  # nanoseconds

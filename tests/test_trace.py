@@ -12,19 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.call import CallRecord
+from megamoe.execution.pipeline import CallRecord
 from megamoe.launch.ranks import LocalRanks
-from megamoe.parallel.all_to_all import AllToAllTransport
-from megamoe.parallel.diagnosis import Sight, diagnose
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.position import WAITING, WORKING, Position, Whereabouts
+from megamoe.parallel.health.diagnosis import Sight, diagnose
+from megamoe.parallel.health.status import WAITING, WORKING, Position, Whereabouts
 from megamoe.parallel.recorder import Notes, Recorder, Recording
-from megamoe.parallel.transport import Clock, Label
-from megamoe.parallel.watch import WatchedTransport
+from megamoe.parallel.transport.all_to_all import AllToAllTransport
+from megamoe.parallel.transport.pairs import Clock, Label
+from megamoe.parallel.transport.watch import WatchedTransport
 from megamoe.shape import MoEShape
-from megamoe.timeline import CALL, COMMUNICATION, LANES, Timeline
-from megamoe.trace import record
+from megamoe.trace.recording import record
+from megamoe.trace.timeline import CALL, COMMUNICATION, LANES, Timeline
 from tests.cases import Batch, make_batch, make_layer, oracle, split
 from tests.test_ranks import monkey
 

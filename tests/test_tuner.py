@@ -10,19 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe.agreement import Agreement
-from megamoe.call import CallRecord
 from megamoe.catalog import Machine, load_machine
-from megamoe.experts import Experts
-from megamoe.launch.lab import lab
+from megamoe.execution.autotune import Tuner
+from megamoe.execution.experts import Experts
+from megamoe.execution.pipeline import CallRecord
+from megamoe.launch.lab.lab import lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.link import measure_link
-from megamoe.planner.machine import product_row_us
-from megamoe.planner.pace import Pace, Spread, best_waves, play
+from megamoe.routing.agreement import Agreement
+from megamoe.schedule.cost_model import Pace, Spread, best_waves, play
+from megamoe.schedule.machine import product_row_us
 from megamoe.shape import MoEShape
-from megamoe.tuner import Tuner
 from tests.cases import Batch, make_batch, make_layer, oracle, split
 from tests.test_lab import needs_lab
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe.experts import Experts
+from megamoe.execution.experts import Experts
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel import turns

@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.parallel.placement import Placement
-from megamoe.planner.pace import MAX_AUTO_WAVES
-from megamoe.planner.schedule import Load, Step, _cover, _overlap, schedule
-from megamoe.waves import (
+from megamoe.routing.waves import (
     AUTO_MESSAGE_BYTES,
     WavePlan,
     _rounded,
@@ -21,6 +19,8 @@ from megamoe.waves import (
     check_waves,
     plan_waves,
 )
+from megamoe.schedule.cost_model import MAX_AUTO_WAVES
+from megamoe.schedule.schedule import Load, Step, _cover, _overlap, schedule
 
 examples = settings(max_examples=300, deadline=None, derandomize=True)
 placements = st.builds(Placement, st.integers(1, 40), st.integers(1, 9))

@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megamoe.launch import torchrun as torchrun_worker
-from megamoe.launch.job import batches, digest, read_text, share, tokenise
+from megamoe.launch.cluster import torchrun as torchrun_worker
+from megamoe.launch.cluster.job import batches, digest, read_text, share, tokenise
+from megamoe.launch.cluster.spawn import SpawnSeat, SpawnSeats
+from megamoe.launch.cluster.torchrun import Place
+from megamoe.launch.cluster.worker import Load, LoadReport, Meeting, Worker, WorkerOptions
 from megamoe.launch.process import loopback
-from megamoe.launch.spawn import SpawnSeat, SpawnSeats
-from megamoe.launch.torchrun import Place
-from megamoe.launch.worker import Load, LoadReport, Meeting, Worker, WorkerOptions
-from megamoe.model.checkpoint import Checkpoint
-from megamoe.model.deepseek_v4 import ExpertStack
-from megamoe.model.synthetic import SMALL, write_checkpoint
+from megamoe.model.deepseek_v4.blocks import ExpertStack
+from megamoe.model.deepseek_v4.checkpoint import Checkpoint
+from megamoe.model.deepseek_v4.synthetic import SMALL, write_checkpoint
 from megamoe.parallel import interfaces
 from megamoe.parallel.interfaces import INTERFACE_VARIABLES, Interface
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from benchmarks.gpu_kernels.clock import Clock
 from megamoe.catalog import load_model
 from megamoe.formats import BLOCK, MXFP4, MXFP8
+from megamoe.kernels.chips.targets import reads_wide
+from megamoe.kernels.chips.tiles import Tile
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear1 import grouped_linear1
 from megamoe.kernels.grouped_linear2 import grouped_linear2
 from megamoe.kernels.layout import Wide
 from megamoe.kernels.quantize import quantize
-from megamoe.kernels.targets import reads_wide
-from megamoe.kernels.tiles import Tile
+from megamoe.routing.wire import Wire
 from megamoe.shape import MoEShape
-from megamoe.wire import Wire
 
 Weight = MXFP4 | Tensor
 Operand = MXFP8 | Wide | Tensor

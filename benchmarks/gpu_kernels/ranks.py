@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.gpu_kernels.layer import CHECKED, DISPATCH_FORMATS, Inputs, inputs, layer
 from benchmarks.gpu_kernels.results import Check
 from megamoe import EPGroup
-from megamoe.parallel.transport import Label
+from megamoe.parallel.transport.pairs import Label
 
 _DEADLINE_S = 60.0
 _TOKENS = [20, 13]  # of each rank

@@ -22,7 +22,7 @@ from benchmarks.gpu_kernels.page import write
 from benchmarks.gpu_kernels.results import PARTS, Results
 from benchmarks.gpu_kernels.session import Asked, Session
 from benchmarks.gpu_kernels.tune import tune
-from megamoe.kernels import tuned
+from megamoe.kernels.chips import tuned
 
 # the experts of one rank of a usual deployment
 SHAPES = (

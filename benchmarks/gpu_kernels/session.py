@@ -19,8 +19,8 @@ from benchmarks.gpu_kernels.page import write
 from benchmarks.gpu_kernels.products import PRODUCT_PARTS, Bench
 from benchmarks.gpu_kernels.ranks import rank_checks
 from benchmarks.gpu_kernels.results import PARTS, Check, Results, Row
-from megamoe.kernels import tuned
-from megamoe.kernels.targets import chip_of
+from megamoe.kernels.chips import tuned
+from megamoe.kernels.chips.targets import chip_of
 
 # measures one number of rows per expert
 Measure = Callable[[int], list[Row]]

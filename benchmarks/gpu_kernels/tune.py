@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks.gpu_kernels.clock import Clock, Run, first_line
 from benchmarks.gpu_kernels.operands import FORMATS, Products, Rows, Shape, Weights, kind_of
-from megamoe.kernels.targets import chip_of
-from megamoe.kernels.tiles import Table, Tile, tile_for
-from megamoe.kernels.tuned import Tuned, device_name, table_of, write_tuned
+from megamoe.kernels.chips.targets import chip_of
+from megamoe.kernels.chips.tiles import Table, Tile, tile_for
+from megamoe.kernels.chips.tuned import Tuned, device_name, table_of, write_tuned
 
 Steps = tuple[tuple[int | None, Tile], ...]
 

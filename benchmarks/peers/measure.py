@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from benchmarks.peers.peer import ExpertWeights, Layer, Peer
-from megamoe.launch.bench import make_expert_weights, make_workload
-from megamoe.launch.lab import Host, lab
+from megamoe.launch.bench.bench import make_expert_weights, make_workload
+from megamoe.launch.lab.lab import Host, lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.threads import calm_gloo_threads

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
-    from megamoe.kernels.targets import Build, Target
+    from megamoe.kernels.chips.targets import Build, Target
 
 KERNELS = {
     "quantize": "megamoe.kernels.quantize",

@@ -31,8 +31,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from megamoe.kernels import KERNELS, load
-from megamoe.kernels.sass import product_loop
-from megamoe.kernels.targets import KIB, OPTIONS, TARGETS, Build, Target, target
+from megamoe.kernels.chips.sass import product_loop
+from megamoe.kernels.chips.targets import KIB, OPTIONS, TARGETS, Build, Target, target
 
 _MATRIX = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?mfma)[\w.:]*")
 

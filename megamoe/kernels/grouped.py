@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, dequantize_mxfp8
+from megamoe.kernels.chips.targets import OPTIONS, Build, Target
+from megamoe.kernels.chips.tiles import INSTRUCTIONS, LARGE_SCALES, Tile, num_programs, tile_for
+from megamoe.kernels.chips.tuned import table_of, tiles_of
 from megamoe.kernels.layout import CHUNK, LARGEST_SMALL_SCALE, Prepacked, Wide, in_memory_order
-from megamoe.kernels.targets import OPTIONS, Build, Target
-from megamoe.kernels.tiles import INSTRUCTIONS, LARGE_SCALES, Tile, num_programs, tile_for
-from megamoe.kernels.tuned import table_of, tiles_of
 
 # arguments of both kernels that change from call to call: they are not compiled again for a 1 or a multiple of 16,
 SIZES = ["num_experts", "num_programs"]

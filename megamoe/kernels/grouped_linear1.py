@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp8, quantize_mxfp8
+from megamoe.kernels.chips.targets import Build, Target
+from megamoe.kernels.chips.tiles import Tile, find, lay_out
+from megamoe.kernels.device.products import tile_product
+from megamoe.kernels.device.rounding import round_to_bf16, round_to_mxfp8, widen_block
 from megamoe.kernels.grouped import SIZES, SLICED, Grouped, builds_of
 from megamoe.kernels.layout import Prepacked, Wide, in_sum_order
-from megamoe.kernels.products import tile_product
-from megamoe.kernels.rounding import round_to_bf16, round_to_mxfp8, widen_block
-from megamoe.kernels.targets import Build, Target
-from megamoe.kernels.tiles import Tile, find, lay_out
 
 
 @triton.jit

@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megamoe.kernels.chips.targets import Build, Target
+from megamoe.kernels.chips.tiles import Tile, find, lay_out
+from megamoe.kernels.device.products import tile_product
+from megamoe.kernels.device.rounding import round_to_bf16
 from megamoe.kernels.grouped import SIZES, SLICED, Grouped, builds_of
-from megamoe.kernels.products import tile_product
-from megamoe.kernels.rounding import round_to_bf16
-from megamoe.kernels.targets import Build, Target
-from megamoe.kernels.tiles import Tile, find, lay_out
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP8, dequantize_mxfp8, quantize_mxfp8
+from megamoe.kernels.chips.targets import OPTIONS, Build, Target
+from megamoe.kernels.device.rounding import round_to_mxfp8, widen_block
 from megamoe.kernels.layout import Wide, in_sum_order
-from megamoe.kernels.rounding import round_to_mxfp8, widen_block
-from megamoe.kernels.targets import OPTIONS, Build, Target
 
 
 @dataclass(frozen=True, slots=True)

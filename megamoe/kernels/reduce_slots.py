@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megamoe.kernels.rounding import round_to_bf16
-from megamoe.kernels.targets import OPTIONS, Build, Target
+from megamoe.kernels.chips.targets import OPTIONS, Build, Target
+from megamoe.kernels.device.rounding import round_to_bf16
 
 
 @dataclass(frozen=True, slots=True)

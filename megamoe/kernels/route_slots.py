@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megamoe.kernels.targets import OPTIONS, Build, Target
+from megamoe.kernels.chips.targets import OPTIONS, Build, Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from megamoe.formats import BLOCK, MXFP8, dequantize_mxfp8
+from megamoe.kernels.chips.targets import OPTIONS, Build, Target
+from megamoe.kernels.device.rounding import widen_block
 from megamoe.kernels.layout import Wide, in_sum_order
-from megamoe.kernels.rounding import widen_block
-from megamoe.kernels.targets import OPTIONS, Build, Target
 
 _BLOCKS, _NUM_WARPS = 64, 4
 

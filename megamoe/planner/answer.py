@@ -9,14 +9,14 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megamoe.planner.choose import Choice, choose, deployment_of, holding, request_of
-from megamoe.planner.deployment import Deployment
-from megamoe.planner.memory import Memory, memory, smallest_ep
-from megamoe.planner.plan import Plan, plan
+from megamoe.planner.layer.plan import Plan, plan
+from megamoe.planner.layer.rule import Rule, hides_tflops
+from megamoe.planner.layer.traffic import traffic
 from megamoe.planner.question import Question, Subject
-from megamoe.planner.rule import Rule, hides_tflops
-from megamoe.planner.serving import Serving, costs_of, serve
-from megamoe.planner.traffic import traffic
+from megamoe.planner.search.choose import Choice, choose, deployment_of, holding, request_of
+from megamoe.planner.serving.deployment import Deployment
+from megamoe.planner.serving.memory import Memory, memory, smallest_ep
+from megamoe.planner.serving.serving import Serving, costs_of, serve
 
 LAYER_PARTS = (
     *("fixed_us", "core_us", "sum_us", "compute_us", "memory_us", "alone_us", "dispatch_us", "combine_us"),

@@ -8,13 +8,13 @@ The numbers are arithmetic that can be done again: x multiplies, ^ raises to a p
 from __future__ import annotations
 
 from megamoe.planner.answer import Answer
-from megamoe.planner.flops import Term
-from megamoe.planner.formats import value_bytes
-from megamoe.planner.layer import Device, Expert
-from megamoe.planner.plan import Plan
-from megamoe.planner.rule import GATED_FLOPS, PLAIN_FLOPS, Rule, tiers
-from megamoe.planner.serving import explain as explain_serving
-from megamoe.planner.traffic import traffic
+from megamoe.planner.layer.cost import Device, Expert
+from megamoe.planner.layer.plan import Plan
+from megamoe.planner.layer.rule import GATED_FLOPS, PLAIN_FLOPS, Rule, tiers
+from megamoe.planner.layer.traffic import traffic
+from megamoe.planner.serving.flops import Term
+from megamoe.planner.serving.serving import explain as explain_serving
+from megamoe.schedule.formats import value_bytes
 
 
 def explain(found: Answer) -> list[Term]:

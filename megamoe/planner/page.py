@@ -9,9 +9,7 @@ from datetime import datetime, timezone
 from megamoe import __version__
 from megamoe.catalog import figures
 from megamoe.planner.answer import Answer
-from megamoe.planner.choose import explore
 from megamoe.planner.explain import explain
-from megamoe.planner.memory import USABLE
 from megamoe.planner.question import Question
 from megamoe.planner.report import (
     MemoryBar,
@@ -27,8 +25,10 @@ from megamoe.planner.report import (
     Tile,
     Timeline,
 )
-from megamoe.planner.sensitivity import result_of, sensitivity
-from megamoe.planner.serving import Serving
+from megamoe.planner.search.choose import explore
+from megamoe.planner.search.sensitivity import result_of, sensitivity
+from megamoe.planner.serving.memory import USABLE
+from megamoe.planner.serving.serving import Serving
 
 LANES = {"dispatch": "dispatch", "compute": "linear", "combine": "combine"}
 MEMORY = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from megamoe.planner.report import memory, pareto, roofline, timeline, tornado
+from megamoe.planner.report.charts import memory, pareto, roofline, timeline, tornado
 from megamoe.planner.report.data import MemoryBar, ParetoPoint, ReportData, Sensitivity
 from megamoe.planner.report.tables import Column, details, section, table
 from megamoe.planner.report.words import amount, percent, plural, safe

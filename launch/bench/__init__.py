@@ -1,0 +1,1 @@
+"""The layer measured: serial, overlapped, computing alone, communicating alone; the rule's sweep."""

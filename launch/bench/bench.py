@@ -1,0 +1,350 @@
+"""The same layer serial, overlapped, compute alone and communication alone, interleaved in one run on every rank.
+
+serial         one wave, and nothing at the same time
+overlapped     the layer as it is used
+compute        the overlapped layer's compute, its rows already there
+communication  the overlapped layer's messages, nothing computed
+limit          the larger of the last two: what perfect overlap would take
+"""
+
+# T tokens of a rank   H hidden   I intermediate   E experts   K experts per token
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from megamoe.catalog import load_machine
+from megamoe.execution.checks import check_formats
+from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
+from megamoe.launch.bench.replay import StillTransport, Tape
+from megamoe.launch.lab.lab import Host, lab, parse_rate
+from megamoe.launch.ranks import LocalRanks
+from megamoe.layer import MegaMoE
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.placement import Placement
+from megamoe.parallel.recorder import Recording
+from megamoe.parallel.transport.pairs import Label
+from megamoe.reference import moe
+from megamoe.routing.waves import Waves, check_waves
+from megamoe.schedule.machine import Predicted, Run, predict
+from megamoe.shape import MoEShape
+from megamoe.trace.timeline import Timeline
+
+MEASURES = ("serial", "overlapped", "compute", "communication")
+SERIAL_TRACES = 3
+SETTLING = 5
+TRACED = "traced"  # the overlapped layer with a recorder in place
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRequest:
+    """A workload, its ranks and their links. link None leaves the ranks on loopback, unshaped.
+
+    machine: the profile by which the run is predicted, a name of the catalog or a file that megamoe calibrate wrote;
+    None takes the one that ships where it was made with as many threads a rank.
+    """
+
+    ranks: int = 2
+    link: str | None = None
+    latency_ms: float = 0.0
+    tokens_per_rank: int = 1024
+    hidden: int = 1024
+    intermediate: int = 512
+    num_experts: int = 16
+    topk: int = 4
+    weight_format: str = "mxfp4"
+    dispatch_format: str = "mxfp8"
+    waves: Waves = "auto"
+    threads_per_rank: int = 1
+    repeats: int = 9
+    check: bool = True
+    trace: bool = False
+    machine: str | None = None
+    deadline_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "threads_per_rank", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tokens_per_rank < 0:
+            raise ValueError(f"tokens_per_rank must not be negative, got {self.tokens_per_rank}")
+        if self.link is not None:
+            parse_rate(self.link)
+        elif self.latency_ms:
+            raise ValueError(f"latency_ms {self.latency_ms} needs a link to delay, such as 1gbit")
+        check_waves(self.waves)
+        check_formats(self.shape, self.weight_format, self.dispatch_format, "bf16")
+        predict_run(self)
+
+    @property
+    def shape(self) -> MoEShape:
+        """Sizes of the layer."""
+        return MoEShape(self.hidden, self.intermediate, self.num_experts, self.topk, 10.0)
+
+
+def predict_run(request: BenchRequest, waves: int = 0, dispatch_format: str | None = None) -> Predicted | None:
+    """What the machine's profile says of a request; None where nobody can say: other threads, delayed links.
+
+    waves and dispatch_format: as they turned out, where the layer decides. Uneven waves count by their number.
+    """
+    machine = load_machine(request.machine or "cpu")
+    if request.latency_ms or (request.machine is None and request.threads_per_rank != machine.threads_per_rank):
+        return None
+    if not waves and request.waves != "auto":
+        waves = request.waves if isinstance(request.waves, int) else len(request.waves)
+    wire = dispatch_format or request.dispatch_format
+    run = Run(
+        ranks=request.ranks,
+        link_gb_s=parse_rate(request.link) / 8e9 if request.link else None,
+        tokens_per_rank=request.tokens_per_rank,
+        hidden=request.hidden,
+        intermediate=request.intermediate,
+        num_experts=request.num_experts,
+        topk=request.topk,
+        weight_format=request.weight_format,
+        dispatch_format="mxfp8" if wire == "auto" else wire,
+        waves=waves,
+        threads_per_rank=request.threads_per_rank,
+    )
+    return predict(run, machine)
+
+
+@dataclass(frozen=True, slots=True)
+class RankTimes:
+    """One rank's milliseconds, one a repeat, and what its calls moved."""
+
+    times: dict[str, list[float]]
+    waves: int
+    bytes_sent: int
+    rows_computed: int
+    dispatch_format: str
+    identical: bool | None
+    recording: Recording | None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """Medians over the repeats of the slowest rank, in milliseconds, with min and max; link in gigabytes a second.
+
+    traced_ms is the overlapped layer while it is recorded, trace_cost the median over repeats of how much longer that
+    took than without, as a share; hidden_percent is the share of communication that hid. predicted_ms is what the
+    planner says of the overlapped layer, None where it cannot.
+    """
+
+    ranks: int
+    link_gb_s: float | None
+    latency_ms: float
+    tokens_per_rank: int
+    hidden: int
+    intermediate: int
+    num_experts: int
+    topk: int
+    weight_format: str
+    dispatch_format: str
+    waves: int
+    threads_per_rank: int
+    serial_ms: float
+    serial_ms_min: float
+    serial_ms_max: float
+    overlapped_ms: float
+    overlapped_ms_min: float
+    overlapped_ms_max: float
+    compute_ms: float
+    compute_ms_min: float
+    compute_ms_max: float
+    communication_ms: float
+    communication_ms_min: float
+    communication_ms_max: float
+    traced_ms: float | None
+    traced_ms_min: float | None
+    traced_ms_max: float | None
+    trace_cost: float | None
+    hidden_percent: float | None
+    limit_ms: float
+    exposed_ms: float
+    speedup: float
+    efficiency: float
+    predicted_ms: float | None
+    bytes_sent_per_rank: int
+    flops_per_rank: int
+    identical: bool | None
+    repeats: int
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def run_bench(request: BenchRequest, progress: Callable[[str], None] = lambda _: None) -> BenchReport:
+    """Runs the workload. ValueError for a request that cannot be met, RankFailedError or PeerError for a lost rank."""
+    return run_traced(request, progress)[0]
+
+
+def run_traced(
+    request: BenchRequest, progress: Callable[[str], None] = lambda _: None
+) -> tuple[BenchReport, Timeline | None]:
+    """As run_bench(), with a serial and an overlapped call of middling length on one time axis if the request asks."""
+    with _hosts(request) as hosts:
+        progress(f"starting {request.ranks} ranks")
+        with LocalRanks(
+            request.ranks, threads_per_rank=request.threads_per_rank, deadline_s=request.deadline_s, hosts=hosts
+        ) as ranks:
+            progress("running")
+            found = ranks.run(bench_rank, request)
+    recordings = [rank.recording for rank in found if rank.recording is not None]
+    timeline = _typical(Timeline.merge(recordings)) if recordings else None
+    return _report(request, found, timeline), timeline
+
+
+def _typical(timeline: Timeline) -> Timeline:
+    """Of each layer's calls the one of median length."""
+    kept = []
+    for layer in ("serial", "overlapped"):
+        runs = sorted((run for run in timeline.runs() if run.layer == layer), key=lambda run: run.share().total_us)
+        kept.append((layer, runs[len(runs) // 2].call))
+    return timeline.keep(kept)
+
+
+def sweep_waves(request: BenchRequest) -> list[BenchRequest]:
+    """The request with 1, 2, 4, ... waves, up to one expert a wave on the rank that holds most."""
+    most = Placement(request.num_experts, request.ranks).most
+    numbers = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
+    return [replace(request, waves=number) for number in numbers]
+
+
+@contextmanager
+def _hosts(request: BenchRequest) -> Iterator[Sequence[Host] | None]:
+    holder = nullcontext() if request.link is None else lab(request.ranks, request.link, latency_ms=request.latency_ms)
+    with holder as hosts:
+        yield hosts
+
+
+def make_workload(shape: MoEShape, rank: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [T, H] bfloat16, ids [T, K] int64 (K different experts a token), weights [T, K] float32 that sum to 1."""
+    rng = torch.Generator().manual_seed(1000 + rank)
+    hidden = torch.randn(num_tokens, shape.hidden, generator=rng).to(torch.bfloat16)
+    ids = torch.rand(num_tokens, shape.num_experts, generator=rng).topk(shape.topk).indices
+    weights = torch.rand(num_tokens, shape.topk, generator=rng) + 0.1
+    return hidden, ids, weights / weights.sum(1, keepdim=True)
+
+
+def make_expert_weights(shape: MoEShape) -> tuple[Tensor, Tensor]:
+    """gate_up [E, 2I, H] and down [E, H, I], bfloat16 values that MXFP4 holds exactly, the same on every rank."""
+    rng = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(shape.num_experts, 2 * shape.intermediate, shape.hidden, generator=rng) / shape.hidden**0.5
+    down = torch.randn(shape.num_experts, shape.hidden, shape.intermediate, generator=rng) / shape.intermediate**0.5
+    return dequantize_mxfp4(quantize_mxfp4(gate_up)), dequantize_mxfp4(quantize_mxfp4(down))
+
+
+def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
+    """A rank's part: the four measures in turn, after one round to warm up, each begun by all ranks together."""
+    shape = request.shape
+    gate_up, down = make_expert_weights(shape)
+    batch = make_workload(shape, group.rank, request.tokens_per_rank)
+    formats = {"weight_format": request.weight_format, "dispatch_format": request.dispatch_format}
+
+    def make_layer(group: EPGroup, name: str, waves: Waves = 1, overlap: bool = True) -> MegaMoE:
+        return MegaMoE(shape, group, waves=waves, overlap=overlap, name=name, **formats)  # type: ignore[arg-type]
+
+    layer = make_layer(group, "overlapped", request.waves)
+    layer.load_experts(gate_up, down)
+    for _ in range(SETTLING):  # until it has decided what was left to it
+        layer(*batch)
+    formats["dispatch_format"] = layer.tuner.dispatch_format or request.dispatch_format
+    waves = layer.last_call.waves if request.waves == "auto" else request.waves
+    serial = make_layer(group, "serial", overlap=False)
+    tape = Tape(group.transport)
+    taped = make_layer(replace(group, transport=tape if group.transport else None), "taped", waves)
+    still = make_layer(replace(group, transport=StillTransport(tape) if group.transport else None), "still", waves)
+    serial.experts = taped.experts = still.experts = layer.experts
+
+    outputs = [each(*batch) for each in (layer, serial, taped)]
+    identical = None
+    if request.check:
+        hidden, ids, weights = batch
+        expected = moe(shape, hidden, ids, weights, gate_up, down, **formats)
+        identical = all(torch.equal(output, expected) for output in outputs)
+    del gate_up, down
+    measures: dict[str, Callable[[], object]] = {
+        "serial": lambda: serial(*batch),
+        "overlapped": lambda: layer(*batch),
+        "compute": lambda: still(*batch),
+        "communication": tape.replay,
+    }
+    recording = Recording(group.rank, group.host) if request.trace else None
+    if recording:
+        with group.record(recording):
+            for _ in range(SERIAL_TRACES):
+                _together(group)
+                serial(*batch)
+        measures = {"serial": measures["serial"], TRACED: measures["overlapped"], **measures}
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    for repeat in range(request.repeats + 1):
+        for name in _in_turn(list(measures), repeat):
+            measure = measures[name]
+            with group.record(recording) if recording and name == TRACED else nullcontext():
+                _together(group)
+                begun = time.perf_counter()
+                measure()
+                if repeat:
+                    times[name].append((time.perf_counter() - begun) * 1e3)
+    record = layer.last_call
+    rows = record.rows_received + record.rows_local
+    return RankTimes(times, record.waves, record.bytes_sent, rows, formats["dispatch_format"], identical, recording)
+
+
+def _in_turn(names: list[str], repeat: int) -> list[str]:
+    """The measures of a round: recorded and not recorded take turns in being the first of the two."""
+    if TRACED in names and repeat % 2:
+        first, second = names.index(TRACED), names.index("overlapped")
+        names[first], names[second] = names[second], names[first]
+    return names
+
+
+def _together(group: EPGroup) -> None:
+    """Returns when all ranks have come here."""
+    if group.transport is not None:
+        group.transport.gather(torch.zeros(1, dtype=torch.uint8), Label("bench", "counts"))
+
+
+def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | None) -> BenchReport:
+    """A repeat takes as long as its slowest rank; medians over repeats."""
+    slowest = {
+        name: [max(times) for times in zip(*(rank.times[name] for rank in found), strict=True)]
+        for name in found[0].times
+    }
+    middle = {name: median(times) for name, times in slowest.items()}
+    milliseconds: dict[str, float | None] = {f"{TRACED}_ms{end}": None for end in ("", "_min", "_max")}
+    for name, times in slowest.items():
+        milliseconds |= {f"{name}_ms": middle[name], f"{name}_ms_min": min(times), f"{name}_ms_max": max(times)}
+    pairs = zip(slowest.get(TRACED, []), slowest["overlapped"], strict=False)
+    costs = [traced / untraced - 1 for traced, untraced in pairs]
+    overlapped = [run for run in timeline.runs() if run.layer == "overlapped"] if timeline else []
+    limit = max(middle["compute"], middle["communication"])
+    predicted = predict_run(request, found[0].waves, found[0].dispatch_format)
+    asked = {f.name: getattr(request, f.name) for f in fields(BenchReport) if hasattr(request, f.name)}
+    asked |= {
+        "link_gb_s": parse_rate(request.link) / 8e9 if request.link else None,
+        "waves": found[0].waves,
+        "dispatch_format": found[0].dispatch_format,
+        "identical": all(rank.identical for rank in found) if request.check else None,
+    }
+    return BenchReport(
+        **asked,
+        **milliseconds,  # type: ignore[arg-type]
+        trace_cost=median(costs) if costs else None,
+        hidden_percent=overlapped[0].share().hidden_percent if overlapped else None,
+        limit_ms=limit,
+        exposed_ms=middle["overlapped"] - middle["compute"],
+        speedup=middle["serial"] / middle["overlapped"],
+        efficiency=limit / middle["overlapped"],
+        predicted_ms=predicted.overlapped_ms if predicted else None,
+        bytes_sent_per_rank=max(rank.bytes_sent for rank in found),
+        flops_per_rank=6 * request.hidden * request.intermediate * max(rank.rows_computed for rank in found),
+    )

@@ -1,0 +1,100 @@
+"""Transports that stand in for a group's own: one notes a call's messages and plays them again, one moves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamoe.parallel.transport.pairs import Label, Transfer, Transport
+
+
+class Tape:
+    """A transport that notes everything it is asked for, so that a call's messages can be sent again without it."""
+
+    def __init__(self, transport: Transport | None) -> None:
+        self._transport = transport
+        self.early = transport is not None and transport.early
+        self.pages: dict[str, Tensor] = {}
+        self._events: list[tuple[str, int, tuple[Any, ...]]] = []
+        self._num_transfers = 0
+
+    def gather(self, page: Tensor, label: Label) -> Tensor:
+        assert self._transport is not None
+        self._events.append(("gather", 0, (page, label)))
+        self.pages[label.phase] = self._transport.gather(page, label)
+        return self.pages[label.phase]
+
+    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
+        assert self._transport is not None
+        transfer = _TapedTransfer(self._transport.expect(receive, counts, label), self._num_transfers, self._events)
+        # a buffer of its own: the one of the call belongs to the call
+        self._events.append(("expect", self._num_transfers, (torch.zeros_like(receive), counts, label)))
+        self._num_transfers += 1
+        return transfer
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def replay(self) -> None:
+        """Sends and receives once more what was noted, in the same order, waiting where the call waited."""
+        transfers: dict[int, Transfer] = {}
+        for action, number, arguments in self._events:
+            if self._transport is None:
+                return
+            if action == "gather":
+                self._transport.gather(*arguments)
+            elif action == "expect":
+                transfers[number] = self._transport.expect(*arguments)
+            else:
+                getattr(transfers[number], action)(*arguments)
+
+
+class _TapedTransfer:
+    def __init__(self, transfer: Transfer, number: int, events: list[tuple[str, int, tuple[Any, ...]]]) -> None:
+        self._transfer, self._number, self._events = transfer, number, events
+
+    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
+        self._events.append(("send", self._number, (rows.clone(), counts)))
+        self._transfer.send(rows, counts)
+
+    def wait(self) -> None:
+        self._events.append(("wait", self._number, ()))
+        self._transfer.wait()
+
+    def finish(self) -> None:
+        self._events.append(("finish", self._number, ()))
+        self._transfer.finish()
+
+
+class StillTransport:
+    """A transport that moves nothing and answers with the pages of a taped call: what the layer computes alone.
+
+    The buffers are those of the group's workspace, which hold the rows of the last call that had a transport.
+    """
+
+    early = False
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+
+    def gather(self, page: Tensor, label: Label) -> Tensor:
+        del page
+        return self._tape.pages[label.phase]
+
+    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
+        del receive, counts, label
+        return _NoTransfer()
+
+    def abort(self) -> None: ...
+
+
+class _NoTransfer:
+    def send(self, rows: Tensor, counts: Sequence[int]) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def finish(self) -> None: ...

@@ -1,0 +1,106 @@
+"""megamoe plan and explain: does communication hide, what does a layer take, does it fit, what does it serve."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megamoe.launch.cli.planner.plan_flags import asks, question_of
+from megamoe.launch.terminal import Format, exit_codes
+
+if TYPE_CHECKING:
+    from megamoe.planner.answer import Answer
+
+Output = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+
+
+@asks
+def plan(
+    given: dict[str, Any],
+    report: Annotated[Path | None, typer.Option(help="Also write one self-contained HTML page here.")] = None,
+    output: Output = Format.table,
+) -> None:
+    """Say whether a model's communication hides on a device, and why: rule, layer, memory, serving of a workload."""
+    with exit_codes():
+        if report is not None:
+            check_folder(report)
+        found = answered(given)
+        if report is not None:  # before anything is printed: whoever reads that may close the pipe
+            write_report(found, report)
+        if output is Format.json:
+            print_json(found.as_dict())
+        else:
+            from megamoe.launch.cli.planner.plan_view import print_answer
+
+            print_answer(found)
+        if not found.fits or found.missed:
+            raise typer.Exit(1)
+
+
+@asks
+def explain(given: dict[str, Any], output: Output = Format.table) -> None:
+    """Print every term of a plan with its formula and its numbers."""
+    with exit_codes():
+        found = answered(given)
+        from megamoe.planner.explain import explain as terms_of
+
+        terms = terms_of(found)
+        if output is Format.json:
+            keys = ("name", "formula", "numbers", "value", "unit")
+            print_json({"sentence": found.verdict, "terms": [{key: getattr(t, key) for key in keys} for t in terms]})
+            return
+        from megamoe.launch.cli.planner.plan_view import say, short, show
+
+        say(found.verdict)
+        rows = [(term.name, short(term.value), term.unit, f"{term.formula} = {term.numbers}") for term in terms]
+        show("", ("term", "value", "unit", "formula = the same in numbers"), rows, left=(0, 2, 3), folds=True)
+
+
+def answered(given: dict[str, Any]) -> Answer:
+    """The answer to what was asked; what was picked for it is said."""
+    question = question_of(given)
+    from megamoe.planner.answer import answer  # what makes no sense is refused before anything is read
+
+    found = answer(question)
+    say_picked(found)
+    return found
+
+
+def say_picked(found: Answer) -> None:
+    from megamoe.launch.cli.planner.plan_view import note
+
+    question, choice = found.question, found.choice
+    if choice.picked:
+        values = ", ".join(f"{key} {getattr(question, key)}" for key in choice.picked)
+        note(f"picked {values}: {choice.why}")
+    for thing in (found.subject.hardware, found.subject.model):
+        if thing.announced:
+            note(f"{thing.name} is announced: its figures are nobody's measurement")
+    if found.serving is not None and question.tokens_per_rank is not None:
+        note(f"the layer shown is that of {question.tokens_per_rank} tokens a rank, whatever the workload has")
+
+
+def check_folder(path: Path) -> None:
+    """ValueError before anything is calculated where the file could not be written after."""
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise ValueError(f"{path} is a folder" if path.is_dir() else f"{path} is in no folder that exists")
+
+
+def write_report(found: Answer, path: Path) -> None:
+    from megamoe.launch.cli.planner.plan_view import note
+    from megamoe.planner.page import page
+    from megamoe.planner.report import write_report as write
+
+    try:
+        write(page(found, command=" ".join(["megamoe", *sys.argv[1:]])), path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    note(f"wrote {path}")
+
+
+def print_json(report: object) -> None:
+    sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")

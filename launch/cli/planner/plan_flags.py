@@ -1,0 +1,117 @@
+"""The flags that the planner's commands share: each is a key of a plan file, and --config reads such a file.
+
+@asks
+def verb(question: Question, ...) -> None     takes --model, --hardware, ... and its own flags after them
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from megamoe.planner.question import Question
+
+_LAYER, _WORKLOAD, _TARGETS = "The layer", "A workload", "Targets"
+
+
+def _flag(kind: Any, help_text: str, panel: str, *names: str) -> Any:
+    return Annotated[kind, typer.Option(*names, help=help_text, rich_help_panel=panel, show_default=False)]
+
+
+FLAGS: dict[str, Any] = {
+    "model": _flag(str | None, "A name of the catalog, a .yaml file, or a config.json or the folder it is in.", _LAYER),
+    "hardware": _flag(str | None, "A name of the catalog or a .yaml file.", _LAYER),
+    "ep": _flag(int | None, "Ranks that share the experts; the best by default.", _LAYER),
+    "tokens_per_rank": _flag(int | None, "Tokens that each rank brings; 4096, or those of the workload.", _LAYER),
+    "routing": _flag(
+        str | None, "balanced (default), uniform, zipf_S, power_law_A or power_law_sampled_A, such as zipf_1.1.", _LAYER
+    ),
+    "redundant": _flag(int | None, "Copies of experts beside the model's; none by default.", _LAYER),
+    "waves": _flag(int | None, "Waves of the layer; the best number by default.", _LAYER),
+    "weight_format": _flag(
+        str | None, "Of the experts: mxfp4, nvfp4, fp8, int8, bf16; the model's by default.", _LAYER
+    ),
+    "dispatch_format": _flag(str | None, "Of rows on their way: mxfp8 (default), fp8, bf16, nvfp4, ...", _LAYER),
+    "combine_format": _flag(str | None, "Of rows on their way home: bf16 by default.", _LAYER),
+    "profile": _flag(str | None, "What is reached of the peaks: a name or a file; the hardware's by default.", _LAYER),
+    "settings": _flag(
+        list[str] | None, "Override a figure, such as hardware.scaleup_gb_s=450 or model.topk=8.", _LAYER, "--set"
+    ),
+    "config": _flag(
+        Path | None, "A file with these keys, as `megamoe recommend --write` makes it; flags win over it.", _LAYER
+    ),
+    "phase": _flag(str | None, "decode (default) or prefill.", _WORKLOAD),
+    "batch": _flag(int | None, "Sequences of one device (prefill: prompts of a step); the best by default.", _WORKLOAD),
+    "context": _flag(int | None, "Tokens of a sequence in the cache; 4096 by default.", _WORKLOAD),
+    "cached": _flag(int | None, "Prefill: tokens of a prompt that are in the cache already.", _WORKLOAD),
+    "devices": _flag(int | None, "How many there are; one EP group, or what --target-tps needs.", _WORKLOAD),
+    "attention_tp": _flag(int | None, "Devices that share the heads; 1 is data-parallel attention.", _WORKLOAD),
+    "mtp": _flag(int | None, "Tokens drafted in a step; none by default.", _WORKLOAD),
+    "accept": _flag(float | None, "How many of them are accepted on average; 0.7 each by default.", _WORKLOAD),
+    "microbatches": _flag(int | None, "2: halves that hide each other's links; 1 by default.", _WORKLOAD),
+    "head_split": _flag(
+        int | None, "Devices that share embedding and output head; attention_tp by default.", _WORKLOAD
+    ),
+    "chunk": _flag(int | None, "Prefill: most tokens that a device takes through a layer at once; 16384.", _WORKLOAD),
+    "dense_format": _flag(str | None, "Of all other weights; the model's by default.", _WORKLOAD),
+    "kv_format": _flag(str | None, "Of the cache: fp8 (default), bf16, int8.", _WORKLOAD),
+    "index_format": _flag(str | None, "Of index keys; the model's by default.", _WORKLOAD),
+    "target_tps": _flag(float | None, "Tokens per second of all devices together.", _TARGETS),
+    "tpot_ms": _flag(float | None, "Most milliseconds per output token.", _TARGETS),
+    "ttft_ms": _flag(float | None, "Most milliseconds to the first token (prefill).", _TARGETS),
+}
+
+
+def asks(verb: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command all of the shared flags."""
+    return takes(*FLAGS)(verb)
+
+
+def takes(*flags: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command these flags; what was given reaches it as `given`, a dict without what was not.
+
+    A command that has a parameter of its own by the name of a flag keeps its own.
+    """
+
+    def with_flags(verb: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(verb, eval_str=True)
+        own = {name: each for name, each in signature.parameters.items() if name != "given"}
+        shared = [name for name in flags if name not in own]
+        named = inspect.Parameter.KEYWORD_ONLY
+        parameters = [each.replace(kind=named) for each in own.values()]
+        parameters += [inspect.Parameter(name, named, default=None, annotation=FLAGS[name]) for name in shared]
+
+        def command(**values: Any) -> None:
+            given = {name: values.pop(name) for name in shared}
+            verb(given={name: value for name, value in given.items() if value not in (None, [])}, **values)
+
+        command.__doc__, command.__name__ = verb.__doc__, verb.__name__
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return with_flags
+
+
+def keys_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The keys of --config with those of the command line over them. ValueError names file and line."""
+    flags = {name: value for name, value in given.items() if name != "config"}
+    flags["set"] = tuple(flags.pop("settings", ()))
+    if "config" not in given:
+        return flags
+    from megamoe.launch.cli.planner.plan_file import read_plan
+
+    keys = read_plan(given["config"])
+    return {**keys, **flags, "set": (*keys.get("set", ()), *flags["set"])}
+
+
+def question_of(given: dict[str, Any]) -> Question:
+    """ValueError of one line for what makes no sense."""
+    from megamoe.planner.question import ask
+
+    return ask(keys_of(given))

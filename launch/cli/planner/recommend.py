@@ -1,0 +1,116 @@
+"""megamoe recommend: how many devices a load needs, and how they are to be run."""
+
+from __future__ import annotations
+
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megamoe.launch.cli.planner.plan import Output, check_folder, print_json
+from megamoe.launch.cli.planner.plan_flags import keys_of, takes
+from megamoe.launch.terminal import Format, exit_codes
+
+if TYPE_CHECKING:
+    from megamoe.planner.question import Question
+    from megamoe.planner.search.recommend import Pool, Recommendation
+
+_FLAGS = (
+    *("model", "hardware", "profile", "settings", "config", "ep", "attention_tp", "mtp", "microbatches"),
+    *("weight_format", "kv_format", "dispatch_format", "combine_format", "tpot_ms", "ttft_ms"),
+)
+
+
+@takes(*_FLAGS)
+def recommend(
+    given: dict[str, Any],
+    requests_per_s: Annotated[float, typer.Option(help="Requests that come in a second.")],
+    input_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")],
+    output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")],
+    cached_tokens: Annotated[int, typer.Option(help="Tokens of a prompt that are in the cache already.")] = 0,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the decode plan here, and the prefill plan beside it, for plan --config.")
+    ] = None,
+    output: Output = Format.table,
+) -> None:
+    """Say how many devices a load needs: one pool that prefills, one that decodes, each at 80 % of what it can do."""
+    with exit_codes():
+        if write is not None:
+            check_folder(write)
+        from megamoe.planner.search.fleet import fleet
+        from megamoe.planner.search.recommend import Load
+
+        if not isfinite(requests_per_s):
+            raise ValueError(f"requests_per_s is {requests_per_s:g}; it must be a number")
+        load = Load(requests_per_s, input_tokens, output_tokens, cached_tokens)
+        keys = keys_of(given)
+        found, plans = fleet(keys, load)
+        if output is Format.json:
+            print_json(_as_dict(found))
+        else:
+            _print(found)
+        if write is not None:
+            _write(found, plans, write)
+
+
+def _as_dict(found: Recommendation) -> dict[str, Any]:
+    pools = {"prefill": _pool(found.prefill), "decode": _pool(found.decode)}
+    return {
+        "model": found.decode.serving.deployment.model.name,
+        "hardware": found.decode.serving.deployment.hardware.name,
+        "devices": found.devices,
+        "ttft_ms": found.ttft_ms,
+        "tpot_ms": found.decode.serving.tpot_ms,
+        "usd_per_hour": found.usd_per_hour,
+        **pools,
+    }
+
+
+def _pool(pool: Pool) -> dict[str, Any]:
+    d = pool.serving.deployment
+    keys = ("ep", "attention_tp", "context", "cached", "mtp", "microbatches", "kv_format")
+    return {
+        "devices": pool.devices,
+        "replicas": pool.replicas,
+        "batch": d.batch_per_device,
+        **{key: getattr(d, key) for key in keys},
+        "memory_gb": pool.serving.memory.total_gb,
+        "tokens_per_s_per_device": pool.serving.tokens_per_s_per_device,
+        "load_tokens_per_s": pool.load_tokens_per_s,
+        "utilization": pool.utilization,
+    }
+
+
+def _print(found: Recommendation) -> None:
+    from megamoe.launch.cli.planner.plan_view import figure, say, short, show
+
+    d, load = found.decode.serving.deployment, found.load
+    price = f", {short(found.usd_per_hour)} $ an hour" if found.usd_per_hour else ""
+    say(
+        f"{found.devices} devices  {d.model.name} on {d.hardware.name}: {load.requests_per_s:g} requests/s of "
+        f"{load.input_tokens} tokens in and {load.output_tokens} out{price}"
+    )
+    headings = ("pool", "devices", "EP", "TP", "batch", "MTP", "context", "tok/s/dev", "load", "used %", "GB")
+    rows = []
+    for name, pool in (("prefill", found.prefill), ("decode", found.decode)):
+        d = pool.serving.deployment
+        sizes = (pool.devices, d.ep, d.attention_tp, d.batch_per_device, d.mtp, d.context)
+        rates = (pool.serving.tokens_per_s_per_device, pool.load_tokens_per_s, 100 * pool.utilization)
+        cells = [f"{size:,}" for size in sizes] + [figure(rate, 0) for rate in rates]
+        rows.append((name, *cells, figure(pool.serving.memory.total_gb)))
+    show("\ntokens/s of a device and of the load; batch of a device", headings, rows)
+    say(f"first token after {short(found.ttft_ms)} ms, then one every {short(found.decode.serving.tpot_ms)} ms")
+
+
+def _write(found: Recommendation, plans: dict[str, Question], path: Path) -> None:
+    from megamoe.launch.cli.planner.plan_file import write_plan
+    from megamoe.launch.cli.planner.plan_view import note
+
+    load = found.load
+    asked = f"{load.requests_per_s:g} requests/s of {load.input_tokens} tokens in and {load.output_tokens} out"
+    for phase, where in (("decode", path), ("prefill", path.with_stem(f"{path.stem}-prefill"))):
+        write_plan(
+            plans[phase], where, [f"megamoe recommend: {asked}; {phase} pool", f"megamoe plan --config {where.name}"]
+        )
+        note(f"wrote {where}")

@@ -1,0 +1,154 @@
+"""megamoe bench rule: how much communication stays exposed on links of different rates, as a table and a figure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress, stderr, stdout
+
+if TYPE_CHECKING:
+    from megamoe.launch.bench.rule import Curve, RuleReport
+
+HEADINGS = ("link Mbit/s", "C/B", "x", "compute", "communic.", "overlapped", "exposed", "min", "max", "theory")
+
+
+def rule(
+    ranks: Annotated[int, typer.Option(help="Processes, each a rank.")] = 2,
+    tokens_per_rank: Annotated[int, typer.Option(help="Tokens that each rank brings.")] = 1024,
+    hidden: Annotated[int, typer.Option(help="Width of a token.")] = 1024,
+    intermediate: Annotated[
+        list[int] | None, typer.Option(help="Width inside an expert, once for every curve; 512 and 1024 by default.")
+    ] = None,
+    num_experts: Annotated[int, typer.Option(help="Experts over all ranks.")] = 16,
+    topk: Annotated[int, typer.Option(help="Experts per token.")] = 4,
+    weight_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "bf16",
+    dispatch_format: Annotated[str, typer.Option(help="mxfp8 or bf16.")] = "mxfp8",
+    waves: Annotated[str, typer.Option(help='"auto", a number, or relative sizes such as 1,2,1.')] = "auto",
+    threads_per_rank: Annotated[int, typer.Option(help="torch threads of a rank.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Rounds that are measured on each link, after one that is not.")] = 7,
+    points: Annotated[
+        str | None, typer.Option(help="The x to measure at, such as 0.5,1,2; nine from 0.25 to 4 by default.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the curves into this .svg or .png; needs megamoe's extra figures.")
+    ] = None,
+    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+) -> None:
+    """Sweep the link across the rule's balance point C/B = 2d and find where communication stops hiding; needs root."""
+    with exit_codes():
+        drawing = _drawing(figure) if figure else None
+        with progress() as bar:
+            task = bar.add_task("starting", total=None)
+            from megamoe.launch.bench.rule import POINTS, RuleRequest, run_rule  # brings torch
+            from megamoe.launch.lab.lab import check_lab
+
+            request = RuleRequest(
+                ranks=ranks,
+                tokens_per_rank=tokens_per_rank,
+                hidden=hidden,
+                intermediate=tuple(intermediate or RuleRequest().intermediate),
+                num_experts=num_experts,
+                topk=topk,
+                weight_format=weight_format,
+                dispatch_format=dispatch_format,
+                waves=parse_waves(waves),
+                threads_per_rank=threads_per_rank,
+                repeats=repeats,
+                points=_parse_points(points) if points else POINTS,
+                check=check,
+            )
+            check_lab()
+
+            def show(what: str, done: int, of: int) -> None:
+                bar.update(task, description=what, completed=done, total=of)
+
+            report = run_rule(request, show)
+        if output is Format.json:
+            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+        else:
+            _print_rule(report)
+        if figure and drawing:
+            drawing.draw(report, figure)
+            stderr.print(f"wrote {figure}", highlight=False, soft_wrap=True)
+        if report.identical is False:
+            raise typer.Exit(1)
+
+
+def _drawing(figure: Path) -> ModuleType:
+    """The module that draws. ValueError before anything is measured where the figure could not be written after."""
+    if figure.suffix not in (".svg", ".png"):
+        raise ValueError(f"figure {figure} must end in .svg or .png")
+    if not figure.parent.is_dir():
+        raise ValueError(f"figure {figure} is in no folder that exists")
+    try:
+        from megamoe.launch.cli import figures  # matplotlib is an extra, and takes a second to import
+    except ModuleNotFoundError as missing:
+        raise ValueError("--figure needs matplotlib: pip install 'megamoe[figures]'") from missing
+    return figures
+
+
+def _parse_points(text: str) -> tuple[float, ...]:
+    """'0.5,1,2' -> (0.5, 1.0, 2.0)    ValueError for anything else"""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as wrong:
+        raise ValueError(f"points {text!r} are not numbers such as 0.5,1,2") from wrong
+
+
+def _print_rule(report: RuleReport) -> None:
+    request = report.request
+    stdout.print(
+        f"{request.ranks} ranks, {request.tokens_per_rank} tokens a rank, {request.num_experts} experts "
+        f"{request.weight_format}, top-{request.topk}, {request.dispatch_format} wire, {report.bytes_per_row:.0f} "
+        f"bytes a row there and back, {report.f_remote:.0%} of rows remote; C in FLOP/s, B in bytes/s one way; "
+        "milliseconds",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for curve in report.curves:
+        _print_curve(curve, request.hidden)
+    if report.identical is not None:
+        same = "identical to the oracle" if report.identical else "DIFFERENT from the oracle"
+        stdout.print(f"every bit of every output: {same}", highlight=False)
+
+
+def _print_curve(curve: Curve, hidden: int) -> None:
+    title = f"\n{hidden} x {curve.intermediate}: balance at C/B = {curve.threshold_flops_per_byte:.0f} FLOPs/byte"
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 0))
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right")
+    for point in curve.points:
+        bench = point.bench
+        times = (bench.compute_ms, bench.communication_ms, bench.overlapped_ms)
+        shares = (point.exposed_share, point.exposed_share_min, point.exposed_share_max, point.theory_share)
+        table.add_row(
+            f"{(bench.link_gb_s or 0) * 8e3:.1f}",
+            f"{point.hardware_flops_per_byte:.0f}",
+            f"{point.x:.2f}",
+            *(f"{time:.1f}" for time in times),
+            *(f"{share:.2f}" for share in shares),
+        )
+    stdout.print(table)
+    stdout.print(_verdict(curve), highlight=False, soft_wrap=True)
+
+
+def _verdict(curve: Curve) -> str:
+    deviation = (
+        f"exposed share at most {curve.largest_deviation:+.2f} from theory, at x = {curve.largest_deviation_x:.2f}"
+    )
+    if curve.turn is None:
+        return f"no turn within these points; {deviation}"
+    turn = curve.turn
+    return (
+        f"turns at x = {turn.x:.2f} (rule: 1), slope {turn.slope:.2f} (rule: 1) above a floor of {turn.floor:+.0%} of "
+        f"compute; {deviation}"
+    )

@@ -1,0 +1,427 @@
+"""A cluster for Python users: ranks on this machine or on Ray that hold a checkpoint's experts, and come back.
+
+with MegaMoECluster(4, launcher="ray", policy=RestartPolicy(restarts=5)) as cluster:
+    cluster.load("DeepSeek-V4-Flash")
+    hidden = cluster.forward(token_ids)      # [T, H] bfloat16, the same bits however many ranks there are
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import PicklingError
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from megamoe.execution.pipeline import CallRecord
+from megamoe.launch.cluster.job import share
+from megamoe.launch.cluster.ray.pool import RaySeats
+from megamoe.launch.cluster.recovery import Failure, RestartPolicy, collect, judge
+from megamoe.launch.cluster.spawn import SpawnSeat, SpawnSeats
+from megamoe.launch.cluster.worker import Load, LoadReport, Meeting
+from megamoe.launch.cluster.worker_handle import Seat, Seats
+from megamoe.launch.cluster.worker_pool import Roster
+from megamoe.launch.lab.lab import Host
+from megamoe.launch.requests import IMPORTABLE, check_count, check_seconds, check_tokens, check_work
+from megamoe.parallel.health.runs import sweep
+from megamoe.routing.waves import Waves, check_waves
+from megamoe.routing.wire import DISPATCH_FORMATS
+
+T = TypeVar("T")
+LAUNCHERS = ("ray", "spawn")
+_ANSWER_S = 15.0  # beyond the deadline: for a rank to say what it knows, for a process to be taken down
+_START_S = 120.0
+_REACH_S = 3.0  # for a connection to where the others meet
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What happened to the group. at_s: seconds since the cluster started; kind: "formed", "failed", "replaced",
+    "out", "back" or "resized"."""
+
+    at_s: float
+    kind: str
+    what: str
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RankHealth:
+    """One rank: where its process is, whether it is there, and where it says that it is."""
+
+    rank: int
+    seat: int
+    host: str
+    pid: int
+    alive: bool
+    position: str
+
+
+@dataclass(slots=True)
+class Starting:
+    """Seconds that starting took: the launcher's own part (a Ray cluster and room in it), processes, group, weights."""
+
+    launcher_s: float = 0.0
+    processes_s: float = 0.0
+    group_s: float = 0.0
+    load_s: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class MegaMoECluster:
+    """ranks workers in one expert-parallel group; a context manager.
+
+    launcher     "ray" or "spawn" (processes of this machine)
+    address      of a running Ray cluster; None joins this machine's, or starts one
+    device       "cpu", "cuda" or "npu"
+    deadline_s   bound on every wait of a rank; a batch as a whole has batch_deadline_s, by default 20 times that
+    threads      torch threads of a rank
+    interface    network interface of spawned ranks; hosts places them in a lab instead
+    run          id under which `megamoe doctor --run` finds the ranks
+    log_dir      where each rank's output is kept
+    policy       whether and how the group comes back when a rank is lost; by default it does not
+    on_event     called with every Event
+    seats        where processes come from, in place of what launcher says
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        *,
+        launcher: str = "ray",
+        address: str | None = None,
+        device: str = "cpu",
+        deadline_s: float = 60.0,
+        batch_deadline_s: float | None = None,
+        threads: int | None = None,
+        interface: str | None = None,
+        hosts: Sequence[Host] | None = None,
+        run: str | None = None,
+        log_dir: Path | None = None,
+        policy: RestartPolicy | None = None,
+        on_event: Callable[[Event], None] = lambda _: None,
+        seats: Seats | None = None,
+    ) -> None:
+        check_count("ranks", ranks)
+        check_seconds("deadline_s", deadline_s)
+        check_seconds("batch_deadline_s", deadline_s if batch_deadline_s is None else batch_deadline_s)
+        if launcher not in LAUNCHERS:
+            raise ValueError(f"launcher must be one of {', '.join(LAUNCHERS)}, got {launcher!r}")
+        unused = ("address",) if launcher == "spawn" else ("interface", "hosts")
+        for name in unused:
+            if {"address": address, "interface": interface, "hosts": hosts}[name] is not None:
+                raise ValueError(f"{name} means nothing to launcher {launcher!r}")
+        self.policy = policy or RestartPolicy()
+        least, most = self.policy.elastic or (ranks, ranks)
+        if not least <= ranks <= most:
+            raise ValueError(f"ranks {ranks} is outside of elastic {least}:{most}")
+        self.launcher = launcher
+        self.most, self._wanted, self._deadline_s = most, ranks, deadline_s
+        self._batch_deadline_s = batch_deadline_s or 20 * deadline_s
+        if seats is not None:
+            self._source = seats
+        elif launcher == "ray":
+            self._source = RaySeats(
+                most, address=address, device=device, deadline_s=deadline_s, threads=threads, run=run, log_dir=log_dir
+            )
+        else:
+            self._source = SpawnSeats(
+                most,
+                device=device,
+                deadline_s=deadline_s,
+                threads=threads,
+                interface=interface,
+                hosts=hosts,
+                run=run,
+                log_dir=log_dir,
+            )
+        self._on_event = on_event
+        self._start_s = max(_START_S, deadline_s)
+        self._roster = Roster(self._source, most, start_s=self._start_s, retry_s=self.policy.retry_s, tell=self._tell)
+        self._meeting_place = ("", 0)  # address and port, of the latest generation
+        self._formed = False  # whether the members are a group that can be used
+        self._generation = self._restarts = 0
+        self._failures: list[Exception] = []  # since the last that was done
+        self._load: Load | None = None
+        self.loads: list[LoadReport] = []
+        self.events: list[Event] = []
+        self.starting = Starting()
+        self.last_calls: list[CallRecord] = []
+        self._begun = time.monotonic()
+
+    # ---- life ----
+
+    def __enter__(self) -> MegaMoECluster:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the ranks and has them meet. RuntimeError, with the reason, where one cannot be had or does not."""
+        self._begun = time.monotonic()
+        try:
+            if isinstance(self._source, RaySeats):
+                self._source.place()
+            self.starting.launcher_s = time.monotonic() - self._begun
+            opened = time.monotonic()
+            for refusal in self._roster.open(range(self._wanted), self._start_s + _ANSWER_S).values():
+                raise refusal
+            self.starting.processes_s = time.monotonic() - opened
+            met = time.monotonic()
+            self._insist(lambda: None)
+            self.starting.group_s = time.monotonic() - met
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ends everything that was started."""
+        self._roster.close()
+        sweep()  # ranks that are ended do not take themselves off the list of runs
+
+    @property
+    def ranks(self) -> int:
+        """How many there are now."""
+        return len(self.members)
+
+    @property
+    def members(self) -> list[Seat]:
+        """Seats in order of rank."""
+        return self._roster.members
+
+    # ---- work ----
+
+    def load(
+        self, checkpoint: Path | str, *, waves: Waves = "auto", dispatch_format: str = "mxfp8"
+    ) -> list[LoadReport]:
+        """Every rank reads its own experts, and what every rank needs. ValueError for what is no such checkpoint."""
+        begun = time.monotonic()
+        self._load = None
+        if not isinstance(checkpoint, str | Path):
+            raise ValueError(f"checkpoint must be the path of a folder, got {type(checkpoint).__name__}")
+        if dispatch_format not in DISPATCH_FORMATS:
+            raise ValueError(f"dispatch_format must be one of {', '.join(DISPATCH_FORMATS)}, got {dispatch_format!r}")
+        check_waves(waves)
+        load = Load(Path(checkpoint), waves, dispatch_format)
+        reports: list[LoadReport] = self._insist(lambda: self._all("load", [(load,)] * self.ranks))
+        self._load, self.loads = load, reports
+        self.starting.load_s = time.monotonic() - begun
+        return reports
+
+    def forward(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """A batch, spread over the ranks: token_ids [T] -> hidden [T, H] bfloat16.
+
+        Where a rank is lost and the policy allows it, the group comes back and the batch is run again; else PeerError
+        (a rank that others lost, by name), SeatLostError or what the rank itself raised. ValueError, and no rank is
+        asked, for what are no tokens of the checkpoint.
+        """
+        if self._load is None:
+            raise ValueError("no checkpoint is loaded: load() comes before forward()")
+        ids = check_tokens(token_ids, self.loads[0].vocab_size)
+        self._take_back()
+
+        def attempt() -> list[tuple[Tensor, CallRecord]]:
+            size = self.ranks
+            return self._all("forward", [(share(ids, rank, size),) for rank in range(size)])
+
+        done = self._insist(attempt)
+        self.last_calls = [record for _, record in done]
+        return torch.cat([hidden for hidden, _ in done])
+
+    def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """work(group, *args) on every rank, results in order of rank. Runs again where the group had to come back.
+
+        ValueError, and no rank is asked, for what cannot be called so, or cannot be sent.
+        """
+        check_work(work, args)
+        return self._insist(lambda: self._all("run", [(work, *args)] * self.ranks))
+
+    def health(self, timeout_s: float = 2.0) -> list[RankHealth]:
+        """Every rank between batches; one that does not answer in time says so."""
+        asked = [(seat, seat.call("position") if seat.alive else None) for seat in self.members]
+        wait([future for _, future in asked if future], timeout=timeout_s)
+        return [
+            RankHealth(rank, seat.number, seat.host, seat.pid, seat.alive, _position(future))
+            for rank, (seat, future) in enumerate(asked)
+        ]
+
+    def resize(self, ranks: int) -> None:
+        """Goes on with another number of ranks; experts are placed anew, and only those that move are read.
+
+        ValueError for more than the cluster was made for; RuntimeError where a process cannot be had for a rank that
+        comes, and those there were stay.
+        """
+        check_count("ranks", ranks, 0)
+        if not 1 <= ranks <= self.most:
+            raise ValueError(
+                f"ranks must be in [1, {self.most}], got {ranks}: give elastic=(1, more) to have more room"
+            )
+        self._roster.forget_out()
+        self._formed = False
+        self._roster.close_seats(seat.number for seat in self.members[ranks:])
+        coming = self._roster.vacant[: ranks - self.ranks]
+        refusals = self._roster.open(coming, self._start_s + _ANSWER_S)
+        if refusals:
+            self._roster.forget_out()
+            self._roster.close_seats(number for number in coming if number not in self._roster.vacant)
+            raise next(iter(refusals.values()))
+        self._wanted = ranks
+        self._tell("resized", f"{ranks} ranks")
+        self._insist(lambda: None)
+
+    # ---- the group ----
+
+    def _form(self) -> None:
+        """Has all members meet in a new group, and load what they hold there."""
+        self._check_enough()
+        self._generation += 1
+        members = self.members
+        for rank, seat in enumerate(members):
+            if isinstance(seat, SpawnSeat):
+                seat.label = f"rank {rank}"
+        bound_s = self._deadline_s + _ANSWER_S
+        address, port = self._meeting_place = self._outcomes("open_store", [()], members[:1], bound_s)[0]
+        unreached = self._unreached(members)
+        if unreached and self.policy.elastic:
+            self._roster.put_out(unreached, f"does not reach the others at {address}")
+            self._form()
+            return
+        if unreached:
+            raise _unreached_error(unreached, address)
+        meetings = [Meeting(address, port, self._generation, rank, len(members)) for rank in range(len(members))]
+        self._outcomes("join", [(meeting,) for meeting in meetings], members, bound_s)
+        if self._load is not None:
+            self.loads = self._all("load", [(self._load,)] * len(members))
+        self._formed = True
+        read = f", {sum(load.experts_read for load in self.loads)} experts read" if self._load else ""
+        self._tell("formed", f"{len(members)} ranks{read}")
+
+    def _unreached(self, members: Sequence[Seat]) -> list[int]:
+        """Seats of those that have no way to where the others meet: of rank 0, where nobody else finds it."""
+        address, port = self._meeting_place
+        within_s = min(_REACH_S, self._deadline_s)
+        asked = {seat.number: seat.call("reach", address, port, within_s) for seat in members[1:]}
+        wait(asked.values(), timeout=within_s + _ANSWER_S)
+        # one that died or does not answer is found out by the call that follows
+        cut = [number for number, each in asked.items() if each.done() and not each.exception() and not each.result()]
+        return [members[0].number] if len(cut) == len(asked) > 1 else cut
+
+    def _all(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._outcomes(method, args, self.members, self._batch_deadline_s)
+
+    def _outcomes(
+        self, method: str, args: Sequence[tuple[Any, ...]], members: Sequence[Seat], within_s: float
+    ) -> list[Any]:
+        """Results in order of rank, or _GroupError with what is to be done."""
+        try:
+            futures = [seat.call(method, *arguments) for seat, arguments in zip(members, args, strict=True)]
+        except (PicklingError, AttributeError, TypeError) as refusal:
+            raise ValueError(
+                f"what {method} is given cannot be sent to a process: {refusal}. {IMPORTABLE}"
+            ) from refusal
+        outcomes = collect(futures, method, within_s=within_s, patience_s=self._deadline_s + _ANSWER_S)
+        failure = judge(outcomes, {rank: seat.alive for rank, seat in enumerate(members)})
+        if failure is not None:
+            raise _GroupError(failure, [members[rank].number for rank in failure.replace])
+        return outcomes
+
+    def _insist(self, attempt: Callable[[], T]) -> T:
+        """attempt() in a group, and again after every failure from which the group comes back."""
+        while True:
+            try:
+                if not self._formed:
+                    self._form()
+                result = attempt()
+            except _GroupError as error:
+                self._formed = False
+                self._tell("failed", error.failure.summary)
+                failed = error
+            else:
+                self._failures.clear()
+                return result
+            self._recover(failed)
+
+    def _recover(self, failed: _GroupError) -> None:
+        """Replaces the seats that failed, after a while; raises what there is to raise where that is over.
+
+        That is the first of several failures in a row: later ones can be of ranks that did not find each other again.
+        """
+        error = failed.failure.error
+        if not failed.failure.retry:
+            raise error
+        self._failures.append(error)
+        if self._restarts >= self.policy.restarts:
+            first = self._failures[0]
+            self._failures.clear()
+            raise first from (error if error is not first else None)
+        self._restarts += 1
+        threading.Event().wait(self.policy.wait_s(len(self._failures)))
+        # elastic, the others need not wait for one that takes long: it is taken back when it is there
+        within_s = self._deadline_s if self.policy.elastic else self._start_s + _ANSWER_S
+        refusals = self._roster.open(failed.numbers, within_s)
+        for seat in self.members:
+            if seat.number in failed.numbers:
+                self._tell("replaced", f"seat {seat.number}, now process {seat.pid} on {seat.host}")
+        for refusal in refusals.values():
+            self._check_enough(refusal, error)
+
+    def _check_enough(self, refusal: RuntimeError | None = None, cause: Exception | None = None) -> None:
+        """RuntimeError where fewer ranks are left than the policy allows: the refusal, if there is one."""
+        least = min(self._wanted, self.policy.elastic[0]) if self.policy.elastic else self._wanted
+        if self.ranks < least:
+            lacking = f"{self.ranks} ranks are left of at least {least}, the others cannot be had yet"
+            raise (refusal or RuntimeError(lacking)) from cause
+
+    def _take_back(self) -> None:
+        """Between batches: has seats that are out come back, if they have a process again."""
+        back = self._roster.take_back()
+        seats = [seat for seat in self.members if seat.number in back]
+        cut = self._unreached([self.members[0], *seats]) if back and self._meeting_place[0] else []
+        cut = [number for number in cut if number in back]
+        self._roster.put_out(cut, f"has a process again, but does not reach the others at {self._meeting_place[0]}")
+        back = [number for number in back if number not in cut]
+        if back:
+            self._formed = False
+            self._tell("back", f"seats {', '.join(map(str, back))}")
+
+    def _tell(self, kind: str, what: str) -> None:
+        event = Event(time.monotonic() - self._begun, kind, what)
+        self.events.append(event)
+        self._on_event(event)
+
+
+class _GroupError(Exception):
+    """Some ranks did not come to a result; numbers are their seats."""
+
+    def __init__(self, failure: Failure, numbers: list[int]) -> None:
+        super().__init__(failure.summary)
+        self.failure, self.numbers = failure, numbers
+
+
+def _unreached_error(numbers: list[int], address: str) -> _GroupError:
+    said = f"seats {', '.join(map(str, numbers))} do not reach the others at {address}"
+    return _GroupError(Failure((), RuntimeError(said), retry=True, summary=said), numbers)
+
+
+def _position(future: Future[Any] | None) -> str:
+    if future is None:
+        return "its process is gone"
+    if not future.done():
+        return "does not answer"
+    error = future.exception()
+    return str(future.result()) if error is None else str(error)

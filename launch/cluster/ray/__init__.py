@@ -1,0 +1,1 @@
+"""Workers on Ray: sessions, placement, actors and their handles."""

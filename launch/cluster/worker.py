@@ -1,0 +1,222 @@
+"""A rank's process under any launcher: joins a group, holds a model, runs its share of each batch."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from megamoe.execution.pipeline import CallRecord
+from megamoe.model.deepseek_v4.blocks import ExpertStack
+from megamoe.model.deepseek_v4.checkpoint import Checkpoint
+from megamoe.parallel.group import EPGroup, init_group
+from megamoe.parallel.health.status import Position
+from megamoe.parallel.streams import make_current
+from megamoe.routing.waves import Waves
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a worker is set up, once.
+
+    device       "cpu", "cuda:0", "npu:1": where it computes
+    address      IP address that the other ranks reach it at
+    interface    network interface of that address
+    threads      torch threads
+    deadline_s   bound on every wait
+    run          id of the run, under which `megamoe doctor --run` finds the rank; None leaves it unlisted
+    """
+
+    device: str
+    address: str
+    interface: str
+    threads: int
+    deadline_s: float
+    run: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the ranks of one generation of the group meet, and which of them the worker is."""
+
+    address: str
+    port: int
+    generation: int
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A checkpoint to load, and how its layers are to run."""
+
+    checkpoint: Path
+    waves: Waves = "auto"
+    dispatch_format: str = "mxfp8"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a worker read: experts that it had already, experts read from disk, bytes read in all.
+
+    vocab_size   of the checkpoint, the same on all ranks
+    """
+
+    experts_kept: int
+    experts_read: int
+    bytes_read: int
+    vocab_size: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """Who a worker is."""
+
+    host: str
+    pid: int
+    device: str
+
+
+class Worker:
+    """One at a time: a group, a model, a batch. Every method can be called from another process by name."""
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self.options = options
+        torch.set_num_threads(options.threads)
+        make_current(torch.device(options.device))  # what backends and kernels take where none is named
+        self._store: TCPStore | None = None
+        self._group: EPGroup | None = None
+        self._membership, self._reading = ExitStack(), ExitStack()
+        self._checkpoint: Checkpoint | None = None
+        self._loaded: Load | None = None
+        self._model: ExpertStack | None = None
+
+    def info(self) -> WorkerInfo:
+        return WorkerInfo(socket.gethostname(), os.getpid(), self.options.device)
+
+    def open_store(self) -> tuple[str, int]:
+        """Opens the store where the ranks of the next generation meet; its address and port. Rank 0 is asked this."""
+        timeout = timedelta(seconds=self.options.deadline_s)
+        self._store = TCPStore(self.options.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        return self.options.address, self._store.port
+
+    def reach(self, address: str, port: int, within_s: float) -> bool:
+        """Whether this rank can connect to where the others meet."""
+        try:
+            socket.create_connection((address, port), timeout=within_s).close()
+        except OSError:
+            return False
+        return True
+
+    def join(self, meeting: Meeting) -> None:
+        """Leaves the group there was and joins a new one. All ranks of it must."""
+        self.leave()
+        timeout = timedelta(seconds=self.options.deadline_s)
+        store: TCPStore | None = self._store
+        if store is None or meeting.rank:
+            store = TCPStore(meeting.address, meeting.port, is_master=False, timeout=timeout)
+        prefixed = PrefixStore(f"generation{meeting.generation}", store)
+        self._enter(meeting.rank, meeting.size, store=prefixed)
+
+    def join_torchrun(self, rank: int, size: int) -> None:
+        """join() where the ranks meet as torchrun's environment says."""
+        self.leave()
+        self._enter(rank, size, init_method="env://")
+
+    def _enter(self, rank: int, size: int, *, store: Store | None = None, init_method: str | None = None) -> None:
+        options = self.options
+        self._group = self._membership.enter_context(
+            init_group(
+                options.device,
+                rank=rank,
+                size=size,
+                store=store,
+                init_method=init_method,
+                address=options.address,
+                run=options.run,
+                deadline_s=options.deadline_s,
+            )
+        )
+
+    def leave(self) -> None:
+        """Leaves the group, if there is one, and closes the checkpoint. The model stays, for load() to go on with."""
+        self._group = self._checkpoint = None
+        self._reading.close()
+        self._membership.close()
+        gc.collect()  # a group's parts refer to each other, and its connections are open until the last of them is gone
+
+    def run(self, work: Callable[..., Any], *args: Any) -> Any:
+        """work(group, *args). What it raises is told to the other ranks, and the group cannot be used after it."""
+        with self._announced() as group:
+            return work(group, *args)
+
+    @contextmanager
+    def _announced(self) -> Iterator[EPGroup]:
+        """The group, for the block; what ends it is told to the others, who would wait for this rank in vain."""
+        assert self._group is not None, "join() comes first"
+        try:
+            yield self._group
+        except Exception as error:
+            self._group.announce(error)
+            raise
+
+    def position(self) -> Position:
+        """Where this rank is."""
+        return Position() if self._group is None else self._group.whereabouts.position()
+
+    def load(self, load: Load) -> LoadReport:
+        """Reads what this rank needs of the checkpoint and does not have yet. All ranks of the group must load alike.
+
+        The same Load again, in another group, reads only the experts that came to this rank. ValueError for what is no
+        such checkpoint; what was loaded before is then given up.
+        """
+        assert self._group is not None, "join() comes first"
+        model, self._model = self._model if load == self._loaded else None, None
+        self._loaded = self._checkpoint = None
+        self._reading.close()
+        checkpoint = self._reading.enter_context(Checkpoint.open(load.checkpoint))
+        if model is not None:
+            kept, read = model.regroup(checkpoint, self._group)
+            gc.collect()  # the model was the last that knew its old group
+        else:
+            model = ExpertStack.load(
+                checkpoint,
+                self._group,
+                waves=load.waves,
+                dispatch_format=load.dispatch_format,
+                device=self.options.device,
+            )
+            kept, read = 0, model.num_local_experts
+        self._model, self._loaded, self._checkpoint = model, load, checkpoint
+        return LoadReport(kept, read, checkpoint.bytes_read, checkpoint.config.vocab_size)
+
+    def forward(self, token_ids: Sequence[int]) -> tuple[Tensor, CallRecord]:
+        """This rank's share of a batch, perhaps of no tokens -> hidden [T, H] bfloat16 on the CPU, what its layers did.
+
+        All ranks of the group must call. ValueError for a token that the checkpoint has no embedding of. What one rank
+        raises is told to the others, and the group cannot be used after it.
+        """
+        assert self._model is not None, "load() comes first"
+        assert self._checkpoint is not None, "load() comes after join()"
+        with self._announced():
+            _check_tokens(token_ids, self._checkpoint.config.vocab_size)
+            ids = torch.tensor(token_ids, dtype=torch.int64)
+            hidden = self._checkpoint.embedding(ids).to(self.options.device)  # only these rows of the table are read
+            out = self._model(hidden, ids.to(self.options.device))
+            return out.cpu(), sum(self._model.calls, CallRecord())
+
+
+def _check_tokens(token_ids: Sequence[int], vocab_size: int) -> None:
+    outside = [token for token in token_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"token {outside[0]} is outside of the checkpoint's vocabulary of {vocab_size}")

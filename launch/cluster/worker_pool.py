@@ -1,0 +1,113 @@
+"""Who sits where: the seats of a cluster that have a process, and those that are out and are tried again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from megamoe.launch.cluster.worker_handle import Seat, Seats
+
+
+class Roster:
+    """Opens seats, all at once, and never waits for longer than it is told to.
+
+    source     where processes come from
+    num_seats  seats there are at most
+    start_s    how long a process may take to start
+    retry_s    how long after a failed try a seat that is out is tried again
+    tell       called with what happened to a seat: a kind and words
+    """
+
+    def __init__(
+        self, source: Seats, num_seats: int, *, start_s: float, retry_s: float, tell: Callable[[str, str], None]
+    ) -> None:
+        self._source, self._num_seats, self._start_s, self._retry_s = source, num_seats, start_s, retry_s
+        self._tell = tell
+        self._members: dict[int, Seat] = {}
+        self._tries: dict[int, Future[Seat]] = {}
+        self._due: dict[int, float] = {}  # seats that are out and not being tried: when to
+        self._opener = ThreadPoolExecutor(num_seats, thread_name_prefix="megamoe opener")
+
+    @property
+    def members(self) -> list[Seat]:
+        """Seats that have a process, in order of their numbers."""
+        return [self._members[number] for number in sorted(self._members)]
+
+    @property
+    def vacant(self) -> list[int]:
+        """Numbers of the seats that have none."""
+        return [number for number in range(self._num_seats) if number not in self._members]
+
+    def open(self, numbers: Iterable[int], within_s: float) -> dict[int, RuntimeError]:
+        """Starts processes in seats, in place of those that sit there; the seats that are out now, and why.
+
+        One that takes longer than within_s is out until it is there.
+        """
+        numbers = list(numbers)
+        for number in numbers:
+            self._members.pop(number, None)
+            self._try(number)
+        wait([self._tries[number] for number in numbers], timeout=within_s)
+        refusals = {}
+        for number in numbers:
+            if not self._tries[number].done():
+                refusals[number] = RuntimeError(f"seat {number} has no process after {within_s:g} s")
+            elif (refusal := self._take(number)) is not None:
+                refusals[number] = refusal
+        for number, refusal in refusals.items():
+            self._tell("out", f"seat {number} cannot be had: {refusal}")
+        return refusals
+
+    def take_back(self) -> list[int]:
+        """Tries seats that are out, without waiting; those that have a process again since the last time."""
+        for number, due in list(self._due.items()):
+            if time.monotonic() >= due:
+                self._try(number)
+        return [number for number in list(self._tries) if self._tries[number].done() and self._take(number) is None]
+
+    def put_out(self, numbers: Iterable[int], why: str) -> None:
+        """Ends who sits there; the seats are out, and tried again later."""
+        numbers = list(numbers)
+        self.close_seats(numbers)
+        for number in numbers:
+            self._due[number] = time.monotonic() + self._retry_s
+            self._tell("out", f"seat {number} {why}")
+
+    def close_seats(self, numbers: Iterable[int]) -> None:
+        """Ends who sits there, and returns when they are gone."""
+        for seat in [self._members.pop(number) for number in numbers]:
+            seat.kill()
+
+    def forget_out(self) -> None:
+        """No seat is out any more: none is tried again. Waits for those that are being tried, as long as a start takes.
+
+        Those that have a process by then are members.
+        """
+        wait(list(self._tries.values()))
+        for number in list(self._tries):
+            self._take(number)
+        self._due.clear()
+
+    def close(self) -> None:
+        """Ends everything that was started."""
+        self._opener.shutdown(wait=False, cancel_futures=True)
+        self._members.clear()
+        self._source.close()
+
+    def _try(self, number: int) -> None:
+        self._due.pop(number, None)
+        if number not in self._tries:
+            self._tries[number] = self._opener.submit(self._source.open, number, self._start_s)
+
+    def _take(self, number: int) -> RuntimeError | None:
+        """What a try that has ended came to: a member, or when to try again and why it failed."""
+        trying = self._tries.pop(number)
+        refusal = trying.exception()
+        if refusal is None:
+            self._members[number] = trying.result()
+            return None
+        if not isinstance(refusal, RuntimeError):
+            raise refusal
+        self._due[number] = time.monotonic() + self._retry_s
+        return refusal

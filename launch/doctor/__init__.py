@@ -1,0 +1,1 @@
+"""The doctor: what a machine has for ranks, what it lacks, what to do about it."""

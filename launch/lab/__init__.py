@@ -1,0 +1,1 @@
+"""The lab: network namespaces with shaped links, and faults in them."""

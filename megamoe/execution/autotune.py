@@ -1,0 +1,162 @@
+"""What a layer decides for itself, on all ranks alike: waves="auto" and dispatch_format="auto".
+
+Both follow from the measured link of the group, measured once, and from the compute of the layer's own calls, of which
+the slowest rank's counts. What a wave costs is the machine's: of the profile that
+was handed in, or of the one that ships. Until compute is measured, a profile that was handed in says what it is;
+without one the first calls go by rules that need neither.
+"""
+
+# T tokens of this rank   H hidden   K experts per token   R rows that a rank computes on average
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megamoe.catalog import Machine, load_machine
+from megamoe.execution.experts import Experts
+from megamoe.execution.pipeline import CallRecord
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.placement import Placement
+from megamoe.parallel.streams import Stopwatch
+from megamoe.routing.agreement import Agreement
+from megamoe.routing.waves import Waves, auto_waves
+from megamoe.routing.wire import Wire
+from megamoe.schedule.cost_model import Pace, Spread, best_waves
+from megamoe.schedule.machine import product_row_us
+
+# Encoding a value to MXFP8 once per token and decoding it once per row, on one Zen 4 core, 2026-11-24. Twice that for
+# each byte it saves: where the link moves a byte in less time, the rounding does not pay.
+_CODEC_S = 1.2e-9
+_MIN_ROWS = 256  # calls with fewer rows say more of fixed costs than of rows
+# Beginning a wave where no profile says it: a GPU's launches, a guess until one is measured.
+_OTHER_WAVE_S = 20e-6
+_TRIES = 4  # calls of about the same size after which the number of waves stays
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How one call runs."""
+
+    waves: int | Sequence[int]
+    wire: Wire
+    pace: Pace
+
+
+class Tuner:
+    """Decides for one layer. waves and dispatch_format as the user gave them; without overlap nothing is covered.
+
+    dispatch_format is None, and row_s 0, until they are known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        group: EPGroup,
+        experts: Experts,
+        *,
+        waves: Waves,
+        dispatch_format: str,
+        overlap: bool,
+        machine: Machine | None = None,
+    ) -> None:
+        self._name, self._group, self._experts = name, group, experts
+        self._waves, self._overlap = waves, overlap
+        self._placement = Placement(experts.shape.num_experts, group.size)
+        self.dispatch_format = None if dispatch_format == "auto" else dispatch_format
+        # [P, E]: 1 where an expert is on another rank
+        self._remote = (np.arange(group.size)[:, None] != np.array(self._placement.ranks(), np.int64)).astype(np.int64)
+        self._settled: dict[int, list[int]] = {}
+        self._wave_s = _wave_s(experts.device.type, machine)
+        self._measured_row_s = 0.0
+        self._last: tuple[CallRecord, Stopwatch | None] | None = None
+        self._expected_row_s = 0.0 if machine is None else _row_s(experts, machine)
+
+    @property
+    def row_s(self) -> float:
+        """Seconds that a row takes to compute: as measured, else as the machine's profile says, else 0."""
+        return self._measured_row_s or self._expected_row_s
+
+    def note(self, record: CallRecord, stopwatch: Stopwatch | None = None) -> None:
+        """Takes a call to learn from. Where a stopwatch knows what it computed, that is read when learn() is called."""
+        self._last = (record, stopwatch)
+        if stopwatch is None:
+            self.learn()
+
+    def learn(self) -> None:
+        """From the last call, waiting until it has ended: the least time for a row counts, the rest is disturbance."""
+        if self._last is None:
+            return
+        (record, stopwatch), self._last = self._last, None
+        if stopwatch is not None:
+            record.compute_s = stopwatch.read_s()
+        rows = record.rows_local + record.rows_received
+        if rows >= _MIN_ROWS:
+            row_s = record.compute_s / rows
+            self._measured_row_s = min(self._measured_row_s or row_s, row_s)
+
+    def choose(self, agreed: Agreement) -> Choice:
+        """Waves, wire and pace of a call. All ranks come to the same; the link is measured when it is first needed."""
+        wire = Wire(self.choose_format(), self._experts.shape.hidden, round_on_arrival=self._experts.packed)
+        rows = sum(agreed.tokens) * self._experts.shape.topk / len(agreed.tokens)
+        out_bytes = self._out_bytes(wire, agreed)
+        first_guess = auto_waves(self._placement, rows, out_bytes)
+        if self._waves == "auto" and first_guess > 1:
+            self._group.link(self._name, self._experts.device)
+        pace = self._pace(out_bytes, agreed.row_s)
+        if self._waves != "auto":
+            assert not isinstance(self._waves, str)
+            return Choice(self._waves, wire, pace)
+        if first_guess > 1 and agreed.row_s:
+            return Choice(self._settle(rows, pace), wire, pace)
+        return Choice(first_guess, wire, pace)
+
+    def choose_format(self) -> str:
+        """Once for good, so that bits do not change between calls: with bf16 weights the wire's rounding shows in them.
+
+        With mxfp4 weights the tokens are rounded in any case, and once per token is less work than once per row.
+        """
+        if self.dispatch_format is None:
+            if self._experts.packed:
+                self.dispatch_format = "mxfp8"
+            elif self._group.transport is None:
+                self.dispatch_format = "bf16"
+            else:
+                link = self._group.link(self._name, self._experts.device)
+                self.dispatch_format = "mxfp8" if 1 / link > _CODEC_S else "bf16"
+        return self.dispatch_format
+
+    def _out_bytes(self, wire: Wire, agreed: Agreement) -> float:
+        """Bytes that a row has sent with it on average: a token goes to a rank once for all of its rows there."""
+        rows, tokens = (int(np.vdot(each.numpy(), self._remote)) for each in (agreed.counts, agreed.firsts))
+        return wire.PAIR_BYTES + wire.row_bytes * tokens / max(rows, 1)
+
+    def _pace(self, out_bytes: float, row_s: float) -> Pace:
+        home_bytes, decode_rows = 2 * self._experts.shape.hidden, self._experts.decode_rows
+        if not self._overlap:
+            return Pace(1.0, 0.0, 0.0, 0.0, decode_rows)
+        if not self._group.links or not row_s:
+            f_remote = 1 - 1 / self._group.size
+            return Pace.balanced(out_bytes, home_bytes, f_remote, decode_rows)
+        link = self._group.links[0]
+        return Pace(row_s, out_bytes / link, home_bytes / link, self._wave_s, decode_rows)
+
+    def _settle(self, rows: float, pace: Pace) -> int:
+        """The best number of waves, decided anew for the first calls of about that size and kept from then on."""
+        tries = self._settled.setdefault(int(rows).bit_length(), [])
+        if len(tries) < _TRIES:
+            tries.append(best_waves(Spread(self._placement.most, self._group.size), rows, pace))
+        return tries[-1]
+
+
+def _wave_s(device_type: str, machine: Machine | None) -> float:
+    if machine is None and device_type != "cpu":
+        return _OTHER_WAVE_S
+    return (machine or load_machine("cpu")).wave_us.value / 1e6
+
+
+def _row_s(experts: Experts, machine: Machine) -> float:
+    shape = experts.shape
+    return product_row_us(machine, shape.hidden, shape.intermediate, packed=experts.packed) / 1e6

@@ -1,0 +1,1 @@
+"""The expert backend of devices that have Triton kernels."""

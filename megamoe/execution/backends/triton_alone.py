@@ -1,0 +1,90 @@
+"""A call of the layer of a rank that is alone, on a device that has Triton kernels: counts never leave the device.
+
+Nothing here waits, and sizes follow from T alone, so a CUDA graph can be captured of it and played again for other
+tokens and another routing. What is wrong with ids or weights can therefore be told only later: see `Findings`.
+"""
+
+# T tokens   H hidden   K experts per token, so T * K slots
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamoe.execution.backends.triton_experts import Operand, RowsByExpert, run_experts, take_mxfp8
+from megamoe.execution.experts import Experts
+from megamoe.execution.ops import quantize, reduce_slots, route_slots
+from megamoe.formats import dequantize_mxfp8
+from megamoe.kernels.chips.targets import reads_wide
+from megamoe.kernels.layout import Wide
+from megamoe.parallel.workspace import Workspace
+
+
+class Alone:
+    """The calls of one layer, and what the device found wrong in them."""
+
+    def __init__(self, experts: Experts) -> None:
+        self._experts, self._findings = experts, Findings(experts.device)
+
+    def refuse(self, layer: str) -> None:
+        """ValueError where values of an earlier call were wrong, once, as far as the device has come."""
+        if self._findings.take():
+            num_experts = self._experts.shape.num_experts
+            raise ValueError(
+                f"an earlier call of layer {layer!r} had topk_ids outside of [0, {num_experts}) that were not -1, or "
+                "topk_weights that were not finite; tokens with such ids became NaN"
+            )
+
+    def compute(
+        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, workspace: Workspace, *, rounds: bool
+    ) -> Tensor:
+        """hidden [T, H] bfloat16, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
+
+        rounds   BF16 experts whose tokens an mxfp8 wire rounds. A token with an id that there is not becomes NaN.
+        """
+        experts, num_slots = self._experts, topk_ids.numel()
+        slots = route_slots(topk_ids, topk_weights, experts.shape.num_experts)
+        # a slot's result lies in the slot's row; then a row for ids that there are not, and one for masked slots
+        results = workspace.take("results", (num_slots + 2, hidden.shape[1]), hidden)
+        results[num_slots].fill_(torch.nan)
+        results[num_slots + 1].zero_()
+        if num_slots:
+            x = _read_as(experts, hidden, workspace, rounds=rounds)
+            rows = RowsByExpert(x, slots.tokens_per_expert, slots.source, slots.weights, slots.order)
+            run_experts(experts, experts.ids, rows, results, workspace)
+        self._findings.note(slots.wrong)
+        return reduce_slots(results, slots.positions)
+
+
+def _read_as(experts: Experts, hidden: Tensor, workspace: Workspace, *, rounds: bool) -> Operand:
+    """The tokens as Linear-1 reads them."""
+    if not experts.packed and not rounds:
+        return hidden
+    wide = experts.packed and reads_wide(hidden.device)
+    rounded = take_mxfp8(workspace, "tokens", (hidden.shape[0], hidden.shape[1]), hidden, wide=wide)
+    quantize(hidden, None, rounded)
+    return rounded if experts.packed or isinstance(rounded, Wide) else dequantize_mxfp8(rounded)
+
+
+class Findings:
+    """What the device found wrong in earlier calls, told when the host comes by again and not waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._here = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._there = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def note(self, wrong: Tensor) -> None:
+        """wrong [1] int64 on the device: 1 where there is anything to tell of this call."""
+        self._there.bitwise_or_(wrong)
+        self._here.copy_(self._there, non_blocking=True)
+
+    def take(self) -> bool:
+        """Whether anything was found since this was last asked, as far as the device has come.
+
+        Where something was, the device is waited for: a copy that is still queued would tell the same once more. While
+        a graph is captured nothing can be waited for, and it is told again.
+        """
+        found = bool(self._here.item())
+        if found and not (self._there.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._here.copy_(self._there.zero_())
+        return found

@@ -1,0 +1,151 @@
+"""What a layer can be given wrongly, refused with the argument's name, what was found and what was expected."""
+
+# T tokens of this rank   H hidden   K experts per token
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from megamoe.ambient import in_a_transform, loses_denormals
+from megamoe.execution.experts import WEIGHT_FORMATS
+from megamoe.formats import BLOCK
+from megamoe.routing.wire import DISPATCH_FORMATS
+from megamoe.shape import MoEShape
+
+COMBINE_FORMATS = ("bf16",)
+
+
+def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """What can be told without reading a value. ValueError that names the argument, what was found and expected."""
+    given = {"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        _check_plain(name, tensor)
+        if _apart(tensor.device, device):
+            raise ValueError(f"{name} is on {tensor.device}, the layer is on {device}")
+        if _apart(tensor.device, hidden.device):  # of a layer on "cuda" hidden says which
+            raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}")
+    _check_shape("hidden", hidden, ("T", shape.hidden))
+    _check_shape("topk_ids", topk_ids, (len(hidden), shape.topk))
+    _check_shape("topk_weights", topk_weights, (len(hidden), shape.topk))
+    if hidden.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"hidden must be torch.bfloat16 or torch.float32, got {hidden.dtype}")
+    if topk_ids.dtype != torch.int64:
+        raise ValueError(f"topk_ids must be torch.int64, got {topk_ids.dtype}")
+    if topk_weights.dtype != torch.float32:
+        raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
+    for name, tensor in given.items():
+        check_gradient(name, tensor)
+
+
+def _check_plain(name: str, tensor: Tensor) -> None:
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
+        found = f"{type(tensor).__name__} of layout {tensor.layout}"
+        raise ValueError(f"{name} must be a plain dense tensor that lies on this rank, got {found}")
+
+
+def check_gradient(name: str, tensor: Tensor) -> None:
+    """ValueError where a gradient is asked for, backward or forward, that there is none of."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, and there is no backward yet: call it under torch.no_grad()")
+    if forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        raise ValueError(f"{name} carries a tangent, and the layer has no forward-mode derivative")
+
+
+def check_name(name: str) -> None:
+    """ValueError for a layer's name that ranks could not tell each other."""
+    if not isinstance(name, str):
+        raise ValueError(f"name must be a string, got {type(name).__name__}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as wrong:
+        raise ValueError(f"name must be text that UTF-8 can hold, got {name!r}") from wrong
+
+
+def check_device(device: torch.device | str | None) -> torch.device:
+    """The device that holds a layer's weights: the CPU where none is given, whatever torch's default device is."""
+    try:
+        found = torch.device("cpu" if device is None else device)
+    except RuntimeError as wrong:
+        raise ValueError(f"device must be one that torch knows, got {device!r}") from wrong
+    if found.type == "meta":
+        raise ValueError("device must be one that can hold weights, got 'meta': leave it out for the CPU")
+    return found
+
+
+def check_ambient() -> None:
+    """ValueError where what surrounds a call leaves no way to a right result."""
+    transform = in_a_transform()
+    if transform:
+        raise ValueError(f"the layer was called inside of {transform}, which cannot follow it: call it outside")
+    if loses_denormals():
+        raise ValueError(
+            "torch.set_flush_denormal(True) was set before torch began its worker threads, which now flush denormal "
+            "numbers for good: set it later, or torch.set_num_threads(1) before the first call"
+        )
+
+
+def _apart(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are not the same. One without a number may be any of its type.    cuda, cuda:1 -> False"""
+    return one.type != other.type or (one.index != other.index and None not in (one.index, other.index))
+
+
+def any_wrong(shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """[1] bool, where the ids are: whether check_values() would complain."""
+    return (_unknown(shape, topk_ids) | _not_finite(topk_ids, topk_weights)).any().unsqueeze(0)
+
+
+def check_values(shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """ValueError for ids that there are not and weights that are not finite; masked slots may have any."""
+    wrong = _unknown(shape, topk_ids)
+    if bool(wrong.any()):
+        token, slot = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"topk_ids[{token}, {slot}] is {int(topk_ids[token, slot])}, expected -1 or an expert in "
+            f"[0, {shape.num_experts}); {int(wrong.sum())} of {topk_ids.numel()} are outside"
+        )
+    wrong = _not_finite(topk_ids, topk_weights)
+    if bool(wrong.any()):
+        token, slot = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"topk_weights[{token}, {slot}] is {float(topk_weights[token, slot])}, expected a finite number; "
+            f"{int(wrong.sum())} of {topk_weights.numel()} are not"
+        )
+
+
+def _unknown(shape: MoEShape, topk_ids: Tensor) -> Tensor:
+    return (topk_ids < -1) | (topk_ids >= shape.num_experts)
+
+
+def _not_finite(topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    return ~topk_weights.isfinite() & (topk_ids >= 0)
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, int]) -> None:
+    wanted = [size if isinstance(want, str) else want for want, size in zip(expected, tensor.shape, strict=False)]
+    if tensor.dim() != 2 or list(tensor.shape) != wanted:
+        raise ValueError(f"{name} must have shape [{expected[0]}, {expected[1]}], got {list(tensor.shape)}")
+
+
+def check_formats(shape: MoEShape, weight_format: str, dispatch_format: str, combine_format: str) -> None:
+    for name, value, known in (
+        ("weight_format", weight_format, WEIGHT_FORMATS),
+        ("dispatch_format", dispatch_format, DISPATCH_FORMATS),
+        ("combine_format", combine_format, COMBINE_FORMATS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    packed = weight_format == "mxfp4"
+    blocked = {"hidden": packed or dispatch_format == "mxfp8", "intermediate": packed}
+    for name, needed in blocked.items():
+        size = getattr(shape, name)
+        if needed and size % BLOCK:
+            raise ValueError(
+                f"{name} {size} is not a multiple of {BLOCK}, the block of MXFP4 and MXFP8; "
+                'weight_format="bf16" with dispatch_format="bf16" takes any size'
+            )

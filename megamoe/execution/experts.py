@@ -1,0 +1,347 @@
+"""This rank's experts: weights as they are held, and the arithmetic of rows that are sorted by expert."""
+
+# E experts in all   e experts of this rank   H hidden   I intermediate   M rows of x   n rows
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.execution.ops import activate, has_kernels, silu_table
+from megamoe.execution.products import DEQUANTIZED, Held, KernelProducts, products_of
+from megamoe.execution.weights import SCALES, VALUES, InTurns, Matrix, Panels
+from megamoe.formats import MXFP4, MXFP4_MAX_SCALE, dequantize_mxfp4, quantize_mxfp4
+from megamoe.kernels.chips.targets import reads_wide
+from megamoe.kernels.cpu.library import Rows
+from megamoe.kernels.layout import LARGEST_SMALL_SCALE, Prepacked
+from megamoe.parallel.workspace import Workspace
+from megamoe.shape import MoEShape
+
+WEIGHT_FORMATS = ("mxfp4", "bf16")
+# What kernels of a GPU pay for reading packed weights from memory a second time, in rows of an expert's products:
+# computed, for an H100 at 3.35 TB/s and 400 TFLOP/s, and not measured. H and I cancel out.
+_READ_ROWS = 30.0
+_HELD = "held"
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes whose values are the weights
+Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
+
+
+class Experts(nn.Module):
+    """The experts [first, first + e) of a layer.
+
+    Their weights belong to this rank alone. They are neither parameters nor buffers, so that nothing that broadcasts,
+    averages, compares, casts or moves those touches them. A state dict has them as they come, and says whose they are:
+
+    mxfp4   gate_up uint8 [e, 2I, H/2] + gate_up_scales [e, 2I, H/32], down uint8 [e, H, I/2] + down_scales [e, H, I/32]
+    bf16    gate_up bfloat16 [e, 2I, H], down bfloat16 [e, H, I]
+    held    int64 [3]: first expert, end, E
+
+    In memory they lie as the device's products read them. keep_dequantized=True also keeps a BF16 copy of mxfp4 weights
+    where torch multiplies, 3 * H * I * 2 bytes an expert; kernels decode on the way, so there it is refused.
+    """
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        ids: range,
+        *,
+        weight_format: str,
+        device: torch.device,
+        keep_dequantized: bool = False,
+        arithmetic: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.shape, self.ids, self.weight_format, self.device = shape, ids, weight_format, device
+        self.packed = weight_format == "mxfp4"
+        self.grouped = has_kernels(device)
+        self.products = products_of(device, arithmetic)
+        self.layout = self.products.layout
+        if self.grouped:
+            self.layout = Panels() if reads_wide(device) else InTurns()
+        if keep_dequantized and (self.grouped or isinstance(self.products, KernelProducts)):
+            raise ValueError(f"keep_dequantized is of no use on {device}, whose kernels decode weights on their way")
+        self.keep_dequantized = keep_dequantized and self.packed
+        sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
+        self.matrices = {name: Matrix(name, *size, self.packed) for name, size in sizes.items()}
+        self._loaded = [False] * len(ids)
+        self._largest_scales = [0] * len(ids)  # of both matrices, where they are prepacked
+        # plain torch.empty: the pages of a large buffer are not touched before its weights arrive
+        self._stacks = {
+            name: {
+                key: torch.empty(len(ids), *size, dtype=dtype, device=device)
+                for key, (size, dtype) in self._held_sizes(matrix).items()
+            }
+            for name, matrix in self.matrices.items()
+        }
+        self.table = silu_table(shape.swiglu_limit, device)
+
+    def _held_sizes(self, matrix: Matrix) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        buffers = self.layout.buffers(matrix)
+        if self.keep_dequantized:
+            buffers = {**buffers, DEQUANTIZED: ((matrix.outputs, matrix.inputs), torch.bfloat16)}
+        return buffers
+
+    def regroup(self, ids: range) -> None:
+        """Holds the experts `ids` from now on: those that it has keep their weights, the others' are missing.
+
+        Where the ids stay nothing is copied. Else the kept rows move to new buffers, one buffer after another.
+        """
+        start = max(self.ids.start, ids.start)
+        kept = range(start, max(start, min(self.ids.stop, ids.stop)))
+        here, there = (slice(kept.start - held.start, kept.stop - held.start) for held in (self.ids, ids))
+        if ids != self.ids:
+            for stacks in self._stacks.values():
+                for key, stack in stacks.items():
+                    moved = stack.new_empty(len(ids), *stack.shape[1:])
+                    moved[there] = stack[here]
+                    stacks[key] = moved
+        loaded, largest = [False] * len(ids), [0] * len(ids)
+        loaded[there], largest[there] = self._loaded[here], self._largest_scales[here]
+        self.ids, self._loaded, self._largest_scales = ids, loaded, largest
+
+    # ---- what surrounds a module ----
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        """Casts leave the weights as they are; ValueError for a move to another device."""
+        moved = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
+        if moved.type != self.device.type or moved.index not in (None, self.device.index):
+            raise ValueError(
+                f"{describe(self.ids)} are on {self.device}, not to be moved to {moved}: make the layer there"
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + _HELD] = self._whose
+        if self.missing:
+            return
+        for name, matrix in self.matrices.items():
+            for key, stack in self.layout.unpack(matrix, self._stacks[name]).items():
+                destination[f"{prefix}{name}{key}"] = stack
+
+    @property
+    def _whose(self) -> Tensor:
+        return torch.tensor([self.ids.start, self.ids.stop, self.shape.num_experts], dtype=torch.int64, device="cpu")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],  # noqa: ARG002
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes all of this rank's experts, or none where anything is amiss."""
+        expected = self._expected(prefix)
+        absent = [key for key in (prefix + _HELD, *expected) if key not in state_dict]
+        faults = [] if absent else self._faults(state_dict, prefix, expected)
+        missing_keys.extend(absent)
+        error_msgs.extend(faults)
+        known = {prefix + _HELD, *expected}
+        if strict:
+            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+        if absent or faults:
+            return
+        for index, expert in enumerate(self.ids):
+            weights = {}
+            for name in self.matrices:
+                values = state_dict[f"{prefix}{name}"][index]
+                weights[name] = MXFP4(values, state_dict[f"{prefix}{name}{SCALES}"][index]) if self.packed else values
+            self.load(expert, weights["gate_up"], weights["down"])
+
+    def _expected(self, prefix: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Keys of a state dict, with shapes and dtypes."""
+        return {
+            f"{prefix}{name}{key}": ((len(self.ids), *size), dtype)
+            for name, matrix in self.matrices.items()
+            for key, (size, dtype) in matrix.plain().items()
+        }
+
+    def _faults(
+        self, state_dict: Mapping[str, Any], prefix: str, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> list[str]:
+        """What speaks against taking a state dict's weights."""
+        whose = state_dict[prefix + _HELD]
+        if whose.tolist() != self._whose.tolist():
+            first, end, everything = whose.tolist()
+            return [
+                f"{prefix}*: the state dict has {describe(range(first, end))} of {everything}, this rank holds "
+                f"{describe(self.ids)} of {self.shape.num_experts}: save and load each rank's own"
+            ]
+        wrong = [
+            f"{key} must be {dtype} {list(size)}, got {state_dict[key].dtype} {list(state_dict[key].shape)}"
+            for key, (size, dtype) in expected.items()
+            if tuple(state_dict[key].shape) != size or state_dict[key].dtype != dtype
+        ]
+        scales = [key for key in expected if key.endswith(SCALES) and self.ids]
+        return wrong or [fault for key in scales if (fault := _scale_fault(state_dict[key], key))]
+
+    # ---- weights ----
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that this rank's expert weights take, dequantised copies included."""
+        held = [stack for stacks in self._stacks.values() for stack in stacks.values()]
+        return sum(each.numel() * each.element_size() for each in held)
+
+    @property
+    def arithmetic(self) -> str:
+        """How products are summed: "fma", "bf16-dot", "torch" or "triton"."""
+        return "triton" if self.grouped else self.products.arithmetic
+
+    @property
+    def decode_rows(self) -> float:
+        """What making one expert's weights ready costs, in rows that could be computed meanwhile."""
+        if self.grouped:
+            return _READ_ROWS if self.packed else 4 * _READ_ROWS
+        return self.products.decode_rows if self.packed and not self.keep_dequantized else 0.0
+
+    @property
+    def missing(self) -> list[int]:
+        """Global ids of experts without weights yet."""
+        return [expert for expert, loaded in zip(self.ids, self._loaded, strict=True) if not loaded]
+
+    def load(self, expert: int, gate_up: Weight, down: Weight) -> None:
+        """Takes the weights of one expert, by global id: gate_up [2I, H] with the gate's rows first, down [H, I].
+
+        Each a float tensor, MXFP4, or a pair (packed, scales) of one-byte tensors. What does not come in the
+        layer's format is converted: floats are quantised to MXFP4, MXFP4 is dequantised to BF16 without loss.
+        Both are looked through before either is taken: where this raises ValueError nothing has changed.
+        """
+        self._refuse_stranger(expert)
+        given = {"gate_up": gate_up, "down": down}
+        with torch.no_grad():
+            packed = {name: self._packed(matrix, given[name], expert) for name, matrix in self.matrices.items()}
+            index = expert - self.ids.start
+            self._loaded[index] = False  # what an interruption leaves is neither the old expert nor the new one
+            for name, parts in packed.items():
+                self._store(name, index, parts)
+            if self.packed and isinstance(self.layout, Panels):
+                self._largest_scales[index] = max(int(parts[SCALES].max()) for parts in packed.values())
+        self._loaded[index] = True
+
+    def _store(self, name: str, index: int, parts: Mapping[str, Tensor]) -> None:
+        for key, part in parts.items():
+            self._stacks[name][key][index] = part
+
+    def check(self, expert: int, gate_up: Weight, down: Weight) -> None:
+        """ValueError for what load() would not take."""
+        self._refuse_stranger(expert)
+        given = {"gate_up": gate_up, "down": down}
+        for name, matrix in self.matrices.items():
+            what = f"{name} of expert {expert}"
+            weight = as_weight(given[name], (matrix.outputs, matrix.inputs), what)
+            if self.packed and isinstance(weight, Tensor):
+                refuse_unquantizable(weight, what)
+
+    def forget(self, experts: range) -> None:
+        """Takes these experts, global ids, for missing until they are loaded again."""
+        for expert in experts:
+            self._loaded[expert - self.ids.start] = False
+
+    def _refuse_stranger(self, expert: int) -> None:
+        if expert not in self.ids:
+            raise ValueError(f"expert {expert} is not of this rank, which holds {describe(self.ids)}")
+
+    def _packed(self, matrix: Matrix, weight: Weight, expert: int) -> dict[str, Tensor]:
+        """A weight as it is held. ValueError names what is wrong with it."""
+        what = f"{matrix.name} of expert {expert}"
+        weight = as_weight(weight, (matrix.outputs, matrix.inputs), what)
+        if not self.packed:
+            dense = dequantize_mxfp4(weight) if isinstance(weight, MXFP4) else weight
+            return self.layout.pack(matrix, dense.to(torch.bfloat16))
+        if not isinstance(weight, MXFP4):
+            try:
+                weight = quantize_mxfp4(weight)
+            except ValueError as refusal:
+                raise ValueError(f"{what}: {refusal}") from refusal
+        parts = self.layout.pack(matrix, weight)
+        return {**parts, DEQUANTIZED: dequantize_mxfp4(weight)} if self.keep_dequantized else parts
+
+    def stack(self, name: str, experts: range) -> MXFP4 | Prepacked | Tensor:
+        """gate_up or down of several experts, global ids, as they are held: what a GPU's grouped products take."""
+        held = self._held(name, experts)
+        values = held.stacks[VALUES]
+        if not self.packed:
+            return values
+        if not isinstance(self.layout, Panels):
+            return MXFP4(values, held.stacks[SCALES])
+        largest = max(self._largest_scales, default=0)  # of all experts: no kernel is compiled for some of them
+        sizes = held.matrix.outputs, held.matrix.inputs
+        return Prepacked(values, held.stacks[SCALES], *sizes, small_scales=largest <= LARGEST_SMALL_SCALE)
+
+    def _held(self, name: str, experts: range) -> Held:
+        part = slice(experts.start - self.ids.start, experts.stop - self.ids.start)
+        return Held(self.matrices[name], {key: stack[part] for key, stack in self._stacks[name].items()})
+
+    # ---- rows sorted by expert, of the experts with these global ids ----
+
+    def linear1(self, rows: Rows, experts: range, workspace: Workspace) -> Tensor:
+        """rows of tokens [M, H] bfloat16 -> gate and up [n, 2I] bfloat16"""
+        num_rows = len(rows.x) if rows.source is None else len(rows.source)
+        out = workspace.take("gate_up", (num_rows, 2 * self.shape.intermediate), rows.x)
+        self.products.multiply(rows, self._held("gate_up", experts), out, None, workspace)
+        return out
+
+    def activation(self, gate_up: Tensor, weights: Tensor, workspace: Workspace) -> Tensor:
+        """Clamp, SiLU(gate) * up * weight, rounded as the contract says: [n, 2I], [n] float32 -> [n, I] bfloat16"""
+        hidden = workspace.take("hidden", (len(gate_up), self.shape.intermediate), gate_up)
+        return activate(gate_up, weights, self.shape.swiglu_limit, self.table, quantized=self.packed, out=hidden)
+
+    def linear2(self, rows: Rows, experts: range, out: Tensor, goes: Tensor, workspace: Workspace) -> Tensor:
+        """rows of hidden [n, I] bfloat16 into out [n, H] bfloat16, row r into out[goes[r]]; goes [n] int64"""
+        self.products.multiply(rows, self._held("down", experts), out, goes, workspace)
+        return out
+
+    def extra_repr(self) -> str:
+        held = f"{self.weight_format}, {self.memory_bytes / 1e6:.1f} MB"
+        return f"{describe(self.ids)}, {held}" + (", BF16 copy kept" if self.keep_dequantized else "")
+
+
+def describe(ids: range) -> str:
+    """range(4, 8) -> 'experts 4 to 7'"""
+    return f"experts {ids.start} to {ids.stop - 1}" if ids else "no experts"
+
+
+def refuse_unquantizable(weight: Tensor, what: str) -> None:
+    """ValueError where quantize_mxfp4() has no code for some value, found without quantising the others."""
+    largest = float(weight.detach().to(torch.float32).abs().amax()) if weight.numel() else 0.0
+    if not largest < 2.0**127:  # NaN neither
+        try:
+            quantize_mxfp4(weight)
+        except ValueError as refusal:
+            raise ValueError(f"{what}: {refusal}") from refusal
+
+
+def as_weight(weight: Weight, size: tuple[int, int], what: str) -> Tensor | MXFP4:
+    """A weight matrix of the given size, checked: float tensor or MXFP4. ValueError names what was found."""
+    if isinstance(weight, tuple):
+        if len(weight) != 2:
+            raise ValueError(f"{what} must be a tensor, MXFP4 or (packed, scales), got {len(weight)} items")
+        weight = MXFP4.from_bytes(*weight)
+    if not isinstance(weight, Tensor | MXFP4):
+        raise ValueError(f"{what} must be a tensor, MXFP4 or (packed, scales), got {type(weight).__name__}")
+    if tuple(weight.shape) != size:
+        raise ValueError(f"{what} must have shape {list(size)}, got {list(weight.shape)}")
+    if isinstance(weight, MXFP4):
+        fault = _scale_fault(weight.scales, what)
+        if fault:
+            raise ValueError(fault)
+    elif weight.dtype not in _PLAIN:
+        scaled = weight.dtype.itemsize == 1
+        hint = ", which means nothing without its scales: give a pair (packed, scales) or floats" if scaled else ""
+        raise ValueError(f"{what} must be a float tensor or MXFP4, got {weight.dtype}{hint}")
+    return weight
+
+
+def _scale_fault(scales: Tensor, what: str) -> str:
+    largest = int(scales.max())
+    if largest <= MXFP4_MAX_SCALE:
+        return ""
+    return f"{what} has a scale byte of {largest}; above {MXFP4_MAX_SCALE} (2^125) BF16 cannot hold the weights"

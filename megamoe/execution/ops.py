@@ -1,0 +1,147 @@
+"""The operations of the layer, each with one meaning: the torch body runs on every device and is the oracle.
+
+CPUs run kernels in C++ where they can be built, and devices with Triton kernels run those, imported when the first of
+them is called.
+
+Bitwise contract: a row's result depends on that row alone, not on how many rows stand beside it, where it stands
+among them, or how many threads work. Element-wise operations keep it by being correctly rounded each; SiLU keeps it
+as a table over all BF16 values; a matrix product keeps it by its order of summation: see products.py.
+"""
+
+# n rows   H hidden   I intermediate   T tokens   K experts per token   N rows that came home
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megamoe.formats import MXFP8, dequantize_mxfp8, quantize_mxfp8, stretches
+from megamoe.kernels import load
+from megamoe.kernels.chips.targets import TARGETS, chip_of
+from megamoe.kernels.cpu.library import chosen
+
+if TYPE_CHECKING:
+    from megamoe.kernels.grouped import Grouped
+    from megamoe.kernels.layout import Wide
+    from megamoe.kernels.quantize import Filling
+    from megamoe.kernels.route_slots import SlotsByExpert
+
+
+@lru_cache(maxsize=8)
+def silu_table(limit: float | None, device: torch.device) -> Tensor:
+    """[65536] float32: SiLU(min(g, limit)) for every BF16 g, evaluated in FP64 and rounded once.
+
+    The gate is BF16, so this is the whole function, and vector and scalar code cannot differ in the last bit. Layers
+    with the same limit share one table.
+    """
+    gates = torch.arange(65536, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.bfloat16).to(torch.float64)
+    if limit is not None:
+        gates = gates.clamp(max=limit)
+    return torch.nn.functional.silu(gates).to(torch.float32).to(device)
+
+
+def swiglu(gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor) -> Tensor:
+    """SiLU(min(gate, limit)) * clamp(up, -limit, limit) * weight in FP32.
+
+    gate_up [n, 2I] bfloat16 (gate first), weights [n] float32, table from silu_table(limit) -> [n, I] float32
+    """
+    gate, up = gate_up.chunk(2, -1)
+    codes = gate.view(torch.uint16).to(torch.int32).flatten()
+    activated = table.index_select(0, codes).view(gate.shape)
+    up = up.to(torch.float32)
+    if limit is not None:
+        up = up.clamp_(-limit, limit)
+    return activated.mul_(up).mul_(weights.unsqueeze(-1))
+
+
+def activate(
+    gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor, *, quantized: bool, out: Tensor | None = None
+) -> Tensor:
+    """Linear-2's input from Linear-1's output: swiglu, rounded to MXFP8 (quantized) or to BF16 -> [n, I] bfloat16."""
+    num_rows, double = gate_up.shape
+    out = gate_up.new_empty(num_rows, double // 2) if out is None else out
+    library = chosen() if gate_up.device.type == "cpu" else None
+    if library is not None:
+        library.activate(gate_up, weights.contiguous(), limit, table, quantized=quantized, out=out)
+        return out
+    for rows in stretches(num_rows, double // 2):
+        activated = swiglu(gate_up[rows], weights[rows], limit, table)
+        if quantized:
+            dequantize_mxfp8(quantize_mxfp8(activated), out=out[rows])
+        else:
+            out[rows] = activated
+    return out
+
+
+def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
+    """Sums each token's rows in ascending slot order in FP32 from zero, rounds once to BF16.
+
+    rows [N + 1, H] bfloat16, the last one zero; positions [T, K] int64, N for a masked slot -> [T, H] bfloat16
+        rows = [a, b, c, 0]   positions = [[2, 0], [3, 1]]  ->  [c + a, b]
+    Adding the zero row changes no bit: a sum that starts from +0 is never -0.
+    """
+    if has_kernels(rows.device):
+        summed: Tensor = _body("reduce_slots", rows.device)(rows, positions)
+        return summed
+    num_tokens, topk = positions.shape
+    out = rows.new_empty(num_tokens, rows.shape[1])
+    library = chosen() if rows.device.type == "cpu" else None
+    if library is not None:
+        library.reduce_slots(rows, positions, out)
+        return out
+    for part in stretches(num_tokens, rows.shape[1]):
+        chunk = positions[part]
+        total = torch.zeros(len(chunk), rows.shape[1], dtype=torch.float32, device=rows.device)
+        for slot in range(topk):
+            total += rows.index_select(0, chunk[:, slot])
+        out[part] = total
+    return out
+
+
+# ---- what devices with Triton kernels run: kernels/ says what each operation does ----
+
+
+@lru_cache(maxsize=16)
+def has_kernels(device: torch.device) -> bool:
+    """Whether the layer runs Triton kernels on this device: on NVIDIA and AMD GPUs of chips that there are some for.
+
+    Other GPUs, and those of a machine without Triton, run the torch bodies above.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return chip_of(device) in {target.name for target in TARGETS}
+
+
+def quantize(tokens: Tensor, filling: Filling | None, out: MXFP8 | Wide) -> None:
+    """Tokens [T, H] bfloat16 rounded to MXFP8, each into the rows of out [R, H] that it fills, by default its own."""
+    _body("quantize", tokens.device)(tokens, filling, out)
+
+
+def route_slots(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> SlotsByExpert:
+    """The (token, slot) pairs of topk_ids and topk_weights [T, K] by expert, and whether any value is wrong."""
+    slots: SlotsByExpert = _body("route_slots", topk_ids.device)(topk_ids, topk_weights, num_experts)
+    return slots
+
+
+def widen(x: MXFP8, out: Wide) -> None:
+    """Rows [R, K] of MXFP8 as BF16 in the order in which products sum."""
+    _body("widen", x.scales.device)(x, out)
+
+
+def grouped_linear1(grouped: Grouped, weights: Tensor, limit: float | None, out: MXFP8 | Wide | Tensor) -> None:
+    """Linear-1 and the activation of rows sorted by expert -> out [R, I], which Linear-2 reads; weights [R] float32."""
+    _body("grouped_linear1", weights.device)(grouped, weights, limit, out)
+
+
+def grouped_linear2(grouped: Grouped, index: Tensor, out: Tensor) -> None:
+    """Linear-2 of rows sorted by expert; row r goes to out[index[r]], bfloat16 [W, H]; index [R] int64."""
+    _body("grouped_linear2", index.device)(grouped, index, out)
+
+
+def _body(name: str, device: torch.device) -> Any:
+    """An operation's kernel, or what it means where the device runs none."""
+    return getattr(load(name), name if has_kernels(device) else f"{name}_torch")

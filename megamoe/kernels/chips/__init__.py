@@ -1,0 +1,1 @@
+"""What differs between chips: limits, instructions, tiles; what compilers made for them."""

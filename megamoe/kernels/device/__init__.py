@@ -1,0 +1,1 @@
+"""What several kernels do inside a tile: decoding, rounding, products."""

@@ -1,0 +1,1 @@
+"""One expert-parallel layer: the rule, routing, how long it takes, what would hide its communication."""

@@ -1,0 +1,371 @@
+"""How long one expert-parallel layer takes, part by part, on the rank that is last.
+
+Per expert of that rank, with n rows:
+
+    compute    6hd * ceil(n / tile) * tile / (peak * compute_efficiency)
+    memory     (weights + rows that are read and written) / (memory bandwidth * memory_efficiency)
+    link       n * bytes of a row there and back / (link * link_efficiency), over the slowest tier that it crosses
+
+All three use the same device at once and get in each other's way, so that together they take the p-norm of the three
+with p = overlap: infinite where they overlap perfectly, 1 where one waits for the other. An expert is slow for its own
+reason, one that has many rows for its compute, one that has few for its weights; they are added up.
+
+The waves are then played: dispatch, compute, combine, one link. On top come, once a call, the kernel itself, a barrier
+for every doubling of ranks, staging (tokens read, quantised, written) and the sum of the slots, which nothing overlaps.
+Ranks in several scale-up domains exchange over the NIC: as long as the slowest tier takes, and no kernel does that from
+within, so that exchange_us is paid there and back.
+"""
+
+# T tokens of a rank   h hidden   d intermediate   K experts per token   n rows of an expert   P ranks
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from megamoe.catalog import Hardware, Model, Profile
+from megamoe.planner.layer.routing import RankLoad, busiest
+from megamoe.planner.layer.rule import GATED_FLOPS, PLAIN_FLOPS, tiers
+from megamoe.schedule.formats import value_bytes
+from megamoe.schedule.schedule import Played, Work, play
+
+_NUMBERS_OF_WAVES = (1, 2, 3, 4, 6, 8, 12, 16)
+
+Busy = list[tuple[float, float, int]]  # rows and microseconds of an expert, and how many experts are like that
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device as the planner calculates with it: peaks, one-way bandwidths per second, and the profile's constants."""
+
+    name: str
+    tflops: float
+    memory_gb: float
+    memory_bytes_s: float
+    scaleup_gb_s: float
+    scaleup_domain: int
+    nic_gb_s: float | None
+    compute_efficiency: float
+    memory_efficiency: float
+    link_efficiency: float
+    link_congestion: float
+    nic_efficiency: float
+    exchange_us: float
+    overlap: float
+    tile_rows: int
+    fixed_us: float
+    barrier_us: float
+    staging_us: float
+    wave_us: float
+
+    @classmethod
+    def of(cls, hardware: Hardware, profile: Profile, compute_format: str = "fp8") -> Device:
+        """ValueError where the hardware has no peak for the format."""
+        nic = hardware.nic_gb_s
+        return cls(
+            name=hardware.name,
+            tflops=hardware.tflops(compute_format),
+            memory_gb=hardware.memory_gb.value,
+            memory_bytes_s=hardware.memory_tb_s.value * 1e12,
+            scaleup_gb_s=hardware.scaleup_gb_s.one_way,
+            scaleup_domain=int(hardware.scaleup_domain.value),
+            nic_gb_s=nic.one_way if nic else None,
+            compute_efficiency=profile.compute_efficiency.value,
+            memory_efficiency=profile.memory_efficiency.value,
+            link_efficiency=profile.link_efficiency.value,
+            link_congestion=profile.link_congestion.value,
+            nic_efficiency=profile.nic_efficiency.value,
+            exchange_us=profile.exchange_us.value,
+            overlap=profile.overlap.value,
+            tile_rows=max(1, round(profile.tile_rows.value)),
+            fixed_us=profile.fixed_us.value,
+            barrier_us=profile.barrier_us.value,
+            staging_us=profile.staging_us.value,
+            wave_us=profile.wave_us.value,
+        )
+
+    def link_bytes_s(self, ep: int) -> float:
+        """What an all-to-all of so many ranks gets out of the scale-up link: less the more ranks there are above 8."""
+        congestion = min(1.0, float((8 / ep) ** self.link_congestion))
+        return self.scaleup_gb_s * 1e9 * self.link_efficiency * congestion
+
+    @property
+    def nic_bytes_s(self) -> float:
+        """What an all-to-all gets out of the NIC; 0 without one."""
+        return (self.nic_gb_s or 0.0) * 1e9 * self.nic_efficiency
+
+
+def compute_format(hardware: Hardware, weight_format: str, dispatch_format: str) -> str:
+    """The format whose peak the expert products run at: 8 bits where both sides have at most 8 and the device does.
+
+    A device with int8 and no fp8 is taken at its int8 rate, as if weights and tokens were converted for it.
+
+    mxfp4 weights and mxfp8 tokens on gb200 -> fp8 (its 8-bit rate)    on ascend-910c -> int8
+    nvfp4 weights and nvfp4 tokens on gb200 -> fp4
+    """
+    widest = max(value_bytes(weight_format), value_bytes(dispatch_format))
+    wanted = ["fp4"] if widest < 1 else []
+    wanted += ["fp8", "int8"] if widest < 2 else []
+    has = [fmt for fmt in [*wanted, "bf16", "fp8", "int8"] if fmt in hardware.formats]
+    return has[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """The routed experts of a layer. hidden is the width that they see and that travels."""
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    topk: int
+    gated: bool = True
+    weight_format: str = "mxfp4"
+    dispatch_format: str = "mxfp8"
+    combine_format: str = "bf16"
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        *,
+        weight_format: str | None = None,
+        dispatch_format: str = "mxfp8",
+        combine_format: str = "bf16",
+    ) -> Expert:
+        """A catalog model's; weights in its own format unless one is given."""
+        return cls(
+            model.expert_hidden,
+            model.intermediate,
+            model.num_experts,
+            model.topk,
+            model.gated,
+            weight_format or model.weight_format,
+            dispatch_format,
+            combine_format,
+        )
+
+    @property
+    def flops(self) -> int:
+        """Of one token-expert pair."""
+        return (GATED_FLOPS if self.gated else PLAIN_FLOPS) * self.hidden * self.intermediate
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of one expert, scales included."""
+        products = 3 if self.gated else 2
+        return products * self.hidden * self.intermediate * value_bytes(self.weight_format)
+
+    @property
+    def dispatch_bytes(self) -> float:
+        """Of one row on its way to an expert."""
+        return self.hidden * value_bytes(self.dispatch_format)
+
+    @property
+    def combine_bytes(self) -> float:
+        """Of one row on its way home."""
+        return self.hidden * value_bytes(self.combine_format)
+
+    @property
+    def row_bytes(self) -> float:
+        """That one row reads and writes beside the weights: itself, what is between the products, its result."""
+        between = 2 * self.intermediate * value_bytes(self.dispatch_format)
+        return self.dispatch_bytes + between + 2 * self.hidden
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """Microseconds of one layer; rows and experts_touched of the rank that is last, means over draws of the routing.
+
+    layer_us          fixed_us + core_us + sum_us
+    fixed_us          kernel, barriers and staging                   sum_us   the slots summed, once all are there
+    core_us           the waves, from the first dispatch to the last result: head_us + busy + stalls + tail_us
+    compute_us        products alone             memory_us   weights and rows alone
+    alone_us          both together, without any link: what core_us would be if communication were free
+    communication_us  the link alone, both ways: dispatch_us + combine_us
+    exposed_us        core_us - alone_us         hidden      the share of communication_us that does not show
+    """
+
+    layer_us: float
+    fixed_us: float
+    core_us: float
+    sum_us: float
+    compute_us: float
+    memory_us: float
+    alone_us: float
+    dispatch_us: float
+    combine_us: float
+    head_us: float
+    stalls_us: float
+    tail_us: float
+    waves: int
+    rows: float
+    experts_touched: float
+    played: Played
+
+    @property
+    def communication_us(self) -> float:
+        return self.dispatch_us + self.combine_us
+
+    @property
+    def exposed_us(self) -> float:
+        return max(0.0, self.core_us - self.alone_us)
+
+    @property
+    def hidden(self) -> float:
+        """0 to 1; 1 where nothing is sent."""
+        if not self.communication_us:
+            return 1.0
+        return max(0.0, 1 - self.exposed_us / self.communication_us)
+
+
+def layer_time(
+    expert: Expert,
+    device: Device,
+    *,
+    ep: int,
+    tokens_per_rank: float,
+    routing: str = "balanced",
+    redundant: int = 0,
+    waves: int | None = None,
+    staging: bool = True,
+) -> LayerTime:
+    """Time of one layer. waves None: as many as are best. staging=False: the fused kernel without what feeds it.
+
+    ValueError for sizes that make no sense, or where ranks lie in domains that nothing is known to join.
+    """
+    _check(expert, ep, tokens_per_rank, redundant, waves)
+    drawn = busiest(routing, expert.num_experts, expert.topk, ep, tokens_per_rank, redundant)
+    last = [
+        max((_core(expert, device, load, ep, tokens_per_rank, waves) for load in ranks), key=lambda c: c.played.total)
+        for ranks in drawn
+    ]
+    hidden_bytes = tokens_per_rank * expert.hidden
+    fixed = device.fixed_us + (device.barrier_us * math.log2(ep) if ep > 1 else 0.0)
+    if staging:
+        # tokens read in BF16 and written for dispatch; the sum read and written once more for the routed scale
+        staged = hidden_bytes * (2 + value_bytes(expert.dispatch_format) + 4)
+        fixed += device.staging_us + _memory_us(device, staged)
+    slots = _memory_us(device, hidden_bytes * (expert.topk * value_bytes(expert.combine_format) + 2))
+    core = fmean(each.played.total + each.latency_us for each in last)
+    return LayerTime(
+        layer_us=fixed + core + slots,
+        fixed_us=fixed,
+        core_us=core,
+        sum_us=slots,
+        compute_us=fmean(each.compute_us for each in last),
+        memory_us=fmean(each.memory_us for each in last),
+        alone_us=fmean(each.alone_us for each in last),
+        dispatch_us=fmean(each.dispatch_us for each in last),
+        combine_us=fmean(each.combine_us for each in last),
+        head_us=fmean(each.played.head for each in last),
+        stalls_us=fmean(each.played.stalls for each in last),
+        tail_us=fmean(each.played.tail for each in last),
+        waves=last[0].waves,
+        rows=fmean(each.load.rows for each in last),
+        experts_touched=fmean(each.load.touched for each in last),
+        played=last[0].played,
+    )
+
+
+def _check(expert: Expert, ep: int, tokens_per_rank: float, redundant: int, waves: int | None) -> None:
+    if ep < 1:
+        raise ValueError(f"an EP size of {ep} makes no sense: it is 1 or more")
+    if ep > expert.num_experts + redundant:
+        raise ValueError(f"EP{ep} is larger than the {expert.num_experts + redundant} experts that there are to share")
+    if tokens_per_rank < 0:
+        raise ValueError(f"tokens_per_rank must not be negative, got {tokens_per_rank:g}")
+    if redundant < 0:
+        raise ValueError(f"redundant experts must not be negative, got {redundant}")
+    if waves is not None and waves < 1:
+        raise ValueError(f"waves must be at least 1, got {waves}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Core:
+    load: RankLoad
+    played: Played
+    waves: int
+    compute_us: float
+    memory_us: float
+    alone_us: float
+    dispatch_us: float
+    combine_us: float
+    latency_us: float
+
+
+def _core(expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float, waves: int | None) -> _Core:
+    """One rank's waves in microseconds."""
+    rows = load.rows
+    if not rows:
+        return _Core(load, Played(0.0, 0.0, 0.0, 0.0, ()), 1, *[0.0] * 6)
+    there, back = _row_us(expert, device, ep, rows, tokens)
+    compute_us = memory_us = alone_us = 0.0
+    busy: Busy = []
+    for count, number in load.groups:
+        compute = _compute_us(expert, device, count)
+        memory = _memory_us(device, expert.weight_bytes + count * expert.row_bytes)
+        alone = _together(device, compute, memory)
+        compute_us, memory_us = compute_us + compute * number, memory_us + memory * number
+        alone_us += alone * number
+        busy.append((count, _together(device, alone, count * (there + back)), number))
+    played, best = _play(busy, there, back, device, waves)
+    latency = 2 * device.exchange_us if ep > device.scaleup_domain else 0.0
+    return _Core(load, played, best, compute_us, memory_us, alone_us, there * rows, back * rows, latency)
+
+
+def _together(device: Device, a: float, b: float) -> float:
+    """What two things take that overlap as well as this device can: 3 and 4 at overlap 2 -> 5"""
+    return float((a**device.overlap + b**device.overlap) ** (1 / device.overlap))
+
+
+def _memory_us(device: Device, num_bytes: float) -> float:
+    return num_bytes / (device.memory_bytes_s * device.memory_efficiency) * 1e6
+
+
+def dispatch_us(expert: Expert, device: Device, *, ep: int, tokens_per_rank: float) -> float:
+    """A dispatch alone, in no kernel, of evenly spread tokens: every row to its expert's rank, nothing computed."""
+    _check(expert, ep, tokens_per_rank, 0, None)
+    rows = tokens_per_rank * expert.topk
+    return device.exchange_us + (rows * _row_us(expert, device, ep, rows, tokens_per_rank)[0] if rows else 0.0)
+
+
+def _compute_us(expert: Expert, device: Device, rows: float) -> float:
+    """Products of one expert: rows come in whole tiles."""
+    padded = math.ceil(rows / device.tile_rows) * device.tile_rows
+    return expert.flops * padded / (device.tflops * device.compute_efficiency) / 1e6
+
+
+def _row_us(expert: Expert, device: Device, ep: int, rows: float, tokens: float) -> tuple[float, float]:
+    """Microseconds of link time that a row of this rank takes there and back, over the tier that is slowest.
+
+    A rank's link carries, each way, what it receives and what it gives out for its own T tokens; the fuller way counts.
+    """
+    own = tokens * expert.topk
+    there, back = expert.dispatch_bytes, expert.combine_bytes
+    fuller = max(rows * there + own * back, rows * back + own * there) / rows / (there + back)
+    slowest = 0.0
+    for tier in tiers(ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s):
+        bytes_s = device.link_bytes_s(min(ep, device.scaleup_domain)) if tier.name == "scale-up" else device.nic_bytes_s
+        slowest = max(slowest, tier.f_remote * fuller / bytes_s)
+    return there * slowest * 1e6, back * slowest * 1e6
+
+
+def _play(busy: Busy, there: float, back: float, device: Device, waves: int | None) -> tuple[Played, int]:
+    """The schedule that takes least time, of `waves` waves or of any number.
+
+    The fused kernel computes a block as soon as the block's rows are there, so that a wave is a share of all rows, not
+    of all experts: one expert that most rows want is spread over the waves like the rest.
+    """
+    experts = sum(number for _, _, number in busy)
+    rows = sum(count * number for count, _, number in busy)
+    time = sum(took * number for _, took, number in busy)
+    numbers = [waves] if waves else [each for each in _NUMBERS_OF_WAVES if each <= experts]
+    best: tuple[Played, int] | None = None
+    for number in numbers if there else numbers[:1]:
+        works = [Work(wave, time / number + device.wave_us) for wave in range(number)]
+        played = play(works, [rows * there / number] * number, [rows * back / number] * number)
+        if best is None or played.total < best[0].total:
+            best = played, number
+    assert best is not None
+    return best

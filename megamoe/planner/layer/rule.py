@@ -1,0 +1,103 @@
+"""The rule: communication hides where C / B <= 6d / (b_dispatch + b_combine) / f_remote.
+
+DeepSeek-V4 report, section 3.1: a token-expert pair takes 6hd FLOPs and moves h bytes there (FP8) and 2h back (BF16),
+so that it hides where C / B <= 2d; h cancels. The general form counts scales, other formats, MLPs without a gate and
+the share of pairs that leave a tier of links, which is 1 in the paper's.
+"""
+
+# h hidden   d intermediate   C compute, FLOP/s   B bandwidth of one direction, bytes/s
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamoe.schedule.formats import value_bytes
+
+GATED_FLOPS, PLAIN_FLOPS = 6, 4  # per pair and h*d: three products of an MLP with a gate, two of one without
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """One kind of link and the share of token-expert pairs that cross it: scale-up (inside a domain) or nic (between).
+
+    Two ranks of 16 on NVLink domains of 8: 8/16 of the pairs leave the domain, 7/16 only the device.
+    """
+
+    name: str
+    gb_s: float
+    f_remote: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One tier held against one compute rate. FLOPs per byte, TFLOP/s, gigabytes per second one way.
+
+    threshold   what the experts allow          ratio      what the machine has, C / B
+    required    bandwidth at which ratio is threshold, beyond which more brings nothing
+    """
+
+    tier: str
+    tflops: float
+    gb_s: float
+    f_remote: float
+    threshold: float
+
+    @property
+    def ratio(self) -> float:
+        return self.tflops * 1e3 / self.gb_s
+
+    @property
+    def margin(self) -> float:
+        """threshold / ratio: 1 and more hides."""
+        return self.threshold / self.ratio
+
+    @property
+    def hidden(self) -> bool:
+        return self.ratio <= self.threshold
+
+    @property
+    def required_gb_s(self) -> float:
+        return self.tflops * 1e3 / self.threshold
+
+
+def threshold(
+    intermediate: int, dispatch: str = "fp8", combine: str = "bf16", f_remote: float = 1.0, gated: bool = True
+) -> float:
+    """FLOPs per byte up to which communication hides, infinite where nothing leaves.
+
+    d 3072, fp8 there, bf16 back -> 6144      d 2048 -> 4096      d 3072 with nvfp4 both ways -> 16384
+    """
+    flops = (GATED_FLOPS if gated else PLAIN_FLOPS) * intermediate
+    per_value = value_bytes(dispatch) + value_bytes(combine)
+    return flops / per_value / f_remote if f_remote > 0 else float("inf")
+
+
+def hides_tflops(intermediate: int, gated: bool = True) -> float:
+    """TFLOP/s that 1 GB/s of link hides by the paper's count.    d 3072 -> 6.144"""
+    return threshold(intermediate, gated=gated) / 1e3
+
+
+def transfer_us(values: float, dispatch: str, combine: str, gb_s: float, f_remote: float = 1.0) -> float:
+    """Microseconds for so many values to go and come back over one link, at its peak.
+
+    ISCA 2025, "Insights into DeepSeek-V3", 2.3.2: 32 tokens x 9 experts x 7000 values, fp8 and bf16, 50 GB/s -> 120.96
+    """
+    return values * (value_bytes(dispatch) + value_bytes(combine)) * f_remote / gb_s / 1e3
+
+
+def tiers(ep: int, scaleup_gb_s: float, domain: int, nic_gb_s: float | None) -> list[Tier]:
+    """The tiers that EP ranks cross, of which G share a scale-up domain.
+
+    ep 16, G 72 -> scale-up 15/16      ep 16, G 8 -> scale-up 7/16, nic 8/16      ep 1 -> none
+    ValueError where ranks lie in several domains and nothing is known of what joins them.
+    """
+    inside = min(ep, domain)
+    found = [Tier("scale-up", scaleup_gb_s, (inside - 1) / ep)] if inside > 1 else []
+    if ep > domain:
+        if not nic_gb_s:
+            raise ValueError(
+                f"EP{ep} spans {-(-ep // domain)} scale-up domains of {domain}, and no bandwidth between them is "
+                f"known; give hardware.nic_gb_s, or an EP size of at most {domain}"
+            )
+        found.append(Tier("nic", nic_gb_s, 1 - domain / ep))
+    return found

@@ -1,0 +1,1 @@
+"""What a question leaves open: searches, sweeps, comparisons, recommendations."""

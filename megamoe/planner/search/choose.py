@@ -1,0 +1,237 @@
+"""What a question leaves open: EP size, batch, tensor parallelism of attention, micro-batches; and how many devices.
+
+Question, Subject -> choose -> Choice (the question with nothing open that matters, and what was tried)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from megamoe.planner.layer.plan import TOKENS_PER_RANK, PlanRequest
+from megamoe.planner.question import Question, Subject
+from megamoe.planner.search.search import (
+    ATTENTION_TP,
+    DECODE_BATCHES,
+    PREFILL_BATCHES,
+    Space,
+    Targets,
+    deployments,
+)
+from megamoe.planner.search.search import pareto_front as front_of
+from megamoe.planner.serving.deployment import Deployment
+from megamoe.planner.serving.memory import memory
+from megamoe.planner.serving.serving import Serving, costs_of, measure
+
+CONTEXT = 4096  # tokens of a sequence where a workload does not say
+WORTH = 0.01  # more devices in a group are taken for no less gain than this
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The question with what was picked for it, why in words, how many were tried, and what no other beats."""
+
+    question: Question
+    picked: tuple[str, ...] = ()
+    tried: int = 0
+    why: str = ""
+    front: tuple[Serving, ...] = ()
+    fitting: tuple[Serving, ...] = ()
+
+
+def choose(question: Question, subject: Subject) -> Choice:
+    """Fills in what is missing. ValueError where nothing that was tried meets the targets, with what comes nearest."""
+    _check_targets(question)
+    if not question.has_workload:
+        return _layer_choice(question, subject) if question.ep is None else Choice(question)
+    filled = question.but(phase=question.phase or "decode", context=question.context or _context(subject))
+    if filled.ep is None or filled.batch is None:
+        return explore(filled, subject)
+    return Choice(_counted(filled, subject))
+
+
+def _check_targets(question: Question) -> None:
+    prefill = question.phase == "prefill"
+    if question.tpot_ms is not None and prefill:
+        raise ValueError("tpot_ms is a target of decode, ttft_ms one of prefill: give --phase decode, or ttft_ms")
+    if question.ttft_ms is not None and not prefill:
+        raise ValueError("ttft_ms is a target of prefill, tpot_ms one of decode: give --phase prefill, or tpot_ms")
+
+
+def _context(subject: Subject) -> int:
+    return min(CONTEXT, subject.model.max_positions or CONTEXT)
+
+
+def request_of(question: Question, subject: Subject, tokens: int | None = None) -> PlanRequest:
+    """The layer that a question is about; its EP size is known."""
+    assert question.ep is not None
+    return PlanRequest(
+        subject.model,
+        subject.hardware,
+        subject.profile,
+        question.ep,
+        tokens_per_rank=tokens or TOKENS_PER_RANK if question.tokens_per_rank is None else question.tokens_per_rank,
+        routing=question.routing,
+        redundant=question.redundant,
+        waves=question.waves,
+        weight_format=question.weight_format,
+        dispatch_format=question.dispatch_format,
+        combine_format=question.combine_format,
+    )
+
+
+def deployment_of(question: Question, subject: Subject) -> Deployment:
+    """The deployment of a question that leaves neither EP size nor batch nor context open."""
+    assert question.ep is not None
+    assert question.batch is not None
+    assert question.context is not None
+    tp = 1 if question.attention_tp is None else question.attention_tp
+    return Deployment(
+        subject.model,
+        subject.hardware,
+        subject.profile,
+        devices=math.lcm(max(1, question.ep), max(1, tp)) if question.devices is None else question.devices,
+        ep=question.ep,
+        batch_per_device=question.batch,
+        context=question.context,
+        phase=question.phase or "decode",
+        attention_tp=tp,
+        cached=question.cached or 0,
+        mtp=question.mtp or 0,
+        accept=question.accept,
+        redundant=question.redundant,
+        routing=question.routing,
+        microbatches=1 if question.microbatches is None else question.microbatches,
+        head_split=question.head_split,
+        **({} if question.chunk is None else {"chunk": question.chunk}),
+        weight_format=question.weight_format,
+        dense_format=question.dense_format,
+        kv_format=question.kv_format,
+        index_format=question.index_format,
+        dispatch_format=question.dispatch_format,
+        combine_format=question.combine_format,
+    )
+
+
+# ---- a layer ----
+
+
+def holding(question: Question, subject: Subject) -> Deployment:
+    """A layer's tokens as prompts that are there at once: what a device holds beside caches of a workload."""
+    request = request_of(question, subject)
+    context = min(request.tokens_per_rank, subject.model.max_positions or request.tokens_per_rank)
+    batch = -(-request.tokens_per_rank // context)
+    return deployment_of(question.but(phase="prefill", batch=batch, context=context), subject)
+
+
+def _layer_choice(question: Question, subject: Subject) -> Choice:
+    """The EP size that serves most; of a layer alone it would be the smallest that fits, without room for caches."""
+    context = _context(subject)
+    found = explore(question.but(phase="decode", context=context), subject)
+    why = f"{found.why}, in decode at {context} tokens of context"
+    return replace(found, question=question.but(ep=found.question.ep), picked=("ep",), why=why)
+
+
+def sizes(question: Question, subject: Subject) -> list[int]:
+    """EP sizes that share the experts evenly and whose links are known, smallest first."""
+    experts, hardware = subject.model.num_experts + question.redundant, subject.hardware
+    most = experts if hardware.nic_gb_s else min(experts, int(hardware.scaleup_domain.value))
+    return [ep for ep in range(1, most + 1) if experts % ep == 0]
+
+
+# ---- a deployment ----
+
+
+def explore(question: Question, subject: Subject) -> Choice:
+    """The most tokens per second and device of all that fit and meet the targets."""
+    space = _space(question, subject)
+    base = deployment_of(question.but(ep=1, batch=1, devices=1, attention_tp=1, microbatches=1), subject)
+    targets = Targets(tpot_ms=question.tpot_ms, ttft_ms=question.ttft_ms)
+    fitting, tried, least = _measured(base, space, question.devices)
+    if not tried and question.ep is not None:
+        raise ValueError(f"{question.devices} devices cannot be divided into groups of EP{question.ep}")
+    if not tried:
+        raise ValueError(
+            f"no EP size of {subject.model.name} divides {question.devices} devices in attention groups of "
+            f"{' or '.join(map(str, space.attention_tps))}"
+        )
+    meeting = [served for served in fitting if targets.missed(served) is None]
+    if fitting and not meeting:
+        raise ValueError(_nothing_meets(question, fitting, tried))
+    best = _best(meeting).deployment if meeting else least
+    filled = question.but(
+        **{key: getattr(best, key) for key in ("ep", "attention_tp", "microbatches")}, batch=best.batch_per_device
+    )
+    picked = tuple(key for key in ("ep", "batch", "attention_tp", "microbatches") if getattr(question, key) is None)
+    why = (
+        f"the best of {tried} deployments" if meeting else f"none of {tried} deployments fits, this needs least memory"
+    )
+    return Choice(_counted(filled, subject), picked, tried, why, front_of(fitting), tuple(fitting))
+
+
+def _measured(base: Deployment, space: Space, devices: int | None) -> tuple[list[Serving], int, Deployment]:
+    """All that fit, how many there are, and the one that needs least memory."""
+    fitting, tried, least = [], 0, (math.inf, base)
+    for costs, deployment in deployments(base, space, devices):
+        tried += 1
+        held = memory(costs, deployment)
+        if held.total_gb < least[0]:
+            least = held.total_gb, deployment
+        if held.fits:
+            fitting.append(measure(costs, deployment, held))
+    return fitting, tried, least[1]
+
+
+def _space(question: Question, subject: Subject) -> Space:
+    """What is open is tried, what is given is not."""
+    domain = int(subject.hardware.scaleup_domain.value)
+    batches = DECODE_BATCHES if question.phase == "decode" else PREFILL_BATCHES
+    return Space(
+        eps=tuple(sizes(question, subject)) if question.ep is None else (question.ep,),
+        attention_tps=_open(question.attention_tp, tuple(tp for tp in ATTENTION_TP if tp <= domain)),
+        batches=_open(question.batch, batches),
+        mtps=(question.mtp or 0,),
+        microbatches=_open(question.microbatches, (1, 2)),
+        weight_formats=(question.weight_format,),
+        kv_formats=(question.kv_format,),
+        dispatch_formats=(question.dispatch_format,),
+        combine_formats=(question.combine_format,),
+    )
+
+
+def _open(given: int | None, tried: tuple[int, ...]) -> tuple[int, ...]:
+    return tried if given is None else (given,)
+
+
+def _best(meeting: list[Serving]) -> Serving:
+    """The highest rate, but not for more devices in a group than it is worth."""
+    most = max(served.tokens_per_s_per_device for served in meeting)
+    close = [served for served in meeting if served.tokens_per_s_per_device >= most * (1 - WORTH)]
+    return min(close, key=lambda served: (_group(served.deployment), -served.tokens_per_s_per_device))
+
+
+def _group(d: Deployment) -> int:
+    return math.lcm(d.ep, d.attention_tp)
+
+
+def _nothing_meets(question: Question, fitting: list[Serving], tried: int) -> str:
+    fastest = max(fitting, key=lambda served: served.tokens_per_s_per_user)
+    key = "tpot_ms" if question.phase == "decode" else "ttft_ms"
+    d = fastest.deployment
+    return (
+        f"none of {tried} deployments reaches {key} {getattr(question, key):g}; the fastest has "
+        f"{getattr(fastest, key):.2f} ms, with EP{d.ep}, batch {d.batch_per_device}, attention_tp {d.attention_tp}"
+    )
+
+
+def _counted(question: Question, subject: Subject) -> Question:
+    """With as many devices as the target rate needs, in whole groups; else those of one group."""
+    if question.devices is not None:
+        return question
+    group = deployment_of(question, subject)
+    if question.target_tps is None:
+        return question.but(devices=group.devices)
+    costs = costs_of(group)
+    rate = measure(costs, group, memory(costs, group)).tokens_per_s_per_device
+    groups = max(1, math.ceil(question.target_tps / rate / group.devices))
+    return question.but(devices=groups * group.devices)

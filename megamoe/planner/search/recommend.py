@@ -1,0 +1,147 @@
+"""How many devices a load needs: one pool that prefills, one that decodes, and how each is to be run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megamoe.catalog import Hardware, Model, Profile
+from megamoe.planner.search.search import Space, Targets, deployments
+from megamoe.planner.serving.deployment import Deployment
+from megamoe.planner.serving.memory import memory
+from megamoe.planner.serving.serving import Serving, measure
+
+UTILIZATION = 0.8  # of a pool's throughput that is planned for: requests come in bursts
+QUEUE = 1.5  # prefill steps from a request's arrival to its first token: half of the one under way, then its own
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What users ask for. cached: tokens of the input whose cache is there already, on average."""
+
+    requests_per_s: float
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.requests_per_s > 0:
+            raise ValueError(f"requests_per_s is {self.requests_per_s:g}; it must be above 0")
+        for key in ("input_tokens", "output_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be 1 or more")
+        if not 0 <= self.cached_tokens < self.input_tokens:
+            raise ValueError(f"cached_tokens {self.cached_tokens} lies outside 0 .. {self.input_tokens - 1}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """So many replicas of one deployment. load and capacity in tokens per second of the pool."""
+
+    serving: Serving
+    replicas: int
+    load_tokens_per_s: float
+
+    @property
+    def devices(self) -> int:
+        return self.replicas * self.serving.deployment.devices
+
+    @property
+    def capacity_tokens_per_s(self) -> float:
+        return self.devices * self.serving.tokens_per_s_per_device
+
+    @property
+    def utilization(self) -> float:
+        return self.load_tokens_per_s / self.capacity_tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """The two pools. ttft_ms counts the wait for the prefill step under way; usd_per_hour is None without a price."""
+
+    load: Load
+    prefill: Pool
+    decode: Pool
+    ttft_ms: float
+    usd_per_hour: float | None
+
+    @property
+    def devices(self) -> int:
+        return self.prefill.devices + self.decode.devices
+
+
+def recommend(
+    model: Model,
+    hardware: Hardware,
+    profile: Profile,
+    load: Load,
+    *,
+    targets: Targets | None = None,
+    prefill_space: Space | None = None,
+    decode_space: Space | None = None,
+) -> Recommendation:
+    """The fewest devices that carry a load at 80 % of their throughput and meet the targets.
+
+    Decode holds the mean context, input and half of the output. ValueError that says what is nearest where nothing fits
+    or meets the targets.
+    """
+    targets = targets or Targets()
+    prompt = Deployment(model, hardware, profile, 1, 1, 1, load.input_tokens, "prefill", cached=load.cached_tokens)
+    answer = Deployment(model, hardware, profile, 1, 1, 1, load.input_tokens + load.output_tokens // 2)
+    first = Targets(ttft_ms=None if targets.ttft_ms is None else targets.ttft_ms / QUEUE)
+    new_tokens = load.requests_per_s * (load.input_tokens - load.cached_tokens)
+    prefill = _smallest(prompt, prefill_space or Space.of(model, hardware, phase="prefill"), first, new_tokens)
+    decode = _smallest(
+        answer, decode_space or Space.of(model, hardware), targets, load.requests_per_s * load.output_tokens
+    )
+    ttft_ms = QUEUE * (prefill.serving.ttft_ms or 0.0)
+    price = hardware.usd_per_hour
+    usd = None if price is None else price.value * (prefill.devices + decode.devices)
+    return Recommendation(load, prefill, decode, ttft_ms, usd)
+
+
+def _smallest(base: Deployment, space: Space, targets: Targets, load: float) -> Pool:
+    """The pool with the fewest devices; of equals the one that is fastest for a user."""
+    best: Pool | None = None
+    for served in _that_fit(base, space):
+        if targets.missed(served):
+            continue
+        d = served.deployment
+        pool = Pool(served, math.ceil(load / (served.tokens_per_s_per_device * d.devices * UTILIZATION)), load)
+        if best is None or _rank(pool) < _rank(best):
+            best = pool
+    if best is None:
+        raise ValueError(_why_not(base, space, targets))
+    return best
+
+
+def _rank(pool: Pool) -> tuple[int, float]:
+    return pool.devices, -pool.serving.tokens_per_s_per_user
+
+
+def _that_fit(base: Deployment, space: Space) -> Iterator[Serving]:
+    for costs, d in deployments(base, space):
+        held = memory(costs, d)
+        if held.fits:
+            yield measure(costs, d, held)
+
+
+def _why_not(base: Deployment, space: Space, targets: Targets) -> str:
+    """What is nearest: the least memory where nothing fits, else the best that there is of the target missed."""
+    where = f"{base.model.name} on {base.hardware.name}, {base.phase} at {base.context} tokens"
+    fitting = list(_that_fit(base, space))
+    if not fitting:
+        least = min((memory(costs, d) for costs, d in deployments(base, space)), key=lambda held: held.total_gb)
+        gb = f"{least.total_gb:.1f} GB of {least.capacity_gb:.1f}"
+        return f"{where}: no deployment fits; the least needs {gb} a device"
+    fastest = max(fitting, key=lambda served: served.tokens_per_s_per_user)
+    if base.phase == "prefill":
+        return (
+            f"{where}: no deployment reaches ttft_ms {QUEUE * (targets.ttft_ms or 0.0):g}; "
+            f"the fastest takes {QUEUE * (fastest.ttft_ms or 0.0):.0f} ms"
+        )
+    return (
+        f"{where}: no deployment meets {targets.missed(fastest)}; the fastest has {fastest.tpot_ms:.1f} ms a token, "
+        f"{fastest.tokens_per_s_per_user:.0f} tokens/s a user"
+    )

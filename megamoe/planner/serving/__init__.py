@@ -1,0 +1,1 @@
+"""A whole model that serves: attention, FLOPs, memory, the time of a step."""

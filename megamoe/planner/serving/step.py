@@ -1,0 +1,267 @@
+"""The pieces of one step of a model on one device: each as FLOPs, bytes and launches, and the microseconds they take.
+
+A piece takes the p-norm of its compute and its memory time (p: the profile's overlap, as in the layer model) and
+`kernel_us` for every launch that waits for the one before. Routed experts are the layer model's.
+"""
+
+# T tokens a device takes through a layer   S sequences of a device   h hidden   n tokens in a sequence's cache
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megamoe.catalog import Hardware, Model, Parameters, Profile, parameters
+from megamoe.planner.layer.cost import Device, Expert, LayerTime, compute_format, layer_time
+from megamoe.planner.serving.attention import AttentionCost, attention_cost, draft_attention
+from megamoe.planner.serving.deployment import Deployment, Formats
+from megamoe.planner.serving.flops import attention_costs
+from megamoe.schedule.formats import value_bytes
+
+V4_STREAMS = 4  # residual streams that mHC carries (V4 report 2.2, hc_mult of its config.json)
+ROUTER_KERNELS, MHC_KERNELS, HEAD_KERNELS, MLP_KERNELS = 3, 2, 4, 4  # norm, gate, top-k; mix in, out; norm to sample
+DRAFT_KERNELS = 3  # two norms and the projection that joins hidden state and embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One part of a step, `times` times. us is of one of them; part groups pieces in `Step`."""
+
+    name: str
+    part: str
+    times: int
+    us: float
+    flops: float
+    nbytes: float
+    compute_us: float
+    memory_us: float
+    kernels: int
+    hidden_us: float = 0.0  # of one: what runs behind something else and does not count
+
+    @property
+    def total_us(self) -> float:
+        return self.times * (self.us - self.hidden_us)
+
+
+class Costs:
+    """A model on a device in given formats: everything about a step that batch, context and split do not change."""
+
+    def __init__(self, model: Model, hardware: Hardware, profile: Profile, formats: Formats) -> None:
+        self.model, self.formats = model, formats
+        self.expert = Expert.of(
+            model,
+            weight_format=formats.weight,
+            dispatch_format=formats.dispatch,
+            combine_format=formats.combine,
+        )
+        self.device = Device.of(hardware, profile, compute_format(hardware, formats.weight, formats.dispatch))
+        self.attention = attention_costs(model)
+        self.draft = _draft(model)
+        self.count: Parameters = parameters(model)
+        self.streams = V4_STREAMS if any(a.kind in ("csa", "hca") for a in model.attention) else 1
+        self.dense_bytes = value_bytes(formats.dense)
+        dense, attention = profile.dense_efficiency.value, profile.attention_efficiency.value
+        self.dense_tflops = _peak(hardware, self.dense_bytes) * dense
+        self.wide_tflops = _peak(hardware, 2.0) * dense
+        self.core_tflops = _peak(hardware, 2.0) * attention
+        self.index_tflops = _peak(hardware, {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5}[formats.index]) * attention
+        self.bytes_us = self.device.memory_bytes_s * self.device.memory_efficiency / 1e6
+        self.kernel_us = profile.kernel_us.value
+        self.power = self.device.overlap
+        self._layers: dict[tuple[int, float, str, int], LayerTime] = {}
+
+    def layer(self, ep: int, tokens: float, routing: str, redundant: int) -> LayerTime:
+        """The layer model's answer, asked once."""
+        key = (ep, tokens, routing, redundant)
+        found = self._layers.get(key)
+        if found is None:
+            found = layer_time(
+                self.expert, self.device, ep=ep, tokens_per_rank=tokens, routing=routing, redundant=redundant
+            )
+            self._layers[key] = found
+        return found
+
+    def piece(
+        self, name: str, part: str, times: int, flops: float, compute_us: float, nbytes: float, kernels: int
+    ) -> Piece:
+        memory_us = nbytes / self.bytes_us
+        if compute_us > 0 < memory_us:
+            us = (compute_us**self.power + memory_us**self.power) ** (1 / self.power)
+        else:
+            us = compute_us + memory_us
+        return Piece(name, part, times, us + kernels * self.kernel_us, flops, nbytes, compute_us, memory_us, kernels)
+
+
+def step_pieces(costs: Costs, d: Deployment) -> list[Piece]:
+    """One step of a device: a decode step with its drafts, or a prefill step of all its prompts."""
+    halves = d.microbatches
+    chunks = 1 if d.phase == "decode" else -(-d.new_tokens // (d.chunk * halves))
+    times = halves * chunks
+    tokens, sequences = d.new_tokens / times, d.batch_per_device / times
+    pieces = [piece for cost in costs.attention for piece in _attention(costs, d, cost, tokens, sequences, times)]
+    pieces += _layers(costs, d, tokens, times)
+    pieces.append(_head(costs, d, d.batch_per_device if d.phase == "prefill" else d.new_tokens))
+    if d.mtp:
+        pieces += _drafts(costs, d, tokens, sequences, times)
+    return pieces
+
+
+def _attention(
+    costs: Costs,
+    d: Deployment,
+    cost: AttentionCost,
+    tokens: float,
+    sequences: float,
+    times: int,
+    part: str = "attention",
+) -> list[Piece]:
+    layers, tp = cost.layers * times, d.attention_tp
+    narrow = cost.weights - cost.wide_weights
+    weight_bytes = (narrow * costs.dense_bytes + 2 * cost.wide_weights) / tp
+    compute = 2e-6 * tokens * (narrow / costs.dense_tflops + cost.wide_weights / costs.wide_tflops)
+    io = tokens * costs.model.hidden * 4
+    core, index, core_bytes, index_bytes = _work(costs, d, cost, tokens, sequences)
+    # a latent that all heads share is read by every device of a tensor-parallel group
+    copies = tp / min(tp, cost.splits)
+    pieces = [
+        costs.piece(
+            f"{cost.kind} projections", "projections" if part == "attention" else part, layers,
+            2 * tokens * cost.weights, compute, weight_bytes + io, cost.kernels,
+        ),
+        costs.piece(
+            f"{cost.kind} core", part, layers,
+            core, core * 1e-6 / costs.core_tflops, core_bytes * copies + tokens * cost.query_bytes, 0,
+        ),
+    ]  # fmt: skip
+    if index:
+        pieces.append(
+            costs.piece(
+                f"{cost.kind} index", part, layers, index, index * 1e-6 / costs.index_tflops, index_bytes * copies, 0
+            )
+        )
+    if tp > 1:
+        pieces.append(_gather(costs, tokens, tp, layers, part))
+    return pieces
+
+
+def _work(
+    costs: Costs, d: Deployment, cost: AttentionCost, tokens: float, sequences: float
+) -> tuple[float, float, float, float]:
+    """FLOPs of core and index, and the cached bytes that each reads, in one layer."""
+    kv, keys = costs.formats.kv, cost.index_entry_bytes(costs.formats.index)
+    if d.phase == "prefill":
+        core = cost.prefill_core_flops(d.cached, d.context)
+        index = cost.prefill_index_flops(d.cached, d.context)
+        read = cost.prefill_read_bytes(d.cached, d.context, kv)
+        scored = index / 128 / cost.index_pair_flops * keys if index else 0.0  # keys read once for 128 queries
+        return sequences * core, sequences * index, sequences * read, sequences * scored
+    read = cost.read_bytes(d.context, kv, round(tokens / sequences))
+    scored = cost.indexed(d.context) * keys
+    return (
+        tokens * cost.core_flops(d.context),
+        tokens * cost.index_flops(d.context),
+        sequences * read,
+        sequences * scored,
+    )
+
+
+def _gather(costs: Costs, tokens: float, tp: int, times: int, part: str) -> Piece:
+    """Tokens of a tensor-parallel group gathered before attention and its partial sums scattered after, in BF16."""
+    nbytes = 2 * (tp - 1) * tokens * costs.model.hidden * 2
+    us = nbytes / costs.device.link_bytes_s(tp) * 1e6
+    kernels = 2
+    return Piece("tensor-parallel links", part, times, us + kernels * costs.kernel_us, 0.0, nbytes, 0.0, us, kernels)
+
+
+def _layers(costs: Costs, d: Deployment, tokens: float, times: int) -> list[Piece]:
+    """What follows attention: residual streams, plain MLPs, router, shared and routed experts."""
+    model, count = costs.model, costs.count
+    sublayers = model.attention_layers + model.moe_layers + model.mlp_layers
+    pieces = [_residual(costs, tokens, "projections", sublayers * times)]
+    if model.mlp_layers:
+        weights = count.mlp // model.mlp_layers
+        pieces.append(_dense(costs, "MLP", "projections", model.mlp_layers * times, tokens, weights, MLP_KERNELS))
+    return pieces + _experts(costs, d, tokens, model.moe_layers, times, "experts")
+
+
+def _experts(costs: Costs, d: Deployment, tokens: float, layers: int, times: int, part: str) -> list[Piece]:
+    model, count = costs.model, costs.count
+    layer = costs.layer(d.ep, tokens, d.routing, d.redundant)
+    router = count.router // model.moe_layers
+    kernels = ROUTER_KERNELS + (MHC_KERNELS if costs.streams > 1 else 0)
+    compute = 2e-6 * tokens * router / costs.wide_tflops
+    pieces = [costs.piece("router", part, layers * times, 2 * tokens * router, compute, 2 * router, kernels)]
+    exposed = layer.exposed_us
+    if count.shared:
+        # on a stream of its own: it does not wait for links, and fills what the routed experts wait for
+        into = "shared" if part == "experts" else part
+        shared = _dense(costs, "shared experts", into, layers * times, tokens, count.shared // model.moe_layers, 0)
+        pieces.append(replace(shared, hidden_us=min(shared.us, exposed) if d.microbatches == 1 else 0.0))
+    routed = Piece(
+        "routed experts", part, layers * times, layer.layer_us, layer.rows * costs.expert.flops,
+        layer.experts_touched * costs.expert.weight_bytes, layer.compute_us, layer.memory_us, 0,
+    )  # fmt: skip
+    if d.microbatches == 1:
+        return [*pieces, routed]
+    # the links of one half run beside all that the other half computes; only what takes longer than that shows
+    beside = _beside(costs, d, tokens) + sum(piece.us for piece in pieces) + layer.layer_us - exposed
+    shows = min(exposed, max(0.0, layer.communication_us - beside))
+    return [*pieces, replace(routed, hidden_us=exposed - shows)]
+
+
+def _beside(costs: Costs, d: Deployment, tokens: float) -> float:
+    """Attention of a mean layer, of one micro-batch."""
+    sequences = d.batch_per_device * tokens / d.new_tokens
+    pieces = [piece for cost in costs.attention for piece in _attention(costs, d, cost, tokens, sequences, 1)]
+    return sum(piece.total_us for piece in pieces) / sum(cost.layers for cost in costs.attention)
+
+
+def _residual(costs: Costs, tokens: float, part: str, times: int) -> Piece:
+    """Of one sublayer, BF16: streams read, mixed and written. One stream: sublayer and residual in, both out."""
+    values = 4 if costs.streams == 1 else 3 * costs.streams + 2
+    return costs.piece("residual streams", part, times, 0.0, 0.0, tokens * values * costs.model.hidden * 2, 0)
+
+
+def _dense(costs: Costs, name: str, part: str, times: int, tokens: float, weights: int, kernels: int) -> Piece:
+    flops = 2 * tokens * weights
+    nbytes = weights * costs.dense_bytes + tokens * costs.model.hidden * 4
+    return costs.piece(name, part, times, flops, flops * 1e-6 / costs.dense_tflops, nbytes, kernels)
+
+
+def _head(costs: Costs, d: Deployment, tokens: float, part: str = "head", times: int = 1) -> Piece:
+    """The output head, in BF16, divided over the devices that share it, which then see each other's tokens."""
+    weights = costs.model.vocab * costs.model.hidden
+    split = d.head_split or d.attention_tp
+    flops = 2 * tokens * weights
+    nbytes = 2 * weights / split + tokens * costs.model.vocab * 4
+    return costs.piece("output head", part, times, flops, flops * 1e-6 / costs.wide_tflops, nbytes, HEAD_KERNELS)
+
+
+def _drafts(costs: Costs, d: Deployment, tokens: float, sequences: float, times: int) -> list[Piece]:
+    """MTP: the first draft of a step sees every token that the model saw, each further one a token a sequence."""
+    pieces = _draft_pieces(costs, d, tokens, sequences, times)
+    if d.phase == "decode" and d.mtp > 1:
+        pieces += _draft_pieces(costs, d, sequences, sequences, times * (d.mtp - 1))
+    return pieces
+
+
+def _draft_pieces(costs: Costs, d: Deployment, tokens: float, sequences: float, times: int) -> list[Piece]:
+    join = 2 * costs.model.hidden * costs.model.hidden
+    pieces = [_dense(costs, "draft projection", "mtp", times, tokens, join, DRAFT_KERNELS)]
+    pieces += _attention(costs, d, costs.draft, tokens, sequences, times, "mtp")
+    pieces += [_residual(costs, tokens, "mtp", 2 * times), *_experts(costs, d, tokens, 1, times, "mtp")]
+    return [*pieces, _head(costs, d, sequences, "mtp", times)]
+
+
+def _draft(model: Model) -> AttentionCost:
+    own = next((attention for attention in model.attention if attention.kind != "linear"), model.attention[0])
+    return attention_cost(draft_attention(own), model.hidden)
+
+
+def _peak(hardware: Hardware, nbytes: float) -> float:
+    """TFLOP/s for values of so many bytes: the next wider format that the device has, else half of a narrower one."""
+    order = ["bf16"] if nbytes >= 2 else ["fp8", "int8", "bf16"] if nbytes >= 1 else ["fp4", "fp8", "int8", "bf16"]
+    for fmt in order:
+        if fmt in hardware.formats:
+            return hardware.tflops(fmt)
+    narrower = next(fmt for fmt in ("fp8", "int8", "fp4") if fmt in hardware.formats)
+    return hardware.tflops(narrower) / (4 if narrower == "fp4" else 2)

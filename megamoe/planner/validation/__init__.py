@@ -1,0 +1,1 @@
+"""The planner held against measurements, and profiles fitted to them."""

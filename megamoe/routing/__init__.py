@@ -1,0 +1,1 @@
+"""Which rows go where: counts that all ranks know, waves, messages and the orders of rows in them."""

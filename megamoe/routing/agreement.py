@@ -1,0 +1,235 @@
+"""The counts exchange that opens every call: one page from every rank to every rank, before any row moves.
+
+A page says what the rank was called with and how many rows it has for each expert. All ranks see the same pages, so
+all of them find out together when one was called wrongly or differently, and all of them raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megamoe.parallel.errors import CallRefusedError
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport.pairs import Label
+
+PAGE_COUNTS = 384  # counts that a page holds, two for each expert; more follow in a second message
+_PAGE = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("wrong", "<u4"),
+        ("tokens", "<i8"),
+        ("row_s", "<f8"),
+        ("hidden", "<i8"),
+        ("intermediate", "<i8"),
+        ("num_experts", "<i8"),
+        ("topk", "<i8"),
+        ("swiglu_limit", "<f8"),
+        ("call", "<i8"),
+        ("weight_format", "S16"),
+        ("dispatch_format", "S16"),
+        ("combine_format", "S16"),
+        ("arithmetic", "S16"),
+        ("waves", "S64"),
+        ("layer", "S64"),
+        ("host", "S64"),
+        ("complaint", "S200"),
+        ("counts", "<i4", (PAGE_COUNTS,)),
+    ]
+)
+
+
+def _offset(name: str) -> int:
+    fields = _PAGE.fields
+    assert fields is not None
+    return int(fields[name][1])
+
+
+_MAGIC = 0x4D4D0004  # "MM", and the version of this layout and the wire's
+_COMPARED = (
+    "layer",
+    "call",
+    "hidden",
+    "intermediate",
+    "num_experts",
+    "topk",
+    "swiglu_limit",
+    "weight_format",
+    "dispatch_format",
+    "combine_format",
+    "arithmetic",
+    "waves",
+)
+# where a page holds what is compared: these fields stand next to each other
+_TERMS = slice(_offset("hidden"), _offset("host"))
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all ranks must be called with alike. swiglu_limit 0 stands for none.
+
+    arithmetic: how experts are summed where they are, as Experts.arithmetic has it
+    layer, number: the layer's name, and which it is of the layers of that name that share the group, from 1
+    """
+
+    layer: str
+    number: int
+    call: int
+    hidden: int
+    intermediate: int
+    num_experts: int
+    topk: int
+    swiglu_limit: float
+    weight_format: str
+    dispatch_format: str
+    combine_format: str
+    arithmetic: str
+    waves: str
+
+    @property
+    def who(self) -> str:
+        """The layer as the ranks compare it: layers of one name are told apart."""
+        return self.layer if self.number == 1 else f"{self.layer} (number {self.number} of that name)"
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """tokens[r]: T of each rank; counts [P, E] int64 on the CPU: rows that each rank has for each expert.
+
+    firsts [P, E] int64: tokens whose first expert on its rank that is
+    row_s: seconds that the slowest rank takes to compute a row, 0 where not all know yet
+    """
+
+    tokens: list[int]
+    counts: Tensor
+    firsts: Tensor
+    row_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank brings: num_tokens T; counts and firsts [E] int64 on the CPU and row_s as in Agreement."""
+
+    num_tokens: int
+    counts: Tensor
+    firsts: Tensor
+    row_s: float
+
+
+def agree(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None) -> Agreement:
+    """Exchanges pages with all ranks of the group.
+
+    Raises the complaint, if this rank has one, after all others have heard of it. CallRefusedError, on every rank
+    alike, where any rank complained or the terms differ; PeerError for a rank that does not answer within the deadline.
+    """
+    if group.transport is None:
+        if complaint is not None:
+            raise complaint
+        return Agreement([part.num_tokens], part.counts.unsqueeze(0), part.firsts.unsqueeze(0), part.row_s)
+    counts = torch.cat((part.counts, part.firsts))
+    page = _write_page(group, terms, part, counts, complaint)
+    raw = group.transport.gather(torch.from_numpy(page.view(np.uint8)), Label(terms.layer, "counts"))
+    pages: npt.NDArray[np.void] = raw.numpy().view(_PAGE).reshape(-1)
+    group.hosts.update({rank: _text(pages[rank]["host"]) for rank in range(group.size)})
+    if complaint is not None:
+        raise CallRefusedError(str(complaint)) from complaint
+    _refuse_differences(group, pages)
+    tokens = pages["tokens"].tolist()
+    row_s = float(pages["row_s"].max()) if bool((pages["row_s"] > 0).all()) else 0.0
+    both = torch.from_numpy(pages["counts"][:, : len(counts)].astype(np.int64))
+    if len(counts) > PAGE_COUNTS:
+        rest = counts[PAGE_COUNTS:].to(torch.int32).contiguous().view(torch.uint8)
+        more = group.transport.gather(rest, Label(terms.layer, "more counts"))
+        both = torch.cat((both, more.view(torch.int32).to(torch.int64)), 1)
+    rows, firsts = both.tensor_split(2, 1)
+    return Agreement(tokens, rows, firsts, row_s)
+
+
+def _write_page(
+    group: EPGroup, terms: Terms, part: Part, counts: Tensor, complaint: ValueError | None
+) -> npt.NDArray[np.void]:
+    page = np.zeros(1, _PAGE)
+    page["magic"], page["tokens"], page["row_s"] = _MAGIC, part.num_tokens, part.row_s
+    for name in _COMPARED:
+        value = terms.who if name == "layer" else getattr(terms, name)
+        page[name] = told(value, _PAGE[name].itemsize) if isinstance(value, str) else value
+    page["host"] = _clipped(group.host, 64)
+    if complaint is not None:
+        page["wrong"], page["complaint"] = 1, _clipped(str(complaint), 200)
+    head = counts[:PAGE_COUNTS].numpy()
+    page["counts"][0, : len(head)] = head
+    return page
+
+
+def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
+    raw = pages.view(np.uint8).reshape(len(pages), -1)
+    alike = bool((raw[:, _TERMS] == raw[0, _TERMS]).all())
+    if alike and bool((pages["magic"] == _MAGIC).all()) and not bool(pages["wrong"].any()):
+        return
+    strangers = [rank for rank in range(group.size) if pages[rank]["magic"] != _MAGIC]
+    if strangers:
+        raise CallRefusedError(f"{_ranks(group, strangers)} sent no page of this version of megamoe")
+    for rank in range(group.size):
+        if pages[rank]["wrong"]:
+            host, text = group.hosts[rank], _text(pages[rank]["complaint"])
+            raise CallRefusedError(f"{group.named(rank)} on {host} was called wrongly, so no rank computed: {text}")
+    found = []
+    for name in _COMPARED:
+        values = [_plain(pages[rank][name]) for rank in range(group.size)]
+        said = []
+        for value in dict.fromkeys(values):
+            said.append(f"{value} on {_ranks(group, [rank for rank, other in enumerate(values) if other == value])}")
+        if len(said) > 1:
+            found.append(f"{name} is {', '.join(said)}")
+    if found:
+        order = any(each.startswith(("layer is", "call is")) for each in found)
+        hint = "; every rank must call the same layers in the same order, from whatever threads" if order else ""
+        if any(each.startswith("arithmetic is") for each in found):
+            hint += '; arithmetic="fma" is what CPUs with and without BF16 instructions have in common'
+        raise CallRefusedError(f"ranks disagree, so no rank computed: {'; '.join(found)}{hint}")
+
+
+def _ranks(group: EPGroup, ranks: list[int]) -> str:
+    """[2] -> 'rank 2'    [0, 1] -> 'ranks 0, 1'    [1] of a group of ranks 4 and 5 -> 'rank 1 (global rank 5)'"""
+    names = [group.named(rank) for rank in ranks]
+    if len(names) == 1:
+        return names[0]
+    return f"ranks {', '.join(name.removeprefix('rank ') for name in names)}"
+
+
+def told(text: str, size: int) -> bytes:
+    """UTF-8 of at most `size` bytes that is another for another text: what does not fit becomes its ends and a digest.
+
+    "layers.0.experts", 16 bytes -> as it is; 100 letters a, 64 bytes -> 22 of them, "...", 22, " #" and 15 hex digits
+    """
+    raw = text.encode()
+    if len(raw) <= size and not raw.endswith(b"\0"):  # numpy drops zeros at the end
+        return raw
+    digest = f" #{hashlib.sha256(raw).hexdigest()[: min(15, size - 2)]}"
+    ends = max(0, size - len(digest) - len("...")) // 2
+    head, tail = raw[:ends].decode(errors="ignore"), raw[len(raw) - ends :].decode(errors="ignore")
+    return f"{head}...{tail}{digest}".encode() if ends else digest.encode()
+
+
+def exact(value: float) -> str:
+    """A number in as few digits as tell it from all others.    100.0 -> '100'    100.0000001 -> '100.0000001'"""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def _clipped(text: str, size: int) -> bytes:
+    """UTF-8 of at most `size` bytes, cut between characters."""
+    return text.encode()[:size].decode(errors="ignore").encode()
+
+
+def _text(raw: bytes) -> str:
+    return bytes(raw).decode(errors="replace")
+
+
+def _plain(value: np.generic) -> str | int | float:
+    return _text(value) if isinstance(value, bytes) else value.item()

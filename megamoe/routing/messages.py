@@ -1,0 +1,107 @@
+"""What travels in a wave from one rank to another: a slab of rows, in a place that both ends know beforehand.
+
+A token goes to a rank once, in the wave of its first expert there, however many of its experts are on that rank. A slab
+is, in rows of the wire: a few rows that say for each of the wave's (token, slot) pairs in which row of the receiver the
+token is and how it is weighted, then the tokens that this rank has not had before.
+
+All ranks know all counts, so all know every slab's size and where it lies in its receiver's inbox: behind the
+receiver's own tokens, by wave and then by sender.
+"""
+
+# P ranks   W waves   E experts in all   T tokens of a rank
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megamoe.kernels.cpu.library import chosen
+from megamoe.parallel.placement import Placement
+from megamoe.routing.waves import WavePlan
+from megamoe.routing.wire import Wire
+
+Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Slabs:
+    """Sizes of all slabs [sender, wave, receiver], in rows: pairs counts (token, slot) pairs, heads the rows that say
+    where each pair's token is, fresh the tokens. starts [receiver, wave, sender]: first row in the receiver's inbox.
+    """
+
+    pairs: Array
+    heads: Array
+    fresh: Array
+    starts: Array
+
+    @classmethod
+    def of(cls, plan: WavePlan, wire: Wire, tokens: list[int], counts: Tensor, firsts: Tensor) -> Slabs:
+        """tokens[r]: T of each rank; counts, firsts [P, E] int64: pairs of each rank for each expert, and tokens whose
+        first expert on its rank that is.
+        """
+        pairs, fresh = _by_wave_and_receiver(plan, torch.stack((counts, firsts)))
+        heads: Array = -(-wire.PAIR_BYTES * pairs // wire.row_bytes)
+        rows = (heads + fresh).transpose(2, 1, 0)  # [receiver, wave, sender]
+        flat = rows.reshape(len(tokens), -1)
+        starts = (flat.cumsum(1) - flat).reshape(rows.shape) + np.asarray(tokens, np.int64)[:, None, None]
+        return cls(pairs, heads, fresh, starts)
+
+    def rows(self, sender: int, wave: int) -> list[int]:
+        """Rows of the sender's slab for each rank."""
+        sizes: list[int] = (self.heads[sender, wave] + self.fresh[sender, wave]).tolist()
+        return sizes
+
+    def incoming(self, receiver: int, wave: int) -> list[int]:
+        """Rows of the slab from each rank."""
+        sizes: list[int] = (self.heads[:, wave, receiver] + self.fresh[:, wave, receiver]).tolist()
+        return sizes
+
+    def inbox_rows(self, receiver: int, num_tokens: int) -> int:
+        """Rows of the receiver's inbox, its own tokens included."""
+        return num_tokens + int(self.heads[:, :, receiver].sum() + self.fresh[:, :, receiver].sum())
+
+
+def _by_wave_and_receiver(plan: WavePlan, by_expert: Tensor) -> Array:
+    """[2, P, E] -> [2, P, W, P]: sums over the experts of each rank's wave, none for a rank's own."""
+    upto = np.zeros((*by_expert.shape[:2], by_expert.shape[2] + 1), np.int64)
+    np.cumsum(by_expert.numpy(), 2, out=upto[..., 1:])
+    bounds, ranks = _bounds(plan)  # [receiver, W + 1]
+    sums: Array = (upto[..., bounds[:, 1:]] - upto[..., bounds[:, :-1]]).swapaxes(2, 3).copy()
+    sums[:, ranks, :, ranks] = 0
+    return sums
+
+
+@lru_cache(maxsize=64)
+def _bounds(plan: WavePlan) -> tuple[Array, Array]:
+    return np.asarray(plan.bounds), np.arange(plan.placement.ep_size)
+
+
+@lru_cache(maxsize=64)
+def _ranks(placement: Placement, device: torch.device) -> Tensor:
+    """[1 + E] int64: -1 for masked slots, then the rank of each expert."""
+    return torch.tensor([-1, *placement.ranks()], device=device)
+
+
+def count_rows(topk_ids: Tensor, placement: Placement) -> Tensor:
+    """Pairs for each expert, and tokens whose first expert on its rank that is -> [2, E] int64, where the ids are.
+
+    topk_ids [T, K] int64, -1 masks. 4 experts on 2 ranks, ids [[1, 0], [2, 0], [3, -1]]:
+    pairs [2, 1, 1, 1], firsts [2, 0, 1, 1]: token 0 has both of rank 0's experts, and goes there for the first
+    Ids that there are not are counted as if there were, and are for others to refuse.
+    """
+    library = chosen() if topk_ids.device.type == "cpu" else None
+    if library is not None:
+        return library.count_rows(topk_ids, _ranks(placement, topk_ids.device)[1:])
+    ids = topk_ids.sort(1).values.clamp(-1, placement.num_experts - 1) + 1  # masked slots become 0
+    ranks = _ranks(placement, ids.device)[ids]
+    first = torch.ones_like(ids)
+    first[:, 1:] = ranks[:, 1:] != ranks[:, :-1]
+    counts = ids.new_zeros(2, placement.num_experts + 1)
+    counts[0].scatter_add_(0, ids.flatten(), torch.ones_like(ids).flatten())  # bincount would have the host wait
+    counts[1].scatter_add_(0, ids.flatten(), first.flatten())
+    return counts[:, 1:]

@@ -1,0 +1,83 @@
+"""Rows whose numbers follow from counts: told to a device as a few spans, in one copy, and spelled out there."""
+
+# J spans   n numbers that they have together
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megamoe.parallel.streams import synchronize
+from megamoe.parallel.workspace import Workspace
+from megamoe.routing.messages import Array
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether its numbers are the host's own, so that nothing is copied and nothing waited for."""
+    return device.type == "cpu"
+
+
+def to_device(arrays: Sequence[Array], device: torch.device, workspace: Workspace, name: Hashable) -> list[Tensor]:
+    """The arrays, int64 of any shapes, on the device: one copy, which the host does not wait for.
+
+    They go through the workspace's pinned buffer `name`, which must not be used for another copy before this one has
+    left; in a call of a layer the exchange of counts comes in between.
+    """
+    if on_host(device):
+        return [torch.from_numpy(array) for array in arrays]
+    flat = np.concatenate([array.ravel() for array in arrays])
+    pinned = workspace.pinned(name, len(flat), torch.int64)
+    pinned.numpy()[:] = flat
+    parts = torch.split(pinned.to(device, non_blocking=True), [array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def begins(lengths: Array) -> Array:
+    """Where each span begins.    [2, 0, 3]  ->  [0, 2, 2]"""
+    ends: Array = lengths.cumsum()
+    return ends - lengths
+
+
+def spread(values: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Each span's value for all of its numbers: values [..., J], lengths [J] int64, `total` in all -> [..., total].
+
+    values [7, 8, 9], lengths [2, 0, 1]  ->  7 7 9
+    """
+    if on_host(values.device):  # numpy is ten times as quick for a few
+        return torch.from_numpy(values.numpy().repeat(lengths.numpy(), -1))
+    return torch.repeat_interleave(values, lengths, dim=-1, output_size=total)
+
+
+def spell_out(lengths: Tensor, offsets: Tensor, total: int) -> Tensor:
+    """Numbers of all spans, one span after the other: i + the offset of i's span, for i from 0 to n.
+
+    lengths [J] int64, n in all; offsets [..., J] int64: what a span's first number is, less where the span begins
+        lengths [2, 0, 3], firsts [10, 5, 7], so offsets [10, 3, 5]  ->  10 11 | 7 8 9
+    """
+    count = torch.arange(total, device=lengths.device)
+    return spread(offsets, lengths, total).add_(count)
+
+
+def chosen(values: Tensor, mask: Tensor, number: Tensor, count: int) -> Tensor:
+    """values [n] where mask [n] is set, which is count times: number [n] is its cumulative sum. Waits for no device.
+
+    values [7, 8, 9], mask [1, 0, 1], number [1, 1, 2]  ->  7 9
+    """
+    if on_host(values.device):
+        return values[mask]
+    found = values.new_empty(count + 1)  # the last takes what is not chosen
+    found.scatter_(0, torch.where(mask, number - 1, count), values)
+    return found[:count]
+
+
+def to_host(counts: Tensor, workspace: Workspace, name: Hashable) -> Tensor:
+    """counts [n] on the CPU, once the device has come to them; through the workspace's pinned buffer `name`."""
+    if on_host(counts.device):
+        return counts
+    pinned = workspace.pinned(name, len(counts), counts.dtype)
+    pinned.copy_(counts, non_blocking=True)
+    synchronize(counts.device)
+    return pinned.clone()

@@ -1,0 +1,1 @@
+"""What happened when: recording runs of the layer, and their events on one time axis."""

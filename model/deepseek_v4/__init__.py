@@ -1,0 +1,1 @@
+"""DeepSeek-V4's own checkpoint format: reading it, its expert layers, writing a small one."""

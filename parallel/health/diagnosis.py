@@ -1,0 +1,160 @@
+"""Who is to blame: from what every rank last said of itself, and how it can be reached, one name.
+
+Pure functions over records: no socket and no clock, so that every case can be tried.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKING, Position
+
+DEAD, UNREACHABLE, STOPPED, STALLED = "dead", "unreachable", "stopped", "stalled"
+ABSENT, SLOW, CUT_OFF = "absent", "slow", "cut off"
+_NEVER_S, _FAR_S = 10.0, 0.005
+_MEANING = {
+    DEAD: "is dead, its process is gone",
+    UNREACHABLE: "cannot be reached: its host or its link is down",
+    STOPPED: "does not run: its host answers, its process says nothing",
+    STALLED: "is stalled",
+    RAISED: "raised",
+    LEFT: "has left the group",
+    ABSENT: "has not made the call that the others wait in",
+    SLOW: "is behind a slow link: ranks wait for each other's rows, and all of them run",
+    CUT_OFF: "is this rank, and no other can be reached: it is its own link or host that is down",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What one rank knows of another, or of itself.
+
+    position    what it said last; None where it has said nothing yet
+    heard_s     seconds since it said anything
+    silent      whether that is longer than a rank that runs lets pass
+    closed      its connection ended, which the kernel does for a process that is gone
+    reachable   whether its host takes a connection: None where nobody tried
+    unheard     ranks that it says are silent to it
+    answers     (rank, seconds) of those whose answers take longest to come to it
+    """
+
+    rank: int
+    host: str
+    position: Position | None
+    heard_s: float
+    silent: bool = False
+    closed: bool = False
+    reachable: bool | None = None
+    unheard: tuple[int, ...] = ()
+    answers: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def condition(self) -> str:
+        """One word: dead, unreachable, stopped, raised, left, outside, working or waiting."""
+        state = self.position.state if self.position else WORKING
+        if state in (RAISED, LEFT):
+            return state
+        if self.closed:
+            return DEAD
+        if self.silent and self.reachable is not None:
+            return STOPPED if self.reachable else UNREACHABLE
+        return state
+
+    def __str__(self) -> str:
+        who = f"rank {self.rank} on {self.host}"
+        if self.condition in (DEAD, STOPPED, UNREACHABLE):
+            last = "it never said anything" if self.position is None else f"last seen: {self.position}"
+            return f"{who}: {self.condition}; not heard for {self.heard_s:.1f} s; {last}"
+        return f"{who}: {self.position or 'nothing heard yet'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A rank, its condition, and whether more evidence could still change that."""
+
+    rank: int
+    condition: str
+    certain: bool
+
+    @property
+    def meaning(self) -> str:
+        return _MEANING[self.condition]
+
+
+def diagnose(me: int, awaited: int | None, sights: Sequence[Sight]) -> Verdict:
+    """The rank to name, from what rank `me` sees of all ranks; awaited is the one it waited for.
+
+    A rank that waits is never to blame for it: blame goes on to the one that it waits for. What a peer found out before
+    is believed, so that all ranks name the same one.
+    """
+    others = [sight for sight in sights if sight.rank != me]
+    conditions = {sight.rank: sight.condition for sight in others}
+    if len(others) > 1 and all(condition in (UNREACHABLE, STOPPED) for condition in conditions.values()):
+        return Verdict(me, CUT_OFF, certain=True)
+    for condition in (DEAD, UNREACHABLE, STOPPED):
+        found = [rank for rank, each in conditions.items() if each == condition]
+        found = [rank for rank in found if condition == DEAD or not _heard_by_another(me, rank, sights)]
+        if found:
+            return Verdict(awaited if awaited in found else found[0], condition, certain=True)
+    raised = [sight for sight in others if conditions[sight.rank] == RAISED and sight.position]
+    own = [sight.rank for sight in raised if sight.position and sight.position.peer is None]
+    if own:
+        return Verdict(own[0], RAISED, certain=True)
+    if raised:  # errors about a peer: the first that was raised
+        first = max((sight.position for sight in raised if sight.position), key=lambda position: position.age_s)
+        assert first.peer is not None
+        return Verdict(first.peer, first.complaint if first.complaint in _MEANING else STALLED, certain=True)
+    return _follow(me, awaited, sights)
+
+
+def _heard_by_another(me: int, rank: int, sights: Sequence[Sight]) -> bool:
+    """Whether a rank that is silent here is heard by one that is not: then the way between is bad, and not the rank."""
+    return any(
+        sight.rank not in (me, rank) and sight.condition in (WORKING, WAITING, OUTSIDE) and rank not in sight.unheard
+        for sight in sights
+        if not sight.silent and sight.position
+    )
+
+
+def _follow(me: int, awaited: int | None, sights: Sequence[Sight]) -> Verdict:
+    """All ranks are there: along what each waits for, to one that waits for nobody."""
+    at = {sight.rank: sight for sight in sights}
+    passed = {me}
+    rank = awaited
+    while rank is not None and rank not in passed:
+        passed.add(rank)
+        position = at[rank].position
+        if at[rank].silent:
+            break
+        if position is None or position.state == WORKING:
+            return Verdict(rank, STALLED, certain=False)
+        if position.state in (OUTSIDE, LEFT):
+            return Verdict(rank, ABSENT if position.state == OUTSIDE else LEFT, certain=position.state == LEFT)
+        rank = position.peer
+    return _slowest(me, awaited, sights)
+
+
+def _slowest(me: int, awaited: int | None, sights: Sequence[Sight]) -> Verdict:
+    """Ranks wait in a ring, so rows are under way: the rank whose best link is the worst, or that is in most waits.
+
+    Two ranks cannot tell which end of their link it is: each names the other.
+    """
+    ranks = [sight.rank for sight in sights]
+    if len(ranks) == 2:
+        return Verdict(ranks[1 - ranks.index(me)], SLOW, certain=True)
+    links: dict[frozenset[int], float] = {}
+    for sight in sights:
+        for peer, seconds in (*sight.answers, *((peer, _NEVER_S) for peer in sight.unheard)):
+            pair = frozenset((sight.rank, peer))
+            links[pair] = max(links.get(pair, 0.0), seconds)
+    best = {rank: min((each for pair, each in links.items() if rank in pair), default=0.0) for rank in ranks}
+    worst, second = sorted(ranks, key=lambda rank: -best[rank])[:2]
+    if best[worst] > max(_FAR_S, 3 * best[second]):
+        return Verdict(worst, SLOW, certain=True)
+    waits = [
+        (sight.rank, sight.position.peer) for sight in sights if sight.position and sight.position.state == WAITING
+    ]
+    in_waits = Counter(rank for pair in waits for rank in pair if rank is not None)
+    return Verdict(max(ranks, key=lambda rank: (in_waits[rank], rank == awaited, -rank)), SLOW, certain=False)

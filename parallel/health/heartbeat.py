@@ -1,0 +1,423 @@
+"""The beacon: every rank tells every other where it is, four times a second, over connections of its own.
+
+It says who is lost when the transport cannot: a process that is gone closes its connection, a process that is stopped
+falls silent while its host still answers, a host that is gone answers nothing, and a rank that only waits says for
+whom. Nothing of it is on the way of rows; a thread of its own sends and hears, and a call's notes are assignments.
+
+Who else holds the group's token can ask for the picture: `megamoe doctor --run` does.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from statistics import median
+from typing import Any
+
+from torch.distributed import Store
+
+from megamoe.parallel.health.diagnosis import Sight, Verdict, diagnose
+from megamoe.parallel.health.records import Heartbeat, Line
+from megamoe.parallel.health.status import LEFT, RAISED, Position, Whereabouts
+from megamoe.parallel.interfaces import list_interfaces
+from megamoe.parallel.rendezvous import wait_for
+
+BEAT_S = 0.25
+PATIENCE_S = 0.7  # how long an error waits for what the others say
+_PROBE_S = 0.4
+_ANSWERS = 8  # beats whose median says how far away a peer is
+_TOLD = 16  # peers of which a rank tells that
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What is known of another rank. Times are of time.monotonic()."""
+
+    rank: int
+    host: str
+    address: str
+    port: int
+    line: Line | None = None
+    position: Position | None = None
+    heard: float = field(default_factory=time.monotonic)
+    closed: bool = False
+    answered_s: deque[float] = field(default_factory=lambda: deque(maxlen=_ANSWERS))
+    asked: float = 0.0
+    unheard: tuple[int, ...] = ()
+    answers: tuple[tuple[int, float], ...] = ()
+
+
+class Beacon:
+    """One for each group and rank, from the group's start until leave().
+
+    store      where the ranks meet; addresses and the group's token are left there
+    address    IP address of this rank that the others reach
+    trouble    called, in the beacon's thread, when a peer is found dead or has raised while this rank is in a call
+    pulse      called there at every beat
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: Store,
+        whereabouts: Whereabouts,
+        *,
+        address: str,
+        host: str,
+        deadline_s: float,
+    ) -> None:
+        self.rank, self.size, self.host, self.whereabouts = rank, size, host, whereabouts
+        self.trouble: Callable[[], None] = lambda: None
+        self.pulse: Callable[[], None] = lambda: None
+        self._beat_s = max(BEAT_S, size / 64)
+        self._changed = threading.Condition()
+        self._selector = selectors.DefaultSelector()
+        self._listener = _listen(rank, address, max(16, size))
+        self.port, self.address = self._listener.getsockname()[1], address
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._stopping = False
+        self._told = threading.Event()
+        try:
+            self._peers = self._meet(store, deadline_s)
+        except BaseException:
+            for channel in (self._listener, self._wake_in, self._wake_out):
+                channel.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name="megamoe beacon", daemon=True)
+        self._thread.start()
+
+    def _meet(self, store: Store, deadline_s: float) -> dict[int, _Peer]:
+        """Finds the others and connects to those of lower rank; those of higher rank come by themselves."""
+        if self.rank == 0:
+            store.set("beacon token", secrets.token_hex(16))
+        mine = {"host": self.host, "address": self.address, "port": self.port}
+        store.set(f"beacon {self.rank}", json.dumps(mine))
+        lit = {f"beacon {rank}": f"rank {rank}" for rank in range(self.size)}
+        wait_for(store, {**lit, "beacon token": "rank 0"}, deadline_s)
+        peers = {}
+        self.token = store.get("beacon token").decode()
+        for rank in range(self.size):
+            if rank != self.rank:
+                said = json.loads(store.get(f"beacon {rank}"))
+                peers[rank] = _Peer(rank, said["host"], said["address"], said["port"])
+        for peer in list(peers.values())[: self.rank]:
+            peer.line = _line(self._connect(peer, deadline_s))
+            peer.line.put({"token": self.token, "rank": self.rank})
+            _send(peer.line)  # now: a process that ends before its first beat is known by its connection
+        if store.add("beacons lit", 1) == self.size:  # a rank that left at once would leave others without an answer
+            store.set("all beacons lit", "")
+        wait_for(store, {"all beacons lit": "some rank"}, deadline_s)
+        return peers
+
+    def _connect(self, peer: _Peer, within_s: float) -> socket.socket:
+        """ConnectionError that names the rank and its address where it cannot be reached there."""
+        try:
+            return socket.create_connection((peer.address, peer.port), timeout=within_s)
+        except OSError as refusal:
+            raise ConnectionError(
+                f"rank {self.rank} on {self.host} ({self.address}) does not reach the heartbeat of rank {peer.rank} on "
+                f"{peer.host} at {peer.address} port {peer.port}: {refusal.strerror or refusal}. Have the ranks use an "
+                "interface that they share: GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME), or address="
+            ) from refusal
+
+    # ---- what a call asks ----
+
+    def lost(self) -> int | None:
+        """A peer that is gone or has raised, as far as was heard; the next call cannot be made without it."""
+        with self._changed:
+            return next((peer.rank for peer in self._peers.values() if self._is_lost(peer)), None)
+
+    def _is_lost(self, peer: _Peer) -> bool:
+        """Whether it will not do its part of the call that this rank is in, or of the next.
+
+        One that raises between calls has done its part of those that it has made, and rows of them may be on their way.
+        """
+        position = peer.position
+        if position is None or position.state not in (RAISED, LEFT):
+            return peer.closed
+        return position.state == RAISED and (bool(position.phase) or self.whereabouts.calls > position.calls)
+
+    def judge(self, awaited: int | None) -> tuple[Verdict, list[Sight]]:
+        """Whom to name, and what every rank was seen to do. Takes PATIENCE_S where the others leave it open."""
+        until = time.monotonic() + PATIENCE_S
+        found: dict[int, str] = {}
+        while True:
+            silent = [sight.rank for sight in self.sights() if sight.silent and not sight.closed]
+            found |= self._probe([rank for rank in silent if rank not in found])
+            sights = [_with_probe(sight, found.get(sight.rank)) for sight in self.sights()]
+            verdict = diagnose(self.rank, awaited, sights)
+            left = until - time.monotonic()
+            if verdict.certain or left <= 0:
+                return verdict, sights
+            with self._changed:
+                self._changed.wait(left)
+
+    def sights(self) -> list[Sight]:
+        """All ranks as this one sees them, itself included."""
+        with self._changed:
+            now = time.monotonic()
+            sights = [self._sight(peer, now) for peer in self._peers.values()]
+        unheard = tuple(sight.rank for sight in sights if sight.silent)
+        own = self.whereabouts.position()
+        sights.append(Sight(self.rank, self.host, own, 0.0, unheard=unheard, answers=self._answers()))
+        return sorted(sights, key=lambda sight: sight.rank)
+
+    def _sight(self, peer: _Peer, now: float) -> Sight:
+        heard_s = now - peer.heard
+        position = peer.position
+        if position is not None:
+            position = replace(position, age_s=position.age_s + heard_s)
+        silent = heard_s > 4 * self._beat_s
+        return Sight(peer.rank, peer.host, position, heard_s, silent, peer.closed, None, peer.unheard, peer.answers)
+
+    def _answers(self) -> tuple[tuple[int, float], ...]:
+        """(rank, seconds) of the peers that take longest to answer: a median over beats, or what is awaited."""
+        now = time.monotonic()
+        took = [
+            (max(median(peer.answered_s), now - peer.asked if peer.asked else 0.0), peer.rank)
+            for peer in self._peers.values()
+            if peer.answered_s and not peer.closed
+        ]
+        return tuple((rank, seconds) for seconds, rank in sorted(took, reverse=True)[:_TOLD])
+
+    def _probe(self, ranks: Sequence[int]) -> dict[int, str]:
+        """How their hosts take a connection, all tried at once: "accepted", "refused" (no such process) or ""."""
+        found = dict.fromkeys(ranks, "")
+        with selectors.DefaultSelector() as tries:
+            for rank in ranks:
+                peer = self._peers[rank]
+                channel = socket.socket(_family(peer.address), socket.SOCK_STREAM)
+                channel.setblocking(False)
+                channel.connect_ex((peer.address, peer.port))
+                tries.register(channel, selectors.EVENT_WRITE, (rank, channel))
+            until = time.monotonic() + _PROBE_S
+            while tries.get_map() and (left := until - time.monotonic()) > 0:
+                for key, _ in tries.select(left):
+                    rank, channel = key.data
+                    error = channel.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    found[rank] = {0: "accepted", errno.ECONNREFUSED: "refused"}.get(error, "")
+                    tries.unregister(channel)
+                    channel.close()
+            for key in list(tries.get_map().values()):
+                key.data[1].close()
+        return found
+
+    def say(self) -> None:
+        """Tells all others now where this rank is, and returns when they have been sent it, or half a second later."""
+        self._told.clear()
+        self._wake()
+        self._told.wait(0.5)
+
+    def leave(self) -> None:
+        """Says goodbye and ends the thread."""
+        self.whereabouts.end(LEFT)
+        self._stopping = True
+        self._wake()
+        self._thread.join(2.0)
+
+    # ---- the thread ----
+
+    def _wake(self) -> None:
+        try:
+            self._wake_out.send(b"!")
+        except OSError:
+            return  # the thread has ended
+
+    def _run(self) -> None:
+        strangers: list[Line] = []
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._wake_in)
+        for peer in self._peers.values():
+            if peer.line is not None:
+                self._selector.register(peer.line.channel, selectors.EVENT_READ, peer)
+        beat = 0.0
+        try:
+            while True:
+                stopping = self._stopping
+                now = time.monotonic()
+                woken = False
+                for key, _ in self._selector.select(max(0.0, beat - now)) if not stopping else []:
+                    if key.data is self._listener:
+                        self._accept(strangers)
+                    elif key.data is self._wake_in:
+                        self._wake_in.recv(64)
+                        woken = True
+                    else:
+                        self._hear(key.data)
+                if stopping or woken or time.monotonic() >= beat:
+                    self._tell()
+                    beat = time.monotonic() + self._beat_s
+                if woken:
+                    self._told.set()
+                if stopping:
+                    return
+        finally:
+            self._close(strangers)
+
+    def _accept(self, strangers: list[Line]) -> None:
+        try:
+            channel, _ = self._listener.accept()
+        except OSError:  # it has gone again, or no more files can be opened: no reason to fall silent
+            return
+        line = _line(channel)
+        strangers.append(line)
+        self._selector.register(channel, selectors.EVENT_READ, line)
+
+    def _hear(self, source: _Peer | Line) -> None:
+        if isinstance(source, Line):
+            self._hear_stranger(source)
+            return
+        assert source.line is not None
+        try:
+            self._take_in(source, source.line.take())
+        except EOFError:
+            self._selector.unregister(source.line.channel)
+            source.line.channel.close()
+            self._take_in(source, [], closed=True)
+
+    def _take_in(self, peer: _Peer, records: Sequence[Any], *, closed: bool = False) -> None:
+        """What a peer says, or that its connection has ended; where it is lost by that, a call is told."""
+        was_lost = self._is_lost(peer)
+        for record in records:
+            self._note(peer, record)
+        if closed:
+            with self._changed:
+                peer.closed = True
+                self._changed.notify_all()
+        if self._is_lost(peer) and not was_lost and self.whereabouts.busy:
+            self.trouble()
+
+    def _hear_stranger(self, line: Line) -> None:
+        """A rank that says who it is, or a program that asks for the picture; anything else is sent away."""
+        try:
+            records = line.take()
+        except EOFError:
+            records = [{}]
+        if not records:
+            return
+        hello = records[0] if isinstance(records[0], dict) else {}
+        self._selector.unregister(line.channel)
+        known = secrets.compare_digest(str(hello.get("token", "")).encode(), self.token.encode())
+        rank = hello.get("rank")
+        peer = self._peers.get(rank) if isinstance(rank, int) else None
+        if known and peer is not None and peer.line is None:
+            peer.line = line
+            self._selector.register(line.channel, selectors.EVENT_READ, peer)
+            self._take_in(peer, records[1:])
+            return
+        if known and hello.get("ask"):
+            line.put({"size": self.size, "sights": [asdict(sight) for sight in self.sights()]})
+            _send(line)
+        line.channel.close()
+
+    def _note(self, peer: _Peer, record: Any) -> None:
+        """Whatever a peer says shows that it is there; what cannot be read is another version's, and is passed over."""
+        now = time.monotonic()
+        said = record if isinstance(record, dict) else {}
+        answered, beat = said.get("answer"), Heartbeat.of(said, self.size)
+        with self._changed:
+            peer.heard = now
+            if isinstance(answered, int | float):
+                peer.answered_s.append(now - answered)
+                peer.asked = 0.0
+            if beat is None:
+                return
+            peer.position, peer.unheard, peer.answers = beat.position, beat.unheard, beat.answers
+            self._changed.notify_all()
+        if peer.line is not None:
+            peer.line.put({"answer": beat.at})
+            _send(peer.line)
+
+    def _tell(self) -> None:
+        self.pulse()
+        now = time.monotonic()
+        unheard = [peer.rank for peer in self._peers.values() if now - peer.heard > 4 * self._beat_s]
+        position = self.whereabouts.position().as_dict()
+        record = {"at": now, "position": position, "unheard": unheard, "answers": self._answers()}
+        for peer in self._peers.values():
+            if peer.line is not None and not peer.closed:
+                peer.asked = peer.asked or now
+                peer.line.put(record)
+                _send(peer.line)
+
+    def _close(self, strangers: list[Line]) -> None:
+        lines = [peer.line for peer in self._peers.values() if peer.line is not None]
+        for line in (*lines, *strangers):
+            line.channel.close()
+        for channel in (self._listener, self._wake_in, self._wake_out):
+            channel.close()
+        self._selector.close()
+
+
+def _with_probe(sight: Sight, found: str | None) -> Sight:
+    if found is None:
+        return sight
+    return replace(sight, closed=sight.closed or found == "refused", reachable=found == "accepted")
+
+
+def _listen(rank: int, address: str, backlog: int) -> socket.socket:
+    try:
+        return socket.create_server((address, 0), family=_family(address), backlog=backlog)
+    except OSError as refusal:
+        there = ", ".join(map(str, list_interfaces()))
+        raise ValueError(
+            f"rank {rank} cannot listen at {address}: {refusal.strerror}; this machine has {there}"
+        ) from refusal
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _line(channel: socket.socket) -> Line:
+    channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    channel.setblocking(False)
+    return Line(channel)
+
+
+def _send(line: Line) -> None:
+    """Sends what can be sent; that the other end is gone shows when it is read from."""
+    try:
+        line.flush()
+    except OSError:
+        return
+
+
+def ask(address: str, port: int, token: str, timeout_s: float = 2.0) -> list[Sight]:
+    """The picture that one rank has of its group. OSError or EOFError where it does not answer."""
+    with socket.create_connection((address, port), timeout=timeout_s) as channel:
+        line = Line(channel)
+        line.put({"token": token, "ask": True})
+        line.flush()
+        until = time.monotonic() + timeout_s
+        records: list[dict[str, Any]] = []
+        with selectors.DefaultSelector() as ready:
+            channel.setblocking(False)
+            ready.register(channel, selectors.EVENT_READ)
+            while not records:
+                if not ready.select(max(0.0, until - time.monotonic())):
+                    raise TimeoutError(f"no answer from {address} port {port} within {timeout_s:g} s")
+                records = line.take()
+    told = records[0].get("sights") if isinstance(records[0], dict) else None
+    if not isinstance(told, list):
+        raise EOFError(f"what {address} port {port} answers is no picture of a group")
+    try:
+        return [_sight(sight, len(told)) for sight in told]
+    except (KeyError, TypeError) as other:
+        raise EOFError(f"{address} port {port} answers as another version of megamoe does: {other}") from other
+
+
+def _sight(record: dict[str, Any], size: int) -> Sight:
+    known = {each.name: record[each.name] for each in fields(Sight) if each.name in record}
+    told = {"unheard": tuple(record["unheard"]), "answers": tuple(map(tuple, record["answers"]))}
+    return Sight(**{**known, **told, "position": Position.of(record["position"], size)})

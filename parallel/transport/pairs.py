@@ -1,0 +1,252 @@
+"""How bytes move between ranks: expect, send, wait; several transfers can be in flight together.
+
+Two fast paths under one face. Pairs (isend and irecv with every peer) run at wire speed in both directions on
+gloo, where all_to_all_single is half-duplex at the median. All-to-all (all_to_all.py) is that of NCCL and HCCL.
+Every wait has the group's deadline; what goes wrong is raised as PeerError and names the peer.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megamoe.parallel.errors import PeerError
+from megamoe.parallel.health.heartbeat import Beacon
+from megamoe.parallel.health.status import Whereabouts
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a transfer is for, as errors will say it."""
+
+    layer: str
+    phase: str
+    wave: int | None = None
+
+
+class Transfer(Protocol):
+    """Rows between this rank and all others, in three moments, so that what comes can be on its way early."""
+
+    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
+        """Starts sending rows [sum(counts), ...], ordered by peer; they must stay untouched until finish()."""
+        ...
+
+    def wait(self) -> None:
+        """Returns when all rows to this rank are in place."""
+        ...
+
+    def finish(self) -> None:
+        """Returns when all rows from this rank have left."""
+        ...
+
+
+class Transport(Protocol):
+    """Moves rows between the ranks of a group. early: rows may arrive before this rank has sent its own."""
+
+    early: bool
+
+    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
+        """Opens a transfer whose incoming rows fill receive [sum(counts), ...], ordered by peer. Returns at once."""
+        ...
+
+    def gather(self, page: Tensor, label: Label) -> Tensor:
+        """page [n] uint8 on the CPU -> [ep_size, n] uint8 on the CPU, every rank's page in order of rank."""
+        ...
+
+    def abort(self) -> None:
+        """Has every wait of this rank end in an error; called from another thread than the one that waits."""
+        ...
+
+
+class Clock:
+    """Deadline, names and notes that both transports need, and what turns a failure into a PeerError.
+
+    global_ranks   of the group's ranks in the whole program, where they differ; empty where they are the same
+    beacons        at most one: says who is to blame where the transport only knows whom it waited for
+    """
+
+    def __init__(
+        self, deadline_s: float, hosts: dict[int, str], whereabouts: Whereabouts, global_ranks: Sequence[int] = ()
+    ) -> None:
+        self.deadline_s, self.hosts, self.whereabouts = deadline_s, hosts, whereabouts
+        self.global_ranks = tuple(global_ranks)
+        self.beacons: list[Beacon] = []
+
+    def left_s(self) -> float:
+        """Seconds that this call may still be kept waiting."""
+        return self.deadline_s - self.whereabouts.waited_s
+
+    def error(self, peer: int, label: Label, since: float, cause: Exception | str) -> PeerError:
+        reason = _plain(cause)
+        waited = time.monotonic() - since
+        where = (label.phase, label.layer, label.wave, waited, self.deadline_s, reason)
+        if not self.beacons:
+            known = self.global_ranks[peer] if self.global_ranks else None
+            return PeerError(peer, self.hosts.get(peer, "unknown host"), *where, global_rank=known)
+        verdict, sights = self.beacons[0].judge(peer)
+        return PeerError(
+            verdict.rank,
+            sights[verdict.rank].host,
+            *where,
+            condition=verdict.condition,
+            meaning=verdict.meaning,
+            picture=tuple(map(str, sights)),
+            global_rank=self.global_ranks[verdict.rank] if self.global_ranks else None,
+        )
+
+    @contextmanager
+    def naming(self, group: dist.ProcessGroup, label: Label) -> Iterator[None]:
+        """Turns a collective's failure into a PeerError: on the next rank, where no beacon knows better."""
+        begun = time.monotonic()
+        self.whereabouts.wait(label.phase, label.wave, None)
+        try:
+            yield
+        except MissingPageError as cause:
+            raise self.error(cause.rank, label, begun, cause) from cause
+        except RuntimeError as cause:
+            peer = (group.rank() + 1) % group.size()
+            guess = "" if self.beacons else ", so the rank is a guess"
+            raise self.error(peer, label, begun, f"a collective with all ranks failed{guess}: {cause}") from cause
+        self.whereabouts.arrived(label.phase, label.wave, time.monotonic() - begun)
+
+
+class MissingPageError(RuntimeError):
+    """A collective is said to have ended, and what a rank should have sent is not there."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"the exchange ended without rank {rank}'s page")
+        self.rank = rank
+
+
+def _plain(cause: Exception | str) -> str:
+    """What the transport said, without the place in its source and its advice."""
+    said = str(cause).strip().partition("\n")[0]
+    return re.sub(r"^\[[^]]*\] ", "", said).partition(". This is typically")[0] or type(cause).__name__
+
+
+class PairTransfer:
+    """The irecvs and isends of one transfer. A work is waited on once: a second wait on gloo does not return.
+
+    What is done between two posts is done while the peers' messages want the CPU: it is kept short.
+
+    A large message goes as a body and a tail of a few values, and the tail, which comes last, is waited for first. gloo
+    tells those that wait for a message of a lost connection, but for the one that it was in the middle of: who waits
+    for that one waits until the deadline.
+    """
+
+    _LARGE_BYTES, _TAIL = 32 * 1024, 32
+
+    def __init__(self, pairs: PairTransport, label: Label, tag: int) -> None:
+        self._pairs, self._label, self._tag = pairs, label, tag
+        self._incoming: list[tuple[int, dist.Work]] = []
+        self._outgoing: list[tuple[int, dist.Work]] = []
+        self._ended: list[dist.Work] = []
+
+    def receive(self, rows: Tensor, counts: Sequence[int]) -> None:
+        """Posts a receive for every rank that sends any."""
+        self._post(self._incoming, self._pairs.group.recv, rows, counts, self._pairs.senders)
+
+    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
+        self._post(self._outgoing, self._pairs.group.send, rows, counts, self._pairs.receivers)
+
+    def wait(self, within_s: float | None = None) -> None:
+        """within_s in place of what is left of the call's deadline"""
+        self._wait_all(self._incoming, within_s)
+
+    def finish(self) -> None:
+        self._wait_all(self._outgoing)
+
+    def _post(
+        self,
+        works: list[tuple[int, dist.Work]],
+        post: Callable[[list[Tensor], int, int], dist.Work],
+        rows: Tensor,
+        counts: Sequence[int],
+        order: Sequence[int],
+    ) -> None:
+        starts = list(accumulate(counts, initial=0))
+        for peer in order:
+            if counts[peer]:
+                part = rows[starts[peer] : starts[peer + 1]]
+                begun = time.monotonic()
+                try:
+                    if part.nbytes > self._LARGE_BYTES:
+                        flat = part.view(-1)
+                        body = post([flat[: -self._TAIL]], peer, self._tag)
+                        works.append((peer, post([flat[-self._TAIL :]], peer, self._tag + self._pairs.TAIL_TAG)))
+                        works.append((peer, body))
+                    else:
+                        works.append((peer, post([part], peer, self._tag)))
+                except RuntimeError as cause:  # gloo refuses at once on a pair that has failed before
+                    raise self._pairs.clock.error(peer, self._label, begun, cause) from cause
+
+    def _wait_all(self, works: list[tuple[int, dist.Work]], within_s: float | None = None) -> None:
+        begun, clock = time.monotonic(), self._pairs.clock
+        while works:
+            peer, work = works.pop(0)
+            self._ended.append(work)  # to let go of one takes a lock that gloo's thread wants now
+            clock.whereabouts.wait(self._label.phase, self._label.wave, peer)
+            left = (clock.left_s() if within_s is None else within_s) - (time.monotonic() - begun)
+            try:
+                work.wait(timedelta(seconds=max(left, 0.001)))
+            except RuntimeError as cause:
+                raise clock.error(peer, self._label, begun, cause) from cause
+        clock.whereabouts.arrived(self._label.phase, self._label.wave, time.monotonic() - begun)
+
+
+class PairTransport:
+    """Point-to-point pairs with every peer: gloo's fast path. Tags keep the phases and waves of a call apart."""
+
+    early, device_type = True, "cpu"
+    _PHASES = ("counts", "more counts", "dispatch", "combine", "link")
+    _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
+    TAIL_TAG = _TAGS_PER_PHASE // 2
+    _NO_TAG = _FIRST_TAG - 1  # nothing is ever sent with it
+
+    def __init__(self, group: dist.ProcessGroup, clock: Clock) -> None:
+        self.group, self.clock = group, clock
+        rank, size = group.rank(), group.size()
+        # from the nearest neighbour on, so that no one is everybody's first
+        self.receivers = [(rank + distance) % size for distance in range(1, size)]
+        self._gathered: PairTransfer | None = None
+        self.senders = [(rank - distance) % size for distance in range(1, size)]
+
+    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> PairTransfer:
+        tag = self._FIRST_TAG + self._PHASES.index(label.phase) * self._TAGS_PER_PHASE + (label.wave or 0)
+        transfer = PairTransfer(self, label, tag)
+        transfer.receive(receive, counts)
+        return transfer
+
+    def abort(self) -> None:
+        """Has every wait of this rank end in an error, from any thread.
+
+        gloo has no call for it, but a receive that runs out of time closes all connections of its rank. One on a
+        connection that is closed already fails before, and so all peers are tried.
+        """
+        for peer in self.receivers:
+            try:
+                self.group.recv([torch.empty(1)], peer, self._NO_TAG).wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                continue
+
+    def gather(self, page: Tensor, label: Label) -> Tensor:
+        rank, size = self.group.rank(), self.group.size()
+        one_each = [int(peer != rank) for peer in range(size)]
+        pages = page.expand(size - 1, -1).contiguous()
+        incoming = page.new_empty(size - 1, page.numel())
+        transfer = self.expect(incoming, one_each, label)
+        transfer.send(pages, one_each)
+        transfer.wait()
+        transfer.finish()
+        self._gathered = transfer
+        return torch.cat((incoming[:rank], page.unsqueeze(0), incoming[rank:]))
