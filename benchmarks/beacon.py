@@ -1,4 +1,4 @@
-"""What knowing where every rank is costs: calls with beacon and notes against calls without, in turn, in one run.
+"""What knowing where every rank is costs: calls with heartbeat and notes against calls without, in turn, in one run.
 
     python benchmarks/beacon.py                 # loopback; --link 1gbit needs root
 
@@ -21,7 +21,7 @@ from megamoe.launch.lab.lab import lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.health.status import Whereabouts
+from megamoe.parallel.health.status import OwnStatus
 from megamoe.parallel.transport.pairs import Label
 from megamoe.shape import MoEShape
 
@@ -30,8 +30,8 @@ NEVER_S = 3600.0
 _TOGETHER = Label("bench", "counts")
 
 
-class Nowhere(Whereabouts):
-    """Whereabouts that are not noted."""
+class Nowhere(OwnStatus):
+    """Status that are not noted."""
 
     def enter(self, layer: str, call: int) -> None: ...
 
@@ -51,23 +51,23 @@ def measure(group: EPGroup, tokens: int, pairs: int) -> tuple[list[float], list[
     batch = make_workload(SHAPE, group.rank, tokens)
     for _ in range(8):
         layer(*batch)
-    beacon, clock, transport = group.beacons[0], group.clock, group.transport
+    monitor, clock, transport = group.monitors[0], group.clock, group.transport
     assert clock is not None
     assert transport is not None
-    noted, beat_s = group.whereabouts, beacon._beat_s
+    noted, beat_s = group.own_status, monitor._beat_s
     times: dict[bool, list[float]] = {True: [], False: []}
     for pair in range(pairs):
         for on in (True, False) if pair % 2 else (False, True):
-            beacon._beat_s = beat_s if on else NEVER_S
+            monitor._beat_s = beat_s if on else NEVER_S
             where: Any = noted if on else Nowhere()
-            clock.whereabouts = where
-            object.__setattr__(group, "whereabouts", where)
-            beacon._wake()  # so that the change is seen now, and not after a beat
+            clock.own_status = where
+            object.__setattr__(group, "status", where)
+            monitor._wake()  # so that the change is seen now, and not after a beat
             transport.gather(torch.zeros(1, dtype=torch.uint8), _TOGETHER)
             begun = time.perf_counter()
             layer(*batch)
             times[on].append((time.perf_counter() - begun) * 1e3)
-    object.__setattr__(group, "whereabouts", noted)
+    object.__setattr__(group, "status", noted)
     return times[True], times[False]
 
 

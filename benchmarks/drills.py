@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from megamoe.launch.cluster.spawn import SpawnSeats
-from megamoe.launch.cluster.worker import Meeting
-from megamoe.launch.cluster.worker_handle import SeatLostError
+from megamoe.launch.cluster.spawn import SpawnPool
+from megamoe.launch.cluster.worker import Rendezvous
+from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.launch.lab import faults
 from megamoe.launch.lab.lab import Host, lab, processes, runs
 from megamoe.layer import MegaMoE
@@ -147,7 +147,7 @@ def _struck(folder: Path) -> None:
 
 def _idle(group: EPGroup, seconds: float) -> None:
     """Stays in the group and calls nothing, until the others have given up."""
-    _until(lambda: group.beacons[0].lost() is not None, seconds)
+    _until(lambda: group.monitors[0].lost() is not None, seconds)
 
 
 def _until(holds: Callable[[], object], seconds: float) -> bool:
@@ -183,15 +183,17 @@ def drill(plan: Plan) -> Drill:
     """Runs one, and takes everything down."""
     with tempfile.TemporaryDirectory(prefix="megamoe-drill-") as place, lab(plan.ranks, LINK) as hosts:
         folder = Path(place)
-        seats = SpawnSeats(plan.ranks, deadline_s=60.0, threads=1, hosts=hosts)
+        handles = SpawnPool(plan.ranks, deadline_s=60.0, threads=1, hosts=hosts)
         try:
             with ThreadPoolExecutor(plan.ranks) as openers:
-                opened = list(openers.map(lambda number: seats.open(number, 60.0), range(plan.ranks)))
+                opened = list(openers.map(lambda number: handles.open(number, 60.0), range(plan.ranks)))
             address, port = opened[0].call("open_store").result(60.0)
-            meetings = [Meeting(address, port, 1, rank, plan.ranks) for rank in range(plan.ranks)]
-            for joined in [seat.call("join", meeting) for seat, meeting in zip(opened, meetings, strict=True)]:
+            rendezvous_points = [Rendezvous(address, port, 1, rank, plan.ranks) for rank in range(plan.ranks)]
+            for joined in [
+                handle.call("join", rendezvous) for handle, rendezvous in zip(opened, rendezvous_points, strict=True)
+            ]:
                 joined.result(60.0)
-            asked = [seat.call("run", call_until_it_ends, plan, folder) for seat in opened]
+            asked = [handle.call("run", call_until_it_ends, plan, folder) for handle in opened]
             if not _until(lambda: len(list(folder.glob("rank-*"))) == plan.ranks or any(f.done() for f in asked), 60):
                 raise RuntimeError("the ranks did not come to their calls")
             strike(plan, hosts, opened[plan.victim].pid, folder)
@@ -202,7 +204,7 @@ def drill(plan: Plan) -> Drill:
             struck = float((folder / "struck").read_text())
             endings = [_ending(future) for future in asked]
         finally:
-            seats.close()
+            handles.close()
         namespaces = [host.namespace or "" for host in hosts]
         left = [pid for namespace in namespaces for pid in processes(namespace)]
     return judge(plan, struck, endings, f"processes {left}" if left else _left(hosts))
@@ -218,7 +220,7 @@ def _ending(future: Future[Any]) -> Ending | None:
         return None
     try:
         ending: Ending | None = future.result()
-    except SeatLostError:
+    except WorkerLostError:
         return None
     return ending
 

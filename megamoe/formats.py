@@ -150,8 +150,8 @@ def dequantize_mxfp8(q: MXFP8, dtype: torch.dtype = torch.bfloat16, *, out: Tens
     return out
 
 
-def stretches(num_rows: int, width: int) -> Iterator[slice]:
-    """Rows of the given width in stretches whose FP32 temporaries stay in a core's cache.
+def intervals(num_rows: int, width: int) -> Iterator[slice]:
+    """Rows of the given width in intervals whose FP32 temporaries stay in a core's cache.
 
     5 rows of 100,000 values -> 0:2, 2:4, 4:6
     """
@@ -210,7 +210,7 @@ def dequantize_mxfp4(q: MXFP4, dtype: torch.dtype = torch.bfloat16, *, out: Tens
     out, contiguous bfloat16 [N, K] for a matrix q, takes the values in place of a new tensor.
     """
     if out is not None:
-        for part in stretches(*q.packed.shape):
+        for part in intervals(*q.packed.shape):
             rows = MXFP4(q.packed[part], q.scales[part])
             _decode_e2m1(rows.packed, out[part])
             _blocks(out[part]).mul_(e8m0_to_float(rows.scales, torch.bfloat16).unsqueeze(-1))

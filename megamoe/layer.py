@@ -33,7 +33,7 @@ from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Notes
 from megamoe.parallel.streams import on_device
 from megamoe.routing.agreement import Part, Terms, agree, exact
-from megamoe.routing.messages import Slabs, count_rows
+from megamoe.routing.messages import Messages, count_rows
 from megamoe.routing.permutation import route_rows
 from megamoe.routing.segments import to_host
 from megamoe.routing.waves import Waves, check_waves, plan_waves
@@ -199,8 +199,8 @@ class MegaMoE(nn.Module):
     def _compute(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None) -> Tensor:
         """The call, wave by wave."""
         record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
-        stretch = self.group.unbroken(self.name, self._num_calls + 1)
-        with notes.lane("call"), stretch, record.timing("total_s"):
+        interval = self.group.unbroken(self.name, self._num_calls + 1)
+        with notes.lane("call"), interval, record.timing("total_s"):
             call = self._open(hidden, topk_ids, topk_weights, complaint, record, notes)
             for wave in range(LOOKAHEAD):
                 call.dispatch(wave)
@@ -250,16 +250,16 @@ class MegaMoE(nn.Module):
             choice = self.tuner.choose(agreed)
         with record.timing("compute_s"):
             plan = plan_waves(self.placement, choice.waves)
-            slabs = Slabs.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts)
+            messages = Messages.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts)
             workspace = self.group.workspace
-            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist(), slabs, workspace)
+            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist(), messages, workspace)
             hidden = hidden.to(torch.bfloat16).contiguous()
-        parts = Parts(self.name, self.group, self.experts, choice.wire, plan, slabs, choice.pace, notes)
+        parts = Parts(self.name, self.group, self.experts, choice.wire, plan, messages, choice.cost_model, notes)
         call: CallBase = self._call(parts, route, agreed.counts, hidden, record)
         return call
 
     def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, ValueError | None]:
-        """Rows for each expert and fresh tokens, [E] int64 on the CPU, and what is wrong with the values.
+        """Rows for each expert and unique tokens, [E] int64 on the CPU, and what is wrong with the values.
 
         A device is waited for once, for all of it.
         """

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous
 
 from megamoe.parallel.errors import CallRefusedError, PeerError, named
-from megamoe.parallel.health.heartbeat import Beacon
+from megamoe.parallel.health.heartbeat import HeartbeatMonitor
 from megamoe.parallel.health.runs import check_name, list_rank
-from megamoe.parallel.health.status import RAISED, Whereabouts
+from megamoe.parallel.health.status import RAISED, OwnStatus
 from megamoe.parallel.link import measure_link
 from megamoe.parallel.recorder import Notes, Recorder, Recording
 from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
@@ -52,8 +52,8 @@ class EPGroup:
     host, hosts      this rank's host name; those of the others, filled in at the first call
     workspace        buffers that the group's layers use in turn
     links            at most one: bytes per second that each rank can send while it receives as many, once measured
-    whereabouts      where this rank is, noted as it goes
-    beacons          at most one: tells the others, and knows where they are; a group of init_group() has it
+    status      where this rank is, noted as it goes
+    heartbeats          at most one: tells the others, and knows where they are; a group of init_group() has it
     broken           why the group cannot be used any more, empty while it can; always, where a rank is alone
     turns            whose turn it is to call, and which layers there are
     recorders        at most one: takes notes of every call of the group's layers
@@ -73,8 +73,8 @@ class EPGroup:
     links: list[float] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
-    whereabouts: Whereabouts = field(default_factory=Whereabouts)
-    beacons: list[Beacon] = field(default_factory=list)
+    own_status: OwnStatus = field(default_factory=OwnStatus)
+    monitors: list[HeartbeatMonitor] = field(default_factory=list)
     workspace: Workspace = field(default_factory=Workspace)
     recorders: list[Recorder] = field(default_factory=list)
     streams: dict[torch.device, Streams] = field(default_factory=dict)
@@ -106,8 +106,8 @@ class EPGroup:
         return self.links[0]
 
     def notes(self, layer: str, call: int) -> Notes:
-        """Where a call notes what it does: the group's whereabouts, and the recorder if there is one."""
-        return self.recorders[0].call(layer, call, self.whereabouts) if self.recorders else Notes(self.whereabouts)
+        """Where a call notes what it does: the group's status, and the recorder if there is one."""
+        return self.recorders[0].call(layer, call, self.own_status) if self.recorders else Notes(self.own_status)
 
     def turn(self, layer: str, device: torch.device) -> AbstractContextManager[None]:
         """This group's turn for the block: see Turns.take()."""
@@ -124,20 +124,20 @@ class EPGroup:
         if self.broken:
             raise RuntimeError(f"the group cannot be used any more, an earlier call was interrupted: {self.broken[0]}")
         try:
-            self.whereabouts.enter(layer, call)
+            self.own_status.enter(layer, call)
             self._refuse_lost(layer)
             yield
         except BaseException as interruption:
             if self.size == 1 or isinstance(interruption, CallRefusedError):
-                self.whereabouts.leave()
+                self.own_status.leave()
                 raise
             self.broken.append(f"{type(interruption).__name__}: {str(interruption).partition(chr(10))[0]}")
             self.announce(interruption)
             raise
-        self.whereabouts.leave()
+        self.own_status.leave()
 
     def _refuse_lost(self, layer: str) -> None:
-        lost = self.beacons[0].lost() if self.beacons else None
+        lost = self.monitors[0].lost() if self.monitors else None
         if lost is not None:
             assert self.clock is not None
             raise self.clock.error(lost, Label(layer, "begin"), time.monotonic(), "it was lost between calls")
@@ -150,12 +150,12 @@ class EPGroup:
     def announce(self, interruption: BaseException) -> None:
         """Tells the others why this rank will not go on, so that they name the same rank, and at once."""
         if isinstance(interruption, PeerError):
-            self.whereabouts.end(RAISED, interruption.rank, interruption.condition)
+            self.own_status.end(RAISED, interruption.rank, interruption.condition)
         else:
             said = str(interruption).partition("\n")[0][:200]
-            self.whereabouts.end(RAISED, None, f"{type(interruption).__name__}: {said}")
-        for beacon in self.beacons:
-            beacon.say()
+            self.own_status.end(RAISED, None, f"{type(interruption).__name__}: {said}")
+        for monitor in self.monitors:
+            monitor.say()
 
     @classmethod
     def of(
@@ -184,8 +184,8 @@ class EPGroup:
         device, size = torch.device(device or "cpu"), group.size()
         world = global_ranks(group)
         hosts: dict[int, str] = {}
-        whereabouts = Whereabouts()
-        clock = Clock(deadline_s, hosts, whereabouts, world)
+        own_status = OwnStatus()
+        clock = Clock(deadline_s, hosts, own_status, world)
         transport: Transport | None = None
         if size > 1 and backend_for(group, device) == "gloo":
             transport = PairTransport(group, clock)
@@ -199,7 +199,7 @@ class EPGroup:
             deadline_s,
             clock,
             hosts=hosts,
-            whereabouts=whereabouts,
+            own_status=own_status,
             broken=shared.broken,
             turns=shared.turns,
         )
@@ -231,7 +231,7 @@ def init_group(
     """Starts torch.distributed for this rank with the backend of its device type, and ends it on the way out.
 
     cuda uses nccl, npu hccl, cpu gloo. Give the store where the ranks meet, or an init_method ("env://" under
-    torchrun). deadline_s bounds the rendezvous, every collective and every wait. Every rank gets a beacon: it listens
+    torchrun). deadline_s bounds the rendezvous, every collective and every wait. Every rank has a heartbeat: it listens
     on address, by default the one that this rank reaches the store's host from. Under the name of a run,
     `megamoe doctor --run` finds the ranks of this machine. ValueError for an unknown device type or a rank outside of
     [0, size).
@@ -260,7 +260,7 @@ def init_group(
             yield group
             return
         own = heartbeat_address(store, device.type, rank, size, address, deadline_s)
-        with _beacon(group, PrefixStore("beacon", store), own, run):
+        with _monitor(group, PrefixStore("heartbeat", store), own, run):
             calm_gloo_threads(others=others)  # only now, for a thread has no name before it runs
             yield group
     finally:
@@ -293,16 +293,18 @@ def _start(device: torch.device, store: Store, rank: int, size: int, deadline_s:
 
 
 @contextmanager
-def _beacon(group: EPGroup, store: Store, address: str, run: str | None) -> Iterator[None]:
-    """Lights the group's beacon for the block; what ends the block early is told to the others."""
+def _monitor(group: EPGroup, store: Store, address: str, run: str | None) -> Iterator[None]:
+    """Lights the group's heartbeat for the block; what ends the block early is told to the others."""
     assert group.clock is not None
     assert group.transport is not None
-    where = group.whereabouts
-    beacon = Beacon(group.rank, group.size, store, where, address=address, host=group.host, deadline_s=group.deadline_s)
-    beacon.trouble, beacon.pulse = group.transport.abort, getattr(group.transport, "tend", _nothing)
-    group.beacons.append(beacon)
-    group.clock.beacons.append(beacon)
-    listed = list_rank(run, group.rank, beacon.address, beacon.port, beacon.token) if run else nullcontext()
+    where = group.own_status
+    monitor = HeartbeatMonitor(
+        group.rank, group.size, store, where, address=address, host=group.host, deadline_s=group.deadline_s
+    )
+    monitor.trouble, monitor.pulse = group.transport.abort, getattr(group.transport, "tend", _nothing)
+    group.monitors.append(monitor)
+    group.clock.monitors.append(monitor)
+    listed = list_rank(run, group.rank, monitor.address, monitor.port, monitor.token) if run else nullcontext()
     try:
         with listed:
             yield
@@ -312,10 +314,10 @@ def _beacon(group: EPGroup, store: Store, address: str, run: str | None) -> Iter
         group.announce(error)
         raise
     finally:
-        beacon.leave()
-        group.beacons.clear()  # what is left of the group must not hold itself, and its connections, alive
-        group.clock.beacons.clear()
-        beacon.trouble = beacon.pulse = _nothing
+        monitor.leave()
+        group.monitors.clear()  # what is left of the group must not hold itself, and its connections, alive
+        group.clock.monitors.clear()
+        monitor.trouble = monitor.pulse = _nothing
 
 
 def _forget_failed_start() -> None:
@@ -326,4 +328,4 @@ def _forget_failed_start() -> None:
 
 
 def _nothing() -> None:
-    """What a beacon does about trouble when its group has been left."""
+    """What a heartbeat does about trouble when its group has been left."""

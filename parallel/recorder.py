@@ -1,4 +1,4 @@
-"""What happened when, on one rank: stretches of work and flights of rows, noted while a recorder is in place.
+"""What happened when, on one rank: intervals of work and flights of rows, noted while a recorder is in place.
 
 Notes are of host time, in nanoseconds since the epoch: ranks of one machine share a clock, those of several are as
 close as their clocks. Nothing here knows what a lane means.
@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from megamoe.parallel.health.status import Whereabouts
+from megamoe.parallel.health.status import OwnStatus
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of this rank's own work. `lane` says of what kind; rows is how many it handled."""
+    """A interval of this rank's own work. `lane` says of what kind; rows is how many it handled."""
 
     layer: str
     call: int
@@ -65,34 +65,34 @@ class Notes:
     _NOTHING = nullcontext()
     recorder: Recorder | None = None
 
-    def __init__(self, whereabouts: Whereabouts) -> None:
-        self._whereabouts = whereabouts
+    def __init__(self, own_status: OwnStatus) -> None:
+        self._own_status = own_status
 
     @contextmanager
     def waiting(self, phase: str, wave: int | None) -> Iterator[None]:
         """A block that waits for what another thread watches, and knows from whom it comes."""
         begun = time.monotonic()
-        self._whereabouts.wait(phase, wave, None)
+        self._own_status.wait(phase, wave, None)
         yield
-        self._whereabouts.arrived(phase, wave, time.monotonic() - begun)
+        self._own_status.arrived(phase, wave, time.monotonic() - begun)
 
     def lane(self, lane: str, wave: int | None = None, rows: int = 0) -> AbstractContextManager[None]:
         """A block of work."""
         del rows
-        self._whereabouts.work(lane, wave)
+        self._own_status.work(lane, wave)
         return self._NOTHING
 
 
 class CallNotes(Notes):
     """Notes of one call into a recording."""
 
-    def __init__(self, recorder: Recorder, layer: str, call: int, whereabouts: Whereabouts) -> None:
-        super().__init__(whereabouts)
+    def __init__(self, recorder: Recorder, layer: str, call: int, own_status: OwnStatus) -> None:
+        super().__init__(own_status)
         self.recorder, self._layer, self._call = recorder, layer, call
 
     @contextmanager
     def lane(self, lane: str, wave: int | None = None, rows: int = 0) -> Iterator[None]:
-        self._whereabouts.work(lane, wave)
+        self._own_status.work(lane, wave)
         begun = now_ns()
         yield
         self.recorder.recording.spans.append(Span(self._layer, self._call, lane, wave or 0, begun, now_ns(), rows))
@@ -149,9 +149,9 @@ class Recorder:
         self.recording = recording
         self._watchers: dict[str, _Watcher] = {}
 
-    def call(self, layer: str, call: int, whereabouts: Whereabouts) -> CallNotes:
+    def call(self, layer: str, call: int, own_status: OwnStatus) -> CallNotes:
         """Notes for one call of a layer."""
-        return CallNotes(self, layer, call, whereabouts)
+        return CallNotes(self, layer, call, own_status)
 
     def watch(self, flight: Flight, wait: Callable[[], None]) -> Arrival:
         """Has a thread wait for the flight's rows and note when they are there."""

@@ -52,7 +52,7 @@ class Streams:
 
 
 class Stopwatch:
-    """How long a device computes, in any number of stretches, `with stopwatch:` around each; read once all are over."""
+    """How long a device computes, in any number of intervals, `with stopwatch:` around each; read once all are over."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._host_s = device, 0.0
@@ -72,7 +72,7 @@ class Stopwatch:
             self._events[-1].record(torch.cuda.current_stream(self._device))
 
     def read_s(self) -> float:
-        """Seconds of all stretches, of the device where it has a queue. Waits for the last stretch to end."""
+        """Seconds of all intervals, of the device where it has a queue. Waits for the last interval to end."""
         if not self._events:
             return self._host_s
         self._events[-1].synchronize()

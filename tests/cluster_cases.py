@@ -1,4 +1,4 @@
-"""What the tests of the cluster share: seats that can be interfered with, faults inside a rank, and the oracle."""
+"""What the tests of the cluster share: workers that can be interfered with, faults inside a rank, and the oracle."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamoe.launch.cluster.worker_handle import Seat, Seats
+from megamoe.launch.cluster.worker_handle import WorkerHandle, WorkerPool
 from megamoe.model.deepseek_v4.blocks import ExpertStack, MoEBlock
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
 from megamoe.parallel.group import EPGroup
 
 
-class WatchedSeat:
-    """A seat that says what it is asked before it is."""
+class WatchedHandle:
+    """A worker that says what it is asked before it is."""
 
-    def __init__(self, seat: Seat, before: Callable[[Seat, str], None]) -> None:
-        self.number, self.host, self.pid = seat.number, seat.host, seat.pid
-        self._seat, self._before = seat, before
+    def __init__(self, handle: WorkerHandle, before: Callable[[WorkerHandle, str], None]) -> None:
+        self.number, self.host, self.pid = handle.number, handle.host, handle.pid
+        self._handle, self._before = handle, before
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         self._before(self, method)
-        return self._seat.call(method, *args)
+        return self._handle.call(method, *args)
 
     @property
     def alive(self) -> bool:
-        return self._seat.alive
+        return self._handle.alive
 
     def kill(self) -> None:
-        self._seat.kill()
+        self._handle.kill()
 
 
-class WatchedSeats:
-    """Seats from elsewhere. before is called with a seat and a method; what is in refused cannot be opened."""
+class WatchedPool:
+    """Workers from elsewhere. before is called with a worker and a method; what is in refused cannot be opened."""
 
-    def __init__(self, source: Seats) -> None:
+    def __init__(self, source: WorkerPool) -> None:
         self._source = source
-        self.before: Callable[[Seat, str], None] = lambda *_: None
+        self.before: Callable[[WorkerHandle, str], None] = lambda *_: None
         self.refused: set[int] = set()
 
-    def open(self, number: int, deadline_s: float) -> Seat:
+    def open(self, number: int, deadline_s: float) -> WorkerHandle:
         if number in self.refused:
-            raise RuntimeError(f"seat {number} has no machine")
-        return WatchedSeat(self._source.open(number, deadline_s), lambda seat, method: self.before(seat, method))
+            raise RuntimeError(f"worker {number} has no machine")
+        return WatchedHandle(self._source.open(number, deadline_s), lambda handle, method: self.before(handle, method))
 
     def close(self) -> None:
         self._source.close()
 
     def strike(self, number: int, wanted: str) -> None:
-        """Has the process in a seat killed as soon as it has been asked something, once."""
+        """Has a worker's process killed as soon as it has been asked something, once."""
 
-        def before(seat: Seat, method: str) -> None:
-            if (seat.number, method) == (number, wanted):
+        def before(handle: WorkerHandle, method: str) -> None:
+            if (handle.number, method) == (number, wanted):
                 self.before = lambda *_: None
-                os.kill(seat.pid, signal.SIGKILL)
+                os.kill(handle.pid, signal.SIGKILL)
 
         self.before = before
 

@@ -21,13 +21,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megamoe.launch.cluster.ray.pool import RaySeats
-from megamoe.launch.cluster.worker import Meeting
+from megamoe.launch.cluster.ray.pool import RayPool
+from megamoe.launch.cluster.worker import Rendezvous
 from megamoe.launch.lab.lab import Host, lab
 from megamoe.parallel.group import EPGroup
 
 if TYPE_CHECKING:
-    from megamoe.launch.cluster.ray.handle import RaySeat
+    from megamoe.launch.cluster.ray.handle import RayHandle
 
 GCS_PORT = 6379
 START_S = 60.0
@@ -92,11 +92,13 @@ def _start(nodes: Nodes, host: Host, num_cpus: int, *arguments: str) -> None:
         raise RuntimeError(f"ray start on {host.address}: {done.stdout}{done.stderr}")
 
 
-def meet(seats: list[RaySeat], generation: int) -> None:
-    """Has all seats join a group, in order."""
-    address, port = seats[0].call("open_store").result(timeout=START_S)
-    size = len(seats)
-    joining = [seat.call("join", Meeting(address, port, generation, rank, size)) for rank, seat in enumerate(seats)]
+def meet(handles: list[RayHandle], generation: int) -> None:
+    """Has all workers join a group, in order."""
+    address, port = handles[0].call("open_store").result(timeout=START_S)
+    size = len(handles)
+    joining = [
+        handle.call("join", Rendezvous(address, port, generation, rank, size)) for rank, handle in enumerate(handles)
+    ]
     for each in joining:
         each.result(timeout=START_S)
 
@@ -109,27 +111,27 @@ def add_up(group: EPGroup, value: int) -> float:
 
 
 def drive(address: str) -> dict[str, Any]:
-    """What a driver beside the head sees of four seats on two nodes, step by step; each step is a claim of a test."""
+    """What a driver beside the head sees of four workers on two nodes, step by step; each step is a claim of a test."""
     seen: dict[str, Any] = {}
-    with RaySeats(4, address=address, deadline_s=30.0) as places:
+    with RayPool(4, address=address, deadline_s=30.0) as places:
         with ThreadPoolExecutor(max_workers=4) as pool:
-            seats = list(pool.map(lambda number: places.open(number, START_S), range(4)))
+            handles = list(pool.map(lambda number: places.open(number, START_S), range(4)))
         nodes = {log.number: log.node for log in places.log_paths()}
         seen["nodes"] = [nodes[number] for number in range(4)]
         seen["logs_exist"] = [Path(log.path).exists() for log in places.log_paths()]
-        meet(seats, 1)
-        summing = [seat.call("run", add_up, 10) for seat in seats]
+        meet(handles, 1)
+        summing = [handle.call("run", add_up, 10) for handle in handles]
         seen["sums"] = [each.result(timeout=START_S) for each in summing]
-        seen["too_small"] = _refusal(lambda: RaySeats(1, address=address, deadline_s=1.0).place())
-        os.kill(seats[2].pid, signal.SIGSTOP)
-        waiting = seats[2].call("info")
+        seen["too_small"] = _refusal(lambda: RayPool(1, address=address, deadline_s=1.0).place())
+        os.kill(handles[2].pid, signal.SIGSTOP)
+        waiting = handles[2].call("info")
         begin = time.monotonic()
-        seats[2].kill()
+        handles[2].kill()
         seen["stopped_s"] = time.monotonic() - begin
-        seen["stopped_is_gone"] = is_gone(seats[2].pid)
+        seen["stopped_is_gone"] = is_gone(handles[2].pid)
         seen["stopped_call"] = type(waiting.exception(timeout=START_S)).__name__
-        seats[2] = places.open(2, START_S)
-        napping = seats[3].call("run", nap)
+        handles[2] = places.open(2, START_S)
+        napping = handles[3].call("run", nap)
         for raylet in _raylets(nodes[3]):
             raylet.kill()
         seen["node_lost"] = f"{type(napping.exception(timeout=START_S)).__name__}: {napping.exception()}"

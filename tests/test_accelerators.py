@@ -21,7 +21,7 @@ from megamoe.launch.cluster.worker import Worker, WorkerOptions
 from megamoe.model.router import Router
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.health.status import Whereabouts
+from megamoe.parallel.health.status import OwnStatus
 from megamoe.parallel.streams import make_current, on_device, synchronize
 from megamoe.parallel.transport import all_to_all
 from megamoe.parallel.transport.all_to_all import AllToAllTransport
@@ -106,7 +106,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
 
 @pytest.fixture
 def transport(queue: Queue) -> AllToAllTransport:
-    clock = Clock(0.2, {1: "h1", 2: "h2"}, Whereabouts())
+    clock = Clock(0.2, {1: "h1", 2: "h2"}, OwnStatus())
     return AllToAllTransport(queue, clock, OnCuda())  # type: ignore[arg-type]
 
 
@@ -176,7 +176,7 @@ def test_rows_of_an_aborted_queue_are_not_taken_for_rows(transport: AllToAllTran
 def test_rows_that_are_queued_are_looked_after_while_the_call_goes_on(
     transport: AllToAllTransport, queue: Queue, broken: bool
 ) -> None:
-    transport.clock.beacons.append(mock.Mock())
+    transport.clock.monitors.append(mock.Mock())
     for _ in range(3):
         transport.expect(torch.empty(3), [1, 1, 1], LABEL).send(torch.empty(3), [1, 1, 1])
     transport.tend()

@@ -1,4 +1,4 @@
-"""The beacon: what ranks hear of each other, whom they find lost and whom not, and what strangers are told."""
+"""The heartbeat: what ranks hear of each other, whom they find lost and whom not, and what strangers are told."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ import pytest
 from torch.distributed import HashStore
 
 from megamoe.parallel.health import heartbeat, runs
-from megamoe.parallel.health.heartbeat import Beacon, ask
+from megamoe.parallel.health.heartbeat import HeartbeatMonitor, ask
 from megamoe.parallel.health.records import Heartbeat, Line
-from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, Position, Whereabouts
+from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, OwnStatus, RankStatus
 
 
 @contextmanager
-def beacons(size: int) -> Iterator[list[Beacon]]:
+def monitors(size: int) -> Iterator[list[HeartbeatMonitor]]:
     """As many ranks as threads of this process"""
     store = HashStore()
 
-    def light(rank: int) -> Beacon:
-        return Beacon(rank, size, store, Whereabouts(), address="127.0.0.1", host=f"h{rank}", deadline_s=10.0)
+    def light(rank: int) -> HeartbeatMonitor:
+        return HeartbeatMonitor(rank, size, store, OwnStatus(), address="127.0.0.1", host=f"h{rank}", deadline_s=10.0)
 
     with ThreadPoolExecutor(size) as pool:
         lit = list(pool.map(light, range(size)))
@@ -50,13 +50,13 @@ def holds(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
     return True
 
 
-def position_of(seer: Beacon, rank: int) -> Position:
-    return seer.sights()[rank].position or Position()
+def position_of(seer: HeartbeatMonitor, rank: int) -> RankStatus:
+    return seer.statuses()[rank].position or RankStatus()
 
 
 def test_every_rank_hears_where_the_others_are() -> None:
-    with beacons(3) as lit:
-        where = lit[1].whereabouts
+    with monitors(3) as lit:
+        where = lit[1].own_status
         where.enter("layers.4", 7)
         where.wait("combine", 2, 0)
         for other in (lit[0], lit[2]):
@@ -65,48 +65,48 @@ def test_every_rank_hears_where_the_others_are() -> None:
             assert (seen.layer, seen.call, seen.phase, seen.wave, seen.peer) == ("layers.4", 7, "combine", 2, 0)
             assert str(seen).startswith("waits for rank 0, for ")
             assert other.lost() is None
-        assert [sight.host for sight in lit[2].sights()] == ["h0", "h1", "h2"]
+        assert [status.host for status in lit[2].statuses()] == ["h0", "h1", "h2"]
 
 
 def test_a_rank_that_raises_is_heard_before_the_next_beat_and_ends_the_waits_of_those_in_a_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(heartbeat, "BEAT_S", 3600.0)
-    with beacons(3) as lit:
+    with monitors(3) as lit:
         troubled = threading.Event()
         lit[0].trouble = troubled.set
-        lit[0].whereabouts.enter("moe", 1)
-        lit[1].whereabouts.enter("moe", 1)
-        lit[1].whereabouts.end(RAISED, None, "KeyError: 'x'")
+        lit[0].own_status.enter("moe", 1)
+        lit[1].own_status.enter("moe", 1)
+        lit[1].own_status.end(RAISED, None, "KeyError: 'x'")
         lit[1].say()
         assert troubled.wait(5.0)
         assert lit[0].lost() == 1
-        verdict, sights = lit[0].judge(2)
+        verdict, statuses = lit[0].judge(2)
         assert (verdict.rank, verdict.condition) == (1, "raised")
-        assert "KeyError: 'x'" in str(sights[1])
+        assert "KeyError: 'x'" in str(statuses[1])
 
 
 def test_a_rank_that_raises_between_calls_ends_no_call_that_it_has_done_its_part_of() -> None:
-    with beacons(2) as lit:
+    with monitors(2) as lit:
         troubled = threading.Event()
         lit[0].trouble = troubled.set
         for each in lit:
-            each.whereabouts.enter("moe", 1)
-        lit[1].whereabouts.leave()
-        lit[1].whereabouts.end(RAISED, None, "KeyError: 'x'")
+            each.own_status.enter("moe", 1)
+        lit[1].own_status.leave()
+        lit[1].own_status.end(RAISED, None, "KeyError: 'x'")
         lit[1].say()
         assert holds(lambda: position_of(lit[0], 1).state == RAISED)
         assert lit[0].lost() is None
         assert not troubled.is_set()
-        lit[0].whereabouts.leave()
-        lit[0].whereabouts.enter("moe", 2)
+        lit[0].own_status.leave()
+        lit[0].own_status.enter("moe", 2)
         assert lit[0].lost() == 1
 
 
 def test_a_rank_that_leaves_is_not_lost_and_one_whose_connection_ends_is() -> None:
-    with beacons(3) as lit:
+    with monitors(3) as lit:
         lit[1].leave()
-        assert holds(lambda: lit[0].sights()[1].closed)
+        assert holds(lambda: lit[0].statuses()[1].closed)
         assert position_of(lit[0], 1).state == LEFT
         assert lit[0].lost() is None
         line = lit[2]._peers[0].line
@@ -118,7 +118,7 @@ def test_a_rank_that_leaves_is_not_lost_and_one_whose_connection_ends_is() -> No
 
 
 def test_a_rank_that_has_said_its_last_word_keeps_it() -> None:
-    where = Whereabouts()
+    where = OwnStatus()
     where.enter("moe", 3)
     where.work("linear-1", 2)
     where.end(RAISED, 4, "stopped")
@@ -128,7 +128,7 @@ def test_a_rank_that_has_said_its_last_word_keeps_it() -> None:
 
 
 def test_notes_of_other_threads_are_not_taken() -> None:
-    where = Whereabouts()
+    where = OwnStatus()
     where.enter("moe", 1)
     where.work("linear-2", 1)
     watcher = threading.Thread(target=where.wait, args=("dispatch", 3, 1))
@@ -140,11 +140,11 @@ def test_notes_of_other_threads_are_not_taken() -> None:
 
 
 def test_who_has_the_token_gets_the_picture_and_nobody_else_anything() -> None:
-    with beacons(2) as lit:
-        lit[1].whereabouts.enter("moe", 5)
+    with monitors(2) as lit:
+        lit[1].own_status.enter("moe", 5)
         assert holds(lambda: position_of(lit[0], 1).call == 5)
         picture = ask("127.0.0.1", lit[0].port, lit[0].token)
-        assert [sight.rank for sight in picture] == [0, 1]
+        assert [status.rank for status in picture] == [0, 1]
         assert picture[1].position is not None
         assert picture[1].position.call == 5
         with pytest.raises(EOFError):
@@ -155,25 +155,25 @@ def test_who_has_the_token_gets_the_picture_and_nobody_else_anything() -> None:
     "said", [b"\xff" * 64, b"\0\0\0\2[]", b"\0\0\0\4null", b"\0\0\0\5hello", b"GET / HTTP/1.1\r\n\r\n"]
 )
 def test_nonsense_from_strangers_is_sent_away_and_harms_nothing(said: bytes) -> None:
-    with beacons(2) as lit:
+    with monitors(2) as lit:
         with socket.create_connection(("127.0.0.1", lit[0].port), timeout=5) as stranger:
             stranger.sendall(said)
             assert stranger.recv(10) == b""
-        lit[1].whereabouts.enter("moe", 9)
+        lit[1].own_status.enter("moe", 9)
         assert holds(lambda: position_of(lit[0], 1).call == 9)
 
 
 def test_an_ended_beacon_leaves_no_thread() -> None:
-    with beacons(4):
-        assert sum(thread.name == "megamoe beacon" for thread in threading.enumerate()) == 4
-    assert holds(lambda: all(thread.name != "megamoe beacon" for thread in threading.enumerate()))
+    with monitors(4):
+        assert sum(thread.name == "megamoe heartbeat" for thread in threading.enumerate()) == 4
+    assert holds(lambda: all(thread.name != "megamoe heartbeat" for thread in threading.enumerate()))
 
 
 # ---- what peers of another version, or with a fault, may say ----
 
 BEAT: dict[str, Any] = {
     "at": 1.0,
-    "position": Position(WAITING, "moe", 4, 1, "combine", 0).as_dict(),
+    "position": RankStatus(WAITING, "moe", 4, 1, "combine", 0).as_dict(),
     "unheard": [],
     "answers": [],
 }
@@ -203,17 +203,17 @@ STRANGE: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_a_record_that_cannot_be_read_is_passed_over_and_its_rank_lives(name: str) -> None:
-    with beacons(2) as lit:
+    with monitors(2) as lit:
         assert holds(lambda: lit[0]._peers[1].line is not None)
         line = lit[1]._peers[0].line
         assert line is not None
         lit[1].pulse = lambda: line.put(STRANGE[name])  # before every heartbeat
         lit[1].say()
-        lit[1].whereabouts.enter("moe", 9)
+        lit[1].own_status.enter("moe", 9)
         lit[1].say()
         assert holds(lambda: position_of(lit[0], 1).call == 9)
         assert lit[0].lost() is None
-        assert not lit[0].sights()[1].closed
+        assert not lit[0].statuses()[1].closed
 
 
 @pytest.mark.parametrize("key", ["sequence", "calls", "age_s", "complaint", "wave"])
@@ -227,7 +227,7 @@ def test_what_is_missing_or_new_in_a_heartbeat_does_not_hide_the_rest(key: str) 
 
 @pytest.mark.parametrize("body", [b"[" * 200_000, b"\xff\xfe", b"{", b"17"], ids=["deep", "binary", "cut", "number"])
 def test_a_body_that_is_no_record_does_not_end_the_thread_that_hears_it(body: bytes) -> None:
-    with beacons(2) as lit:
+    with monitors(2) as lit:
         said = struct.pack(">I", len(body)) + body
         with socket.create_connection(("127.0.0.1", lit[0].port), timeout=5) as stranger:
             stranger.sendall(said)
@@ -236,7 +236,7 @@ def test_a_body_that_is_no_record_does_not_end_the_thread_that_hears_it(body: by
         assert line is not None
         lit[1].pulse = lambda: line._leaving.extend(said)
         lit[1].say()
-        lit[1].whereabouts.enter("moe", 9)
+        lit[1].own_status.enter("moe", 9)
         lit[1].say()
         assert holds(lambda: position_of(lit[0], 1).call == 9)
 
@@ -245,10 +245,10 @@ def test_a_rank_that_raised_before_its_connection_was_taken_ends_waits_all_the_s
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(heartbeat, "BEAT_S", 3600.0)
-    with beacons(2) as lit:
+    with monitors(2) as lit:
         troubled = threading.Event()
         lit[0].trouble = troubled.set
-        lit[0].whereabouts.enter("moe", 1)
+        lit[0].own_status.enter("moe", 1)
         here, there = socket.socketpair()
         with here, there:
             peer = lit[0]._peers[1]
@@ -258,7 +258,7 @@ def test_a_rank_that_raised_before_its_connection_was_taken_ends_waits_all_the_s
             peer.line = None
             there.setblocking(False)
             stranger, caller = Line(there), Line(here)
-            raised = Position(RAISED, "moe", 1, None, "counts", None, 9, 0.0, "KeyError", 1).as_dict()
+            raised = RankStatus(RAISED, "moe", 1, None, "counts", None, 9, 0.0, "KeyError", 1).as_dict()
             caller.put({"token": lit[0].token, "rank": 1})
             caller.put({**BEAT, "position": raised})
             caller.flush()

@@ -21,14 +21,14 @@ from torch import Tensor
 from megamoe.launch.cluster import recovery
 from megamoe.launch.cluster.cluster import MegaMoECluster
 from megamoe.launch.cluster.recovery import RestartPolicy
-from megamoe.launch.cluster.spawn import SpawnSeats
-from megamoe.launch.cluster.worker_handle import SeatLostError
+from megamoe.launch.cluster.spawn import SpawnPool
+from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.launch.lab import faults
 from megamoe.launch.lab.lab import lab
 from megamoe.model.deepseek_v4.synthetic import write_checkpoint
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
-from tests.cluster_cases import WatchedSeats, batches_and_outputs, break_next_forward
+from tests.cluster_cases import WatchedPool, batches_and_outputs, break_next_forward
 from tests.test_lab import needs_lab
 from tests.test_model import CONFIG
 
@@ -48,27 +48,27 @@ def cases(checkpoint: Path) -> Cases:
     return batches_and_outputs(checkpoint, num_batches=10, num_tokens=61)
 
 
-def watched(ranks: int, policy: RestartPolicy) -> tuple[WatchedSeats, MegaMoECluster]:
-    seats = WatchedSeats(SpawnSeats(ranks, threads=1, deadline_s=DEADLINE_S))
-    return seats, MegaMoECluster(ranks, launcher="spawn", deadline_s=DEADLINE_S, policy=policy, seats=seats)
+def watched(ranks: int, policy: RestartPolicy) -> tuple[WatchedPool, MegaMoECluster]:
+    handles = WatchedPool(SpawnPool(ranks, threads=1, deadline_s=DEADLINE_S))
+    return handles, MegaMoECluster(ranks, launcher="spawn", deadline_s=DEADLINE_S, policy=policy, pool=handles)
 
 
 @pytest.fixture(scope="module")
-def pair(checkpoint: Path) -> Iterator[tuple[WatchedSeats, MegaMoECluster]]:
+def pair(checkpoint: Path) -> Iterator[tuple[WatchedPool, MegaMoECluster]]:
     """Two ranks that come back as often as is needed."""
-    seats, cluster = watched(2, RestartPolicy(restarts=100, backoff_s=0.01))
+    handles, cluster = watched(2, RestartPolicy(restarts=100, backoff_s=0.01))
     with cluster:
         cluster.load(checkpoint)
-        yield seats, cluster
+        yield handles, cluster
 
 
 @pytest.fixture
-def seats(pair: tuple[WatchedSeats, MegaMoECluster]) -> WatchedSeats:
+def handles(pair: tuple[WatchedPool, MegaMoECluster]) -> WatchedPool:
     return pair[0]
 
 
 @pytest.fixture
-def cluster(pair: tuple[WatchedSeats, MegaMoECluster]) -> MegaMoECluster:
+def cluster(pair: tuple[WatchedPool, MegaMoECluster]) -> MegaMoECluster:
     return pair[1]
 
 
@@ -79,7 +79,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pids(cluster: MegaMoECluster) -> list[int]:
-    return [seat.pid for seat in cluster.members]
+    return [handle.pid for handle in cluster.members]
 
 
 def kinds(cluster: MegaMoECluster, since: int = 0) -> list[str]:
@@ -127,10 +127,10 @@ def test_a_rank_that_dies_between_batches_is_replaced_by_the_next(cluster: MegaM
 
 @pytest.mark.parametrize(("number", "method"), [(0, "open_store"), (0, "join"), (1, "join"), (0, "load"), (1, "load")])
 def test_a_rank_that_dies_while_the_group_is_formed_is_replaced(
-    seats: WatchedSeats, cluster: MegaMoECluster, cases: Cases, number: int, method: str
+    handles: WatchedPool, cluster: MegaMoECluster, cases: Cases, number: int, method: str
 ) -> None:
     first, since = pids(cluster)[0], len(cluster.events)
-    seats.strike(number, method)
+    handles.strike(number, method)
     os.kill(pids(cluster)[1], signal.SIGKILL)
     assert right(cluster, cases[:2])
     assert kinds(cluster, since) == ["failed", "replaced", "failed", "replaced", "formed"]
@@ -304,13 +304,13 @@ def test_resizing_down_and_up_keeps_the_bits(cluster: MegaMoECluster, cases: Cas
 
 
 def test_growing_that_fails_leaves_those_that_were_there(
-    seats: WatchedSeats, cluster: MegaMoECluster, cases: Cases
+    handles: WatchedPool, cluster: MegaMoECluster, cases: Cases
 ) -> None:
     cluster.resize(1)
-    seats.refused = {1}
-    with pytest.raises(RuntimeError, match="seat 1 has no machine"):
+    handles.refused = {1}
+    with pytest.raises(RuntimeError, match="worker 1 has no machine"):
         cluster.resize(2)
-    seats.refused = set()
+    handles.refused = set()
     assert right(cluster, cases[:2])
     assert cluster.ranks == 1
     cluster.resize(2)
@@ -325,7 +325,7 @@ def test_health_says_where_ranks_are_and_which_do_not_answer_or_are_gone(cluster
     os.kill(killed, signal.SIGKILL)
     health = cluster.health(timeout_s=0.5)
     os.kill(stopped, signal.SIGCONT)
-    assert [(each.rank, each.seat, each.pid, each.alive) for each in health] == [
+    assert [(each.rank, each.worker, each.pid, each.alive) for each in health] == [
         (0, 0, stopped, True),
         (1, 1, killed, False),
     ]
@@ -360,13 +360,13 @@ def test_when_restarts_are_used_up_the_error_reaches_the_user_and_names_the_rank
         cluster.run(break_next_forward, 1, "raises")
         with pytest.raises(RuntimeError, match="the fan has stopped") as raised:
             cluster.forward(cases[0][0])
-        assert "raised on seat 1" in raised.value.__notes__[0]
+        assert "raised on worker 1" in raised.value.__notes__[0]
         assert right(cluster, cases[:1])  # all are there still, and meet again
         cluster.run(break_next_forward, 1, "raises")
         os.kill(pids(cluster)[1], signal.SIGKILL)
-        with pytest.raises((PeerError, SeatLostError), match=r"(rank|seat) 1 .*(dead|died)"):
+        with pytest.raises((PeerError, WorkerLostError), match=r"(rank|worker) 1 .*(dead|died)"):
             cluster.forward(cases[0][0])
-        with pytest.raises(SeatLostError, match=r"seat 1 .* died"):
+        with pytest.raises(WorkerLostError, match=r"worker 1 .* died"):
             cluster.forward(cases[0][0])
     assert set(psutil.Process().children()) == children
     for each in set(threading.enumerate()) - threads:
@@ -383,24 +383,24 @@ def grown_to(cluster: MegaMoECluster, ranks: int, cases: Cases) -> bool:
 
 
 def test_without_a_seat_an_elastic_group_goes_on_and_takes_it_back(checkpoint: Path, cases: Cases) -> None:
-    seats, cluster = watched(4, RestartPolicy(restarts=9, backoff_s=0.01, elastic=(2, 4), retry_s=0.1))
+    handles, cluster = watched(4, RestartPolicy(restarts=9, backoff_s=0.01, elastic=(2, 4), retry_s=0.1))
     with cluster:
         cluster.load(checkpoint)
         before, since = pids(cluster), len(cluster.events)
-        seats.refused = {2}
+        handles.refused = {2}
         os.kill(before[2], signal.SIGKILL)
         assert right(cluster, cases[:3])
         assert pids(cluster) == [before[0], before[1], before[3]]
         assert kinds(cluster, since)[:3] == ["failed", "out", "formed"]
-        seats.refused = set()
+        handles.refused = set()
         assert grown_to(cluster, 4, cases)
         assert [pid == then for pid, then in zip(pids(cluster), before, strict=True)] == [True, True, False, True]
         assert right(cluster, cases)
         assert kinds(cluster, since)[-2:] == ["back", "formed"]
-        seats.refused = {1, 2, 3}
+        handles.refused = {1, 2, 3}
         for pid in pids(cluster)[1:]:
             os.kill(pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=r"seat \d has no machine"):
+        with pytest.raises(RuntimeError, match=r"worker \d has no machine"):
             right(cluster, cases)
 
 
@@ -429,17 +429,17 @@ def test_a_rank_whose_link_is_cut_is_left_out_until_it_is_healed(checkpoint: Pat
 
 
 def test_without_a_seat_a_group_that_is_not_elastic_waits_for_it(checkpoint: Path, cases: Cases) -> None:
-    seats, cluster = watched(2, RestartPolicy(restarts=9, backoff_s=0.01, retry_s=0.1))
+    handles, cluster = watched(2, RestartPolicy(restarts=9, backoff_s=0.01, retry_s=0.1))
     with cluster:
         cluster.load(checkpoint)
-        seats.refused = {1}
+        handles.refused = {1}
         os.kill(pids(cluster)[1], signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="seat 1 has no machine") as refused:
+        with pytest.raises(RuntimeError, match="worker 1 has no machine") as refused:
             cluster.forward(cases[0][0])
-        assert isinstance(refused.value.__cause__, PeerError | SeatLostError)
+        assert isinstance(refused.value.__cause__, PeerError | WorkerLostError)
         with pytest.raises(RuntimeError, match="1 ranks are left of at least 2"):
             cluster.forward(cases[0][0])
-        seats.refused = set()
+        handles.refused = set()
         until = time.monotonic() + 60.0
         while cluster.ranks < 2 and time.monotonic() < until:
             with suppress(RuntimeError):  # it lacks a rank still

@@ -51,7 +51,7 @@ def right(cluster: MegaMoECluster, checkpoint: Path) -> bool:
 
 def test_a_killed_rank_is_replaced_and_the_other_stays(cluster: MegaMoECluster, checkpoint: Path) -> None:
     assert right(cluster, checkpoint)
-    before, since = [seat.pid for seat in cluster.members], len(cluster.events)
+    before, since = [handle.pid for handle in cluster.members], len(cluster.events)
     os.kill(before[1], signal.SIGKILL)
     assert right(cluster, checkpoint)
     assert [event.kind for event in cluster.events[since:]] == ["failed", "replaced", "formed"]
@@ -65,11 +65,11 @@ def test_its_own_error_replaces_a_rank_and_a_wrong_token_none(cluster: MegaMoECl
     cluster.run(break_next_forward, 1, "raises")
     assert right(cluster, checkpoint)
     assert cluster.events[since].what == "rank 1 raised RuntimeError: the fan has stopped"
-    before = [seat.pid for seat in cluster.members]
+    before = [handle.pid for handle in cluster.members]
     with pytest.raises(ValueError, match="token 500 is outside"):
         cluster.forward([1, 2, 500])
     assert right(cluster, checkpoint)
-    assert [seat.pid for seat in cluster.members] == before
+    assert [handle.pid for handle in cluster.members] == before
 
 
 def test_resizing_keeps_the_bits(cluster: MegaMoECluster, checkpoint: Path) -> None:
@@ -80,7 +80,7 @@ def test_resizing_keeps_the_bits(cluster: MegaMoECluster, checkpoint: Path) -> N
 
 
 def test_stopping_leaves_no_process(cluster: MegaMoECluster) -> None:
-    pids = [seat.pid for seat in cluster.members]
+    pids = [handle.pid for handle in cluster.members]
     cluster.stop()
     assert all(map(is_gone, pids))
 
@@ -112,7 +112,7 @@ def outlive_a_node(address: str, other: str, checkpoint: str, signals: str) -> d
     with MegaMoECluster(4, address=address, deadline_s=10.0, threads=1, policy=policy, on_event=tell) as cluster:
         cluster.load(checkpoint)
         run(cluster)
-        before = [seat.pid for seat in cluster.members]
+        before = [handle.pid for handle in cluster.members]
         killed = time.monotonic()
         for raylet in raylets(other):
             raylet.kill()
@@ -120,7 +120,7 @@ def outlive_a_node(address: str, other: str, checkpoint: str, signals: str) -> d
             os.kill(pid, signal.SIGKILL)
         run(cluster)
         seen |= {"shrunk_s": time.monotonic() - killed, "shrunk": cluster.ranks}
-        seen["stayed"] = [seat.pid for seat in cluster.members] == before[:2]
+        seen["stayed"] = [handle.pid for handle in cluster.members] == before[:2]
         run(cluster)
         Path(signals).touch()
         until = time.monotonic() + 120.0

@@ -151,7 +151,7 @@ def test_a_signal_at_any_point_leaves_no_file_and_no_process(
         "ranks_started": lambda: len(spawned(process)) == 2,
         "ranks_running": lambda: len(spawned(process)) == 2 and met(process),
         "ray_started": lambda: bool(running(process, "/raylet/raylet")),
-        "ray_ranks": lambda: len(running(process, "ray::SeatActor")) == 2,
+        "ray_ranks": lambda: len(running(process, "ray::WorkerActor")) == 2,
         "torchrun_ranks": lambda: (
             len(running(process, "megamoe.launch.cluster.torchrun_work")) == 3
         ),  # and torchrun itself

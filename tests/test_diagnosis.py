@@ -8,35 +8,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe.parallel.health.diagnosis import Sight, diagnose
-from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKING, Position
+from megamoe.parallel.health.diagnosis import PeerStatus, diagnose
+from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKING, RankStatus
 
 
-def waits(rank: int, peer: int | None, age_s: float = 2.0) -> Sight:
-    return Sight(rank, f"h{rank}", Position(WAITING, "moe", 3, 1, "dispatch", peer, 9, age_s), 0.1)
+def waits(rank: int, peer: int | None, age_s: float = 2.0) -> PeerStatus:
+    return PeerStatus(rank, f"h{rank}", RankStatus(WAITING, "moe", 3, 1, "dispatch", peer, 9, age_s), 0.1)
 
 
-def works(rank: int, age_s: float = 2.0) -> Sight:
-    return Sight(rank, f"h{rank}", Position(WORKING, "moe", 3, 1, "linear-1", None, 9, age_s), 0.1)
+def works(rank: int, age_s: float = 2.0) -> PeerStatus:
+    return PeerStatus(rank, f"h{rank}", RankStatus(WORKING, "moe", 3, 1, "linear-1", None, 9, age_s), 0.1)
 
 
-def outside(rank: int) -> Sight:
-    return Sight(rank, f"h{rank}", Position(OUTSIDE, "moe", 2, None, "", None, 9, 2.0), 0.1)
+def outside(rank: int) -> PeerStatus:
+    return PeerStatus(rank, f"h{rank}", RankStatus(OUTSIDE, "moe", 2, None, "", None, 9, 2.0), 0.1)
 
 
-def raised(rank: int, complaint: str, peer: int | None = None, age_s: float = 0.1) -> Sight:
-    return Sight(rank, f"h{rank}", Position(RAISED, "moe", 3, 1, "linear-1", peer, 9, age_s, complaint), 0.1)
+def raised(rank: int, complaint: str, peer: int | None = None, age_s: float = 0.1) -> PeerStatus:
+    return PeerStatus(rank, f"h{rank}", RankStatus(RAISED, "moe", 3, 1, "linear-1", peer, 9, age_s, complaint), 0.1)
 
 
-def gone(sight: Sight) -> Sight:
-    return replace(sight, closed=True)
+def gone(status: PeerStatus) -> PeerStatus:
+    return replace(status, closed=True)
 
 
-def silent(sight: Sight, reachable: bool) -> Sight:
-    return replace(sight, heard_s=3.0, silent=True, reachable=reachable)
+def silent(status: PeerStatus, reachable: bool) -> PeerStatus:
+    return replace(status, heard_s=3.0, silent=True, reachable=reachable)
 
 
-def hears_not(rank: int, peer: int) -> Sight:
+def hears_not(rank: int, peer: int) -> PeerStatus:
     return replace(waits(rank, peer), unheard=(peer,))
 
 
@@ -92,37 +92,37 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("sights", "awaited", "rank", "condition"), CASES.values(), ids=CASES.keys())
-def test_the_rank_to_blame_is_named(sights: list[Sight], awaited: int, rank: int, condition: str) -> None:
-    verdict = diagnose(0, awaited, sights)
+@pytest.mark.parametrize(("statuses", "awaited", "rank", "condition"), CASES.values(), ids=CASES.keys())
+def test_the_rank_to_blame_is_named(statuses: list[PeerStatus], awaited: int, rank: int, condition: str) -> None:
+    verdict = diagnose(0, awaited, statuses)
     assert (verdict.rank, verdict.condition) == (rank, condition)
     assert verdict.meaning
 
 
 def test_a_rank_that_left_is_named_by_those_that_wait_for_it() -> None:
-    left = Sight(1, "h1", Position(LEFT, "moe", 2, None, "", None, 9, 1.0), 1.0, closed=True)
+    left = PeerStatus(1, "h1", RankStatus(LEFT, "moe", 2, None, "", None, 9, 1.0), 1.0, closed=True)
     assert diagnose(0, 1, [waits(0, 1), left]).condition == "left"
 
 
 @st.composite
-def pictures(draw: st.DrawFn) -> tuple[list[Sight], int]:
+def pictures(draw: st.DrawFn) -> tuple[list[PeerStatus], int]:
     """Any picture of 2 to 5 ranks that rank 0 could have, and a rank that it waits for"""
     size = draw(st.integers(2, 5))
-    sights = []
+    statuses = []
     for rank in range(size):
         state = draw(st.sampled_from([OUTSIDE, WORKING, WAITING, RAISED, LEFT]))
         peers = st.sampled_from([peer for peer in range(size) if peer != rank])
-        position = Position(state, "moe", 1, 0, "dispatch", draw(st.none() | peers), 1, 1.0, "stopped")
+        position = RankStatus(state, "moe", 1, 0, "dispatch", draw(st.none() | peers), 1, 1.0, "stopped")
         known = draw(st.none() | st.just(position))
         silent, closed, reachable = draw(st.booleans()), draw(st.booleans()), draw(st.none() | st.booleans())
-        sights.append(Sight(rank, "h", known, 2.0, silent, closed, reachable))
-    return sights, draw(st.integers(1, size - 1))
+        statuses.append(PeerStatus(rank, "h", known, 2.0, silent, closed, reachable))
+    return statuses, draw(st.integers(1, size - 1))
 
 
 @given(pictures())
-def test_any_picture_has_a_verdict_about_a_rank_in_it(picture: tuple[list[Sight], int]) -> None:
-    sights, awaited = picture
-    verdict = diagnose(0, awaited, sights)
-    assert 0 <= verdict.rank < len(sights)
+def test_any_picture_has_a_verdict_about_a_rank_in_it(picture: tuple[list[PeerStatus], int]) -> None:
+    statuses, awaited = picture
+    verdict = diagnose(0, awaited, statuses)
+    assert 0 <= verdict.rank < len(statuses)
     assert verdict.meaning
-    assert all(str(sight).startswith(f"rank {sight.rank} on h") for sight in sights)
+    assert all(str(status).startswith(f"rank {status.rank} on h") for status in statuses)

@@ -21,8 +21,8 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel import interfaces, rendezvous
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup, init_group
-from megamoe.parallel.health.heartbeat import Beacon
-from megamoe.parallel.health.status import Whereabouts
+from megamoe.parallel.health.heartbeat import HeartbeatMonitor
+from megamoe.parallel.health.status import OwnStatus
 from megamoe.parallel.interfaces import Interface, told
 from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
 from megamoe.parallel.threads import gloo_threads
@@ -208,7 +208,7 @@ def again_and_again(group: EPGroup) -> list[Tensor]:
     for _ in range(3):
         with init_group(rank=group.rank, size=group.size, store=store, deadline_s=20.0) as fresh:
             outputs.append(output(fresh))
-            assert fresh.beacons
+            assert fresh.monitors
     return outputs
 
 
@@ -289,23 +289,23 @@ def test_a_heartbeat_follows_the_backends_interface_and_stays_on_loopback_where_
     assert addresses(3, {}) == ["127.0.0.1"] * 3
 
 
-def beacon_of(rank: int, store: Store, address: str, size: int = 2) -> Beacon:
-    return Beacon(rank, size, store, Whereabouts(), address=address, host=f"h{rank}", deadline_s=0.3)
+def monitor_of(rank: int, store: Store, address: str, size: int = 2) -> HeartbeatMonitor:
+    return HeartbeatMonitor(rank, size, store, OwnStatus(), address=address, host=f"h{rank}", deadline_s=0.3)
 
 
 def test_a_heartbeat_that_cannot_be_reached_is_named_with_rank_and_address() -> None:
     store = HashStore()
-    store.set("beacon token", "t")
-    store.set("beacon 0", '{"host": "h0", "address": "127.0.1.1", "port": 9, "version": 7}')
+    store.set("heartbeat token", "t")
+    store.set("heartbeat 0", '{"host": "h0", "address": "127.0.1.1", "port": 9, "version": 7}')
     with pytest.raises(
         ConnectionError,
         match=r"rank 1 on h1 \(127\.0\.0\.1\) does not reach the heartbeat of rank 0 on h0 at 127\.0\.1\.1 port 9: "
         r".*refused.* GLOO_SOCKET_IFNAME",
     ):
-        beacon_of(1, store, "127.0.0.1")
+        monitor_of(1, store, "127.0.0.1")
     with pytest.raises(RuntimeError, match=r"rank 1, rank 2 did not come to where the ranks meet within 0\.3 s"):
-        beacon_of(0, HashStore(), "127.0.0.1", size=3)
+        monitor_of(0, HashStore(), "127.0.0.1", size=3)
     with pytest.raises(
         ValueError, match=r"rank 0 cannot listen at 198\.51\.100\.9: .*; this machine has .*127\.0\.0\.1"
     ):
-        beacon_of(0, HashStore(), "198.51.100.9")
+        monitor_of(0, HashStore(), "198.51.100.9")

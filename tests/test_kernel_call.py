@@ -104,7 +104,7 @@ def with_all_to_all(group: EPGroup) -> EPGroup:
     world = dist.group.WORLD
     assert world is not None
     assert group.clock is not None
-    clock = Clock(group.deadline_s, group.hosts, group.whereabouts)
+    clock = Clock(group.deadline_s, group.hosts, group.own_status)
     return EPGroup(group.rank, group.size, AllToAllTransport(world, clock, CPU), group.deadline_s, clock)
 
 
@@ -365,10 +365,10 @@ def queued(group: EPGroup, batch: Batch) -> list[str]:
 def computes(log: list[str]) -> Any:
     from megamoe.execution.backends.triton_experts import run_experts
 
-    def run(*args: Any, turns: int) -> None:
-        assert turns > 1, "or messages would wait until a kernel has ended"
+    def run(*args: Any, oversubscription: int) -> None:
+        assert oversubscription > 1, "or messages would wait until a kernel has ended"
         log.append("compute")
-        run_experts(*args, turns=turns)
+        run_experts(*args, oversubscription=oversubscription)
 
     return run
 

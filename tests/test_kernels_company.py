@@ -49,7 +49,7 @@ def test_neither_another_run_nor_another_number_of_programs_changes_a_bit(way: s
     first = row_bytes(product, tile=WAYS[way], programs=3)
     for programs in (3, 1, 5, 64):
         assert torch.equal(row_bytes(product, tile=WAYS[way], programs=programs), first)
-    assert torch.equal(row_bytes(replace(product, turns=4), tile=WAYS[way]), first)
+    assert torch.equal(row_bytes(replace(product, oversubscription=4), tile=WAYS[way]), first)
 
 
 @every_way

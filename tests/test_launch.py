@@ -80,7 +80,7 @@ def rank_and_size(group: EPGroup, factor: int) -> tuple[int, int]:
 def fails(group: EPGroup) -> None:
     if group.rank == 1:
         raise ValueError("rank 1 was asked for too much")
-    group.whereabouts.leave()
+    group.own_status.leave()
 
 
 def test_work_under_torchrun_comes_back_in_order_of_rank_or_raises_what_a_rank_raised() -> None:
@@ -134,7 +134,7 @@ def test_a_run_can_be_looked_at_while_it_goes_on_and_leaves_nothing_after_ctrl_c
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert holds(lambda: len(listed().get(run, [])) == 2, 60)
-        assert holds(lambda: all(sight.position and sight.position.call > 2 for sight in look(run).sights), 60)
+        assert holds(lambda: all(status.position and status.position.call > 2 for status in look(run).statuses), 60)
         picture = command("doctor", "--run", run, "--format", "json")
         assert picture.returncode == 0, picture.stderr
         ranks = json.loads(picture.stdout)["ranks"]

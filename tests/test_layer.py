@@ -165,7 +165,7 @@ def test_error_against_fp64_is_below_the_bound_at_the_size_of_v4_pro() -> None:
 def all_to_all(group: EPGroup, batch: Batch, shares: list[slice]) -> Tensor:
     world = dist.group.WORLD
     assert world is not None
-    transport = AllToAllTransport(world, Clock(group.deadline_s, {}, group.whereabouts), torch.device("cpu"))
+    transport = AllToAllTransport(world, Clock(group.deadline_s, {}, group.own_status), torch.device("cpu"))
     mine = batch.part(shares[group.rank])
     layer = make_layer(SHAPE, EPGroup(group.rank, group.size, transport, group.deadline_s), waves=3)
     return layer(mine.hidden, mine.ids, mine.weights)

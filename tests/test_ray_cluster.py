@@ -1,4 +1,4 @@
-"""Seats on Ray: they meet, fail and end like any others, and a cluster that was started for them leaves nothing."""
+"""Workers on Ray: they meet, fail and end like any others, and a cluster that was started for them leaves nothing."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from typing import IO, Any
 
 import pytest
 
-from megamoe.launch.cluster.ray.pool import RaySeats
-from megamoe.launch.cluster.worker_handle import SeatLostError
+from megamoe.launch.cluster.ray.pool import RayPool
+from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 
 pytest.importorskip("ray")
 
 from megamoe.launch.cluster.ray import session
-from megamoe.launch.cluster.ray.handle import RaySeat
+from megamoe.launch.cluster.ray.handle import RayHandle
 from megamoe.launch.cluster.ray.placement import order_bundles
 from tests.ray_nodes import add_up, is_gone, meet, nap, two_nodes
 
@@ -35,22 +35,22 @@ CAN_HOLD_A_LAB = sys.platform.startswith("linux") and os.geteuid() == 0 and shut
 DRIVER = """
 import json, os, psutil, signal, sys
 from pathlib import Path
-from megamoe.launch.cluster.ray.pool import RaySeats
+from megamoe.launch.cluster.ray.pool import RayPool
 
 def speak(group, text):
     print("to stdout:", text)
     print("to stderr:", text, file=sys.stderr)
 
 from megamoe.launch.cluster.worker import Meeting
-with RaySeats(2, address="local", log_dir=Path(sys.argv[1])) as seats:
+with RayPool(2, address="local", log_dir=Path(sys.argv[1])) as workers:
     for number in range(2):
-        seat = seats.open(number, 60.0)
-        seat.call("join", Meeting(*seat.call("open_store").result(60.0), 0, 0, 1)).result(60.0)
-        seat.call("run", speak, f"from {number}").result(60.0)
-    os.kill(seat.pid, signal.SIGKILL)
+        worker = workers.open(number, 60.0)
+        worker.call("join", Meeting(*worker.call("open_store").result(60.0), 0, 0, 1)).result(60.0)
+        worker.call("run", speak, f"from {number}").result(60.0)
+    os.kill(worker.pid, signal.SIGKILL)
     seen = {
         "pids": [process.pid for process in psutil.Process().children(recursive=True)],
-        "place": str(Path(seats.log_paths()[0].path).parents[2]),
+        "place": str(Path(workers.log_paths()[0].path).parents[2]),
     }
     sys.stdin.readline()
 Path(sys.argv[1], "seen.json").write_text(json.dumps(seen))
@@ -58,14 +58,14 @@ Path(sys.argv[1], "seen.json").write_text(json.dumps(seen))
 
 
 @pytest.fixture(scope="module")
-def places() -> Iterator[RaySeats]:
-    """Two seats on a cluster of this machine."""
-    with RaySeats(2, address="local", deadline_s=20.0) as seats:
-        yield seats
+def places() -> Iterator[RayPool]:
+    """Two workers on a cluster of this machine."""
+    with RayPool(2, address="local", deadline_s=20.0) as handles:
+        yield handles
 
 
 @pytest.fixture(scope="module")
-def pair(places: RaySeats) -> list[RaySeat]:
+def pair(places: RayPool) -> list[RayHandle]:
     return [places.open(number, WAIT_S) for number in range(2)]
 
 
@@ -87,14 +87,14 @@ def answer_what_cannot_travel(_: EPGroup) -> socket.socket:
     return socket.socket()
 
 
-def test_seats_meet_as_a_group_and_meet_again(pair: list[RaySeat]) -> None:
+def test_seats_meet_as_a_group_and_meet_again(pair: list[RayHandle]) -> None:
     for generation in (1, 2):
         meet(pair, generation)
-        summing = [seat.call("run", add_up, 10) for seat in pair]
+        summing = [handle.call("run", add_up, 10) for handle in pair]
         assert [each.result(timeout=WAIT_S) for each in summing] == [21.0, 21.0]
 
 
-def test_errors_arrive_as_they_were_raised_with_where_in_a_note(pair: list[RaySeat]) -> None:
+def test_errors_arrive_as_they_were_raised_with_where_in_a_note(pair: list[RayHandle]) -> None:
     meet(pair, 3)
     wrong = pair[1].call("run", raise_value_error).exception(timeout=WAIT_S)
     assert type(wrong) is ValueError
@@ -107,7 +107,7 @@ def test_errors_arrive_as_they_were_raised_with_where_in_a_note(pair: list[RaySe
 
 
 @pytest.mark.parametrize("work", [raise_what_cannot_travel, answer_what_cannot_travel])
-def test_what_cannot_travel_is_said_and_the_seat_serves_on(pair: list[RaySeat], work: Any) -> None:
+def test_what_cannot_travel_is_said_and_the_seat_serves_on(pair: list[RayHandle], work: Any) -> None:
     meet(pair, 4)
     error = pair[0].call("run", work).exception(timeout=WAIT_S)
     assert isinstance(error, RuntimeError)
@@ -115,51 +115,51 @@ def test_what_cannot_travel_is_said_and_the_seat_serves_on(pair: list[RaySeat], 
     assert pair[0].call("info").result(timeout=WAIT_S).pid == pair[0].pid
 
 
-def test_a_killed_process_is_noticed_at_once_and_its_seat_opens_again(places: RaySeats) -> None:
-    seats = [places.open(number, WAIT_S) for number in range(2)]
-    meet(seats, 5)
-    asked = seats[1].call("run", nap)
+def test_a_killed_process_is_noticed_at_once_and_its_seat_opens_again(places: RayPool) -> None:
+    handles = [places.open(number, WAIT_S) for number in range(2)]
+    meet(handles, 5)
+    asked = handles[1].call("run", nap)
     begin = time.monotonic()
-    os.kill(seats[1].pid, signal.SIGKILL)
+    os.kill(handles[1].pid, signal.SIGKILL)
     lost = asked.exception(timeout=WAIT_S)
     assert time.monotonic() - begin < 3.0
-    assert isinstance(lost, SeatLostError)
+    assert isinstance(lost, WorkerLostError)
     assert lost.number == 1
-    assert f"process {seats[1].pid}" in lost.message
+    assert f"process {handles[1].pid}" in lost.message
     assert "killed" in lost.message
-    assert not seats[1].alive
+    assert not handles[1].alive
     again = places.open(1, WAIT_S)
     assert again.alive
-    assert again.call("info").result(timeout=WAIT_S).pid == again.pid != seats[1].pid
+    assert again.call("info").result(timeout=WAIT_S).pid == again.pid != handles[1].pid
 
 
-def test_a_stopped_process_can_be_ended_and_what_it_was_asked_fails(places: RaySeats) -> None:
-    seat = places.open(0, WAIT_S)
-    os.kill(seat.pid, signal.SIGSTOP)
-    asked = seat.call("info")
-    seat.kill()
-    assert is_gone(seat.pid)
-    assert not seat.alive
-    assert isinstance(asked.exception(timeout=0.0), SeatLostError)
-    assert isinstance(seat.call("info").exception(timeout=WAIT_S), SeatLostError)
+def test_a_stopped_process_can_be_ended_and_what_it_was_asked_fails(places: RayPool) -> None:
+    handle = places.open(0, WAIT_S)
+    os.kill(handle.pid, signal.SIGSTOP)
+    asked = handle.call("info")
+    handle.kill()
+    assert is_gone(handle.pid)
+    assert not handle.alive
+    assert isinstance(asked.exception(timeout=0.0), WorkerLostError)
+    assert isinstance(handle.call("info").exception(timeout=WAIT_S), WorkerLostError)
 
 
-def test_a_cluster_without_room_says_what_was_asked_and_what_it_has(places: RaySeats) -> None:
+def test_a_cluster_without_room_says_what_was_asked_and_what_it_has(places: RayPool) -> None:
     import ray
 
     places.place()
     with pytest.raises(RuntimeError, match=r"no room within 0\.5 s for 3 bundles of 1 CPU: the cluster has 2 CPU;"):
-        RaySeats(3, deadline_s=0.5).place()
+        RayPool(3, deadline_s=0.5).place()
     with pytest.raises(RuntimeError, match=r"2 bundles of 1 GPU: the cluster has 0 GPU; node [0-9.]+ has 0, 0 of them"):
-        RaySeats(2, device="cuda", deadline_s=0.5).place()
+        RayPool(2, device="cuda", deadline_s=0.5).place()
     states = [each["state"] for each in ray.util.placement_group_table().values()]
     assert "PENDING" not in states
 
 
-def test_a_process_uses_one_cluster(places: RaySeats) -> None:
+def test_a_process_uses_one_cluster(places: RayPool) -> None:
     places.place()
     with pytest.raises(RuntimeError, match=r"cannot use 198\.51\.100\.1:6379 besides"):
-        RaySeats(1, address="198.51.100.1:6379").place()
+        RayPool(1, address="198.51.100.1:6379").place()
 
 
 def test_an_address_without_a_cluster_is_refused_within_the_deadline() -> None:
@@ -184,7 +184,7 @@ def test_an_address_needs_a_host_and_a_port(address: str) -> None:
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'megamoe\[ray\]'"):
-        RaySeats(2)
+        RayPool(2)
     alone = "import sys; sys.modules['ray'] = None; import megamoe.launch.cluster.ray.pool"
     subprocess.run([sys.executable, "-c", alone], check=True, timeout=WAIT_S)
 
@@ -242,6 +242,6 @@ def test_seats_on_two_nodes() -> None:
     assert f"1 bundles of 1 CPU: {full}" in seen["too_small"]
     assert seen["stopped_is_gone"]
     assert seen["stopped_s"] < 15.0
-    assert seen["stopped_call"] == "SeatLostError"
-    assert seen["node_lost"].startswith("SeatLostError: rank 3")
+    assert seen["stopped_call"] == "WorkerLostError"
+    assert seen["node_lost"].startswith("WorkerLostError: rank 3")
     assert "its node is gone, and no other has 1 CPU free" in seen["homeless"]

@@ -11,7 +11,7 @@ import pytest
 
 from megamoe.launch.cluster import recovery
 from megamoe.launch.cluster.recovery import RestartPolicy, StuckError, collect, judge, parse_elastic
-from megamoe.launch.cluster.worker_handle import SeatLostError
+from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.launch.process import portable
 from megamoe.parallel.errors import PeerError
 
@@ -25,8 +25,8 @@ def lost(rank: int, condition: str = "dead") -> PeerError:
     return PeerError(rank, "there", "dispatch", "layers.0", 0, 1.0, 5.0, "connection reset", condition, "is lost")
 
 
-def gone(number: int) -> SeatLostError:
-    return SeatLostError(number, f"seat {number} died")
+def gone(number: int) -> WorkerLostError:
+    return WorkerLostError(number, f"worker {number} died")
 
 
 def everyone(outcomes: list[Any], *dead: int) -> dict[int, bool]:
@@ -110,7 +110,7 @@ def test_the_summary_is_one_line_that_names_the_rank() -> None:
 
     assert summary(OK, RuntimeError("boom\nand more")) == "rank 1 raised RuntimeError: boom"
     assert summary(lost(1), gone(1)).startswith("rank 1 on there is lost: layer 'layers.0', wave 0, phase dispatch")
-    assert summary(OK, gone(1)) == "seat 1 died"
+    assert summary(OK, gone(1)) == "worker 1 died"
 
 
 # ---- collect ----
@@ -181,7 +181,7 @@ def test_elastic_is_written_min_colon_max() -> None:
 
 
 def test_an_error_about_a_peer_keeps_its_notes_on_the_way() -> None:
-    there = pickle.loads(pickle.dumps(portable(lost(3), "seat 1")))
+    there = pickle.loads(pickle.dumps(portable(lost(3), "worker 1")))
     assert (there.rank, there.condition, str(there)) == (3, "dead", str(lost(3)))
-    assert "raised on seat 1" in there.__notes__[0]
+    assert "raised on worker 1" in there.__notes__[0]
     assert not hasattr(pickle.loads(pickle.dumps(lost(3))), "__notes__")

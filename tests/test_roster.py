@@ -1,4 +1,4 @@
-"""The roster waits for no seat longer than it is told to, and takes each back when it is there."""
+"""The membership waits for no worker longer than it is told to, and takes each back when it is there."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 
 from megamoe.launch.cluster.cluster import MegaMoECluster
 from megamoe.launch.cluster.recovery import RestartPolicy
-from megamoe.launch.cluster.spawn import SpawnSeats
-from megamoe.launch.cluster.worker_pool import Roster
+from megamoe.launch.cluster.spawn import SpawnPool
+from megamoe.launch.cluster.worker_pool import Membership
 
 
-class FakeSeat:
-    """A seat without a process: answers what it is told to answer."""
+class FakeHandle:
+    """A worker without a process: answers what it is told to answer."""
 
     def __init__(self, number: int, answer: Callable[[str], Any]) -> None:
         self.number, self.host, self.pid, self.alive = number, "here", 0, True
@@ -38,8 +38,8 @@ class FakeSeat:
         self.alive = False
 
 
-class FakeSeats:
-    """refusals[n] are the errors that the next tries of seat n end in; a seat that is late waits for `there`."""
+class FakePool:
+    """refusals[n] are the errors that the next tries of worker n end in; a worker that is late waits for `there`."""
 
     def __init__(self, answer: Callable[[str], Any] = lambda _: None) -> None:
         self.refusals: dict[int, list[Exception]] = {}
@@ -48,21 +48,21 @@ class FakeSeats:
         self.opened: list[int] = []
         self._answer = answer
 
-    def open(self, number: int, deadline_s: float) -> FakeSeat:
+    def open(self, number: int, deadline_s: float) -> FakeHandle:
         if number in self.late and not self.there.wait(deadline_s):
             raise RuntimeError("never came")
         if self.refusals.get(number):
             raise self.refusals[number].pop()
         self.opened.append(number)
-        return FakeSeat(number, self._answer)
+        return FakeHandle(number, self._answer)
 
     def close(self) -> None:
         self.there.set()
 
 
 @pytest.fixture
-def seats() -> FakeSeats:
-    return FakeSeats()
+def handles() -> FakePool:
+    return FakePool()
 
 
 @pytest.fixture
@@ -71,97 +71,97 @@ def told() -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def roster(seats: FakeSeats, told: list[tuple[str, str]]) -> Iterator[Roster]:
-    made = Roster(seats, 3, start_s=30.0, retry_s=0.05, tell=lambda kind, what: told.append((kind, what)))
+def membership(handles: FakePool, told: list[tuple[str, str]]) -> Iterator[Membership]:
+    made = Membership(handles, 3, start_s=30.0, retry_s=0.05, tell=lambda kind, what: told.append((kind, what)))
     yield made
     made.close()
 
 
-def numbers(roster: Roster) -> list[int]:
-    return [seat.number for seat in roster.members]
+def numbers(membership: Membership) -> list[int]:
+    return [handle.number for handle in membership.members]
 
 
-def back(roster: Roster) -> list[int]:
+def back(membership: Membership) -> list[int]:
     """What comes back, however often that has to be asked."""
     until = time.monotonic() + 10.0
     while time.monotonic() < until:
-        found = roster.take_back()
+        found = membership.take_back()
         if found:
             return found
     return []
 
 
-def test_members_are_in_order_of_their_numbers(roster: Roster) -> None:
-    assert roster.open([2, 0], 10.0) == {}
-    assert numbers(roster) == [0, 2]
-    assert roster.vacant == [1]
-    assert roster.take_back() == []
+def test_members_are_in_order_of_their_numbers(membership: Membership) -> None:
+    assert membership.open([2, 0], 10.0) == {}
+    assert numbers(membership) == [0, 2]
+    assert membership.vacant == [1]
+    assert membership.take_back() == []
 
 
 def test_a_seat_that_is_refused_is_out_and_tried_again_later(
-    roster: Roster, seats: FakeSeats, told: list[tuple[str, str]]
+    membership: Membership, handles: FakePool, told: list[tuple[str, str]]
 ) -> None:
-    seats.refusals[1] = [RuntimeError("nor now"), RuntimeError("not now")]
-    refusals = roster.open(range(3), 10.0)
+    handles.refusals[1] = [RuntimeError("nor now"), RuntimeError("not now")]
+    refusals = membership.open(range(3), 10.0)
     assert {number: str(refusal) for number, refusal in refusals.items()} == {1: "not now"}
-    assert told == [("out", "seat 1 cannot be had: not now")]
-    assert numbers(roster) == [0, 2]
-    assert roster.take_back() == []
-    assert back(roster) == [1]
-    assert numbers(roster) == [0, 1, 2]
-    assert seats.refusals[1] == []
+    assert told == [("out", "worker 1 cannot be had: not now")]
+    assert numbers(membership) == [0, 2]
+    assert membership.take_back() == []
+    assert back(membership) == [1]
+    assert numbers(membership) == [0, 1, 2]
+    assert handles.refusals[1] == []
 
 
-def test_a_seat_that_takes_long_is_out_until_it_is_there(roster: Roster, seats: FakeSeats) -> None:
-    seats.late = {1}
+def test_a_seat_that_takes_long_is_out_until_it_is_there(membership: Membership, handles: FakePool) -> None:
+    handles.late = {1}
     begun = time.monotonic()
-    assert "has no process after 0.1 s" in str(roster.open(range(3), 0.1)[1])
+    assert "has no process after 0.1 s" in str(membership.open(range(3), 0.1)[1])
     assert time.monotonic() - begun < 5.0
-    assert numbers(roster) == [0, 2]
-    assert roster.take_back() == []
-    seats.there.set()
-    assert back(roster) == [1]
-    assert seats.opened.count(1) == 1
+    assert numbers(membership) == [0, 2]
+    assert membership.take_back() == []
+    handles.there.set()
+    assert back(membership) == [1]
+    assert handles.opened.count(1) == 1
 
 
-def test_what_is_no_refusal_is_raised(roster: Roster, seats: FakeSeats) -> None:
-    seats.refusals[0] = [TypeError("a mistake")]
+def test_what_is_no_refusal_is_raised(membership: Membership, handles: FakePool) -> None:
+    handles.refusals[0] = [TypeError("a mistake")]
     with pytest.raises(TypeError, match="a mistake"):
-        roster.open([0], 10.0)
+        membership.open([0], 10.0)
 
 
-def test_forgotten_seats_are_not_tried_again(roster: Roster, seats: FakeSeats) -> None:
-    seats.refusals[0] = [RuntimeError("not now")]
-    seats.late = {1}
-    roster.open(range(3), 0.05)
-    seats.there.set()
-    roster.forget_out()
-    assert numbers(roster) == [1, 2]
+def test_forgotten_seats_are_not_tried_again(membership: Membership, handles: FakePool) -> None:
+    handles.refusals[0] = [RuntimeError("not now")]
+    handles.late = {1}
+    membership.open(range(3), 0.05)
+    handles.there.set()
+    membership.forget_out()
+    assert numbers(membership) == [1, 2]
     threading.Event().wait(0.1)  # until a retry would have been due
-    assert roster.take_back() == []
-    roster.close_seats([1])
-    assert roster.vacant == [0, 1]
+    assert membership.take_back() == []
+    membership.close_pool([1])
+    assert membership.vacant == [0, 1]
 
 
 def test_a_seat_that_is_put_out_has_no_process_and_comes_back_later(
-    roster: Roster, told: list[tuple[str, str]]
+    membership: Membership, told: list[tuple[str, str]]
 ) -> None:
-    roster.open([0, 1], 10.0)
-    sitting = roster.members[1]
-    roster.put_out([1], "does not reach the others")
+    membership.open([0, 1], 10.0)
+    sitting = membership.members[1]
+    membership.put_out([1], "does not reach the others")
     assert not sitting.alive
-    assert numbers(roster) == [0]
-    assert told[-1] == ("out", "seat 1 does not reach the others")
-    assert back(roster) == [1]
-    assert numbers(roster) == [0, 1]
+    assert numbers(membership) == [0]
+    assert told[-1] == ("out", "worker 1 does not reach the others")
+    assert back(membership) == [1]
+    assert numbers(membership) == [0, 1]
 
 
 def test_closing_ends_a_process_that_is_still_starting() -> None:
     resource_tracker.ensure_running()  # Python's own, which stays
     before = set(psutil.Process().children())
-    roster = Roster(SpawnSeats(1, threads=1), 1, start_s=60.0, retry_s=1.0, tell=lambda *_: None)
-    assert list(roster.open([0], 0.05)) == [0]
-    roster.close()
+    membership = Membership(SpawnPool(1, threads=1), 1, start_s=60.0, retry_s=1.0, tell=lambda *_: None)
+    assert list(membership.open([0], 0.05)) == [0]
+    membership.close()
     assert set(psutil.Process().children()) == before
 
 
@@ -177,7 +177,7 @@ def test_the_wait_between_restarts_in_a_row_doubles_and_the_first_failure_is_rai
         return RuntimeError(f"failure {next(joins)}") if method == "join" else None
 
     policy = RestartPolicy(restarts=3, backoff_s=0.05)
-    cluster = MegaMoECluster(1, launcher="spawn", policy=policy, seats=FakeSeats(answer))
+    cluster = MegaMoECluster(1, launcher="spawn", policy=policy, pool=FakePool(answer))
     with pytest.raises(RuntimeError, match="failure 0") as raised:
         cluster.start()
     assert str(raised.value.__cause__) == "failure 3"

@@ -17,7 +17,7 @@ from megamoe.kernels.cpu.paths import runnable
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.workspace import Workspace
 from megamoe.reference import round_mxfp8
-from megamoe.routing.messages import Slabs, count_rows
+from megamoe.routing.messages import Messages, count_rows
 from megamoe.routing.permutation import Route, by_expert, route_rows
 from megamoe.routing.waves import WavePlan, plan_waves
 from megamoe.routing.wire import Wire
@@ -46,12 +46,12 @@ def route(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> Route:
 WIRE = Wire("bf16", 32, False)
 
 
-def routed(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> tuple[Route, Slabs]:
+def routed(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> tuple[Route, Messages]:
     """The route where all ranks bring the same ids."""
     counts, firsts = count_rows(ids, plan.placement)
     size = plan.placement.ep_size
-    slabs = Slabs.of(plan, WIRE, [len(ids)] * size, counts.expand(size, -1), firsts.expand(size, -1))
-    return route_rows(ids, weights, plan, rank, counts.tolist(), slabs, Workspace()), slabs
+    messages = Messages.of(plan, WIRE, [len(ids)] * size, counts.expand(size, -1), firsts.expand(size, -1))
+    return route_rows(ids, weights, plan, rank, counts.tolist(), messages, Workspace()), messages
 
 
 def check_route(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> None:
@@ -231,10 +231,10 @@ def test_what_is_said_of_pairs_reads_back_with_every_bit() -> None:
     assert [len(part) for part in WIRE.read_pairs(rows[:0], 0)] == [0, 0]
 
 
-# ---- slabs: every token to every rank once ----
+# ---- messages: every token to every rank once ----
 
 
-def check_slabs(shape: tuple[int, int, int], waves: int, seed: int) -> None:
+def check_messages(shape: tuple[int, int, int], waves: int, seed: int) -> None:
     """All ranks fill the inboxes of all others; every row must then find its own token and weight there."""
     num_experts, size, topk = shape
     plan, rng = plan_waves(Placement(num_experts, size), waves), generator(num_experts, size, topk, waves, seed)
@@ -242,39 +242,39 @@ def check_slabs(shape: tuple[int, int, int], waves: int, seed: int) -> None:
     weights = [torch.rand(len(each), topk, generator=rng) for each in ids]
     both = [count_rows(each, plan.placement) for each in ids]
     counts, firsts = torch.stack([pairs for pairs, _ in both]), torch.stack([first for _, first in both])
-    slabs = Slabs.of(plan, WIRE, [len(each) for each in ids], counts, firsts)
-    routes = [route_rows(ids[r], weights[r], plan, r, counts[r].tolist(), slabs, Workspace()) for r in range(size)]
+    messages = Messages.of(plan, WIRE, [len(each) for each in ids], counts, firsts)
+    routes = [route_rows(ids[r], weights[r], plan, r, counts[r].tolist(), messages, Workspace()) for r in range(size)]
     inboxes = [[(r, t) for t in range(len(ids[r]))] for r in range(size)]  # (rank, token) of each row, own ones first
     sent = [0] * size
     for wave in range(plan.num_waves):
         for receiver in range(size):
             for sender, route in enumerate(routes):
-                assert slabs.starts[receiver, wave, sender] == len(inboxes[receiver])
-                inboxes[receiver] += [(-1, -1)] * int(slabs.heads[sender, wave, receiver])
-                before = sum(int(slabs.fresh[sender, wave, r]) for r in range(receiver))
+                assert messages.starts[receiver, wave, sender] == len(inboxes[receiver])
+                inboxes[receiver] += [(-1, -1)] * int(messages.heads[sender, wave, receiver])
+                before = sum(int(messages.unique[sender, wave, r]) for r in range(receiver))
                 begin = sent[sender] + before
-                fresh = route.fresh[begin : begin + int(slabs.fresh[sender, wave, receiver])].tolist()
-                inboxes[receiver] += [(sender, token) for token in fresh]
+                unique = route.unique[begin : begin + int(messages.unique[sender, wave, receiver])].tolist()
+                inboxes[receiver] += [(sender, token) for token in unique]
         for sender in range(size):
-            sent[sender] += int(slabs.fresh[sender, wave].sum())
+            sent[sender] += int(messages.unique[sender, wave].sum())
             route, begin = routes[sender], routes[sender].wave_starts[wave]
-            for receiver, pairs in enumerate(slabs.pairs[sender, wave].tolist()):
+            for receiver, pairs in enumerate(messages.pairs[sender, wave].tolist()):
                 for row in range(begin, begin + pairs):  # what they point to has come by now
                     assert inboxes[receiver][int(route.places[row])] == (sender, int(route.tokens[row]))
                 begin += pairs
     for receiver, inbox in enumerate(inboxes):
-        assert len(inbox) == slabs.inbox_rows(receiver, len(ids[receiver]))
+        assert len(inbox) == messages.inbox_rows(receiver, len(ids[receiver]))
         came = [row for row in inbox if row[0] >= 0]
         assert len(came) == len(set(came)), "a token came twice"
     for sender, route in enumerate(routes):
-        assert sent[sender] == len(route.fresh)
+        assert sent[sender] == len(route.unique)
 
 
 @pytest.mark.parametrize("waves", [1, 2, 4])
 @pytest.mark.parametrize("shape", [(4, 1, 2), (6, 2, 3), (7, 3, 5), (2, 3, 2), (9, 4, 1), (12, 5, 8)], ids=str)
 def test_every_token_is_sent_to_a_rank_once_and_every_row_finds_it(shape: tuple[int, int, int], waves: int) -> None:
     for seed in range(4):
-        check_slabs(shape, waves, seed)
+        check_messages(shape, waves, seed)
 
 
 def test_rows_and_firsts_of_the_docstring() -> None:
@@ -286,9 +286,9 @@ def test_rows_and_firsts_of_the_docstring() -> None:
 
 def test_a_route_sends_what_its_docstring_says() -> None:
     ids = torch.tensor([[2, 0], [3, 2], [1, -1]])
-    got, slabs = routed(ids, torch.ones(3, 2), plan_waves(Placement(4, 2), 1), 0)
-    begin = int(slabs.starts[1, 0, 0] + slabs.heads[0, 0, 1])
-    assert got.fresh.tolist() == [0, 1]
+    got, messages = routed(ids, torch.ones(3, 2), plan_waves(Placement(4, 2), 1), 0)
+    begin = int(messages.starts[1, 0, 0] + messages.heads[0, 0, 1])
+    assert got.unique.tolist() == [0, 1]
     assert got.places.tolist() == [begin, begin + 1, begin + 1]
 
 

@@ -1,4 +1,4 @@
-"""Spans of rows, spelled out on the host and by the operations that a GPU is given, with CPU tensors for both."""
+"""Segments of rows, spelled out on the host and by the operations that a GPU is given, with CPU tensors for both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seats on this machine: answers in order, errors as they were raised, an end noticed at once, every line kept."""
+"""Workers on this machine: answers in order, errors as they were raised, an end noticed at once, every line kept."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megamoe.launch.cluster.spawn import SpawnSeat, SpawnSeats
-from megamoe.launch.cluster.worker import Meeting
-from megamoe.launch.cluster.worker_handle import SeatLostError
+from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
+from megamoe.launch.cluster.worker import Rendezvous
+from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.launch.lab.lab import Host
 from megamoe.launch.process import loopback
 from megamoe.parallel.errors import PeerError
@@ -30,47 +30,48 @@ QUICK_S = 20.0
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("seats") / "new" / "logs"
+    return tmp_path_factory.mktemp("workers") / "new" / "logs"
 
 
 @pytest.fixture(scope="module")
-def seats(logs: Path) -> Iterator[SpawnSeats]:
-    with SpawnSeats(3, threads=1, deadline_s=QUICK_S, log_dir=logs) as opened:
+def handles(logs: Path) -> Iterator[SpawnPool]:
+    with SpawnPool(3, threads=1, deadline_s=QUICK_S, log_dir=logs) as opened:
         yield opened
 
 
 class Sitting:
-    """The seats that are open, each opened when it is asked for and again where its process has ended."""
+    """The workers that are open, each opened when it is asked for and again where its process has ended."""
 
-    def __init__(self, seats: SpawnSeats) -> None:
-        self._seats = seats
-        self._open: dict[int, SpawnSeat] = {}
+    def __init__(self, handles: SpawnPool) -> None:
+        self._handles = handles
+        self._open: dict[int, SpawnHandle] = {}
 
-    def __getitem__(self, number: int) -> SpawnSeat:
+    def __getitem__(self, number: int) -> SpawnHandle:
         if number not in self._open or not self._open[number].alive:
-            self._open[number] = self._seats.open(number, 60)
+            self._open[number] = self._handles.open(number, 60)
         return self._open[number]
 
 
 @pytest.fixture(scope="module")
-def sitting(seats: SpawnSeats) -> Sitting:
-    return Sitting(seats)
+def sitting(handles: SpawnPool) -> Sitting:
+    return Sitting(handles)
 
 
-def meet(*seats: SpawnSeat, generation: int = 1) -> None:
-    """Makes a group of these seats, ranks in their order."""
-    address, port = seats[0].call("open_store").result(QUICK_S)
+def meet(*handles: SpawnHandle, generation: int = 1) -> None:
+    """Makes a group of these workers, ranks in their order."""
+    address, port = handles[0].call("open_store").result(QUICK_S)
     joined = [
-        seat.call("join", Meeting(address, port, generation, rank, len(seats))) for rank, seat in enumerate(seats)
+        handle.call("join", Rendezvous(address, port, generation, rank, len(handles)))
+        for rank, handle in enumerate(handles)
     ]
     for each in joined:
         each.result(QUICK_S)
 
 
-def alone(seat: SpawnSeat) -> SpawnSeat:
-    """The seat in a group of its own, where it can run() anything."""
-    meet(seat)
-    return seat
+def alone(handle: SpawnHandle) -> SpawnHandle:
+    """The worker in a group of its own, where it can run() anything."""
+    meet(handle)
+    return handle
 
 
 # ---- answers ----
@@ -81,17 +82,17 @@ def squared(_: EPGroup, number: int) -> int:
 
 
 def test_a_worker_says_who_it_is(sitting: Sitting) -> None:
-    seat = sitting[0]
-    info = seat.call("info").result(QUICK_S)
-    assert (info.host, info.pid, info.device) == (seat.host, seat.pid, "cpu")
-    assert psutil.Process(seat.pid).ppid() == os.getpid()
-    assert seat.alive
+    handle = sitting[0]
+    info = handle.call("info").result(QUICK_S)
+    assert (info.host, info.pid, info.device) == (handle.host, handle.pid, "cpu")
+    assert psutil.Process(handle.pid).ppid() == os.getpid()
+    assert handle.alive
 
 
 def test_answers_come_in_the_order_of_the_calls(sitting: Sitting) -> None:
-    seat = alone(sitting[0])
+    handle = alone(sitting[0])
     order: list[int] = []
-    answers = [seat.call("run", squared, number) for number in range(50)]
+    answers = [handle.call("run", squared, number) for number in range(50)]
     for number, answer in enumerate(answers):
         answer.add_done_callback(lambda _, number=number: order.append(number))  # type: ignore[misc]
     assert [answer.result(QUICK_S) for answer in answers] == [number**2 for number in range(50)]
@@ -108,7 +109,7 @@ def test_seats_meet_and_meet_again_in_another_order(sitting: Sitting) -> None:
     for generation, order in enumerate([(0, 1, 2), (2, 0), (1, 2, 0)], 1):
         members = [sitting[number] for number in order]
         meet(*members, generation=generation)
-        found = [answer.result(QUICK_S) for answer in [seat.call("run", summed, 10) for seat in members]]
+        found = [answer.result(QUICK_S) for answer in [handle.call("run", summed, 10) for handle in members]]
         expected = 10.0 * len(order) + sum(range(len(order)))
         assert found == [(rank, expected, loopback().interface, 1) for rank in range(len(order))]
 
@@ -126,18 +127,18 @@ def raises(_: EPGroup, kind: str) -> None:
 
 
 def test_an_exception_keeps_its_type_and_the_seat_goes_on(sitting: Sitting) -> None:
-    seat = alone(sitting[0])
-    failed = seat.call("run", raises, "value").exception(QUICK_S)
+    handle = alone(sitting[0])
+    failed = handle.call("run", raises, "value").exception(QUICK_S)
     assert isinstance(failed, ValueError)
     assert str(failed) == "too many"
-    assert any("raised on seat 0" in note and "in raises" in note for note in failed.__notes__)
-    lost = seat.call("run", raises, "peer").exception(QUICK_S)
+    assert any("raised on worker 0" in note and "in raises" in note for note in failed.__notes__)
+    lost = handle.call("run", raises, "peer").exception(QUICK_S)
     assert isinstance(lost, PeerError)
     assert (lost.rank, lost.phase, lost.wave) == (3, "combine", 2)
-    unknown = seat.call("run", raises, "local").exception(QUICK_S)
+    unknown = handle.call("run", raises, "local").exception(QUICK_S)
     assert isinstance(unknown, RuntimeError)
     assert "nobody knows me" in str(unknown)
-    assert seat.call("run", squared, 3).result(QUICK_S) == 9
+    assert handle.call("run", squared, 3).result(QUICK_S) == 9
 
 
 def returns_a_lock(_: EPGroup) -> object:
@@ -145,12 +146,12 @@ def returns_a_lock(_: EPGroup) -> object:
 
 
 def test_what_cannot_be_sent_is_said_and_the_seat_goes_on(sitting: Sitting) -> None:
-    seat = alone(sitting[0])
+    handle = alone(sitting[0])
     with pytest.raises(TypeError, match="cannot pickle"):
-        seat.call("run", squared, threading.Lock())
-    assert isinstance(seat.call("run", returns_a_lock).exception(QUICK_S), TypeError)
-    assert isinstance(seat.call("no_such_method").exception(QUICK_S), AttributeError)
-    assert seat.call("run", squared, 3).result(QUICK_S) == 9
+        handle.call("run", squared, threading.Lock())
+    assert isinstance(handle.call("run", returns_a_lock).exception(QUICK_S), TypeError)
+    assert isinstance(handle.call("no_such_method").exception(QUICK_S), AttributeError)
+    assert handle.call("run", squared, 3).result(QUICK_S) == 9
 
 
 def echoed(_: EPGroup, data: bytes) -> bytes:
@@ -158,13 +159,13 @@ def echoed(_: EPGroup, data: bytes) -> bytes:
 
 
 def test_large_questions_and_answers_pass_and_no_call_waits_for_the_worker(sitting: Sitting) -> None:
-    seat = alone(sitting[0])
+    handle = alone(sitting[0])
     data = os.urandom(8_000_000)
-    os.kill(seat.pid, signal.SIGSTOP)
+    os.kill(handle.pid, signal.SIGSTOP)
     begun = time.monotonic()
-    answers = [seat.call("run", echoed, data) for _ in range(3)]
+    answers = [handle.call("run", echoed, data) for _ in range(3)]
     assert time.monotonic() - begun < 2, "a call waited for a worker that had stopped"
-    os.kill(seat.pid, signal.SIGCONT)
+    os.kill(handle.pid, signal.SIGCONT)
     assert all(answer.result(QUICK_S) == data for answer in answers)
 
 
@@ -181,79 +182,79 @@ def ends(_: EPGroup, code: int) -> None:
 
 @pytest.mark.parametrize("how", ["killed", "exits"])
 def test_all_that_a_worker_was_asked_fails_when_it_dies_and_the_seat_can_be_opened_again(
-    seats: SpawnSeats, sitting: Sitting, how: str
+    handles: SpawnPool, sitting: Sitting, how: str
 ) -> None:
-    seat = alone(sitting[1])
-    waiting = [seat.call("run", hangs) if how == "killed" else seat.call("run", ends, 7), seat.call("info")]
+    handle = alone(sitting[1])
+    waiting = [handle.call("run", hangs) if how == "killed" else handle.call("run", ends, 7), handle.call("info")]
     begun = time.monotonic()
     if how == "killed":
-        os.kill(seat.pid, signal.SIGKILL)
-    said = f"seat 1 (process {seat.pid}) died: {'killed by SIGKILL' if how == 'killed' else 'exit code 7'}"
+        os.kill(handle.pid, signal.SIGKILL)
+    said = f"worker 1 (process {handle.pid}) died: {'killed by SIGKILL' if how == 'killed' else 'exit code 7'}"
     for answer in waiting:
         lost = answer.exception(QUICK_S)
-        assert isinstance(lost, SeatLostError)
+        assert isinstance(lost, WorkerLostError)
         assert (lost.number, str(lost)) == (1, said)
     assert time.monotonic() - begun < 3
-    assert not seat.alive
-    with pytest.raises(SeatLostError, match="seat 1"):
-        seat.call("info").result(0)
-    seat.kill()  # of one that is gone
-    again = seats.open(1, 60)
-    assert again.pid != seat.pid
+    assert not handle.alive
+    with pytest.raises(WorkerLostError, match="worker 1"):
+        handle.call("info").result(0)
+    handle.kill()  # of one that is gone
+    again = handles.open(1, 60)
+    assert again.pid != handle.pid
     assert again.call("info").result(QUICK_S).pid == again.pid
 
 
 def test_a_worker_that_is_stopped_can_be_killed(sitting: Sitting) -> None:
-    seat = sitting[1]
-    os.kill(seat.pid, signal.SIGSTOP)
-    waiting = seat.call("info")
+    handle = sitting[1]
+    os.kill(handle.pid, signal.SIGSTOP)
+    waiting = handle.call("info")
     begun = time.monotonic()
-    seat.kill()
+    handle.kill()
     assert time.monotonic() - begun < 3
-    assert not psutil.pid_exists(seat.pid)
-    assert isinstance(waiting.exception(QUICK_S), SeatLostError)
+    assert not psutil.pid_exists(handle.pid)
+    assert isinstance(waiting.exception(QUICK_S), WorkerLostError)
 
 
 def test_what_waits_for_an_answer_may_kill_the_seat(sitting: Sitting) -> None:
-    seat, done = alone(sitting[1]), threading.Event()
+    handle, done = alone(sitting[1]), threading.Event()
 
     def kill(_: object) -> None:
-        seat.kill()
+        handle.kill()
         done.set()
 
-    seat.call("run", ends, 3).add_done_callback(kill)
+    handle.call("run", ends, 3).add_done_callback(kill)
     assert done.wait(5)
 
 
-def test_whoever_sits_in_a_seat_leaves_it_when_it_is_opened_again(seats: SpawnSeats, sitting: Sitting) -> None:
-    seat = sitting[1]
-    again = seats.open(1, 60)
-    assert not seat.alive
-    assert not psutil.pid_exists(seat.pid)
+def test_whoever_sits_in_a_seat_leaves_it_when_it_is_opened_again(handles: SpawnPool, sitting: Sitting) -> None:
+    handle = sitting[1]
+    again = handles.open(1, 60)
+    assert not handle.alive
+    assert not psutil.pid_exists(handle.pid)
     assert again.alive
 
 
 def test_a_seat_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     before = set(psutil.Process().children())
     descriptors = psutil.Process().num_fds()
-    with SpawnSeats(1, hosts=[Host("megamoe-not-there-r0", "10.77.0.1", "link0")], log_dir=tmp_path) as opened:
-        with pytest.raises(RuntimeError, match=r"seat 0 \(process \d+\) died: exit code 1: .*megamoe-not-there-r0"):
+    with SpawnPool(1, hosts=[Host("megamoe-not-there-r0", "10.77.0.1", "link0")], log_dir=tmp_path) as opened:
+        with pytest.raises(RuntimeError, match=r"worker 0 \(process \d+\) died: exit code 1: .*megamoe-not-there-r0"):
             opened.open(0, 60)
         assert set(psutil.Process().children()) == before
-        assert "No such file or directory" in (tmp_path / "seat-0.log").read_text()
+        assert "No such file or directory" in (tmp_path / "worker-0.log").read_text()
     assert psutil.Process().num_fds() <= descriptors
 
 
 def test_a_seat_that_does_not_answer_in_time_is_ended() -> None:
     before = set(psutil.Process().children())
-    with SpawnSeats(1) as opened:
-        with pytest.raises(RuntimeError, match=r"seat 0 did not answer within 0.01 s"):
+    with SpawnPool(1) as opened:
+        with pytest.raises(RuntimeError, match=r"worker 0 did not answer within 0.01 s"):
             opened.open(0, 0.01)
         assert set(psutil.Process().children()) == before
 
 
 def test_closed_seats_are_gone_and_stay_closed() -> None:
-    with SpawnSeats(2, threads=1) as opened:
+    with SpawnPool(2, threads=1) as opened:
         pids = [opened.open(number, 60).pid for number in range(2)]
         os.kill(pids[1], signal.SIGSTOP)
     assert not any(psutil.pid_exists(pid) for pid in pids)
@@ -264,10 +265,10 @@ def test_closed_seats_are_gone_and_stay_closed() -> None:
 
 ORPHANS = """
 import os, signal, sys
-from megamoe.launch.cluster.spawn import SpawnSeats
+from megamoe.launch.cluster.spawn import SpawnPool
 if __name__ == "__main__":
-    with SpawnSeats(2, threads=1) as seats:
-        print(*[seats.open(number, 60).pid for number in range(2)], flush=True)
+    with SpawnPool(2, threads=1) as workers:
+        print(*[workers.open(number, 60).pid for number in range(2)], flush=True)
         signal.pause()
 """
 
@@ -286,9 +287,9 @@ def test_seats_go_when_their_parent_is_killed(tmp_path: Path) -> None:
 
 
 UNGUARDED = """
-from megamoe.launch.cluster.spawn import SpawnSeats
-with SpawnSeats(1, threads=1) as seats:
-    print(seats.open(0, 60).pid)
+from megamoe.launch.cluster.spawn import SpawnPool
+with SpawnPool(1, threads=1) as workers:
+    print(workers.open(0, 60).pid)
 """
 GUARDED = UNGUARDED.replace("\nwith", "\nif __name__ == '__main__':\n  with").replace("    print", "      print")
 
@@ -338,30 +339,30 @@ def prints_and_dies(group: EPGroup, num_lines: int) -> None:
 def test_lines_go_to_stderr_with_the_seats_name_and_to_its_log(
     sitting: Sitting, logs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    seat = alone(sitting[2])
-    seat.call("run", prints, 2).result(QUICK_S)
-    seat.label = "rank 7"
-    seat.call("run", prints, 1).result(QUICK_S)
-    seat.kill()
+    handle = alone(sitting[2])
+    handle.call("run", prints, 2).result(QUICK_S)
+    handle.label = "rank 7"
+    handle.call("run", prints, 1).result(QUICK_S)
+    handle.kill()
     shown = capfd.readouterr()
     assert shown.out == ""
     ours = [line for line in shown.err.splitlines() if re.search(r"line \d|not ended", line)]
     expected = ["[rank 2] line 0", "[rank 2] line 1", "[rank 2] not ended, 专家"]
     assert ours == [*expected, "[rank 7] line 0", "[rank 7] not ended, 专家"]
-    kept = (logs / "seat-2.log").read_text()
+    kept = (logs / "worker-2.log").read_text()
     assert kept.endswith("line 0\nline 1\nnot ended, 专家\nline 0\nnot ended, 专家\n")
 
 
 def test_what_was_printed_before_a_kill_is_shown_and_kept_to_the_last_letter(
     sitting: Sitting, logs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    seat = alone(sitting[2])
-    lost = seat.call("run", prints_and_dies, 20_000).exception(QUICK_S)
-    assert isinstance(lost, SeatLostError)
+    handle = alone(sitting[2])
+    lost = handle.call("run", prints_and_dies, 20_000).exception(QUICK_S)
+    assert isinstance(lost, WorkerLostError)
     ours = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[rank 2] ")]
     assert ours[-20_001:-1] == [f"[rank 2] line {number}" for number in range(20_000)]
     assert ours[-1] == "[rank 2] not ended, 专家"
-    kept = (logs / "seat-2.log").read_text()
+    kept = (logs / "worker-2.log").read_text()
     assert kept.endswith("line 19998\nline 19999\nnot ended, 专家")
 
 
@@ -371,19 +372,19 @@ def test_what_was_printed_before_a_kill_is_shown_and_kept_to_the_last_letter(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"num_seats": 0}, "num_seats must be positive, got 0"),
-        ({"num_seats": 2, "deadline_s": -1.0}, "deadline_s must be positive, got -1.0"),
-        ({"num_seats": 2, "device": "abacus"}, "device type 'abacus' is not one of"),
-        ({"num_seats": 2, "hosts": [loopback()]}, "2 seats cannot be on 1 hosts"),
-        ({"num_seats": 1, "interface": "nothing0"}, "no interface called 'nothing0'"),
-        ({"num_seats": 1, "hosts": [loopback()], "interface": "lo"}, "hosts have their own interfaces"),
+        ({"num_workers": 0}, "num_workers must be positive, got 0"),
+        ({"num_workers": 2, "deadline_s": -1.0}, "deadline_s must be positive, got -1.0"),
+        ({"num_workers": 2, "device": "abacus"}, "device type 'abacus' is not one of"),
+        ({"num_workers": 2, "hosts": [loopback()]}, "2 workers cannot be on 1 hosts"),
+        ({"num_workers": 1, "interface": "nothing0"}, "no interface called 'nothing0'"),
+        ({"num_workers": 1, "hosts": [loopback()], "interface": "lo"}, "hosts have their own interfaces"),
     ],
 )
 def test_a_wrong_request_is_refused(arguments: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        SpawnSeats(**arguments)  # type: ignore[arg-type]
+        SpawnPool(**arguments)  # type: ignore[arg-type]
 
 
-def test_there_are_as_many_seats_as_were_asked_for(seats: SpawnSeats) -> None:
-    with pytest.raises(ValueError, match="there are seats 0 to 2, no seat 3"):
-        seats.open(3, 60)
+def test_there_are_as_many_seats_as_were_asked_for(handles: SpawnPool) -> None:
+    with pytest.raises(ValueError, match="there are workers 0 to 2, no worker 3"):
+        handles.open(3, 60)

@@ -1,4 +1,4 @@
-"""The timeline: how stretches are added up, what the trace file holds, and what is drawn of it."""
+"""The timeline: how intervals are added up, what the trace file holds, and what is drawn of it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megamoe.trace.timeline import CALL, LANES, Event, Share, Timeline, intersec
 from tests.test_demo import command
 
 MS = 1_000_000  # nanoseconds
-STRETCHES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda pair: (min(pair), max(pair))))
+INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda pair: (min(pair), max(pair))))
 
 
-def covered(stretches: list[tuple[float, float]]) -> set[int]:
-    return {tick for begin, end in stretches for tick in range(int(begin), int(end))}
+def covered(intervals: list[tuple[float, float]]) -> set[int]:
+    return {tick for begin, end in intervals for tick in range(int(begin), int(end))}
 
 
-@given(STRETCHES, STRETCHES)
+@given(INTERVALS, INTERVALS)
 def test_unions_and_intersections_cover_what_sets_of_ticks_cover(
     a: list[tuple[float, float]], b: list[tuple[float, float]]
 ) -> None:

@@ -16,8 +16,8 @@ from megamoe.execution.pipeline import CallRecord
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.health.diagnosis import Sight, diagnose
-from megamoe.parallel.health.status import WAITING, WORKING, Position, Whereabouts
+from megamoe.parallel.health.diagnosis import PeerStatus, diagnose
+from megamoe.parallel.health.status import WAITING, WORKING, OwnStatus, RankStatus
 from megamoe.parallel.recorder import Notes, Recorder, Recording
 from megamoe.parallel.transport.all_to_all import AllToAllTransport
 from megamoe.parallel.transport.pairs import Clock, Label
@@ -44,7 +44,7 @@ def recorded(
         assert world is not None
         group = replace(
             group,
-            transport=AllToAllTransport(world, Clock(group.deadline_s, {}, group.whereabouts), torch.device("cpu")),
+            transport=AllToAllTransport(world, Clock(group.deadline_s, {}, group.own_status), torch.device("cpu")),
         )
     mine, layer = batch.part(shares[group.rank]), make_layer(SHAPE, group, waves=3, name="layers.7")
     outputs, records = [layer(mine.hidden, mine.ids, mine.weights)], [layer.last_call]
@@ -175,7 +175,7 @@ class Held:
 
     early = True
 
-    def __init__(self, where: Whereabouts) -> None:
+    def __init__(self, where: OwnStatus) -> None:
         self.where, self.go, self.watched = where, threading.Event(), threading.Event()
 
     def expect(self, *_: object) -> Held:
@@ -189,7 +189,7 @@ class Held:
 
 
 def test_a_recorded_rank_that_waits_says_so_and_for_whom() -> None:
-    where, seen = Whereabouts(), []
+    where, seen = OwnStatus(), []
     held, recorder = Held(where), Recorder(Recording(0, "here"))
 
     def call() -> None:
@@ -214,6 +214,10 @@ def test_a_recorded_rank_that_waits_says_so_and_for_whom() -> None:
     recorder.stop()
     assert (waiting.state, waiting.phase, waiting.wave, waiting.peer) == (WAITING, "dispatch", 1, 2)
     assert [each.state for each in seen] == [WORKING, WORKING]
-    stalled = Position(WORKING, "moe", 1, 0, "linear-1", age_s=9.0)
-    sights = [Sight(0, "a", Position(WAITING, peer=1), 0.0), Sight(1, "b", waiting, 0.1), Sight(2, "c", stalled, 0.1)]
-    assert diagnose(0, 1, sights).rank == 2, "the one that it waits for, and not the one that waits"
+    stalled = RankStatus(WORKING, "moe", 1, 0, "linear-1", age_s=9.0)
+    statuses = [
+        PeerStatus(0, "a", RankStatus(WAITING, peer=1), 0.0),
+        PeerStatus(1, "b", waiting, 0.1),
+        PeerStatus(2, "c", stalled, 0.1),
+    ]
+    assert diagnose(0, 1, statuses).rank == 2, "the one that it waits for, and not the one that waits"

@@ -20,7 +20,7 @@ from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.link import measure_link
 from megamoe.routing.agreement import Agreement
-from megamoe.schedule.cost_model import Pace, Spread, best_waves, play
+from megamoe.schedule.cost_model import CostModel, Spread, best_waves, play
 from megamoe.schedule.machine import product_row_us
 from megamoe.shape import MoEShape
 from tests.cases import Batch, make_batch, make_layer, oracle, split
@@ -31,11 +31,11 @@ TWO = Spread(8, 2)
 
 
 def test_a_schedule_played_by_hand() -> None:
-    assert play(Spread(2, 2), 1, 400, Pace(1.0, 0.5, 1.0, 0.0)).total == 500
+    assert play(Spread(2, 2), 1, 400, CostModel(1.0, 0.5, 1.0, 0.0)).total == 500
     # a wave of its own for each expert: 100 rows come at 50 and at 100; 50 local rows cannot be cut from an expert,
     # so the head is expert 2's 100; then 100 that came, home at 300; expert 3's 100 that came, home at 400; the tail
-    assert play(Spread(2, 2), 2, 400, Pace(1.0, 0.5, 1.0, 0.0)).total == 400
-    assert play(Spread(2, 2), 2, 400, Pace(1.0, 0.5, 1.0, 7.0)).total == 428  # four steps
+    assert play(Spread(2, 2), 2, 400, CostModel(1.0, 0.5, 1.0, 0.0)).total == 400
+    assert play(Spread(2, 2), 2, 400, CostModel(1.0, 0.5, 1.0, 7.0)).total == 428  # four steps
 
 
 @given(
@@ -47,17 +47,17 @@ def test_a_schedule_played_by_hand() -> None:
 def test_no_schedule_is_faster_than_its_compute_or_its_link(
     spread: Spread, waves: int, rows: float, journey: float
 ) -> None:
-    pace = Pace(1.0, 0.34 * journey, 0.66 * journey, 0.0)
-    took = play(spread, waves, rows, pace).total
+    cost_model = CostModel(1.0, 0.34 * journey, 0.66 * journey, 0.0)
+    took = play(spread, waves, rows, cost_model).total
     remote = rows * (1 - 1 / spread.ep_size)
     assert took >= max(rows, remote * journey) * (1 - 1e-9)
     assert took <= (rows + remote * journey) * (1 + 1e-9), "waiting for nothing"
 
 
 def test_waves_are_few_where_the_link_is_fast_and_many_at_the_balance_point() -> None:
-    balanced = Pace(1.0, 0.68, 1.32, 0.0)  # half the rows travel, each twice as long as it computes
+    balanced = CostModel(1.0, 0.68, 1.32, 0.0)  # half the rows travel, each twice as long as it computes
     assert best_waves(TWO, 4096, dataclasses.replace(balanced, wave_s=1.0)) == 8
-    fast = Pace(1.0, 0.0068, 0.0132, 40.0)
+    fast = CostModel(1.0, 0.0068, 0.0132, 40.0)
     assert best_waves(TWO, 4096, fast) == 1
     assert best_waves(Spread(16, 1), 4096, balanced) == 1
 

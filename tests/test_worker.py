@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megamoe.launch.cluster import torchrun as torchrun_worker
 from megamoe.launch.cluster.job import batches, digest, read_text, share, tokenise
-from megamoe.launch.cluster.spawn import SpawnSeat, SpawnSeats
+from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.cluster.torchrun import Place
-from megamoe.launch.cluster.worker import Load, LoadReport, Meeting, Worker, WorkerOptions
+from megamoe.launch.cluster.worker import Load, LoadReport, Rendezvous, Worker, WorkerOptions
 from megamoe.launch.process import loopback
 from megamoe.model.deepseek_v4.blocks import ExpertStack
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
@@ -131,52 +131,54 @@ def test_ranks_of_torchrun_use_the_interface_that_leads_to_the_others(
 
 
 @pytest.fixture(scope="module")
-def seats() -> Iterator[list[SpawnSeat]]:
-    with SpawnSeats(3, threads=1, deadline_s=30.0) as opened:
+def handles() -> Iterator[list[SpawnHandle]]:
+    with SpawnPool(3, threads=1, deadline_s=30.0) as opened:
         yield [opened.open(number, 60) for number in range(3)]
 
 
-def ask(seats: Sequence[SpawnSeat], method: str, *args: object) -> list[object]:
-    asked = [seat.call(method, *args) for seat in seats]
+def ask(handles: Sequence[SpawnHandle], method: str, *args: object) -> list[object]:
+    asked = [handle.call(method, *args) for handle in handles]
     return [answer.result(60) for answer in asked]
 
 
-def meet(seats: Sequence[SpawnSeat]) -> None:
-    address, port = seats[0].call("open_store").result(30)
-    joined = [seat.call("join", Meeting(address, port, 1, rank, len(seats))) for rank, seat in enumerate(seats)]
+def meet(handles: Sequence[SpawnHandle]) -> None:
+    address, port = handles[0].call("open_store").result(30)
+    joined = [
+        handle.call("join", Rendezvous(address, port, 1, rank, len(handles))) for rank, handle in enumerate(handles)
+    ]
     for each in joined:
         each.result(60)
 
 
-def forward(seats: Sequence[SpawnSeat], token_ids: Sequence[int]) -> Tensor:
-    asked = [seat.call("forward", share(token_ids, rank, len(seats))) for rank, seat in enumerate(seats)]
+def forward(handles: Sequence[SpawnHandle], token_ids: Sequence[int]) -> Tensor:
+    asked = [handle.call("forward", share(token_ids, rank, len(handles))) for rank, handle in enumerate(handles)]
     return torch.cat([answer.result(60)[0] for answer in asked])
 
 
 def test_workers_go_from_group_to_group_read_only_what_they_lack_and_keep_the_bits(
-    seats: list[SpawnSeat], checkpoint: Path, alone: Tensor
+    handles: list[SpawnHandle], checkpoint: Path, alone: Tensor
 ) -> None:
     token_ids = tokenise(TEXT)
     load, reports = Load(checkpoint), []
     for members in ([0, 1], [0, 1, 2], [2, 0], [1]):
-        group = [seats[number] for number in members]
+        group = [handles[number] for number in members]
         meet(group)
         reports.append(ask(group, "load", load))
         assert torch.equal(forward(group, token_ids), alone), members
     common = reports[0][0].bytes_read - 8 * EXPERT_BYTES  # type: ignore[attr-defined]
     assert reports[0] == [LoadReport(0, 8, common + 8 * EXPERT_BYTES), LoadReport(0, 6, common + 6 * EXPERT_BYTES)]
-    # two layers of 7 experts: 0-2, 3-4, 5-6 on three ranks; then seat 2 has 0-3 and seat 0 has 4-6; then seat 1 has all
+    # two layers of 7 experts: 0-2, 3-4, 5-6 on three ranks; then worker 2 has 0-3, worker 0 has 4-6; then worker 1 all
     third = LoadReport(0, 4, common + 4 * EXPERT_BYTES)
     assert reports[1] == [LoadReport(6, 0, 0), LoadReport(2, 2, 2 * EXPERT_BYTES), third]
     assert reports[2] == [LoadReport(0, 8, 8 * EXPERT_BYTES), LoadReport(0, 6, 6 * EXPERT_BYTES)]
     assert reports[3] == [LoadReport(4, 10, 10 * EXPERT_BYTES)]
 
 
-def test_groups_that_were_left_keep_no_connections_open(seats: list[SpawnSeat], checkpoint: Path) -> None:
+def test_groups_that_were_left_keep_no_connections_open(handles: list[SpawnHandle], checkpoint: Path) -> None:
     def connections() -> list[int]:
-        return [len(psutil.Process(seat.pid).net_connections("tcp")) for seat in pair]
+        return [len(psutil.Process(handle.pid).net_connections("tcp")) for handle in pair]
 
-    pair, found = seats[:2], []
+    pair, found = handles[:2], []
     for _ in range(4):
         meet(pair)
         ask(pair, "load", Load(checkpoint))
@@ -186,9 +188,9 @@ def test_groups_that_were_left_keep_no_connections_open(seats: list[SpawnSeat], 
 
 
 def test_loading_the_same_again_reads_nothing_and_loading_otherwise_begins_anew(
-    seats: list[SpawnSeat], checkpoint: Path, alone: Tensor
+    handles: list[SpawnHandle], checkpoint: Path, alone: Tensor
 ) -> None:
-    pair = seats[:2]
+    pair = handles[:2]
     meet(pair)
     ask(pair, "load", Load(checkpoint, 2))
     assert ask(pair, "load", Load(checkpoint, 2)) == [LoadReport(8, 0, 0), LoadReport(6, 0, 0)]
@@ -197,21 +199,21 @@ def test_loading_the_same_again_reads_nothing_and_loading_otherwise_begins_anew(
 
 
 def test_a_batch_of_fewer_tokens_than_ranks_leaves_some_with_none(
-    seats: list[SpawnSeat], checkpoint: Path, alone: Tensor
+    handles: list[SpawnHandle], checkpoint: Path, alone: Tensor
 ) -> None:
-    meet(seats)
-    ask(seats, "load", Load(checkpoint))
-    assert torch.equal(forward(seats, tokenise(TEXT)[:1]), alone[:1])
+    meet(handles)
+    ask(handles, "load", Load(checkpoint))
+    assert torch.equal(forward(handles, tokenise(TEXT)[:1]), alone[:1])
 
 
 def test_a_checkpoint_that_is_none_is_refused_and_the_worker_goes_on(
-    seats: list[SpawnSeat], checkpoint: Path, tmp_path: Path, alone: Tensor
+    handles: list[SpawnHandle], checkpoint: Path, tmp_path: Path, alone: Tensor
 ) -> None:
-    meet(seats[:1])
+    meet(handles[:1])
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        seats[0].call("load", Load(tmp_path)).result(30)
-    ask(seats[:1], "load", Load(checkpoint))
-    assert torch.equal(forward(seats[:1], tokenise(TEXT)), alone)
+        handles[0].call("load", Load(tmp_path)).result(30)
+    ask(handles[:1], "load", Load(checkpoint))
+    assert torch.equal(forward(handles[:1], tokenise(TEXT)), alone)
 
 
 def test_the_checkpoint_is_open_while_it_is_used_and_closed_when_the_group_is_left(checkpoint: Path) -> None:
@@ -221,7 +223,7 @@ def test_the_checkpoint_is_open_while_it_is_used_and_closed_when_the_group_is_le
     host = loopback()
     worker = Worker(WorkerOptions("cpu", host.address, host.interface, threads=1, deadline_s=20.0))
     address, port = worker.open_store()
-    worker.join(Meeting(address, port, 1, 0, 1))
+    worker.join(Rendezvous(address, port, 1, 0, 1))
     worker.load(Load(checkpoint))
     worker.forward(tokenise(TEXT))
     assert mapped()

@@ -1,7 +1,7 @@
 """Ranks that are threads of one process and share its device: the layer's exchange where only one GPU is at hand.
 
 What travels is copied on the device, so this says nothing of a link and nothing of how fast. It shows that rows, places
-and messages are right where counts, spans and streams are a GPU's.
+and messages are right where counts, segments and streams are a GPU's.
 """
 
 from __future__ import annotations

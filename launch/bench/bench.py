@@ -23,7 +23,7 @@ from torch import Tensor
 from megamoe.catalog import load_machine
 from megamoe.execution.checks import check_formats
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
-from megamoe.launch.bench.replay import StillTransport, Tape
+from megamoe.launch.bench.replay import Replay, StillTransport
 from megamoe.launch.lab.lab import Host, lab, parse_rate
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
@@ -259,12 +259,12 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     formats["dispatch_format"] = layer.tuner.dispatch_format or request.dispatch_format
     waves = layer.last_call.waves if request.waves == "auto" else request.waves
     serial = make_layer(group, "serial", overlap=False)
-    tape = Tape(group.transport)
-    taped = make_layer(replace(group, transport=tape if group.transport else None), "taped", waves)
-    still = make_layer(replace(group, transport=StillTransport(tape) if group.transport else None), "still", waves)
-    serial.experts = taped.experts = still.experts = layer.experts
+    replay = Replay(group.transport)
+    recorded = make_layer(replace(group, transport=replay if group.transport else None), "taped", waves)
+    still = make_layer(replace(group, transport=StillTransport(replay) if group.transport else None), "still", waves)
+    serial.experts = recorded.experts = still.experts = layer.experts
 
-    outputs = [each(*batch) for each in (layer, serial, taped)]
+    outputs = [each(*batch) for each in (layer, serial, recorded)]
     identical = None
     if request.check:
         hidden, ids, weights = batch
@@ -275,7 +275,7 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
         "serial": lambda: serial(*batch),
         "overlapped": lambda: layer(*batch),
         "compute": lambda: still(*batch),
-        "communication": tape.replay,
+        "communication": replay.replay,
     }
     recording = Recording(group.rank, group.host) if request.trace else None
     if recording:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megamoe.parallel.transport.pairs import Label, Transfer, Transport
 
 
-class Tape:
+class Replay:
     """A transport that notes everything it is asked for, so that a call's messages can be sent again without it."""
 
     def __init__(self, transport: Transport | None) -> None:
@@ -29,7 +29,7 @@ class Tape:
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
         assert self._transport is not None
-        transfer = _TapedTransfer(self._transport.expect(receive, counts, label), self._num_transfers, self._events)
+        transfer = _ReplayedTransfer(self._transport.expect(receive, counts, label), self._num_transfers, self._events)
         # a buffer of its own: the one of the call belongs to the call
         self._events.append(("expect", self._num_transfers, (torch.zeros_like(receive), counts, label)))
         self._num_transfers += 1
@@ -53,7 +53,7 @@ class Tape:
                 getattr(transfers[number], action)(*arguments)
 
 
-class _TapedTransfer:
+class _ReplayedTransfer:
     def __init__(self, transfer: Transfer, number: int, events: list[tuple[str, int, tuple[Any, ...]]]) -> None:
         self._transfer, self._number, self._events = transfer, number, events
 
@@ -78,12 +78,12 @@ class StillTransport:
 
     early = False
 
-    def __init__(self, tape: Tape) -> None:
-        self._tape = tape
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
 
     def gather(self, page: Tensor, label: Label) -> Tensor:
         del page
-        return self._tape.pages[label.phase]
+        return self._replay.pages[label.phase]
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
         del receive, counts, label

@@ -76,9 +76,9 @@ def _print_run(run: str, output: Format) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("rank", "host", "", "heard", "where"):
         table.add_column(heading, no_wrap=heading != "where", overflow="fold")
-    for sight in picture.sights:
-        where = "nothing heard yet" if sight.position is None else str(sight.position)
-        table.add_row(str(sight.rank), sight.host, condition(sight), f"{sight.heard_s:.1f} s ago", where)
+    for status in picture.statuses:
+        where = "nothing heard yet" if status.position is None else str(status.position)
+        table.add_row(str(status.rank), status.host, condition(status), f"{status.heard_s:.1f} s ago", where)
     stdout.print(table)
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from megamoe.execution.pipeline import CallRecord
 from megamoe.launch.cluster.job import share
-from megamoe.launch.cluster.ray.pool import RaySeats
+from megamoe.launch.cluster.ray.pool import RayPool
 from megamoe.launch.cluster.recovery import Failure, RestartPolicy, collect, judge
-from megamoe.launch.cluster.spawn import SpawnSeat, SpawnSeats
-from megamoe.launch.cluster.worker import Load, LoadReport, Meeting
-from megamoe.launch.cluster.worker_handle import Seat, Seats
-from megamoe.launch.cluster.worker_pool import Roster
+from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
+from megamoe.launch.cluster.worker import Load, LoadReport, Rendezvous
+from megamoe.launch.cluster.worker_handle import WorkerHandle, WorkerPool
+from megamoe.launch.cluster.worker_pool import Membership
 from megamoe.launch.lab.lab import Host
 from megamoe.launch.requests import IMPORTABLE, check_count, check_seconds, check_tokens, check_work
 from megamoe.parallel.health.runs import sweep
@@ -59,7 +59,7 @@ class RankHealth:
     """One rank: where its process is, whether it is there, and where it says that it is."""
 
     rank: int
-    seat: int
+    worker: int
     host: str
     pid: int
     alive: bool
@@ -92,7 +92,7 @@ class MegaMoECluster:
     log_dir      where each rank's output is kept
     policy       whether and how the group comes back when a rank is lost; by default it does not
     on_event     called with every Event
-    seats        where processes come from, in place of what launcher says
+    pool           where workers come from, in place of what launcher says
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class MegaMoECluster:
         log_dir: Path | None = None,
         policy: RestartPolicy | None = None,
         on_event: Callable[[Event], None] = lambda _: None,
-        seats: Seats | None = None,
+        pool: WorkerPool | None = None,
     ) -> None:
         check_count("ranks", ranks)
         check_seconds("deadline_s", deadline_s)
@@ -129,14 +129,14 @@ class MegaMoECluster:
         self.launcher = launcher
         self.most, self._wanted, self._deadline_s = most, ranks, deadline_s
         self._batch_deadline_s = batch_deadline_s or 20 * deadline_s
-        if seats is not None:
-            self._source = seats
+        if pool is not None:
+            self._source = pool
         elif launcher == "ray":
-            self._source = RaySeats(
+            self._source = RayPool(
                 most, address=address, device=device, deadline_s=deadline_s, threads=threads, run=run, log_dir=log_dir
             )
         else:
-            self._source = SpawnSeats(
+            self._source = SpawnPool(
                 most,
                 device=device,
                 deadline_s=deadline_s,
@@ -148,8 +148,10 @@ class MegaMoECluster:
             )
         self._on_event = on_event
         self._start_s = max(_START_S, deadline_s)
-        self._roster = Roster(self._source, most, start_s=self._start_s, retry_s=self.policy.retry_s, tell=self._tell)
-        self._meeting_place = ("", 0)  # address and port, of the latest generation
+        self._membership = Membership(
+            self._source, most, start_s=self._start_s, retry_s=self.policy.retry_s, tell=self._tell
+        )
+        self._rendezvous_place = ("", 0)  # address and port, of the latest generation
         self._formed = False  # whether the members are a group that can be used
         self._generation = self._restarts = 0
         self._failures: list[Exception] = []  # since the last that was done
@@ -175,11 +177,11 @@ class MegaMoECluster:
         """Starts the ranks and has them meet. RuntimeError, with the reason, where one cannot be had or does not."""
         self._begun = time.monotonic()
         try:
-            if isinstance(self._source, RaySeats):
+            if isinstance(self._source, RayPool):
                 self._source.place()
             self.starting.launcher_s = time.monotonic() - self._begun
             opened = time.monotonic()
-            for refusal in self._roster.open(range(self._wanted), self._start_s + _ANSWER_S).values():
+            for refusal in self._membership.open(range(self._wanted), self._start_s + _ANSWER_S).values():
                 raise refusal
             self.starting.processes_s = time.monotonic() - opened
             met = time.monotonic()
@@ -191,7 +193,7 @@ class MegaMoECluster:
 
     def stop(self) -> None:
         """Ends everything that was started."""
-        self._roster.close()
+        self._membership.close()
         sweep()  # ranks that are ended do not take themselves off the list of runs
 
     @property
@@ -200,9 +202,9 @@ class MegaMoECluster:
         return len(self.members)
 
     @property
-    def members(self) -> list[Seat]:
-        """Seats in order of rank."""
-        return self._roster.members
+    def members(self) -> list[WorkerHandle]:
+        """Workers in order of rank."""
+        return self._membership.members
 
     # ---- work ----
 
@@ -227,7 +229,7 @@ class MegaMoECluster:
         """A batch, spread over the ranks: token_ids [T] -> hidden [T, H] bfloat16.
 
         Where a rank is lost and the policy allows it, the group comes back and the batch is run again; else PeerError
-        (a rank that others lost, by name), SeatLostError or what the rank itself raised. ValueError, and no rank is
+        (a rank that others lost, by name), WorkerLostError or what the rank itself raised. ValueError, and no rank is
         asked, for what are no tokens of the checkpoint.
         """
         if self._load is None:
@@ -253,11 +255,11 @@ class MegaMoECluster:
 
     def health(self, timeout_s: float = 2.0) -> list[RankHealth]:
         """Every rank between batches; one that does not answer in time says so."""
-        asked = [(seat, seat.call("position") if seat.alive else None) for seat in self.members]
+        asked = [(handle, handle.call("position") if handle.alive else None) for handle in self.members]
         wait([future for _, future in asked if future], timeout=timeout_s)
         return [
-            RankHealth(rank, seat.number, seat.host, seat.pid, seat.alive, _position(future))
-            for rank, (seat, future) in enumerate(asked)
+            RankHealth(rank, handle.number, handle.host, handle.pid, handle.alive, _position(future))
+            for rank, (handle, future) in enumerate(asked)
         ]
 
     def resize(self, ranks: int) -> None:
@@ -271,14 +273,14 @@ class MegaMoECluster:
             raise ValueError(
                 f"ranks must be in [1, {self.most}], got {ranks}: give elastic=(1, more) to have more room"
             )
-        self._roster.forget_out()
+        self._membership.forget_out()
         self._formed = False
-        self._roster.close_seats(seat.number for seat in self.members[ranks:])
-        coming = self._roster.vacant[: ranks - self.ranks]
-        refusals = self._roster.open(coming, self._start_s + _ANSWER_S)
+        self._membership.close_pool(handle.number for handle in self.members[ranks:])
+        coming = self._membership.vacant[: ranks - self.ranks]
+        refusals = self._membership.open(coming, self._start_s + _ANSWER_S)
         if refusals:
-            self._roster.forget_out()
-            self._roster.close_seats(number for number in coming if number not in self._roster.vacant)
+            self._membership.forget_out()
+            self._membership.close_pool(number for number in coming if number not in self._membership.vacant)
             raise next(iter(refusals.values()))
         self._wanted = ranks
         self._tell("resized", f"{ranks} ranks")
@@ -291,31 +293,33 @@ class MegaMoECluster:
         self._check_enough()
         self._generation += 1
         members = self.members
-        for rank, seat in enumerate(members):
-            if isinstance(seat, SpawnSeat):
-                seat.label = f"rank {rank}"
+        for rank, handle in enumerate(members):
+            if isinstance(handle, SpawnHandle):
+                handle.label = f"rank {rank}"
         bound_s = self._deadline_s + _ANSWER_S
-        address, port = self._meeting_place = self._outcomes("open_store", [()], members[:1], bound_s)[0]
+        address, port = self._rendezvous_place = self._outcomes("open_store", [()], members[:1], bound_s)[0]
         unreached = self._unreached(members)
         if unreached and self.policy.elastic:
-            self._roster.put_out(unreached, f"does not reach the others at {address}")
+            self._membership.put_out(unreached, f"does not reach the others at {address}")
             self._form()
             return
         if unreached:
             raise _unreached_error(unreached, address)
-        meetings = [Meeting(address, port, self._generation, rank, len(members)) for rank in range(len(members))]
-        self._outcomes("join", [(meeting,) for meeting in meetings], members, bound_s)
+        rendezvous_points = [
+            Rendezvous(address, port, self._generation, rank, len(members)) for rank in range(len(members))
+        ]
+        self._outcomes("join", [(rendezvous,) for rendezvous in rendezvous_points], members, bound_s)
         if self._load is not None:
             self.loads = self._all("load", [(self._load,)] * len(members))
         self._formed = True
         read = f", {sum(load.experts_read for load in self.loads)} experts read" if self._load else ""
         self._tell("formed", f"{len(members)} ranks{read}")
 
-    def _unreached(self, members: Sequence[Seat]) -> list[int]:
-        """Seats of those that have no way to where the others meet: of rank 0, where nobody else finds it."""
-        address, port = self._meeting_place
+    def _unreached(self, members: Sequence[WorkerHandle]) -> list[int]:
+        """Workers of those that have no way to where the others meet: of rank 0, where nobody else finds it."""
+        address, port = self._rendezvous_place
         within_s = min(_REACH_S, self._deadline_s)
-        asked = {seat.number: seat.call("reach", address, port, within_s) for seat in members[1:]}
+        asked = {handle.number: handle.call("reach", address, port, within_s) for handle in members[1:]}
         wait(asked.values(), timeout=within_s + _ANSWER_S)
         # one that died or does not answer is found out by the call that follows
         cut = [number for number, each in asked.items() if each.done() and not each.exception() and not each.result()]
@@ -325,17 +329,17 @@ class MegaMoECluster:
         return self._outcomes(method, args, self.members, self._batch_deadline_s)
 
     def _outcomes(
-        self, method: str, args: Sequence[tuple[Any, ...]], members: Sequence[Seat], within_s: float
+        self, method: str, args: Sequence[tuple[Any, ...]], members: Sequence[WorkerHandle], within_s: float
     ) -> list[Any]:
         """Results in order of rank, or _GroupError with what is to be done."""
         try:
-            futures = [seat.call(method, *arguments) for seat, arguments in zip(members, args, strict=True)]
+            futures = [handle.call(method, *arguments) for handle, arguments in zip(members, args, strict=True)]
         except (PicklingError, AttributeError, TypeError) as refusal:
             raise ValueError(
                 f"what {method} is given cannot be sent to a process: {refusal}. {IMPORTABLE}"
             ) from refusal
         outcomes = collect(futures, method, within_s=within_s, patience_s=self._deadline_s + _ANSWER_S)
-        failure = judge(outcomes, {rank: seat.alive for rank, seat in enumerate(members)})
+        failure = judge(outcomes, {rank: handle.alive for rank, handle in enumerate(members)})
         if failure is not None:
             raise _GroupError(failure, [members[rank].number for rank in failure.replace])
         return outcomes
@@ -357,7 +361,7 @@ class MegaMoECluster:
             self._recover(failed)
 
     def _recover(self, failed: _GroupError) -> None:
-        """Replaces the seats that failed, after a while; raises what there is to raise where that is over.
+        """Replaces the workers that failed, after a while; raises what there is to raise where that is over.
 
         That is the first of several failures in a row: later ones can be of ranks that did not find each other again.
         """
@@ -373,10 +377,10 @@ class MegaMoECluster:
         threading.Event().wait(self.policy.wait_s(len(self._failures)))
         # elastic, the others need not wait for one that takes long: it is taken back when it is there
         within_s = self._deadline_s if self.policy.elastic else self._start_s + _ANSWER_S
-        refusals = self._roster.open(failed.numbers, within_s)
-        for seat in self.members:
-            if seat.number in failed.numbers:
-                self._tell("replaced", f"seat {seat.number}, now process {seat.pid} on {seat.host}")
+        refusals = self._membership.open(failed.numbers, within_s)
+        for handle in self.members:
+            if handle.number in failed.numbers:
+                self._tell("replaced", f"worker {handle.number}, now process {handle.pid} on {handle.host}")
         for refusal in refusals.values():
             self._check_enough(refusal, error)
 
@@ -388,16 +392,18 @@ class MegaMoECluster:
             raise (refusal or RuntimeError(lacking)) from cause
 
     def _take_back(self) -> None:
-        """Between batches: has seats that are out come back, if they have a process again."""
-        back = self._roster.take_back()
-        seats = [seat for seat in self.members if seat.number in back]
-        cut = self._unreached([self.members[0], *seats]) if back and self._meeting_place[0] else []
+        """Between batches: has workers that are out come back, if they have a process again."""
+        back = self._membership.take_back()
+        handles = [handle for handle in self.members if handle.number in back]
+        cut = self._unreached([self.members[0], *handles]) if back and self._rendezvous_place[0] else []
         cut = [number for number in cut if number in back]
-        self._roster.put_out(cut, f"has a process again, but does not reach the others at {self._meeting_place[0]}")
+        self._membership.put_out(
+            cut, f"has a process again, but does not reach the others at {self._rendezvous_place[0]}"
+        )
         back = [number for number in back if number not in cut]
         if back:
             self._formed = False
-            self._tell("back", f"seats {', '.join(map(str, back))}")
+            self._tell("back", f"workers {', '.join(map(str, back))}")
 
     def _tell(self, kind: str, what: str) -> None:
         event = Event(time.monotonic() - self._begun, kind, what)
@@ -406,7 +412,7 @@ class MegaMoECluster:
 
 
 class _GroupError(Exception):
-    """Some ranks did not come to a result; numbers are their seats."""
+    """Some ranks did not come to a result; numbers are their workers."""
 
     def __init__(self, failure: Failure, numbers: list[int]) -> None:
         super().__init__(failure.summary)
@@ -414,7 +420,7 @@ class _GroupError(Exception):
 
 
 def _unreached_error(numbers: list[int], address: str) -> _GroupError:
-    said = f"seats {', '.join(map(str, numbers))} do not reach the others at {address}"
+    said = f"workers {', '.join(map(str, numbers))} do not reach the others at {address}"
     return _GroupError(Failure((), RuntimeError(said), retry=True, summary=said), numbers)
 
 

@@ -1,4 +1,4 @@
-"""After a batch that failed: which seats have to be replaced, and which error tells best what happened.
+"""After a batch that failed: which workers have to be replaced, and which error tells best what happened.
 
 collect() waits for what each rank's call comes to; what follows from that is pure functions.
 """
@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
-from megamoe.launch.cluster.worker_handle import SeatLostError
+from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.parallel.errors import PeerError
 
 NAMED_S = 5.0  # for a rank that the others have named to answer all the same: what it says can tell more
@@ -28,9 +28,9 @@ class RestartPolicy:
 
     restarts    how often, over the whole life of the cluster
     backoff_s   wait before the first of several restarts in a row; each further one waits twice as long, 30 s at most
-    elastic     (least, most) ranks: where a seat cannot be had again within the cluster's deadline the group goes on
+    elastic     (least, most) ranks: where a worker cannot be had again within the cluster's deadline the group goes on
                 without it, and takes it back between batches when it can; None keeps the number of ranks
-    retry_s     how long after a failed try a seat that is out is tried again
+    retry_s     how long after a failed try a worker that is out is tried again
     """
 
     restarts: int = 0
@@ -92,7 +92,7 @@ def _unnamed(futures: Sequence[Future[Any]]) -> list[Future[Any]]:
 class Failure:
     """A batch that failed.
 
-    replace   ranks whose seats are to be started anew
+    replace   ranks whose workers are to be started anew
     error     what to raise where the group does not come back
     retry     whether starting anew can help: not where the request itself was wrong
     summary   in one line
@@ -110,12 +110,12 @@ def judge(outcomes: Sequence[Any], alive: Mapping[int, bool]) -> Failure | None:
     A rank whose process is gone or that never answered is replaced; so is one that raised an error of its own, and the
     one that most of the others name. Ranks that only lost a peer stay, with all that they have loaded.
 
-        [PeerError of 2, result, SeatLostError, PeerError of 2]  ->  replace (2,), raise the first PeerError
+        [PeerError of 2, result, WorkerLostError, PeerError of 2]  ->  replace (2,), raise the first PeerError
     """
     errors = {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, Exception)}
     if not errors:
         return None
-    gone = {rank for rank, error in errors.items() if isinstance(error, SeatLostError | StuckError)}
+    gone = {rank for rank, error in errors.items() if isinstance(error, WorkerLostError | StuckError)}
     gone |= {rank for rank, here in alive.items() if not here}
     wrong = {rank: error for rank, error in errors.items() if isinstance(error, ValueError)}
     if wrong and not gone:
@@ -135,6 +135,6 @@ def _failure(replace: Iterable[int], tells: Mapping[int, Exception], *, retry: b
     """tells: errors that tell what happened, by the rank that raised them; the first is raised."""
     rank, error = next(iter(tells.items()))
     said = str(error).partition("\n")[0]
-    if not isinstance(error, PeerError | SeatLostError | StuckError):  # which say themselves of whom they speak
+    if not isinstance(error, PeerError | WorkerLostError | StuckError):  # which say themselves of whom they speak
         said = f"rank {rank} raised {type(error).__name__}: {said}"
     return Failure(tuple(sorted(replace)), error, retry, said)

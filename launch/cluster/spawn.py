@@ -1,4 +1,4 @@
-"""Seats on this machine: a spawned process each, whose answers, lines and end a thread of this process follows."""
+"""Workers on this machine: a spawned process each, whose answers, lines and end a thread of this process follows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from megamoe.launch.cluster.worker import Worker, WorkerInfo, WorkerOptions
-from megamoe.launch.cluster.worker_handle import SeatLostError
-from megamoe.launch.cluster.worker_output import SeatOutput
+from megamoe.launch.cluster.worker_handle import WorkerLostError
+from megamoe.launch.cluster.worker_output import WorkerOutput
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type
 from megamoe.launch.lab.lab import Host
 from megamoe.launch.process import Child, cause, loopback, portable, share_of_cores, start, uninterrupted
@@ -41,30 +41,30 @@ _EARLY_END = (  # Python imports the program first, and what that raises goes to
 _CHUNK_BYTES = 1 << 16  # as much as a pipe holds: one read empties it
 
 
-class SpawnSeat:
-    """A Seat in a process of this machine. label is what its lines begin with, and may be changed at any time."""
+class SpawnHandle:
+    """A Worker in a process of this machine. label is what its lines begin with, and may be changed at any time."""
 
     def __init__(self, number: int, child: Child, log: Path | None, reaping: threading.Lock) -> None:
         self.number, self.host, self.label = number, "", f"rank {number}"
         self.pid = child.process.pid or 0
         self._child, self._reaping = child, reaping
-        self._output = SeatOutput(lambda: self.label, log)
+        self._output = WorkerOutput(lambda: self.label, log)
         self._asking = threading.Lock()  # what is asked and what is expected have the same order
         self._questions: SimpleQueue[bytes | None] = SimpleQueue()
         self._expected: deque[Future[Any]] = deque()
         self._lost = ""  # how the process ended
         self._gone = threading.Event()
-        self._asker = threading.Thread(target=self._ask, name=f"questions to seat {number}", daemon=True)
+        self._asker = threading.Thread(target=self._ask, name=f"questions to worker {number}", daemon=True)
         self._asker.start()
-        threading.Thread(target=self._follow, name=f"answers of seat {number}", daemon=True).start()
+        threading.Thread(target=self._follow, name=f"answers of worker {number}", daemon=True).start()
 
     def call(self, method: str, *args: Any) -> Future[Any]:
-        """Worker.method(*args) in the seat; never waits for the process, so that one that hangs holds nobody up."""
+        """Worker.method(*args) in its process; never waits for the process, so that one that hangs holds nobody up."""
         question, answer = pickle.dumps((method, args)), Future[Any]()
         answer.set_running_or_notify_cancel()  # from here on it cannot be called off
         with self._asking:
             if self._lost:
-                answer.set_exception(SeatLostError(self.number, self._lost))
+                answer.set_exception(WorkerLostError(self.number, self._lost))
             else:
                 self._expected.append(answer)
                 self._questions.put(question)
@@ -81,7 +81,7 @@ class SpawnSeat:
         """
         self.strike()
         if not self._gone.wait(_GONE_S):
-            raise RuntimeError(f"seat {self.number} (process {self.pid}) was killed and is there still")
+            raise RuntimeError(f"worker {self.number} (process {self.pid}) was killed and is there still")
 
     def strike(self) -> None:
         """kill() without waiting."""
@@ -127,7 +127,7 @@ class SpawnSeat:
         try:
             returned, value = pickle.loads(answer)
         except Exception as unknown:  # noqa: BLE001  what is not understood here is an answer all the same
-            unreadable = RuntimeError(f"the answer of seat {self.number} cannot be read: {unknown!r}")
+            unreadable = RuntimeError(f"the answer of worker {self.number} cannot be read: {unknown!r}")
             future.set_exception(unreadable)
             return True
         if returned:
@@ -141,7 +141,7 @@ class SpawnSeat:
         process = self._child.process
         with self._reaping, self._asking:
             process.join(_GONE_S)
-            self._lost = f"seat {self.number} (process {self.pid}) died: {cause(process.exitcode)}"
+            self._lost = f"worker {self.number} (process {self.pid}) died: {cause(process.exitcode)}"
             if process.exitcode is not None:  # unknown where other code of this program has waited for all children
                 process.close()
             left = list(self._expected)
@@ -151,28 +151,28 @@ class SpawnSeat:
         self._child.close()
         self._gone.set()
         for future in left:
-            future.set_exception(SeatLostError(self.number, self._lost))
+            future.set_exception(WorkerLostError(self.number, self._lost))
 
 
-class SpawnSeats:
-    """Seats in processes of this machine. A context manager, which ends them all.
+class SpawnPool:
+    """Workers in processes of this machine. A context manager, which ends them all.
 
-    device      type of what the workers compute on; the worker in seat 2 has the device with that number
+    device      type of what the workers compute on; worker 2 has the device with that number
     deadline_s  bound on every wait of the workers
     threads     torch threads of each; by default the machine's cores shared out, at least one
-    hosts       where each seat is, the machine's own loopback by default; lab() makes others
+    hosts       where each worker is, the machine's own loopback by default; lab() makes others
     interface   network interface that the workers use, where no hosts are given
     run         id of the run, see WorkerOptions
-    log_dir     folder in which seat-2.log keeps what seat 2 prints; made if it is not there
+    log_dir     folder in which worker-2.log keeps what worker 2 prints; made if it is not there
 
-        with SpawnSeats(4) as seats:
-            seat = seats.open(2, deadline_s=60)
-            seat.call("info").result(10)
+        with SpawnPool(4) as workers:
+            worker = workers.open(2, deadline_s=60)
+            worker.call("info").result(10)
     """
 
     def __init__(
         self,
-        num_seats: int,
+        num_workers: int,
         *,
         device: str = "cpu",
         deadline_s: float = 60.0,
@@ -183,28 +183,28 @@ class SpawnSeats:
         log_dir: Path | None = None,
     ) -> None:
         check_main()
-        check_count("num_seats", num_seats)
+        check_count("num_workers", num_workers)
         check_seconds("deadline_s", deadline_s)
         if threads is not None:
             check_count("threads", threads)
         if run is not None:
             check_name(run)
-        check_devices(device, num_seats)
-        if hosts is not None and len(hosts) != num_seats:
-            raise ValueError(f"{num_seats} seats cannot be on {len(hosts)} hosts, one each is needed")
+        check_devices(device, num_workers)
+        if hosts is not None and len(hosts) != num_workers:
+            raise ValueError(f"{num_workers} workers cannot be on {len(hosts)} hosts, one each is needed")
         if hosts is not None and interface is not None:
             raise ValueError(f"hosts have their own interfaces, {interface!r} cannot be used with them")
         self._device, self._deadline_s, self._run = device_type(device), deadline_s, run
-        self._threads = threads or share_of_cores(num_seats)
-        self._hosts = list(hosts) if hosts is not None else [_host(interface)] * num_seats
+        self._threads = threads or share_of_cores(num_workers)
+        self._hosts = list(hosts) if hosts is not None else [_host(interface)] * num_workers
         self._log_dir = log_dir
         if log_dir is not None:
             make_folder(log_dir)
-        self._seats: dict[int, SpawnSeat] = {}
+        self._handles: dict[int, SpawnHandle] = {}
         self._reaping = threading.Lock()  # starting a process reaps others that have ended
         self._closed = False
 
-    def __enter__(self) -> SpawnSeats:
+    def __enter__(self) -> SpawnPool:
         return self
 
     def __exit__(
@@ -212,31 +212,31 @@ class SpawnSeats:
     ) -> None:
         self.close()
 
-    def open(self, number: int, deadline_s: float) -> SpawnSeat:
-        """Starts the worker of a seat and returns when it answers. Who sat there before is ended.
+    def open(self, number: int, deadline_s: float) -> SpawnHandle:
+        """Starts a worker and returns when it answers. Whoever had its number before is ended.
 
         RuntimeError, with the reason, where it ends before it answers or does not answer in time; nothing is left.
         """
         if not 0 <= number < len(self._hosts):
-            raise ValueError(f"there are seats 0 to {len(self._hosts) - 1}, no seat {number}")
-        if number in self._seats:
-            self._seats[number].kill()
+            raise ValueError(f"there are workers 0 to {len(self._hosts) - 1}, no worker {number}")
+        if number in self._handles:
+            self._handles[number].kill()
         begun = time.monotonic()
-        seat = self._start(number)
+        handle = self._start(number)
         try:
-            info: WorkerInfo = seat.call("info").result(max(0.0, deadline_s - (time.monotonic() - begun)))
-        except SeatLostError as lost:
-            raise RuntimeError(f"{lost.message}: {seat.said_last or _EARLY_END}") from lost
+            info: WorkerInfo = handle.call("info").result(max(0.0, deadline_s - (time.monotonic() - begun)))
+        except WorkerLostError as lost:
+            raise RuntimeError(f"{lost.message}: {handle.said_last or _EARLY_END}") from lost
         except TimeoutError as late:
-            seat.kill()
-            raise RuntimeError(f"seat {number} did not answer within {deadline_s:g} s") from late
+            handle.kill()
+            raise RuntimeError(f"worker {number} did not answer within {deadline_s:g} s") from late
         except BaseException:
-            seat.kill()
+            handle.kill()
             raise
-        seat.host = info.host
-        return seat
+        handle.host = info.host
+        return handle
 
-    def _start(self, number: int) -> SpawnSeat:
+    def _start(self, number: int) -> SpawnHandle:
         host = self._hosts[number]
         options = WorkerOptions(
             device=device_of(self._device.name, number),
@@ -249,29 +249,29 @@ class SpawnSeats:
         # a worker on an accelerator uses gloo too, for what is not on the device
         environment = DEVICE_TYPES["cpu"].interface_setting(host.interface)
         environment |= self._device.interface_setting(host.interface)
-        log = None if self._log_dir is None else self._log_dir / f"seat-{number}.log"
+        log = None if self._log_dir is None else self._log_dir / f"worker-{number}.log"
         with self._reaping:
             if self._closed:
-                raise RuntimeError("the seats have been closed")
+                raise RuntimeError("the workers have been closed")
             try:
                 if log is not None:
                     log.touch()
-                name = f"megamoe seat {number}"
+                name = f"megamoe worker {number}"
                 child = start(name, _answer, number, options, host=host, environment=environment, output=True)
             except OSError as refusal:
-                raise RuntimeError(f"seat {number} cannot be started: {refusal}") from refusal
-            seat = self._seats[number] = SpawnSeat(number, child, log, self._reaping)
-        return seat
+                raise RuntimeError(f"worker {number} cannot be started: {refusal}") from refusal
+            handle = self._handles[number] = SpawnHandle(number, child, log, self._reaping)
+        return handle
 
     def close(self) -> None:
         with self._reaping:
             self._closed = True
-            seats = list(self._seats.values())
+            handles = list(self._handles.values())
         with uninterrupted():
-            for seat in seats:
-                seat.strike()
-            for seat in seats:
-                seat.kill()
+            for handle in handles:
+                handle.strike()
+            for handle in handles:
+                handle.kill()
 
 
 def _host(interface: str | None) -> Host:
@@ -282,7 +282,7 @@ def _host(interface: str | None) -> Host:
 
 
 def _answer(pipe: Connection, number: int, options: WorkerOptions) -> None:
-    """Life of a seat's process: one question after another, until there is no one who asks."""
+    """Life of a worker's process: one question after another, until there is no one who asks."""
     worker = Worker(options)
     while True:
         try:
@@ -296,7 +296,7 @@ def _unpacked(number: int, question: bytes) -> tuple[str, tuple[Any, ...]]:
     try:
         method, args = pickle.loads(question)
     except (pickle.UnpicklingError, AttributeError, ImportError) as unknown:
-        raise ValueError(f"seat {number} cannot read what it is asked: {unknown}. {IMPORTABLE}") from unknown
+        raise ValueError(f"worker {number} cannot read what it is asked: {unknown}. {IMPORTABLE}") from unknown
     return method, args
 
 
@@ -305,4 +305,4 @@ def _answered(worker: Worker, number: int, question: bytes) -> bytes:
         method, args = _unpacked(number, question)
         return pickle.dumps((True, getattr(worker, method)(*args)))
     except Exception as error:  # noqa: BLE001  handed to who asked
-        return pickle.dumps((False, portable(error, f"seat {number}")))
+        return pickle.dumps((False, portable(error, f"worker {number}")))

@@ -20,7 +20,7 @@ from megamoe.execution.pipeline import CallRecord
 from megamoe.model.deepseek_v4.blocks import ExpertStack
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
 from megamoe.parallel.group import EPGroup, init_group
-from megamoe.parallel.health.status import Position
+from megamoe.parallel.health.status import RankStatus
 from megamoe.parallel.streams import make_current
 from megamoe.routing.waves import Waves
 
@@ -46,7 +46,7 @@ class WorkerOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Rendezvous:
     """Where the ranks of one generation of the group meet, and which of them the worker is."""
 
     address: str
@@ -118,15 +118,15 @@ class Worker:
             return False
         return True
 
-    def join(self, meeting: Meeting) -> None:
+    def join(self, rendezvous: Rendezvous) -> None:
         """Leaves the group there was and joins a new one. All ranks of it must."""
         self.leave()
         timeout = timedelta(seconds=self.options.deadline_s)
         store: TCPStore | None = self._store
-        if store is None or meeting.rank:
-            store = TCPStore(meeting.address, meeting.port, is_master=False, timeout=timeout)
-        prefixed = PrefixStore(f"generation{meeting.generation}", store)
-        self._enter(meeting.rank, meeting.size, store=prefixed)
+        if store is None or rendezvous.rank:
+            store = TCPStore(rendezvous.address, rendezvous.port, is_master=False, timeout=timeout)
+        prefixed = PrefixStore(f"generation{rendezvous.generation}", store)
+        self._enter(rendezvous.rank, rendezvous.size, store=prefixed)
 
     def join_torchrun(self, rank: int, size: int) -> None:
         """join() where the ranks meet as torchrun's environment says."""
@@ -170,9 +170,9 @@ class Worker:
             self._group.announce(error)
             raise
 
-    def position(self) -> Position:
+    def position(self) -> RankStatus:
         """Where this rank is."""
-        return Position() if self._group is None else self._group.whereabouts.position()
+        return RankStatus() if self._group is None else self._group.own_status.position()
 
     def load(self, load: Load) -> LoadReport:
         """Reads what this rank needs of the checkpoint and does not have yet. All ranks of the group must load alike.

@@ -1,4 +1,4 @@
-"""A seat: a place for one worker process, on this machine or wherever Ray put it; what a cluster needs of one."""
+"""A handle on one worker process, on this machine or wherever Ray put it: what a cluster needs of one."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 
-class SeatLostError(RuntimeError):
-    """The process in a seat is gone; number says which seat."""
+class WorkerLostError(RuntimeError):
+    """A worker's process is gone; number says whose."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.number, self.message = number, message
 
-    def __reduce__(self) -> tuple[type[SeatLostError], tuple[int, str]]:
+    def __reduce__(self) -> tuple[type[WorkerLostError], tuple[int, str]]:
         return type(self), (self.number, self.message)
 
 
-class Seat(Protocol):
+class WorkerHandle(Protocol):
     """A worker process (`cluster/worker.py`) that answers calls one at a time, in the order in which they were made.
 
-    number   of the seat: stays, while the rank of who sits in it can change
+    number   of the worker: stays, while the rank of its process can change
     host     name of the machine
     pid      process id there
     """
@@ -30,7 +30,7 @@ class Seat(Protocol):
     pid: int
 
     def call(self, method: str, *args: Any) -> Future[Any]:
-        """Worker.method(*args) in the seat. The future has its result, what it raised, or SeatLostError."""
+        """Worker.method(*args) in its process. The future has its result, what it raised, or WorkerLostError."""
         ...
 
     @property
@@ -43,10 +43,10 @@ class Seat(Protocol):
         ...
 
 
-class Seats(Protocol):
-    """Where seats come from: processes of this machine (spawn.py), or a Ray cluster (ray_cluster.py)."""
+class WorkerPool(Protocol):
+    """Where workers come from: processes of this machine (spawn.py), or a Ray cluster (ray_cluster.py)."""
 
-    def open(self, number: int, deadline_s: float) -> Seat:
+    def open(self, number: int, deadline_s: float) -> WorkerHandle:
         """Starts a process and returns when it answers. RuntimeError, with the reason, where none can be had."""
         ...
 

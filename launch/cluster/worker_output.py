@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-class SeatOutput:
+class WorkerOutput:
     """Takes what was read of a worker's stdout and stderr and passes whole lines on.
 
     label   asked before every line: "rank 2" makes "[rank 2] line"

@@ -1,4 +1,4 @@
-"""Who sits where: the seats of a cluster that have a process, and those that are out and are tried again."""
+"""Who sits where: the workers of a cluster that have a process, and those that are out and are tried again."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from megamoe.launch.cluster.worker_handle import Seat, Seats
+from megamoe.launch.cluster.worker_handle import WorkerHandle, WorkerPool
 
 
-class Roster:
-    """Opens seats, all at once, and never waits for longer than it is told to.
+class Membership:
+    """Opens workers, all at once, and never waits for longer than it is told to.
 
     source     where processes come from
-    num_seats  seats there are at most
+    num_workers  workers there are at most
     start_s    how long a process may take to start
-    retry_s    how long after a failed try a seat that is out is tried again
-    tell       called with what happened to a seat: a kind and words
+    retry_s    how long after a failed try a worker that is out is tried again
+    tell       called with what happened to a worker: a kind and words
     """
 
     def __init__(
-        self, source: Seats, num_seats: int, *, start_s: float, retry_s: float, tell: Callable[[str, str], None]
+        self, source: WorkerPool, num_workers: int, *, start_s: float, retry_s: float, tell: Callable[[str, str], None]
     ) -> None:
-        self._source, self._num_seats, self._start_s, self._retry_s = source, num_seats, start_s, retry_s
+        self._source, self._num_workers, self._start_s, self._retry_s = source, num_workers, start_s, retry_s
         self._tell = tell
-        self._members: dict[int, Seat] = {}
-        self._tries: dict[int, Future[Seat]] = {}
-        self._due: dict[int, float] = {}  # seats that are out and not being tried: when to
-        self._opener = ThreadPoolExecutor(num_seats, thread_name_prefix="megamoe opener")
+        self._members: dict[int, WorkerHandle] = {}
+        self._tries: dict[int, Future[WorkerHandle]] = {}
+        self._due: dict[int, float] = {}  # workers that are out and not being tried: when to
+        self._opener = ThreadPoolExecutor(num_workers, thread_name_prefix="megamoe opener")
 
     @property
-    def members(self) -> list[Seat]:
-        """Seats that have a process, in order of their numbers."""
+    def members(self) -> list[WorkerHandle]:
+        """Workers that have a process, in order of their numbers."""
         return [self._members[number] for number in sorted(self._members)]
 
     @property
     def vacant(self) -> list[int]:
-        """Numbers of the seats that have none."""
-        return [number for number in range(self._num_seats) if number not in self._members]
+        """Numbers of the workers that have none."""
+        return [number for number in range(self._num_workers) if number not in self._members]
 
     def open(self, numbers: Iterable[int], within_s: float) -> dict[int, RuntimeError]:
-        """Starts processes in seats, in place of those that sit there; the seats that are out now, and why.
+        """Starts processes in workers, in place of those that sit there; the workers that are out now, and why.
 
         One that takes longer than within_s is out until it is there.
         """
@@ -52,35 +52,35 @@ class Roster:
         refusals = {}
         for number in numbers:
             if not self._tries[number].done():
-                refusals[number] = RuntimeError(f"seat {number} has no process after {within_s:g} s")
+                refusals[number] = RuntimeError(f"worker {number} has no process after {within_s:g} s")
             elif (refusal := self._take(number)) is not None:
                 refusals[number] = refusal
         for number, refusal in refusals.items():
-            self._tell("out", f"seat {number} cannot be had: {refusal}")
+            self._tell("out", f"worker {number} cannot be had: {refusal}")
         return refusals
 
     def take_back(self) -> list[int]:
-        """Tries seats that are out, without waiting; those that have a process again since the last time."""
+        """Tries workers that are out, without waiting; those that have a process again since the last time."""
         for number, due in list(self._due.items()):
             if time.monotonic() >= due:
                 self._try(number)
         return [number for number in list(self._tries) if self._tries[number].done() and self._take(number) is None]
 
     def put_out(self, numbers: Iterable[int], why: str) -> None:
-        """Ends who sits there; the seats are out, and tried again later."""
+        """Ends who sits there; the workers are out, and tried again later."""
         numbers = list(numbers)
-        self.close_seats(numbers)
+        self.close_pool(numbers)
         for number in numbers:
             self._due[number] = time.monotonic() + self._retry_s
-            self._tell("out", f"seat {number} {why}")
+            self._tell("out", f"worker {number} {why}")
 
-    def close_seats(self, numbers: Iterable[int]) -> None:
+    def close_pool(self, numbers: Iterable[int]) -> None:
         """Ends who sits there, and returns when they are gone."""
-        for seat in [self._members.pop(number) for number in numbers]:
-            seat.kill()
+        for handle in [self._members.pop(number) for number in numbers]:
+            handle.kill()
 
     def forget_out(self) -> None:
-        """No seat is out any more: none is tried again. Waits for those that are being tried, as long as a start takes.
+        """No worker is out any more: none is tried again. Waits for those that are being tried, as a start takes.
 
         Those that have a process by then are members.
         """

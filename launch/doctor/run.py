@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megamoe.launch.lab.lab import enter_network
-from megamoe.parallel.health.diagnosis import Sight
+from megamoe.parallel.health.diagnosis import PeerStatus
 from megamoe.parallel.health.heartbeat import ask
 from megamoe.parallel.health.runs import listed
 
@@ -25,10 +25,10 @@ class Picture:
 
     run: str
     asked: int
-    sights: list[Sight]
+    statuses: list[PeerStatus]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"run": self.run, "asked_rank": self.asked, "ranks": [_as_dict(sight) for sight in self.sights]}
+        return {"run": self.run, "asked_rank": self.asked, "ranks": [_as_dict(status) for status in self.statuses]}
 
 
 def look(run: str, timeout_s: float = 2.0) -> Picture:
@@ -54,20 +54,20 @@ def look(run: str, timeout_s: float = 2.0) -> Picture:
     raise RuntimeError(f"no rank of run {run!r} answers: {'; '.join(said)}")
 
 
-def _as_dict(sight: Sight) -> dict[str, Any]:
-    position = sight.position
+def _as_dict(status: PeerStatus) -> dict[str, Any]:
+    position = status.position
     return {
-        "rank": sight.rank,
-        "host": sight.host,
-        "condition": condition(sight),
-        "heard_s_ago": sight.heard_s,
+        "rank": status.rank,
+        "host": status.host,
+        "condition": condition(status),
+        "heard_s_ago": status.heard_s,
         "position": None if position is None else position.as_dict(),
     }
 
 
-def condition(sight: Sight) -> str:
+def condition(status: PeerStatus) -> str:
     """A rank's condition in one word, as the rank that was asked knows it; nobody is probed for the picture."""
-    return "silent" if sight.silent and sight.condition in ("working", "waiting", "outside") else sight.condition
+    return "silent" if status.silent and status.condition in ("working", "waiting", "outside") else status.condition
 
 
 def _in_network_of(pid: int, ask_there: Callable[[], T]) -> T:

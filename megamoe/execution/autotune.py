@@ -24,7 +24,7 @@ from megamoe.parallel.streams import Stopwatch
 from megamoe.routing.agreement import Agreement
 from megamoe.routing.waves import Waves, auto_waves
 from megamoe.routing.wire import Wire
-from megamoe.schedule.cost_model import Pace, Spread, best_waves
+from megamoe.schedule.cost_model import CostModel, Spread, best_waves
 from megamoe.schedule.machine import product_row_us
 
 # Encoding a value to MXFP8 once per token and decoding it once per row, on one Zen 4 core, 2026-11-24. Twice that for
@@ -42,7 +42,7 @@ class Choice:
 
     waves: int | Sequence[int]
     wire: Wire
-    pace: Pace
+    cost_model: CostModel
 
 
 class Tuner:
@@ -105,13 +105,13 @@ class Tuner:
         first_guess = auto_waves(self._placement, rows, out_bytes)
         if self._waves == "auto" and first_guess > 1:
             self._group.link(self._name, self._experts.device)
-        pace = self._pace(out_bytes, agreed.row_s)
+        cost_model = self._cost_model(out_bytes, agreed.row_s)
         if self._waves != "auto":
             assert not isinstance(self._waves, str)
-            return Choice(self._waves, wire, pace)
+            return Choice(self._waves, wire, cost_model)
         if first_guess > 1 and agreed.row_s:
-            return Choice(self._settle(rows, pace), wire, pace)
-        return Choice(first_guess, wire, pace)
+            return Choice(self._settle(rows, cost_model), wire, cost_model)
+        return Choice(first_guess, wire, cost_model)
 
     def choose_format(self) -> str:
         """Once for good, so that bits do not change between calls: with bf16 weights the wire's rounding shows in them.
@@ -133,21 +133,21 @@ class Tuner:
         rows, tokens = (int(np.vdot(each.numpy(), self._remote)) for each in (agreed.counts, agreed.firsts))
         return wire.PAIR_BYTES + wire.row_bytes * tokens / max(rows, 1)
 
-    def _pace(self, out_bytes: float, row_s: float) -> Pace:
+    def _cost_model(self, out_bytes: float, row_s: float) -> CostModel:
         home_bytes, decode_rows = 2 * self._experts.shape.hidden, self._experts.decode_rows
         if not self._overlap:
-            return Pace(1.0, 0.0, 0.0, 0.0, decode_rows)
+            return CostModel(1.0, 0.0, 0.0, 0.0, decode_rows)
         if not self._group.links or not row_s:
             f_remote = 1 - 1 / self._group.size
-            return Pace.balanced(out_bytes, home_bytes, f_remote, decode_rows)
+            return CostModel.balanced(out_bytes, home_bytes, f_remote, decode_rows)
         link = self._group.links[0]
-        return Pace(row_s, out_bytes / link, home_bytes / link, self._wave_s, decode_rows)
+        return CostModel(row_s, out_bytes / link, home_bytes / link, self._wave_s, decode_rows)
 
-    def _settle(self, rows: float, pace: Pace) -> int:
+    def _settle(self, rows: float, cost_model: CostModel) -> int:
         """The best number of waves, decided anew for the first calls of about that size and kept from then on."""
         tries = self._settled.setdefault(int(rows).bit_length(), [])
         if len(tries) < _TRIES:
-            tries.append(best_waves(Spread(self._placement.most, self._group.size), rows, pace))
+            tries.append(best_waves(Spread(self._placement.most, self._group.size), rows, cost_model))
         return tries[-1]
 
 

@@ -23,11 +23,11 @@ from megamoe.parallel.recorder import CallNotes, Notes
 from megamoe.parallel.streams import Stopwatch
 from megamoe.parallel.transport.pairs import Label, Transfer, Transport
 from megamoe.parallel.transport.watch import WatchedTransport
-from megamoe.routing.messages import Array, Slabs
+from megamoe.routing.messages import Array, Messages
 from megamoe.routing.permutation import Route, by_expert
 from megamoe.routing.waves import WavePlan
 from megamoe.routing.wire import Wire
-from megamoe.schedule.cost_model import Pace
+from megamoe.schedule.cost_model import CostModel
 from megamoe.schedule.schedule import Step, schedule
 
 
@@ -78,8 +78,8 @@ class Parts:
     experts: Experts
     wire: Wire
     plan: WavePlan
-    slabs: Slabs
-    pace: Pace
+    messages: Messages
+    cost_model: CostModel
     notes: Notes
 
     @property
@@ -112,14 +112,14 @@ class CallBase(ABC):
     def __init__(self, parts: Parts, route: Route, counts: Tensor, hidden: Tensor, record: CallRecord) -> None:
         self._name, self._experts, self._wire, self._plan = parts.name, parts.experts, parts.wire, parts.plan
         self._rank, self._transport, self._notes = parts.group.rank, parts.transport, parts.notes
-        self._workspace, self._slabs = parts.group.workspace, parts.slabs
+        self._workspace, self._messages = parts.group.workspace, parts.messages
         self._route, self._record, self._num_tokens = route, record, len(hidden)
         ids = parts.experts.ids
         self._own = counts.numpy()[self._rank, ids.start : ids.stop]  # [e]
         self._arriving = counts.numpy()[:, ids.start : ids.stop].copy()  # [P, e]
         self._arriving[self._rank] = 0
-        arriving = parts.slabs.pairs[:, :, self._rank].sum(0).tolist()  # [W]
-        self.steps = schedule(parts.plan.waves(self._rank), parts.pace.load(self._own.tolist(), arriving))
+        arriving = parts.messages.pairs[:, :, self._rank].sum(0).tolist()  # [W]
+        self.steps = schedule(parts.plan.waves(self._rank), parts.cost_model.load(self._own.tolist(), arriving))
         self.stopwatch: Stopwatch | None = None
         self._dispatches: dict[int, Transfer] = {}
         self._combines: dict[int, Transfer] = {}
@@ -127,7 +127,7 @@ class CallBase(ABC):
 
     @abstractmethod
     def dispatch(self, wave: int) -> None:
-        """Sends this rank's slabs of the wave, and opens the way for what comes in and for what will come home."""
+        """Sends this rank's messages of the wave, and opens the way for what comes in and for what will come home."""
 
     @abstractmethod
     def compute(self, step: Step) -> None:
@@ -162,7 +162,7 @@ class CallBase(ABC):
         record.rows_local = int(self._own.sum())
         record.rows_sent = self._route.num_rows - record.rows_local
         record.rows_received = int(self._arriving.sum())
-        record.dispatch_bytes = sum(sum(self._slabs.rows(self._rank, wave)) for wave in waves) * self._wire.row_bytes
+        record.dispatch_bytes = sum(sum(self._messages.rows(self._rank, wave)) for wave in waves) * self._wire.row_bytes
         record.combine_bytes = record.rows_received * 2 * hidden
 
 
@@ -172,7 +172,7 @@ class Call(CallBase):
     def __init__(self, parts: Parts, route: Route, counts: Tensor, hidden: Tensor, record: CallRecord) -> None:
         super().__init__(parts, route, counts, hidden, record)
         # this rank's own tokens, then what comes from others: all that its experts read
-        inbox = (parts.slabs.inbox_rows(self._rank, len(hidden)), parts.wire.row_bytes)
+        inbox = (parts.messages.inbox_rows(self._rank, len(hidden)), parts.wire.row_bytes)
         self._inbox = self._workspace.take("inbox", inbox, hidden, torch.uint8)
         if parts.wire.in_place:
             self._tokens = parts.wire.tokens(self._inbox)
@@ -183,39 +183,39 @@ class Call(CallBase):
         self._own_decoded = parts.wire.in_place
         self._results = self._workspace.take("results", (route.num_rows + 1, hidden.shape[1]), hidden)  # [N + 1, H]
         self._results[-1] = 0  # what a masked slot adds
-        self._num_fresh = 0
+        self._num_unique = 0
         self._computed: dict[int, Tensor] = {}
 
     def dispatch(self, wave: int) -> None:
         if self._transport is None or wave >= self._plan.num_waves:
             return
-        incoming = self._slabs.incoming(self._rank, wave)
-        begin = int(self._slabs.starts[self._rank, wave, 0])
+        incoming = self._messages.incoming(self._rank, wave)
+        begin = int(self._messages.starts[self._rank, wave, 0])
         self._dispatches[wave] = self._transport.expect(
             self._inbox[begin : begin + sum(incoming)], incoming, Label(self._name, "dispatch", wave)
         )
         with self._record.timing("compute_s"):
-            slabs = self._packed(wave)
-        self._dispatches[wave].send(slabs, self._slabs.rows(self._rank, wave))
+            messages = self._packed(wave)
+        self._dispatches[wave].send(messages, self._messages.rows(self._rank, wave))
         going_home = self._results[self._route.remote(wave)]
         sent = self._route.sent[wave]
         self._combines[wave] = self._transport.expect(going_home, sent, Label(self._name, "combine", wave))
 
     def _packed(self, wave: int) -> Tensor:
-        """This rank's slabs of the wave as they travel, by receiver -> [rows, B] uint8"""
-        sizes, route = self._slabs.rows(self._rank, wave), self._route
-        slabs = self._workspace.take(("sent", wave), (sum(sizes), self._wire.row_bytes), self._inbox)
+        """This rank's messages of the wave as they travel, by receiver -> [rows, B] uint8"""
+        sizes, route = self._messages.rows(self._rank, wave), self._route
+        messages = self._workspace.take(("sent", wave), (sum(sizes), self._wire.row_bytes), self._inbox)
         pair, row = route.remote(wave).start, 0
         for rank, size in enumerate(sizes):
             if not size:
                 continue
-            pairs = slice(pair, pair + int(self._slabs.pairs[self._rank, wave, rank]))
-            head = row + int(self._slabs.heads[self._rank, wave, rank])
-            self._wire.write_pairs(slabs[row:head], route.places[pairs], route.weights[pairs])
-            fresh = route.fresh[self._num_fresh : self._num_fresh + row + size - head]
-            torch.index_select(self._encoded, 0, fresh, out=slabs[head : row + size])
-            pair, row, self._num_fresh = pairs.stop, row + size, self._num_fresh + len(fresh)
-        return slabs
+            pairs = slice(pair, pair + int(self._messages.pairs[self._rank, wave, rank]))
+            head = row + int(self._messages.heads[self._rank, wave, rank])
+            self._wire.write_pairs(messages[row:head], route.places[pairs], route.weights[pairs])
+            unique = route.unique[self._num_unique : self._num_unique + row + size - head]
+            torch.index_select(self._encoded, 0, unique, out=messages[head : row + size])
+            pair, row, self._num_unique = pairs.stop, row + size, self._num_unique + len(unique)
+        return messages
 
     def compute(self, step: Step) -> None:
         local_rows = self._route.local(step.local, self._experts.ids.start)
@@ -237,26 +237,26 @@ class Call(CallBase):
                 self._computed[step.wave] = results[:num_arrived]
 
     def _open(self, wave: int, places: list[Tensor], weights: list[Tensor]) -> int:
-        """Reads a wave's slabs: puts where its pairs' tokens are, and their weights, before what is there -> pairs"""
-        num_arrived, slabs, rank, wire = 0, self._slabs, self._rank, self._wire
+        """Reads a wave's messages: puts where its pairs' tokens are, and their weights, before what is there."""
+        num_arrived, messages, rank, wire = 0, self._messages, self._rank, self._wire
         with self._record.timing("compute_s"):
-            for sender, pairs in enumerate(slabs.pairs[:, wave, rank].tolist()):
+            for sender, pairs in enumerate(messages.pairs[:, wave, rank].tolist()):
                 if not pairs:
                     continue
-                begin = int(slabs.starts[rank, wave, sender])
-                head = begin + int(slabs.heads[sender, wave, rank])
+                begin = int(messages.starts[rank, wave, sender])
+                head = begin + int(messages.heads[sender, wave, rank])
                 where, weight = wire.read_pairs(self._inbox[begin:head], pairs)
                 places.insert(-1, where.to(torch.int64))
                 weights.insert(-1, weight)
                 num_arrived += pairs
                 if not wire.in_place:
-                    fresh = slice(head, head + int(slabs.fresh[sender, wave, rank]))
-                    wire.decode(self._inbox[fresh], self._tokens[fresh])
+                    unique = slice(head, head + int(messages.unique[sender, wave, rank]))
+                    wire.decode(self._inbox[unique], self._tokens[unique])
         return num_arrived
 
     def combine(self, wave: int) -> None:
         if self._transport is not None:
-            rows = self._slabs.pairs[:, wave, self._rank].tolist()
+            rows = self._messages.pairs[:, wave, self._rank].tolist()
             self._combines[wave].send(self._computed[wave], rows)  # which stay until the call has ended
 
     def reduce(self) -> Tensor:

@@ -48,7 +48,7 @@ class Grouped:
     weight: MXFP4 | Prepacked | Tensor
     tokens_per_expert: Tensor
     source: Tensor | None = None
-    turns: int = 1
+    oversubscription: int = 1
 
     def __post_init__(self) -> None:
         kinds = {MXFP8: MXFP4, Wide: Prepacked}
@@ -112,7 +112,7 @@ class Grouped:
         tile = tile or self._tile(device)
         if self.kind == "wide" and tile.depth % CHUNK:
             raise ValueError(f"tiles for prepacked weights have a depth that {CHUNK} divides, got {tile.label}")
-        programs = programs or num_programs(device, tile) * self.turns
+        programs = programs or num_programs(device, tile) * self.oversubscription
         constants = {
             "K": self._values.shape[1],
             "N": self.num_columns,

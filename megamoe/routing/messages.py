@@ -1,10 +1,10 @@
-"""What travels in a wave from one rank to another: a slab of rows, in a place that both ends know beforehand.
+"""What travels in a wave from one rank to another: a message of rows, in a place that both ends know beforehand.
 
-A token goes to a rank once, in the wave of its first expert there, however many of its experts are on that rank. A slab
-is, in rows of the wire: a few rows that say for each of the wave's (token, slot) pairs in which row of the receiver the
-token is and how it is weighted, then the tokens that this rank has not had before.
+A token goes to a rank once, in the wave of its first expert there, however many of its experts are on that rank. A
+message is, in rows of the wire: the pair index, a few rows that say for each of the wave's (token, slot) pairs in which
+row of the receiver the token is and how it is weighted; then the unique tokens, which that rank has not had before.
 
-All ranks know all counts, so all know every slab's size and where it lies in its receiver's inbox: behind the
+All ranks know all counts, so all know every message's size and where it lies in its receiver's inbox: behind the
 receiver's own tokens, by wave and then by sender.
 """
 
@@ -29,41 +29,41 @@ Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Slabs:
-    """Sizes of all slabs [sender, wave, receiver], in rows: pairs counts (token, slot) pairs, heads the rows that say
-    where each pair's token is, fresh the tokens. starts [receiver, wave, sender]: first row in the receiver's inbox.
+class Messages:
+    """Sizes of all messages [sender, wave, receiver], in rows: pairs counts (token, slot) pairs, heads the rows of the
+    pair index, unique the tokens. starts [receiver, wave, sender]: first row in the receiver's inbox.
     """
 
     pairs: Array
     heads: Array
-    fresh: Array
+    unique: Array
     starts: Array
 
     @classmethod
-    def of(cls, plan: WavePlan, wire: Wire, tokens: list[int], counts: Tensor, firsts: Tensor) -> Slabs:
+    def of(cls, plan: WavePlan, wire: Wire, tokens: list[int], counts: Tensor, firsts: Tensor) -> Messages:
         """tokens[r]: T of each rank; counts, firsts [P, E] int64: pairs of each rank for each expert, and tokens whose
         first expert on its rank that is.
         """
-        pairs, fresh = _by_wave_and_receiver(plan, torch.stack((counts, firsts)))
+        pairs, unique = _by_wave_and_receiver(plan, torch.stack((counts, firsts)))
         heads: Array = -(-wire.PAIR_BYTES * pairs // wire.row_bytes)
-        rows = (heads + fresh).transpose(2, 1, 0)  # [receiver, wave, sender]
+        rows = (heads + unique).transpose(2, 1, 0)  # [receiver, wave, sender]
         flat = rows.reshape(len(tokens), -1)
         starts = (flat.cumsum(1) - flat).reshape(rows.shape) + np.asarray(tokens, np.int64)[:, None, None]
-        return cls(pairs, heads, fresh, starts)
+        return cls(pairs, heads, unique, starts)
 
     def rows(self, sender: int, wave: int) -> list[int]:
-        """Rows of the sender's slab for each rank."""
-        sizes: list[int] = (self.heads[sender, wave] + self.fresh[sender, wave]).tolist()
+        """Rows of the sender's message for each rank."""
+        sizes: list[int] = (self.heads[sender, wave] + self.unique[sender, wave]).tolist()
         return sizes
 
     def incoming(self, receiver: int, wave: int) -> list[int]:
-        """Rows of the slab from each rank."""
-        sizes: list[int] = (self.heads[:, wave, receiver] + self.fresh[:, wave, receiver]).tolist()
+        """Rows of the message from each rank."""
+        sizes: list[int] = (self.heads[:, wave, receiver] + self.unique[:, wave, receiver]).tolist()
         return sizes
 
     def inbox_rows(self, receiver: int, num_tokens: int) -> int:
         """Rows of the receiver's inbox, its own tokens included."""
-        return num_tokens + int(self.heads[:, :, receiver].sum() + self.fresh[:, :, receiver].sum())
+        return num_tokens + int(self.heads[:, :, receiver].sum() + self.unique[:, :, receiver].sum())
 
 
 def _by_wave_and_receiver(plan: WavePlan, by_expert: Tensor) -> Array:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megamoe.kernels.cpu.library import chosen as chosen_library
 from megamoe.parallel.workspace import Workspace
-from megamoe.routing.messages import Array, Slabs
+from megamoe.routing.messages import Array, Messages
 from megamoe.routing.segments import begins, chosen, spread, to_device
 from megamoe.routing.waves import WavePlan
 
@@ -39,7 +39,7 @@ class Route:
     sent: list[list[int]]
     wave_starts: list[int]
     local_starts: list[int]
-    fresh: Tensor
+    unique: Tensor
     places: Tensor
 
     @property
@@ -62,7 +62,7 @@ def route_rows(
     plan: WavePlan,
     ep_rank: int,
     counts: Sequence[int],
-    slabs: Slabs,
+    messages: Messages,
     workspace: Workspace,
 ) -> Route:
     """Sorts the slots of topk_ids [T, K] int64 and topk_weights [T, K] float32; counts[E] are the rows of each expert.
@@ -80,14 +80,14 @@ def route_rows(
     places = np.empty(len(order) + 1, np.int64)
     places[order] = np.arange(len(order))
     places[-1] = len(order)  # masked slots, id -1, come last
-    sending = _Sending.of(travelling, ep_rank, slabs)
+    sending = _Sending.of(travelling, ep_rank, messages)
     told = to_device([places, *sending.arrays], topk_ids.device, workspace, "route")
     place = told[0]
 
     tokens, weights, positions = _sort_slots(topk_ids, topk_weights, place, sum(counts))
-    sent: list[list[int]] = slabs.pairs[ep_rank].tolist()
+    sent: list[list[int]] = messages.pairs[ep_rank].tolist()
     wave_starts = [0, *accumulate(sum(rows) for rows in sent)]
-    fresh, lie = sending.once(tokens[: wave_starts[-1]], len(topk_ids), told[1:])
+    unique, lie = sending.once(tokens[: wave_starts[-1]], len(topk_ids), told[1:])
     return Route(
         tokens=tokens,
         weights=weights,
@@ -95,7 +95,7 @@ def route_rows(
         sent=sent,
         wave_starts=wave_starts,
         local_starts=list(accumulate((counts[e] for e in own), initial=wave_starts[-1])),
-        fresh=fresh,
+        unique=unique,
         places=lie,
     )
 
@@ -115,18 +115,18 @@ def _sort_slots(topk_ids: Tensor, topk_weights: Tensor, places: Tensor, num_rows
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """What counts say of the rows that leave, a span for each (wave, receiver) that gets any.
+    """What counts say of the rows that leave, a segment for each (wave, receiver) that gets any.
 
-    ranks, pairs [J]   receiver and rows of each span
+    ranks, pairs [J]   receiver and rows of each segment
     bases [J]          row of the receiver's inbox before its tokens, less the tokens that go along before them
-    size, num_fresh    P, and tokens that go along in all
+    size, num_unique    P, and tokens that go along in all
     """
 
     ranks: Array
     pairs: Array
     bases: Array
     size: int
-    num_fresh: int
+    num_unique: int
 
     @property
     def arrays(self) -> list[Array]:
@@ -134,12 +134,12 @@ class _Sending:
         return [self.pairs, np.stack((self.ranks, self.bases))]
 
     @classmethod
-    def of(cls, travelling: Sequence[tuple[int, int]], ep_rank: int, slabs: Slabs) -> _Sending:
+    def of(cls, travelling: Sequence[tuple[int, int]], ep_rank: int, messages: Messages) -> _Sending:
         waves, ranks = np.asarray(travelling, np.int64).reshape(-1, 2).T
-        fresh = slabs.fresh[ep_rank, waves, ranks]
-        # the n-th fresh token of all is some row behind the start of its slab's tokens, and where that is is known
-        bases = slabs.starts[ranks, waves, ep_rank] + slabs.heads[ep_rank, waves, ranks] - begins(fresh) - 1
-        return cls(ranks, slabs.pairs[ep_rank, waves, ranks], bases, slabs.pairs.shape[0], int(fresh.sum()))
+        unique = messages.unique[ep_rank, waves, ranks]
+        # the n-th unique token of all is some row behind the start of its message's tokens, and where that is is known
+        bases = messages.starts[ranks, waves, ep_rank] + messages.heads[ep_rank, waves, ranks] - begins(unique) - 1
+        return cls(ranks, messages.pairs[ep_rank, waves, ranks], bases, messages.pairs.shape[0], int(unique.sum()))
 
     def once(self, tokens: Tensor, num_tokens: int, told: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Of the rows that leave, tokens [n] as they travel: which tokens go along, where each row's token lies then.
@@ -148,19 +148,19 @@ class _Sending:
         """
         if not len(tokens):
             return tokens, tokens.to(torch.int32)
-        pairs, of_spans = told
+        pairs, of_segments = told
         library = chosen_library() if tokens.device.type == "cpu" else None
         if library is not None:
-            return library.send_once(tokens, (pairs, of_spans), num_tokens, self.size, self.num_fresh)
-        peers, bases = spread(of_spans, pairs, len(tokens))
+            return library.send_once(tokens, (pairs, of_segments), num_tokens, self.size, self.num_unique)
+        peers, bases = spread(of_segments, pairs, len(tokens))
         index, key = torch.arange(len(tokens), device=tokens.device), tokens * self.size + peers
         first = torch.full((num_tokens * self.size,), len(tokens), device=tokens.device)
         first.scatter_reduce_(0, key, index, "amin")
         first = first[key]  # [n] the row that brings each row's token
         brings = first == index
         number = brings.cumsum(0)
-        fresh = chosen(tokens, brings, number, self.num_fresh)
-        return fresh, (bases + number)[first].to(torch.int32)
+        unique = chosen(tokens, brings, number, self.num_unique)
+        return unique, (bases + number)[first].to(torch.int32)
 
 
 def by_expert(counts: Array) -> Array:

@@ -1,6 +1,6 @@
-"""Rows whose numbers follow from counts: told to a device as a few spans, in one copy, and spelled out there."""
+"""Rows whose numbers follow from counts: told to a device as a few segments, in one copy, and spelled out there."""
 
-# J spans   n numbers that they have together
+# J segments   n numbers that they have together
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def to_device(arrays: Sequence[Array], device: torch.device, workspace: Workspac
 
 
 def begins(lengths: Array) -> Array:
-    """Where each span begins.    [2, 0, 3]  ->  [0, 2, 2]"""
+    """Where each segment begins.    [2, 0, 3]  ->  [0, 2, 2]"""
     ends: Array = lengths.cumsum()
     return ends - lengths
 
 
 def spread(values: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """Each span's value for all of its numbers: values [..., J], lengths [J] int64, `total` in all -> [..., total].
+    """Each segment's value for all of its numbers: values [..., J], lengths [J] int64, `total` in all -> [..., total].
 
     values [7, 8, 9], lengths [2, 0, 1]  ->  7 7 9
     """
@@ -52,9 +52,9 @@ def spread(values: Tensor, lengths: Tensor, total: int) -> Tensor:
 
 
 def spell_out(lengths: Tensor, offsets: Tensor, total: int) -> Tensor:
-    """Numbers of all spans, one span after the other: i + the offset of i's span, for i from 0 to n.
+    """Numbers of all segments, one segment after the other: i + the offset of i's segment, for i from 0 to n.
 
-    lengths [J] int64, n in all; offsets [..., J] int64: what a span's first number is, less where the span begins
+    lengths [J] int64, n in all; offsets [..., J] int64: what a segment's first number is, less where the segment begins
         lengths [2, 0, 3], firsts [10, 5, 7], so offsets [10, 3, 5]  ->  10 11 | 7 8 9
     """
     count = torch.arange(total, device=lengths.device)

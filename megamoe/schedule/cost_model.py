@@ -21,11 +21,11 @@ MAX_AUTO_WAVES = 8
 # Measured with `megamoe bench --waves sweep`, two ranks on two cores of a Zen 4 CPU over gloo, 2026-11-24: at the
 # balance point 8 waves took 167 ms where 2 took 195, and 179 where 2 took 186.
 FORGIVENESS = 0.03
-_STEP_ROWS = 50.0  # what beginning a stretch of work costs as long as nothing is measured: half a millisecond, in rows
+_STEP_ROWS = 50.0  # what beginning a interval of work costs as long as nothing is measured: half a millisecond, in rows
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class CostModel:
     """Seconds: row_s to compute a row; out_s and home_s for its two journeys over the link; wave_s for a wave itself.
 
     decode_rows: what making an expert's weights ready costs, in rows.
@@ -38,7 +38,7 @@ class Pace:
     decode_rows: float = 0.0
 
     @classmethod
-    def balanced(cls, out_bytes: float, home_bytes: float, f_remote: float, decode_rows: float) -> Pace:
+    def balanced(cls, out_bytes: float, home_bytes: float, f_remote: float, decode_rows: float) -> CostModel:
         """Where all journeys together take as long as all compute, whatever that is: the place to be prepared for."""
         journey_s = 1.0 / f_remote if f_remote else 0.0
         out = out_bytes / (out_bytes + home_bytes)
@@ -63,18 +63,18 @@ class Spread:
         return [range(*ends) for ends in pairwise(bounds)]
 
 
-def best_waves(spread: Spread, rows_per_rank: float, pace: Pace) -> int:
+def best_waves(spread: Spread, rows_per_rank: float, cost_model: CostModel) -> int:
     """Number of waves, 1 to 8 and at most one expert each: the most that take hardly longer than the best does."""
     if spread.ep_size == 1:
         return 1
     numbers = range(1, min(MAX_AUTO_WAVES, spread.experts_per_rank) + 1)
-    times = {waves: play(spread, waves, rows_per_rank, pace).total for waves in numbers}
-    journeys = (pace.out_s + pace.home_s) * (1 - 1 / spread.ep_size)
-    longest = min(times.values()) * (1 + FORGIVENESS * min(1.0, journeys / pace.row_s))
+    times = {waves: play(spread, waves, rows_per_rank, cost_model).total for waves in numbers}
+    journeys = (cost_model.out_s + cost_model.home_s) * (1 - 1 / spread.ep_size)
+    longest = min(times.values()) * (1 + FORGIVENESS * min(1.0, journeys / cost_model.row_s))
     return max(waves for waves, time in times.items() if time <= longest)
 
 
-def play(spread: Spread, waves: int, rows_per_rank: float, pace: Pace) -> Played:
+def play(spread: Spread, waves: int, rows_per_rank: float, cost_model: CostModel) -> Played:
     """What a rank does with R rows, spread evenly over experts and sources, from first dispatch to last result.
 
     2 ranks with 2 experts each, 1 wave, R 400, row_s 1, out_s 0.5, home_s 1: rows arrive at 100, and until then one
@@ -85,8 +85,8 @@ def play(spread: Spread, waves: int, rows_per_rank: float, pace: Pace) -> Played
     local = [round(per_source)] * spread.experts_per_rank
     arriving = [per_source * (spread.ep_size - 1) * len(ids) for ids in experts]
     works = []
-    for step in schedule(experts, pace.load(local, [round(rows) for rows in arriving])):
+    for step in schedule(experts, cost_model.load(local, [round(rows) for rows in arriving])):
         rows = per_source * len(step.local) + (arriving[step.wave] if step.arrived else 0)
-        works.append(Work(step.wave, rows * pace.row_s + pace.wave_s, step.arrived))
-    out, home = ([rows * each for rows in arriving] for each in (pace.out_s, pace.home_s))
+        works.append(Work(step.wave, rows * cost_model.row_s + cost_model.wave_s, step.arrived))
+    out, home = ([rows * each for rows in arriving] for each in (cost_model.out_s, cost_model.home_s))
     return play_works(works, out, home)

@@ -10,7 +10,7 @@ Of one rank, on a core that it may share:
 
 The waves are then played as the layer runs them (schedule.py, pace.py), over a link of a nominal rate. Every byte that
 is sent or received takes byte_ns of the core that computes, and over loopback the cores are the link; every
-stretch of work takes wave_us beside its rows. What comes before the first dispatch (counting, encoding) and after the
+interval of work takes wave_us beside its rows. What comes before the first dispatch (counting, encoding) and after the
 last result (the sum of the slots) nothing covers.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.catalog.schema import Machine
-from megamoe.schedule.cost_model import Pace, Spread, best_waves
+from megamoe.schedule.cost_model import CostModel, Spread, best_waves
 from megamoe.schedule.formats import value_bytes
 from megamoe.schedule.schedule import Work, play, schedule
 
@@ -148,7 +148,7 @@ def choose_waves(run: Run, machine: Machine) -> int:
     """What waves="auto" comes to, once a layer knows its link and its compute."""
     if run.ranks == 1:
         return 1
-    return best_waves(run.spread, run.rows, _pace(run, machine))
+    return best_waves(run.spread, run.rows, _cost_model(run, machine))
 
 
 def row_us(run: Run, machine: Machine) -> float:
@@ -203,12 +203,12 @@ def _link_bytes_us(run: Run, machine: Machine) -> float:
     return machine.loopback_gb_s.value * 1e3
 
 
-def _pace(run: Run, machine: Machine) -> Pace:
+def _cost_model(run: Run, machine: Machine) -> CostModel:
     remote = max(run.rows * run.f_remote, 1e-9)
     link = _link_bytes_us(run, machine)
     row = row_us(run, machine)
     decode_rows = 3 * run.hidden * run.intermediate * machine.decode_ns.value / 1e3 / row if run.packed else 0.0
-    return Pace(
+    return CostModel(
         row / 1e6,
         run.dispatch_bytes / remote / link / 1e6,
         run.combine_bytes / remote / link / 1e6,
@@ -219,11 +219,11 @@ def _pace(run: Run, machine: Machine) -> Pace:
 
 def _steps(run: Run, machine: Machine, waves: int) -> list[tuple[Work, int]]:
     """The steps of a rank, each with its share of the rows as time, and how many experts it makes ready."""
-    spread, pace = run.spread, _pace(run, machine)
+    spread, cost_model = run.spread, _cost_model(run, machine)
     per_source = run.rows / spread.experts_per_rank / run.ranks
     experts = spread.waves(min(waves, spread.experts_per_rank))
     arriving = [per_source * (run.ranks - 1) * len(ids) for ids in experts]
-    load = pace.load([round(per_source)] * spread.experts_per_rank, [round(rows) for rows in arriving])
+    load = cost_model.load([round(per_source)] * spread.experts_per_rank, [round(rows) for rows in arriving])
     found = []
     for step in schedule(experts, load):
         rows = per_source * len(step.local) + (arriving[step.wave] if step.arrived else 0.0)

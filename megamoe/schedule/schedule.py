@@ -16,7 +16,7 @@ LOOKAHEAD = 2  # waves whose rows may be on their way beyond the one that comput
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One stretch of a rank's compute: the rank-local rows of some experts of a wave, and the wave's arrived rows.
+    """One interval of a rank's compute: the rank-local rows of some experts of a wave, and the wave's arrived rows.
 
     wave   which one            local   experts whose rank-local rows are computed here
     arrived   whether the rows of other ranks are computed here too
@@ -36,7 +36,7 @@ class Load:
     dispatch_cost    time to receive a row, and
     combine_cost     time to send its result, where the link is at its balance point with compute
     decode_cost      time to make an expert's weights ready, and
-    step_cost        time that one stretch of work more takes beside its rows, as rows
+    step_cost        time that one interval of work more takes beside its rows, as rows
     """
 
     local: Sequence[int]
@@ -54,7 +54,7 @@ def schedule(waves: Sequence[range], load: Load) -> list[Step]:
     takes them from the last wave back until they cover the last wave's way home. Both are measured at the balance
     point, the only place where it matters: with a faster link there is less to cover, with a slower one compute is
     not the limit. An expert that is split is made ready twice, which is only worth it while more than that is left
-    to cover; and where both are covered sooner than another stretch of work is begun, there is no head and no tail.
+    to cover; and where both are covered sooner than another interval of work is begun, there is no head and no tail.
     """
     busy = [rows for rows in load.arriving if rows]
     if not busy:
@@ -103,7 +103,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One stretch of one lane (dispatch, compute or combine), from start to end."""
+    """One interval of one lane (dispatch, compute or combine), from start to end."""
 
     lane: str
     wave: int

@@ -21,12 +21,12 @@ COMMUNICATION = ("dispatch", "combine")
 COMPUTE = ("linear-1", "activation", "linear-2", "reduce")
 CALL = "call"  # the lane that holds the whole call
 
-Stretch = tuple[float, float]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A stretch of one lane of one rank, in microseconds since the trace began. bytes: of the rows on the wire."""
+    """A interval of one lane of one rank, in microseconds since the trace began. bytes: of the rows on the wire."""
 
     layer: str
     call: int
@@ -56,13 +56,13 @@ class Share:
     @staticmethod
     def of(events: Iterable[Event]) -> Share:
         """The share of one rank's events of one call."""
-        stretches: dict[str, list[Stretch]] = defaultdict(list)
+        intervals: dict[str, list[Interval]] = defaultdict(list)
         for event in events:
             kind = CALL if event.lane == CALL else "out" if event.lane in COMMUNICATION else "in"
-            stretches[kind].append((event.begin_us, event.end_us))
-        compute, communication = union(stretches["in"]), union(stretches["out"])
+            intervals[kind].append((event.begin_us, event.end_us))
+        compute, communication = union(intervals["in"]), union(intervals["out"])
         hidden = intersection(compute, communication)
-        return Share(*(_length(part) for part in (stretches[CALL], compute, communication, hidden)))
+        return Share(*(_length(part) for part in (intervals[CALL], compute, communication, hidden)))
 
     @staticmethod
     def sum(shares: Sequence[Share]) -> Share:
@@ -208,10 +208,10 @@ def _flown(flights: Sequence[tuple[int, Flight]], zero: int) -> list[Event]:
     return events
 
 
-def union(stretches: Iterable[Stretch]) -> list[Stretch]:
-    """Disjoint stretches in order.    [(3, 5), (1, 2), (4, 7)] -> [(1, 2), (3, 7)]"""
-    joined: list[Stretch] = []
-    for begin, end in sorted(stretches):
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """Disjoint intervals in order.    [(3, 5), (1, 2), (4, 7)] -> [(1, 2), (3, 7)]"""
+    joined: list[Interval] = []
+    for begin, end in sorted(intervals):
         if joined and begin <= joined[-1][1]:
             joined[-1] = (joined[-1][0], max(joined[-1][1], end))
         else:
@@ -219,7 +219,7 @@ def union(stretches: Iterable[Stretch]) -> list[Stretch]:
     return joined
 
 
-def intersection(a: Sequence[Stretch], b: Sequence[Stretch]) -> list[Stretch]:
+def intersection(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
     """What two unions have in common.    [(1, 4), (6, 9)], [(2, 7)] -> [(2, 4), (6, 7)]"""
     common, i, j = [], 0, 0
     while i < len(a) and j < len(b):
@@ -233,8 +233,8 @@ def intersection(a: Sequence[Stretch], b: Sequence[Stretch]) -> list[Stretch]:
     return common
 
 
-def _length(stretches: Iterable[Stretch]) -> float:
-    return sum(end - begin for begin, end in stretches)
+def _length(intervals: Iterable[Interval]) -> float:
+    return sum(end - begin for begin, end in intervals)
 
 
 def _named(what: str, rank: int, lane: int, name: str) -> dict[str, Any]:

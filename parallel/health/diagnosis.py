@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKING, Position
+from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKING, RankStatus
 
 DEAD, UNREACHABLE, STOPPED, STALLED = "dead", "unreachable", "stopped", "stalled"
 ABSENT, SLOW, CUT_OFF = "absent", "slow", "cut off"
@@ -28,7 +28,7 @@ _MEANING = {
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class PeerStatus:
     """What one rank knows of another, or of itself.
 
     position    what it said last; None where it has said nothing yet
@@ -42,7 +42,7 @@ class Sight:
 
     rank: int
     host: str
-    position: Position | None
+    position: RankStatus | None
     heard_s: float
     silent: bool = False
     closed: bool = False
@@ -83,44 +83,44 @@ class Verdict:
         return _MEANING[self.condition]
 
 
-def diagnose(me: int, awaited: int | None, sights: Sequence[Sight]) -> Verdict:
+def diagnose(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Verdict:
     """The rank to name, from what rank `me` sees of all ranks; awaited is the one it waited for.
 
     A rank that waits is never to blame for it: blame goes on to the one that it waits for. What a peer found out before
     is believed, so that all ranks name the same one.
     """
-    others = [sight for sight in sights if sight.rank != me]
-    conditions = {sight.rank: sight.condition for sight in others}
+    others = [status for status in statuses if status.rank != me]
+    conditions = {status.rank: status.condition for status in others}
     if len(others) > 1 and all(condition in (UNREACHABLE, STOPPED) for condition in conditions.values()):
         return Verdict(me, CUT_OFF, certain=True)
     for condition in (DEAD, UNREACHABLE, STOPPED):
         found = [rank for rank, each in conditions.items() if each == condition]
-        found = [rank for rank in found if condition == DEAD or not _heard_by_another(me, rank, sights)]
+        found = [rank for rank in found if condition == DEAD or not _heard_by_another(me, rank, statuses)]
         if found:
             return Verdict(awaited if awaited in found else found[0], condition, certain=True)
-    raised = [sight for sight in others if conditions[sight.rank] == RAISED and sight.position]
-    own = [sight.rank for sight in raised if sight.position and sight.position.peer is None]
+    raised = [status for status in others if conditions[status.rank] == RAISED and status.position]
+    own = [status.rank for status in raised if status.position and status.position.peer is None]
     if own:
         return Verdict(own[0], RAISED, certain=True)
     if raised:  # errors about a peer: the first that was raised
-        first = max((sight.position for sight in raised if sight.position), key=lambda position: position.age_s)
+        first = max((status.position for status in raised if status.position), key=lambda position: position.age_s)
         assert first.peer is not None
         return Verdict(first.peer, first.complaint if first.complaint in _MEANING else STALLED, certain=True)
-    return _follow(me, awaited, sights)
+    return _follow(me, awaited, statuses)
 
 
-def _heard_by_another(me: int, rank: int, sights: Sequence[Sight]) -> bool:
+def _heard_by_another(me: int, rank: int, statuses: Sequence[PeerStatus]) -> bool:
     """Whether a rank that is silent here is heard by one that is not: then the way between is bad, and not the rank."""
     return any(
-        sight.rank not in (me, rank) and sight.condition in (WORKING, WAITING, OUTSIDE) and rank not in sight.unheard
-        for sight in sights
-        if not sight.silent and sight.position
+        status.rank not in (me, rank) and status.condition in (WORKING, WAITING, OUTSIDE) and rank not in status.unheard
+        for status in statuses
+        if not status.silent and status.position
     )
 
 
-def _follow(me: int, awaited: int | None, sights: Sequence[Sight]) -> Verdict:
+def _follow(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Verdict:
     """All ranks are there: along what each waits for, to one that waits for nobody."""
-    at = {sight.rank: sight for sight in sights}
+    at = {status.rank: status for status in statuses}
     passed = {me}
     rank = awaited
     while rank is not None and rank not in passed:
@@ -133,28 +133,30 @@ def _follow(me: int, awaited: int | None, sights: Sequence[Sight]) -> Verdict:
         if position.state in (OUTSIDE, LEFT):
             return Verdict(rank, ABSENT if position.state == OUTSIDE else LEFT, certain=position.state == LEFT)
         rank = position.peer
-    return _slowest(me, awaited, sights)
+    return _slowest(me, awaited, statuses)
 
 
-def _slowest(me: int, awaited: int | None, sights: Sequence[Sight]) -> Verdict:
+def _slowest(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Verdict:
     """Ranks wait in a ring, so rows are under way: the rank whose best link is the worst, or that is in most waits.
 
     Two ranks cannot tell which end of their link it is: each names the other.
     """
-    ranks = [sight.rank for sight in sights]
+    ranks = [status.rank for status in statuses]
     if len(ranks) == 2:
         return Verdict(ranks[1 - ranks.index(me)], SLOW, certain=True)
     links: dict[frozenset[int], float] = {}
-    for sight in sights:
-        for peer, seconds in (*sight.answers, *((peer, _NEVER_S) for peer in sight.unheard)):
-            pair = frozenset((sight.rank, peer))
+    for status in statuses:
+        for peer, seconds in (*status.answers, *((peer, _NEVER_S) for peer in status.unheard)):
+            pair = frozenset((status.rank, peer))
             links[pair] = max(links.get(pair, 0.0), seconds)
     best = {rank: min((each for pair, each in links.items() if rank in pair), default=0.0) for rank in ranks}
     worst, second = sorted(ranks, key=lambda rank: -best[rank])[:2]
     if best[worst] > max(_FAR_S, 3 * best[second]):
         return Verdict(worst, SLOW, certain=True)
     waits = [
-        (sight.rank, sight.position.peer) for sight in sights if sight.position and sight.position.state == WAITING
+        (status.rank, status.position.peer)
+        for status in statuses
+        if status.position and status.position.state == WAITING
     ]
     in_waits = Counter(rank for pair in waits for rank in pair if rank is not None)
     return Verdict(max(ranks, key=lambda rank: (in_waits[rank], rank == awaited, -rank)), SLOW, certain=False)

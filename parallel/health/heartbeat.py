@@ -1,4 +1,4 @@
-"""The beacon: every rank tells every other where it is, four times a second, over connections of its own.
+"""The heartbeat: every rank tells every other where it is, four times a second, over connections of its own.
 
 It says who is lost when the transport cannot: a process that is gone closes its connection, a process that is stopped
 falls silent while its host still answers, a host that is gone answers nothing, and a rank that only waits says for
@@ -24,9 +24,9 @@ from typing import Any
 
 from torch.distributed import Store
 
-from megamoe.parallel.health.diagnosis import Sight, Verdict, diagnose
+from megamoe.parallel.health.diagnosis import PeerStatus, Verdict, diagnose
 from megamoe.parallel.health.records import Heartbeat, Line
-from megamoe.parallel.health.status import LEFT, RAISED, Position, Whereabouts
+from megamoe.parallel.health.status import LEFT, RAISED, OwnStatus, RankStatus
 from megamoe.parallel.interfaces import list_interfaces
 from megamoe.parallel.rendezvous import wait_for
 
@@ -46,7 +46,7 @@ class _Peer:
     address: str
     port: int
     line: Line | None = None
-    position: Position | None = None
+    position: RankStatus | None = None
     heard: float = field(default_factory=time.monotonic)
     closed: bool = False
     answered_s: deque[float] = field(default_factory=lambda: deque(maxlen=_ANSWERS))
@@ -55,12 +55,12 @@ class _Peer:
     answers: tuple[tuple[int, float], ...] = ()
 
 
-class Beacon:
+class HeartbeatMonitor:
     """One for each group and rank, from the group's start until leave().
 
     store      where the ranks meet; addresses and the group's token are left there
     address    IP address of this rank that the others reach
-    trouble    called, in the beacon's thread, when a peer is found dead or has raised while this rank is in a call
+    trouble    called, in the heartbeat's thread, when a peer is found dead or has raised while this rank is in a call
     pulse      called there at every beat
     """
 
@@ -69,13 +69,13 @@ class Beacon:
         rank: int,
         size: int,
         store: Store,
-        whereabouts: Whereabouts,
+        own_status: OwnStatus,
         *,
         address: str,
         host: str,
         deadline_s: float,
     ) -> None:
-        self.rank, self.size, self.host, self.whereabouts = rank, size, host, whereabouts
+        self.rank, self.size, self.host, self.own_status = rank, size, host, own_status
         self.trouble: Callable[[], None] = lambda: None
         self.pulse: Callable[[], None] = lambda: None
         self._beat_s = max(BEAT_S, size / 64)
@@ -92,30 +92,30 @@ class Beacon:
             for channel in (self._listener, self._wake_in, self._wake_out):
                 channel.close()
             raise
-        self._thread = threading.Thread(target=self._run, name="megamoe beacon", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="megamoe heartbeat", daemon=True)
         self._thread.start()
 
     def _meet(self, store: Store, deadline_s: float) -> dict[int, _Peer]:
         """Finds the others and connects to those of lower rank; those of higher rank come by themselves."""
         if self.rank == 0:
-            store.set("beacon token", secrets.token_hex(16))
+            store.set("heartbeat token", secrets.token_hex(16))
         mine = {"host": self.host, "address": self.address, "port": self.port}
-        store.set(f"beacon {self.rank}", json.dumps(mine))
-        lit = {f"beacon {rank}": f"rank {rank}" for rank in range(self.size)}
-        wait_for(store, {**lit, "beacon token": "rank 0"}, deadline_s)
+        store.set(f"heartbeat {self.rank}", json.dumps(mine))
+        lit = {f"heartbeat {rank}": f"rank {rank}" for rank in range(self.size)}
+        wait_for(store, {**lit, "heartbeat token": "rank 0"}, deadline_s)
         peers = {}
-        self.token = store.get("beacon token").decode()
+        self.token = store.get("heartbeat token").decode()
         for rank in range(self.size):
             if rank != self.rank:
-                said = json.loads(store.get(f"beacon {rank}"))
+                said = json.loads(store.get(f"heartbeat {rank}"))
                 peers[rank] = _Peer(rank, said["host"], said["address"], said["port"])
         for peer in list(peers.values())[: self.rank]:
             peer.line = _line(self._connect(peer, deadline_s))
             peer.line.put({"token": self.token, "rank": self.rank})
             _send(peer.line)  # now: a process that ends before its first beat is known by its connection
-        if store.add("beacons lit", 1) == self.size:  # a rank that left at once would leave others without an answer
-            store.set("all beacons lit", "")
-        wait_for(store, {"all beacons lit": "some rank"}, deadline_s)
+        if store.add("heartbeats lit", 1) == self.size:  # a rank that left at once would leave others without an answer
+            store.set("all heartbeats lit", "")
+        wait_for(store, {"all heartbeats lit": "some rank"}, deadline_s)
         return peers
 
     def _connect(self, peer: _Peer, within_s: float) -> socket.socket:
@@ -144,40 +144,42 @@ class Beacon:
         position = peer.position
         if position is None or position.state not in (RAISED, LEFT):
             return peer.closed
-        return position.state == RAISED and (bool(position.phase) or self.whereabouts.calls > position.calls)
+        return position.state == RAISED and (bool(position.phase) or self.own_status.calls > position.calls)
 
-    def judge(self, awaited: int | None) -> tuple[Verdict, list[Sight]]:
+    def judge(self, awaited: int | None) -> tuple[Verdict, list[PeerStatus]]:
         """Whom to name, and what every rank was seen to do. Takes PATIENCE_S where the others leave it open."""
         until = time.monotonic() + PATIENCE_S
         found: dict[int, str] = {}
         while True:
-            silent = [sight.rank for sight in self.sights() if sight.silent and not sight.closed]
+            silent = [status.rank for status in self.statuses() if status.silent and not status.closed]
             found |= self._probe([rank for rank in silent if rank not in found])
-            sights = [_with_probe(sight, found.get(sight.rank)) for sight in self.sights()]
-            verdict = diagnose(self.rank, awaited, sights)
+            statuses = [_with_probe(status, found.get(status.rank)) for status in self.statuses()]
+            verdict = diagnose(self.rank, awaited, statuses)
             left = until - time.monotonic()
             if verdict.certain or left <= 0:
-                return verdict, sights
+                return verdict, statuses
             with self._changed:
                 self._changed.wait(left)
 
-    def sights(self) -> list[Sight]:
+    def statuses(self) -> list[PeerStatus]:
         """All ranks as this one sees them, itself included."""
         with self._changed:
             now = time.monotonic()
-            sights = [self._sight(peer, now) for peer in self._peers.values()]
-        unheard = tuple(sight.rank for sight in sights if sight.silent)
-        own = self.whereabouts.position()
-        sights.append(Sight(self.rank, self.host, own, 0.0, unheard=unheard, answers=self._answers()))
-        return sorted(sights, key=lambda sight: sight.rank)
+            statuses = [self._status(peer, now) for peer in self._peers.values()]
+        unheard = tuple(status.rank for status in statuses if status.silent)
+        own = self.own_status.position()
+        statuses.append(PeerStatus(self.rank, self.host, own, 0.0, unheard=unheard, answers=self._answers()))
+        return sorted(statuses, key=lambda status: status.rank)
 
-    def _sight(self, peer: _Peer, now: float) -> Sight:
+    def _status(self, peer: _Peer, now: float) -> PeerStatus:
         heard_s = now - peer.heard
         position = peer.position
         if position is not None:
             position = replace(position, age_s=position.age_s + heard_s)
         silent = heard_s > 4 * self._beat_s
-        return Sight(peer.rank, peer.host, position, heard_s, silent, peer.closed, None, peer.unheard, peer.answers)
+        return PeerStatus(
+            peer.rank, peer.host, position, heard_s, silent, peer.closed, None, peer.unheard, peer.answers
+        )
 
     def _answers(self) -> tuple[tuple[int, float], ...]:
         """(rank, seconds) of the peers that take longest to answer: a median over beats, or what is awaited."""
@@ -219,7 +221,7 @@ class Beacon:
 
     def leave(self) -> None:
         """Says goodbye and ends the thread."""
-        self.whereabouts.end(LEFT)
+        self.own_status.end(LEFT)
         self._stopping = True
         self._wake()
         self._thread.join(2.0)
@@ -294,7 +296,7 @@ class Beacon:
             with self._changed:
                 peer.closed = True
                 self._changed.notify_all()
-        if self._is_lost(peer) and not was_lost and self.whereabouts.busy:
+        if self._is_lost(peer) and not was_lost and self.own_status.busy:
             self.trouble()
 
     def _hear_stranger(self, line: Line) -> None:
@@ -316,7 +318,7 @@ class Beacon:
             self._take_in(peer, records[1:])
             return
         if known and hello.get("ask"):
-            line.put({"size": self.size, "sights": [asdict(sight) for sight in self.sights()]})
+            line.put({"size": self.size, "sights": [asdict(status) for status in self.statuses()]})
             _send(line)
         line.channel.close()
 
@@ -342,7 +344,7 @@ class Beacon:
         self.pulse()
         now = time.monotonic()
         unheard = [peer.rank for peer in self._peers.values() if now - peer.heard > 4 * self._beat_s]
-        position = self.whereabouts.position().as_dict()
+        position = self.own_status.position().as_dict()
         record = {"at": now, "position": position, "unheard": unheard, "answers": self._answers()}
         for peer in self._peers.values():
             if peer.line is not None and not peer.closed:
@@ -359,10 +361,10 @@ class Beacon:
         self._selector.close()
 
 
-def _with_probe(sight: Sight, found: str | None) -> Sight:
+def _with_probe(status: PeerStatus, found: str | None) -> PeerStatus:
     if found is None:
-        return sight
-    return replace(sight, closed=sight.closed or found == "refused", reachable=found == "accepted")
+        return status
+    return replace(status, closed=status.closed or found == "refused", reachable=found == "accepted")
 
 
 def _listen(rank: int, address: str, backlog: int) -> socket.socket:
@@ -393,7 +395,7 @@ def _send(line: Line) -> None:
         return
 
 
-def ask(address: str, port: int, token: str, timeout_s: float = 2.0) -> list[Sight]:
+def ask(address: str, port: int, token: str, timeout_s: float = 2.0) -> list[PeerStatus]:
     """The picture that one rank has of its group. OSError or EOFError where it does not answer."""
     with socket.create_connection((address, port), timeout=timeout_s) as channel:
         line = Line(channel)
@@ -412,12 +414,12 @@ def ask(address: str, port: int, token: str, timeout_s: float = 2.0) -> list[Sig
     if not isinstance(told, list):
         raise EOFError(f"what {address} port {port} answers is no picture of a group")
     try:
-        return [_sight(sight, len(told)) for sight in told]
+        return [_status(status, len(told)) for status in told]
     except (KeyError, TypeError) as other:
         raise EOFError(f"{address} port {port} answers as another version of megamoe does: {other}") from other
 
 
-def _sight(record: dict[str, Any], size: int) -> Sight:
-    known = {each.name: record[each.name] for each in fields(Sight) if each.name in record}
+def _status(record: dict[str, Any], size: int) -> PeerStatus:
+    known = {each.name: record[each.name] for each in fields(PeerStatus) if each.name in record}
     told = {"unheard": tuple(record["unheard"]), "answers": tuple(map(tuple, record["answers"]))}
-    return Sight(**{**known, **told, "position": Position.of(record["position"], size)})
+    return PeerStatus(**{**known, **told, "position": RankStatus.of(record["position"], size)})

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from megamoe.parallel.health.status import Position
+from megamoe.parallel.health.status import RankStatus
 
 _MOST_BYTES = 1 << 20
 _LENGTH = struct.Struct(">I")
@@ -60,7 +60,7 @@ class Line:
         while len(self._arrived) >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(self._arrived)
             if size > _MOST_BYTES:
-                raise EOFError("no record of a beacon")
+                raise EOFError("no record of a heartbeat")
             if len(self._arrived) < _LENGTH.size + size:
                 break
             records.append(_parsed(self._arrived[_LENGTH.size : _LENGTH.size + size]))
@@ -87,14 +87,14 @@ class Heartbeat:
     """
 
     at: float
-    position: Position
+    position: RankStatus
     unheard: tuple[int, ...]
     answers: tuple[tuple[int, float], ...]
 
     @classmethod
     def of(cls, record: dict[str, Any], size: int) -> Heartbeat | None:
         """None for a record that says nothing that could be used: it shows that the rank is there, and no more."""
-        position = Position.of(record.get("position"), size)
+        position = RankStatus.of(record.get("position"), size)
         at, unheard, answers = record.get("at"), record.get("unheard", []), record.get("answers", [])
         if position is None or not isinstance(at, int | float):
             return None

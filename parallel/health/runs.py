@@ -1,6 +1,6 @@
-"""Runs of this machine that can be looked at while they go on: a file for every rank that says where its beacon is.
+"""Runs of this machine that can be looked at while they go on: a file for every rank that says where its heartbeat is.
 
-The folder is the user's own and so are the files, since a beacon's token is in them. A rank removes its file when it
+The folder is the user's own and so are the files, since a heartbeat's token is in them. A rank removes its file when it
 leaves; what killed ranks left is removed by whoever lists a rank or asks next.
 """
 
@@ -20,7 +20,7 @@ import psutil
 
 @dataclass(frozen=True, slots=True)
 class ListedRank:
-    """A rank's beacon: process id and start time, address, port, and the token that it answers to."""
+    """A rank's heartbeat: process id and start time, address, port, and the token that it answers to."""
 
     rank: int
     pid: int

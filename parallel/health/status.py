@@ -18,7 +18,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class RankStatus:
     """What a rank does, as it says itself.
 
     state      "outside" of any call, "working", "waiting", "raised" (it will do no more in this group) or "left"
@@ -48,7 +48,7 @@ class Position:
         return asdict(self)
 
     @classmethod
-    def of(cls, record: object, size: int) -> Position | None:
+    def of(cls, record: object, size: int) -> RankStatus | None:
         """What as_dict() made, as it came over a connection: None for what is no position in a group of that size.
 
         A field that is missing or unknown is another version's, and no reason to doubt the rest.
@@ -86,7 +86,7 @@ class Position:
         return f"{gone}, {since}, {where}"
 
 
-class Whereabouts:
+class OwnStatus:
     """This rank's own position. A note is one assignment, and a call takes some twenty-five of them."""
 
     def __init__(self) -> None:
@@ -152,9 +152,9 @@ class Whereabouts:
         self._sequence += 1
         self._now = (state, wave, phase, peer, time.monotonic(), "")
 
-    def position(self) -> Position:
+    def position(self) -> RankStatus:
         state, wave, phase, peer, since, complaint = self._now
         if state == WAITING and peer is None:
             peer = self._watched.get((phase, wave))
         age = time.monotonic() - since
-        return Position(state, self._layer, self._call, wave, phase, peer, self._sequence, age, complaint, self.calls)
+        return RankStatus(state, self._layer, self._call, wave, phase, peer, self._sequence, age, complaint, self.calls)

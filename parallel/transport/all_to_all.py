@@ -86,11 +86,11 @@ class AllToAllTransport:
 
     def follow(self, work: dist.Work) -> None:
         """Has tend() look after a work that nobody waits for on the host."""
-        if self._device.type != "cpu" and self.clock.beacons:
+        if self._device.type != "cpu" and self.clock.monitors:
             self._followed.append((time.monotonic() + self.clock.deadline_s, work))
 
     def tend(self) -> None:
-        """Breaks off what is queued and has not ended within the deadline. Called by the beacon, beside the call."""
+        """Breaks off what is queued and has not ended within the deadline. Called by the heartbeat, beside the call."""
         try:
             while self._followed and self._followed[0][1].is_completed():
                 self._followed.popleft()

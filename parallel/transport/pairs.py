@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.parallel.errors import PeerError
-from megamoe.parallel.health.heartbeat import Beacon
-from megamoe.parallel.health.status import Whereabouts
+from megamoe.parallel.health.heartbeat import HeartbeatMonitor
+from megamoe.parallel.health.status import OwnStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,52 +72,52 @@ class Clock:
     """Deadline, names and notes that both transports need, and what turns a failure into a PeerError.
 
     global_ranks   of the group's ranks in the whole program, where they differ; empty where they are the same
-    beacons        at most one: says who is to blame where the transport only knows whom it waited for
+    heartbeats        at most one: says who is to blame where the transport only knows whom it waited for
     """
 
     def __init__(
-        self, deadline_s: float, hosts: dict[int, str], whereabouts: Whereabouts, global_ranks: Sequence[int] = ()
+        self, deadline_s: float, hosts: dict[int, str], own_status: OwnStatus, global_ranks: Sequence[int] = ()
     ) -> None:
-        self.deadline_s, self.hosts, self.whereabouts = deadline_s, hosts, whereabouts
+        self.deadline_s, self.hosts, self.own_status = deadline_s, hosts, own_status
         self.global_ranks = tuple(global_ranks)
-        self.beacons: list[Beacon] = []
+        self.monitors: list[HeartbeatMonitor] = []
 
     def left_s(self) -> float:
         """Seconds that this call may still be kept waiting."""
-        return self.deadline_s - self.whereabouts.waited_s
+        return self.deadline_s - self.own_status.waited_s
 
     def error(self, peer: int, label: Label, since: float, cause: Exception | str) -> PeerError:
         reason = _plain(cause)
         waited = time.monotonic() - since
         where = (label.phase, label.layer, label.wave, waited, self.deadline_s, reason)
-        if not self.beacons:
+        if not self.monitors:
             known = self.global_ranks[peer] if self.global_ranks else None
             return PeerError(peer, self.hosts.get(peer, "unknown host"), *where, global_rank=known)
-        verdict, sights = self.beacons[0].judge(peer)
+        verdict, statuses = self.monitors[0].judge(peer)
         return PeerError(
             verdict.rank,
-            sights[verdict.rank].host,
+            statuses[verdict.rank].host,
             *where,
             condition=verdict.condition,
             meaning=verdict.meaning,
-            picture=tuple(map(str, sights)),
+            picture=tuple(map(str, statuses)),
             global_rank=self.global_ranks[verdict.rank] if self.global_ranks else None,
         )
 
     @contextmanager
     def naming(self, group: dist.ProcessGroup, label: Label) -> Iterator[None]:
-        """Turns a collective's failure into a PeerError: on the next rank, where no beacon knows better."""
+        """Turns a collective's failure into a PeerError: on the next rank, where no heartbeat knows better."""
         begun = time.monotonic()
-        self.whereabouts.wait(label.phase, label.wave, None)
+        self.own_status.wait(label.phase, label.wave, None)
         try:
             yield
         except MissingPageError as cause:
             raise self.error(cause.rank, label, begun, cause) from cause
         except RuntimeError as cause:
             peer = (group.rank() + 1) % group.size()
-            guess = "" if self.beacons else ", so the rank is a guess"
+            guess = "" if self.monitors else ", so the rank is a guess"
             raise self.error(peer, label, begun, f"a collective with all ranks failed{guess}: {cause}") from cause
-        self.whereabouts.arrived(label.phase, label.wave, time.monotonic() - begun)
+        self.own_status.arrived(label.phase, label.wave, time.monotonic() - begun)
 
 
 class MissingPageError(RuntimeError):
@@ -195,13 +195,13 @@ class PairTransfer:
         while works:
             peer, work = works.pop(0)
             self._ended.append(work)  # to let go of one takes a lock that gloo's thread wants now
-            clock.whereabouts.wait(self._label.phase, self._label.wave, peer)
+            clock.own_status.wait(self._label.phase, self._label.wave, peer)
             left = (clock.left_s() if within_s is None else within_s) - (time.monotonic() - begun)
             try:
                 work.wait(timedelta(seconds=max(left, 0.001)))
             except RuntimeError as cause:
                 raise clock.error(peer, self._label, begun, cause) from cause
-        clock.whereabouts.arrived(self._label.phase, self._label.wave, time.monotonic() - begun)
+        clock.own_status.arrived(self._label.phase, self._label.wave, time.monotonic() - begun)
 
 
 class PairTransport:

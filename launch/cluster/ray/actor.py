@@ -1,4 +1,4 @@
-"""What runs in Ray's processes: the actor of a seat, which holds a worker, and a task that ends one from beside it."""
+"""What runs in Ray's processes: the actor that holds a worker, and a task that ends one from beside it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ GRACE_S = 1.0  # a stopped or busy process does not hear that it is to end
 
 
 @dataclass(frozen=True, slots=True)
-class SeatOrder:
-    """How a seat's worker is to be set up.
+class WorkerOrder:
+    """How a worker is to be set up.
 
     device      device type; Ray shows a process no other devices than its own, so it is the first of them
-    num_seats   how many seats its node has
-    threads     torch threads, None for the node's cores shared out among its seats
+    num_workers   how many workers its node has
+    threads     torch threads, None for the node's cores shared out among its workers
     """
 
     device: str
-    num_seats: int
+    num_workers: int
     threads: int | None
     deadline_s: float
     run: str | None
@@ -40,7 +40,7 @@ class SeatOrder:
 
 @dataclass(frozen=True, slots=True)
 class Occupant:
-    """Who sits in a seat.
+    """The process of a worker.
 
     worker    what the worker says of itself
     address   of its node
@@ -65,7 +65,7 @@ class Answer:
     trace: str = ""
 
 
-class SeatActor:
+class WorkerActor:
     """One process, one worker. Ray has calls wait for each other, and puts the actor's repr before what it writes."""
 
     def __init__(self, number: int) -> None:
@@ -76,7 +76,7 @@ class SeatActor:
     def __repr__(self) -> str:
         return f"rank {self._number}"
 
-    def start(self, order: SeatOrder) -> Answer:
+    def start(self, order: WorkerOrder) -> Answer:
         """Makes the worker; the answer's value is an Occupant."""
         return _answer(partial(self._start, order))
 
@@ -84,7 +84,7 @@ class SeatActor:
         """Worker.method(*args)"""
         return _answer(partial(getattr(self._worker, method), *args))
 
-    def _start(self, order: SeatOrder) -> Occupant:
+    def _start(self, order: WorkerOrder) -> Occupant:
         address = str(ray.util.get_node_ip_address())
         interface = interface_of(address)
         for name in {"cpu", order.device}:  # whatever the device, what it has to say to the host goes by gloo
@@ -94,7 +94,7 @@ class SeatActor:
                 device=device_of(order.device, 0),
                 address=address,
                 interface=interface,
-                threads=order.threads or max(1, _num_cores() // order.num_seats),
+                threads=order.threads or max(1, _num_cores() // order.num_workers),
                 deadline_s=order.deadline_s,
                 run=order.run,
             )

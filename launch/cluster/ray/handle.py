@@ -1,4 +1,4 @@
-"""A seat on Ray: an actor in its bundle as the driver sees it, from its start to its end."""
+"""A worker on Ray: an actor in its bundle as the driver sees it, from its start to its end."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from megamoe.launch.cluster.ray.actor import Answer, Occupant, SeatActor, SeatOrder, end_process
+from megamoe.launch.cluster.ray.actor import Answer, Occupant, WorkerActor, WorkerOrder, end_process
 from megamoe.launch.cluster.ray.placement import Placement
-from megamoe.launch.cluster.worker_handle import SeatLostError
+from megamoe.launch.cluster.worker_handle import WorkerLostError
 
 KILL_S = 20.0  # how long a process may take to end; a node that has to start one to see to it needs a few seconds
 
 
-class RaySeat:
+class RayHandle:
     """A worker in an actor. Where its process is on the driver's machine, its end is seen without asking Ray."""
 
     def __init__(self, actor: Any, number: int, occupant: Occupant) -> None:
         self.number, self.host, self.pid = number, occupant.worker.host, occupant.worker.pid
         self._actor, self._occupant = actor, occupant
         self._process = _process_here(occupant)
-        self._lost: SeatLostError | None = None
+        self._lost: WorkerLostError | None = None
         self._gone = False
         self._asked: set[Future[Any]] = set()
 
     def call(self, method: str, *args: Any) -> Future[Any]:
-        """Worker.method(*args) in the seat. The future has its result, what it raised, or SeatLostError."""
+        """Worker.method(*args) in its process. The future has its result, what it raised, or WorkerLostError."""
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
         self._asked.add(future)
@@ -60,7 +60,7 @@ class RaySeat:
     def _lose(self, failure: BaseException) -> None:
         self._gone = self._gone or isinstance(failure, ActorDiedError)
         who = f"rank {self.number} (process {self.pid} on {self.host})"
-        self._lost = self._lost or SeatLostError(self.number, f"{who} is gone: {reason(failure)}")
+        self._lost = self._lost or WorkerLostError(self.number, f"{who} is gone: {reason(failure)}")
 
     @property
     def alive(self) -> bool:
@@ -81,7 +81,7 @@ class RaySeat:
         if not self._gone:
             raise RuntimeError(f"process {self.pid} on {self.host} could not be ended within {KILL_S:g} s")
         wait(list(self._asked), timeout=KILL_S)
-        self._lost = self._lost or SeatLostError(self.number, f"rank {self.number} was ended")
+        self._lost = self._lost or WorkerLostError(self.number, f"rank {self.number} was ended")
 
     def abandon(self) -> None:
         """Has Ray end the process, where it can, and does not wait for that."""
@@ -99,11 +99,11 @@ class RaySeat:
             return not any(each["Alive"] and each["NodeID"] == node_id for each in ray.nodes())
 
 
-def open_seat(number: int, placement: Placement, order: SeatOrder, deadline_s: float) -> tuple[RaySeat, Occupant]:
-    """Starts an actor in a seat's bundle. RuntimeError, with the reason, where it does not answer within deadline_s."""
+def open_worker(number: int, placement: Placement, order: WorkerOrder, deadline_s: float) -> tuple[RayHandle, Occupant]:
+    """Starts an actor in a worker's bundle. RuntimeError, with the reason, where none answers within deadline_s."""
     strategy = PlacementGroupSchedulingStrategy(placement.group, placement.bundle(number))
     options = {"scheduling_strategy": strategy, "max_restarts": 0, "max_task_retries": 0}
-    actor = ray.remote(SeatActor).options(**options, **_one_of(placement.resource)).remote(number)
+    actor = ray.remote(WorkerActor).options(**options, **_one_of(placement.resource)).remote(number)
     try:
         answer: Answer = ray.get(actor.start.remote(order), timeout=deadline_s)
         if answer.error is not None:
@@ -116,7 +116,7 @@ def open_seat(number: int, placement: Placement, order: SeatOrder, deadline_s: f
         if isinstance(failure, Exception):
             raise RuntimeError(f"rank {number} did not start: {reason(failure)}") from failure
         raise
-    return RaySeat(actor, number, answer.value), answer.value
+    return RayHandle(actor, number, answer.value), answer.value
 
 
 def reason(failure: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Where Ray puts seats: a bundle for each, node after node, and what there is where they do not fit."""
+"""Where Ray puts workers: a bundle for each, node after node, and what there is where they do not fit."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ class Node:
 
 
 class Placement:
-    """A placement group with one bundle for each seat.
+    """A placement group with one bundle for each worker.
 
-    num_seats, resource   each seat has 1 of it: CPU, GPU or NPU
+    num_workers, resource   each worker has 1 of it: CPU, GPU or NPU
     group                 Ray's own record of the group
     """
 
-    def __init__(self, num_seats: int, resource: str) -> None:
-        self.num_seats, self.resource = num_seats, resource
+    def __init__(self, num_workers: int, resource: str) -> None:
+        self.num_workers, self.resource = num_workers, resource
         self._bundles: list[int] = []
         self.group: Any = None
 
     def reserve(self, deadline_s: float) -> None:
         """Returns when the cluster has set the bundles apart. RuntimeError, with what there is, where it cannot."""
-        self.group = ray.util.placement_group([{self.resource: 1}] * self.num_seats, strategy="PACK")
+        self.group = ray.util.placement_group([{self.resource: 1}] * self.num_workers, strategy="PACK")
         if not self.group.wait(deadline_s):
             there = self.describe()
             self.release()
             raise RuntimeError(
-                f"Ray found no room within {deadline_s:g} s for {self.num_seats} bundles of 1 {self.resource}: {there}"
+                f"Ray found no room within {deadline_s:g} s "
+                f"for {self.num_workers} bundles of 1 {self.resource}: {there}"
             )
         addresses = {node.node_id: node.address for node in self.nodes()}
         driver = str(ray.get_runtime_context().get_node_id())
@@ -59,17 +60,17 @@ class Placement:
             self.group = None
 
     def bundle(self, number: int) -> int:
-        """Index of the bundle of a seat."""
+        """Index of the bundle of a worker."""
         return self._bundles[number]
 
-    def num_seats_beside(self, number: int) -> int:
-        """Seats on the node of a seat, itself included."""
+    def num_workers_beside(self, number: int) -> int:
+        """Workers on the node of a worker, itself included."""
         node_ids = self.node_ids()
         mine = node_ids.get(self.bundle(number))
         return max(1, sum(node_id == mine for node_id in node_ids.values()))
 
     def why_late(self, number: int) -> str:
-        """Why a seat has not opened: its node is gone and Ray has found no other, or nothing answers there."""
+        """Why a worker has not opened: its node is gone and Ray has found no other, or nothing answers there."""
         node_id = self.node_ids().get(self.bundle(number))
         there = next((node.address for node in self.nodes() if node.node_id == node_id), None)
         if there is not None:

@@ -1,6 +1,6 @@
-"""Seats on Ray: each an actor in a bundle of its own, on one machine or on as many as the cluster has.
+"""Workers on Ray: each an actor in a bundle of its own, on one machine or on as many as the cluster has.
 
-Ray is an extra. Of these files only this one can be imported without it; the others are once seats are asked for.
+Ray is an extra. Of these files only this one can be imported without it; the others are once workers are asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megamoe.launch.requests import check_count, check_seconds
 from megamoe.parallel.health.runs import check_name
 
 if TYPE_CHECKING:
-    from megamoe.launch.cluster.ray.handle import RaySeat
+    from megamoe.launch.cluster.ray.handle import RayHandle
     from megamoe.launch.cluster.ray.placement import Placement
 
 # Read by Ray, the first when it is imported: without them it merges lines that look alike, and colours prefixes
@@ -31,7 +31,7 @@ _MARK = re.compile(r":(job_id|actor_name|task_name):")  # begins a line that Ray
 
 @dataclass(frozen=True, slots=True)
 class RankLog:
-    """A file with what a process in a seat wrote: its path on its node. A reopened seat has one for each process."""
+    """A file with what a worker's process wrote: its path on its node. A reopened worker has one a process."""
 
     number: int
     node: str
@@ -39,29 +39,29 @@ class RankLog:
     path: str
 
 
-class RaySeats:
-    """num_seats places for workers on a Ray cluster, one device each; nodes are filled one after the other.
+class RayPool:
+    """num_workers places for workers on a Ray cluster, one device each; nodes are filled one after the other.
 
     address      of the cluster: host:port, ray://host:port; None or "auto" for the one on this machine, started where
                  there is none; "local" to start one in any case
-    device       device type of every seat
+    device       device type of every worker
     deadline_s   bound on connecting and on finding room, and on every wait of a worker
-    threads      torch threads of each worker; by default its node's cores shared out among the seats there
+    threads      torch threads of each worker; by default its node's cores shared out among the workers there
     run          id of the run, under which `megamoe doctor --run` finds the ranks
-    log_dir      where rank-N.log is left for each seat of a cluster that was started here; another cluster keeps its
+    log_dir      where rank-N.log is left for each worker of a cluster that was started here; another cluster keeps its
                  logs itself, where log_paths() says
 
     What ranks write, to stdout or stderr, goes to the driver's stderr behind "(rank N pid=...)". Connects when first
     used or entered. ValueError where Ray is not installed.
 
-        with RaySeats(4, address="10.0.0.1:6379", device="cuda") as seats:
-            seat = seats.open(0, deadline_s=60.0)
-            info = seat.call("info").result(timeout=60.0)
+        with RayPool(4, address="10.0.0.1:6379", device="cuda") as workers:
+            worker = workers.open(0, deadline_s=60.0)
+            info = worker.call("info").result(timeout=60.0)
     """
 
     def __init__(
         self,
-        num_seats: int,
+        num_workers: int,
         *,
         address: str | None = None,
         device: str = "cpu",
@@ -70,7 +70,7 @@ class RaySeats:
         run: str | None = None,
         log_dir: Path | None = None,
     ) -> None:
-        check_count("num_seats", num_seats)
+        check_count("num_workers", num_workers)
         check_seconds("deadline_s", deadline_s)
         if threads is not None:
             check_count("threads", threads)
@@ -78,14 +78,14 @@ class RaySeats:
             check_name(run)
         self._resource = device_type(device).ray_resource
         _require_ray()
-        self.num_seats, self.address, self.device, self.deadline_s = num_seats, address, device, deadline_s
+        self.num_workers, self.address, self.device, self.deadline_s = num_workers, address, device, deadline_s
         self._threads, self._run, self._log_dir = threads, run, log_dir
         self._placement: Placement | None = None
-        self._seats: dict[int, RaySeat] = {}
+        self._handles: dict[int, RayHandle] = {}
         self._logs: list[RankLog] = []
         self._ends = ExitStack()
 
-    def __enter__(self) -> RaySeats:
+    def __enter__(self) -> RayPool:
         self.place()
         return self
 
@@ -101,43 +101,43 @@ class RaySeats:
 
         if self._placement is None:
             try:
-                session = connect(self.address, self.num_seats, self.deadline_s)
+                session = connect(self.address, self.num_workers, self.deadline_s)
                 self._ends.callback(session.close)
                 if session.place and self._log_dir:
                     self._ends.callback(self._keep_logs, session.place, self._log_dir)
-                placement = Placement(self.num_seats, self._resource)
+                placement = Placement(self.num_workers, self._resource)
                 self._ends.callback(placement.release)
                 placement.reserve(self.deadline_s)
-                self._ends.callback(self._end_seats)
+                self._ends.callback(self._end_workers)
             except BaseException:
                 self.close()
                 raise
             self._placement = placement
         return self._placement
 
-    def open(self, number: int, deadline_s: float) -> RaySeat:
-        """Starts a process in a seat and returns when it answers. RuntimeError, with the reason, where none can be had.
+    def open(self, number: int, deadline_s: float) -> RayHandle:
+        """Starts a worker's process and returns when it answers. RuntimeError, with the reason, where there is none.
 
-        Whoever sat there before is ended. A seat whose node is gone moves to another that has room, if there is one, as
-        soon as Ray has noticed. Seats can be opened from several threads at once.
+        Whoever had its number before is ended. A worker whose node is gone moves to one that has room, if there is one,
+        as soon as Ray has noticed. Workers can be opened from several threads at once.
         """
-        from megamoe.launch.cluster.ray.actor import SeatOrder
-        from megamoe.launch.cluster.ray.handle import open_seat
+        from megamoe.launch.cluster.ray.actor import WorkerOrder
+        from megamoe.launch.cluster.ray.handle import open_worker
 
-        if not 0 <= number < self.num_seats:
-            raise ValueError(f"seat {number} is not in [0, {self.num_seats})")
+        if not 0 <= number < self.num_workers:
+            raise ValueError(f"worker {number} is not in [0, {self.num_workers})")
         placement = self.place()
-        before = self._seats.pop(number, None)
+        before = self._handles.pop(number, None)
         if before is not None and before.alive:
             before.kill()
         elif before is not None:  # on a node that is gone this would wait for Ray to say so
             before.abandon()
-        beside = placement.num_seats_beside(number)
-        order = SeatOrder(self.device, beside, self._threads, self.deadline_s, self._run)
-        seat, occupant = open_seat(number, placement, order, deadline_s)
-        self._seats[number] = seat
-        self._logs.append(RankLog(number, occupant.address, seat.pid, occupant.log))
-        return seat
+        beside = placement.num_workers_beside(number)
+        order = WorkerOrder(self.device, beside, self._threads, self.deadline_s, self._run)
+        handle, occupant = open_worker(number, placement, order, deadline_s)
+        self._handles[number] = handle
+        self._logs.append(RankLog(number, occupant.address, handle.pid, occupant.log))
+        return handle
 
     def log_paths(self) -> list[RankLog]:
         """Where what the ranks write is kept, an entry for each process there was, in the order they were opened."""
@@ -149,15 +149,15 @@ class RaySeats:
             self._placement = None
             self._ends.close()
 
-    def _end_seats(self) -> None:
+    def _end_workers(self) -> None:
         """All at once: on another node each can take seconds. Raises what the first that could not be ended raised."""
-        seats = list(self._seats.values())
-        self._seats = {}
-        with ThreadPoolExecutor(max_workers=max(1, len(seats))) as pool:
-            list(pool.map(lambda seat: seat.kill(), seats))
+        handles = list(self._handles.values())
+        self._handles = {}
+        with ThreadPoolExecutor(max_workers=max(1, len(handles))) as pool:
+            list(pool.map(lambda handle: handle.kill(), handles))
 
     def _keep_logs(self, place: Path, directory: Path) -> None:
-        """rank-N.log for every seat: what its processes wrote, one after the other, without Ray's marks."""
+        """rank-N.log for every worker: what its processes wrote, one after the other, without Ray's marks."""
         directory.mkdir(parents=True, exist_ok=True)
         for number in {log.number for log in self._logs}:
             with open(directory / f"rank-{number}.log", "w") as kept:
@@ -170,6 +170,6 @@ class RaySeats:
 def _require_ray() -> None:
     """ValueError where Ray is not installed. Has it write plainly, where the user has not said how."""
     if importlib.util.find_spec("ray") is None:
-        raise ValueError("seats on Ray need it installed: pip install 'megamoe[ray]'")
+        raise ValueError("workers on Ray need it installed: pip install 'megamoe[ray]'")
     for name, value in _PLAIN_OUTPUT.items():
         os.environ.setdefault(name, value)

@@ -54,7 +54,7 @@ class RaySession:
             shutil.rmtree(self.place)
 
 
-def connect(address: str | None, num_seats: int, deadline_s: float) -> RaySession:
+def connect(address: str | None, num_workers: int, deadline_s: float) -> RaySession:
     """Joins the cluster at an address (host:port, or ray://host:port), or starts one that lasts as long as the session.
 
     None and "auto" join the cluster that RAY_ADDRESS names or that `ray start` started on this machine, and start one
@@ -67,7 +67,7 @@ def connect(address: str | None, num_seats: int, deadline_s: float) -> RaySessio
         return _join_as_connected(address)
     named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
     if named == "local" or (not named and not _cluster_here()):
-        return _start(num_seats)
+        return _start(num_workers)
     if named:
         check_cluster(named, deadline_s)
     session = RaySession(None, connected_here=True)
@@ -90,11 +90,11 @@ def _join_as_connected(address: str | None) -> RaySession:
     return RaySession(None, connected_here=False)
 
 
-def _start(num_seats: int) -> RaySession:
-    """A cluster of this machine alone. It has as many CPUs as seats are wanted, whatever the machine has."""
+def _start(num_workers: int) -> RaySession:
+    """A cluster of this machine alone. It has as many CPUs as workers are wanted, whatever the machine has."""
     cores = os.cpu_count() or 1
-    if num_seats > cores:
-        stderr.print(f"{num_seats} ranks share {cores} cores: they take turns", highlight=False)
+    if num_workers > cores:
+        stderr.print(f"{num_workers} ranks share {cores} cores: they take turns", highlight=False)
     # the paths of Ray's sockets begin with it and must not exceed 107 bytes, which a Mac's temporary directory does
     place = Path(tempfile.mkdtemp(prefix="megamoe-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
     session = RaySession(place, connected_here=True)
@@ -102,7 +102,7 @@ def _start(num_seats: int) -> RaySession:
         with _own_signal_handlers():
             ray.init(
                 "local",
-                num_cpus=num_seats,
+                num_cpus=num_workers,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 logging_level=logging.ERROR,  # of Ray's own notes; without, it warns that tokens are on, as they should

@@ -1,13 +1,13 @@
 """One call of the layer in flight on a device that has Triton kernels: as `call.Call`, with other means.
 
-The host knows the counts and no more: it queues everything and waits for nothing. All slabs are packed at once, each
+The host knows the counts and no more: it queues everything and waits for nothing. All messages are packed at once, each
 token read once and put into every row that it fills. Rows are not gathered for the experts, nor put in order after
 them: Linear-1 reads each where it arrived, and Linear-2 writes each where it leaves from. Where that is follows from
-the counts, and is told to the device as spans.
+the counts, and is told to the device as segments.
 """
 
 # T tokens of this rank   H hidden   P ranks   W waves   N rows this rank sends   B bytes of such a row
-# G rows that others send here, and get back   n rows of a step, by expert   J spans
+# G rows that others send here, and get back   n rows of a step, by expert   J segments
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megamoe.schedule.schedule import Step
 WORD_BYTES = 8  # of a word, in which what is said of a pair lies
 # A message's kernel finds no room on a GPU that is full of programs until one has ended: while others send, each does a
 # quarter of the work that it would do alone. A guess until it is measured.
-_TURNS = 4
+_OVERSUBSCRIPTION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,11 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Spans:
+class Segments:
     """Rows in the order in which all steps compute them: by step, then expert, then source.
 
-    lengths [J]       rows of each span, which has one expert and one source
-    firsts [2, J]     of a span's first row: the word where it is told of, and the row of the results that it becomes
+    lengths [J]       rows of each segment, which has one expert and one source
+    firsts [2, J]     of a segment's first row: the word where it is told of, and the row of the results that it becomes
     """
 
     lengths: Array
@@ -65,8 +65,8 @@ class Spans:
 class KernelCall(CallBase):
     """One call in flight.
 
-    rows      [., B] uint8 in one piece: the slabs that this rank sends, by wave and receiver; what is said of its own
-              pairs, as in a slab's head; its inbox, which begins with its own tokens
+    rows      [., B] uint8 in one piece: the messages that this rank sends, by wave and receiver; an index of its own
+              pairs, as a message has one; its inbox, which begins with its own tokens
     results   [G + N + 1, H] bfloat16: what goes home, by wave and sender; what has come home or never left
     """
 
@@ -75,17 +75,17 @@ class KernelCall(CallBase):
         assert self._transport is not None, "a rank alone has no call in flight"
         self.stopwatch = self._watch = Stopwatch(hidden.device)
         self._device, self._streams = hidden.device, parts.group.streams_of(hidden.device)
-        take, wire, slabs, rank = self._workspace.take, self._wire, self._slabs, self._rank
-        sizes = slabs.heads[rank] + slabs.fresh[rank]  # [W, P]
-        self._slab_starts = begins(sizes.ravel()).reshape(sizes.shape)
+        take, wire, messages, rank = self._workspace.take, self._wire, self._messages, self._rank
+        sizes = messages.heads[rank] + messages.unique[rank]  # [W, P]
+        self._message_starts = begins(sizes.ravel()).reshape(sizes.shape)
         self._num_sent = int(sizes.sum())
         own_head = -(-wire.PAIR_BYTES * int(self._own.sum()) // wire.row_bytes)
         self._base = self._num_sent + own_head
-        inbox = slabs.inbox_rows(rank, len(hidden))
+        inbox = messages.inbox_rows(rank, len(hidden))
         self._rows = take("rows", (self._base + inbox, wire.row_bytes), hidden, torch.uint8)
         self._inbox = self._rows[self._base :]
         self._words = self._rows.view(torch.int64).flatten()
-        self._wave_rows = slabs.pairs[:, :, rank].sum(0)  # [W]
+        self._wave_rows = messages.pairs[:, :, rank].sum(0)  # [W]
         self._wave_starts = begins(self._wave_rows)
         self._num_home = int(self._wave_rows.sum())
         self._results = take("results", (self._num_home + route.num_rows + 1, hidden.shape[1]), hidden)
@@ -109,27 +109,27 @@ class KernelCall(CallBase):
     # ---- before anything is sent ----
 
     def _plan_and_pack(self, hidden: Tensor) -> None:
-        """Tells the device where rows are and go, and fills the slabs and this rank's part of the inbox."""
-        slabs, rank, route = self._slabs, self._rank, self._route
-        self._works, spans = self._plan_steps()
+        """Tells the device where rows are and go, and fills the messages and this rank's part of the inbox."""
+        messages, rank, route = self._messages, self._rank, self._route
+        self._works, segments = self._plan_steps()
         words = self._wire.row_bytes // WORD_BYTES
-        pairs = np.append(slabs.pairs[rank].ravel(), self._own.sum())
-        told_at = np.append(self._slab_starts.ravel(), self._num_sent) * words
-        fresh = slabs.fresh[rank].ravel()
-        lie_at = (self._slab_starts + slabs.heads[rank]).ravel()
+        pairs = np.append(messages.pairs[rank].ravel(), self._own.sum())
+        told_at = np.append(self._message_starts.ravel(), self._num_sent) * words
+        unique = messages.unique[rank].ravel()
+        lie_at = (self._message_starts + messages.heads[rank]).ravel()
         counts = [self._counts(step).sum(0) for step in self.steps]
-        arrays = (spans.lengths, spans.offsets, np.concatenate(counts), pairs, told_at - begins(pairs), fresh)
-        told = to_device((*arrays, lie_at - begins(fresh)), self._device, self._workspace, "spans")
-        num_rows = int(spans.lengths.sum())
+        arrays = (segments.lengths, segments.offsets, np.concatenate(counts), pairs, told_at - begins(pairs), unique)
+        told = to_device((*arrays, lie_at - begins(unique)), self._device, self._workspace, "segments")
+        num_rows = int(segments.lengths.sum())
         self._told, self._goes = spell_out(told[0], told[1], num_rows)  # [2, n of all steps]
         self._tokens_per_expert = told[2].to(torch.int32)
         own = route.tokens[route.local_starts[0] :].to(torch.int32)
         said = torch.stack((torch.cat((route.places, own)), route.weights.view(torch.int32)), 1)
         self._words.index_copy_(0, spell_out(told[3], told[4], route.num_rows), said.view(torch.int64).flatten())
-        self._pack(hidden, spell_out(told[5], told[6], len(route.fresh)))
+        self._pack(hidden, spell_out(told[5], told[6], len(route.unique)))
 
-    def _plan_steps(self) -> tuple[dict[Step, Work], Spans]:
-        """Which rows each step computes, and the spans of all of them."""
+    def _plan_steps(self) -> tuple[dict[Step, Work], Segments]:
+        """Which rows each step computes, and the segments of all of them."""
         works, lengths, firsts = {}, [], []
         row = count = 0
         for step in self.steps:
@@ -139,7 +139,7 @@ class KernelCall(CallBase):
             num_rows = int(counts.sum())
             works[step] = Work(slice(row, row + num_rows), experts, slice(count, count + len(experts)))
             row, count = row + num_rows, count + len(experts)
-        return works, Spans(np.concatenate(lengths), np.concatenate(firsts, 1))
+        return works, Segments(np.concatenate(lengths), np.concatenate(firsts, 1))
 
     def _experts_of(self, step: Step) -> range:
         return self._plan.experts(self._rank, step.wave) if step.arrived else step.local
@@ -158,7 +158,7 @@ class KernelCall(CallBase):
         told, goes = self._num_sent * words + starts - route.local_starts[0], self._num_home + starts
         if step.arrived:
             arrived = counts[:-1]
-            heads = self._base + self._slabs.starts[self._rank, wave]  # [P]
+            heads = self._base + self._messages.starts[self._rank, wave]  # [P]
             within = arrived.cumsum(1) - arrived
             told = np.concatenate((heads[:, None] * words + within, told))
             place = self._wave_starts[wave] + begins(arrived.ravel()).reshape(arrived.shape)
@@ -166,17 +166,17 @@ class KernelCall(CallBase):
         return told, goes
 
     def _pack(self, hidden: Tensor, rows: Tensor) -> None:
-        """Puts every token into the inbox and into the rows [fresh] of the slabs that it travels in."""
+        """Puts every token into the inbox and into the rows [unique] of the messages that it travels in."""
         own = slice(self._base, self._base + len(hidden))
         if self._wire.dispatch_format == "mxfp8":
             count = torch.arange(len(hidden), device=self._device)
-            tokens, places = torch.cat((count, self._route.fresh)), torch.cat((count + self._base, rows))
+            tokens, places = torch.cat((count, self._route.unique)), torch.cat((count + self._base, rows))
             filling = Filling.at(tokens, places, len(hidden), len(self._rows))
             quantize(hidden, filling, self._wire.mxfp8(self._rows))
         else:
             as_tokens = self._wire.tokens(self._rows)
             as_tokens[own] = hidden
-            as_tokens.index_copy_(0, rows, hidden.index_select(0, self._route.fresh))
+            as_tokens.index_copy_(0, rows, hidden.index_select(0, self._route.unique))
         self._convert(slice(0, len(hidden)))
 
     def _convert(self, rows: slice) -> None:
@@ -200,8 +200,8 @@ class KernelCall(CallBase):
         if wave >= self._plan.num_waves:
             return
         assert self._transport is not None
-        incoming, sent = self._slabs.incoming(self._rank, wave), self._slabs.rows(self._rank, wave)
-        first, arriving = int(self._slab_starts[wave, 0]), self._arriving_rows(wave)
+        incoming, sent = self._messages.incoming(self._rank, wave), self._messages.rows(self._rank, wave)
+        first, arriving = int(self._message_starts[wave, 0]), self._arriving_rows(wave)
         going_home = self._results[self._num_home :][self._route.remote(wave)]
         with self._streams.messages():
             label = Label(self._name, "dispatch", wave)
@@ -211,9 +211,9 @@ class KernelCall(CallBase):
             self._combines[wave] = self._transport.expect(going_home, self._route.sent[wave], label)
 
     def _arriving_rows(self, wave: int) -> slice:
-        """Rows of the inbox that a wave's slabs fill."""
-        begin = int(self._slabs.starts[self._rank, wave, 0])
-        return slice(begin, begin + sum(self._slabs.incoming(self._rank, wave)))
+        """Rows of the inbox that a wave's messages fill."""
+        begin = int(self._messages.starts[self._rank, wave, 0])
+        return slice(begin, begin + sum(self._messages.incoming(self._rank, wave)))
 
     def compute(self, step: Step) -> None:
         work = self._works[step]
@@ -232,14 +232,16 @@ class KernelCall(CallBase):
         places, weights = said[:, 0].contiguous(), said[:, 1].contiguous().view(torch.float32)
         counts, goes = self._tokens_per_expert[work.counts], self._goes[work.rows]
         rows = RowsByExpert(self._x, counts, places, weights, goes)
-        run_experts(self._experts, work.experts, rows, self._results, self._workspace, turns=_TURNS)
+        run_experts(
+            self._experts, work.experts, rows, self._results, self._workspace, oversubscription=_OVERSUBSCRIPTION
+        )
 
     def combine(self, wave: int) -> None:
         start, num_rows = int(self._wave_starts[wave]), int(self._wave_rows[wave])
         self._streams.hand_over()
         with self._streams.messages():
             going_home = self._results[start : start + num_rows]
-            self._combines[wave].send(going_home, self._slabs.pairs[:, wave, self._rank].tolist())
+            self._combines[wave].send(going_home, self._messages.pairs[:, wave, self._rank].tolist())
 
     def reduce(self) -> Tensor:
         with self._record.timing("waiting_s"):

@@ -40,14 +40,20 @@ class RowsByExpert:
 
 
 def run_experts(
-    experts: Experts, ids: range, rows: RowsByExpert, results: Tensor, workspace: Workspace, *, turns: int = 1
+    experts: Experts,
+    ids: range,
+    rows: RowsByExpert,
+    results: Tensor,
+    workspace: Workspace,
+    *,
+    oversubscription: int = 1,
 ) -> None:
     """Both products of the experts `ids`, into rows of results [., H] bfloat16. turns as in Grouped."""
     counts, size = rows.tokens_per_expert, (len(rows.goes), experts.shape.intermediate)
     hidden = take_operand(experts, workspace, "activated", size, results)
-    first = Grouped(rows.x, experts.stack("gate_up", ids), counts, rows.source, turns)
+    first = Grouped(rows.x, experts.stack("gate_up", ids), counts, rows.source, oversubscription)
     grouped_linear1(first, rows.weights, experts.shape.swiglu_limit, hidden)
-    second = Grouped(hidden, experts.stack("down", ids), counts, turns=turns)
+    second = Grouped(hidden, experts.stack("down", ids), counts, oversubscription=oversubscription)
     grouped_linear2(second, rows.goes, results)
 
 

@@ -151,7 +151,7 @@ class Library:
         )
 
     def count_rows(self, topk_ids: Tensor, rank_of: Tensor) -> Tensor:
-        """slabs.count_rows(): topk_ids [T, K] int64, rank_of [E] int64 -> [2, E] int64"""
+        """messages.count_rows(): topk_ids [T, K] int64, rank_of [E] int64 -> [2, E] int64"""
         ids = topk_ids.contiguous()
         counts = torch.zeros(2, len(rank_of), dtype=torch.int64, device="cpu")
         self._functions["count_rows"](
@@ -177,20 +177,26 @@ class Library:
         return tokens, of_rows, positions
 
     def send_once(
-        self, tokens: Tensor, spans: tuple[Tensor, Tensor], num_tokens: int, num_ranks: int, num_fresh: int
+        self, tokens: Tensor, segments: tuple[Tensor, Tensor], num_tokens: int, num_ranks: int, num_unique: int
     ) -> tuple[Tensor, Tensor]:
-        """rows._Sending.once(): tokens [n] int64; lengths [J] and (ranks, bases) [2, J] int64 of the spans.
+        """rows._Sending.once(): tokens [n] int64; lengths [J] and (ranks, bases) [2, J] int64 of the segments.
 
-        -> fresh [num_fresh] int64, places [n] int32
+        -> fresh [num_unique] int64, places [n] int32
         """
-        lengths, of_spans = (each.contiguous() for each in spans)
+        lengths, of_segments = (each.contiguous() for each in segments)
         seen = tokens.new_full((num_tokens * num_ranks,), -1)
-        fresh, places = tokens.new_empty(num_fresh), tokens.new_empty(len(tokens), dtype=torch.int32)
+        unique, places = tokens.new_empty(num_unique), tokens.new_empty(len(tokens), dtype=torch.int32)
         self._functions["send_once"](
-            *(tokens.data_ptr(), lengths.data_ptr(), of_spans[0].data_ptr(), of_spans[1].data_ptr(), len(lengths)),
-            *(num_ranks, seen.data_ptr(), fresh.data_ptr(), places.data_ptr()),
+            *(
+                tokens.data_ptr(),
+                lengths.data_ptr(),
+                of_segments[0].data_ptr(),
+                of_segments[1].data_ptr(),
+                len(lengths),
+            ),
+            *(num_ranks, seen.data_ptr(), unique.data_ptr(), places.data_ptr()),
         )
-        return fresh, places
+        return unique, places
 
     def read(self, stack: Tensor) -> None:
         """Reads a tensor's memory on one core and does nothing else: what benchmarks hold products against."""
