@@ -218,7 +218,7 @@ class MegaMoE(nn.Module):
     def _compute_alone(
         self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None
     ) -> Tensor:
-        """The call of a rank alone whose device has kernels, which waits for nothing: see kernel_alone.py."""
+        """The call of a rank alone whose device has kernels, which waits for nothing: see triton_alone.py."""
         assert self._alone is not None
         if complaint is not None:
             raise complaint

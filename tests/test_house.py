@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import megamoe
+from tests.tree import ROOMS as TREE_ROOMS
+from tests.tree import code, folders, tree
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("parallel", "model", "launch")
@@ -115,6 +117,18 @@ def test_the_planner_needs_no_torch(path: Path) -> None:
     ours = {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     ours = {name for name in ours if name.startswith("megamoe.")}
     assert all(name.startswith(("megamoe.planner", "megamoe.catalog", "megamoe.schedule")) for name in ours), ours
+
+
+# ---- the tree ----
+
+
+def test_no_folder_holds_more_than_a_dozen_files() -> None:
+    sizes = {str(folder.relative_to(ROOT)): len(code(folder)) for room in TREE_ROOMS for folder in folders(ROOT / room)}
+    assert {name: size for name, size in sizes.items() if size > 12} == {}
+
+
+def test_the_tree_in_the_docs_has_every_file_in_its_own_words() -> None:
+    assert (ROOT / "docs" / "tree.md").read_text() == tree(), "python -m tests.tree --write docs/tree.md"
 
 
 # ---- the links ----

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from megamoe.launch.cluster.cluster import MegaMoECluster
+from megamoe.launch.cluster.membership import Membership
 from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.cluster.spawn import SpawnPool
-from megamoe.launch.cluster.worker_pool import Membership
 
 
 class FakeHandle:

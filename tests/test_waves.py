@@ -194,7 +194,7 @@ def test_every_rank_local_expert_is_computed_exactly_once(case: tuple[WavePlan, 
     for step in steps:
         experts = plan.experts(rank, step.wave)
         assert set(step.local) <= set(experts)
-        # call.py takes the ends of an empty range as indices
+        # pipeline.py takes the ends of an empty range as indices
         ids = plan.placement.experts(rank)
         assert ids.start <= step.local.start <= step.local.stop <= ids.stop
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from megamoe.execution.pipeline import CallRecord
 from megamoe.launch.cluster.job import share
+from megamoe.launch.cluster.membership import Membership
 from megamoe.launch.cluster.ray.pool import RayPool
 from megamoe.launch.cluster.recovery import Failure, RestartPolicy, collect, judge
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.cluster.worker import Load, LoadReport, Rendezvous
 from megamoe.launch.cluster.worker_handle import WorkerHandle, WorkerPool
-from megamoe.launch.cluster.worker_pool import Membership
 from megamoe.launch.lab.lab import Host
 from megamoe.launch.requests import IMPORTABLE, check_count, check_seconds, check_tokens, check_work
 from megamoe.parallel.health.runs import sweep

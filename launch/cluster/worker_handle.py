@@ -44,7 +44,7 @@ class WorkerHandle(Protocol):
 
 
 class WorkerPool(Protocol):
-    """Where workers come from: processes of this machine (spawn.py), or a Ray cluster (ray_cluster.py)."""
+    """Where workers come from: processes of this machine (spawn.py), or a Ray cluster (ray/pool.py)."""
 
     def open(self, number: int, deadline_s: float) -> WorkerHandle:
         """Starts a process and returns when it answers. RuntimeError, with the reason, where none can be had."""

@@ -8,8 +8,8 @@ Of one rank, on a core that it may share:
     rounding    H a token and H + I a row, where MXFP8 is used   * round_ns
     a call                                                       call_us
 
-The waves are then played as the layer runs them (schedule.py, pace.py), over a link of a nominal rate. Every byte that
-is sent or received takes byte_ns of the core that computes, and over loopback the cores are the link; every
+The waves are then played as the layer runs them (schedule.py, cost_model.py), over a link of a nominal rate. Every byte
+that is sent or received takes byte_ns of the core that computes, and over loopback the cores are the link; every
 interval of work takes wave_us beside its rows. What comes before the first dispatch (counting, encoding) and after the
 last result (the sum of the slots) nothing covers.
 """

@@ -1,4 +1,4 @@
-"""One call of the layer in flight on a device that has Triton kernels: as `call.Call`, with other means.
+"""One call of the layer in flight on a device that has Triton kernels: as `pipeline.Call`, with other means.
 
 The host knows the counts and no more: it queues everything and waits for nothing. All messages are packed at once, each
 token read once and put into every row that it fills. Rows are not gathered for the experts, nor put in order after
