@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamoe.ambient import eager, undisturbed
-from megamoe.catalog import Machine
 from megamoe.execution.autotune import Tuner
 from megamoe.execution.checks import (
     any_wrong,
@@ -39,6 +39,9 @@ from megamoe.routing.segments import to_host
 from megamoe.routing.waves import Waves, check_waves, plan_waves
 from megamoe.schedule.schedule import LOOKAHEAD
 from megamoe.shape import MoEShape
+
+if TYPE_CHECKING:
+    from megamoe.catalog import Machine
 
 
 class MegaMoE(nn.Module):

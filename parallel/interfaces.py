@@ -10,8 +10,6 @@ import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-import psutil
-
 # addresses that documentation may use (RFC 5737, RFC 3849): nobody's, so the way there is the default route
 _ELSEWHERE = ("198.51.100.1", "2001:db8::1")
 _DISCARD_PORT = 9
@@ -41,7 +39,9 @@ class Interface:
 
 
 def list_interfaces() -> list[Interface]:
-    """Interfaces with an IP address, loopback last, otherwise by name."""
+    """Interfaces with an IP address, loopback last, otherwise by name. ImportError where psutil is not installed."""
+    import psutil  # here, for layers to run on a machine without it: a rank alone has no interface to choose
+
     states = psutil.net_if_stats()
     found = []
     for name, addresses in _addresses().items():
@@ -152,6 +152,8 @@ def _addresses() -> dict[str, list[str]]:
 
     IPv4 goes first. An IPv6 address of the link only means nothing without its interface, so it does not count.
     """
+    import psutil
+
     found = {}
     for name, entries in psutil.net_if_addrs().items():
         four = [entry.address for entry in entries if entry.family == socket.AF_INET]

@@ -1,13 +1,11 @@
-"""Tiles that are found on a device: files that are read or refused, who takes them, and the search for them."""
+"""Tiles that are found on a device: files that are read or refused, who takes them, and how the best are found."""
 
 from __future__ import annotations
 
-import io
-import time
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +15,32 @@ from tests.interpreter import interpreted
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu_kernels import tune
-from benchmarks.gpu_kernels.clock import HostClock
+from benchmarks.gpu_kernels.findings import Check, Fact, Table
+from benchmarks.gpu_kernels.measure import operands
+from benchmarks.gpu_kernels.measure.clock import Times
+from benchmarks.gpu_kernels.measure.shapes import SHAPES
+from benchmarks.gpu_kernels.plan import PLAN, Task
+from benchmarks.gpu_kernels.stages import tiles
+from benchmarks.gpu_kernels.stages.compiling import jobs_for
+from benchmarks.gpu_kernels.stages.tiles import (
+    DECODE_ROWS,
+    PREFILL_ROWS,
+    Trial,
+    candidates,
+    not_compiled,
+    ratio,
+    with_tiles,
+)
 from megamoe.kernels import load
 from megamoe.kernels.ahead import Compiled, compile_build
 from megamoe.kernels.chips import tuned
 from megamoe.kernels.chips.targets import target
-from megamoe.kernels.chips.tiles import TABLES, Tile
-from megamoe.kernels.chips.tuned import Tuned, file_name, read_tuned, table_of, tiles_of, write_tuned
+from megamoe.kernels.chips.tiles import TABLES, Tile, check_table
+from megamoe.kernels.chips.tuned import Tuned, read_tuned, table_of, tiles_of, write_tuned
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear2 import grouped_linear2
-from tests.test_gpu_kernels import CPU, TINY, patched
+
+CPU = torch.device("cpu")
 
 # ---- tables that were found ----
 
@@ -144,90 +157,110 @@ def test_tiles_that_were_found_are_compiled_ahead_too(folder: Path) -> None:
 
 # ---- finding them ----
 
+REHEARSAL = Task("cpu", True, 0.0, ("tiles",), {}, {"shape": "V4-Pro"})
+
+
+class Clock:
+    """A tile's time is what is said of it; the device's own takes 100 us for each product."""
+
+    def __init__(self, us: dict[Tile, float]) -> None:
+        self.device, self._us = CPU, us
+
+    def copies(self, _: int) -> int:
+        return 1
+
+    def compare(self, runs: dict[str, Any]) -> dict[str, Times]:
+        new = next(each.__defaults__[0] for name, each in runs.items() if name.startswith("new"))
+        us = {"own": 100.0, "new": self._us.get(new, 100.0)}
+        return {name: Times.of([us[name[:3]]]) for name in runs}
+
 
 @interpreted
-def test_tuning_writes_a_table_that_can_be_read(tmp_path: Path) -> None:
-    """Of three candidates one gives other bits and one does not run."""
+def test_the_best_tiles_make_a_table_that_can_be_read(tmp_path: Path) -> None:
+    """Of four for few rows one is noise, one gives other bits and one does not run."""
 
     def by_rows(product: Any, index: torch.Tensor, out: torch.Tensor, tile: Tile | None = None) -> None:
         if tile and tile.rows == 128:
             raise RuntimeError("out of resource: shared memory")
-        plain(product, index, out, tile=tile)
+        grouped_linear2(product, index, out, tile=tile)
         out[0] += tile.rows == 64 if tile else 0
 
-    plain, printed = grouped_linear2, io.StringIO()
-    two_experts = replace(TINY, sizes=replace(TINY.sizes, num_experts=2))
-    searched = {"tune__STEPS": {"rows": (16, 64, 128)}, "tune__DEPTHS": (128,), "tune__BOUNDS": ((16, 1), (None, 17))}
-    with patched(**searched, operands__grouped_linear2=by_rows), redirect_stdout(printed):
-        assert tune.tune(HostClock(CPU), [two_experts], time.monotonic() + 60, tmp_path) == 0
-    found = read_tuned(tmp_path / file_name("cpu"))
-    assert (found.device, found.chip, found.torch) == ("cpu", "cpu", torch.__version__)
-    for kind in ("wide", "bf16"):
-        assert [bound for bound, _ in found.table[kind]] == [16, None]
-        assert {tile.rows for _, tile in found.table[kind]} <= {16, 32}
-    assert found.table["mxfp4"] == TABLES["cpu"]["mxfp4"], "the layer never runs it there"
-    assert printed.getvalue().count("passed over: other bits") == 4
-    assert printed.getvalue().count("passed over: RuntimeError: out of resource: shared memory") == 4
+    noise, other, large, good = (Tile(rows, 64, 128) for rows in (16, 64, 128, 32))
+    trial = {DECODE_ROWS: (noise, other, large, good), PREFILL_ROWS: (Tile(32, 128, 64), replace(good, num_warps=8))}
+    clock = Clock({noise: 99.5, other: 1.0, large: 1.0, good: 80.0, replace(good, num_warps=8): 90.0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operands, "grouped_linear2", by_rows)
+        patch.setattr(tiles, "tiles_on_trial", lambda _: trial)
+        patch.setattr(tiles, "clock_for", lambda _: clock)
+        found = list(tiles.tune(REHEARSAL))
+    assert [each.passed for each in found if isinstance(each, Check)] == [True, True]
+    tried = next(each.value for each in reversed(found) if isinstance(each, Fact) and each.name == "tiles")
+    assert [each.get("problem") for each in tried] == [
+        None,
+        "other bits",
+        "RuntimeError: out of resource: shared memory",
+        None,
+        "sums in another order than the device's own",
+        None,
+    ]
+    assert [each["of the own"] for each in tried] == [0.995, None, None, 0.8, None, 0.9]
+    tables = [each for each in found if isinstance(each, Table)]
+    assert len(tables) == 2, "one whenever there is a better tile"
+    path = tmp_path / tables[-1].name
+    path.write_text(tables[-1].text)
+    table = read_tuned(path)
+    assert (table.device, table.chip, table.torch) == ("cpu", "cpu", torch.__version__)
+    assert table.table["wide"] == ((16, good), (None, replace(good, num_warps=8)))
+    for kind in ("mxfp4", "bf16"):
+        assert table.table[kind] == TABLES["cpu"][kind], "nothing of it was tried"
 
 
-BEGIN = Tile(16, 128, 128)
+def test_all_candidates_sum_in_the_order_of_the_chips_own() -> None:
+    own = TABLES["cuda:90"]["wide"]
+    for rows, tried in candidates().items():
+        assert len(set(tried)) == len(tried)
+        for tile in tried:
+            check_table(with_tiles(TABLES["cuda:90"], "wide", {rows: tile}))
+            assert tile.rows * tile.columns <= 128 * 256, "more results do not fit in registers"
+    other = candidates()[DECODE_ROWS][1]
+    changed = with_tiles(TABLES["cuda:90"], "wide", {DECODE_ROWS: other})["wide"]
+    assert (changed[0], changed[1:]) == ((16, other), own[1:])
+    sizes = {(each.rows, each.columns, each.num_warps, each.num_stages) for each in candidates()[PREFILL_ROWS]}
+    assert {(128, 256, 8, 3), (256, 128, 8, 2), (256, 128, 8, 3)} <= sizes
 
 
-def search(monkeypatch: pytest.MonkeyPatch, us: Callable[[Tile], float | str]) -> tune.Search:
-    monkeypatch.setattr(tune.Search, "_try", lambda _, tile: us(tile))
-    monkeypatch.setattr(tune.Search, "same_bits", lambda *_: True)
-    return tune.Search(HostClock(CPU), "mxfp4", None, [], BEGIN)
+def test_every_candidate_is_compiled_beforehand_and_not_tried_where_it_was_not() -> None:
+    jobs = jobs_for(("tiles",))
+    tried = {replace(tile, programs=1) for each in candidates().values() for tile in each}
+    assert {job.tile for job in jobs if job.tile} == tried
+    assert len({job.label for job in jobs}) == len(jobs)
+    slow = next(job for job in jobs if job.tile)
+    compiled = {job.label: 2.0 for job in jobs} | {slow.label: "did not end within 75 s"}
+    earlier = {"compile": {"facts": {"compiled": compiled}}}
+    refused = not_compiled(replace(REHEARSAL, earlier=earlier))
+    assert {replace(tile, programs=1) for tile in refused} == {slow.tile}
+    compiled[slow.label] = "no time"
+    assert not_compiled(replace(REHEARSAL, earlier=earlier)) == {}
 
 
-def test_one_field_is_changed_at_a_time_while_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    def us(tile: Tile) -> float | str:
-        if tile.num_stages == 4:
-            return "passed over: too much shared memory"
-        return 100 + abs(tile.columns - 64) + abs(tile.rows - 32) + 10 * abs(tile.num_stages - 3) - 0.2 * tile.programs
-
-    best = tune.descend(search(monkeypatch, us), BEGIN, time.monotonic() + 60)
-    assert (best.rows, best.columns, best.num_stages, best.programs) == (32, 64, 3, 1), "0.6 of 100 is noise"
-    assert (best.depth, best.options) == (128, ())
-
-
-def test_a_tile_that_does_not_run_is_replaced_by_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = search(monkeypatch, lambda tile: 5.0 if tile.num_stages == 3 else "passed over: out of resource")
-    assert tune.descend(here, BEGIN, time.monotonic() + 60) == replace(BEGIN, num_stages=3)
+def test_what_the_chosen_stages_launch_is_compiled_and_no_more() -> None:
+    everything = jobs_for(tuple(stage.name for stage in PLAN))
+    assert len(set(everything)) == len(everything)
+    assert {job.name for job in everything if job.what in ("products", "layer")} == set(SHAPES)
+    assert {job.name for job in everything if job.what == "checks"} == {"device-checks", "layer-checks", "rank-checks"}
+    assert [job.label for job in jobs_for(("two-processes",))] == ["checks rank-checks"]
+    chosen = jobs_for(("prefill-V4-Flash",))
+    assert [job.label for job in chosen] == [
+        f"products V4-Flash {each} {rows}" for rows in (8, 2048) for each in ("mxfp4", "bf16")
+    ]
 
 
-def test_a_search_ends_in_time_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    late = time.monotonic() - 1
-    here = search(monkeypatch, lambda tile: 100 / tile.rows)
-    assert tune.descend(here, BEGIN, late) == BEGIN
-    assert tune.best_order([here], late) == [BEGIN]
-    assert list(here.tried) == [BEGIN]
-
-
-def test_tiles_are_not_so_large_that_they_take_minutes_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = search(monkeypatch, lambda tile: 1 / tile.rows / tile.columns)
-    tune.descend(here, BEGIN, time.monotonic() + 60)
-    assert max(tile.rows * tile.columns for tile in here.tried) == 128 * 256
-
-
-def test_the_order_of_the_sum_is_chosen_by_the_time_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Depth 64 is best for few rows, 256 for many and in all."""
-
-    def us(tile: Tile) -> float:
-        return {64: 10.0, 128: 30.0, 256: 20.0}[tile.depth] if tile.rows == 16 else 1000 / tile.depth
-
-    few = search(monkeypatch, us)
-    many = replace(few, begin=replace(BEGIN, rows=64), tried={})
-    assert [tile.depth for tile in tune.best_order([few, many], time.monotonic() + 60)] == [256, 256]
-
-
-def test_an_order_that_is_no_better_than_the_noise_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = search(monkeypatch, lambda tile: 100 - tile.depth / 256)
-    assert tune.best_order([here], time.monotonic() + 60) == [BEGIN]
-    here = search(monkeypatch, lambda tile: 100 - tile.depth / 64)
-    assert tune.best_order([here], time.monotonic() + 60) == [replace(BEGIN, depth=256)]
-
-
-def test_an_order_whose_tiles_differ_in_bits_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = search(monkeypatch, lambda tile: 1000 / tile.depth)
-    monkeypatch.setattr(tune.Search, "same_bits", lambda _, tile: tile.depth != 256)
-    assert tune.best_order([here], time.monotonic() + 60) == [BEGIN]
+def test_a_tile_that_fails_to_be_timed_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Tile(16, 128, 128)
+    products = SimpleNamespace(linear1=None, linear2=None)
+    clock = SimpleNamespace(compare=lambda _: {"own linear1": Times(1, 1, 1), "new linear1": "no memory"})
+    monkeypatch.setattr(tiles, "bits_of", lambda *_: [])
+    trial: Any = Trial
+    found = trial(clock, products, own, []).run(replace(own, num_warps=8))
+    assert found == {"problem": "no memory"}
+    assert ratio(found) is None

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megamoe.catalog import Machine, load_machine
 from megamoe.execution.experts import Experts
 from megamoe.execution.pipeline import CallRecord
 from megamoe.parallel.group import EPGroup
@@ -25,7 +26,9 @@ from megamoe.routing.agreement import Agreement
 from megamoe.routing.waves import Waves, auto_waves
 from megamoe.routing.wire import Wire
 from megamoe.schedule.cost_model import CostModel, Spread, best_waves
-from megamoe.schedule.machine import product_row_us
+
+if TYPE_CHECKING:
+    from megamoe.catalog import Machine
 
 # Encoding a value to MXFP8 once per token and decoding it once per row, on one Zen 4 core, 2026-11-24. Twice that for
 # each byte it saves: where the link moves a byte in less time, the rounding does not pay.
@@ -69,10 +72,15 @@ class Tuner:
         # [P, E]: 1 where an expert is on another rank
         self._remote = (np.arange(group.size)[:, None] != np.array(self._placement.ranks(), np.int64)).astype(np.int64)
         self._settled: dict[int, list[int]] = {}
-        self._wave_s = _wave_s(experts.device.type, machine)
+        self._machine = machine
         self._measured_row_s = 0.0
         self._last: tuple[CallRecord, Stopwatch | None] | None = None
         self._expected_row_s = 0.0 if machine is None else _row_s(experts, machine)
+
+    @cached_property
+    def _wave_s(self) -> float:
+        """Seconds that a wave takes beside its rows. Profiles are read when waves are first weighed."""
+        return _wave_s(self._experts.device.type, self._machine)
 
     @property
     def row_s(self) -> float:
@@ -98,7 +106,7 @@ class Tuner:
             self._measured_row_s = min(self._measured_row_s or row_s, row_s)
 
     def choose(self, agreed: Agreement) -> Choice:
-        """Waves, wire and pace of a call. All ranks come to the same; the link is measured when it is first needed."""
+        """Waves, wire and cost model of a call. All ranks come to the same; the link is measured when it is first needed."""
         wire = Wire(self.choose_format(), self._experts.shape.hidden, round_on_arrival=self._experts.packed)
         rows = sum(agreed.tokens) * self._experts.shape.topk / len(agreed.tokens)
         out_bytes = self._out_bytes(wire, agreed)
@@ -154,9 +162,13 @@ class Tuner:
 def _wave_s(device_type: str, machine: Machine | None) -> float:
     if machine is None and device_type != "cpu":
         return _OTHER_WAVE_S
+    from megamoe.catalog import load_machine  # a layer of which nothing is to be weighed needs none of what it imports
+
     return (machine or load_machine("cpu")).wave_us.value / 1e6
 
 
 def _row_s(experts: Experts, machine: Machine) -> float:
+    from megamoe.schedule.machine import product_row_us
+
     shape = experts.shape
     return product_row_us(machine, shape.hidden, shape.intermediate, packed=experts.packed) / 1e6

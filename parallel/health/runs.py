@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import psutil
-
 
 @dataclass(frozen=True, slots=True)
 class ListedRank:
@@ -32,6 +30,8 @@ class ListedRank:
     @property
     def gone(self) -> bool:
         """Whether its process has ended."""
+        import psutil  # here, as in list_rank(): layers without a run run where it is not installed
+
         try:
             return bool(psutil.Process(self.pid).create_time() != self.started)
         except psutil.NoSuchProcess:
@@ -46,6 +46,8 @@ def folder() -> Path:
 @contextmanager
 def list_rank(run: str, rank: int, address: str, port: int, token: str) -> Iterator[None]:
     """Lists this process as a rank of a run for the block. ValueError for a name that makes no file name."""
+    import psutil
+
     check_name(run)
     sweep()
     started = psutil.Process().create_time()

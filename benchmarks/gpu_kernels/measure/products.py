@@ -4,50 +4,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_kernels.checks import Exact, Outcome, check_products, products_error
-from benchmarks.gpu_kernels.clock import Ceilings, Clock, Run
-from benchmarks.gpu_kernels.operands import (
+from benchmarks.gpu_kernels.findings import PARTS, Row, Work, compared
+from benchmarks.gpu_kernels.measure.checks import Exact, Outcome, check_products, products_error
+from benchmarks.gpu_kernels.measure.clock import Clock, Run, Times
+from benchmarks.gpu_kernels.measure.operands import (
     FORMATS,
     Products,
     Rows,
-    Shape,
     Weights,
     grouped_mm,
+    grouped_mm_note,
     kind_of,
     num_bytes,
+    parts,
     unfused_linear1,
 )
-from benchmarks.gpu_kernels.results import PARTS, Row, Work, compared
+from benchmarks.gpu_kernels.measure.shapes import Shape
 
 PRODUCT_PARTS = tuple(part for part in PARTS if part != "layer")
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all numbers of rows of one shape share."""
+    """What all numbers of rows of one shape share. note: what is to be said of grouped_mm."""
 
     shape: Shape
     clock: Clock
-    ceilings: Ceilings
+    note: str | None
     weights: dict[str, Weights]
     exact: dict[str, Exact]
 
     @classmethod
-    def made(cls, shape: Shape, clock: Clock, ceilings: Ceilings) -> Bench:
-        weights = {name: Weights.made(shape, name, clock) for name in FORMATS}
-        return cls(shape, clock, ceilings, weights, {name: Exact(each) for name, each in weights.items()})
+    def made(cls, shape: Shape, clock: Clock) -> Bench:
+        weights = {name: Weights.made(shape, kind_of(name, clock.device), clock) for name in FORMATS}
+        exact = {name: Exact(each) for name, each in weights.items()}
+        return cls(shape, clock, grouped_mm_note(clock.device), weights, exact)
 
-    def measure(self, rows_per_expert: int, wanted: Sequence[str]) -> list[Row]:
-        """A row for all that the wanted parts compare."""
+    def measure(self, rows_per_expert: int) -> Iterator[Row]:
+        """A row for all that the parts compare, part after part."""
         case = Case.made(self, rows_per_expert)
         outcomes = case.check()
-        return [row for part in PRODUCT_PARTS if part in wanted for row in case.measure(part, outcomes)]
+        for part in PRODUCT_PARTS:
+            yield from case.measure(part, outcomes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +122,7 @@ class Case:
         planned = {what: self.row(part, what, outcomes) for what in PARTS[part]}
         sound = {what: run for what, run in self.runs(part).items() if planned[what].problem is None}
         for what, times in self.bench.clock.compare(sound).items():
-            row = planned[what]
-            done = self.work(part, what)
-            planned[what] = (
-                replace(row, problem=times) if isinstance(times, str) else done.of(row, times, self.bench.ceilings)
-            )
+            planned[what] = timed(planned[what], times, self.work(part, what))
         return [compared(row, list(planned.values())) for row in planned.values()]
 
     def row(self, part: str, what: str, outcomes: dict[tuple[str, str], Outcome]) -> Row:
@@ -131,11 +131,13 @@ class Case:
         errors = [outcome.error for outcome in of if outcome.error is not None]
         problems = [outcome.problem for outcome in of if outcome.problem]
         row = Row(part, self.shape.name, self.rows_per_expert, what, self.shape.sizes.num_experts, self.rows.num_rows)
-        return replace(row, error=max(errors, default=None), problem="; ".join(problems) or None)
+        note = self.bench.note if what == "grouped_mm" else None
+        return replace(row, error=max(errors, default=None), note=note, problem="; ".join(problems) or None)
 
     def work(self, part: str, what: str) -> Work:
         """Our kernels read x once a token, grouped_mm once a row, for which it was gathered."""
-        products = self.products["mxfp4" if what in ("mxfp4", "unfused") else "bf16"]
+        weight_format = "mxfp4" if what in ("mxfp4", "unfused") else "bf16"
+        products = self.products[weight_format]
         by_torch = what == "grouped_mm"
         sizes, rows = self.shape.sizes, self.rows.num_rows
         first_x = self.gathered if by_torch else products.x
@@ -143,11 +145,25 @@ class Case:
         flops, moved = 0, 0
         if part in ("linear1", "both"):
             flops += 2 * rows * 2 * sizes.intermediate * sizes.hidden
-            moved += num_bytes(products.first[0].weight) + num_bytes(first_x) + first_out
+            moved += self._weight_bytes("gate_up", weight_format) + num_bytes(first_x) + first_out
         if part in ("linear2", "both"):
             flops += 2 * rows * sizes.hidden * sizes.intermediate
-            moved += num_bytes(products.second[0].weight) + num_bytes(products.hidden) + num_bytes(products.out)
+            moved += self._weight_bytes("down", weight_format) + num_bytes(products.hidden) + num_bytes(products.out)
         return Work(flops, moved)
+
+    def _weight_bytes(self, name: str, weight_format: str) -> int:
+        """As the format has them: what a layout fills up with is no work."""
+        plain = self.bench.weights[weight_format].plain[name]
+        return num_bytes(plain) * self.shape.sizes.num_experts // len(parts(plain)[0])
+
+
+def timed(row: Row, times: Times | str, work: Work) -> Row:
+    """The row with its times, or with what kept it from having any."""
+    if isinstance(times, str):
+        return replace(row, problem=times)
+    notes = [each for each in (row.note, "bound by the host" if times.by_host else None) if each]
+    measured = replace(row, us=times.us, us_min=times.us_min, us_max=times.us_max, note="; ".join(notes) or None)
+    return replace(measured, flops=work.flops, num_bytes=work.num_bytes)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -11,73 +11,72 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_kernels.clock import Clock
-from megamoe.catalog import load_model
+from benchmarks.gpu_kernels.measure.clock import Clock
+from benchmarks.gpu_kernels.measure.shapes import Shape
 from megamoe.formats import BLOCK, MXFP4, MXFP8
 from megamoe.kernels.chips.targets import reads_wide
 from megamoe.kernels.chips.tiles import Tile
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.grouped_linear1 import grouped_linear1
 from megamoe.kernels.grouped_linear2 import grouped_linear2
-from megamoe.kernels.layout import Wide
+from megamoe.kernels.layout import Prepacked, Wide
 from megamoe.kernels.quantize import quantize
 from megamoe.routing.wire import Wire
-from megamoe.shape import MoEShape
 
-Weight = MXFP4 | Tensor
+Plain = MXFP4 | Tensor  # a weight in its format's own layout
+Weight = MXFP4 | Prepacked | Tensor  # as products take it
 Operand = MXFP8 | Wide | Tensor
 FORMATS = ("mxfp4", "bf16")
 _E2M1_RMS = 2.93  # of all sixteen codes
-_MEMORY_SHARE = 0.8
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """One rank's part of a published layer: its sizes, with num_experts the experts of this rank."""
-
-    name: str
-    sizes: MoEShape
-
-    @classmethod
-    def published(cls, name: str, model: str, ep_size: int) -> Shape:
-        """By the catalog's name of the model; experts are shared out over ep_size ranks."""
-        found = load_model(model)
-        experts = found.num_experts // ep_size
-        return cls(name, MoEShape(found.expert_hidden, found.intermediate, experts, found.topk, found.swiglu_limit))
-
-    def row_bytes(self) -> int:
-        """Bytes that a row takes in all buffers of a measurement, generously."""
-        return 16 * self.sizes.hidden + 24 * self.sizes.intermediate
-
-    def fitting(self, rows_per_expert: int, free_bytes: int) -> Shape:
-        """This shape with as many experts as have room for their rows, top-k at least."""
-        room = int(free_bytes * _MEMORY_SHARE) // (rows_per_expert * self.row_bytes())
-        experts = min(self.sizes.num_experts, max(self.sizes.topk, room))
-        return replace(self, sizes=replace(self.sizes, num_experts=experts))
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights of one format: copies of gate_up [e, 2I, H], gate and up rows in turns, and of down [e, H, I]."""
+    """Weights for one kind of product: copies of gate_up [e, 2I, H], gate and up rows in turns, and of down [e, H, I].
+
+    plain   the first copies in the format's own layout, by which errors are found
+    """
 
     gate_up: list[Weight]
     down: list[Weight]
+    plain: dict[str, Plain]
 
     @classmethod
-    def made(cls, shape: Shape, weight_format: str, clock: Clock) -> Weights:
+    def made(cls, shape: Shape, kind: str, clock: Clock) -> Weights:
         """Random ones, of such a size that the results of both products are about 1."""
         sizes = shape.sizes
-        matrices = ((2 * sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate))
-        stacks: list[list[Weight]] = []
-        for seed, (rows, depth) in enumerate(matrices):
-            make = random_mxfp4 if weight_format == "mxfp4" else random_bf16
-            first = make((sizes.num_experts, rows, depth), seed, clock.device)
-            stacks.append([first, *(clone(first) for _ in range(clock.copies(num_bytes(first)) - 1))])
-        return cls(*stacks)
+        matrices = {
+            "gate_up": (2 * sizes.intermediate, sizes.hidden),
+            "down": (sizes.hidden, sizes.intermediate),
+        }
+        make = random_bf16 if kind == "bf16" else random_mxfp4
+        plain, stacks = dict[str, Plain](), dict[str, list[Weight]]()
+        for seed, (name, size) in enumerate(matrices.items()):
+            plain[name] = make((sizes.num_experts, *size), seed, clock.device)
+            first = weight_as(kind, plain[name])
+            copies = clock.copies(num_bytes(first)) - 1
+            stacks[name] = [first, *(mapped(first, torch.clone) for _ in range(copies))]
+        return cls(**stacks, plain=plain)
 
     def of_experts(self, num_experts: int) -> Weights:
-        """Those of the first experts, in place."""
-        return Weights(*([first_experts(each, num_experts) for each in stack] for stack in (self.gate_up, self.down)))
+        """Those of the first experts, in place; plain are all."""
+
+        def first(weight: Weight) -> Weight:
+            return mapped(weight, lambda part: part[:num_experts])
+
+        return Weights(list(map(first, self.gate_up)), list(map(first, self.down)), self.plain)
+
+
+def weight_as(kind: str, weight: Plain) -> Weight:
+    """A weight as the products of a kind take it."""
+    return Prepacked.of(weight) if kind == "wide" and isinstance(weight, MXFP4) else weight
+
+
+def mapped(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
+    """A weight with something done to each of its parts."""
+    if isinstance(weight, Prepacked):
+        return replace(weight, words=change(weight.words), scales=change(weight.scales))
+    return MXFP4(change(weight.packed), change(weight.scales)) if isinstance(weight, MXFP4) else change(weight)
 
 
 def random_mxfp4(size: tuple[int, int, int], seed: int, device: torch.device) -> MXFP4:
@@ -98,24 +97,18 @@ def random_bf16(size: tuple[int, int, int], seed: int, device: torch.device) -> 
     return weight.normal_(0, 1 / math.sqrt(size[2]), generator=generator)
 
 
-def clone(weight: Weight) -> Weight:
-    return MXFP4(weight.packed.clone(), weight.scales.clone()) if isinstance(weight, MXFP4) else weight.clone()
-
-
-def first_experts(weight: Weight, count: int) -> Weight:
-    return MXFP4(weight.packed[:count], weight.scales[:count]) if isinstance(weight, MXFP4) else weight[:count]
-
-
-def parts(operand: Weight | Operand) -> list[Tensor]:
+def parts(operand: Plain | Weight | Operand) -> list[Tensor]:
     """The values and, where there are any, their scales."""
     if isinstance(operand, MXFP4):
         return [operand.packed, operand.scales]
+    if isinstance(operand, Prepacked):
+        return [operand.words, operand.scales]
     if isinstance(operand, MXFP8):
         return [operand.values, operand.scales]
     return [operand.values if isinstance(operand, Wide) else operand]
 
 
-def num_bytes(operand: Weight | Operand) -> int:
+def num_bytes(operand: Plain | Weight | Operand) -> int:
     return sum(each.numel() * each.element_size() for each in parts(operand))
 
 
@@ -245,7 +238,30 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return call(x, weight.transpose(1, 2), offs=ends)
 
 
-def unfused_linear1(products: Products) -> Callable[[int], None]:
+def grouped_mm_note(device: torch.device) -> str | None:
+    """None where grouped_mm is queued like any other; else what its rows have to say of it.
+
+    torch falls back to a loop over experts, which waits for the device to learn their rows, where it has no kernel for
+    a device or a layout, and does not say so.
+    """
+    if device.type != "cuda":
+        return None
+    x, weight = (torch.zeros(size, dtype=torch.bfloat16, device=device) for size in ((32, 512), (4, 256, 512)))
+    ends = torch.tensor([1, 16, 16, 32], dtype=torch.int32, device=device)
+    grouped_mm(x, weight, ends)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grouped_mm(x, weight, ends)
+    except RuntimeError:
+        return "torch's fallback, which waits for the host: no kernel of grouped_mm ran"
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return None
+
+
+def unfused_linear1(products: Products, tile: Tile | None = None) -> Callable[[int], None]:
     """Linear-1 with its 2I columns through memory: the same product, torch's BF16 activation, the same rounding.
 
     The weights' rows are taken for those of the gate first, so that torch has halves to work on; the time is the same.
@@ -257,7 +273,7 @@ def unfused_linear1(products: Products) -> Callable[[int], None]:
     weights, limit = products.weights.to(torch.bfloat16).unsqueeze(1), products.limit
 
     def run(turn: int) -> None:
-        grouped_linear2(products.first[turn % len(products.first)], products.index, gate_up)
+        grouped_linear2(products.first[turn % len(products.first)], products.index, gate_up, tile=tile)
         gate, up = gate_up.chunk(2, -1)
         if limit is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)

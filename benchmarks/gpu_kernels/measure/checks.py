@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_kernels.operands import (
+from benchmarks.gpu_kernels.findings import BOUND, Check
+from benchmarks.gpu_kernels.measure.operands import (
     Operand,
+    Plain,
     Products,
     Rows,
-    Weight,
     Weights,
     empty_operand,
     kind_of,
     parts,
     tokens_as,
+    weight_as,
 )
-from benchmarks.gpu_kernels.results import BOUND, Check
 from megamoe.formats import (
     MXFP4,
     MXFP8,
@@ -49,7 +50,7 @@ def as_bytes(operand: Operand) -> Tensor:
 # ---- against FP64, on the host ----
 
 
-def on_host(operand: Weight | Operand) -> Weight | Operand:
+def on_host(operand: Plain | Operand) -> Plain | Operand:
     if isinstance(operand, MXFP4):
         return MXFP4(operand.packed.to(CPU), operand.scales.to(CPU))
     if isinstance(operand, MXFP8):
@@ -58,7 +59,7 @@ def on_host(operand: Weight | Operand) -> Weight | Operand:
     return Wide(operand.values.to(CPU)) if isinstance(operand, Wide) else operand.to(CPU)
 
 
-def as_fp64(operand: Weight | Operand) -> Tensor:
+def as_fp64(operand: Plain | Operand) -> Tensor:
     """On the host, exactly, in the order of memory."""
     here = on_host(operand)
     if isinstance(here, MXFP4):
@@ -75,7 +76,7 @@ def taken(operand: Operand, rows: Tensor) -> Operand:
     return Wide(operand.values[rows]) if isinstance(operand, Wide) else operand[rows]
 
 
-def expert_of(weight: Weight, expert: int) -> Weight:
+def expert_of(weight: Plain, expert: int) -> Plain:
     return MXFP4(weight.packed[expert], weight.scales[expert]) if isinstance(weight, MXFP4) else weight[expert]
 
 
@@ -89,7 +90,7 @@ class Exact:
     def weight(self, name: str, expert: int) -> Tensor:
         """name gate_up or down -> [N, K] float64"""
         if (name, expert) not in self._kept:
-            self._kept[name, expert] = as_fp64(expert_of(getattr(self.weights, name)[0], expert))
+            self._kept[name, expert] = as_fp64(expert_of(self.weights.plain[name], expert))
         return self._kept[name, expert]
 
     def products(self, name: str, x: Operand, places: Tensor, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
@@ -236,7 +237,7 @@ def on_device(product: Grouped, kind: str, device: torch.device) -> Grouped:
         values = product.x.values.view(torch.uint8).to(device).view(torch.float8_e4m3fn)
         x = MXFP8(values, product.x.scales.to(device))
     weight = MXFP4(product.weight.packed.to(device), product.weight.scales.to(device))
-    return Grouped(x, weight, product.tokens_per_expert.to(device))
+    return Grouped(x, weight_as(kind, weight), product.tokens_per_expert.to(device))
 
 
 def check_rounding(kind: str, device: torch.device) -> Check:

@@ -1,4 +1,4 @@
-"""How long a launch takes on a device, beside others that take turns with it, and what the device can do at most."""
+"""How long a launch takes on a device, beside others that take turns with it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.gpu_kernels.process import first_line
+
 MIB = 1 << 20
 # run(turn) launches once, on the inputs whose turn it is
 Run = Callable[[int], object]
@@ -18,31 +20,42 @@ Run = Callable[[int], object]
 _BATCH_US = 400.0  # events resolve about 0.5 us
 _MAX_BATCH = 64
 _WARM_UP = 3
+_WARM_UP_US, _CALIBRATION_CYCLES, _MAX_WARM_UPS = 200_000.0, 2_000_000, 1000
+_LEAST_SPIN_S, _LONGEST_SPIN_S = 50e-6, 0.1
 # AMD reports the L2 of one of its dies, behind which lie 256 MiB that all of them share
 _LARGEST_CACHE = 256 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Microseconds of one launch over the repeats: median, least, most."""
+    """Microseconds of one launch over the repeats: median, least, most.
+
+    by_host   in some repeat the device began before the host had launched all: the time may be the host's
+    """
 
     us: float
     us_min: float
     us_max: float
+    by_host: bool = False
 
     @classmethod
-    def of(cls, values: list[float]) -> Times:
-        return cls(statistics.median(values), min(values), max(values))
+    def of(cls, values: list[float], *, by_host: bool = False) -> Times:
+        return cls(statistics.median(values), min(values), max(values), by_host)
 
 
 @dataclass(slots=True)
 class Batch:
-    """Launches that are timed together. issue_s is what the host needs for one; turn counts over all batches."""
+    """Launches that are timed together; turn counts over all batches.
+
+    spin_s    how long the device is kept busy while they are launched
+    by_host   whether that was once too short, however long
+    """
 
     run: Run
     size: int = 1
-    issue_s: float = 0.0
+    spin_s: float = 0.0
     turn: int = 0
+    by_host: bool = False
 
     def launch(self) -> None:
         for _ in range(self.size):
@@ -67,16 +80,21 @@ class Clock(ABC):
         """
         batches: dict[str, Batch] = {}
         found: dict[str, Times | str] = {}
+        values: dict[str, list[float]] = {name: [] for name in runs}
         for name, run in runs.items():
             try:
                 batches[name] = self._prepare(run, ahead)
             except Exception as error:  # noqa: BLE001  whatever it raises is what the table says of it
                 found[name] = first_line(error)
-        values: dict[str, list[float]] = {name: [] for name in batches}
         for _ in range(self.repeats):
             for name, batch in batches.items():
-                values[name].append(self._time(batch, ahead))
-        return found | {name: Times.of(each) for name, each in values.items()}
+                try:
+                    if name not in found:
+                        values[name].append(self._time(batch, ahead))
+                except Exception as error:  # noqa: BLE001
+                    found[name] = first_line(error)
+        sound = {name: each for name, each in batches.items() if name not in found}
+        return found | {name: Times.of(values[name], by_host=each.by_host) for name, each in sound.items()}
 
     @abstractmethod
     def _prepare(self, run: Run, ahead: bool) -> Batch:
@@ -88,15 +106,23 @@ class Clock(ABC):
 
 
 class EventClock(Clock):
-    """Between two events of the device's stream."""
+    """Between two events of the device's stream.
+
+    The device is kept busy while the host launches: `_sleep` counts in a clock of the device's own, whose rate is found
+    after it has run for a while, since a cold chip's is a fraction of a busy one's.
+    """
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
         super().__init__(device, repeats, 4 * max(cache, _LARGEST_CACHE))
         self._start, self._stop = _event(), _event()
-        self._cycles_per_s = 0.0  # of _sleep(), which counts in a clock of the device's own
-        for _ in range(2):
-            self._cycles_per_s = 2e6 / (max(1.0, self._between(lambda: _sleep(2_000_000))) * 1e-6)
+        spun = 0.0
+        for _ in range(_MAX_WARM_UPS):
+            us = max(1.0, self._between(lambda: _sleep(_CALIBRATION_CYCLES)))
+            self.cycles_per_s = _CALIBRATION_CYCLES / (us * 1e-6)
+            spun += us
+            if spun > _WARM_UP_US:
+                break
 
     def _between(self, launch: Callable[[], object]) -> float:
         """Microseconds on the device."""
@@ -112,15 +138,35 @@ class EventClock(Clock):
         torch.cuda.synchronize(self.device)
         begun = time.perf_counter()
         batch.launch()
-        batch.issue_s = (time.perf_counter() - begun) / batch.size
+        issue_s = (time.perf_counter() - begun) / batch.size
         torch.cuda.synchronize(self.device)
+        batch.spin_s = 1.5 * issue_s * batch.size + _LEAST_SPIN_S
         batch.size = min(_MAX_BATCH, max(1, math.ceil(_BATCH_US / self._time(batch, ahead))))
+        batch.spin_s, batch.by_host = 1.5 * issue_s * batch.size + _LEAST_SPIN_S, False
         return batch
 
     def _time(self, batch: Batch, ahead: bool) -> float:
-        if ahead:
-            _sleep(int(self._cycles_per_s * (1.5 * batch.issue_s * batch.size + 50e-6)))
-        return self._between(batch.launch) / batch.size
+        """With twice the spin, and twice that, until the device has not begun when all is launched."""
+        if not ahead:
+            return self._between(batch.launch) / batch.size
+        while True:
+            us, queued = self._queued(batch)
+            if queued or batch.by_host:
+                return us
+            if 2 * batch.spin_s > _LONGEST_SPIN_S:
+                batch.by_host = True
+                return us
+            batch.spin_s *= 2
+
+    def _queued(self, batch: Batch) -> tuple[float, bool]:
+        """Microseconds of one launch, and whether the device had not begun when the last one was queued."""
+        _sleep(int(self.cycles_per_s * batch.spin_s))
+        self._start.record()
+        batch.launch()
+        queued = not self._start.query()  # type: ignore[no-untyped-call]
+        self._stop.record()
+        self._stop.synchronize()
+        return float(self._start.elapsed_time(self._stop)) * 1e3 / batch.size, queued
 
 
 def _event() -> torch.cuda.Event:
@@ -140,9 +186,7 @@ class HostClock(Clock):
 
     def _prepare(self, run: Run, ahead: bool) -> Batch:
         del ahead
-        batch = Batch(run)
-        batch.launch()
-        return batch
+        return Batch(run)
 
     def _time(self, batch: Batch, ahead: bool) -> float:
         del ahead
@@ -155,29 +199,9 @@ def clock_of(device: torch.device, repeats: int) -> Clock:
     return HostClock(device) if device.type == "cpu" else EventClock(device, repeats)
 
 
-def first_line(error: BaseException) -> str:
-    """ValueError: what it said, up to the first line's end"""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0][:200]}" if said else type(error).__name__
+class OnceClock(HostClock):
+    """One copy of everything: for what is compiled or profiled and not timed."""
 
-
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    """What the device reached in a large BF16 matmul and in a large copy, bytes read and bytes written both counted."""
-
-    tflop_s: float
-    gb_s: float
-
-
-def measure_ceilings(clock: Clock) -> Ceilings:
-    """A matmul of 8192^3, a copy of 1 GiB. RuntimeError where one does not run."""
-    size, num_bytes = (8192, 1024 * MIB) if clock.device.type != "cpu" else (64, MIB)
-    left, right, product = (torch.randn(size, size, device=clock.device).to(torch.bfloat16) for _ in range(3))
-    source, target = (torch.zeros(num_bytes, dtype=torch.uint8, device=clock.device) for _ in range(2))
-    times = clock.compare(
-        {"matmul": lambda _: torch.mm(left, right, out=product), "copy": lambda _: target.copy_(source)}
-    )
-    matmul, copy = times["matmul"], times["copy"]
-    if isinstance(matmul, str) or isinstance(copy, str):
-        raise RuntimeError(f"no ceilings: {matmul if isinstance(matmul, str) else copy}")
-    return Ceilings(2 * size**3 / matmul.us * 1e-6, 2 * num_bytes / copy.us * 1e-3)
+    def copies(self, num_bytes: int) -> int:
+        del num_bytes
+        return 1

@@ -16,16 +16,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_kernels.layer import CHECKED, DISPATCH_FORMATS, Inputs, inputs, layer
-from benchmarks.gpu_kernels.results import Check
+from benchmarks.gpu_kernels.findings import Check
+from benchmarks.gpu_kernels.measure.layer import CHECKED, DISPATCH_FORMATS, Inputs, inputs, layer
 from megamoe import EPGroup
-from megamoe.parallel.transport.pairs import Label
+from megamoe.parallel.transport.pairs import Label, Transfer, Transport
 
-_DEADLINE_S = 60.0
-_TOKENS = [20, 13]  # of each rank
-_WAVES = (1, 3)
-# where each piece lies, and what is queued by then
-Letter = tuple[Tensor, "torch.cuda.Event | None"]
+DEADLINE_S = 20.0  # of any one wait
+TOKENS = [20, 13]  # of each rank
+WAVES = (1, 3)
+# where a piece lies, and what has whoever reads it wait for it
+Letter = tuple[Tensor, Callable[[], object]]
 
 
 class Room:
@@ -33,8 +33,9 @@ class Room:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.kept: list[object] = []  # what may still be copied from when its box has been emptied
         self.pages: dict[int, Tensor] = {}
-        self._meeting = threading.Barrier(size, timeout=_DEADLINE_S)
+        self._meeting = threading.Barrier(size, timeout=DEADLINE_S)
         self._boxes: dict[tuple[Label, int, int], queue.Queue[Letter]] = {}
         self._lock = threading.Lock()
 
@@ -59,7 +60,7 @@ class ThreadTransport:
     def __init__(self, room: Room, rank: int) -> None:
         self.room, self.rank = room, rank
 
-    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> ThreadTransfer:
+    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
         return ThreadTransfer(self, receive, list(counts), label)
 
     def gather(self, page: Tensor, label: Label) -> Tensor:
@@ -81,37 +82,53 @@ class ThreadTransfer:
         self._transport, self._receive, self._counts, self._label = transport, receive, counts, label
 
     def send(self, rows: Tensor, counts: Sequence[int]) -> None:
-        queued: torch.cuda.Event | None = None
+        wait: Callable[[], object] = _nothing
         if rows.is_cuda:
             queued = torch.cuda.Event()  # type: ignore[no-untyped-call]
             queued.record()
+            wait = queued.wait
         mine, room = self._transport.rank, self._transport.room
         for peer, piece in enumerate(torch.split(rows, list(counts))):
             if len(piece):
-                room.box(self._label, mine, peer).put((piece, queued))
+                room.box(self._label, mine, peer).put((piece, wait))
 
     def wait(self) -> None:
         mine, room = self._transport.rank, self._transport.room
         for peer, place in enumerate(torch.split(self._receive, self._counts)):
             if len(place):
-                piece, queued = room.box(self._label, peer, mine).get(timeout=_DEADLINE_S)
-                if queued is not None:
-                    queued.wait()
+                piece, wait = room.box(self._label, peer, mine).get(timeout=DEADLINE_S)
+                wait()
                 place.copy_(piece)
 
     def finish(self) -> None:
         """Whoever runs the ranks waits for the device before anything is used again."""
 
 
-def outputs_of(weight_format: str, waves: int, parts: Sequence[Inputs], device: torch.device) -> list[Tensor]:
+def _nothing() -> None:
+    """What a piece on the host has whoever reads it wait for."""
+
+
+# a room and a rank -> what moves its rows
+MakeTransport = Callable[[Room, int], Transport]
+
+
+def outputs_of(
+    weight_format: str,
+    waves: int,
+    parts: Sequence[Inputs],
+    device: torch.device,
+    make_transport: MakeTransport = ThreadTransport,
+) -> list[Tensor]:
     """What each rank's layer gives for its tokens, all ranks at once."""
     room = Room(len(parts))
 
     def work(rank: int) -> Tensor:
         try:
-            group = EPGroup(rank, room.size, ThreadTransport(room, rank), _DEADLINE_S)
+            group = EPGroup(rank, room.size, make_transport(room, rank), DEADLINE_S)
             made = layer(CHECKED, weight_format, device, group, waves=waves)
-            with _stream_of_its_own(device):
+            if device.type == "cuda":  # the weights were loaded in this stream, and are used in another
+                torch.cuda.current_stream(device).synchronize()
+            with stream_of_its_own(device):
                 out: Tensor = made(*parts[rank])
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
@@ -121,10 +138,10 @@ def outputs_of(weight_format: str, waves: int, parts: Sequence[Inputs], device: 
         return out
 
     with ThreadPoolExecutor(room.size) as threads:
-        return [each.result(2 * _DEADLINE_S) for each in [threads.submit(work, rank) for rank in range(room.size)]]
+        return [each.result(2 * DEADLINE_S) for each in [threads.submit(work, rank) for rank in range(room.size)]]
 
 
-def _stream_of_its_own(device: torch.device) -> AbstractContextManager[object]:
+def stream_of_its_own(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda":
         return nullcontext()
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -136,15 +153,28 @@ def rank_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Check]
         yield f"{weight_format} layer, check_ranks", partial(check_ranks, weight_format, device)
 
 
-def check_ranks(weight_format: str, device: torch.device) -> Check:
+def check_ranks(
+    weight_format: str,
+    device: torch.device,
+    make_transport: MakeTransport = ThreadTransport,
+    how: str = "two ranks of one device",
+) -> Check:
     """Two ranks in one and in three waves give the bits that one rank gives."""
-    given = inputs(CHECKED, sum(_TOKENS), device)
+    given, parts = split_inputs(device)
     wanted = layer(CHECKED, weight_format, device)(*given)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    parts = list(zip(*(torch.split(each, _TOKENS) for each in given), strict=True))
     wrong = [
-        waves for waves in _WAVES if not torch.equal(torch.cat(outputs_of(weight_format, waves, parts, device)), wanted)
+        waves
+        for waves in WAVES
+        if not torch.equal(torch.cat(outputs_of(weight_format, waves, parts, device, make_transport)), wanted)
     ]
-    name = f"{weight_format} layer on two ranks of one device, bits of one rank"
+    name = f"{weight_format} layer on {how}, bits of one rank"
     return Check(name, not wrong, f"others in {', '.join(map(str, wrong))} waves" if wrong else "")
+
+
+def split_inputs(device: torch.device) -> tuple[Inputs, list[Inputs]]:
+    """Tokens of all ranks together, and those of each."""
+    given = inputs(CHECKED, sum(TOKENS), device)
+    hidden, ids, weights = (torch.split(each, TOKENS) for each in given)
+    return given, list(zip(hidden, ids, weights, strict=True))

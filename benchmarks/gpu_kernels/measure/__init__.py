@@ -1,0 +1,1 @@
+"""What is checked and timed on a device: operands, products and layers, clocks and ceilings."""
