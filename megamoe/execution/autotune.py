@@ -106,7 +106,7 @@ class Tuner:
             self._measured_row_s = min(self._measured_row_s or row_s, row_s)
 
     def choose(self, agreed: Agreement) -> Choice:
-        """Waves, wire and cost model of a call. All ranks come to the same; the link is measured when it is first needed."""
+        """Waves, wire and cost model of a call. All ranks come to the same; the link is measured when first needed."""
         wire = Wire(self.choose_format(), self._experts.shape.hidden, round_on_arrival=self._experts.packed)
         rows = sum(agreed.tokens) * self._experts.shape.topk / len(agreed.tokens)
         out_bytes = self._out_bytes(wire, agreed)
