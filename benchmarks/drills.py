@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from megamoe.launch.cluster.spawn import SpawnPool
+from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.cluster.worker import Rendezvous
 from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.launch.lab import faults
@@ -181,33 +181,41 @@ def strike(plan: Plan, hosts: Sequence[Host], pid: int, folder: Path) -> None:
 
 def drill(plan: Plan) -> Drill:
     """Runs one, and takes everything down."""
-    with tempfile.TemporaryDirectory(prefix="megamoe-drill-") as place, lab(plan.ranks, LINK) as hosts:
-        folder = Path(place)
+    with lab(plan.ranks, LINK) as hosts:
         handles = SpawnPool(plan.ranks, deadline_s=60.0, threads=1, hosts=hosts)
         try:
             with ThreadPoolExecutor(plan.ranks) as openers:
                 opened = list(openers.map(lambda number: handles.open(number, 60.0), range(plan.ranks)))
-            address, port = opened[0].call("open_store").result(60.0)
-            rendezvous_points = [Rendezvous(address, port, 1, rank, plan.ranks) for rank in range(plan.ranks)]
-            for joined in [
-                handle.call("join", rendezvous) for handle, rendezvous in zip(opened, rendezvous_points, strict=True)
-            ]:
-                joined.result(60.0)
-            asked = [handle.call("run", call_until_it_ends, plan, folder) for handle in opened]
-            if not _until(lambda: len(list(folder.glob("rank-*"))) == plan.ranks or any(f.done() for f in asked), 60):
-                raise RuntimeError("the ranks did not come to their calls")
-            strike(plan, hosts, opened[plan.victim].pid, folder)
-            survivors = [
-                f for rank, f in enumerate(asked) if not (rank == plan.victim and plan.fault in ("kill", "stop"))
-            ]
-            wait(survivors, timeout=plan.deadline_s + 20.0)
-            struck = float((folder / "struck").read_text())
-            endings = [_ending(future) for future in asked]
+            struck, endings = play(plan, hosts, opened)
         finally:
             handles.close()
-        namespaces = [host.namespace or "" for host in hosts]
-        left = [pid for namespace in namespaces for pid in processes(namespace)]
-    return judge(plan, struck, endings, f"processes {left}" if left else _left(hosts))
+        left = left_running(hosts)
+    return judge(plan, struck, endings, left or _left(hosts))
+
+
+def play(plan: Plan, hosts: Sequence[Host], opened: Sequence[SpawnHandle]) -> tuple[float, list[Ending | None]]:
+    """Has the ranks meet and call, and strikes one: when that was, and how each ended. What was struck stays so."""
+    with tempfile.TemporaryDirectory(prefix="megamoe-drill-") as place:
+        folder = Path(place)
+        address, port = opened[0].call("open_store").result(60.0)
+        rendezvous_points = [Rendezvous(address, port, 1, rank, plan.ranks) for rank in range(plan.ranks)]
+        for joined in [
+            handle.call("join", rendezvous) for handle, rendezvous in zip(opened, rendezvous_points, strict=True)
+        ]:
+            joined.result(60.0)
+        asked = [handle.call("run", call_until_it_ends, plan, folder) for handle in opened]
+        if not _until(lambda: len(list(folder.glob("rank-*"))) == plan.ranks or any(f.done() for f in asked), 60):
+            raise RuntimeError("the ranks did not come to their calls")
+        strike(plan, hosts, opened[plan.victim].pid, folder)
+        survivors = [f for rank, f in enumerate(asked) if not (rank == plan.victim and plan.fault in ("kill", "stop"))]
+        wait(survivors, timeout=plan.deadline_s + 20.0)
+        return float((folder / "struck").read_text()), [_ending(future) for future in asked]
+
+
+def left_running(hosts: Sequence[Host]) -> str:
+    """Processes that the hosts hold still; "" where there are none."""
+    left = [pid for host in hosts for pid in processes(host.namespace or "")]
+    return f"processes {left}" if left else ""
 
 
 def _left(hosts: Sequence[Host]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing as mp
 import os
@@ -95,7 +96,10 @@ def _begin(pipe: Connection, prints: Connection | None, host: Host, environment:
     threading.Thread(target=_follow_parent, daemon=True).start()
     host.enter()
     os.environ.update(environment)
+    gc.disable()  # imports leave no garbage, and torch's many objects would be looked through again and again
     life, args = pickle.loads(pipe.recv_bytes())
+    gc.freeze()  # they stay, and no collection looks at them any more
+    gc.enable()
     life(pipe, *args)
 
 

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,7 +21,7 @@ import pytest
 import megamoe
 from megamoe.launch.terminal import parse_waves
 from megamoe.model.deepseek_v4.synthetic import write_checkpoint
-from tests.commands import refused
+from tests.commands import invoked, refused
 from tests.test_model import CONFIG, LAYER_1, truncate
 
 COMMAND = [sys.executable, "-c", "from megamoe.launch.cli.main import main; main()"]
@@ -40,14 +42,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("launcher", ["ray", "spawn", "torchrun"])
-def test_demo_prints_json_alone_with_every_rank_and_identical(checkpoint: Path, launcher: str) -> None:
-    started = ("--launcher", launcher, "--ranks", 3)
-    done = command("demo", *started, "--waves", "2", "--format", "json", "--checkpoint", checkpoint)
+def test_demo_prints_json_alone_with_every_rank_and_identical(checkpoint: Path, launcher: str, tmp_path: Path) -> None:
+    ranks = 2 if launcher == "torchrun" else 3
+    started: list[object] = ["--ranks", ranks, "--waves", "2", "--format", "json", "--checkpoint", checkpoint]
+    if launcher == "spawn":  # of a text of the user's own
+        text = tmp_path / "notes.txt"
+        text.write_text("Experts are split into waves. 专家分成几波。\n" * 100)
+        started += ["--text", text]
+    if launcher != "ray":  # which is what starts ranks where it is installed
+        started += ["--launcher", launcher]
+    done = command("demo", *started)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["launcher"] == launcher
+    assert report["text"].startswith("notes.txt" if launcher == "spawn" else "Alice")
     assert report["identical"] is True
-    assert [rank["rank"] for rank in report["ranks"]] == [0, 1, 2]
+    assert [rank["rank"] for rank in report["ranks"]] == list(range(ranks))
     assert sum(rank["tokens"] for rank in report["ranks"]) == report["tokens"] == report["one_rank"]["tokens"] > 1000
     rows = report["tokens"] * report["topk"] * report["layers"]
     assert sum(rank["rows_local"] + rank["rows_received"] for rank in report["ranks"]) == rows
@@ -59,27 +69,15 @@ def test_demo_prints_json_alone_with_every_rank_and_identical(checkpoint: Path, 
     assert report["one_rank"]["bytes_sent"] == 0
 
 
-def test_demo_runs_the_users_text_and_says_identical_in_a_table(checkpoint: Path, tmp_path: Path) -> None:
-    text = tmp_path / "notes.txt"
-    text.write_text("Experts are split into waves. 专家分成几波。\n" * 3)
-    done = command("demo", "--ranks", 2, "--text", text, "--checkpoint", checkpoint)
-    assert done.returncode == 0, done.stderr
-    assert "notes.txt: " in done.stdout
-    assert done.stdout.rstrip().endswith("2 ranks (ray) against one, every bit of the output: identical")
-    assert "\x1b" not in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 110
-
-
-def test_one_token_on_more_ranks_than_experts(checkpoint: Path, tmp_path: Path) -> None:
+def test_one_token_on_four_ranks_is_said_to_be_identical_in_a_table(checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "word.txt"
     text.write_text("a")
-    done = command(
-        "demo", "--launcher", "spawn", "--ranks", 4, "--text", text, "--checkpoint", checkpoint, "--format", "json"
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["tokens"] == 1
-    assert report["identical"] is True
+    done = invoked("demo", "--launcher", "spawn", "--ranks", 4, "--text", text, "--checkpoint", checkpoint)
+    assert done.exit_code == 0, done.output
+    assert "word.txt: 1 tokens through " in done.stdout
+    assert done.stdout.rstrip().endswith("4 ranks (spawn) against one, every bit of the output: identical")
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
 
 
 @pytest.mark.parametrize(
@@ -104,25 +102,23 @@ def test_a_wrong_request_exits_with_2_and_says_why(arguments: list[str], said: s
 )
 def test_a_text_that_is_none_exits_with_2(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "text").write_bytes(content)
-    done = command("demo", "--text", tmp_path / "text")
-    assert done.returncode == 2
-    assert said in done.stderr
+    assert said in refused("demo", "--text", tmp_path / "text")
 
 
 def test_a_truncated_checkpoint_exits_with_2_and_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     write_checkpoint(path, CONFIG.model_copy(update={"vocab_size": 129_280, "hidden_size": 32}))
     truncate(path)
-    done = command("demo", "--launcher", "spawn", "--ranks", 2, "--checkpoint", path)
-    assert done.returncode == 2, done.stderr
-    assert f"{LAYER_1} cannot be read, it may be truncated" in done.stderr
+    said = refused("demo", "--launcher", "spawn", "--ranks", 2, "--checkpoint", path)
+    assert f"{LAYER_1} cannot be read, it may be truncated" in said
 
 
 def demo_folders(folder: Path) -> list[Path]:
     return list(folder.glob("megamoe-demo-*"))
 
 
-MOMENTS = [
+Moment = tuple[str, str, signal.Signals]
+MOMENTS: list[Moment] = [
     ("spawn", "writing", signal.SIGINT),
     ("spawn", "writing", signal.SIGTERM),
     ("spawn", "written", signal.SIGINT),
@@ -135,41 +131,79 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "moment", "signal_number"), MOMENTS, ids=[f"{moment}-{number.name}" for _, moment, number in MOMENTS]
-)
-def test_a_signal_at_any_point_leaves_no_file_and_no_process(
-    tmp_path: Path, launcher: str, moment: str, signal_number: signal.Signals
-) -> None:
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+@dataclass(frozen=True)
+class Ended:
+    """What a demo came to that was sent a signal: files and processes are those that it left."""
+
+    returncode: int
+    said: str
+    files: list[Path]
+    processes: list[psutil.Process]
+
+
+def struck(place: Path, launcher: str, moment: str, signal_number: signal.Signals) -> Ended:
+    """Starts a demo whose temporary folder is the place, and sends it the signal at the moment, twice."""
+    # a thread each, for two demos run at a time
+    environment = {**os.environ, "TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
     line = [*COMMAND, "demo", "--launcher", launcher, "--ranks", "2"]
     demo = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
-    process = psutil.Process(demo.pid)
-    reached: Callable[[], bool] = {
-        "writing": lambda: any(tmp_path.glob("megamoe-demo-*/*")),
-        "written": lambda: any(tmp_path.glob("megamoe-demo-*/config.json")),
-        "ranks_started": lambda: len(spawned(process)) == 2,
-        "ranks_running": lambda: len(spawned(process)) == 2 and met(process),
-        "ray_started": lambda: bool(running(process, "/raylet/raylet")),
-        "ray_ranks": lambda: len(running(process, "ray::WorkerActor")) == 2,
-        "torchrun_ranks": lambda: (
-            len(running(process, "megamoe.launch.cluster.torchrun_work")) == 3
-        ),  # and torchrun itself
-    }[moment]
-    until = time.monotonic() + 60
-    while not reached():
-        assert demo.poll() is None, "the demo ended before the moment came"
-        assert time.monotonic() < until
-        time.sleep(0.005)
-    family = process.children(recursive=True)
-    demo.send_signal(signal_number)
-    demo.send_signal(signal_number)  # an impatient second one changes nothing
-    _, said = demo.communicate(timeout=30)
-    assert demo.returncode == (130 if signal_number == signal.SIGINT else 143), said
-    assert launcher == "torchrun" or "Traceback" not in said  # torchrun has its own way of saying that it was ended
-    assert not list(tmp_path.iterdir())
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
+    try:
+        process = psutil.Process(demo.pid)
+        reached: Callable[[], bool] = {
+            "writing": lambda: any(place.glob("megamoe-demo-*/*")),
+            "written": lambda: any(place.glob("megamoe-demo-*/config.json")),
+            "ranks_started": lambda: len(spawned(process)) == 2,
+            "ranks_running": lambda: len(spawned(process)) == 2 and met(process),
+            "ray_started": lambda: bool(running(process, "/raylet/raylet")),
+            "ray_ranks": lambda: len(running(process, "ray::WorkerActor")) == 2,
+            "torchrun_ranks": lambda: (
+                len(running(process, "megamoe.launch.cluster.torchrun_work")) == 3
+            ),  # and torchrun itself
+        }[moment]
+
+        def come() -> bool:
+            """To look through the machine's processes before all is written, when no rank is there, takes long."""
+            return (moment == "writing" or any(place.glob("megamoe-demo-*/config.json"))) and reached()
+
+        until = time.monotonic() + 60
+        while not come():
+            assert demo.poll() is None, "the demo ended before the moment came"
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        family = process.children(recursive=True)
+        demo.send_signal(signal_number)
+        demo.send_signal(signal_number)  # an impatient second one changes nothing
+        _, said = demo.communicate(timeout=30)
+    finally:
+        demo.kill()
+        demo.wait()
+    files = list(place.iterdir())
+    return Ended(demo.returncode, said, files, psutil.wait_procs(family, timeout=10)[1])
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Moment, Future[Ended]]]:
+    """Demos that are struck at each moment: those of spawn one after another, and those of the others beside them."""
+    with ThreadPoolExecutor(1) as spawning, ThreadPoolExecutor(1) as others:
+        yield {
+            each: (spawning if each[0] == "spawn" else others).submit(struck, tmp_path_factory.mktemp("struck"), *each)
+            for each in MOMENTS
+        }
+        for pool in (spawning, others):
+            pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=[f"{moment}-{number.name}" for _, moment, number in MOMENTS])
+def test_a_signal_at_any_point_leaves_no_file_and_no_process(
+    endings: dict[Moment, Future[Ended]], moment: Moment
+) -> None:
+    ended = endings[moment].result(200)
+    launcher, _, signal_number = moment
+    assert ended.returncode == (130 if signal_number == signal.SIGINT else 143), ended.said
+    # torchrun has its own way of saying that it was ended
+    assert launcher == "torchrun" or "Traceback" not in ended.said
+    assert not ended.files
+    assert not ended.processes
 
 
 def spawned(process: psutil.Process) -> list[psutil.Process]:

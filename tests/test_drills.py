@@ -4,23 +4,62 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from multiprocessing import resource_tracker
 
 import psutil
 import pytest
 
-from benchmarks.drills import FAULTS, Drill, Ending, Plan, drill, judge
+from benchmarks.drills import FAULTS, LINK, Drill, Ending, Plan, drill, judge, left_running, play
+from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
+from megamoe.launch.lab import faults
+from megamoe.launch.lab.lab import Host, lab, runs
 from tests.test_lab import needs_lab
 
 
+def plan_of(fault: str) -> Plan:
+    return replace(Plan.draw(fault, random.Random(fault), deadline_s=1.5), ranks=3, victim=1)
+
+
+def family() -> set[int]:
+    """Processes that this one has started, with Python's own, which stays."""
+    resource_tracker.ensure_running()
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
 @needs_lab
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_survivor_names_the_rank_that_was_struck_within_the_deadline_and_two_seconds(fault: str) -> None:
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    plan = replace(Plan.draw(fault, random.Random(fault), deadline_s=1.5), ranks=3, victim=1)
-    found = drill(plan)
+def test_every_survivor_names_the_rank_that_was_killed_and_nothing_is_left() -> None:
+    before = family()
+    found = drill(plan_of("kill"))
     assert found.held, json.dumps(asdict(found), indent=1)
-    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    assert family() <= before
+
+
+@pytest.fixture(scope="module")
+def field() -> Iterator[tuple[list[Host], list[SpawnHandle]]]:
+    """Three ranks in a lab, for one drill after another; nothing of them is left."""
+    before = family()
+    with lab(3, LINK) as hosts:
+        with SpawnPool(3, deadline_s=60.0, threads=1, hosts=hosts) as handles, ThreadPoolExecutor(3) as openers:
+            yield hosts, list(openers.map(lambda number: handles.open(number, 60.0), range(3)))
+        assert not left_running(hosts)
+    assert hosts[0].lab not in runs()
+    assert family() <= before
+
+
+@needs_lab
+# the one that is stopped does not come back
+@pytest.mark.parametrize("fault", sorted(set(FAULTS) - {"kill"}, key=lambda fault: (fault == "stop", fault)))
+def test_every_survivor_names_the_rank_that_was_struck_within_the_deadline_and_two_seconds(
+    field: tuple[list[Host], list[SpawnHandle]], fault: str
+) -> None:
+    hosts, handles = field
+    plan = plan_of(fault)
+    found = judge(plan, *play(plan, hosts, handles), left="")
+    faults.heal(str(hosts[0].lab), plan.victim)
+    assert found.held, json.dumps(asdict(found), indent=1)
 
 
 PLAN = Plan("cut", 3, 1, 0, "linear1", 0.0, 1.5)

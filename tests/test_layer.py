@@ -151,7 +151,7 @@ def test_error_against_fp64_is_below_the_contracts_bound(weights: str, wire: str
 
 
 def test_error_against_fp64_is_below_the_bound_at_the_size_of_v4_pro() -> None:
-    shape = MoEShape(7168, 3072, 2, 1, 10.0)
+    shape = MoEShape(7168, 3072, 1, 1, 10.0)
     batch = make_batch(shape, 12)
     gate_up, down = make_weights(shape)
     layer = MegaMoE(shape)

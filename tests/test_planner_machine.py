@@ -125,12 +125,21 @@ def test_nonnegative_least_squares() -> None:
     assert nonnegative(np.array([[1.0, 0.0], [2.0, 0.0]]), np.array([2.0, 4.0])) == pytest.approx([2, 0])
 
 
-def test_a_fit_finds_the_machine_behind_the_runs() -> None:
-    behind = machine(
+@pytest.fixture(scope="module")
+def behind() -> Machine:
+    return machine(
         product_gflops=150, weight_ns=0.3, decode_ns=1.1, value_ns=0.7, round_ns=0.9, call_us=900, wave_us=300,
         link_efficiency=0.9, loopback_gb_s=3, exchange_us=120, byte_ns=1.0,
     )  # fmt: skip
-    found = calibrate(reports(behind), CPU, name="found", cores=2, source="made up")
+
+
+@pytest.fixture(scope="module")
+def found(behind: Machine) -> Machine:
+    """The machine that a fit finds behind the runs."""
+    return calibrate(reports(behind), CPU, name="found", cores=2, source="made up")
+
+
+def test_a_fit_finds_the_machine_behind_the_runs(behind: Machine, found: Machine) -> None:
     assert median_error(check(reports(behind), found)) < 1
     for key in ("product_gflops", "decode_ns", "link_efficiency", "loopback_gb_s", "exchange_us", "byte_ns", "wave_us"):
         assert getattr(found, key).value == pytest.approx(getattr(behind, key).value, rel=0.05), key
@@ -151,8 +160,7 @@ def test_too_few_or_mixed_runs() -> None:
         calibrate(mixed, CPU, name="x", cores=2, source="made up")
 
 
-def test_a_profile_survives_its_file(tmp_path: Path) -> None:
-    found = calibrate(reports(CPU), CPU, name="found", cores=2, source="made up")
+def test_a_profile_survives_its_file(tmp_path: Path, found: Machine) -> None:
     path = tmp_path / "machine.yaml"
     path.write_text(as_yaml(found))
     assert load_machine(path) == found

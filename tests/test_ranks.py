@@ -32,15 +32,6 @@ def where(group: EPGroup, factor: int) -> tuple[int, int, int]:
     return group.rank * factor, group.size, torch.get_num_threads()
 
 
-def test_results_come_in_order_of_rank_and_ranks_are_reused() -> None:
-    with LocalRanks(3, threads_per_rank=1) as ranks:
-        pids = ranks.pids
-        assert ranks.run(where, 10) == [(0, 3, 1), (10, 3, 1), (20, 3, 1)]
-        assert ranks.run(where, 5, size=2) == [(0, 2, 1), (5, 2, 1)]
-        assert ranks.pids == pids
-    assert not any(psutil.pid_exists(pid) for pid in pids)
-
-
 def fails(group: EPGroup) -> int:
     if group.rank == 1:
         raise KeyError("no such thing")
@@ -60,14 +51,18 @@ def dies(group: EPGroup) -> None:
     time.sleep(30)
 
 
-def test_a_killed_rank_is_named_within_three_seconds() -> None:
-    with LocalRanks(2, threads_per_rank=1) as ranks:
-        ranks.run(where, 1)
+def test_results_come_in_order_of_rank_and_a_killed_rank_is_named_within_three_seconds() -> None:
+    with LocalRanks(3, threads_per_rank=1) as ranks:
+        pids = ranks.pids
+        assert ranks.run(where, 10) == [(0, 3, 1), (10, 3, 1), (20, 3, 1)]
+        assert ranks.run(where, 5, size=2) == [(0, 2, 1), (5, 2, 1)]
+        assert ranks.pids == pids
         begun = time.monotonic()
         with pytest.raises(RankFailedError, match=r"rank 1 \(process \d+\) died: killed by SIGKILL") as failed:
             ranks.run(dies)
         assert time.monotonic() - begun < 3
         assert failed.value.rank == 1
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def sleeps(group: EPGroup) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -294,18 +295,34 @@ with SpawnPool(1, threads=1) as workers:
 GUARDED = UNGUARDED.replace("\nwith", "\nif __name__ == '__main__':\n  with").replace("    print", "      print")
 
 
-@pytest.mark.parametrize("how", ["stdin", "command", "unguarded", "gone"])
-def test_a_program_that_ranks_cannot_import_is_told_what_to_do(tmp_path: Path, how: str) -> None:
-    script = tmp_path / "program.py"
-    script.write_text(UNGUARDED if how == "unguarded" else GUARDED)
-    command = {"stdin": ["-"], "command": ["-c", GUARDED], "unguarded": [str(script)], "gone": [str(script)]}[how]
-    text = GUARDED
-    if how == "gone":
-        script.write_text(f"import os\nos.unlink(__file__)\n{GUARDED}")
+def program(place: Path, how: str) -> subprocess.CompletedProcess[str]:
+    """Runs one that opens a worker."""
+    script = place / f"{how}.py"
+    before = "import os\nos.unlink(__file__)\n" if how == "gone" else ""
+    script.write_text(UNGUARDED if how == "unguarded" else before + GUARDED)
+    command = {"stdin": ["-"], "command": ["-c", GUARDED]}.get(how, [str(script)])
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, *command], input=text, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    line = [sys.executable, *command]
+    return subprocess.run(line, input=GUARDED, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+PROGRAMS = ["stdin", "command", "unguarded", "gone"]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """All of them, run two at a time."""
+    place = tmp_path_factory.mktemp("programs")
+    with ThreadPoolExecutor(2) as pool:
+        yield {how: pool.submit(program, place, how) for how in PROGRAMS}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("how", PROGRAMS)
+def test_a_program_that_ranks_cannot_import_is_told_what_to_do(
+    programs: dict[str, Future[subprocess.CompletedProcess[str]]], how: str
+) -> None:
+    done = programs[how].result()
     if how == "command":
         assert done.returncode == 0, done.stderr
         return

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megamoe.launch.cluster.spawn import SpawnPool
+from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.cluster.worker import Rendezvous
-from megamoe.launch.cluster.worker_handle import WorkerHandle, WorkerLostError
+from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
@@ -21,17 +21,30 @@ from megamoe.parallel.transport.pairs import Label
 ROWS = 1 << 28  # bytes: too many to be sent before a process can end
 
 
-@pytest.fixture
-def pair() -> Iterator[list[WorkerHandle]]:
-    """Two ranks with a deadline far beyond what the tests allow"""
+@pytest.fixture(scope="module")
+def opened() -> Iterator[SpawnPool]:
+    """Two workers whose ranks have a deadline far beyond what the tests allow"""
     with SpawnPool(2, deadline_s=60.0, threads=1) as handles:
-        with ThreadPoolExecutor(2) as pool:
-            opened: list[WorkerHandle] = list(pool.map(lambda number: handles.open(number, 60.0), range(2)))
-        address, port = opened[0].call("open_store").result(60)
-        joined = [handle.call("join", Rendezvous(address, port, 1, rank, 2)) for rank, handle in enumerate(opened)]
-        for each in joined:
-            each.result(60)
-        yield opened
+        yield handles
+
+
+@pytest.fixture(scope="module")
+def first(opened: SpawnPool) -> list[SpawnHandle]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda number: opened.open(number, 60.0), range(2)))
+
+
+@pytest.fixture
+def pair(opened: SpawnPool, first: list[SpawnHandle]) -> list[SpawnHandle]:
+    """Two ranks in a group of their own, whatever became of the group before"""
+    for number, handle in enumerate(first):
+        if not handle.alive:
+            first[number] = opened.open(number, 60.0)
+    address, port = first[0].call("open_store").result(60)
+    joined = [handle.call("join", Rendezvous(address, port, 1, rank, 2)) for rank, handle in enumerate(first)]
+    for each in joined:
+        each.result(60)
+    return first
 
 
 def receive(group: EPGroup) -> tuple[float, PeerError]:
@@ -56,22 +69,13 @@ def send_and(group: EPGroup, end: str) -> None:
         raise KeyError(end)
 
 
-def outcomes(pair: list[WorkerHandle], end: str) -> tuple[float, PeerError, Any]:
+def outcomes(pair: list[SpawnHandle], end: str) -> tuple[float, PeerError, Any]:
     waiting, ending = pair[0].call("run", receive), pair[1].call("run", send_and, end)
     took, lost = waiting.result(50)
     return took, lost, ending.exception(10)
 
 
-def test_a_rank_lost_in_the_middle_of_a_large_message_is_noticed_at_once(pair: list[WorkerHandle]) -> None:
-    took, lost, ending = outcomes(pair, "exit")
-    assert isinstance(ending, WorkerLostError)
-    assert took < 5
-    assert (lost.rank, lost.condition, lost.phase, lost.wave) == (1, "dead", "dispatch", 3)
-    assert "rank 1 on" in str(lost)
-    assert any("last seen" in line or "dead" in line for line in lost.picture)
-
-
-def test_what_a_rank_raised_is_in_the_error_of_the_others(pair: list[WorkerHandle]) -> None:
+def test_what_a_rank_raised_is_in_the_error_of_the_others(pair: list[SpawnHandle]) -> None:
     took, lost, ending = outcomes(pair, "the experts are out")
     assert isinstance(ending, KeyError)
     assert took < 5
@@ -86,6 +90,15 @@ def make_call(group: EPGroup) -> str:
     return str(refusal.value)
 
 
-def test_the_next_call_is_refused_at_once(pair: list[WorkerHandle]) -> None:
+def test_the_next_call_is_refused_at_once(pair: list[SpawnHandle]) -> None:
     outcomes(pair, "the experts are out")
     assert "cannot be used any more" in pair[0].call("run", make_call).result(10)
+
+
+def test_a_rank_lost_in_the_middle_of_a_large_message_is_noticed_at_once(pair: list[SpawnHandle]) -> None:
+    took, lost, ending = outcomes(pair, "exit")
+    assert isinstance(ending, WorkerLostError)
+    assert took < 5
+    assert (lost.rank, lost.condition, lost.phase, lost.wave) == (1, "dead", "dispatch", 3)
+    assert "rank 1 on" in str(lost)
+    assert any("last seen" in line or "dead" in line for line in lost.picture)

@@ -14,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from megamoe.launch.cluster import torchrun as torchrun_worker
 from megamoe.launch.cluster.job import batches, digest, read_text, share, tokenise
@@ -318,8 +320,18 @@ PLACE = {
 def test_a_wrong_request_exits_with_2_and_says_why(
     checkpoint: Path, place: dict[str, str], arguments: list[str], said: str
 ) -> None:
-    done = run(sys.executable, "-m", "megamoe.launch.worker", "--checkpoint", checkpoint, *arguments, **place)
-    assert done.returncode == 2, done.stderr
+    app = typer.Typer(add_completion=False)
+    app.command()(torchrun_worker.worker)
+    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", **dict.fromkeys(PLACE), **place})
+    done = runner.invoke(app, ["--checkpoint", str(checkpoint), *arguments])
+    assert done.exit_code == 2, done.output
     assert said in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_worker_that_torchrun_did_not_start_exits_with_2_and_without_a_traceback(checkpoint: Path) -> None:
+    done = run(sys.executable, "-m", "megamoe.launch.worker", "--checkpoint", checkpoint)
+    assert done.returncode == 2, done.stderr
+    assert "the environment lacks RANK, WORLD_SIZE" in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
