@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as_on_a_gpu"])
 @pytest.mark.parametrize("lengths", [[2, 0, 3], [0], [], [4], [0, 0, 1]], ids=str)
-def test_spans_are_spelled_out_number_by_number(lengths: list[int], gpu: bool) -> None:
+def test_segments_are_spelled_out_number_by_number(lengths: list[int], gpu: bool) -> None:
     firsts = np.array([[10, 5, 7], [0, 100, -3]])[:, : len(lengths)]
     sizes = np.array(lengths, dtype=np.int64)
     expected = [

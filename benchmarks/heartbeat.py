@@ -1,6 +1,6 @@
 """What knowing where every rank is costs: calls with heartbeat and notes against calls without, in turn, in one run.
 
-    python benchmarks/beacon.py                 # loopback; --link 1gbit needs root
+    python benchmarks/heartbeat.py                 # loopback; --link 1gbit needs root
 
 Prints, for a small, a middling and a large call, the median of each and of their ratio over the pairs.
 """
