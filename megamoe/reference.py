@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megamoe.execution.products import linear
-from megamoe.formats import MXFP4, dequantize_mxfp4, dequantize_mxfp8, quantize_mxfp4, quantize_mxfp8
+from megamoe.formats import MXFP4, WEIGHT_FORMATS, dequantize_mxfp4, dequantize_mxfp8, quantize_mxfp4, quantize_mxfp8
 from megamoe.shape import MoEShape
 
 
@@ -28,7 +28,7 @@ def moe(
     dispatch_format: str = "mxfp8",
 ) -> Tensor:
     """hidden [T, H], topk_ids [T, K], topk_weights [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H] bfloat16"""
-    quantized = weight_format == "mxfp4"
+    quantized = WEIGHT_FORMATS[weight_format].activations == "mxfp8"
     tokens = _tokens(hidden, quantized or dispatch_format == "mxfp8")
     slots = torch.zeros(*topk_ids.shape, shape.hidden, dtype=torch.bfloat16)  # [T, K, H]
     for expert in range(shape.num_experts):
@@ -58,7 +58,7 @@ def moe_fp64(
 
     Those places are the tokens, Linear-1's BF16 result and Linear-2's input: without them the operands would differ.
     """
-    quantized = weight_format == "mxfp4"
+    quantized = WEIGHT_FORMATS[weight_format].activations == "mxfp8"
     tokens = _tokens(hidden, quantized or dispatch_format == "mxfp8")
     total = torch.zeros(len(tokens), shape.hidden, dtype=torch.float64)
     for expert in range(shape.num_experts):

@@ -16,7 +16,7 @@ from torch import Tensor
 from megamoe.execution import products
 from megamoe.execution.products import ROW_BLOCKS, Held, linear, products_of, rows_at_once
 from megamoe.execution.weights import Matrix
-from megamoe.formats import quantize_mxfp4
+from megamoe.formats import WEIGHT_FORMATS, quantize_mxfp4
 from megamoe.kernels.cpu import build as building
 from megamoe.kernels.cpu.library import KernelWarning, Rows, using
 from megamoe.kernels.cpu.paths import runnable
@@ -90,7 +90,7 @@ def test_products_of_small_integers_are_exact(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("packed", [True, False], ids=["mxfp4", "bf16"])
 def test_rows_of_several_experts_have_the_bits_of_one_matrix_after_another(way: str, packed: bool) -> None:
-    counts, matrix = torch.tensor([3, 0, 40, 1]), Matrix("down", 72, 64, packed)
+    counts, matrix = torch.tensor([3, 0, 40, 1]), Matrix("down", 72, 64, WEIGHT_FORMATS["mxfp4" if packed else "bf16"])
     weights = [randn(72, 64, seed=seed).to(torch.bfloat16) for seed in range(4)]
     given = [quantize_mxfp4(weight) if packed else weight for weight in weights]
     x, rng = randn(20, 64).to(torch.bfloat16), torch.Generator().manual_seed(1)

@@ -107,7 +107,11 @@ class Tuner:
 
     def choose(self, agreed: Agreement) -> Choice:
         """Waves, wire and cost model of a call. All ranks come to the same; the link is measured when first needed."""
-        wire = Wire(self.choose_format(), self._experts.shape.hidden, round_on_arrival=self._experts.packed)
+        wire = Wire(
+            self.choose_format(),
+            self._experts.shape.hidden,
+            round_on_arrival=self._experts.format.activations == "mxfp8",
+        )
         rows = sum(agreed.tokens) * self._experts.shape.topk / len(agreed.tokens)
         out_bytes = self._out_bytes(wire, agreed)
         first_guess = auto_waves(self._placement, rows, out_bytes)

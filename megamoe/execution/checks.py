@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from megamoe.ambient import in_a_transform, loses_denormals
-from megamoe.execution.experts import WEIGHT_FORMATS
-from megamoe.formats import BLOCK
+from megamoe.formats import BLOCK, WEIGHT_FORMATS
 from megamoe.routing.wire import DISPATCH_FORMATS
 from megamoe.shape import MoEShape
 
@@ -140,7 +139,7 @@ def check_formats(shape: MoEShape, weight_format: str, dispatch_format: str, com
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    packed = weight_format == "mxfp4"
+    packed = WEIGHT_FORMATS[weight_format].block > 1
     blocked = {"hidden": packed or dispatch_format == "mxfp8", "intermediate": packed}
     for name, needed in blocked.items():
         size = getattr(shape, name)

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,15 +13,14 @@ from torch import Tensor, nn
 
 from megamoe.execution.ops import activate, has_kernels, silu_table
 from megamoe.execution.products import DEQUANTIZED, Held, KernelProducts, products_of
-from megamoe.execution.weights import SCALES, VALUES, InTurns, Matrix, Panels
-from megamoe.formats import MXFP4, MXFP4_MAX_SCALE, dequantize_mxfp4, quantize_mxfp4
+from megamoe.execution.weights import InTurns, Matrix, Panels
+from megamoe.formats import MXFP4, MXFP4_MAX_SCALE, SCALES, VALUES, WEIGHT_FORMATS
 from megamoe.kernels.chips.targets import reads_wide
 from megamoe.kernels.cpu.library import Rows
 from megamoe.kernels.layout import LARGEST_SMALL_SCALE, Prepacked
 from megamoe.parallel.workspace import Workspace
 from megamoe.shape import MoEShape
 
-WEIGHT_FORMATS = ("mxfp4", "bf16")
 # What kernels of a GPU pay for reading packed weights from memory a second time, in rows of an expert's products:
 # computed, for an H100 at 3.35 TB/s and 400 TFLOP/s, and not measured. H and I cancel out.
 _READ_ROWS = 30.0
@@ -55,17 +55,18 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.ids, self.weight_format, self.device = shape, ids, weight_format, device
-        self.packed = weight_format == "mxfp4"
-        self.grouped = has_kernels(device)
-        self.products = products_of(device, arithmetic)
+        self.format = WEIGHT_FORMATS[weight_format]
+        self.packed = weight_format == "mxfp4"  # which GPUs' kernels read in ways of its own
+        self.grouped = has_kernels(device) and self.format.kernels
+        self.products = products_of(device, arithmetic, kernels=self.format.kernels)
         self.layout = self.products.layout
         if self.grouped:
             self.layout = Panels() if reads_wide(device) else InTurns()
         if keep_dequantized and (self.grouped or isinstance(self.products, KernelProducts)):
             raise ValueError(f"keep_dequantized is of no use on {device}, whose kernels decode weights on their way")
-        self.keep_dequantized = keep_dequantized and self.packed
+        self.keep_dequantized = keep_dequantized and self.format.decodes
         sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
-        self.matrices = {name: Matrix(name, *size, self.packed) for name, size in sizes.items()}
+        self.matrices = {name: Matrix(name, *size, self.format) for name, size in sizes.items()}
         self._loaded = [False] * len(ids)
         self._largest_scales = [0] * len(ids)  # of both matrices, where they are prepacked
         # plain torch.empty: the pages of a large buffer are not touched before its weights arrive
@@ -151,9 +152,9 @@ class Experts(nn.Module):
         for index, expert in enumerate(self.ids):
             weights = {}
             for name in self.matrices:
-                values = state_dict[f"{prefix}{name}"][index]
-                weights[name] = MXFP4(values, state_dict[f"{prefix}{name}{SCALES}"][index]) if self.packed else values
-            self.load(expert, weights["gate_up"], weights["down"])
+                parts = {key: state_dict[f"{prefix}{name}{key}"][index] for key in self.matrices[name].plain()}
+                weights[name] = self.format.join(parts)
+            self._put(expert, weights)
 
     def _expected(self, prefix: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Keys of a state dict, with shapes and dtypes."""
@@ -200,7 +201,7 @@ class Experts(nn.Module):
         """What making one expert's weights ready costs, in rows that could be computed meanwhile."""
         if self.grouped:
             return _READ_ROWS if self.packed else 4 * _READ_ROWS
-        return self.products.decode_rows if self.packed and not self.keep_dequantized else 0.0
+        return self.products.decode_rows if self.format.decodes and not self.keep_dequantized else 0.0
 
     @property
     def missing(self) -> list[int]:
@@ -217,7 +218,14 @@ class Experts(nn.Module):
         self._refuse_stranger(expert)
         given = {"gate_up": gate_up, "down": down}
         with torch.no_grad():
-            packed = {name: self._packed(matrix, given[name], expert) for name, matrix in self.matrices.items()}
+            self._put(
+                expert, {name: self._taken(matrix, given[name], expert) for name, matrix in self.matrices.items()}
+            )
+
+    def _put(self, expert: int, weights: Mapping[str, Tensor | MXFP4]) -> None:
+        """Takes one expert's weights, which are in the layer's format."""
+        with torch.no_grad():
+            packed = {name: self._packed(matrix, weights[name]) for name, matrix in self.matrices.items()}
             index = expert - self.ids.start
             self._loaded[index] = False  # what an interruption leaves is neither the old expert nor the new one
             for name, parts in packed.items():
@@ -237,8 +245,8 @@ class Experts(nn.Module):
         for name, matrix in self.matrices.items():
             what = f"{name} of expert {expert}"
             weight = as_weight(given[name], (matrix.outputs, matrix.inputs), what)
-            if self.packed and isinstance(weight, Tensor):
-                refuse_unquantizable(weight, what)
+            with _about(what):
+                self.format.refuse(weight)
 
     def forget(self, experts: range) -> None:
         """Takes these experts, global ids, for missing until they are loaded again."""
@@ -249,20 +257,17 @@ class Experts(nn.Module):
         if expert not in self.ids:
             raise ValueError(f"expert {expert} is not of this rank, which holds {describe(self.ids)}")
 
-    def _packed(self, matrix: Matrix, weight: Weight, expert: int) -> dict[str, Tensor]:
-        """A weight as it is held. ValueError names what is wrong with it."""
+    def _taken(self, matrix: Matrix, weight: Weight, expert: int) -> Tensor | MXFP4:
+        """A weight in the layer's format. ValueError names what is wrong with it."""
         what = f"{matrix.name} of expert {expert}"
         weight = as_weight(weight, (matrix.outputs, matrix.inputs), what)
-        if not self.packed:
-            dense = dequantize_mxfp4(weight) if isinstance(weight, MXFP4) else weight
-            return self.layout.pack(matrix, dense.to(torch.bfloat16))
-        if not isinstance(weight, MXFP4):
-            try:
-                weight = quantize_mxfp4(weight)
-            except ValueError as refusal:
-                raise ValueError(f"{what}: {refusal}") from refusal
+        with _about(what):
+            return self.format.take(weight)
+
+    def _packed(self, matrix: Matrix, weight: Tensor | MXFP4) -> dict[str, Tensor]:
+        """A weight as it is held."""
         parts = self.layout.pack(matrix, weight)
-        return {**parts, DEQUANTIZED: dequantize_mxfp4(weight)} if self.keep_dequantized else parts
+        return {**parts, DEQUANTIZED: self.format.dense(weight)} if self.keep_dequantized else parts
 
     def stack(self, name: str, experts: range) -> MXFP4 | Prepacked | Tensor:
         """gate_up or down of several experts, global ids, as they are held: what a GPU's grouped products take."""
@@ -292,7 +297,14 @@ class Experts(nn.Module):
     def activation(self, gate_up: Tensor, weights: Tensor, workspace: Workspace) -> Tensor:
         """Clamp, SiLU(gate) * up * weight, rounded as the contract says: [n, 2I], [n] float32 -> [n, I] bfloat16"""
         hidden = workspace.take("hidden", (len(gate_up), self.shape.intermediate), gate_up)
-        return activate(gate_up, weights, self.shape.swiglu_limit, self.table, quantized=self.packed, out=hidden)
+        return activate(
+            gate_up,
+            weights,
+            self.shape.swiglu_limit,
+            self.table,
+            quantized=self.format.activations == "mxfp8",
+            out=hidden,
+        )
 
     def linear2(self, rows: Rows, experts: range, out: Tensor, goes: Tensor, workspace: Workspace) -> Tensor:
         """rows of hidden [n, I] bfloat16 into out [n, H] bfloat16, row r into out[goes[r]]; goes [n] int64"""
@@ -309,14 +321,13 @@ def describe(ids: range) -> str:
     return f"experts {ids.start} to {ids.stop - 1}" if ids else "no experts"
 
 
-def refuse_unquantizable(weight: Tensor, what: str) -> None:
-    """ValueError where quantize_mxfp4() has no code for some value, found without quantising the others."""
-    largest = float(weight.detach().to(torch.float32).abs().amax()) if weight.numel() else 0.0
-    if not largest < 2.0**127:  # NaN neither
-        try:
-            quantize_mxfp4(weight)
-        except ValueError as refusal:
-            raise ValueError(f"{what}: {refusal}") from refusal
+@contextmanager
+def _about(what: str) -> Iterator[None]:
+    """Has a ValueError of the block begin with what it is about."""
+    try:
+        yield
+    except ValueError as refusal:
+        raise ValueError(f"{what}: {refusal}") from refusal
 
 
 def as_weight(weight: Weight, size: tuple[int, int], what: str) -> Tensor | MXFP4:

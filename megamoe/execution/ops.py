@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megamoe.formats import MXFP8, dequantize_mxfp8, intervals, quantize_mxfp8
+from megamoe.formats import MXFP8, chunks, dequantize_mxfp8, quantize_mxfp8
 from megamoe.kernels import load
 from megamoe.kernels.chips.targets import TARGETS, chip_of
 from megamoe.kernels.cpu.library import chosen
@@ -68,7 +68,7 @@ def activate(
     if library is not None:
         library.activate(gate_up, weights.contiguous(), limit, table, quantized=quantized, out=out)
         return out
-    for rows in intervals(num_rows, double // 2):
+    for rows in chunks(num_rows, double // 2):
         activated = swiglu(gate_up[rows], weights[rows], limit, table)
         if quantized:
             dequantize_mxfp8(quantize_mxfp8(activated), out=out[rows])
@@ -93,7 +93,7 @@ def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
     if library is not None:
         library.reduce_slots(rows, positions, out)
         return out
-    for part in intervals(num_tokens, rows.shape[1]):
+    for part in chunks(num_tokens, rows.shape[1]):
         chunk = positions[part]
         total = torch.zeros(len(chunk), rows.shape[1], dtype=torch.float32, device=rows.device)
         for slot in range(topk):

@@ -18,8 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from megamoe.execution.weights import SCALES, VALUES, Blocks, Layout, Matrix, RowMajor
-from megamoe.formats import BLOCK, MXFP4, dequantize_mxfp4
+from megamoe.execution.weights import Blocks, Layout, Matrix, RowMajor
+from megamoe.formats import BLOCK, MXFP4, SCALES, VALUES, dequantize_mxfp4
 from megamoe.kernels.cpu.build import BuildError
 from megamoe.kernels.cpu.layout import pack_bf16
 from megamoe.kernels.cpu.library import KernelWarning, Library, Rows, chosen, load
@@ -109,23 +109,26 @@ class TorchProducts(Products):
     def _weight(self, held: Held, expert: int, workspace: Workspace) -> Tensor:
         """One weight matrix, bfloat16."""
         stacks = held.stacks
-        if not held.matrix.packed:
-            return stacks[VALUES][expert]
         if DEQUANTIZED in stacks:
             return stacks[DEQUANTIZED][expert]
-        packed = MXFP4(stacks[VALUES][expert], stacks[SCALES][expert])
-        weight = workspace.take("weight", packed.shape, packed.packed, torch.bfloat16)
-        return dequantize_mxfp4(packed, out=weight)
+        matrix, held_format = held.matrix, held.matrix.format
+        weight = held_format.join({key: stacks[key][expert] for key in matrix.plain()})
+        if not held_format.decodes:
+            return held_format.dense(weight)
+        out = workspace.take("weight", (matrix.outputs, matrix.inputs), stacks[VALUES], torch.bfloat16)
+        return held_format.dense(weight, out)
 
 
-def products_of(device: torch.device, arithmetic: str = "auto") -> Products:
+def products_of(device: torch.device, arithmetic: str = "auto", *, kernels: bool = True) -> Products:
     """How the device multiplies: the best that it has, or, on a CPU, the best of one arithmetic.
 
-    ValueError where there are no kernels of that arithmetic.
+    kernels   whether ours read the weights; else torch multiplies. ValueError where there are none of that arithmetic.
     """
     if arithmetic == "auto":
-        library = chosen() if device.type == "cpu" else None
+        library = chosen() if device.type == "cpu" and kernels else None
         return TorchProducts() if library is None else KernelProducts(library)
+    if not kernels:
+        raise ValueError(f"arithmetic {arithmetic!r} is of kernels that do not read these weights; leave it out")
     if device.type != "cpu":
         raise ValueError(f"arithmetic {arithmetic!r} is for CPUs; on {device} leave it out")
     reasons = []

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamoe.formats import BLOCK, MXFP4
+from megamoe.formats import MXFP4, SCALES, VALUES, WeightFormat
 from megamoe.kernels.cpu.layout import bf16_shape, mxfp4_shapes, pack_bf16, pack_mxfp4, unpack_bf16, unpack_mxfp4
 from megamoe.kernels.layout import interleave_gate_up, prepack, prepacked_shapes, separate_gate_up, unprepack
-
-VALUES, SCALES = "", "_scales"  # what a matrix's name is followed by
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """What is known of one of an expert's matrices: weight [outputs, inputs], MXFP4 (packed) or BF16.
+    """What is known of one of an expert's matrices: weight [outputs, inputs] in a format.
 
     name   "gate_up", whose first half of rows are the gate's, or "down"
     """
@@ -31,20 +29,20 @@ class Matrix:
     name: str
     outputs: int
     inputs: int
-    packed: bool
+    format: WeightFormat
 
     def plain(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes as weights come, and as a state dict has them."""
-        if not self.packed:
-            return {VALUES: ((self.outputs, self.inputs), torch.bfloat16)}
-        return {
-            VALUES: ((self.outputs, self.inputs // 2), torch.uint8),
-            SCALES: ((self.outputs, self.inputs // BLOCK), torch.uint8),
-        }
+        return self.format.parts(self.outputs, self.inputs)
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is MXFP4, of which some layouts have an order of their own."""
+        return self.format.name == "mxfp4"
 
 
 class Layout(ABC):
-    """How matrices are held. Whatever is packed is MXFP4 or bfloat16, as the matrix says."""
+    """How matrices are held."""
 
     @abstractmethod
     def buffers(self, matrix: Matrix) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -66,8 +64,7 @@ class RowMajor(Layout):
         return matrix.plain()
 
     def pack(self, matrix: Matrix, weight: MXFP4 | Tensor) -> dict[str, Tensor]:
-        assert isinstance(weight, MXFP4) == matrix.packed
-        return {VALUES: weight.packed, SCALES: weight.scales} if isinstance(weight, MXFP4) else {VALUES: weight}
+        return matrix.format.split(weight)
 
     def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: held[key] for key in matrix.plain()}

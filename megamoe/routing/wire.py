@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megamoe.formats import BLOCK, MXFP8, dequantize_mxfp8, intervals, quantize_mxfp8
+from megamoe.formats import BLOCK, MXFP8, chunks, dequantize_mxfp8, quantize_mxfp8
 from megamoe.kernels.cpu.library import chosen
 
 DISPATCH_FORMATS = ("mxfp8", "bf16", "auto")  # auto picks one of the others
@@ -68,7 +68,7 @@ class Wire:
         if library is not None:
             library.quantize(tokens, self.mxfp8(rows))
             return rows
-        for part in intervals(len(tokens), self.hidden):
+        for part in chunks(len(tokens), self.hidden):
             self._encode(tokens[part], rows[part])
         return rows
 
@@ -89,7 +89,7 @@ class Wire:
         if library is not None and self.round_on_arrival:
             library.round(self.tokens(rows), tokens)
             return tokens
-        for part in intervals(len(rows), self.hidden):
+        for part in chunks(len(rows), self.hidden):
             self._decode(rows[part], tokens[part])
         return tokens
 

@@ -34,7 +34,7 @@ def round_to_mxfp8(x):
     magnitudes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax = tl.max(magnitudes, -1)  # of bits, which are ordered as the numbers are, infinity and NaN at the end
     finite = amax < 0x7F800000
-    # 2^ceil(log2(max(amax, 1e-4) / 448)): formats._ceil_log2_ratio
+    # 2^ceil(log2(max(amax, 1e-4) / 448)): formats.blocks.ceil_log2_ratio
     exponents = ((tl.maximum(amax, 0x38D1B717) + 0x1FFFFF) >> 23) - 8
     inverse = ((254 - exponents) << 23).to(tl.float32, bitcast=True)
     scaled = magnitudes.to(tl.float32, bitcast=True) * tl.expand_dims(inverse, -1)

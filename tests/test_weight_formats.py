@@ -1,0 +1,100 @@
+"""A format of weights is one object: what it says of itself; a new one takes its file and a line of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamoe import MegaMoE, MoEShape
+from megamoe.formats import MXFP4, WEIGHT_FORMATS, WeightFormat, dequantize_mxfp4, quantize_mxfp4
+from megamoe.formats.weight import VALUES, Parts, Weight
+
+SHAPE = MoEShape(hidden=96, intermediate=64, num_experts=6, topk=2, swiglu_limit=10.0)
+FORMATS = pytest.mark.parametrize("weight_format", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@FORMATS
+def test_what_a_format_takes_is_held_as_it_says_and_comes_back(weight_format: WeightFormat) -> None:
+    given = randn(72, 64)
+    for weight in (given, quantize_mxfp4(given)):
+        weight_format.refuse(weight)
+        taken = weight_format.take(weight)
+        parts = weight_format.split(taken)
+        held = {key: (tuple(part.shape), part.dtype) for key, part in parts.items()}
+        assert held == weight_format.parts(72, 64)
+        dense = weight_format.dense(weight_format.join(parts))
+        out = torch.empty(72, 64, dtype=torch.bfloat16)
+        assert torch.equal(weight_format.dense(taken, out), dense)
+        assert dense.dtype == torch.bfloat16
+        assert torch.equal(weight_format.dense(weight_format.take(dense)), dense), "what it gives it takes without loss"
+        if isinstance(weight, MXFP4):
+            assert torch.equal(dense, dequantize_mxfp4(weight))
+
+
+def test_what_has_no_code_is_refused_alike_before_and_while_it_is_taken() -> None:
+    weight = randn(64, 32)
+    weight[3, 5] = torch.nan
+    for method in (WEIGHT_FORMATS["mxfp4"].refuse, WEIGHT_FORMATS["mxfp4"].take):
+        with pytest.raises(ValueError, match="1 of 2048 weights are NaN or infinite"):
+            method(weight)
+    WEIGHT_FORMATS["bf16"].refuse(weight)
+
+
+class E5M2Weights(WeightFormat):
+    """One byte a value, by torch's own cast: all that a new format has to say."""
+
+    name: ClassVar[str] = "e5m2"
+    block: ClassVar[int] = 1
+    activations: ClassVar[str | None] = None
+
+    def parts(self, outputs: int, inputs: int) -> Parts:
+        return {VALUES: ((outputs, inputs), torch.float8_e5m2)}
+
+    def take(self, weight: Weight) -> Weight:
+        return (dequantize_mxfp4(weight) if isinstance(weight, MXFP4) else weight).to(torch.float8_e5m2)
+
+    def refuse(self, weight: Weight) -> None:
+        """It has a code for every value."""
+
+    def split(self, weight: Weight) -> dict[str, Tensor]:
+        assert isinstance(weight, Tensor)
+        return {VALUES: weight}
+
+    def join(self, parts: Mapping[str, Tensor]) -> Weight:
+        return parts[VALUES]
+
+    def dense(self, weight: Weight, out: Tensor | None = None) -> Tensor:
+        assert isinstance(weight, Tensor)
+        return weight.to(torch.bfloat16) if out is None else out.copy_(weight)
+
+
+@pytest.mark.parametrize("keep_dequantized", [False, True])
+def test_a_new_format_takes_its_object_and_a_line_of_the_table(
+    keep_dequantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WEIGHT_FORMATS, "e5m2", E5M2Weights())
+    gate_up, down = randn(6, 128, 96) / 10, randn(6, 96, 64, seed=1) / 8
+    layer = MegaMoE(SHAPE, weight_format="e5m2", dispatch_format="bf16", keep_dequantized=keep_dequantized)
+    layer.load_experts(gate_up, down)
+    kept = 3 * 6 * 96 * 64 * 2 if keep_dequantized else 0
+    assert layer.memory_bytes == 3 * 6 * 96 * 64 + kept, "a byte a value"
+    again = MegaMoE(SHAPE, weight_format="e5m2", dispatch_format="bf16")
+    again.load_state_dict(layer.state_dict())
+    plain = MegaMoE(SHAPE, weight_format="bf16", dispatch_format="bf16")
+    plain.load_experts(*(each.to(torch.float8_e5m2).to(torch.bfloat16) for each in (gate_up, down)))
+    batch = randn(17, 96, seed=2), torch.arange(34).view(17, 2) % 6, torch.rand(17, 2)
+    out = layer(*batch)
+    assert torch.equal(again(*batch), out)
+    assert float((out.double() - plain(*batch).double()).norm() / plain(*batch).double().norm()) < 5e-3
+    with pytest.raises(ValueError, match="arithmetic 'fma' is of kernels that do not read these weights"):
+        MegaMoE(SHAPE, weight_format="e5m2", arithmetic="fma")
+    with pytest.raises(ValueError, match="weight_format must be one of mxfp4, bf16, e5m2, got 'e4m3'"):
+        MegaMoE(SHAPE, weight_format="e4m3")
