@@ -202,8 +202,8 @@ class MegaMoE(nn.Module):
     def _compute(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None) -> Tensor:
         """The call, wave by wave."""
         record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
-        interval = self.group.unbroken(self.name, self._num_calls + 1)
-        with notes.lane("call"), interval, record.timing("total_s"):
+        unbroken = self.group.unbroken(self.name, self._num_calls + 1)
+        with notes.lane("call"), unbroken, record.timing("total_s"):
             call = self._open(hidden, topk_ids, topk_weights, complaint, record, notes)
             for wave in range(LOOKAHEAD):
                 call.dispatch(wave)
@@ -268,10 +268,10 @@ class MegaMoE(nn.Module):
         """
         counts = count_rows(topk_ids, self.placement)
         wrong = any_wrong(self.shape, topk_ids, topk_weights).to(torch.int64)
-        told = to_host(torch.cat((counts.flatten(), wrong)), self.group.workspace, "counts")
-        pairs, firsts = told[:-1].view(2, -1)
+        found = to_host(torch.cat((counts.flatten(), wrong)), self.group.workspace, "counts")
+        pairs, firsts = found[:-1].view(2, -1)
         try:
-            if told[-1]:
+            if found[-1]:
                 check_values(self.shape, topk_ids, topk_weights)
         except ValueError as complaint:
             return pairs, firsts, complaint

@@ -115,7 +115,7 @@ class EPGroup:
 
     @contextmanager
     def unbroken(self, layer: str, call: int) -> Iterator[None]:
-        """A call's stretch of exchange. What interrupts it breaks the group: its messages may still be on their way.
+        """A call's exchange. What interrupts it breaks the group: its messages may still be on their way.
 
         CallRefusedError is what all ranks raise together before any row has moved, and breaks nothing. Nor does
         anything where a rank is alone, which has no messages. RuntimeError where the group is broken already; PeerError
@@ -231,9 +231,9 @@ def init_group(
     """Starts torch.distributed for this rank with the backend of its device type, and ends it on the way out.
 
     cuda uses nccl, npu hccl, cpu gloo. Give the store where the ranks meet, or an init_method ("env://" under
-    torchrun). deadline_s bounds the rendezvous, every collective and every wait. Every rank has a heartbeat: it listens
-    on address, by default the one that this rank reaches the store's host from. Under the name of a run,
-    `megamoe doctor --run` finds the ranks of this machine. ValueError for an unknown device type or a rank outside of
+    torchrun). deadline_s bounds the rendezvous, every collective and every wait. Every rank has a heartbeat monitor,
+    which listens on address, by default the one that this rank reaches the store's host from. Under the name of a
+    run, `megamoe doctor --run` finds the ranks of this machine. ValueError for an unknown device type or a rank outside of
     [0, size).
     """
     device = torch.device(device)

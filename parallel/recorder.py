@@ -18,7 +18,7 @@ from megamoe.parallel.health.status import OwnStatus
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A interval of this rank's own work. `lane` says of what kind; rows is how many it handled."""
+    """An interval of this rank's own work. `lane` says of what kind; rows is how many it handled."""
 
     layer: str
     call: int

@@ -65,7 +65,7 @@ def test_weights_of_any_size_come_back_and_what_fills_up_is_zero(outputs: int, i
     assert int((scales != 0).sum()) == 2 * outputs * inputs // 32
 
 
-def test_a_piece_is_64_outputs_by_128_of_k_in_one_stretch() -> None:
+def test_a_piece_is_64_outputs_by_128_of_k_without_a_gap() -> None:
     weight = drawn(1, 192, 384)
     words, scales = prepack(weight)
     plain = spread_codes(weight.packed.view(torch.int32))

@@ -134,7 +134,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A file of tiles for megamoe/kernels/tables: its name there and its text."""
+    """A file of tiles for megamoe/kernels/chips/tables: its name there and its text."""
 
     name: str
     text: str

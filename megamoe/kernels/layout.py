@@ -53,10 +53,8 @@ def in_memory_order(rows: Tensor) -> Tensor:
 
 # ---- MXFP4 weights for chips that multiply BF16 ----
 
-PANEL, CHUNK = (
-    64,
-    128,
-)  # outputs of a panel, values of K of a chunk; a piece, one of each, lies in one stretch of memory
+# outputs of a panel, values of K of a chunk; a piece, one of each, is contiguous
+PANEL, CHUNK = 64, 128
 LARGEST_SMALL_SCALE = 128  # 2^126 times a scale, which turns codes into values (`fp4`), is below 2^128
 # a word has codes i and i + 4 in its halves: where the magnitude's lowest bit and the sign of i lie in 16 bits
 _MAGNITUDES, _SIGNS = (6, 3, 0, 9), (15, 12, 13, 14)
@@ -64,7 +62,7 @@ _MAGNITUDES, _SIGNS = (6, 3, 0, 9), (15, 12, 13, 14)
 
 @dataclass(frozen=True, slots=True)
 class Prepacked:
-    """MXFP4 weights [e, N, K] in pieces of 64 outputs by 128 of K, with codes where the decoder takes them (`fp4`).
+    """MXFP4 weights [e, N, K] in contiguous pieces of 64 outputs by 128 of K, codes where the decoder takes them (`fp4`).
 
     words          [e, N / 64, K / 128, 64, 16] int32, both quotients rounded up, zeros beyond the last output and K
     scales         [e, N / 64, K / 128, 64, 4] uint8

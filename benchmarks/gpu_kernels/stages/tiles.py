@@ -191,7 +191,7 @@ def with_tiles(table: Tiles, kind: str, best: Mapping[int, Tile]) -> dict[str, A
 
 
 def as_file(device: torch.device, table: Mapping[str, Any]) -> Table:
-    """As megamoe/kernels/tables has it."""
+    """As megamoe/kernels/chips/tables has it."""
     name, today = device_name(device), datetime.date.today().isoformat()
     tuned = Tuned(name, chip_of(device), today, torch.__version__, triton.__version__, dict(table))
     with tempfile.TemporaryDirectory() as folder:
