@@ -30,7 +30,7 @@ from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.cluster.worker import Rendezvous
 from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.launch.lab import faults
-from megamoe.launch.lab.lab import Host, lab, processes, runs
+from megamoe.launch.lab.namespaces import Host, lab, processes, runs
 from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
-from megamoe.launch.lab.lab import lab
+from megamoe.launch.lab.namespaces import lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup

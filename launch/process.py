@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from megamoe.launch.lab.lab import Host
+from megamoe.launch.lab.namespaces import Host
 
 _LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 _STARTING = threading.Lock()

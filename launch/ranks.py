@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from megamoe.launch.lab.lab import Host
+from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.process import cause, loopback, portable, share_of_cores, start, uninterrupted
 from megamoe.launch.requests import check_count, check_main
 from megamoe.parallel.group import EPGroup, init_group

@@ -233,8 +233,8 @@ def init_group(
     cuda uses nccl, npu hccl, cpu gloo. Give the store where the ranks meet, or an init_method ("env://" under
     torchrun). deadline_s bounds the rendezvous, every collective and every wait. Every rank has a heartbeat monitor,
     which listens on address, by default the one that this rank reaches the store's host from. Under the name of a
-    run, `megamoe doctor --run` finds the ranks of this machine. ValueError for an unknown device type or a rank outside of
-    [0, size).
+    run, `megamoe doctor --run` finds the ranks of this machine. ValueError for an unknown device type or a rank outside
+    of [0, size).
     """
     device = torch.device(device)
     if device.type not in BACKENDS:

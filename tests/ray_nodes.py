@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megamoe.launch.cluster.ray.pool import RayPool
 from megamoe.launch.cluster.worker import Rendezvous
-from megamoe.launch.lab.lab import Host, lab
+from megamoe.launch.lab.namespaces import Host, lab
 from megamoe.parallel.group import EPGroup
 
 if TYPE_CHECKING:

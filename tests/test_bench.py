@@ -10,7 +10,7 @@ import pytest
 
 from megamoe.launch.bench.bench import MEASURES, BenchRequest, sweep_waves
 from megamoe.launch.bench.presets import preset
-from megamoe.launch.lab.lab import burst_bytes
+from megamoe.launch.lab.namespaces import burst_bytes
 from megamoe.shape import MoEShape
 from megamoe.trace.timeline import Timeline
 from tests.commands import invoked, refused

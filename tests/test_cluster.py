@@ -25,7 +25,7 @@ from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.cluster.spawn import SpawnPool
 from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.launch.lab import faults
-from megamoe.launch.lab.lab import lab
+from megamoe.launch.lab.namespaces import lab
 from megamoe.model.deepseek_v4.synthetic import write_checkpoint
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup

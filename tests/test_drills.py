@@ -15,7 +15,7 @@ import pytest
 from benchmarks.drills import FAULTS, LINK, Drill, Ending, Plan, drill, judge, left_running, play
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.lab import faults
-from megamoe.launch.lab.lab import Host, lab, runs
+from megamoe.launch.lab.namespaces import Host, lab, runs
 from tests.test_lab import needs_lab
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe.launch.lab.faults import cut, find, format_rate, heal, links, slow
-from megamoe.launch.lab.lab import (
+from megamoe.launch.lab.namespaces import (
     NAMESPACES,
     PREFIX,
     Host,
@@ -91,7 +91,7 @@ def test_a_lab_is_taken_down_when_its_block_raises() -> None:
 
 KILLED = """
 import time
-from megamoe.launch.lab.lab import lab
+from megamoe.launch.lab.namespaces import lab
 with lab(2, "1gbit") as hosts:
     print(hosts[0].namespace, flush=True)
     time.sleep(60)

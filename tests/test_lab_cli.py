@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from megamoe.launch.lab.lab import lab
+from megamoe.launch.lab.namespaces import lab
 from tests.test_demo import COMMAND, command
 from tests.test_lab import needs_lab
 
@@ -151,7 +151,7 @@ def test_two_kept_labs_stand_side_by_side_and_are_named_apart(room: Room) -> Non
     assert room.json("down", "--all") == []
 
 
-HELD = "from megamoe.launch.lab.lab import lab\nwith lab(1, '1gbit'):\n    print(flush=True)\n    input()\n"
+HELD = "from megamoe.launch.lab.namespaces import lab\nwith lab(1, '1gbit'):\n    print(flush=True)\n    input()\n"
 
 
 @needs_lab

@@ -20,7 +20,7 @@ from megamoe.launch.bench.rule import (
     theory_share,
     threshold_flops_per_byte,
 )
-from megamoe.launch.lab.lab import parse_rate
+from megamoe.launch.lab.namespaces import parse_rate
 from tests.commands import invoked, refused
 from tests.test_demo import command
 from tests.test_lab import needs_lab

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.cluster.worker import Rendezvous
 from megamoe.launch.cluster.worker_handle import WorkerLostError
-from megamoe.launch.lab.lab import Host
+from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.process import loopback
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup

@@ -14,7 +14,7 @@ from megamoe.catalog import Machine, load_machine
 from megamoe.execution.autotune import Tuner
 from megamoe.execution.experts import Experts
 from megamoe.execution.pipeline import CallRecord
-from megamoe.launch.lab.lab import lab
+from megamoe.launch.lab.namespaces import lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup

@@ -17,7 +17,7 @@ from torch.nn.functional import linear, silu
 
 from benchmarks.peers.peer import ExpertWeights, Layer, Peer
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
-from megamoe.launch.lab.lab import Host, lab
+from megamoe.launch.lab.namespaces import Host, lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.threads import calm_gloo_threads

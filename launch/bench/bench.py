@@ -24,7 +24,7 @@ from megamoe.catalog import load_machine
 from megamoe.execution.checks import check_formats
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
 from megamoe.launch.bench.replay import Replay, StillTransport
-from megamoe.launch.lab.lab import Host, lab, parse_rate
+from megamoe.launch.lab.namespaces import Host, lab, parse_rate
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from megamoe.launch.lab import faults
-from megamoe.launch.lab.lab import (
+from megamoe.launch.lab.namespaces import (
     PREFIX,
     Host,
     Owner,

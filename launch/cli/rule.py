@@ -49,7 +49,7 @@ def rule(
         with progress() as bar:
             task = bar.add_task("starting", total=None)
             from megamoe.launch.bench.rule import POINTS, RuleRequest, run_rule  # brings torch
-            from megamoe.launch.lab.lab import check_lab
+            from megamoe.launch.lab.namespaces import check_lab
 
             request = RuleRequest(
                 ranks=ranks,

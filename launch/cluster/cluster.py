@@ -28,7 +28,7 @@ from megamoe.launch.cluster.recovery import Failure, RestartPolicy, collect, jud
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.cluster.worker import Load, LoadReport, Rendezvous
 from megamoe.launch.cluster.worker_handle import WorkerHandle, WorkerPool
-from megamoe.launch.lab.lab import Host
+from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.requests import IMPORTABLE, check_count, check_seconds, check_tokens, check_work
 from megamoe.parallel.health.runs import sweep
 from megamoe.routing.waves import Waves, check_waves

@@ -20,7 +20,7 @@ from megamoe.launch.cluster.worker import Worker, WorkerInfo, WorkerOptions
 from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.launch.cluster.worker_output import WorkerOutput
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type
-from megamoe.launch.lab.lab import Host
+from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.process import Child, cause, loopback, portable, share_of_cores, start, uninterrupted
 from megamoe.launch.requests import (
     IMPORTABLE,

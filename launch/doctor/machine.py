@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from megamoe.launch.doctor.check import GIB, Check, Examination, LookAt, gib, plural
-from megamoe.launch.lab.lab import check_lab
+from megamoe.launch.lab.namespaces import check_lab
 from megamoe.parallel.interfaces import candidates, choose, list_interfaces
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megamoe.launch.lab.lab import enter_network
+from megamoe.launch.lab.namespaces import enter_network
 from megamoe.parallel.health.diagnosis import PeerStatus
 from megamoe.parallel.health.heartbeat import ask
 from megamoe.parallel.health.runs import listed

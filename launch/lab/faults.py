@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from megamoe.launch.lab.lab import (
+from megamoe.launch.lab.namespaces import (
     BRIDGE,
     INTERFACE,
     NAMESPACES,

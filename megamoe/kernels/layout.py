@@ -62,7 +62,7 @@ _MAGNITUDES, _SIGNS = (6, 3, 0, 9), (15, 12, 13, 14)
 
 @dataclass(frozen=True, slots=True)
 class Prepacked:
-    """MXFP4 weights [e, N, K] in contiguous pieces of 64 outputs by 128 of K, codes where the decoder takes them (`fp4`).
+    """MXFP4 weights [e, N, K] in contiguous pieces of 64 outputs by 128 of K, codes where `fp4` takes them.
 
     words          [e, N / 64, K / 128, 64, 16] int32, both quotients rounded up, zeros beyond the last output and K
     scales         [e, N / 64, K / 128, 64, 4] uint8
