@@ -41,11 +41,11 @@ def speak(group, text):
     print("to stdout:", text)
     print("to stderr:", text, file=sys.stderr)
 
-from megamoe.launch.cluster.worker import Meeting
+from megamoe.launch.cluster.worker import Rendezvous
 with RayPool(2, address="local", log_dir=Path(sys.argv[1])) as workers:
     for number in range(2):
         worker = workers.open(number, 60.0)
-        worker.call("join", Meeting(*worker.call("open_store").result(60.0), 0, 0, 1)).result(60.0)
+        worker.call("join", Rendezvous(*worker.call("open_store").result(60.0), 0, 0, 1)).result(60.0)
         worker.call("run", speak, f"from {number}").result(60.0)
     os.kill(worker.pid, signal.SIGKILL)
     seen = {
