@@ -132,7 +132,8 @@ def _machine() -> Iterator[str]:
     fitted, held = check(fit, machine), check(unseen, machine)
     yield "## This package's own layer, in the lab\n"
     yield "`megamoe calibrate docs/data/lab_runs.json --check docs/data/lab_unseen.json`: two ranks of one thread on"
-    yield "two cores of a Zen 4 CPU over gloo, 2026-11-24, runs made by `python benchmarks/lab_runs.py`. Median error"
+    yield "two cores of a Zen 4 CPU without BF16 instructions over gloo, 2026-11-29, runs made by"
+    yield "`python benchmarks/lab_runs.py`. Median error"
     yield f"of the overlapped layer: {median_error(fitted):.1f} % over the {len(fitted)} runs of the fit,"
     yield f"**{median_error(held):.1f} %** over {len(held)} that it did not see.\n"
     yield "| not seen: tokens, H x I, experts, top-k, weights | link | waves | measured ms | planned ms | error |"

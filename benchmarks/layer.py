@@ -24,9 +24,9 @@ WORKLOADS: list[tuple[str, dict[str, object]]] = [
     ("prefill", {**SMALL, **BF16, "tokens_per_rank": 512, "link": "2gbit"}),
     ("loopback", {**SMALL, **BF16, "tokens_per_rank": 2048}),
     ("one token", {**SMALL, **BF16, "tokens_per_rank": 1, "repeats": 61}),
-    ("balance", {**SQUARE, "link": "345mbit"}),
-    ("twice the link", {**SQUARE, "link": "690mbit"}),
-    ("half the link", {**SQUARE, "link": "172mbit"}),
+    ("square experts", {**SQUARE, "link": "345mbit"}),
+    ("square experts", {**SQUARE, "link": "690mbit"}),
+    ("square experts", {**SQUARE, "link": "172mbit"}),
     ("four ranks", {**SMALL, "tokens_per_rank": 1024, "weight_format": "bf16", "link": "500mbit", "ranks": 4}),
 ]
 
