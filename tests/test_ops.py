@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe import formats
 from megamoe.execution.ops import activate, silu_table, swiglu
+from megamoe.formats import blocks
 from megamoe.kernels.cpu.library import using
 from megamoe.reference import round_mxfp8
 
@@ -99,7 +99,7 @@ def test_activation_is_the_same_in_any_chunks(
     whole = swiglu(gate_up, weights, limit, table)
     expected = round_mxfp8(whole) if quantized else whole.to(torch.bfloat16)
     for rows_at_once in (1, 7, 128, 1000):
-        monkeypatch.setattr(formats, "_VALUES_AT_ONCE", rows_at_once * 64)
+        monkeypatch.setattr(blocks, "_VALUES_AT_ONCE", rows_at_once * 64)
         assert torch.equal(activate(gate_up, weights, limit, table, quantized=quantized), expected)
     for num_rows in (0, 1, 127, 128, 129):
         got = activate(gate_up[:num_rows], weights[:num_rows], limit, table, quantized=quantized)
