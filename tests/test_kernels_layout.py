@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from megamoe.formats import E2M1_MAGNITUDES, MXFP4, dequantize_mxfp4, pack_e2m1,
 from megamoe.kernels.layout import (
     LARGEST_SMALL_SCALE,
     Prepacked,
+    Wide,
     gather_codes,
     in_sum_order,
     prepack,
@@ -20,6 +23,11 @@ from megamoe.kernels.layout import (
     unprepack,
 )
 from tests.test_kernel_call import as_with_kernels
+
+pytest.importorskip("triton")
+
+from megamoe.kernels.chips.tiles import LARGE_SCALES, TABLES, Tile
+from megamoe.kernels.grouped import Grouped
 
 CPU = torch.device("cpu")
 E2M1_VALUES = torch.tensor([*E2M1_MAGNITUDES, *(-each for each in E2M1_MAGNITUDES)], dtype=torch.float64)
@@ -106,6 +114,20 @@ def test_weights_know_whether_one_multiplication_is_exact() -> None:
     assert tuple(small.shape) == (2, 64, 128)
     assert small[1:].small_scales
     assert torch.equal(small[1:].plain().packed, small.plain().packed[1:])
+
+
+@pytest.mark.parametrize(("largest_scale", "small"), [(128, True), (129, False)])
+def test_scales_decide_how_a_product_is_launched(largest_scale: int, small: bool) -> None:
+    """By the device's table and one multiplication, or by the one tile that takes two."""
+    launches: list[dict[str, Any]] = []
+    rows, counts = Wide(torch.zeros(2, 128).bfloat16()), torch.tensor([2], dtype=torch.int32)
+    product = Grouped(rows, Prepacked.of(drawn(1, 64, 128, largest_scale=largest_scale)), counts)
+    product.run({(3,): lambda **options: launches.append(options)}, {}, None, 3)
+    tile = TABLES["cpu"]["wide"][-1][1] if small else LARGE_SCALES
+    assert [(each["SMALL_SCALES"], {**each, **tile.launch} == each) for each in launches] == [(small, True)]
+    assert tile != LARGE_SCALES or not small
+    with pytest.raises(ValueError, match="tiles for prepacked weights have a depth that 128 divides, got 16x64x64"):
+        product.run(None, {}, Tile(16, 64, 64), 3)
 
 
 def test_experts_take_two_multiplications_as_long_as_one_of_them_needs_it() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import pytest
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megamoe import MegaMoE, MoEShape
-from megamoe.formats import MXFP4, WEIGHT_FORMATS, WeightFormat, dequantize_mxfp4, quantize_mxfp4
-from megamoe.formats.weight import VALUES, Parts, Weight
+from megamoe.formats import MXFP4, WEIGHT_FORMATS, CastWeights, WeightFormat, dequantize_mxfp4, quantize_mxfp4
 
 SHAPE = MoEShape(hidden=96, intermediate=64, num_experts=6, topk=2, swiglu_limit=10.0)
 FORMATS = pytest.mark.parametrize("weight_format", WEIGHT_FORMATS.values(), ids=WEIGHT_FORMATS)
@@ -48,32 +46,11 @@ def test_what_has_no_code_is_refused_alike_before_and_while_it_is_taken() -> Non
     WEIGHT_FORMATS["bf16"].refuse(weight)
 
 
-class E5M2Weights(WeightFormat):
-    """One byte a value, by torch's own cast: all that a new format has to say."""
+class E5M2Weights(CastWeights):
+    """All that a new format with a dtype of torch has to say."""
 
     name: ClassVar[str] = "e5m2"
-    block: ClassVar[int] = 1
-    activations: ClassVar[str | None] = None
-
-    def parts(self, outputs: int, inputs: int) -> Parts:
-        return {VALUES: ((outputs, inputs), torch.float8_e5m2)}
-
-    def take(self, weight: Weight) -> Weight:
-        return (dequantize_mxfp4(weight) if isinstance(weight, MXFP4) else weight).to(torch.float8_e5m2)
-
-    def refuse(self, weight: Weight) -> None:
-        """It has a code for every value."""
-
-    def split(self, weight: Weight) -> dict[str, Tensor]:
-        assert isinstance(weight, Tensor)
-        return {VALUES: weight}
-
-    def join(self, parts: Mapping[str, Tensor]) -> Weight:
-        return parts[VALUES]
-
-    def dense(self, weight: Weight, out: Tensor | None = None) -> Tensor:
-        assert isinstance(weight, Tensor)
-        return weight.to(torch.bfloat16) if out is None else out.copy_(weight)
+    dtype: ClassVar[torch.dtype] = torch.float8_e5m2
 
 
 @pytest.mark.parametrize("keep_dequantized", [False, True])

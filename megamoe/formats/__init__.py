@@ -1,18 +1,18 @@
 """Number formats: what they hold, how values are rounded to them, and what a layer must know of weights in each."""
 
-from megamoe.formats.bf16 import BF16Weights
 from megamoe.formats.blocks import BLOCK, chunks, e8m0_to_float
+from megamoe.formats.cast import BF16Weights, CastWeights
 from megamoe.formats.e4m3 import dequantize_e4m3_blocks, mxfp4_to_e4m3, quantize_e4m3_blocks
 from megamoe.formats.mxfp4 import (
     E2M1_MAGNITUDES,
     MXFP4,
     MXFP4_MAX_SCALE,
+    MXFP4Weights,
     dequantize_mxfp4,
     pack_e2m1,
     quantize_mxfp4,
     unpack_e2m1,
 )
-from megamoe.formats.mxfp4_weights import MXFP4Weights
 from megamoe.formats.mxfp8 import MXFP8, dequantize_mxfp8, quantize_mxfp8
 from megamoe.formats.weight import SCALES, VALUES, WeightFormat
 
@@ -29,6 +29,7 @@ __all__ = [
     "VALUES",
     "WEIGHT_FORMATS",
     "BF16Weights",
+    "CastWeights",
     "MXFP4Weights",
     "WeightFormat",
     "chunks",

@@ -8,12 +8,15 @@ give back. A block of zeros has scale 1; negative zero is stored as zero. Source
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from megamoe.formats.blocks import (
+    BLOCK,
     ceil_log2_ratio,
     check_blocks,
     check_dtype,
@@ -24,11 +27,13 @@ from megamoe.formats.blocks import (
     in_blocks,
     in_words,
 )
+from megamoe.formats.weight import SCALES, VALUES, Parts, Weight, WeightFormat
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4_MAX_SCALE = 252  # 2^125: six times the next one leaves the range of BF16
 _PACKED = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
 _E8M0 = (torch.uint8, torch.int8, torch.float8_e8m0fnu)
+_LARGEST = 2.0**127  # magnitudes below it have a code
 _MXFP4_MIN_SCALE = 2  # 2^-125: half of it is the smallest normal BF16
 
 
@@ -120,6 +125,42 @@ def dequantize_mxfp4(q: MXFP4, dtype: torch.dtype = torch.bfloat16, *, out: Tens
     values = in_blocks(e2m1_to_bf16(q.packed))
     # in place where the decoded values are already of the dtype
     return values.to(dtype).mul_(e8m0_to_float(q.scales, dtype).unsqueeze(-1)).flatten(-2)
+
+
+class MXFP4Weights(WeightFormat):
+    """MXFP8 rows by MXFP4 weights, summed in FP32, and an MXFP8 intermediate."""
+
+    name: ClassVar[str] = "mxfp4"
+    block: ClassVar[int] = BLOCK
+    activations: ClassVar[str | None] = "mxfp8"
+    kernels: ClassVar[bool] = True
+
+    def parts(self, outputs: int, inputs: int) -> Parts:
+        return {
+            VALUES: ((outputs, inputs // 2), torch.uint8),
+            SCALES: ((outputs, inputs // BLOCK), torch.uint8),
+        }
+
+    def take(self, weight: Weight) -> Weight:
+        return weight if isinstance(weight, MXFP4) else quantize_mxfp4(weight)
+
+    def refuse(self, weight: Weight) -> None:
+        if isinstance(weight, MXFP4):
+            return
+        largest = float(weight.detach().to(torch.float32).abs().amax()) if weight.numel() else 0.0
+        if not largest < _LARGEST:  # NaN neither
+            quantize_mxfp4(weight)
+
+    def split(self, weight: Weight) -> dict[str, Tensor]:
+        assert isinstance(weight, MXFP4)
+        return {VALUES: weight.packed, SCALES: weight.scales}
+
+    def join(self, parts: Mapping[str, Tensor]) -> Weight:
+        return MXFP4(parts[VALUES], parts[SCALES])
+
+    def dense(self, weight: Weight, out: Tensor | None = None) -> Tensor:
+        assert isinstance(weight, MXFP4)
+        return dequantize_mxfp4(weight, out=out)
 
 
 def _e2m1_table() -> Tensor:

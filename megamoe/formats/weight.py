@@ -6,15 +6,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from megamoe.formats.mxfp4 import MXFP4
+if TYPE_CHECKING:
+    from megamoe.formats.mxfp4 import MXFP4
 
 VALUES, SCALES = "", "_scales"  # what a matrix's name is followed by in a state dict and where it is held
-Weight = Tensor | MXFP4
+Weight: TypeAlias = "Tensor | MXFP4"
 Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
