@@ -93,7 +93,7 @@ def test_nemotron_h_has_no_gate_and_experts_narrower_than_the_model() -> None:
 
 
 def test_weights_without_a_place_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="MuseSparkExperts does not fit.*no place for: post_expert_norm.weight"):
+    with pytest.raises(ValueError, match=r"MuseSparkExperts does not fit.*no place for: post_expert_norm.weight"):
         on_meta(lambda: MuseSparkExperts(MuseSparkTextConfig()))
 
 
@@ -172,7 +172,7 @@ def test_an_activation_that_is_not_in_the_description_is_refused(gating: Callabl
         def _apply_gate(self, gate_up: Tensor) -> Tensor:
             return gating(*gate_up.chunk(2, -1))
 
-    with pytest.raises(ValueError, match="Other does not fit the layer: its (activation|output)"):
+    with pytest.raises(ValueError, match=r"Other does not fit the layer: its (activation|output)"):
         read_structure(Other())
 
 

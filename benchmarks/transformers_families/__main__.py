@@ -78,10 +78,10 @@ Of {families} families {works} work, {refused} refused, {failed} not run, {wrong
 - **experts**: relative error of an experts module that is fed with what the plain one was fed, the largest of the
   model's modules and ranks; a family works below {bound:g}.
 - **output**: relative error of the model's output against the plain model in FP32; **theirs** with transformers' own
-  `all_to_all` in place of the layer; **plain** without ranks. A router in BF16 now and then chooses another expert for a
-  token when its input differs by a rounding, which these three show and the first column does not.
-- **dense**: how transformers lays out dense weights, and their dtype. `fsdp` is a batch for each rank, `tp` one for all.
-  The first of `fsdp, bfloat16`, `tp, bfloat16` and `fsdp, float32` that transformers runs the family in.
+  `all_to_all` in place of the layer; **plain** without ranks. A router in BF16 now and then chooses another expert for
+  a token when its input differs by a rounding, which these three show and the first column does not.
+- **dense**: how transformers lays out dense weights, and their dtype. `fsdp` is a batch for each rank, `tp` one for
+  all. The first of `fsdp, bfloat16`, `tp, bfloat16` and `fsdp, float32` that transformers runs the family in.
 
 | family | activation | experts | output | theirs | plain | dense |
 |---|---|---|---|---|---|---|
