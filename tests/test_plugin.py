@@ -252,14 +252,28 @@ def test_weights_have_left_the_module_and_no_state_dict_claims_otherwise(
         model.save_pretrained(tmp_path)
 
 
-def test_a_bf16_checkpoint_is_quantised_when_asked(plain_models: dict[str, Plain]) -> None:
+def load_quantised(path: Path, **options: Any) -> PreTrainedModel:
+    options |= {"dtype": torch.bfloat16, "quantization_config": PackedExpertsConfig()}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
+    return model
+
+
+def logits_quantised(group: EPGroup, path: Path) -> Tensor:
+    config = DistributedConfig(fsdp_size=group.size, ep_size=group.size, ep_implementation="megamoe")
+    return forward(load_quantised(path, distributed_config=config), TOKENS)
+
+
+def test_a_bf16_checkpoint_is_quantised_when_asked(plain_models: dict[str, Plain], ranks: LocalRanks) -> None:
     plain = plain_models["mixtral"]
-    options = {"dtype": torch.bfloat16, "quantization_config": PackedExpertsConfig()}
-    model = AutoModelForCausalLM.from_pretrained(plain.path, **options)
+    with pytest.raises(ValueError, match="intermediate 48 is not a multiple of 32"):
+        load_quantised(plain_models["deepseek_v3"].path)
+    model = load_quantised(plain.path)
     found = repeat_blocks(model, plain.calls)
     errors = [relative_error(found[name], call[2]) for name, call in plain.calls.items()]
     assert {each.layer.weight_format for each in layers(model)} == {"mxfp4"}
     assert 6e-2 < max(errors) < 0.3  # two roundings to FP8 and one to FP4
+    logits = forward(model, TOKENS)
+    assert all(torch.equal(each, logits) for each in ranks.run(logits_quantised, plain.path, size=2))
 
 
 def test_packed_config_refuses_what_is_not_fp4(plain_models: dict[str, Plain]) -> None:
