@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megamoe.parallel.workspace import Workspace
-from megamoe.routing.segments import begins, chosen, spell_out, spread, to_device, to_host
+from megamoe.routing.segments import exclusive_sum, expand, repeat, select, to_device, to_host
 
 CPU = torch.device("cpu")
 
@@ -24,9 +24,9 @@ def test_segments_are_spelled_out_number_by_number(lengths: list[int], gpu: bool
         for row in firsts.tolist()
     ]
     with mock.patch("megamoe.routing.segments.on_host", return_value=not gpu):
-        told = to_device((sizes, firsts - begins(sizes)), CPU, Workspace(), "test")
-        assert spell_out(told[0], told[1], sum(lengths)).tolist() == expected
-        assert spread(torch.from_numpy(firsts), told[0], sum(lengths)).tolist() == [
+        told = to_device((sizes, firsts - exclusive_sum(sizes)), CPU, Workspace(), "test")
+        assert expand(told[0], told[1], sum(lengths)).tolist() == expected
+        assert repeat(torch.from_numpy(firsts), told[0], sum(lengths)).tolist() == [
             [first for first, length in zip(row, lengths, strict=True) for _ in range(length)]
             for row in firsts.tolist()
         ]
@@ -37,7 +37,7 @@ def test_segments_are_spelled_out_number_by_number(lengths: list[int], gpu: bool
 def test_what_is_chosen_keeps_its_order(mask: list[bool], gpu: bool) -> None:
     values, bits = torch.tensor([7, 8, 9])[: len(mask)], torch.tensor(mask, dtype=torch.bool)
     with mock.patch("megamoe.routing.segments.on_host", return_value=not gpu):
-        found = chosen(values, bits, bits.cumsum(0), sum(mask))
+        found = select(values, bits, bits.cumsum(0), sum(mask))
     assert found.tolist() == [value for value, each in zip([7, 8, 9], mask, strict=False) if each]
 
 
