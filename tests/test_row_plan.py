@@ -13,7 +13,8 @@ from megamoe.parallel.placement import Placement
 from megamoe.parallel.workspace import Workspace
 from megamoe.routing.messages import Messages, count_rows
 from megamoe.routing.permutation import Route, route_rows
-from megamoe.routing.row_plan import RankRows, RowPlan, Segments, plan_rows
+from megamoe.routing.row_plan import RankRows, RowPlan, plan_rows
+from megamoe.routing.segments import Segments
 from megamoe.routing.waves import WavePlan, plan_waves
 from megamoe.routing.wire import Wire
 from megamoe.schedule.schedule import Load, Step, schedule
@@ -113,7 +114,7 @@ def compute(ranks: list[Rank], number: int, plan: WavePlan) -> None:
             assert int(token) == 10_000 * sender + int(ranks[sender].route.tokens[index])
         rank.results[destinations[work.rows]] = torch.tensor(rows, dtype=torch.int64)
         done += rows
-    assert len(done) == len(set(done)) == rank.plan.computed.total
+    assert len(done) == len(set(done)) == len(sources)
 
 
 def check(shape: tuple[int, int, int], waves: int | tuple[int, ...], costs: tuple[float, float], seed: int) -> None:

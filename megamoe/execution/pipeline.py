@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -26,7 +26,7 @@ from megamoe.parallel.workspace import Workspace
 from megamoe.routing.messages import Messages
 from megamoe.routing.permutation import Route
 from megamoe.routing.row_plan import RankRows, StepRows, plan_rows
-from megamoe.routing.segments import expand, to_device
+from megamoe.routing.segments import expand_all
 from megamoe.routing.waves import WavePlan
 from megamoe.routing.wire import Wire, pair_records, read_records
 from megamoe.schedule.cost_model import CostModel
@@ -120,7 +120,7 @@ class Call:
             self._plan = plan_rows(parts.plan, self._rank, self.steps, rows, parts.messages, wire, num_tokens)
             self._work = dict(zip(self.steps, self._plan.steps, strict=True))
             self._rows = workspace.take("rows", (self._plan.num_rows, wire.row_bytes), hidden, torch.uint8)
-            self._records = self._rows.view(torch.int64).flatten()
+            self._records = self._rows.view(torch.int32).view(-1, 2)
             self._results = workspace.take("results", (self._plan.num_results, hidden.shape[1]), hidden)
             self._results[-1].zero_()  # what a masked slot adds
             buffers = CallBuffers(self._rows, self._plan.own)
@@ -132,18 +132,14 @@ class Call:
 
     def _pack(self, hidden: Tensor, workspace: Workspace) -> None:
         """Copies the row plan to the device, writes all pair records, encodes tokens into inbox and messages."""
-        plan, route = self._plan, self._route
-        arrays = [np.concatenate([step.counts for step in plan.steps])]
-        for segments in (plan.computed, plan.records, plan.unique):
-            arrays += [segments.lengths, segments.offsets]
-        metadata = to_device(arrays, hidden.device, workspace, "row plan")
-        self._tokens_per_expert = metadata[0].to(torch.int32)
-        self._sources, self._destinations = expand(metadata[1], metadata[2], plan.computed.total)  # [2, n of all steps]
-        record_rows = expand(metadata[3], metadata[4], route.num_rows)
-        self._records.index_copy_(0, record_rows, pair_records(route.token_rows, route.weights))
-        each_wave = self._backend.packs_each_wave
-        unique_rows = None if each_wave else expand(metadata[5], metadata[6], len(route.unique))
-        self._backend.pack(hidden, route.unique, unique_rows)
+        plan, route, backend = self._plan, self._route, self._backend
+        segments = [plan.computed, plan.records] + [plan.unique] * (not backend.packs_each_wave)
+        counts = [np.concatenate([step.counts for step in plan.steps])] * backend.counts_on_device
+        expanded, copied = expand_all(segments, counts, hidden.device, workspace, "row plan")
+        self._sources, self._destinations = expanded[0]  # [2, n of all steps]
+        self._tokens_per_expert = copied[0].to(torch.int32) if copied else None
+        self._records.index_copy_(0, expanded[1], pair_records(route.token_rows, route.weights))
+        backend.pack(hidden, route.unique, None if backend.packs_each_wave else expanded[2])
 
     def dispatch(self, wave: int) -> None:
         """Sends this rank's messages of the wave, and opens the way for what comes in and for what will come home."""
@@ -193,10 +189,10 @@ class Call:
                 self._backend.read(tokens)
         self._unread = None
         token_rows, weights = read_records(self._records.index_select(0, self._sources[work.rows]))
+        on_device = self._tokens_per_expert
         return RowsByExpert(
             experts=work.experts,
-            counts=work.counts,
-            tokens_per_expert=self._tokens_per_expert[work.places],
+            tokens_per_expert=torch.from_numpy(work.counts) if on_device is None else on_device[work.places],
             sources=token_rows,
             weights=weights,
             destinations=self._destinations[work.rows],
@@ -223,16 +219,14 @@ class Call:
                 transfer.finish()
         return out
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        with self._record.timing("compute_s"), self.stopwatch or nullcontext():
-            yield
+    def _computing(self) -> AbstractContextManager[None]:
+        return self.stopwatch or self._record.timing("compute_s")
 
     def _note(self, parts: Parts, rows: RankRows, hidden: Tensor) -> None:
-        record, num_waves = self._record, parts.plan.num_waves
-        record.tokens, record.waves = len(hidden), num_waves
+        record, plan = self._record, self._plan
+        record.tokens, record.waves = len(hidden), parts.plan.num_waves
         record.rows_local = int(rows.own.sum())
         record.rows_sent = self._route.num_rows - record.rows_local
-        record.rows_received = int(rows.arriving.sum())
-        record.dispatch_bytes = sum(each.stop - each.start for each in self._plan.sent) * parts.wire.row_bytes
+        record.rows_received = plan.going_home[-1].stop
+        record.dispatch_bytes = plan.sent[-1].stop * parts.wire.row_bytes
         record.combine_bytes = record.rows_received * 2 * hidden.shape[1]

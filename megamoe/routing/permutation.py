@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -57,13 +58,8 @@ def route_rows(
     tokens [0, 1, 1, 0, 2]    positions [[0, 3], [2, 1], [4, 5]]    unique [0, 1]
     token_rows [s, s + 1, s + 1, 0, 2], s being the row of rank 1's inbox where rank 0's tokens begin
     """
-    others = [rank for rank in range(plan.placement.ep_size) if rank != ep_rank]
-    remote = [(wave, rank) for wave in range(plan.num_waves) for rank in others]
-    order = [e for wave, rank in remote for e in plan.experts(rank, wave)] + list(plan.placement.experts(ep_rank))
-    ranking = np.empty(len(order) + 1, np.int64)
-    ranking[order] = np.arange(len(order))
-    ranking[-1] = len(order)  # masked slots, id -1, come last
-    sending = _Sending.of(remote, ep_rank, messages)
+    ranking, waves, ranks = _ranking(plan, ep_rank)
+    sending = _Sending.of(waves, ranks, ep_rank, messages)
     metadata = to_device([ranking, *sending.arrays], topk_ids.device, workspace, "route")
 
     tokens, weights, positions = _sort_slots(topk_ids, topk_weights, metadata[0], num_rows)
@@ -71,6 +67,21 @@ def route_rows(
     unique, sent_rows = sending.unique(leaving, len(topk_ids), metadata[1:])
     token_rows = torch.cat((sent_rows, tokens[len(leaving) :].to(torch.int32)))
     return Route(tokens, weights, positions, unique, token_rows)
+
+
+@lru_cache(maxsize=64)
+def _ranking(plan: WavePlan, ep_rank: int) -> tuple[Array, Array, Array]:
+    """Place of each expert in the order of Route, [E + 1] with that of masked slots, id -1, at the end; and the waves
+    and receivers of the messages that leave, in order.
+    """
+    others = [rank for rank in range(plan.placement.ep_size) if rank != ep_rank]
+    remote = [(wave, rank) for wave in range(plan.num_waves) for rank in others]
+    order = [e for wave, rank in remote for e in plan.experts(rank, wave)] + list(plan.placement.experts(ep_rank))
+    ranking = np.empty(len(order) + 1, np.int64)
+    ranking[order] = np.arange(len(order))
+    ranking[-1] = len(order)
+    waves, ranks = np.asarray(remote, np.int64).reshape(-1, 2).T
+    return ranking, waves, ranks
 
 
 def _sort_slots(
@@ -109,8 +120,7 @@ class _Sending:
         return [self.pairs, np.stack((self.ranks, self.bases))]
 
     @classmethod
-    def of(cls, remote: Sequence[tuple[int, int]], ep_rank: int, messages: Messages) -> _Sending:
-        waves, ranks = np.asarray(remote, np.int64).reshape(-1, 2).T
+    def of(cls, waves: Array, ranks: Array, ep_rank: int, messages: Messages) -> _Sending:
         unique = messages.unique[ep_rank, waves, ranks]
         # the n-th unique token of all lies in row bases + n + 1 of its receiver's inbox
         bases = (

@@ -18,32 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from megamoe.routing.messages import Array, Messages
-from megamoe.routing.segments import exclusive_sum
+from megamoe.routing.segments import Segments, exclusive_sum
 from megamoe.routing.waves import WavePlan
 from megamoe.routing.wire import Wire
 from megamoe.schedule.schedule import Step
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Consecutive numbers in segments of `lengths` [J]; a segment's first ones are `firsts` [..., J]."""
-
-    lengths: Array
-    firsts: Array
-
-    @property
-    def offsets(self) -> Array:
-        """What segments.expand() takes: firsts, less where each segment begins."""
-        return self.firsts - exclusive_sum(self.lengths)
-
-    @property
-    def total(self) -> int:
-        return int(self.lengths.sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,56 +104,69 @@ def plan_rows(
 ) -> RowPlan:
     """num_tokens: T of this rank."""
     heads, unique, pairs = messages.heads[ep_rank], messages.unique[ep_rank], messages.pairs[ep_rank]  # [W, P]
-    home = messages.pairs[:, :, ep_rank].T  # [W, P]
-    num_own, num_home, num_leaving = int(rows.own.sum()), int(home.sum()), int(pairs.sum())
-    message_at, home_at = (exclusive_sum(each.ravel()).reshape(each.shape) for each in (heads + unique, home))
-    records_at = int((heads + unique).sum())
+    sizes, home = heads + unique, messages.pairs[:, :, ep_rank].T  # [W, P]
+    message_at, home_at = (exclusive_sum(each.ravel()).reshape(each.shape) for each in (sizes, home))
+    sent = _slices(sizes.sum(1).tolist(), 0)
+    num_own, records_at = int(rows.own.sum()), sent[-1].stop
     inbox = records_at + -(-wire.PAIR_BYTES * num_own // wire.row_bytes)
-    arriving = messages.heads[:, :, ep_rank] + messages.unique[:, :, ep_rank]  # [P, W]
+    arriving = _slices(
+        (messages.heads[:, :, ep_rank] + messages.unique[:, :, ep_rank]).sum(0).tolist(), inbox + num_tokens
+    )
+    going_home = _slices(home.sum(1).tolist(), 0)
+    coming_home = _slices(pairs.sum(1).tolist(), going_home[-1].stop)
 
     words = wire.row_bytes // wire.PAIR_BYTES  # pair records that a row has room for
-    bounds = np.asarray(plan.bounds[ep_rank]) - rows.ids.start
-    wave = np.repeat(np.arange(plan.num_waves), np.diff(bounds))  # [e]
+    wave, first = _waves_of(plan, ep_rank)
     before = np.zeros((len(rows.arriving), len(rows.ids) + 1), np.int64)
     np.cumsum(rows.arriving, 1, out=before[:, 1:])
-    within = (before[:, :-1] - before[:, bounds[wave]]).T  # [e, P]: rows of the same message for the experts before
+    within = (before[:, :-1] - before[:, first]).T  # [e, P]: rows of the same message for the experts before
     own_at = exclusive_sum(rows.own)
     firsts = np.empty((2, len(rows.ids), len(rows.arriving) + 1), np.int64)  # the rank itself is the last source
     firsts[0, :, :-1] = (inbox + messages.starts[ep_rank, wave]) * words + within
     firsts[1, :, :-1] = home_at[wave] + within
-    firsts[0, :, -1], firsts[1, :, -1] = records_at * words + own_at, num_home + num_leaving + own_at
+    firsts[0, :, -1], firsts[1, :, -1] = records_at * words + own_at, coming_home[-1].stop + own_at
     lengths = np.concatenate((rows.arriving, rows.own[None])).T  # [e, P + 1]
-    order = _steps_of(steps, wave, lengths.shape, rows.ids.start).ravel().argsort(kind="stable")
+    computed = Segments(lengths.ravel(), firsts.reshape(2, -1))
+    if len(steps) > plan.num_waves:  # else a step is a wave, and experts are in order
+        order = _steps_of(steps, wave, lengths.shape, rows.ids.start).ravel().argsort(kind="stable")
+        computed = Segments(computed.lengths[order], computed.firsts[:, order])
 
-    num_results = num_home + num_leaving + num_own + 1
+    num_results = coming_home[-1].stop + num_own + 1
     return RowPlan(
         own=slice(inbox, inbox + num_tokens),
-        num_rows=inbox + num_tokens + int(arriving.sum()),
-        sent=_slices((heads + unique).sum(1), 0),
-        arriving=_slices(arriving.sum(0), inbox + num_tokens),
+        num_rows=arriving[-1].stop,
+        sent=sent,
+        arriving=arriving,
         num_results=num_results,
-        reduced=slice(num_home, num_results),
-        going_home=_slices(home.sum(1), 0),
-        coming_home=_slices(pairs.sum(1), num_home),
-        records=Segments(np.append(pairs.ravel(), num_own), np.append(message_at, records_at) * words),
+        reduced=slice(going_home[-1].stop, num_results),
+        going_home=going_home,
+        coming_home=coming_home,
+        records=Segments(np.append(pairs, num_own), np.append(message_at, records_at) * words),
         unique=Segments(unique.ravel(), (message_at + heads).ravel()),
-        computed=Segments(lengths.ravel()[order], firsts.reshape(2, -1)[:, order]),
+        computed=computed,
         steps=_step_rows(plan, ep_rank, steps, rows),
     )
 
 
-def _slices(lengths: Array, start: int) -> list[slice]:
+def _slices(lengths: list[int], start: int) -> list[slice]:
     """Consecutive slices of these lengths.    [2, 3], 10  ->  10:12, 12:15"""
-    ends = [start, *(start + lengths.cumsum()).tolist()]
-    return [slice(*each) for each in pairwise(ends)]
+    return [slice(*ends) for ends in pairwise(accumulate(lengths, initial=start))]
+
+
+@lru_cache(maxsize=64)
+def _waves_of(plan: WavePlan, ep_rank: int) -> tuple[Array, Array]:
+    """The wave of each expert of the rank, and the first expert of that wave, both [e]; experts count from 0."""
+    bounds = np.asarray(plan.bounds[ep_rank]) - plan.bounds[ep_rank][0]
+    wave = np.repeat(np.arange(plan.num_waves), np.diff(bounds))
+    return wave, bounds[wave]
 
 
 def _steps_of(steps: Sequence[Step], wave: Array, shape: tuple[int, ...], first: int) -> Array:
     """Which step computes the rows of each expert and source, in the order of steps: [e, P + 1]"""
-    arrived, own = np.zeros(int(wave.max(initial=-1)) + 1, np.int64), np.zeros(shape[0], np.int64)
+    arrived, own = np.zeros(len(steps), np.int64), np.zeros(shape[0], np.int64)  # no more waves than steps
     for number, step in enumerate(steps):
         own[step.local.start - first : step.local.stop - first] = number
-        if step.arrived and step.wave < len(arrived):
+        if step.arrived:
             arrived[step.wave] = number
     found = np.empty(shape, np.int64)
     found[:, :-1], found[:, -1] = arrived[wave][:, None], own

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,6 +42,42 @@ def exclusive_sum(lengths: Array) -> Array:
     return ends - lengths
 
 
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Consecutive numbers in segments of `lengths` [J]; a segment begins with `firsts` [..., J]. n numbers in all.
+
+    lengths [2, 0, 3], firsts [10, 5, 7]  ->  10 11 | 7 8 9
+    """
+
+    lengths: Array
+    firsts: Array
+
+    def offsets(self) -> Array:
+        """Of each segment: its first number, less where the segment begins."""
+        return self.firsts - exclusive_sum(self.lengths)
+
+    def expand(self) -> Array:
+        """All numbers, one segment after the other, [..., n]."""
+        numbers: Array = self.offsets().repeat(self.lengths, -1)
+        numbers += np.arange(numbers.shape[-1])
+        return numbers
+
+
+def expand_all(
+    segments: Sequence[Segments], others: Sequence[Array], device: torch.device, workspace: Workspace, name: Hashable
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The numbers of all segments, and other arrays, int64 on the device: to_device(), and expanded there."""
+    if on_host(device):
+        return [torch.from_numpy(each.expand()) for each in segments], [torch.from_numpy(each) for each in others]
+    arrays = [array for each in segments for array in (each.lengths, each.offsets())]
+    copied = to_device((*arrays, *others), device, workspace, name)
+    pairs = zip(segments, copied[::2], copied[1::2], strict=False)
+    expanded = [repeat(offsets, lengths, int(each.lengths.sum())) for each, lengths, offsets in pairs]
+    for numbers in expanded:
+        numbers += torch.arange(numbers.shape[-1], device=device)
+    return expanded, copied[len(arrays) :]
+
+
 def repeat(values: Tensor, lengths: Tensor, total: int) -> Tensor:
     """Each segment's value for all of its numbers: values [..., J], lengths [J] int64, `total` in all -> [..., total].
 
@@ -49,16 +86,6 @@ def repeat(values: Tensor, lengths: Tensor, total: int) -> Tensor:
     if on_host(values.device):  # numpy is ten times as quick for a few
         return torch.from_numpy(values.numpy().repeat(lengths.numpy(), -1))
     return torch.repeat_interleave(values, lengths, dim=-1, output_size=total)
-
-
-def expand(lengths: Tensor, offsets: Tensor, total: int) -> Tensor:
-    """Numbers of all segments, one segment after the other: i + the offset of i's segment, for i from 0 to n.
-
-    lengths [J] int64, n in all; offsets [..., J] int64: what a segment's first number is, less where the segment begins
-        lengths [2, 0, 3], firsts [10, 5, 7], so offsets [10, 3, 5]  ->  10 11 | 7 8 9
-    """
-    count = torch.arange(total, device=lengths.device)
-    return repeat(offsets, lengths, total).add_(count)
 
 
 def select(values: Tensor, mask: Tensor, number: Tensor, count: int) -> Tensor:

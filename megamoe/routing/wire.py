@@ -24,14 +24,13 @@ DISPATCH_FORMATS = ("mxfp8", "bf16", "auto")  # auto picks one of the others
 
 
 def pair_records(token_rows: Tensor, weights: Tensor) -> Tensor:
-    """token_rows [n] int32, weights [n] float32 -> records [n] int64"""
-    return torch.stack((token_rows, weights.view(torch.int32)), 1).view(torch.int64).flatten()
+    """token_rows [n] int32, weights [n] float32 -> records [n, 2] int32"""
+    return torch.stack((token_rows, weights.view(torch.int32)), 1)
 
 
 def read_records(records: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse of pair_records(); token_rows has a stride of 2."""
-    token_rows, weights = records.view(torch.int32).view(-1, 2).unbind(1)
-    return token_rows, weights.contiguous().view(torch.float32)
+    return records[:, 0], records[:, 1].contiguous().view(torch.float32)
 
 
 @dataclass(frozen=True, slots=True)

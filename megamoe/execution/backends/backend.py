@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megamoe.execution.experts import Experts
 from megamoe.parallel.workspace import Workspace
-from megamoe.routing.messages import Array
 from megamoe.routing.wire import Wire
 
 
@@ -21,15 +20,13 @@ class RowsByExpert:
     """Rows sorted by expert without being moved: n in all.
 
     experts             their global ids
-    counts              [experts] int64, rows of each expert, on the host; None where only the device knows them
-    tokens_per_expert   [experts] int32, the same on the device
+    tokens_per_expert   [experts] rows of each: int64 on the host, or where the backend counts on the device int32 there
     sources             [n] int32, of any stride: in which row of the tokens each row is
     weights             [n] float32
     destinations        [n] int64: which row of the results each row becomes
     """
 
     experts: range
-    counts: Array | None
     tokens_per_expert: Tensor
     sources: Tensor
     weights: Tensor
@@ -49,13 +46,15 @@ class CallBuffers:
 
 
 class Backend(ABC):
-    """Packs and computes for one call. What linear1() and activate() return is what the next step takes.
+    """Packs and computes for one call. What grouped_linear1() and activate() return is what comes next takes.
 
-    packs_each_wave   whether pack_message() fills a wave's messages when they are sent, while others travel, or pack()
-                      fills all of them at once
+    packs_each_wave    whether pack_message() fills a wave's messages when they are sent, while others travel, or pack()
+                       fills all of them at once
+    counts_on_device   where RowsByExpert.tokens_per_expert is
     """
 
     packs_each_wave: ClassVar[bool]
+    counts_on_device: ClassVar[bool]
 
     def __init__(self, experts: Experts, wire: Wire, workspace: Workspace, buffers: CallBuffers) -> None:
         self._experts, self._wire, self._workspace, self._buffers = experts, wire, workspace, buffers

@@ -16,6 +16,7 @@ class TorchBackend(Backend):
     """Decodes what arrived to BF16, unless the wire's rows are the experts' tokens as they are."""
 
     packs_each_wave = True
+    counts_on_device = False
 
     def __init__(self, experts: Experts, wire: Wire, workspace: Workspace, buffers: CallBuffers) -> None:
         super().__init__(experts, wire, workspace, buffers)
@@ -38,17 +39,12 @@ class TorchBackend(Backend):
             self._wire.decode(self._buffers.rows[rows], self._tokens[rows.start - first : rows.stop - first])
 
     def grouped_linear1(self, rows: RowsByExpert) -> Tensor:
-        tokens = Rows(self._tokens, _counts(rows), rows.sources.to(torch.int64))
+        tokens = Rows(self._tokens, rows.tokens_per_expert, rows.sources.to(torch.int64))
         return self._experts.linear1(tokens, rows.experts, self._workspace)
 
     def activate(self, linear1: Tensor, rows: RowsByExpert) -> Tensor:
         return self._experts.activation(linear1, rows.weights, self._workspace)
 
     def grouped_linear2(self, activated: Tensor, rows: RowsByExpert, results: Tensor) -> None:
-        by_expert = Rows(activated, _counts(rows))
+        by_expert = Rows(activated, rows.tokens_per_expert)
         self._experts.linear2(by_expert, rows.experts, results, rows.destinations, self._workspace)
-
-
-def _counts(rows: RowsByExpert) -> Tensor:
-    assert rows.counts is not None
-    return torch.from_numpy(rows.counts)

@@ -53,7 +53,6 @@ class Alone:
             x = _read_as(experts, hidden, workspace, rounds=rounds)
             rows = RowsByExpert(
                 experts=experts.ids,
-                counts=None,
                 tokens_per_expert=slots.tokens_per_expert,
                 sources=slots.source,
                 weights=slots.weights,

@@ -28,6 +28,7 @@ class TritonBackend(Backend):
     """Converts what arrived to what Linear-1 reads, unless that is the wire's rows as they are."""
 
     packs_each_wave = False
+    counts_on_device = True
 
     def __init__(self, experts: Experts, wire: Wire, workspace: Workspace, buffers: CallBuffers) -> None:
         super().__init__(experts, wire, workspace, buffers)
