@@ -26,7 +26,7 @@ from megamoe.execution.checks import (
     check_values,
 )
 from megamoe.execution.experts import Experts, Weight
-from megamoe.execution.pipeline import Call, CallBase, CallRecord, Parts
+from megamoe.execution.pipeline import Call, CallRecord, Parts
 from megamoe.execution.stacks import load_stacks, shortened
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
@@ -122,13 +122,9 @@ class MegaMoE(nn.Module):
         self.last_call = CallRecord()
         self._num_calls = 0
         self.group.turns.number(self, self.name)  # layers of one name are told apart by the order in which they came
-        kernels, alone = self.experts.grouped, self.group.size == 1
-        self._alone = (
-            import_module("megamoe.execution.backends.triton_alone").Alone(self.experts) if kernels and alone else None
-        )
-        self._call: type[CallBase] = (
-            import_module("megamoe.execution.backends.triton_call").KernelCall if kernels and not alone else Call
-        )
+        self._alone = None
+        if self.experts.grouped and self.group.size == 1:
+            self._alone = import_module("megamoe.execution.backends.triton_alone").Alone(self.experts)
 
     def regroup(self, group: EPGroup | dist.ProcessGroup | None) -> list[int]:
         """Goes on in another group, as whichever rank this is there -> global ids of the experts still to be loaded.
@@ -254,7 +250,7 @@ class MegaMoE(nn.Module):
         complaint: ValueError | None,
         record: CallRecord,
         notes: Notes,
-    ) -> CallBase:
+    ) -> Call:
         """Agrees with all ranks on the call, before any row moves, and lays out this rank's part of it."""
         tokens, counts, firsts = 0, *torch.zeros(2, self.shape.num_experts, dtype=torch.int64)
         if complaint is None:
@@ -269,11 +265,11 @@ class MegaMoE(nn.Module):
             plan = plan_waves(self.placement, choice.waves)
             messages = Messages.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts)
             workspace = self.group.workspace
-            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, counts.tolist(), messages, workspace)
+            num_rows = int(counts.numpy().sum())
+            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace)
             hidden = hidden.to(torch.bfloat16).contiguous()
         parts = Parts(self.name, self.group, self.experts, choice.wire, plan, messages, choice.cost_model, notes)
-        call: CallBase = self._call(parts, route, agreed.counts, hidden, record)
-        return call
+        return Call(parts, route, agreed.counts, hidden, record)
 
     def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, ValueError | None]:
         """Rows for each expert and unique tokens, [E] int64 on the CPU, and what is wrong with the values.

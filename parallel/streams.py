@@ -1,12 +1,10 @@
 """Where a device's work is queued: compute in the caller's stream, messages in one beside it, both at once.
 
-A message waits for what it sends and for nothing else, and compute for what it reads. On a CPU there are no queues, and
-only the stopwatch does anything.
+A message waits for what it sends and for nothing else, and compute for what it reads. On a CPU there are no queues.
 """
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -52,29 +50,24 @@ class Streams:
 
 
 class Stopwatch:
-    """How long a device computes, in any number of intervals, `with stopwatch:` around each; read once all are over."""
+    """How long a CUDA device computes, in intervals, `with stopwatch:` around each; read after the last."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._host_s = device, 0.0
+        self._device = device
         self._events: list[torch.cuda.Event] = []
 
     def __enter__(self) -> None:
-        self._host_s -= time.perf_counter()
         self._mark()
 
     def __exit__(self, *_: object) -> None:
-        self._host_s += time.perf_counter()
         self._mark()
 
     def _mark(self) -> None:
-        if self._device.type == "cuda":
-            self._events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
-            self._events[-1].record(torch.cuda.current_stream(self._device))
+        self._events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+        self._events[-1].record(torch.cuda.current_stream(self._device))
 
     def read_s(self) -> float:
-        """Seconds of all intervals, of the device where it has a queue. Waits for the last interval to end."""
-        if not self._events:
-            return self._host_s
+        """Seconds of all intervals. Waits for the last one to end."""
         self._events[-1].synchronize()
         pairs = zip(self._events[::2], self._events[1::2], strict=True)
         milliseconds: float = sum(begun.elapsed_time(ended) for begun, ended in pairs)

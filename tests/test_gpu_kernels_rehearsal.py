@@ -114,7 +114,7 @@ import torch
 from megamoe import EPGroup, MegaMoE, MoEShape
 import benchmarks.gpu_kernels.run, benchmarks.gpu_kernels.stages.compiling, benchmarks.gpu_kernels.stages.one_rank
 import benchmarks.gpu_kernels.stages.processes, benchmarks.gpu_kernels.stages.probe
-import megamoe.execution.backends.triton_call
+import megamoe.execution.backends.triton_backend
 shape = MoEShape(hidden=64, intermediate=32, num_experts=4, topk=2)
 layer = MegaMoE(shape, EPGroup.of(None))
 layer.load_experts(torch.randn(4, 64, 64), torch.randn(4, 64, 32))

@@ -364,7 +364,7 @@ def queued(group: EPGroup, batch: Batch) -> list[str]:
     try:
         with (
             mock.patch.object(transport, "expect", logged),
-            mock.patch("megamoe.execution.backends.triton_call.run_experts", computes(log)),
+            mock.patch("megamoe.execution.backends.triton_backend.linear1", computes(log)),
         ):
             layer(batch.hidden, batch.ids, batch.weights)
     finally:
@@ -373,12 +373,12 @@ def queued(group: EPGroup, batch: Batch) -> list[str]:
 
 
 def computes(log: list[str]) -> Any:
-    from megamoe.execution.backends.triton_experts import run_experts
+    from megamoe.execution.backends.triton_experts import linear1
 
-    def run(*args: Any, oversubscription: int) -> None:
-        assert oversubscription > 1, "or messages would wait until a kernel has ended"
+    def run(*args: Any) -> Any:
+        assert args[-1] > 1, "oversubscription: without it messages would wait until a kernel has ended"
         log.append("compute")
-        run_experts(*args, oversubscription=oversubscription)
+        return linear1(*args)
 
     return run
 

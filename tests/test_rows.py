@@ -18,9 +18,9 @@ from megamoe.parallel.placement import Placement
 from megamoe.parallel.workspace import Workspace
 from megamoe.reference import round_mxfp8
 from megamoe.routing.messages import Messages, count_rows
-from megamoe.routing.permutation import Route, by_expert, route_rows
+from megamoe.routing.permutation import Route, route_rows
 from megamoe.routing.waves import WavePlan, plan_waves
-from megamoe.routing.wire import Wire
+from megamoe.routing.wire import Wire, pair_records, read_records
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def routed(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> tuple[Rou
     counts, firsts = count_rows(ids, plan.placement)
     size = plan.placement.ep_size
     messages = Messages.of(plan, WIRE, [len(ids)] * size, counts.expand(size, -1), firsts.expand(size, -1))
-    return route_rows(ids, weights, plan, rank, counts.tolist(), messages, Workspace()), messages
+    return route_rows(ids, weights, plan, rank, int(counts.sum()), messages, Workspace()), messages
 
 
 def check_route(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> None:
@@ -78,18 +78,8 @@ def check_route(ids: Tensor, weights: Tensor, plan: WavePlan, rank: int) -> None
         positions[token, slot] = index
     assert got.positions.tolist() == positions.tolist()
 
-    sent = [[0] * plan.placement.ep_size for _ in range(plan.num_waves)]
-    for wave, home, *_ in leaving:
-        sent[wave][home] += 1
-    assert got.sent == sent
-    for wave in range(plan.num_waves):
-        assert [row[0] for row in rows[got.remote(wave)]] == [wave] * sum(sent[wave])
-        assert got.remote(wave).stop <= len(leaving)
-    own = plan.placement.experts(rank)
-    for first in range(own.start, own.stop + 1):
-        for last in range(first, own.stop + 1):
-            part = range(first, last)
-            assert rows[got.local(part, own.start)] == [row for row in sorted(staying) if row[2] in part]
+    own_tokens = [token for *_, token, _ in sorted(staying)]
+    assert got.token_rows.tolist()[len(leaving) :] == own_tokens, "the inbox begins with this rank's own tokens"
 
 
 def test_route_of_the_docstring() -> None:
@@ -99,8 +89,6 @@ def test_route_of_the_docstring() -> None:
     assert got.tokens.tolist() == [0, 1, 1, 0, 2]
     assert got.positions.tolist() == [[0, 3], [2, 1], [4, 5]]
     assert got.weights.tolist() == [0, 3, 2, 1, 4]
-    assert got.sent == [[0, 3]]
-    assert (got.remote(0), got.local(range(2), 0)) == (slice(0, 3), slice(3, 5))
 
 
 @pytest.mark.parametrize("waves", [1, 2, 3, 7, (1, 3, 2)], ids=str)
@@ -123,25 +111,6 @@ def test_routes_hold_when_every_slot_has_the_same_expert(expert: int) -> None:
     plan = plan_waves(Placement(10, 4), 2)
     for rank in range(4):
         check_route(torch.full((5, 3), expert), torch.rand(5, 3, generator=generator(expert)), plan, rank)
-
-
-# ---- by_expert ----
-
-
-def test_rows_by_expert_as_in_the_docstring() -> None:
-    assert by_expert(np.array([[1, 2], [2, 0]])).tolist() == [0, 3, 4, 1, 2]
-
-
-@pytest.mark.parametrize(("num_sources", "num_experts"), [(1, 1), (1, 5), (2, 3), (4, 2), (5, 7), (3, 0)])
-def test_rows_by_expert_are_those_of_a_sort_of_single_rows(num_sources: int, num_experts: int) -> None:
-    for most in (0, 1, 4, 20):
-        counts = torch.randint(0, most + 1, (num_sources, num_experts), generator=generator(num_sources, most))
-        counts[0] = 0  # a source that sends nothing
-        if num_experts > 1:
-            counts[:, 1] = 0  # an expert that nobody wants
-        experts = [expert for source in counts.tolist() for expert, count in enumerate(source) for _ in range(count)]
-        expected = sorted(range(len(experts)), key=lambda row, of=experts: (of[row], row))  # type: ignore[misc]
-        assert by_expert(counts.numpy()).tolist() == expected
 
 
 # ---- the wire ----
@@ -215,20 +184,17 @@ def test_bytes_stand_where_the_module_docstring_says() -> None:
     rows, quantized = encode(wire, tokens), quantize_mxfp8(tokens)
     assert torch.equal(rows[:, :64], quantized.values.view(torch.uint8))
     assert torch.equal(rows[:, 64:66], quantized.scales)
-    said = torch.zeros(1, wire.row_bytes, dtype=torch.uint8)
-    wire.write_pairs(said, torch.tensor([7, 1 << 20], dtype=torch.int32), torch.tensor([0.5, -2.0]))
-    assert said.numpy().tobytes()[:16] == struct.pack("<ifif", 7, 0.5, 1 << 20, -2.0)
+    records = pair_records(torch.tensor([7, 1 << 20], dtype=torch.int32), torch.tensor([0.5, -2.0]))
+    assert records.numpy().tobytes() == struct.pack("<ifif", 7, 0.5, 1 << 20, -2.0)
 
 
-def test_what_is_said_of_pairs_reads_back_with_every_bit() -> None:
+def test_pair_records_read_back_with_every_bit() -> None:
     weights = torch.tensor([[-0.0, 1], [float("inf"), 1], [1e-45, 1], [-3.5, 1], [float("nan"), 1]])[:, 0].contiguous()
-    places = torch.tensor([0, 2**31 - 1, 5, 5, 1], dtype=torch.int32)
-    rows = torch.zeros(2, WIRE.row_bytes, dtype=torch.uint8)
-    WIRE.write_pairs(rows, places, weights)
-    got_places, got_weights = WIRE.read_pairs(rows, 5)
-    assert torch.equal(got_places, places)
+    rows = torch.tensor([0, 2**31 - 1, 5, 5, 1], dtype=torch.int32)
+    got_rows, got_weights = read_records(pair_records(rows, weights))
+    assert torch.equal(got_rows, rows)
     assert torch.equal(got_weights.view(torch.int32), weights.view(torch.int32))
-    assert [len(part) for part in WIRE.read_pairs(rows[:0], 0)] == [0, 0]
+    assert [len(part) for part in read_records(pair_records(rows[:0], weights[:0]))] == [0, 0]
 
 
 # ---- messages: every token to every rank once ----
@@ -243,7 +209,7 @@ def check_messages(shape: tuple[int, int, int], waves: int, seed: int) -> None:
     both = [count_rows(each, plan.placement) for each in ids]
     counts, firsts = torch.stack([pairs for pairs, _ in both]), torch.stack([first for _, first in both])
     messages = Messages.of(plan, WIRE, [len(each) for each in ids], counts, firsts)
-    routes = [route_rows(ids[r], weights[r], plan, r, counts[r].tolist(), messages, Workspace()) for r in range(size)]
+    routes = [route_rows(ids[r], weights[r], plan, r, int(counts[r].sum()), messages, Workspace()) for r in range(size)]
     inboxes = [[(r, t) for t in range(len(ids[r]))] for r in range(size)]  # (rank, token) of each row, own ones first
     sent = [0] * size
     for wave in range(plan.num_waves):
@@ -257,13 +223,13 @@ def check_messages(shape: tuple[int, int, int], waves: int, seed: int) -> None:
                 inboxes[receiver] += [(sender, token) for token in unique]
         for sender in range(size):
             sent[sender] += int(messages.unique[sender, wave].sum())
-            route, begin = routes[sender], routes[sender].wave_starts[wave]
+            route, begin = routes[sender], int(messages.pairs[sender, :wave].sum())
             for receiver, pairs in enumerate(messages.pairs[sender, wave].tolist()):
                 for row in range(begin, begin + pairs):  # what they point to has come by now
-                    assert inboxes[receiver][int(route.places[row])] == (sender, int(route.tokens[row]))
+                    assert inboxes[receiver][int(route.token_rows[row])] == (sender, int(route.tokens[row]))
                 begin += pairs
     for receiver, inbox in enumerate(inboxes):
-        assert len(inbox) == messages.inbox_rows(receiver, len(ids[receiver]))
+        assert len(inbox) == len(ids[receiver]) + sum(sum(messages.incoming(receiver, w)) for w in range(waves))
         came = [row for row in inbox if row[0] >= 0]
         assert len(came) == len(set(came)), "a token came twice"
     for sender, route in enumerate(routes):
@@ -289,7 +255,7 @@ def test_a_route_sends_what_its_docstring_says() -> None:
     got, messages = routed(ids, torch.ones(3, 2), plan_waves(Placement(4, 2), 1), 0)
     begin = int(messages.starts[1, 0, 0] + messages.heads[0, 0, 1])
     assert got.unique.tolist() == [0, 1]
-    assert got.places.tolist() == [begin, begin + 1, begin + 1]
+    assert got.token_rows.tolist() == [begin, begin + 1, begin + 1, 0, 2]
 
 
 # ---- reduce_slots ----

@@ -1,4 +1,4 @@
-"""Segments of rows, spelled out on the host and by the operations that a GPU is given, with CPU tensors for both."""
+"""Segments of rows, expanded on the host and by the operations that a GPU is given, with CPU tensors for both."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from megamoe.parallel.workspace import Workspace
-from megamoe.routing.segments import begins, chosen, spell_out, spread, to_device, to_host
+from megamoe.routing.segments import Segments, expand_all, repeat, select, to_device, to_host
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as_on_a_gpu"])
 @pytest.mark.parametrize("lengths", [[2, 0, 3], [0], [], [4], [0, 0, 1]], ids=str)
-def test_segments_are_spelled_out_number_by_number(lengths: list[int], gpu: bool) -> None:
+def test_segments_are_expanded_number_by_number(lengths: list[int], gpu: bool) -> None:
     firsts = np.array([[10, 5, 7], [0, 100, -3]])[:, : len(lengths)]
     sizes = np.array(lengths, dtype=np.int64)
     expected = [
@@ -24,9 +24,10 @@ def test_segments_are_spelled_out_number_by_number(lengths: list[int], gpu: bool
         for row in firsts.tolist()
     ]
     with mock.patch("megamoe.routing.segments.on_host", return_value=not gpu):
-        told = to_device((sizes, firsts - begins(sizes)), CPU, Workspace(), "test")
-        assert spell_out(told[0], told[1], sum(lengths)).tolist() == expected
-        assert spread(torch.from_numpy(firsts), told[0], sum(lengths)).tolist() == [
+        numbers, others = expand_all((Segments(sizes, firsts),) * 2, (sizes,), CPU, Workspace(), "test")
+        assert [each.tolist() for each in numbers] == [expected] * 2
+        assert [each.tolist() for each in others] == [lengths]
+        assert repeat(torch.from_numpy(firsts), others[0], sum(lengths)).tolist() == [
             [first for first, length in zip(row, lengths, strict=True) for _ in range(length)]
             for row in firsts.tolist()
         ]
@@ -34,10 +35,10 @@ def test_segments_are_spelled_out_number_by_number(lengths: list[int], gpu: bool
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as_on_a_gpu"])
 @pytest.mark.parametrize("mask", [[True, False, True], [False] * 3, [True] * 3, []], ids=str)
-def test_what_is_chosen_keeps_its_order(mask: list[bool], gpu: bool) -> None:
+def test_what_is_selected_keeps_its_order(mask: list[bool], gpu: bool) -> None:
     values, bits = torch.tensor([7, 8, 9])[: len(mask)], torch.tensor(mask, dtype=torch.bool)
     with mock.patch("megamoe.routing.segments.on_host", return_value=not gpu):
-        found = chosen(values, bits, bits.cumsum(0), sum(mask))
+        found = select(values, bits, bits.cumsum(0), sum(mask))
     assert found.tolist() == [value for value, each in zip([7, 8, 9], mask, strict=False) if each]
 
 

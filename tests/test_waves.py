@@ -114,7 +114,7 @@ def test_equal_waves_differ_by_at_most_one_expert(placement: Placement, waves: i
 @given(placements, wave_choices.filter(lambda waves: not isinstance(waves, int)), st.integers(2, 7))
 @examples
 def test_only_the_ratio_of_uneven_waves_counts(placement: Placement, waves: tuple[int, ...], factor: int) -> None:
-    assert plan_waves(placement, waves) == plan_waves(placement, [size * factor for size in waves])
+    assert plan_waves(placement, waves) == plan_waves(placement, tuple(size * factor for size in waves))
 
 
 @pytest.mark.parametrize(("waves", "sizes"), [(2, [3, 2]), ((1, 3), [1, 4]), (1, [5]), (5, [1] * 5)], ids=str)

@@ -61,10 +61,6 @@ class Messages:
         sizes: list[int] = (self.heads[:, wave, receiver] + self.unique[:, wave, receiver]).tolist()
         return sizes
 
-    def inbox_rows(self, receiver: int, num_tokens: int) -> int:
-        """Rows of the receiver's inbox, its own tokens included."""
-        return num_tokens + int(self.heads[:, :, receiver].sum() + self.unique[:, :, receiver].sum())
-
 
 def _by_wave_and_receiver(plan: WavePlan, by_expert: Tensor) -> Array:
     """[2, P, E] -> [2, P, W, P]: sums over the experts of each rank's wave, none for a rank's own."""

@@ -1,59 +1,44 @@
-"""Orders of rows: the order in which a rank sends them, and the order in which experts compute them.
+"""The order in which a rank's rows travel, and which tokens are sent: index arithmetic on (token, slot) pairs."""
 
-A row is one (token, slot) pair with an expert. Everything here is index arithmetic; the data moves once per order.
-"""
-
-# T tokens   K experts per token   N rows of this rank   P ranks   S sources   e experts
+# T tokens   K experts per token   N rows of this rank   P ranks   E experts in all
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megamoe.kernels.cpu.library import chosen as chosen_library
+from megamoe.kernels.cpu.library import chosen
 from megamoe.parallel.workspace import Workspace
 from megamoe.routing.messages import Array, Messages
-from megamoe.routing.segments import begins, chosen, spread, to_device
+from megamoe.routing.segments import exclusive_sum, repeat, select, to_device
 from megamoe.routing.waves import WavePlan
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """This rank's rows, a row being a (token, slot) pair, in the order in which they travel: by wave, peer and expert;
-    then its own, by expert.
+    """This rank's rows, one for each unmasked (token, slot) pair: by wave, receiver and expert, then its own by expert.
 
-    tokens [N] int64 and weights [N] float32 say where each row is from; positions [T, K] int64 where the row of a
-    slot is, N for a masked slot. sent[w][r]: rows of wave w to rank r, none to this rank. fresh: tokens in the order in
-    which they are sent, each once to a rank; places: in which row of its receiver's inbox the token of each row that
-    leaves is, int32.
+    tokens, weights   [N] int64, [N] float32: the token and the top-k weight of each row
+    positions         [T, K] int64: the row of each slot, N for a masked slot
+    unique            [.] int64: tokens in the order in which they are sent, each once to a rank
+    token_rows        [N] int32: the row of the receiver's inbox that holds each row's token
     """
 
     tokens: Tensor
     weights: Tensor
     positions: Tensor
-    sent: list[list[int]]
-    wave_starts: list[int]
-    local_starts: list[int]
     unique: Tensor
-    places: Tensor
+    token_rows: Tensor
 
     @property
     def num_rows(self) -> int:
         """N"""
         return len(self.tokens)
-
-    def remote(self, wave: int) -> slice:
-        """Rows of a wave that leave this rank."""
-        return slice(self.wave_starts[wave], self.wave_starts[wave + 1])
-
-    def local(self, experts: range, first: int) -> slice:
-        """Rows of this rank for its own experts; `first` is its first expert's id."""
-        return slice(self.local_starts[experts.start - first], self.local_starts[experts.stop - first])
 
 
 def route_rows(
@@ -61,51 +46,52 @@ def route_rows(
     topk_weights: Tensor,
     plan: WavePlan,
     ep_rank: int,
-    counts: Sequence[int],
+    num_rows: int,
     messages: Messages,
     workspace: Workspace,
 ) -> Route:
-    """Sorts the slots of topk_ids [T, K] int64 and topk_weights [T, K] float32; counts[E] are the rows of each expert.
+    """Sorts the slots of topk_ids [T, K] int64 and topk_weights [T, K] float32; num_rows N of them are not masked.
 
-    What counts say goes to the ids' device in one copy, and the host waits for nothing there.
+    What follows from counts is copied to the ids' device once, and the host waits for nothing.
 
     2 ranks, 4 experts, 1 wave, on rank 0:  ids [[2, 0], [3, 2], [1, -1]]  ->  rows of experts 2, 2, 3 | 0, 1
-    tokens [0, 1, 1, 0, 2]    positions [[0, 3], [2, 1], [4, 5]]
-    fresh [0, 1]    places [s, s + 1, s + 1], s being the row of rank 1's inbox where rank 0's tokens begin
+    tokens [0, 1, 1, 0, 2]    positions [[0, 3], [2, 1], [4, 5]]    unique [0, 1]
+    token_rows [s, s + 1, s + 1, 0, 2], s being the row of rank 1's inbox where rank 0's tokens begin
+    """
+    ranking, waves, ranks = _ranking(plan, ep_rank)
+    sending = _Sending.of(waves, ranks, ep_rank, messages)
+    metadata = to_device([ranking, *sending.arrays], topk_ids.device, workspace, "route")
+
+    tokens, weights, positions = _sort_slots(topk_ids, topk_weights, metadata[0], num_rows)
+    leaving = tokens[: int(sending.pairs.sum())]
+    unique, sent_rows = sending.unique(leaving, len(topk_ids), metadata[1:])
+    token_rows = torch.cat((sent_rows, tokens[len(leaving) :].to(torch.int32)))
+    return Route(tokens, weights, positions, unique, token_rows)
+
+
+@lru_cache(maxsize=64)
+def _ranking(plan: WavePlan, ep_rank: int) -> tuple[Array, Array, Array]:
+    """Place of each expert in the order of Route, [E + 1] with that of masked slots, id -1, at the end; and the waves
+    and receivers of the messages that leave, in order.
     """
     others = [rank for rank in range(plan.placement.ep_size) if rank != ep_rank]
-    travelling = [(wave, rank) for wave in range(plan.num_waves) for rank in others]
-    own = plan.placement.experts(ep_rank)
-    order = [e for wave, rank in travelling for e in plan.experts(rank, wave)] + list(own)
-    places = np.empty(len(order) + 1, np.int64)
-    places[order] = np.arange(len(order))
-    places[-1] = len(order)  # masked slots, id -1, come last
-    sending = _Sending.of(travelling, ep_rank, messages)
-    told = to_device([places, *sending.arrays], topk_ids.device, workspace, "route")
-    place = told[0]
-
-    tokens, weights, positions = _sort_slots(topk_ids, topk_weights, place, sum(counts))
-    sent: list[list[int]] = messages.pairs[ep_rank].tolist()
-    wave_starts = [0, *accumulate(sum(rows) for rows in sent)]
-    unique, lie = sending.once(tokens[: wave_starts[-1]], len(topk_ids), told[1:])
-    return Route(
-        tokens=tokens,
-        weights=weights,
-        positions=positions,
-        sent=sent,
-        wave_starts=wave_starts,
-        local_starts=list(accumulate((counts[e] for e in own), initial=wave_starts[-1])),
-        unique=unique,
-        places=lie,
-    )
+    remote = [(wave, rank) for wave in range(plan.num_waves) for rank in others]
+    order = [e for wave, rank in remote for e in plan.experts(rank, wave)] + list(plan.placement.experts(ep_rank))
+    ranking = np.empty(len(order) + 1, np.int64)
+    ranking[order] = np.arange(len(order))
+    ranking[-1] = len(order)
+    waves, ranks = np.asarray(remote, np.int64).reshape(-1, 2).T
+    return ranking, waves, ranks
 
 
-def _sort_slots(topk_ids: Tensor, topk_weights: Tensor, places: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots by the places [E + 1] of their experts -> tokens [N], weights [N], positions [T, K] as in Route."""
-    library = chosen_library() if topk_ids.device.type == "cpu" else None
+def _sort_slots(
+    topk_ids: Tensor, topk_weights: Tensor, ranking: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots by the ranking [E + 1] of their experts -> tokens [N], weights [N], positions [T, K] as in Route."""
+    library = chosen() if topk_ids.device.type == "cpu" else None
     if library is not None:
-        return library.sort_slots(topk_ids, topk_weights, places, num_rows)
-    slots = places[topk_ids.flatten()].argsort(stable=True)
+        return library.sort_slots(topk_ids, topk_weights, ranking, num_rows)
+    slots = ranking[topk_ids.flatten()].argsort(stable=True)
     positions = torch.empty_like(slots)
     positions[slots] = torch.arange(len(slots), device=slots.device)
     slots = slots[:num_rows]
@@ -115,11 +101,11 @@ def _sort_slots(topk_ids: Tensor, topk_weights: Tensor, places: Tensor, num_rows
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """What counts say of the rows that leave, a segment for each (wave, receiver) that gets any.
+    """The messages that leave, from counts: a segment of rows for each wave and receiver.
 
     ranks, pairs [J]   receiver and rows of each segment
-    bases [J]          row of the receiver's inbox before its tokens, less the tokens that go along before them
-    size, num_unique    P, and tokens that go along in all
+    bases [J]          row of the receiver's inbox before its tokens, less the unique tokens that are sent before them
+    size, num_unique   P, and unique tokens in all
     """
 
     ranks: Array
@@ -130,46 +116,35 @@ class _Sending:
 
     @property
     def arrays(self) -> list[Array]:
-        """What the device must know."""
+        """What unique() needs on the device."""
         return [self.pairs, np.stack((self.ranks, self.bases))]
 
     @classmethod
-    def of(cls, travelling: Sequence[tuple[int, int]], ep_rank: int, messages: Messages) -> _Sending:
-        waves, ranks = np.asarray(travelling, np.int64).reshape(-1, 2).T
+    def of(cls, waves: Array, ranks: Array, ep_rank: int, messages: Messages) -> _Sending:
         unique = messages.unique[ep_rank, waves, ranks]
-        # the n-th unique token of all is some row behind the start of its message's tokens, and where that is is known
-        bases = messages.starts[ranks, waves, ep_rank] + messages.heads[ep_rank, waves, ranks] - begins(unique) - 1
+        # the n-th unique token of all lies in row bases + n + 1 of its receiver's inbox
+        bases = (
+            messages.starts[ranks, waves, ep_rank] + messages.heads[ep_rank, waves, ranks] - exclusive_sum(unique) - 1
+        )
         return cls(ranks, messages.pairs[ep_rank, waves, ranks], bases, messages.pairs.shape[0], int(unique.sum()))
 
-    def once(self, tokens: Tensor, num_tokens: int, told: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of the rows that leave, tokens [n] as they travel: which tokens go along, where each row's token lies then.
+    def unique(self, tokens: Tensor, num_tokens: int, arrays: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """tokens [n] of the rows that leave, in order -> unique tokens [num_unique], row of each row's token [n] int32.
 
-        A token goes along with the first of its rows for a rank, and the others point there. told: arrays, there.
+        A token is sent with its first row for a rank; its other rows there refer to it. arrays: on the device.
         """
         if not len(tokens):
             return tokens, tokens.to(torch.int32)
-        pairs, of_segments = told
-        library = chosen_library() if tokens.device.type == "cpu" else None
+        pairs, ranks_and_bases = arrays
+        library = chosen() if tokens.device.type == "cpu" else None
         if library is not None:
-            return library.send_once(tokens, (pairs, of_segments), num_tokens, self.size, self.num_unique)
-        peers, bases = spread(of_segments, pairs, len(tokens))
-        index, key = torch.arange(len(tokens), device=tokens.device), tokens * self.size + peers
+            return library.send_once(tokens, (pairs, ranks_and_bases), num_tokens, self.size, self.num_unique)
+        ranks, bases = repeat(ranks_and_bases, pairs, len(tokens))
+        index, key = torch.arange(len(tokens), device=tokens.device), tokens * self.size + ranks
         first = torch.full((num_tokens * self.size,), len(tokens), device=tokens.device)
         first.scatter_reduce_(0, key, index, "amin")
-        first = first[key]  # [n] the row that brings each row's token
-        brings = first == index
-        number = brings.cumsum(0)
-        unique = chosen(tokens, brings, number, self.num_unique)
+        first = first[key]  # [n] the first row of each row's token for that rank
+        is_first = first == index
+        number = is_first.cumsum(0)
+        unique = select(tokens, is_first, number, self.num_unique)
         return unique, (bases + number)[first].to(torch.int32)
-
-
-def by_expert(counts: Array) -> Array:
-    """Which row of the sources comes n-th when rows are ordered by expert, and by source within one.
-
-    counts [S, e]: rows of each source, sorted by expert, for each expert.
-    [[1, 2], [2, 0]]: rows 0 | 1 1 | 0 0 of two sources -> [0, 3, 4, 1, 2]
-    """
-    num_sources, num_experts = counts.shape
-    experts = np.repeat(np.tile(np.arange(num_experts, dtype=np.uint16), num_sources), counts.ravel())
-    order: Array = experts.argsort(kind="stable")
-    return order

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from megamoe.parallel.placement import Placement
@@ -83,7 +84,8 @@ class WavePlan:
         return [e for wave in range(self.num_waves) for rank in ranks for e in self.experts(rank, wave)]
 
 
-def plan_waves(placement: Placement, waves: int | Sequence[int]) -> WavePlan:
+@lru_cache(maxsize=64)
+def plan_waves(placement: Placement, waves: int | tuple[int, ...]) -> WavePlan:
     """Cuts each rank's experts into waves of equal size, or of the given relative sizes, rounded.
 
     5 experts of a rank in 2 waves -> 3 + 2       in (1, 3) -> 1 + 4       in 7 waves -> some are empty

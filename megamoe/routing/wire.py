@@ -1,10 +1,10 @@
-"""What a token looks like on the wire, what is said of where it goes, and how the experts read both.
+"""Tokens and pair records on the wire, and how the experts read both.
 
 A row of the wire is one token in the dispatch format, filled up to a multiple of 16 bytes, which a GPU reads at once:
     mxfp8   H bytes E4M3, H/32 bytes UE8M0
     bf16    2H bytes BF16
-What is said of a (token, slot) pair is where its token lies and the pair's top-k weight, 8 bytes: INT32, FP32. Which
-expert a pair is for is not said: pairs are ordered by expert, and the counts, exchanged once per call, say the rest.
+The record of a (token, slot) pair is the row of the receiver's inbox that holds the token, and the pair's top-k weight:
+INT32 and FP32. It names no expert: pairs are ordered by expert, and all ranks know the counts.
 """
 
 # T tokens of this rank   H hidden   R rows   B bytes of a row   n pairs
@@ -21,6 +21,16 @@ from megamoe.formats import BLOCK, MXFP8, chunks, dequantize_mxfp8, quantize_mxf
 from megamoe.kernels.cpu.library import chosen
 
 DISPATCH_FORMATS = ("mxfp8", "bf16", "auto")  # auto picks one of the others
+
+
+def pair_records(token_rows: Tensor, weights: Tensor) -> Tensor:
+    """token_rows [n] int32, weights [n] float32 -> records [n, 2] int32"""
+    return torch.stack((token_rows, weights.view(torch.int32)), 1)
+
+
+def read_records(records: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of pair_records(); token_rows has a stride of 2."""
+    return records[:, 0], records[:, 1].contiguous().view(torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +61,6 @@ class Wire:
     def in_place(self) -> bool:
         """Whether rows are the tokens as the experts take them."""
         return self.dispatch_format == "bf16" and not self.round_on_arrival
-
-    def write_pairs(self, rows: Tensor, places: Tensor, weights: Tensor) -> None:
-        """Says of pairs where their tokens lie, places [n] int32, and weights [n] float32, in rows [R, B] uint8."""
-        said = torch.stack((places, weights.view(torch.int32)), 1).view(torch.uint8).flatten()
-        rows.flatten()[: len(said)] = said
-
-    def read_pairs(self, rows: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
-        """Inverse of write_pairs() -> places [n] int32, weights [n] float32"""
-        said = rows.flatten()[: self.PAIR_BYTES * num_pairs].view(torch.int32).view(-1, 2)
-        return said[:, 0], said[:, 1].view(torch.float32)
 
     def encode(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """tokens [T, H] bfloat16 into rows [T, B] uint8, which are returned."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -92,9 +91,8 @@ def check_lone(weight_format: str, device: torch.device, backend: str) -> Check:
 
 
 def exchanging(made: MegaMoE) -> MegaMoE:
-    """The layer with calls of a rank that has others, where it has kernels and would take the way of one alone."""
-    if made._alone is not None:
-        made._alone, made._call = None, import_module("megamoe.execution.backends.triton_call").KernelCall
+    """The layer with the calls of a rank that has others, though it is alone and has kernels."""
+    made._alone = None
     return made
 
 

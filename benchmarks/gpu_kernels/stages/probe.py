@@ -25,7 +25,7 @@ _MODULES = (
     "triton",
     "megamoe.layer",
     "megamoe.kernels.grouped_linear1",
-    "megamoe.execution.backends.triton_call",
+    "megamoe.execution.backends.triton_backend",
 )
 _PROGRAMS = ("nvidia-smi", "ncu", "nsys", "gcc", "cc", "clang", "ptxas")
 _PROPERTIES = (

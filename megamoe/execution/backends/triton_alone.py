@@ -1,7 +1,7 @@
 """A call of the layer of a rank that is alone, on a device that has Triton kernels: counts never leave the device.
 
 Nothing here waits, and sizes follow from T alone, so a CUDA graph can be captured of it and played again for other
-tokens and another routing. What is wrong with ids or weights can therefore be told only later: see `Findings`.
+tokens and another routing. Wrong ids or weights therefore raise in a later call: see `Findings`.
 """
 
 # T tokens   H hidden   K experts per token, so T * K slots
@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megamoe.execution.backends.triton_experts import Operand, RowsByExpert, run_experts, take_mxfp8
+from megamoe.execution.backends.backend import RowsByExpert
+from megamoe.execution.backends.triton_experts import Operand, linear1, linear2, take_mxfp8
 from megamoe.execution.experts import Experts
 from megamoe.execution.ops import quantize, reduce_slots, route_slots
 from megamoe.formats import dequantize_mxfp8
@@ -50,8 +51,14 @@ class Alone:
         results[num_slots + 1].zero_()
         if num_slots:
             x = _read_as(experts, hidden, workspace, rounds=rounds)
-            rows = RowsByExpert(x, slots.tokens_per_expert, slots.source, slots.weights, slots.order)
-            run_experts(experts, experts.ids, rows, results, workspace)
+            rows = RowsByExpert(
+                experts=experts.ids,
+                tokens_per_expert=slots.tokens_per_expert,
+                sources=slots.source,
+                weights=slots.weights,
+                destinations=slots.order,
+            )
+            linear2(experts, linear1(experts, x, rows, workspace, 1), rows, results, 1)
         self._findings.note(slots.wrong)
         return reduce_slots(results, slots.positions)
 
@@ -67,22 +74,22 @@ def _read_as(experts: Experts, hidden: Tensor, workspace: Workspace, *, rounds: 
 
 
 class Findings:
-    """What the device found wrong in earlier calls, told when the host comes by again and not waited for."""
+    """Wrong values that the device found in earlier calls; the host reads them at its next call and does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._here = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._there = torch.zeros(1, dtype=torch.int64, device=device)
 
     def note(self, wrong: Tensor) -> None:
-        """wrong [1] int64 on the device: 1 where there is anything to tell of this call."""
+        """wrong [1] int64 on the device: 1 where a value of this call was wrong."""
         self._there.bitwise_or_(wrong)
         self._here.copy_(self._there, non_blocking=True)
 
     def take(self) -> bool:
-        """Whether anything was found since this was last asked, as far as the device has come.
+        """Whether anything was found since the last call of this, as far as the device has come.
 
-        Where something was, the device is waited for: a copy that is still queued would tell the same once more. While
-        a graph is captured nothing can be waited for, and it is told again.
+        If so, waits for the device: a copy that is still queued would report the same again. While a graph is captured
+        nothing can be waited for, and it is reported again.
         """
         found = bool(self._here.item())
         if found and not (self._there.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -1,15 +1,15 @@
 """The experts of a rank on a device that has Triton kernels: both products on rows that are not moved for them."""
 
-# H hidden   I intermediate   M rows of x   n rows, sorted by expert
+# H hidden   I intermediate   n rows, sorted by expert
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from megamoe.execution.backends.backend import RowsByExpert
 from megamoe.execution.experts import Experts
 from megamoe.execution.ops import grouped_linear1, grouped_linear2
 from megamoe.formats import BLOCK, MXFP8
@@ -21,43 +21,23 @@ from megamoe.parallel.workspace import Workspace
 Operand: TypeAlias = MXFP8 | Wide | Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class RowsByExpert:
-    """Rows sorted by expert, without being moved for it.
-
-    x                   [M, H] as take_operand() has it
-    tokens_per_expert   [experts] int32, n in all; rows beyond are nobody's
-    source              [n] int32, in which row of x each row is
-    weights             [n] float32
-    goes                [n] int64, which row of the results each row becomes
-    """
-
-    x: Operand
-    tokens_per_expert: Tensor
-    source: Tensor
-    weights: Tensor
-    goes: Tensor
+def linear1(experts: Experts, x: Operand, rows: RowsByExpert, workspace: Workspace, oversubscription: int) -> Operand:
+    """Linear-1 and the activation of rows of x, which is as take_operand() has it. oversubscription as in Grouped."""
+    size = (len(rows.destinations), experts.shape.intermediate)
+    activated = take_operand(experts, workspace, "activated", size, rows.weights)
+    weight = experts.stack("gate_up", rows.experts)
+    bias = experts.bias("gate_up", rows.experts) if experts.shape.bias else None
+    grouped = Grouped(x, weight, rows.tokens_per_expert, rows.sources.contiguous(), oversubscription, bias=bias)
+    grouped_linear1(grouped, rows.weights, experts.shape.activation, activated)
+    return activated
 
 
-def run_experts(
-    experts: Experts,
-    ids: range,
-    rows: RowsByExpert,
-    results: Tensor,
-    workspace: Workspace,
-    *,
-    oversubscription: int = 1,
-) -> None:
-    """Both products of the experts `ids`, into rows of results [., H] bfloat16. turns as in Grouped."""
-    counts, size = rows.tokens_per_expert, (len(rows.goes), experts.shape.intermediate)
-    hidden = take_operand(experts, workspace, "activated", size, results)
-    biases = {name: experts.bias(name, ids) if experts.shape.bias else None for name in ("gate_up", "down")}
-    first = Grouped(
-        rows.x, experts.stack("gate_up", ids), counts, rows.source, oversubscription, bias=biases["gate_up"]
-    )
-    grouped_linear1(first, rows.weights, experts.shape.activation, hidden)
-    second = Grouped(hidden, experts.stack("down", ids), counts, oversubscription=oversubscription, bias=biases["down"])
-    grouped_linear2(second, rows.goes, results, rows.weights)
+def linear2(experts: Experts, x: Operand, rows: RowsByExpert, results: Tensor, oversubscription: int) -> None:
+    """Linear-2 of x, what linear1() returned, into results [., H] bfloat16."""
+    weight = experts.stack("down", rows.experts)
+    bias = experts.bias("down", rows.experts) if experts.shape.bias else None
+    grouped = Grouped(x, weight, rows.tokens_per_expert, oversubscription=oversubscription, bias=bias)
+    grouped_linear2(grouped, rows.destinations, results, rows.weights)
 
 
 def take_operand(experts: Experts, workspace: Workspace, name: str, shape: tuple[int, int], like: Tensor) -> Operand:
