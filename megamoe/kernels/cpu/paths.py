@@ -51,8 +51,8 @@ PATHS = (
     Path(
         "amx-bf16",
         "bf16-tile",
-        (*_AVX512_FLAGS, "-DMEGAMOE_AMX"),
-        (*_AVX512, "amx_tile", "amx_bf16"),
+        (*_AVX512_FLAGS, "-mavx512vbmi", "-DMEGAMOE_AMX"),
+        (*_AVX512, "avx512_vbmi", "amx_tile", "amx_bf16"),
         products="tiles.cpp",
         order="words",
     ),

@@ -34,6 +34,7 @@ constexpr int TILE = 16;                    // rows of a tile of tokens; outputs
 constexpr int PAIR_ROW = BLOCK * 2;         // values: a pair of K for each output of a block
 constexpr int SLICE = GROUP / 2 * PAIR_ROW;  // values: a group of K of a block
 constexpr int RING = 4;                     // slices
+constexpr int AHEAD = 2;                    // slices, that what is read next is asked of the memory before
 constexpr int PANEL_ROWS = 512;             // whose tokens are in tiles at once
 
 // ---- tiles: sums 0 to 3 (first rows, first outputs; first, second; second, first; second, second), tokens 4 and 5,
@@ -138,13 +139,13 @@ public:
 
 // ---- weights ----
 
-// A block of BF16 weights: slices as tiles read them.
+// An expert's BF16 weights: block by block, a block's slices as tiles read them.
 struct BF16 {
     const uint16_t* values;
 };
 
-// A block of MXFP4: for each 8 of K 2 x 64 bytes, of 16 outputs each. Word 2 o + p of them belongs to output o; its nibble
-// i to value 2 i + p of the eight.
+// MXFP4 likewise: for each 8 of K 2 x 64 bytes, of 16 outputs each. Word 2 o + p of them belongs to output o; its nibble i
+// to value 2 i + p of the eight.
 struct MXFP4 {
     const uint8_t* packed;
     const uint8_t* scales;
@@ -164,6 +165,15 @@ class Decode {
                                       _mm512_testn_epi32_mask(bytes, bytes), -1);
     }
 
+    static void prefetch(const uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
+
+    // Each word without its lowest nibbles; a shift would wait for the port that looks up and subtracts.
+    template <int NIBBLES>
+    static __m512i shifted(__m512i words) {
+        constexpr int64_t in_place = 0x3830282018100800, each = 0x0404040404040404;
+        return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(in_place + NIBBLES * each), words);
+    }
+
 public:
     Decode() {
         alignas(64) uint16_t words[32];
@@ -173,19 +183,21 @@ public:
         table = _mm512_load_si512(words);
     }
 
-    void operator()(const MXFP4& block, int64_t group, uint16_t* to) const {
-        const uint8_t* from = block.packed + group * (SLICE / 2);
+    void operator()(const MXFP4& weights, int64_t slice, uint16_t* to) const {
+        const uint8_t* from = weights.packed + slice * (SLICE / 2);
+        for (int line = 0; line < SLICE / 2; line += 64) prefetch(from + AHEAD * SLICE / 2 + line);
+        prefetch(weights.scales + (slice + 4 * AHEAD) * BLOCK);
         for (int half = 0; half < 2; half++) {
-            const __m512i less = below(block.scales + group * BLOCK + half * TILE);
+            const __m512i less = below(weights.scales + slice * BLOCK + half * TILE);
 #pragma GCC unroll 4
             for (int eight = 0; eight < 4; eight++) {
-                __m512i words = _mm512_loadu_si512(from + eight * 128 + half * 64);
+                const __m512i words = _mm512_loadu_si512(from + eight * 128 + half * 64);
+                // vpermw reads five bits of a word: the table is there twice, and what is above a nibble does no harm
+                const __m512i codes[4] = {words, shifted<1>(words), shifted<2>(words), shifted<3>(words)};
 #pragma GCC unroll 4
-                for (int pair = 0; pair < 4; pair++) {  // vpermw reads five bits of a word: the table is there twice
-                    const __m512i values = _mm512_subs_epu16(_mm512_permutexvar_epi16(words, table), less);
-                    _mm512_store_si512(to + (eight * 4 + pair) * PAIR_ROW + half * TILE * 2, values);
-                    words = _mm512_srli_epi16(words, 4);
-                }
+                for (int pair = 0; pair < 4; pair++)
+                    _mm512_store_si512(to + (eight * 4 + pair) * PAIR_ROW + half * TILE * 2,
+                                       _mm512_subs_epu16(_mm512_permutexvar_epi16(codes[pair], table), less));
             }
         }
     }
@@ -194,9 +206,9 @@ public:
 #else
 
 struct Decode {
-    void operator()(const MXFP4& block, int64_t group, uint16_t* to) const {
+    void operator()(const MXFP4& weights, int64_t slice, uint16_t* to) const {
         constexpr uint16_t magnitudes[8] = {0, 0x7D80, 0x7E00, 0x7E40, 0x7E80, 0x7EC0, 0x7F00, 0x7F40};
-        const uint8_t *from = block.packed + group * (SLICE / 2), *scales = block.scales + group * BLOCK;
+        const uint8_t *from = weights.packed + slice * (SLICE / 2), *scales = weights.scales + slice * BLOCK;
         for (int k = 0; k < GROUP; k++)
             for (int o = 0; o < BLOCK; o++) {
                 const int nibble = k / 2 % 4;
@@ -263,7 +275,7 @@ struct Share {
 
 // Up to 32 rows by a block: tokens as tiles, the second 16 rows after the first; at(group) the weights of a slice.
 template <bool SECOND, class At>
-void sum_rows(Tiles& tiles, const uint16_t* tokens, int first, int second, int64_t groups, const At& at,
+void sum_rows(Tiles& tiles, const uint16_t* tokens, int first, int second, int64_t groups, At at,
               float (&sums)[2 * TILE][BLOCK]) {
     tiles.shape(first, second);
     const uint16_t* more = tokens + groups * first * GROUP;
@@ -289,7 +301,7 @@ void sum_rows(Tiles& tiles, const uint16_t* tokens, int first, int second, int64
 // Rows `row` to row + rows - 1 of the share, up to 32, by a block.
 template <class At>
 void run_rows(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t row, int rows, int64_t block,
-              const At& at) {
+              At at) {
     alignas(64) float sums[2 * TILE][BLOCK];
     if (rows > TILE) {
         sum_rows<true>(tiles, tokens, TILE, rows - TILE, share.groups, at, sums);
@@ -299,40 +311,50 @@ void run_rows(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t 
     for (int r = 0; r < rows; r++) share.out.write<BLOCK>(share.first + row + r, block * BLOCK, sums[r]);
 }
 
-void run_block(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t first, int rows, int64_t block,
-               const BF16& weights) {
-    for (int row = 0; row < rows; row += 2 * TILE)
-        run_rows(share, tiles, tokens + row * share.groups * GROUP, first + row, std::min(2 * TILE, rows - row), block,
-                 [&](int64_t group) { return weights.values + group * SLICE; });
+void run_blocks(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t first, int rows, int64_t begin,
+                int64_t end, const BF16& weights) {
+    for (int64_t block = begin; block < end; block++)
+        for (int row = 0; row < rows; row += 2 * TILE)
+            run_rows(share, tiles, tokens + row * share.groups * GROUP, first + row, std::min(2 * TILE, rows - row),
+                     block, [slices = weights.values + (block - begin) * share.groups * SLICE](int64_t group) {
+                         return slices + group * SLICE;
+                     });
 }
 
-void run_block(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t first, int rows, int64_t block,
-               const MXFP4& weights) {
+void run_blocks(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t first, int rows, int64_t begin,
+                int64_t end, const MXFP4& weights) {
     const Decode decode;
+    const int64_t last = (end - begin) * share.groups - 1;
     if (rows <= 2 * TILE) {  // the next slice is decoded while this one is multiplied
         uint16_t* ring = scratch.take_weights(RING * SLICE);
         decode(weights, 0, ring);
-        run_rows(share, tiles, tokens, first, rows, block, [&](int64_t group) {
-            if (group + 1 < share.groups) decode(weights, group + 1, ring + (group + 1) % RING * SLICE);
-            return ring + group % RING * SLICE;
-        });
+        for (int64_t block = begin; block < end; block++)
+            run_rows(share, tiles, tokens, first, rows, block,
+                     [=, before = (block - begin) * share.groups](int64_t group) {
+                         const int64_t slice = before + group, next = std::min(slice + 1, last);
+                         decode(weights, next, ring + next % RING * SLICE);
+                         return ring + slice % RING * SLICE;
+                     });
     } else {
         uint16_t* decoded = scratch.take_weights(share.groups * SLICE);
-        for (int64_t group = 0; group < share.groups; group++) decode(weights, group, decoded + group * SLICE);
-        run_block(share, tiles, tokens, first, rows, block, BF16{decoded});
+        for (int64_t block = begin; block < end; block++) {
+            for (int64_t group = 0; group < share.groups; group++)
+                decode(weights, (block - begin) * share.groups + group, decoded + group * SLICE);
+            run_blocks(share, tiles, tokens, first, rows, block, block + 1, BF16{decoded});
+        }
     }
 }
 
-template <class At>
-void run_share(const Share& share, Tiles& tiles, const At& at) {
+// weights: of the share's first block on
+template <class Weights>
+void run_share(const Share& share, Tiles& tiles, const Weights& weights) {
     for (int64_t first = 0; first < share.count; first += PANEL_ROWS) {
         const int rows = int(std::min<int64_t>(PANEL_ROWS, share.count - first));
         uint16_t* tokens = scratch.take_tokens(rows * share.groups * GROUP);
         for (int row = 0; row < rows; row += TILE)
             share.rows.to_tiles(share.first + first + row, std::min(TILE, rows - row), share.groups,
                                 tokens + row * share.groups * GROUP);
-        for (int64_t block = share.begin; block < share.end; block++)
-            run_block(share, tiles, tokens, first, rows, block, at(block));
+        run_blocks(share, tiles, tokens, first, rows, share.begin, share.end, weights);
     }
 }
 
@@ -355,16 +377,12 @@ extern "C" void megamoe_products(const uint16_t* x, int64_t x_stride, const int6
             if (!counts[expert]) continue;
             const Share share{{x, x_stride, k, source}, {out, out_stride, n, goes, wide != 0}, first, counts[expert],
                               blocks * part / shares, blocks * (part + 1) / shares, groups};
+            const int64_t slice = share.begin * groups;
             const uint8_t* at = packed + expert * packed_bytes;
             if (scales) {
-                const uint8_t* scale = scales + expert * scales_bytes;
-                run_share(share, tiles, [=](int64_t b) {
-                    return MXFP4{at + b * groups * SLICE / 2, scale + b * groups * BLOCK};
-                });
+                run_share(share, tiles, MXFP4{at + slice * SLICE / 2, scales + expert * scales_bytes + slice * BLOCK});
             } else {
-                run_share(share, tiles, [=](int64_t b) {
-                    return BF16{reinterpret_cast<const uint16_t*>(at) + b * groups * SLICE};
-                });
+                run_share(share, tiles, BF16{reinterpret_cast<const uint16_t*>(at) + slice * SLICE});
             }
         }
     }
