@@ -1,4 +1,4 @@
-// Products of rows with expert weights, in an order of summation that depends on K alone.
+// Products of rows with expert weights by vectors, in an order of summation that depends on K alone.
 //
 // For output o of row r, with w a weight before its scale, s the scale of 32 weights, and fma rounded once:
 //
