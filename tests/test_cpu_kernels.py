@@ -23,6 +23,8 @@ from megamoe.formats import (
     unpack_e2m1,
 )
 from megamoe.kernels.cpu import build as building
+from megamoe.kernels.cpu import library as library_of_paths
+from megamoe.kernels.cpu import paths
 from megamoe.kernels.cpu.build import BuildError, build
 from megamoe.kernels.cpu.layout import pack_bf16, pack_mxfp4, unpack_bf16, unpack_mxfp4
 from megamoe.kernels.cpu.library import (
@@ -427,6 +429,18 @@ from megamoe.kernels.cpu.paths import Path
 notes = []
 print(build(Path("tiny", "fma", ("-O0",)), notes.append), len(notes))
 """
+
+
+def test_a_path_that_this_cpu_does_not_run_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_of_paths, "build", lambda *_: pytest.fail("built"))
+    with pytest.raises(BuildError, match="it needs sve9"):
+        load(Path("strange", "fma", needs=("sve9",)))
+    monkeypatch.setattr(paths, "may_use_tiles", lambda: False)
+    for path in PATHS:
+        if "amx_tile" in path.needs:
+            assert path not in runnable()
+            with pytest.raises(BuildError, match="amx_tile"):
+                load(Path("tiles", path.arithmetic, needs=path.needs))
 
 
 def test_ranks_that_start_at_once_compile_once(tmp_path: FilePath) -> None:

@@ -32,10 +32,9 @@ ROW_BLOCKS = (32, 64, 128, 256)
 # What decoding one expert's weights costs, in rows of its products. By torch's look-ups, on one Zen 4 core, 2026-11-24:
 # some 0.5 ns a value of MXFP4, 9 ps a multiply-add.
 _TORCH_DECODE_ROWS = 55.0
-# The same by our kernels, and what reading BF16 weights costs: by vectors half of a row's product and the reading, which is
-# hidden. Tiles compute a row in the time in which memory brings a few KB: on one Sapphire Rapids core, 2026-11-29, a matrix
-# [2048, 2048] takes 0.24 ms from MXFP4 and 0.64 from BF16 for one row, and each of 512 rows 8.5 us
-# (python -m benchmarks.cpu_kernels).
+# The same by our kernels, then what reading BF16 weights costs. By vectors: half of a row's product, and the reading.
+# Tiles compute a row while memory brings a hundredth of a matrix: on one Sapphire Rapids core, 2026-11-29, one row by
+# 2048 x 2048 takes 0.24 ms from MXFP4 and 0.64 ms from BF16, and each of 512 rows 8.5 us: `benchmarks.cpu_kernels`.
 _VECTOR_ROWS, _TILE_ROWS = (1.0, 0.0), (27.0, 74.0)
 
 

@@ -15,7 +15,7 @@
 // is subnormal itself, counts as zero.
 //
 // Weights of BF16 lie in memory as tiles have them (layout.py). MXFP4 is decoded to the same order: for few rows into a
-// ring of a few KB on the way to the tiles, for more a block at once, which all rows then read.
+// ring of a few KB on the way to the tiles, for more a panel of blocks at once, which all rows then read.
 #include <algorithm>
 #include <vector>
 
@@ -28,22 +28,23 @@
 namespace megamoe {
 namespace {
 
-constexpr int BLOCK = 32;                   // outputs
-constexpr int GROUP = 32;                   // values of K under one scale, and in one instruction
-constexpr int TILE = 16;                    // rows of a tile of tokens; outputs of a tile of weights
-constexpr int PAIR_ROW = BLOCK * 2;         // values: a pair of K for each output of a block
+constexpr int BLOCK = 32;                    // outputs
+constexpr int GROUP = 32;                    // values of K under one scale, and in one instruction
+constexpr int TILE = 16;                     // rows of a tile of tokens; outputs of a tile of weights
+constexpr int PAIR_ROW = BLOCK * 2;          // values: a pair of K for each output of a block
 constexpr int SLICE = GROUP / 2 * PAIR_ROW;  // values: a group of K of a block
-constexpr int RING = 4;                     // slices
-constexpr int AHEAD = 2;                    // slices, that what is read next is asked of the memory before
-constexpr int PANEL_ROWS = 512;             // whose tokens are in tiles at once
-constexpr int DEPTH = 64;                   // groups of K of a panel of weights
-constexpr int PANEL = 512;                  // slices of a panel, 1 MB, which stays in the second cache while rows go by
+constexpr int RING = 4;                      // slices, decoded on the way to the tiles
+constexpr int AHEAD = 2;                     // slices, by which the memory is asked before they are read
+constexpr int PANEL_ROWS = 512;              // whose tokens are in tiles at once
+constexpr int DEPTH = 64;                    // groups of K of a panel of weights
+constexpr int PANEL = 512;                   // slices of a panel: 1 MB, which stays in the second cache while rows go by
 
-// ---- tiles: sums 0 to 3 (first rows, first outputs; first, second; second, first; second, second), tokens 4 and 5,
-// weights 6 and 7 ----
+// ---- tiles: 4 and 5 have tokens of the first and of the second rows, 6 and 7 weights of the first and of the second 16
+// outputs of a block, 0 and 1 the sums of the first rows, 2 and 3 those of the second ----
 
 #if defined(MEGAMOE_AMX)
 
+// The tiles of this thread, which the system keeps for it once the process has asked (paths.py). They are given back.
 class Tiles {
     struct alignas(64) Shapes {
         uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -96,7 +97,7 @@ class Tiles {
     // A result is small by what it rounds to without a least exponent.
     static float rounded(double exact) {
         const float scaled = float(exact * 0x1p64);
-        return std::fabs(scaled) < 0x1p-62f ? std::copysign(0.0f, float(scaled)) : float(exact);
+        return std::fabs(scaled) < 0x1p-62f ? std::copysign(0.0f, scaled) : float(exact);
     }
     static float fused(uint16_t a, uint16_t b, float c) {
         return rounded(double(flush(from_bf16(a))) * flush(from_bf16(b)) + c);
@@ -167,8 +168,6 @@ class Decode {
                                       _mm512_testn_epi32_mask(bytes, bytes), -1);
     }
 
-    static void prefetch(const uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
-
     // Each word without its lowest nibbles; a shift would wait for the port that looks up and subtracts.
     template <int NIBBLES>
     static __m512i shifted(__m512i words) {
@@ -187,8 +186,8 @@ public:
 
     void operator()(const MXFP4& weights, int64_t slice, uint16_t* to) const {
         const uint8_t* from = weights.packed + slice * (SLICE / 2);
-        for (int line = 0; line < SLICE / 2; line += 64) prefetch(from + AHEAD * SLICE / 2 + line);
-        prefetch(weights.scales + (slice + 2 * AHEAD) * BLOCK);
+        for (int line = 0; line < SLICE / 2; line += 64) MEGAMOE_PREFETCH(from + AHEAD * SLICE / 2 + line);
+        MEGAMOE_PREFETCH(weights.scales + (slice + 2 * AHEAD) * BLOCK);
         for (int half = 0; half < 2; half++) {
             const __m512i less = below(weights.scales + slice * BLOCK + half * TILE);
 #pragma GCC unroll 4
