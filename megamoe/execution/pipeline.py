@@ -196,7 +196,8 @@ class Call(CallBase):
         )
         with self._record.timing("compute_s"):
             messages = self._packed(wave)
-        self._dispatches[wave].send(messages, self._messages.rows(self._rank, wave))
+        starts = self._messages.starts[:, wave, self._rank].tolist()
+        self._dispatches[wave].send(messages, self._messages.rows(self._rank, wave), starts)
         going_home = self._results[self._route.remote(wave)]
         sent = self._route.sent[wave]
         self._combines[wave] = self._transport.expect(going_home, sent, Label(self._name, "combine", wave))
@@ -257,7 +258,8 @@ class Call(CallBase):
     def combine(self, wave: int) -> None:
         if self._transport is not None:
             rows = self._messages.pairs[:, wave, self._rank].tolist()
-            self._combines[wave].send(self._computed[wave], rows)  # which stay until the call has ended
+            starts = self._messages.homes[:, wave, self._rank].tolist()
+            self._combines[wave].send(self._computed[wave], rows, starts)  # which stay until the call has ended
 
     def reduce(self) -> Tensor:
         with self._record.timing("waiting_s"):

@@ -88,7 +88,7 @@ class KernelCall(CallBase):
         self._wave_rows = messages.pairs[:, :, rank].sum(0)  # [W]
         self._wave_starts = begins(self._wave_rows)
         self._num_home = int(self._wave_rows.sum())
-        self._results = take("results", (self._num_home + route.num_rows + 1, hidden.shape[1]), hidden)
+        self._results = take("home and away", (self._num_home + route.num_rows + 1, hidden.shape[1]), hidden)
         self._results[-1].zero_()  # what a masked slot adds
         self._converts = False
         self._x = self._read_as(hidden)
