@@ -172,7 +172,8 @@ class EPGroup:
 
         What the group has for the layer's device decides: gloo gets point-to-point pairs, and memory between ranks
         that share a host where shared_memory is True on both; every other backend all-to-all. The group stays its
-        owner's: no thread, setting or deadline of it is changed, and nothing of it is ended. ValueError for anything else, for a group that this rank is not in, and for one without a backend for
+        owner's: no thread, setting or deadline of it is changed, and nothing of it is ended.
+        ValueError for anything else, for a group that this rank is not in, and for one without a backend for
         the device.
         """
         if isinstance(group, EPGroup):
@@ -270,6 +271,8 @@ def init_group(
             calm_gloo_threads(others=others)  # only now, for a thread has no name before it runs
             yield group
     finally:
+        if group is not None and isinstance(group.transport, HostTransport):
+            group.transport.host.release()
         if dist.group.WORLD is world:  # else the block has ended it by itself
             end_group(world, device, in_peace=group is not None and not group.broken)
 

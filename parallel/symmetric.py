@@ -167,7 +167,9 @@ class SymmetricMemory:
         return True
 
     def keep(self, ranks: Collection[int]) -> None:
-        """Lets go of the segments of all ranks but these and this one."""
+        """Lets go of the segments of all ranks but these and this one; no rank will open this one's any more."""
+        os.close(self._file)
+        self._file = -1
         self.peers = {rank: segment for rank, segment in self.peers.items() if rank in ranks or rank == self._rank}
 
     def gone(self, rank: int) -> bool:
@@ -195,10 +197,11 @@ class SymmetricMemory:
         return True
 
     def close(self) -> None:
-        """Closes the files; the segments stay mapped as long as a tensor of them is in use."""
+        """Lets go of everything; a segment stays mapped as long as a tensor of it is in use."""
         for process in self._processes.values():
             os.close(process)
         self._processes.clear()
+        self.peers.clear()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

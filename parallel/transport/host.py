@@ -40,6 +40,14 @@ class Host:
     met: bool = False
     regions: dict[str, Tensor] = field(default_factory=dict)
 
+    def release(self) -> None:
+        """Gives the memory back, once the group has ended."""
+        if self.memory is not None:
+            self.memory.close()
+        self.memory = None
+        self.near.clear()
+        self.regions.clear()
+
     def holds(self, region: str, rows: Tensor) -> bool:
         """Whether rows lie in a region of this rank, so that others can write them."""
         whole = self.regions.get(region)  # storages are compared: a tensor without rows has no address
