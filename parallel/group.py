@@ -24,6 +24,7 @@ from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
 from megamoe.parallel.streams import Streams
 from megamoe.parallel.threads import calm_gloo_threads, gloo_threads
 from megamoe.parallel.transport.all_to_all import AllToAllTransport
+from megamoe.parallel.transport.host import Host, HostTransport
 from megamoe.parallel.transport.pairs import Clock, Label, PairTransport, Transport
 from megamoe.parallel.transport.process_group import (
     backend_for,
@@ -102,7 +103,7 @@ class EPGroup:
         """Bytes per second of the link, measured when first asked for: all ranks must then ask."""
         assert self.transport is not None, "a rank alone has no link"
         if not self.links:
-            self.links.append(measure_link(self.transport, self.rank, self.size, layer, device))
+            self.links.append(measure_link(self.transport, self.rank, self.size, layer, device, self.workspace))
         return self.links[0]
 
     def notes(self, layer: str, call: int) -> Notes:
@@ -164,13 +165,15 @@ class EPGroup:
         device: torch.device | str | None = None,
         *,
         deadline_s: float = DEADLINE_S,
+        shared_memory: bool = True,
     ) -> EPGroup:
         """Wraps a torch process group for layers on a device, by default the CPU. None is one rank; an EPGroup is
         returned as it is.
 
-        What the group has for the layer's device decides: gloo gets point-to-point pairs, every other backend
-        all-to-all. The group stays its owner's: no thread, setting or deadline of it is changed, and nothing of it is
-        ended. ValueError for anything else, for a group that this rank is not in, and for one without a backend for
+        What the group has for the layer's device decides: gloo gets point-to-point pairs, and memory between ranks
+        that share a host where shared_memory is True on both; every other backend all-to-all. The group stays its
+        owner's: no thread, setting or deadline of it is changed, and nothing of it is ended.
+        ValueError for anything else, for a group that this rank is not in, and for one without a backend for
         the device.
         """
         if isinstance(group, EPGroup):
@@ -186,12 +189,13 @@ class EPGroup:
         hosts: dict[int, str] = {}
         own_status = OwnStatus()
         clock = Clock(deadline_s, hosts, own_status, world)
+        shared = _SHARED.setdefault(group, _Shared())
         transport: Transport | None = None
         if size > 1 and backend_for(group, device) == "gloo":
-            transport = PairTransport(group, clock)
+            pairs = PairTransport(group, clock)
+            transport = HostTransport(pairs, shared.host) if shared_memory else pairs
         elif size > 1:
             transport = AllToAllTransport(group, clock, device)
-        shared = _SHARED.setdefault(group, _Shared())
         return cls(
             group.rank(),
             size,
@@ -200,6 +204,7 @@ class EPGroup:
             clock,
             hosts=hosts,
             own_status=own_status,
+            workspace=Workspace(shared.host.regions if shared_memory else None),
             broken=shared.broken,
             turns=shared.turns,
         )
@@ -211,6 +216,7 @@ class _Shared:
 
     broken: list[str] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
+    host: Host = field(default_factory=Host)
 
 
 _SHARED: WeakKeyDictionary[dist.ProcessGroup, _Shared] = WeakKeyDictionary()
@@ -227,6 +233,7 @@ def init_group(
     address: str | None = None,
     run: str | None = None,
     deadline_s: float = DEADLINE_S,
+    shared_memory: bool = True,
 ) -> Iterator[EPGroup]:
     """Starts torch.distributed for this rank with the backend of its device type, and ends it on the way out.
 
@@ -234,7 +241,7 @@ def init_group(
     torchrun). deadline_s bounds the rendezvous, every collective and every wait. Every rank has a heartbeat monitor,
     which listens on address, by default the one that this rank reaches the store's host from. Under the name of a
     run, `megamoe doctor --run` finds the ranks of this machine. ValueError for an unknown device type or a rank outside
-    of [0, size).
+    of [0, size). shared_memory is that of EPGroup.of().
     """
     device = torch.device(device)
     if device.type not in BACKENDS:
@@ -255,7 +262,7 @@ def init_group(
     world = _start(device, store, rank, size, deadline_s)
     group: EPGroup | None = None
     try:
-        group = EPGroup.of(world, device, deadline_s=deadline_s)
+        group = EPGroup.of(world, device, deadline_s=deadline_s, shared_memory=shared_memory)
         if size == 1:
             yield group
             return
@@ -264,6 +271,8 @@ def init_group(
             calm_gloo_threads(others=others)  # only now, for a thread has no name before it runs
             yield group
     finally:
+        if group is not None and isinstance(group.transport, HostTransport):
+            group.transport.host.release()
         if dist.group.WORLD is world:  # else the block has ended it by itself
             end_group(world, device, in_peace=group is not None and not group.broken)
 

@@ -13,13 +13,16 @@ from megamoe.parallel.turns import queue_of
 class Workspace:
     """Buffers by name, each grown to the largest size asked of it. What is in one is lost when its name is taken again.
 
+    regions are memory that other ranks write to, by the name of the buffer that lies there.
+
     Shared by all layers of a group, which take turns, on a GPU in whatever streams: see turns.py. While a CUDA graph is
     captured buffers come from the graph's own memory, which is the graph's alone and stays as long as it does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, regions: dict[str, Tensor] | None = None) -> None:
         self._buffers: dict[tuple[Hashable, torch.device], Tensor] = {}
         self._pinned: dict[tuple[Hashable, torch.dtype], Tensor] = {}
+        self.regions = {} if regions is None else regions
 
     @property
     def memory_bytes(self) -> int:
@@ -34,6 +37,10 @@ class Workspace:
             num_bytes *= size
         if like.is_cuda and torch.cuda.is_current_stream_capturing():
             return torch.empty(shape, dtype=dtype, device=like.device)
+        if name in self.regions and not like.is_cuda:
+            region = self.regions[str(name)]
+            assert num_bytes <= len(region), f"{name} of {num_bytes} bytes is larger than this machine's memory"
+            return region[:num_bytes].view(dtype).view(shape)
         buffer = self._buffers.get((name, like.device))
         if buffer is None or buffer.numel() < num_bytes:
             if buffer is not None:

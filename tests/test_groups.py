@@ -26,7 +26,7 @@ from megamoe.parallel.health.status import OwnStatus
 from megamoe.parallel.interfaces import Interface, told
 from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
 from megamoe.parallel.threads import gloo_threads
-from megamoe.parallel.transport.pairs import PairTransport
+from megamoe.parallel.transport.host import HostTransport
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer, oracle, split
 
@@ -87,7 +87,7 @@ def test_the_backend_of_the_layers_device_counts_and_the_layers_deadline_holds(
     ranks: LocalRanks, backend: str | None
 ) -> None:
     found = ranks.run(serves, backend, size=2)
-    assert [name for name, _, _ in found] == [PairTransport.__name__] * 2
+    assert [name for name, _, _ in found] == [HostTransport.__name__] * 2
     assert is_right([out for _, out, _ in found])
     assert 0.4 < found[0][2] < 3.0 < USERS_TIMEOUT_S
 

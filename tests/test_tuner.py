@@ -167,7 +167,7 @@ def test_ranks_with_different_machines_say_so(ranks: LocalRanks) -> None:
 def measured(group: EPGroup) -> tuple[float, float]:
     assert group.transport is not None
     begun = time.perf_counter()
-    rate = measure_link(group.transport, group.rank, group.size, "moe", torch.device("cpu"))
+    rate = measure_link(group.transport, group.rank, group.size, "moe", torch.device("cpu"), group.workspace)
     return rate, time.perf_counter() - begun
 
 

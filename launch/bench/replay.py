@@ -57,9 +57,9 @@ class _ReplayedTransfer:
     def __init__(self, transfer: Transfer, number: int, events: list[tuple[str, int, tuple[Any, ...]]]) -> None:
         self._transfer, self._number, self._events = transfer, number, events
 
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
-        self._events.append(("send", self._number, (rows.clone(), counts)))
-        self._transfer.send(rows, counts)
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
+        self._events.append(("send", self._number, (rows.clone(), counts, starts)))
+        self._transfer.send(rows, counts, starts)
 
     def wait(self) -> None:
         self._events.append(("wait", self._number, ()))
@@ -93,7 +93,7 @@ class StillTransport:
 
 
 class _NoTransfer:
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None: ...
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None: ...
 
     def wait(self) -> None: ...
 

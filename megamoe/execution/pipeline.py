@@ -153,7 +153,8 @@ class Call:
         if self._backend.packs_each_wave:
             self._pack_wave(wave)
         with streams.messages():
-            self._dispatches[wave].send(self._rows[plan.sent[wave]], self._messages.rows(self._rank, wave))
+            rows, starts = self._messages.rows(self._rank, wave), plan.inboxes[wave].tolist()
+            self._dispatches[wave].send(self._rows[plan.sent[wave]], rows, starts)
             coming_home, sent = self._results[plan.coming_home[wave]], self._messages.pairs[self._rank, wave].tolist()
             self._combines[wave] = self._transport.expect(coming_home, sent, Label(self._name, "combine", wave))
 
@@ -205,7 +206,8 @@ class Call:
         self._streams.hand_over()
         with self._streams.messages():
             rows = self._messages.pairs[:, wave, self._rank].tolist()
-            self._combines[wave].send(self._results[self._plan.going_home[wave]], rows)
+            starts = self._plan.homes[wave].tolist()
+            self._combines[wave].send(self._results[self._plan.going_home[wave]], rows, starts)
 
     def reduce(self) -> Tensor:
         """Sums every token's slots once all results are home -> [T, H] bfloat16"""

@@ -57,6 +57,8 @@ class RowPlan:
     records       pair records, 8 bytes each, of this rank's rows in the order of Route
     unique        rows of the buffer that unique tokens fill in messages, by wave and receiver
     computed      [2, J] of the rows of all steps, by step, expert and source: their pair records, and their results
+    inboxes       [W, P] int64: row of each other rank's buffer where the message that it gets from this one begins
+    homes         [W, P] int64: row of its results where those begin that this rank sends home to it
     steps         rows of each step
     """
 
@@ -71,6 +73,8 @@ class RowPlan:
     records: Segments
     unique: Segments
     computed: Segments
+    inboxes: Array
+    homes: Array
     steps: list[StepRows]
 
     def messages(self, wave: int) -> list[tuple[slice, slice]]:
@@ -144,8 +148,16 @@ def plan_rows(
         records=Segments(np.append(pairs, num_own), np.append(message_at, records_at) * words),
         unique=Segments(unique.ravel(), (message_at + heads).ravel()),
         computed=computed,
+        inboxes=(_inboxes(messages, wire)[:, None] + messages.starts[:, :, ep_rank]).T,
+        homes=(messages.homes[:, :, ep_rank] + messages.pairs.sum((0, 1))[:, None]).T,
         steps=_step_rows(plan, ep_rank, steps, rows),
     )
+
+
+def _inboxes(messages: Messages, wire: Wire) -> Array:
+    """[P] int64: row of each rank's buffer where its inbox begins."""
+    records: Array = -(-wire.PAIR_BYTES * messages.own // wire.row_bytes)
+    return (messages.heads + messages.unique).sum((1, 2)) + records
 
 
 def _slices(lengths: list[int], start: int) -> list[slice]:

@@ -26,7 +26,8 @@ class AllToAllTransfer:
         self._receive, self._receive_counts = receive, list(counts)
         self._work: dist.Work | None = None
 
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
+        del starts
         transport = self._transport
         with transport.naming(self._label):
             transport.refuse_aborted()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,8 +37,12 @@ class Label:
 class Transfer(Protocol):
     """Rows between this rank and all others, in three moments, so that what comes can be on its way early."""
 
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
-        """Starts sending rows [sum(counts), ...], ordered by peer; they must stay untouched until finish()."""
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
+        """Starts sending rows [sum(counts), ...], ordered by peer; they must stay untouched until finish().
+
+        starts[r]: the row of rank r's buffer where they begin, counted from where the buffer that it took from its
+        workspace begins. Only memory that ranks share needs it: with messages the receiver says where they go.
+        """
         ...
 
     def wait(self) -> None:
@@ -146,8 +150,8 @@ class PairTransfer:
 
     _LARGE_BYTES, _TAIL = 32 * 1024, 32
 
-    def __init__(self, pairs: PairTransport, label: Label, tag: int) -> None:
-        self._pairs, self._label, self._tag = pairs, label, tag
+    def __init__(self, pairs: PairTransport, label: Label, tag: int, among: Collection[int] | None) -> None:
+        self._pairs, self._label, self._tag, self._among = pairs, label, tag, among
         self._incoming: list[tuple[int, dist.Work]] = []
         self._outgoing: list[tuple[int, dist.Work]] = []
         self._ended: list[dist.Work] = []
@@ -156,7 +160,8 @@ class PairTransfer:
         """Posts a receive for every rank that sends any."""
         self._post(self._incoming, self._pairs.group.recv, rows, counts, self._pairs.senders)
 
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
+        del starts
         self._post(self._outgoing, self._pairs.group.send, rows, counts, self._pairs.receivers)
 
     def wait(self, within_s: float | None = None) -> None:
@@ -176,7 +181,7 @@ class PairTransfer:
     ) -> None:
         starts = list(accumulate(counts, initial=0))
         for peer in order:
-            if counts[peer]:
+            if counts[peer] and (self._among is None or peer in self._among):
                 part = rows[starts[peer] : starts[peer + 1]]
                 begun = time.monotonic()
                 try:
@@ -221,9 +226,12 @@ class PairTransport:
         self._gathered: PairTransfer | None = None
         self.senders = [(rank - distance) % size for distance in range(1, size)]
 
-    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> PairTransfer:
+    def expect(
+        self, receive: Tensor, counts: Sequence[int], label: Label, among: Collection[int] | None = None
+    ) -> PairTransfer:
+        """among: moves the rows of these peers only, both ways; the others' have another way."""
         tag = self._FIRST_TAG + self._PHASES.index(label.phase) * self._TAGS_PER_PHASE + (label.wave or 0)
-        transfer = PairTransfer(self, label, tag)
+        transfer = PairTransfer(self, label, tag, among)
         transfer.receive(receive, counts)
         return transfer
 

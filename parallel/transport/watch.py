@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.recorder import Arrival, CallNotes, Flight, now_ns
+from megamoe.parallel.transport.host import HostTransfer, HostTransport
 from megamoe.parallel.transport.pairs import Label, PairTransfer, PairTransport, Transfer, Transport
 
 _PATIENCE_S = 24 * 3600.0  # of a watcher, whose call keeps the deadline
@@ -56,12 +57,14 @@ class _WatchedTransfer:
     def watch(self) -> None:
         transfer = self._transfer
         # a collective keeps the group's deadline, whoever waits for it
-        wait = partial(transfer.wait, _PATIENCE_S) if isinstance(transfer, PairTransfer) else transfer.wait
+        wait = transfer.wait
+        if isinstance(transfer, PairTransfer | HostTransfer):
+            wait = partial(transfer.wait, _PATIENCE_S)
         self._arrival = self._notes.recorder.watch(self._flight, wait)
 
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
         self._flight.sent_ns = now_ns()
-        self._transfer.send(rows, counts)
+        self._transfer.send(rows, counts, starts)
         if self._arrival is None:
             self.watch()
 
@@ -74,7 +77,7 @@ class _WatchedTransfer:
     def _take(self, arrival: Arrival) -> None:
         """Where the rows do not come in time the watcher's wait is broken off, which has it say whom it waited for."""
         begun, transport = time.monotonic(), self._transport
-        late = isinstance(transport, PairTransport) and not arrival.within(transport.clock.left_s())
+        late = isinstance(transport, PairTransport | HostTransport) and not arrival.within(transport.clock.left_s())
         if late:
             transport.abort()
         try:

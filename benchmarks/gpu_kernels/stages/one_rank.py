@@ -114,7 +114,8 @@ class LoopTransfer(ThreadTransfer):
         super().__init__(transport, receive, counts, label)
         self._loop = transport
 
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
+        del starts
         loop = self._loop
         for peer, piece in enumerate(torch.split(rows, list(counts))):
             if len(piece):

@@ -90,7 +90,8 @@ class ProcessTransfer:
     def __init__(self, transport: ProcessTransport, receive: Tensor, counts: list[int], key: Key) -> None:
         self._transport, self._receive, self._counts, self._key = transport, receive, counts, key
 
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
+        del starts
         pieces = [piece.clone() for piece in torch.split(rows, list(counts))]  # not in memory that a call uses again
         _wait_for(rows.device)  # a queue's own thread knows no streams
         for peer, piece in enumerate(pieces):

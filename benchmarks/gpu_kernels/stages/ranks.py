@@ -81,7 +81,8 @@ class ThreadTransfer:
     def __init__(self, transport: ThreadTransport, receive: Tensor, counts: list[int], label: Label) -> None:
         self._transport, self._receive, self._counts, self._label = transport, receive, counts, label
 
-    def send(self, rows: Tensor, counts: Sequence[int]) -> None:
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
+        del starts
         wait: Callable[[], object] = _nothing
         if rows.is_cuda:
             queued = torch.cuda.Event()  # type: ignore[no-untyped-call]

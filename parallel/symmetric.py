@@ -1,0 +1,240 @@
+"""Memory that the ranks of a host share: each has a segment of one layout, and writes into the segments of others.
+
+A segment is an anonymous file (memfd): it has no name that another program could open, takes no room of /dev/shm, and
+the kernel frees it when the last process that maps it is gone, however that process ended. Pages are taken when they
+are first written, so a segment is as large as the machine's memory and cannot overflow before that does.
+
+A rank writes rows into a region of another rank and then sets a word there to the number of the exchange; the other
+rank waits for the word. Stores must become visible in the order in which they are made: x86-64 promises that, so other
+processors exchange messages instead.
+"""
+
+# P ranks of the group
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import secrets
+import select
+import sys
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_TOKEN_BYTES = 16
+REGIONS = ("rows", "results")
+PAGE_BYTES = 16 * 1024  # of one rank's page of an exchange
+MAX_WAVES = 4096
+_SPIN = 200
+_SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Where the words of a segment are, by index: word() of what is waited for, from which rank.
+
+    Pages take turns with two places each, since a rank may be one exchange ahead of another.
+    """
+
+    size: int
+
+    def page(self, exchange: int, sender: int) -> int:
+        return (exchange % 2) * self.size + sender
+
+    def rows(self, region: int, wave: int, sender: int) -> int:
+        assert wave < MAX_WAVES
+        return (2 + region * MAX_WAVES + wave) * self.size + sender
+
+    @property
+    def count(self) -> int:
+        return (2 + len(REGIONS) * MAX_WAVES) * self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Byte offsets in a segment: token, words, pages, then one region after another."""
+
+    size: int
+    region_bytes: int
+
+    @property
+    def words(self) -> int:
+        return mmap.PAGESIZE
+
+    @property
+    def pages(self) -> int:
+        return _aligned(self.words + 4 * Words(self.size).count)
+
+    def page(self, exchange: int, sender: int) -> int:
+        return self.pages + ((exchange % 2) * self.size + sender) * PAGE_BYTES
+
+    def region(self, index: int) -> int:
+        return _aligned(self.pages + 2 * self.size * PAGE_BYTES) + index * self.region_bytes
+
+    @property
+    def total(self) -> int:
+        return self.region(len(REGIONS))
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class Segment:
+    """One rank's segment as this process maps it."""
+
+    def __init__(self, file: int, layout: Layout) -> None:
+        self._map = mmap.mmap(file, layout.total)
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._address = self._bytes.data_ptr() + layout.words
+        self._layout = layout
+        self.words = memoryview(self._map)[layout.words : layout.words + 4 * Words(layout.size).count].cast("I")
+        self.regions = {name: self._region(index) for index, name in enumerate(REGIONS)}
+
+    def _region(self, index: int) -> Tensor:
+        begin = self._layout.region(index)
+        return self._bytes[begin : begin + self._layout.region_bytes]
+
+    def token(self) -> memoryview:
+        """What tells this group's segments from whatever else a process may have open."""
+        return memoryview(self._map)[:_TOKEN_BYTES]
+
+    def page(self, exchange: int, sender: int, num_bytes: int) -> Tensor:
+        begin = self._layout.page(exchange, sender)
+        return self._bytes[begin : begin + num_bytes]
+
+    def set(self, word: int, value: int) -> None:
+        """Sets a word, after all that this thread has written before, and wakes who waits for it."""
+        self.words[word] = value
+        _futex(self._address + 4 * word, _FUTEX_WAKE, 2**31 - 1, None)
+
+    def sleep(self, word: int, seen: int, within_s: float) -> None:
+        """Returns when the word may no longer be `seen`, or the time has passed."""
+        _futex(self._address + 4 * word, _FUTEX_WAIT, seen, within_s)
+
+
+class SymmetricMemory:
+    """This rank's segment and those of the ranks that share its host.
+
+    peers   segments by rank, this rank's own included, once attach() has found them
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._layout, self.words, self._rank = Layout(size, memory_bytes()), Words(size), rank
+        self._file = os.memfd_create("megamoe")
+        os.ftruncate(self._file, self._layout.total)
+        self.own = Segment(self._file, self._layout)
+        self.own.token()[:] = secrets.token_bytes(_TOKEN_BYTES)
+        self.peers = {rank: self.own}
+        self._processes: dict[int, int] = {}
+
+    def card(self) -> bytes:
+        """What another rank needs to find this segment."""
+        where = f"{host_key()} {os.getpid()} {self._file} {self._layout.total} {bytes(self.own.token()).hex()}"
+        return where.encode()
+
+    def attach(self, rank: int, card: bytes) -> bool:
+        """Maps a rank's segment; False where it is of another host or may not be opened by this process."""
+        key, process, file, total, token = card.decode().split()
+        if key != host_key() or int(total) != self._layout.total:
+            return False
+        try:
+            self._processes[rank] = os.pidfd_open(int(process))
+            opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # of another user or of a process that may not be looked into: messages reach it all the same
+            return False
+        try:
+            if os.fstat(opened).st_size != self._layout.total:
+                return False
+            segment = Segment(opened, self._layout)
+        finally:
+            os.close(opened)
+        if bytes(segment.token()).hex() != token:
+            return False
+        self.peers[rank] = segment
+        return True
+
+    def keep(self, ranks: Collection[int]) -> None:
+        """Lets go of the segments of all ranks but these and this one; no rank will open this one's any more."""
+        os.close(self._file)
+        self._file = -1
+        self.peers = {rank: segment for rank, segment in self.peers.items() if rank in ranks or rank == self._rank}
+
+    def gone(self, rank: int) -> bool:
+        """Whether the process of a rank has ended."""
+        poll = select.poll()
+        poll.register(self._processes[rank], select.POLLIN)
+        return bool(poll.poll(0))
+
+    def wait(self, word: int, value: int, within_s: float, *, spin: bool) -> bool:
+        """Waits for a word of this rank's segment -> whether it has come to that value in that time.
+
+        spin: look at it for some microseconds before sleeping, which a thread beside the call's own must not do.
+        """
+        words = self.own.words
+        for _ in range(_SPIN if spin else 1):
+            if words[word] == value:
+                return True
+        os.sched_yield()
+        end = time.monotonic() + within_s
+        while (seen := words[word]) != value:
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            self.own.sleep(word, seen, left)
+        return True
+
+    def close(self) -> None:
+        """Lets go of everything; a segment stays mapped as long as a tensor of it is in use."""
+        for process in self._processes.values():
+            os.close(process)
+        self._processes.clear()
+        self.peers.clear()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_processes"):
+            self.close()
+
+
+def memory_bytes() -> int:
+    """Bytes of one region: the machine's memory, which no rank can have more rows than."""
+    return _aligned(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def available() -> bool:
+    """Whether ranks can share memory here: Linux on x86-64."""
+    return sys.platform == "linux" and platform.machine() == "x86_64" and hasattr(os, "memfd_create")
+
+
+def host_key() -> str:
+    """The same for processes that can open each other's files by process id, and that a lab takes for one host."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ":".join([boot, *(str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid", "user"))])
+
+
+def _futex(address: int, operation: int, value: int, within_s: float | None) -> None:
+    timeout = None
+    if within_s is not None:
+        whole = int(within_s)
+        timeout = ctypes.byref(_Timespec(whole, int((within_s - whole) * 1e9)))
+    done = _LIBC.syscall(_SYS_FUTEX, ctypes.c_void_p(address), operation, ctypes.c_uint32(value), timeout, None, 0)
+    if done < 0 and ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT):
+        raise OSError(ctypes.get_errno(), "futex")
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)

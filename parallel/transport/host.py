@@ -1,0 +1,202 @@
+"""The transport of ranks of which some share a host: rows for those go through their memory, others through pairs.
+
+A rank copies its rows to where its peer will read them, and sets a word there: one copy, no socket, no other thread.
+Which ranks share a host they find out in their first exchange.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megamoe.parallel.symmetric import PAGE_BYTES, REGIONS, SymmetricMemory, available
+from megamoe.parallel.transport.pairs import Label, PairTransfer, PairTransport
+
+_CARD_BYTES = 256
+_SLICE_S = 0.01
+_REGION_OF = {"dispatch": "rows", "combine": "results", "link": "rows"}
+
+
+@dataclass(slots=True, eq=False)
+class Host:
+    """What the ranks of one process group that share a host have in common, whatever EPGroups they make of it.
+
+    near      those ranks but this one, from the nearest neighbour on; none before the first exchange
+    far       the other ranks
+    exchange  number of the latest exchange of pages, which all ranks count alike
+    regions   buffers of this rank that others write to, by name
+    """
+
+    memory: SymmetricMemory | None = None
+    near: list[int] = field(default_factory=list)
+    far: list[int] = field(default_factory=list)
+    exchange: int = 0
+    met: bool = False
+    regions: dict[str, Tensor] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Gives the memory back, once the group has ended."""
+        if self.memory is not None:
+            self.memory.close()
+        self.memory = None
+        self.near.clear()
+        self.regions.clear()
+
+    def holds(self, region: str, rows: Tensor) -> bool:
+        """Whether rows lie in a region of this rank, so that others can write them."""
+        whole = self.regions.get(region)  # storages are compared: a tensor without rows has no address
+        return whole is not None and rows.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+class HostTransfer:
+    """One transfer between ranks of a host, and the one of pairs for what others send and get.
+
+    Rows to this rank come to a region of its segment; starts, given with the rows, say where.
+    """
+
+    def __init__(
+        self, transport: HostTransport, label: Label, counts: Sequence[int], pairs: PairTransfer | None
+    ) -> None:
+        assert transport.host.memory is not None
+        self._transport, self._memory = transport, transport.host.memory
+        self._label, self._pairs, self._exchange = label, pairs, transport.host.exchange
+        self._region = _REGION_OF[label.phase]
+        self._expected = [peer for peer in transport.host.near if counts[peer]]
+
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
+        if self._pairs is not None:
+            self._pairs.send(rows, counts)
+        begins, row_bytes = list(accumulate(counts, initial=0)), rows[:1].nbytes
+        flat, word = rows.reshape(-1).view(torch.uint8), self._word(self._transport.rank)
+        for peer in self._transport.host.near:
+            if counts[peer]:
+                num_bytes, segment = counts[peer] * row_bytes, self._memory.peers[peer]
+                place = segment.regions[self._region].narrow(0, starts[peer] * row_bytes, num_bytes)
+                place.copy_(flat.narrow(0, begins[peer] * row_bytes, num_bytes))
+                segment.set(word, self._exchange)
+
+    def _word(self, sender: int) -> int:
+        return self._memory.words.rows(REGIONS.index(self._region), self._label.wave or 0, sender)
+
+    def wait(self, within_s: float | None = None) -> None:
+        """within_s in place of what is left of the call's deadline"""
+        while self._expected:
+            peer = self._expected[0]
+            self._transport.wait_for(peer, self._word(peer), self._exchange, self._label, within_s)
+            self._expected.pop(0)
+        if self._pairs is not None:
+            self._pairs.wait(within_s)
+
+    def finish(self) -> None:
+        if self._pairs is not None:
+            self._pairs.finish()
+
+
+class HostTransport:
+    """Memory within a host, pairs between hosts, and pairs alone for buffers that do not lie in a shared region."""
+
+    early, device_type = True, "cpu"
+
+    def __init__(self, pairs: PairTransport, host: Host) -> None:
+        self.pairs, self.clock, self.host = pairs, pairs.clock, host
+        self.rank, self.size = pairs.group.rank(), pairs.group.size()
+        self._aborted = False
+
+    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> HostTransfer | PairTransfer:
+        host = self.host
+        if not host.near or not host.holds(_REGION_OF[label.phase], receive):
+            return self.pairs.expect(receive, counts, label)
+        pairs = self.pairs.expect(receive, counts, label, host.far) if host.far else None
+        return HostTransfer(self, label, counts, pairs)
+
+    def gather(self, page: Tensor, label: Label) -> Tensor:
+        if not self.host.met:
+            self._meet(label)
+        if not self.host.near:
+            return self.pairs.gather(page, label)
+        whole = page.new_empty(self.size, page.numel())
+        for begin in range(0, page.numel(), PAGE_BYTES):
+            part = slice(begin, min(begin + PAGE_BYTES, page.numel()))
+            self._gather(page[part], whole[:, part], label)
+        return whole
+
+    def _gather(self, page: Tensor, into: Tensor, label: Label) -> None:
+        host, memory = self.host, self.host.memory
+        assert memory is not None
+        host.exchange = (host.exchange + 1) % 2**32
+        far = self._post(page, label) if host.far else None
+        word = memory.words.page(host.exchange, self.rank)
+        for peer in host.near:
+            segment = memory.peers[peer]
+            segment.page(host.exchange, self.rank, len(page)).copy_(page)
+            segment.set(word, host.exchange)
+        into[self.rank] = page
+        for peer in host.near:
+            self.wait_for(peer, memory.words.page(host.exchange, peer), host.exchange, label, None)
+            into[peer] = memory.own.page(host.exchange, peer, len(page))
+        if far is not None:
+            transfer, incoming = far
+            transfer.wait()
+            transfer.finish()
+            into[host.far] = incoming
+
+    def _post(self, page: Tensor, label: Label) -> tuple[PairTransfer, Tensor]:
+        """This rank's page to the ranks of other hosts, and room for theirs."""
+        far = self.host.far
+        one_each = [int(peer in far) for peer in range(self.size)]
+        incoming = page.new_empty(len(far), len(page))
+        transfer = self.pairs.expect(incoming, one_each, label)
+        transfer.send(page.expand(len(far), -1).contiguous(), one_each)
+        return transfer, incoming
+
+    def _meet(self, label: Label) -> None:
+        """Finds out who shares this rank's memory: two ranks do where each has mapped the other's segment."""
+        host, rank = self.host, self.rank
+        memory = SymmetricMemory(rank, self.size) if available() else None
+        cards = self.pairs.gather(_padded(b"" if memory is None else memory.card()), label)
+        vote = torch.zeros(self.size, dtype=torch.uint8)
+        for peer in range(self.size):
+            card = bytes(cards[peer].numpy()).rstrip(b"\0")
+            vote[peer] = peer != rank and memory is not None and bool(card) and memory.attach(peer, card)
+        votes = self.pairs.gather(vote, label)
+        host.met = True
+        host.near = [peer for peer in self.pairs.receivers if vote[peer] and votes[peer, rank]]
+        host.far = [peer for peer in range(self.size) if peer != rank and peer not in host.near]
+        if host.near and memory is not None:
+            memory.keep(host.near)
+            host.memory = memory
+            host.regions.update(memory.own.regions)
+
+    def wait_for(self, peer: int, word: int, value: int, label: Label, within_s: float | None) -> None:
+        """Waits for a peer to set a word of this rank. PeerError where it does not in time, or its process is gone."""
+        memory, clock = self.host.memory, self.clock
+        assert memory is not None
+        status, begun = clock.own_status, time.monotonic()
+        spin = threading.get_ident() == status.thread
+        status.wait(label.phase, label.wave, peer)
+        end = begun + (clock.left_s() if within_s is None else within_s)
+        while not memory.wait(word, value, min(_SLICE_S, max(end - time.monotonic(), 0.0)), spin=spin):
+            spin = False
+            if self._aborted:
+                raise clock.error(peer, label, begun, "the wait was broken off")
+            if memory.gone(peer) and not memory.wait(word, value, 0.0, spin=False):
+                raise clock.error(peer, label, begun, "its process is gone")
+            if time.monotonic() >= end:
+                raise clock.error(peer, label, begun, "its rows did not come in time")
+        status.arrived(label.phase, label.wave, time.monotonic() - begun)
+
+    def abort(self) -> None:
+        """As Transport says: waits for memory look every 10 ms."""
+        self._aborted = True
+        self.pairs.abort()
+
+
+def _padded(card: bytes) -> Tensor:
+    assert len(card) <= _CARD_BYTES
+    return torch.frombuffer(bytearray(card.ljust(_CARD_BYTES, b"\0")), dtype=torch.uint8)

@@ -1,0 +1,268 @@
+"""Ranks of one host exchange rows through memory: the same bits, the same errors, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megamoe import record
+from megamoe.launch.ranks import LocalRanks
+from megamoe.parallel import symmetric
+from megamoe.parallel.errors import PeerError
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport.host import HostTransport
+from megamoe.shape import MoEShape
+from tests.cases import make_batch, make_layer, oracle, split
+from tests.protocol import FAULTS, search
+
+pytestmark = pytest.mark.skipif(not symmetric.available(), reason="ranks share memory on Linux and x86-64")
+SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
+TOKENS = 61
+
+
+def near(group: EPGroup) -> list[int]:
+    transport = group.transport
+    assert isinstance(transport, HostTransport)
+    return sorted(transport.host.near)
+
+
+def own(shared: bool = True, deadline_s: float = 60.0) -> EPGroup:
+    return EPGroup.of(dist.group.WORLD, deadline_s=deadline_s, shared_memory=shared)
+
+
+def outputs(group: EPGroup, empty: int | None = None) -> list[Tensor]:
+    """Three calls with one wave and three with several, the last recorded."""
+    mine = make_batch(SHAPE, TOKENS).part(split(TOKENS, group.size, empty=empty)[group.rank])
+    found = []
+    for waves in (1, 3):
+        layer = make_layer(SHAPE, group, waves=waves, name=f"waves{waves}")
+        found += [layer(mine.hidden, mine.ids, mine.weights) for _ in range(2)]
+        with record(group):
+            found.append(layer(mine.hidden, mine.ids, mine.weights))
+    return found
+
+
+def is_right(by_rank: list[list[Tensor]]) -> bool:
+    expected = oracle(SHAPE, make_batch(SHAPE, TOKENS), "mxfp4", "mxfp8")
+    return all(torch.equal(torch.cat(call), expected) for call in zip(*by_rank, strict=True))
+
+
+# ---- who shares ----
+
+
+def all_share(group: EPGroup) -> tuple[list[int], list[Tensor]]:
+    out = outputs(group, empty=1)
+    return near(group), out
+
+
+def test_ranks_of_one_host_share_memory(ranks: LocalRanks) -> None:
+    found = ranks.run(all_share, size=3)
+    assert [peers for peers, _ in found] == [[1, 2], [0, 2], [0, 1]]
+    assert is_right([out for _, out in found])
+
+
+def two_hosts(group: EPGroup) -> tuple[list[int], list[Tensor]]:
+    symmetric.host_key, kept = (lambda: f"host{group.rank // 2}"), symmetric.host_key
+    try:
+        out = outputs(group)
+    finally:
+        symmetric.host_key = kept
+    return near(group), out
+
+
+def test_two_hosts_of_two_ranks_share_within_each(ranks: LocalRanks) -> None:
+    found = ranks.run(two_hosts, size=4)
+    assert [peers for peers, _ in found] == [[1], [0], [3], [2]]
+    assert is_right([out for _, out in found])
+
+
+def one_will_not(group: EPGroup) -> tuple[list[int], list[Tensor]]:
+    mine = own(shared=True)
+    if group.rank == 2:  # as a rank of another user, whose files may not be opened
+        symmetric.host_key, kept = (lambda: "elsewhere"), symmetric.host_key
+        try:
+            out = outputs(mine)
+        finally:
+            symmetric.host_key = kept
+    else:
+        out = outputs(mine)
+    return near(mine), out
+
+
+def test_a_rank_that_cannot_share_is_reached_by_messages(ranks: LocalRanks) -> None:
+    found = ranks.run(one_will_not, size=3)
+    assert [peers for peers, _ in found] == [[1], [0], []]
+    assert is_right([out for _, out in found])
+
+
+def by_messages(group: EPGroup) -> tuple[str, list[Tensor]]:
+    del group
+    mine = own(shared=False)
+    return type(mine.transport).__name__, outputs(mine)
+
+
+def test_memory_can_be_refused(ranks: LocalRanks) -> None:
+    found = ranks.run(by_messages, size=2)
+    assert {name for name, _ in found} == {"PairTransport"}
+    assert is_right([out for _, out in found])
+
+
+def two_groups(group: EPGroup) -> tuple[int, list[Tensor]]:
+    del group
+    first, second = own(), own()
+    out = outputs(first) + outputs(second)
+    assert isinstance(first.transport, HostTransport)
+    assert isinstance(second.transport, HostTransport)
+    return int(first.transport.host is second.transport.host), out
+
+
+def test_groups_of_one_process_group_share_its_memory(ranks: LocalRanks) -> None:
+    found = ranks.run(two_groups, size=2)
+    assert [alike for alike, _ in found] == [1, 1]
+    assert is_right([out for _, out in found])
+
+
+# ---- what it takes ----
+
+
+def many_experts(group: EPGroup) -> tuple[bool, Tensor]:
+    """Pages longer than a place in memory."""
+    shape = MoEShape(hidden=32, intermediate=32, num_experts=3000, topk=2)
+    assert shape.num_experts * 2 * 4 > symmetric.PAGE_BYTES
+    layer = make_layer(shape, group)
+    batch = make_batch(shape, 6)
+    mine = batch.part(split(6, group.size)[group.rank])
+    out = layer(mine.hidden, mine.ids, mine.weights)
+    return near(group) != [], out
+
+
+def test_pages_longer_than_their_place_come_in_parts(ranks: LocalRanks) -> None:
+    found = ranks.run(many_experts, size=2)
+    shape = MoEShape(hidden=32, intermediate=32, num_experts=3000, topk=2)
+    assert all(shared for shared, _ in found)
+    assert torch.equal(torch.cat([out for _, out in found]), oracle(shape, make_batch(shape, 6), "mxfp4", "mxfp8"))
+
+
+def grows(group: EPGroup) -> list[int]:
+    """Bytes in use after many calls of few tokens, and files of shared memory that are open."""
+    layer, batch = make_layer(SHAPE, group), make_batch(SHAPE, 1)
+    sizes = []
+    for calls in (50, 300):
+        for _ in range(calls):
+            layer(batch.hidden, batch.ids, batch.weights)
+        sizes += [group.workspace.memory_bytes, len(segments())]
+    return sizes
+
+
+def segments() -> list[str]:
+    """Files of shared memory that this process has open."""
+    files = Path("/proc/self/fd")
+    return [
+        target for each in files.iterdir() if "memfd:megamoe" in (target := os.readlink(each) if each.exists() else "")
+    ]
+
+
+def test_calls_of_one_token_take_nothing_more(ranks: LocalRanks) -> None:
+    for first, files, later, files_later in ranks.run(grows, size=2):
+        assert first == later
+        assert files == files_later == 2, "this rank's segment and its peer's"
+
+
+def closes(group: EPGroup) -> list[int]:
+    """Mapped segments while a group of one's own is in use, and after it."""
+    del group
+    world = dist.new_group([0, 1])
+    mine = EPGroup.of(world)
+    batch, before = make_batch(SHAPE, 3), mapped()
+    layer = make_layer(SHAPE, mine)
+    layer(batch.hidden, batch.ids, batch.weights)
+    during = mapped()
+    del layer, mine
+    dist.destroy_process_group(world)
+    del world
+    gc.collect()
+    return [during - before, mapped() - before]
+
+
+def mapped() -> int:
+    return sum("memfd:megamoe" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_segments_go_with_their_group(ranks: LocalRanks) -> None:
+    assert ranks.run(closes, size=2) == [[2, 0], [2, 0]]
+
+
+# ---- a rank is lost ----
+
+
+def loses_one(rank: int, size: int, place: str) -> None:
+    """A group without heartbeats, whose last rank is killed while the others wait for it."""
+    dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=size)
+    mine = EPGroup.of(dist.group.WORLD, deadline_s=20.0)
+    layer, batch = make_layer(SHAPE, mine), make_batch(SHAPE, 3)
+    layer(batch.hidden, batch.ids, batch.weights)
+    if rank == size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun = time.monotonic()
+    with pytest.raises(PeerError) as lost:
+        layer(batch.hidden, batch.ids, batch.weights)
+    said = {"rank": lost.value.rank, "reason": lost.value.reason, "took_s": time.monotonic() - begun}
+    Path(place, f"rank{rank}").write_text(json.dumps(said))
+
+
+def test_a_rank_that_is_killed_is_named_without_heartbeats_and_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=loses_one, args=(rank, 3, str(tmp_path))) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, -signal.SIGKILL]
+    for rank in (0, 1):
+        said = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert (said["rank"], said["reason"]) == (2, "its process is gone")
+        assert said["took_s"] < 5.0
+
+
+def stops(group: EPGroup) -> tuple[str, float]:
+    mine = EPGroup.of(dist.group.WORLD, deadline_s=0.5)
+    layer, batch = make_layer(SHAPE, mine), make_batch(SHAPE, 3)
+    layer(batch.hidden, batch.ids, batch.weights)
+    begun = time.monotonic()
+    if group.rank == 1:
+        return "", 0.0
+    with pytest.raises(PeerError) as late:
+        layer(batch.hidden, batch.ids, batch.weights)
+    return f"{late.value.rank}: {late.value.reason}", time.monotonic() - begun
+
+
+def test_a_rank_that_does_not_come_is_named_at_the_deadline() -> None:
+    with LocalRanks(2, threads_per_rank=1) as ranks:
+        (said, took), _ = ranks.run(stops, size=2)
+    assert said == "1: its rows did not come in time"
+    assert 0.4 < took < 3.0
+
+
+# ---- the protocol ----
+
+
+@pytest.mark.parametrize(("size", "calls"), [(2, 5), (3, 2)])
+def test_no_order_of_steps_reads_another_calls_rows_or_stands_still(size: int, calls: int) -> None:
+    found = search(size, calls)
+    assert found.wrong == ""
+    assert found.states > 100
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_search_finds_faults_that_are_put_in(fault: str) -> None:
+    assert search(2, 3, fault).wrong
