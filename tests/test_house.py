@@ -113,6 +113,7 @@ SCHEDULE = [path for path in FILES if path.is_relative_to(ROOT / "megamoe" / "sc
 def test_the_planner_needs_no_torch(path: Path) -> None:
     tree = ast.parse(path.read_text())
     allowed = sys.stdlib_module_names | {"numpy", "pydantic", "pydantic_core", "yaml", "typing_extensions", "megamoe"}
+    allowed |= {"jinja2", "markupsafe"}  # of the report's page alone
     assert imported_packages(tree) <= allowed
     ours = {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     ours = {name for name in ours if name.startswith("megamoe.")}

@@ -11,7 +11,7 @@ from megamoe.catalog import figures
 from megamoe.planner.answer import Answer
 from megamoe.planner.explain import explain
 from megamoe.planner.question import Question
-from megamoe.planner.report import (
+from megamoe.planner.report.data import (
     MemoryBar,
     MemoryPart,
     ParetoPoint,

@@ -93,7 +93,7 @@ def check_folder(path: Path) -> None:
 def write_report(found: Answer, path: Path) -> None:
     from megamoe.launch.cli.planner.plan_view import note
     from megamoe.planner.page import page
-    from megamoe.planner.report import write_report as write
+    from megamoe.planner.report.render import write_report as write
 
     try:
         write(page(found, command=" ".join(["megamoe", *sys.argv[1:]])), path)
