@@ -23,6 +23,7 @@ from megamoe.planner.answer import answer
 from megamoe.planner.page import page
 from megamoe.planner.question import ask
 from megamoe.planner.report import sections
+from megamoe.planner.report.charts.labels import Box, text_box
 from megamoe.planner.report.data import (
     MemoryBar,
     MemoryPart,
@@ -37,7 +38,6 @@ from megamoe.planner.report.data import (
     Tile,
     Timeline,
 )
-from megamoe.planner.report.charts.labels import Box, text_box
 from megamoe.planner.report.render import render, templates, write_report
 from megamoe.planner.report.words import amount, number, short, shorten, width, wrap
 
