@@ -34,12 +34,12 @@ from megamoe.planner.report.data import (
     Sensitivity,
     Source,
     Span,
-    Term,
     Tile,
     Timeline,
 )
-from megamoe.planner.report.render import render, templates, write_report
+from megamoe.planner.report.render import render, templates
 from megamoe.planner.report.words import amount, number, short, shorten, width, wrap
+from megamoe.planner.serving.flops import Term
 
 LIMIT_BYTES = 400_000
 SVG = "{http://www.w3.org/2000/svg}"
@@ -231,7 +231,7 @@ def test_page_is_small(data: ReportData) -> None:
     assert len(rendered(data).encode()) < LIMIT_BYTES
 
 
-def test_the_same_data_gives_the_same_page_whatever_the_hash_seed(tmp_path: Path) -> None:
+def test_the_same_data_gives_the_same_page_whatever_the_hash_seed() -> None:
     code = (
         "import hashlib; from tests.test_planner_report import PAGES, rendered; "
         "print(hashlib.sha256(''.join(map(rendered, PAGES.values())).encode()).hexdigest())"
@@ -247,8 +247,6 @@ def test_the_same_data_gives_the_same_page_whatever_the_hash_seed(tmp_path: Path
         timeout=60,
     )
     assert done.stdout.strip() == hashlib.sha256(pages.encode()).hexdigest()
-    write_report(FULL, tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text(encoding="utf-8") == render(FULL)
 
 
 # ---- words ----

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -11,11 +10,6 @@ from markupsafe import Markup
 from megamoe.planner.report import sections
 from megamoe.planner.report.data import ReportData
 from megamoe.planner.report.words import amount, safe
-
-
-def write_report(data: ReportData, path: Path) -> None:
-    """Writes the page. OSError where the path cannot be written."""
-    path.write_text(render(data), encoding="utf-8")
 
 
 def render(data: ReportData) -> str:
