@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from megamoe.launch.cli.main import COMMANDS, app
 from megamoe.launch.cli.planner.plan_file import read_plan
+from megamoe.launch.terminal import exit_codes
 
 TABLE = Path(__file__).parents[1] / "docs" / "data" / "mega_moe_gb200_deepseek_v4_pro.csv"
 PRO = ("--model", "deepseek-v4-pro", "--hardware", "gb200")
@@ -417,6 +419,15 @@ def test_help_lists_every_command_once() -> None:
         assert said.count(f"\n│ {name} ") == 1, name
     for name in COMMANDS:
         assert "Usage: megamoe" in run(name, "--help").stdout.replace("root", "megamoe")
+
+
+def test_what_the_library_logs_is_a_line_on_stderr_while_a_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("megamoe.parallel.somewhere")
+    with exit_codes():
+        log.warning("rank %d is [lost]", 1)
+        log.info("nobody asked")
+    assert capsys.readouterr().err == "rank 1 is [lost]\n"
+    assert not logging.getLogger("megamoe").handlers
 
 
 MODULES = (

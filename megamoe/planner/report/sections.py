@@ -1,5 +1,6 @@
-"""The sections of the page: a figure with its caption and legend, the numbers as tables. A cell is escaped unless it
-is Markup.
+"""The sections of the page: a figure with its caption and legend, the numbers as tables.
+
+A cell of a table is escaped unless it is Markup.
 """
 
 from __future__ import annotations
