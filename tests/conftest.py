@@ -1,13 +1,17 @@
-"""Four ranks that serve the whole run, and one thread for torch so that ranks do not fight over two cores."""
+"""What serves the whole run: four ranks, two compilers; and one thread for torch, so that ranks share two cores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from megamoe.launch.ranks import LocalRanks
+
+if TYPE_CHECKING:
+    from tests.ahead_builds import AheadBuilds
 
 
 class Pool:
@@ -37,6 +41,19 @@ def pool() -> Iterator[Pool]:
 def ranks(pool: Pool) -> LocalRanks:
     """Four ranks on gloo, one thread each."""
     return pool.get()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead_builds(request: pytest.FixtureRequest) -> Iterator[AheadBuilds | None]:
+    """Kernels for all chips, compiled beside the other tests from the session's start where a test asks for them."""
+    if not any(item.path.name == "test_kernels_ahead.py" for item in request.session.items):
+        yield None
+        return
+    from tests.ahead_builds import AheadBuilds
+
+    builds = AheadBuilds()
+    yield builds
+    builds.stop()
 
 
 @pytest.fixture(autouse=True)
