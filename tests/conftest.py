@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from megamoe.launch.ranks import LocalRanks
+from tests import interpreter
 
 if TYPE_CHECKING:
     from tests.ahead_builds import AheadBuilds
@@ -54,6 +57,20 @@ def ahead_builds(request: pytest.FixtureRequest) -> Iterator[AheadBuilds | None]
     builds = AheadBuilds()
     yield builds
     builds.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of kernels in Triton's interpreter run in its process from the session's start, beside the other tests."""
+    found = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    found = [
+        item for item in found if getattr(item.function, "interpreted", False) and not item.get_closest_marker("skip")
+    ]
+    given = [(item.function, item.callspec.params if hasattr(item, "callspec") else {}) for item in found]
+    if find_spec("triton") is not None:
+        interpreter.begin((test, each) for test, each in given if set(signature(test).parameters) == set(each))
+    yield
+    interpreter.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -104,6 +104,7 @@ def test_a_rank_that_raises_between_calls_ends_no_call_that_it_has_done_its_part
 
 
 def test_a_rank_that_leaves_is_not_lost_and_one_whose_connection_ends_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "megamoe")
     with monitors(3) as lit:
         lit[1].leave()
         assert holds(lambda: lit[0].statuses()[1].closed)

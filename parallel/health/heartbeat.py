@@ -302,7 +302,7 @@ class HeartbeatMonitor:
             if self.own_status.busy:
                 self.trouble()
             else:  # no call is there that could raise it
-                _log.warning("rank %d on %s is lost, no further call can be made", peer.rank, peer.host)
+                _log.info("rank %d on %s is lost, no further call can be made", peer.rank, peer.host)
 
     def _hear_stranger(self, line: Line) -> None:
         """A rank that says who it is, or a program that asks for the picture; anything else is sent away."""
