@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from inspect import signature
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from tests import interpreter
 
 if TYPE_CHECKING:
     from tests.ahead_builds import AheadBuilds
+
+
+Beside = dict[str, tuple[Path, Future[Any]]]
 
 
 class Pool:
@@ -71,6 +76,20 @@ def interpreted_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
         interpreter.begin((test, each) for test, each in given if set(signature(test).parameters) == set(each))
     yield
     interpreter.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begun_beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
+    """For each module that has a function `beside`: a folder, and what the function makes of it, begun at once."""
+    modules = {item.module for item in request.session.items if isinstance(item, pytest.Function)}
+    begun: Beside = {}
+    with ThreadPoolExecutor(1) as pool:
+        for module in modules:
+            if hasattr(module, "beside"):
+                out = tmp_path_factory.mktemp("beside")
+                begun[module.__name__] = out, pool.submit(module.beside, out)
+        yield begun
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(autouse=True)
