@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
-
-from megamoe.launch.terminal import stdout
+from megamoe.launch.output import plural, say, show
 
 if TYPE_CHECKING:
     from megamoe.launch.cluster.job import JobReport
@@ -15,18 +12,13 @@ if TYPE_CHECKING:
 
 def print_report(report: JobReport) -> None:
     """Ranks and what they did, times, the digest of the output."""
-    of = f"{report.batches} batch{'' if report.batches == 1 else 'es'}"
-    title = f"{report.launcher}: {report.tokens} tokens in {of}, {report.seconds:.2f} s"
-    stdout.print(title, highlight=False, markup=False, soft_wrap=True)
-    table = Table(padding=(0, 0), box=box.SIMPLE_HEAD)
-    for heading in ("rank", "tokens", "experts", "read MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for each in report.per_rank:
-        table.add_row(str(each.rank), str(each.tokens), str(each.experts), f"{each.read_mb:.1f}")
-    stdout.print(table)
+    batches = plural(report.batches, "batch", "batches")
+    say(f"{report.launcher}: {report.tokens} tokens in {batches}, {report.seconds:.2f} s")
+    rows = [(each.rank, each.tokens, each.experts, each.read_mb) for each in report.per_rank]
+    show({"rank": ">", "tokens": ">", "experts": ">", "read MB": ".1f"}, rows)
     if report.starting:
         took = {name.removesuffix("_s").replace("_", " "): seconds for name, seconds in report.starting.items()}
         until = took.pop("until first batch")
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in took.items())
-        stdout.print(f"first output after {until:.1f} s ({parts})", highlight=False, soft_wrap=True)
-    stdout.print(f"output {report.output_sha256}", highlight=False, soft_wrap=True)
+        say(f"first output after {until:.1f} s ({parts})")
+    say(f"output {report.output_sha256}")

@@ -5,6 +5,7 @@ JSON alone goes to stdout, progress and notes to stderr; exit codes are 0 done, 
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from types import FrameType
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 stdout, stderr = Console(), Console(stderr=True)
 
@@ -40,6 +42,8 @@ def exit_codes() -> Iterator[None]:
 
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, unwind)
+    log = logging.getLogger("megamoe")
+    log.addHandler(handler := _Lines(logging.WARNING))
     try:
         yield
     except typer.Exit:  # which is a RuntimeError, and says nothing
@@ -56,6 +60,15 @@ def exit_codes() -> Iterator[None]:
     except Terminated as stopped:
         stderr.print("terminated; all that was started is stopped and removed", highlight=False)
         raise typer.Exit(143) from stopped
+    finally:
+        log.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    """What the library logs, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stderr.print(Text(record.getMessage()), soft_wrap=True)
 
 
 def _escaped(error: Exception) -> str:

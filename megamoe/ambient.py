@@ -16,6 +16,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from megamoe.parallel.private import in_functional_transform, without_function_modes
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -30,8 +32,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         if torch.is_inference_mode_enabled():  # what stays must not become an inference tensor
             stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.no_grad())
-        if torch._C._len_torch_function_stack():  # a default device is one of torch's function modes
-            stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(without_function_modes())
         for kind in {device.type, "cpu"}:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -110,10 +111,10 @@ class Keeping:
 
 def in_a_transform() -> str:
     """What of torch only pretends to compute here, "" where nothing does: a layer could not but give wrong numbers."""
-    if torch._C._get_tracing_state() is not None:
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return "torch.jit.trace"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_functional_transform():
         return "a transform of torch.func"
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    if type(torch.empty(0, device="cpu")) is not Tensor:
         return "a FakeTensorMode"
     return ""

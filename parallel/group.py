@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ from megamoe.parallel.link import measure_link
 from megamoe.parallel.recorder import Notes, Recorder, Recording
 from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
 from megamoe.parallel.streams import Streams
-from megamoe.parallel.threads import calm_gloo_threads, gloo_threads
 from megamoe.parallel.transport.all_to_all import AllToAllTransport
 from megamoe.parallel.transport.host import Host, HostTransport
 from megamoe.parallel.transport.pairs import Clock, Label, PairTransport, Transport
@@ -34,10 +34,12 @@ from megamoe.parallel.transport.process_group import (
     end_group,
     global_ranks,
 )
+from megamoe.parallel.transport.threads import calm_gloo_threads, gloo_threads
 from megamoe.parallel.turns import Turns
 from megamoe.parallel.workspace import Workspace
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+_log = logging.getLogger(__name__)
 DEADLINE_S = 60.0
 
 
@@ -104,11 +106,15 @@ class EPGroup:
         assert self.transport is not None, "a rank alone has no link"
         if not self.links:
             self.links.append(measure_link(self.transport, self.rank, self.size, layer, device, self.workspace))
+            _log.info("rank %d: the link carries %.3g GB/s one way", self.rank, self.links[0] / 1e9)
         return self.links[0]
 
     def notes(self, layer: str, call: int) -> Notes:
         """Where a call notes what it does: the group's status, and the recorder if there is one."""
-        return self.recorders[0].call(layer, call, self.own_status) if self.recorders else Notes(self.own_status)
+        if self.recorders:
+            return self.recorders[0].call(layer, call, self.own_status)
+        on_gpu = getattr(self.transport, "device_type", None) == "cuda"
+        return Notes(self.own_status, torch.cuda.nvtx.range if on_gpu else None)
 
     def turn(self, layer: str, device: torch.device) -> AbstractContextManager[None]:
         """This group's turn for the block: see Turns.take()."""
@@ -133,6 +139,7 @@ class EPGroup:
                 self.own_status.leave()
                 raise
             self.broken.append(f"{type(interruption).__name__}: {str(interruption).partition(chr(10))[0]}")
+            _log.info("rank %d: the group cannot be used any more: %s", self.rank, self.broken[0])
             self.announce(interruption)
             raise
         self.own_status.leave()

@@ -60,13 +60,18 @@ class Recording:
 
 
 class Notes:
-    """Where one call notes what it does. The plain one notes where the rank is, and nothing of the past."""
+    """Where one call notes what it does. The plain one notes where the rank is, and nothing of the past.
+
+    open_range: makes a block of work a range of that name, which a profiler of the device shows; None without one.
+    """
 
     _NOTHING = nullcontext()
     recorder: Recorder | None = None
 
-    def __init__(self, own_status: OwnStatus) -> None:
-        self._own_status = own_status
+    def __init__(
+        self, own_status: OwnStatus, open_range: Callable[[str], AbstractContextManager[None]] | None = None
+    ) -> None:
+        self._own_status, self._open_range = own_status, open_range
 
     @contextmanager
     def waiting(self, phase: str, wave: int | None) -> Iterator[None]:
@@ -80,7 +85,9 @@ class Notes:
         """A block of work."""
         del rows
         self._own_status.work(lane, wave)
-        return self._NOTHING
+        if self._open_range is None:
+            return self._NOTHING
+        return self._open_range(f"megamoe {lane}" if wave is None else f"megamoe {lane}, wave {wave}")
 
 
 class CallNotes(Notes):

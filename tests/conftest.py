@@ -1,13 +1,25 @@
-"""Four ranks that serve the whole run, and one thread for torch so that ranks do not fight over two cores."""
+"""What serves the whole run: four ranks, two compilers; and one thread for torch, so that ranks share two cores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from megamoe.launch.ranks import LocalRanks
+from tests import interpreter
+
+if TYPE_CHECKING:
+    from tests.ahead_builds import AheadBuilds
+
+
+Beside = dict[str, tuple[Path, Future[Any]]]
 
 
 class Pool:
@@ -37,6 +49,47 @@ def pool() -> Iterator[Pool]:
 def ranks(pool: Pool) -> LocalRanks:
     """Four ranks on gloo, one thread each."""
     return pool.get()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead_builds(request: pytest.FixtureRequest) -> Iterator[AheadBuilds | None]:
+    """Kernels for all chips, compiled beside the other tests from the session's start where a test asks for them."""
+    if not any(item.path.name == "test_kernels_ahead.py" for item in request.session.items):
+        yield None
+        return
+    from tests.ahead_builds import AheadBuilds
+
+    builds = AheadBuilds()
+    yield builds
+    builds.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of kernels in Triton's interpreter run in its process from the session's start, beside the other tests."""
+    found = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    found = [
+        item for item in found if getattr(item.function, "interpreted", False) and not item.get_closest_marker("skip")
+    ]
+    given = [(item.function, item.callspec.params if hasattr(item, "callspec") else {}) for item in found]
+    if find_spec("triton") is not None:
+        interpreter.begin((test, each) for test, each in given if set(signature(test).parameters) == set(each))
+    yield
+    interpreter.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begun_beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
+    """For each module that has a function `beside`: a folder, and what the function makes of it, begun at once."""
+    modules = {item.module for item in request.session.items if isinstance(item, pytest.Function)}
+    begun: Beside = {}
+    with ThreadPoolExecutor(1) as pool:
+        for module in modules:
+            if hasattr(module, "beside"):
+                out = tmp_path_factory.mktemp("beside")
+                begun[module.__name__] = out, pool.submit(module.beside, out)
+        yield begun
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(autouse=True)

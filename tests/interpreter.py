@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import lru_cache, wraps
 from importlib import import_module
 from typing import Any, ParamSpec
@@ -50,11 +52,35 @@ def interpret() -> None:
     import_module("triton.runtime.interpreter").np = _RowByRow()  # type: ignore[attr-defined]
 
 
+def _interpret_beside() -> None:
+    os.nice(5)  # it gives way to the tests of the suite's own process
+    interpret()
+
+
 @lru_cache(maxsize=1)
 def _child() -> tuple[ProcessPoolExecutor, int]:
     """The child and its process id: started when first needed, it serves the whole run and ends with it."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), interpret)
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _interpret_beside)
     return pool, pool.submit(os.getpid).result(_DEADLINE_S)
+
+
+_ahead: dict[tuple[str, bytes], Future[None]] = {}
+
+
+def begin(tests: Iterable[tuple[Callable[..., None], Mapping[str, object]]]) -> None:
+    """Has the child run tests, in this order, beside those of this process; whoever is called later waits for its own.
+
+    Each is a function that was made by interpreted(), and its arguments.
+    """
+    for test, arguments in tests:
+        key = test.__qualname__, pickle.dumps(arguments)
+        _ahead[key] = _child()[0].submit(test, **arguments)
+
+
+def stop() -> None:
+    """Ends the child, and with it what nobody has asked for."""
+    if _child.cache_info().currsize:
+        _child()[0].shutdown(cancel_futures=True)
 
 
 def interpreted(test: Callable[Params, None]) -> Callable[Params, None]:
@@ -71,10 +97,15 @@ def interpreted(test: Callable[Params, None]) -> Callable[Params, None]:
                 test(*args, **kwargs)
             except pytest.fail.Exception as failed:  # of pytest.raises: pytest's own exceptions cannot be pickled
                 raise AssertionError(str(failed)) from None
-            return
+            return None
         pool, pid = _child()
+        begun = None if args else _ahead.pop((test.__qualname__, pickle.dumps(kwargs)), None)
         try:
-            pool.submit(run, *args, **kwargs).result(_DEADLINE_S)
+            with suppress(BrokenProcessPool):  # another test has ended that child
+                if begun is not None:
+                    return begun.result(_DEADLINE_S)
+            pool, pid = _child()
+            return pool.submit(run, *args, **kwargs).result(_DEADLINE_S)
         except Late as late:
             _child.cache_clear()
             os.kill(pid, signal.SIGKILL)
@@ -84,4 +115,5 @@ def interpreted(test: Callable[Params, None]) -> Callable[Params, None]:
             _child.cache_clear()
             raise
 
+    run.interpreted = True  # type: ignore[attr-defined]
     return run

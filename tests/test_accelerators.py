@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -305,3 +306,29 @@ def test_a_router_stays_on_its_device(num_tokens: int, hashed: bool) -> None:
     ids, weights = router(hidden, token_ids)
     assert [each.device.type for each in (ids, weights)] == ["meta", "meta"]
     assert (ids.shape, ids.dtype, weights.shape) == ((num_tokens, 2), torch.int64, (num_tokens, 2))
+
+
+# ---- a profiler's ranges ----
+
+
+def test_blocks_of_work_on_a_gpu_are_nvtx_ranges_and_on_a_cpu_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges: list[str] = []
+
+    @contextmanager
+    def open_range(name: str) -> Iterator[None]:
+        ranges.append(f"begin {name}")
+        yield
+        ranges.append(f"end {name}")
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range", open_range)
+    for kind in ("cpu", "cuda", "npu"):
+        group = EPGroup(0, 2, SimpleNamespace(device_type=kind), 1.0)
+        notes = group.notes(kind, 1)
+        with notes.lane("call"), notes.lane("linear-1", 2, rows=7):
+            assert group.own_status.position().phase == "linear-1"
+    assert ranges == [
+        "begin megamoe call",
+        "begin megamoe linear-1, wave 2",
+        "end megamoe linear-1, wave 2",
+        "end megamoe call",
+    ]

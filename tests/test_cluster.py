@@ -395,7 +395,7 @@ def test_without_a_seat_a_group_that_is_not_elastic_waits_for_it(
 def test_a_cluster_that_was_stopped_leaves_no_process_and_no_thread(pair: Pair, cases: Cases) -> None:
     assert right(pair.cluster, cases[:1])
     pair.cluster.stop()
-    assert set(psutil.Process().children()) == pair.processes
+    assert set(psutil.Process().children()) <= pair.processes
     for each in set(threading.enumerate()) - pair.threads:
         each.join(10.0)
         assert not each.is_alive(), each

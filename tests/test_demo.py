@@ -123,11 +123,18 @@ MOMENTS: list[Moment] = [
     ("spawn", "writing", signal.SIGTERM),
     ("spawn", "written", signal.SIGINT),
     ("spawn", "ranks_started", signal.SIGINT),
-    ("spawn", "ranks_started", signal.SIGTERM),
-    ("spawn", "ranks_running", signal.SIGINT),
+    ("spawn", "ranks_running", signal.SIGTERM),
     ("ray", "ray_started", signal.SIGINT),
     ("ray", "ray_ranks", signal.SIGTERM),
     ("torchrun", "torchrun_ranks", signal.SIGTERM),
+]
+
+
+# each moment above with the other signal, where both are not there already
+OTHERS: list[Moment] = [
+    ("spawn", "written", signal.SIGTERM),
+    ("spawn", "ranks_started", signal.SIGTERM),
+    ("spawn", "ranks_running", signal.SIGINT),
 ]
 
 
@@ -197,7 +204,16 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Moment, F
 def test_a_signal_at_any_point_leaves_no_file_and_no_process(
     endings: dict[Moment, Future[Ended]], moment: Moment
 ) -> None:
-    ended = endings[moment].result(200)
+    left_nothing(moment, endings[moment].result(200))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("moment", OTHERS, ids=[f"{moment}-{number.name}" for _, moment, number in OTHERS])
+def test_nor_does_the_other_signal(tmp_path: Path, moment: Moment) -> None:
+    left_nothing(moment, struck(tmp_path, *moment))
+
+
+def left_nothing(moment: Moment, ended: Ended) -> None:
     launcher, _, signal_number = moment
     assert ended.returncode == (130 if signal_number == signal.SIGINT else 143), ended.said
     # torchrun has its own way of saying that it was ended

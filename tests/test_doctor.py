@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from megamoe.kernels.cpu.paths import worthwhile
 from megamoe.launch import devices
-from megamoe.launch.cli.doctor import _print_checks, _print_links, doctor
+from megamoe.launch.cli.doctor import _print, doctor
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices, present_device
 from megamoe.launch.doctor import machine, software
 from megamoe.launch.doctor.check import Check, Examination, Link
@@ -288,8 +288,7 @@ def test_a_fix_without_a_fault_and_a_fault_without_a_fix_are_refused() -> None:
 def test_tables_of_any_number_of_ranks_fit_80_columns(size: int, capsys: pytest.CaptureFixture[str]) -> None:
     links = tuple(Link(a, b, 25.123, 12345.6) for a in range(size) for b in range(size) if a != b)
     checks = (Check("x", "warn", "found " * 40, "type " * 40), Check.ok("brackets", "[bold]as they are[/]"))
-    _print_checks(checks)
-    _print_links(links, size)
+    _print(checks, links, size)
     said = capsys.readouterr().out
     assert "[bold]as they are[/]" in said
     assert "25.12" in said

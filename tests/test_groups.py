@@ -25,8 +25,8 @@ from megamoe.parallel.health.heartbeat import HeartbeatMonitor
 from megamoe.parallel.health.status import OwnStatus
 from megamoe.parallel.interfaces import Interface, told
 from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
-from megamoe.parallel.threads import gloo_threads
 from megamoe.parallel.transport.host import HostTransport
+from megamoe.parallel.transport.threads import gloo_threads
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer, oracle, split
 

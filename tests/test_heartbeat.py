@@ -103,7 +103,8 @@ def test_a_rank_that_raises_between_calls_ends_no_call_that_it_has_done_its_part
         assert lit[0].lost() == 1
 
 
-def test_a_rank_that_leaves_is_not_lost_and_one_whose_connection_ends_is() -> None:
+def test_a_rank_that_leaves_is_not_lost_and_one_whose_connection_ends_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "megamoe")
     with monitors(3) as lit:
         lit[1].leave()
         assert holds(lambda: lit[0].statuses()[1].closed)
@@ -113,6 +114,9 @@ def test_a_rank_that_leaves_is_not_lost_and_one_whose_connection_ends_is() -> No
         assert line is not None
         line.channel.shutdown(socket.SHUT_RDWR)  # as the kernel does for a process that is killed
         assert holds(lambda: lit[0].lost() == 2)
+        assert holds(lambda: "rank 2 on h2 is lost, no further call can be made" in caplog.messages)
+        assert not [message for message in caplog.messages if "rank 1" in message]
+        assert {record.name for record in caplog.records} == {"megamoe.parallel.health.heartbeat"}
         verdict, _ = lit[0].judge(2)
         assert (verdict.rank, verdict.condition) == (2, "dead")
 

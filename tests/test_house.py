@@ -113,10 +113,55 @@ SCHEDULE = [path for path in FILES if path.is_relative_to(ROOT / "megamoe" / "sc
 def test_the_planner_needs_no_torch(path: Path) -> None:
     tree = ast.parse(path.read_text())
     allowed = sys.stdlib_module_names | {"numpy", "pydantic", "pydantic_core", "yaml", "typing_extensions", "megamoe"}
+    allowed |= {"jinja2", "markupsafe"}  # of the report's page alone
     assert imported_packages(tree) <= allowed
     ours = {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     ours = {name for name in ours if name.startswith("megamoe.")}
     assert all(name.startswith(("megamoe.planner", "megamoe.catalog", "megamoe.schedule")) for name in ours), ours
+
+
+# ---- what libraries call private ----
+
+OURS = [path for path in FILES if path.relative_to(ROOT).parts[0] in ("megamoe", *ROOMS)]
+PRIVATE = {"parallel/private.py", "launch/cluster/ray/private.py"}
+# as they are read where they are needed: torch tells neither in public
+LEFT = {"megamoe/execution/checks.py": {"_current_level"}, "model/router.py": {"_version"}}
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def names_made(tree: ast.AST) -> set[str]:
+    """Names that a file defines or assigns: functions, classes, variables, attributes."""
+    made = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    made |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return made | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+
+
+def private_uses(tree: ast.AST, ours: set[str]) -> set[str]:
+    """Private names that a file asks of others, and none of ours makes."""
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and private(n.attr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            used |= {part for part in str(node.module).split(".") if private(part)}
+            used |= {alias.name for alias in node.names if private(alias.name)}
+        if isinstance(node, ast.Import):
+            used |= {part for alias in node.names for part in alias.name.split(".") if private(part)}
+    return used - ours - {"_exit", "_replace"}  # of os and of named tuples: public, for all their names
+
+
+def test_private_names_are_told_from_our_own() -> None:
+    code = "from torch import _C\nimport ray._private.state\nself._ours = group._get_backend(1)\nself._ours.__len__"
+    assert private_uses(ast.parse(code), names_made(ast.parse(code))) == {"_C", "_private", "_get_backend"}
+
+
+def test_what_libraries_call_private_is_used_in_two_files_that_give_the_reasons() -> None:
+    trees = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in OURS}
+    ours = set().union(*map(names_made, trees.values()))
+    used = {name: private_uses(tree, ours) for name, tree in trees.items()}
+    assert {name: found for name, found in used.items() if found and name not in PRIVATE} == LEFT
+    assert all(used[name] for name in PRIVATE)
 
 
 # ---- the tree ----

@@ -337,9 +337,9 @@ class Logged:
     def __init__(self, transfer: Any, name: str, log: list[str], queues: Queues) -> None:
         self._transfer, self._name, self._log, self._queues = transfer, name, log, queues
 
-    def send(self, rows: Tensor, counts: list[int]) -> None:
+    def send(self, rows: Tensor, counts: list[int], starts: list[int]) -> None:
         self._log.append(f"send {self._name} {'beside' if self._queues.inside else 'in'} compute")
-        self._transfer.send(rows, counts)
+        self._transfer.send(rows, counts, starts)
 
     def wait(self) -> None:
         self._log.append(f"wait {self._name} {'beside' if self._queues.inside else 'in'} compute")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
@@ -20,38 +18,28 @@ import triton
 import triton.language as tl
 
 from megamoe.kernels import KERNELS, load
-from megamoe.kernels.ahead import Compiled, Resources, compile_ahead, compile_build, main, table
+from megamoe.kernels.ahead import Compiled, Resources, compile_build, main, table
 from megamoe.kernels.chips.sass import product_loop
 from megamoe.kernels.chips.targets import TARGETS, Build, Target, target
+from tests.ahead_builds import AheadBuilds
 
 ROOT = Path(__file__).parents[1]
 by_target = pytest.mark.parametrize("chip", TARGETS, ids=lambda chip: chip.name)
 
 
-_underway: dict[tuple[str, str], Future[list[Resources]]] = {}
+Compile = Callable[[str, Target], list[Compiled]]
 
 
-def resources_of(operation: str, chip: str) -> list[Resources]:
-    return [each.resources for each in compile_ahead(operation, target(chip))]
+@pytest.fixture(scope="module")
+def compiled(ahead_builds: AheadBuilds) -> Compile:
+    """Every build of an operation on a chip, with what came out."""
 
+    @cache
+    def found(operation: str, chip: Target) -> list[Compiled]:
+        builds, made = load(operation).builds(chip), ahead_builds.result(operation, chip.name)
+        return [Compiled(operation, chip, build, each) for build, each in zip(builds, made, strict=True)]
 
-@pytest.fixture(scope="module", autouse=True)
-def two_compilers() -> Iterator[None]:
-    """Everything that ships is compiled from the start, by two processes."""
-    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
-    for chip in TARGETS:
-        for operation in KERNELS:
-            _underway[operation, chip.name] = pool.submit(resources_of, operation, chip.name)
-    yield
-    pool.shutdown(cancel_futures=True)
-    _underway.clear()
-
-
-@lru_cache
-def compiled(operation: str, chip: Target) -> list[Compiled]:
-    found = _underway[operation, chip.name].result(timeout=240)
-    builds = load(operation).builds(chip)
-    return [Compiled(operation, chip, build, each) for build, each in zip(builds, found, strict=True)]
+    return found
 
 
 # ---- what ships ----
@@ -59,7 +47,7 @@ def compiled(operation: str, chip: Target) -> list[Compiled]:
 
 @by_target
 @pytest.mark.parametrize("operation", KERNELS)
-def test_every_build_of_every_operation_is_fit_to_run(operation: str, chip: Target) -> None:
+def test_every_build_of_every_operation_is_fit_to_run(compiled: Compile, operation: str, chip: Target) -> None:
     builds = compiled(operation, chip)
     assert builds
     assert [problem for each in builds for problem in each.problems] == []
@@ -67,13 +55,15 @@ def test_every_build_of_every_operation_is_fit_to_run(operation: str, chip: Targ
 
 @by_target
 @pytest.mark.parametrize("operation", [name for name in KERNELS if name.startswith("grouped")])
-def test_products_use_the_matrix_instruction_of_the_chip(operation: str, chip: Target) -> None:
+def test_products_use_the_matrix_instruction_of_the_chip(compiled: Compile, operation: str, chip: Target) -> None:
     for each in compiled(operation, chip):
         assert any(name.startswith(chip.instruction) for name in each.resources.instructions), each.build.label
 
 
 @pytest.mark.parametrize("operation", ["grouped_linear1", "grouped_linear2"])
-def test_few_rows_are_decoded_in_fewer_instructions_than_memory_leaves_time_for(operation: str) -> None:
+def test_few_rows_are_decoded_in_fewer_instructions_than_memory_leaves_time_for(
+    compiled: Compile, operation: str
+) -> None:
     """An H200's memory delivers a weight in the time of 4.1 thread-instructions."""
     found = {each.build.label: each for each in compiled(operation, target("cuda:90")) if " wide" in each.build.label}
     decode = found["V4-Pro wide 16x128x128"]
@@ -85,7 +75,7 @@ def test_few_rows_are_decoded_in_fewer_instructions_than_memory_leaves_time_for(
 
 
 @pytest.mark.parametrize("operation", ["grouped_linear1", "grouped_linear2"])
-def test_all_that_a_step_reads_is_copied_ahead(operation: str) -> None:
+def test_all_that_a_step_reads_is_copied_ahead(compiled: Compile, operation: str) -> None:
     for each in compiled(operation, target("cuda:90")):
         loop = each.resources.loop
         assert loop is not None, each.build.label
@@ -239,7 +229,9 @@ def test_what_does_not_compile_is_named_with_its_target() -> None:
 # ---- the command, and what importing costs ----
 
 
-def test_the_command_writes_what_it_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_what_it_compiled(
+    compiled: Compile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     written = tmp_path / "kernels.md"
     assert main(["--kernel", "reduce_slots", "--target", "hip:gfx950", "--write", str(written)]) == 0
     assert capsys.readouterr().out == ""

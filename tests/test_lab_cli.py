@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ class Room:
         return sorted(path.name for path in self.namespaces.iterdir())
 
 
-@pytest.fixture
-def room() -> Iterator[Room]:
+@contextmanager
+def a_room() -> Iterator[Room]:
     script = "mkdir -p /run/netns && mount -t tmpfs megamoe /run/netns && echo ready && exec cat"
     pipe = subprocess.PIPE
     with subprocess.Popen(["unshare", "--mount", "sh", "-c", script], stdin=pipe, stdout=pipe, text=True) as holder:
@@ -72,6 +72,12 @@ def room() -> Iterator[Room]:
         assert holder.stdout.readline() == "ready\n"
         yield Room(holder.pid)
         # the end of its input ends the holder, and with it the mounts that kept the namespaces
+
+
+@pytest.fixture
+def room() -> Iterator[Room]:
+    with a_room() as made:
+        yield made
 
 
 @needs_lab
@@ -207,31 +213,45 @@ def test_what_a_killed_up_left_is_shown_as_not_whole_and_can_be_taken_down(room:
     assert room.names() == []
 
 
+WRONG = [
+    (["up", "--name", "Blue"], "name 'Blue' is not of small letters, digits and hyphens"),
+    (["up", "--name", "7-7-7"], "name '7-7-7' is not of small letters, digits and hyphens"),
+    (["up", "--ranks", "0"], "a lab holds 1 to 250 ranks, got 0"),
+    (["up", "--link", "fast"], "link 'fast' is not a rate"),
+    (["up", "--format", "xml"], "Invalid value for '--format'"),
+    (["down", "one", "--all"], "--all takes down 'one' too"),
+    (["fault"], "give one of --cut RANK, --slow RANK RATE, --heal RANK"),
+    (["fault", "--cut", "0", "--heal", "0"], "give one of"),
+    (["fault", "--cut", "2"], "lab one has ranks 0 to 1, there is no rank 2"),
+    (["fault", "--cut", "-1"], "there is no rank -1"),
+    (["fault", "--heal", "x"], "Invalid value for '--heal'"),
+    (["fault", "--slow", "1", "slowly"], "rate 'slowly' is not a rate such as 1gbit"),
+    (["fault", "--slow", "1", "2gbit"], "rate 2gbit does not slow rank 1 down: the lab's links have 1gbit"),
+    (["fault", "--lab", "two", "--cut", "1"], "no lab is called 'two'; the nearest are one"),
+]
+ASKED = """
+import json, sys
+from tests.commands import refused
+print(json.dumps([refused("lab", *arguments) for arguments in json.loads(sys.argv[1])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals() -> Iterator[list[str]]:
+    """What is said of each wrong request where a lab stands: all asked in one process, one after another."""
+    with a_room() as room:
+        room.json("up", "--name", "one")
+        done = room.run(sys.executable, "-c", ASKED, json.dumps([arguments for arguments, _ in WRONG]))
+        assert done.returncode == 0, done.stderr
+        assert room.names() == ["megamoe-one-r0", "megamoe-one-r1", "megamoe-one-switch"], "nothing was done"
+        yield json.loads(done.stdout)
+
+
 @needs_lab
 @needs_room
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["up", "--name", "Blue"], "name 'Blue' is not of small letters, digits and hyphens"),
-        (["up", "--name", "7-7-7"], "name '7-7-7' is not of small letters, digits and hyphens"),
-        (["up", "--ranks", "0"], "a lab holds 1 to 250 ranks, got 0"),
-        (["up", "--link", "fast"], "link 'fast' is not a rate"),
-        (["up", "--format", "xml"], "Invalid value for '--format'"),
-        (["down", "one", "--all"], "--all takes down 'one' too"),
-        (["fault"], "give one of --cut RANK, --slow RANK RATE, --heal RANK"),
-        (["fault", "--cut", "0", "--heal", "0"], "give one of"),
-        (["fault", "--cut", "2"], "lab one has ranks 0 to 1, there is no rank 2"),
-        (["fault", "--cut", "-1"], "there is no rank -1"),
-        (["fault", "--heal", "x"], "Invalid value for '--heal'"),
-        (["fault", "--slow", "1", "slowly"], "rate 'slowly' is not a rate such as 1gbit"),
-        (["fault", "--slow", "1", "2gbit"], "rate 2gbit does not slow rank 1 down: the lab's links have 1gbit"),
-        (["fault", "--lab", "two", "--cut", "1"], "no lab is called 'two'; the nearest are one"),
-    ],
-)
-def test_a_wrong_request_exits_with_2(room: Room, arguments: list[str], said: str) -> None:
-    if arguments[0] != "up":
-        room.json("up", "--name", "one")
-    assert said in room.refused(*arguments)
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_a_wrong_request_exits_with_2(refusals: list[str], number: int) -> None:
+    assert WRONG[number][1] in refusals[number]
 
 
 @needs_lab

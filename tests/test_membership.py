@@ -162,7 +162,7 @@ def test_closing_ends_a_process_that_is_still_starting() -> None:
     membership = Membership(SpawnPool(1, threads=1), 1, start_s=60.0, retry_s=1.0, tell=lambda *_: None)
     assert list(membership.open([0], 0.05)) == [0]
     membership.close()
-    assert set(psutil.Process().children()) == before
+    assert set(psutil.Process().children()) <= before
 
 
 # ---- failures in a row ----

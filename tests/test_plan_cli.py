@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from megamoe.launch.cli.main import COMMANDS, app
 from megamoe.launch.cli.planner.plan_file import read_plan
+from megamoe.launch.terminal import exit_codes
 
 TABLE = Path(__file__).parents[1] / "docs" / "data" / "mega_moe_gb200_deepseek_v4_pro.csv"
 PRO = ("--model", "deepseek-v4-pro", "--hardware", "gb200")
@@ -419,6 +421,15 @@ def test_help_lists_every_command_once() -> None:
         assert "Usage: megamoe" in run(name, "--help").stdout.replace("root", "megamoe")
 
 
+def test_what_the_library_logs_is_a_line_on_stderr_while_a_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("megamoe.parallel.somewhere")
+    with exit_codes():
+        log.warning("rank %d is [lost]", 1)
+        log.info("nobody asked")
+    assert capsys.readouterr().err == "rank 1 is [lost]\n"
+    assert not logging.getLogger("megamoe").handlers
+
+
 MODULES = (
     "import sys; from megamoe.launch.cli.main import app; app({arguments}, standalone_mode=False); print(*sys.modules)"
 )
@@ -434,7 +445,7 @@ def started(*arguments: object) -> set[str]:
 def test_a_plan_imports_nothing_that_it_does_not_need() -> None:
     plan = started("plan", *PRO, "--ep", 16, "--batch", 64)
     assert "megamoe.planner.serving.serving" in plan
-    assert not {"torch", "numpy", "matplotlib", "megamoe.planner.report", "megamoe.launch.cli.bench"} & plan
+    assert not {"torch", "numpy", "matplotlib", "jinja2", "megamoe.planner.report", "megamoe.launch.cli.bench"} & plan
     assert "numpy" in started("plan", *PRO, "--ep", 16, "--routing", "zipf_1.1")
     listed = started("--help")
     assert "torch" not in listed

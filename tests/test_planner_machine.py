@@ -205,7 +205,7 @@ def test_the_command_refuses(tmp_path: Path) -> None:
     for wrong, message in (
         (["--cores", "0"], "cores must be at least 1"),
         (["--start", "cpux"], "no machine is called 'cpux'"),
-        (["--write", "/nowhere/x.yaml"], "there is no folder /nowhere"),
+        (["--write", "/nowhere/x.yaml"], "/nowhere/x.yaml is in no folder that exists"),
     ):
         done = CliRunner().invoke(app, ["calibrate", str(fit), *wrong])
         assert done.exit_code == 2

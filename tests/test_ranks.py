@@ -21,7 +21,7 @@ from megamoe.launch.ranks import LocalRanks, RankFailedError
 from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.threads import calm_gloo_threads
+from megamoe.parallel.transport.threads import calm_gloo_threads
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer
 

@@ -241,7 +241,7 @@ def test_a_seat_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) ->
     with SpawnPool(1, hosts=[Host("megamoe-not-there-r0", "10.77.0.1", "link0")], log_dir=tmp_path) as opened:
         with pytest.raises(RuntimeError, match=r"worker 0 \(process \d+\) died: exit code 1: .*megamoe-not-there-r0"):
             opened.open(0, 60)
-        assert set(psutil.Process().children()) == before
+        assert set(psutil.Process().children()) <= before
         assert "No such file or directory" in (tmp_path / "worker-0.log").read_text()
     assert psutil.Process().num_fds() <= descriptors
 
@@ -251,7 +251,7 @@ def test_a_seat_that_does_not_answer_in_time_is_ended() -> None:
     with SpawnPool(1) as opened:
         with pytest.raises(RuntimeError, match=r"worker 0 did not answer within 0.01 s"):
             opened.open(0, 0.01)
-        assert set(psutil.Process().children()) == before
+        assert set(psutil.Process().children()) <= before
 
 
 def test_closed_seats_are_gone_and_stay_closed() -> None:

@@ -20,7 +20,7 @@ from megamoe.launch.bench.bench import make_expert_weights, make_workload
 from megamoe.launch.lab.namespaces import Host, lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.threads import calm_gloo_threads
+from megamoe.parallel.transport.threads import calm_gloo_threads
 from megamoe.shape import MoEShape
 
 SHAPE = MoEShape(hidden=1024, intermediate=512, num_experts=16, topk=4)

@@ -100,20 +100,9 @@ def predict_run(request: BenchRequest, waves: int = 0, dispatch_format: str | No
     if not waves and request.waves != "auto":
         waves = request.waves if isinstance(request.waves, int) else len(request.waves)
     wire = dispatch_format or request.dispatch_format
-    run = Run(
-        ranks=request.ranks,
-        link_gb_s=parse_rate(request.link) / 8e9 if request.link else None,
-        tokens_per_rank=request.tokens_per_rank,
-        hidden=request.hidden,
-        intermediate=request.intermediate,
-        num_experts=request.num_experts,
-        topk=request.topk,
-        weight_format=request.weight_format,
-        dispatch_format="mxfp8" if wire == "auto" else wire,
-        waves=waves,
-        threads_per_rank=request.threads_per_rank,
-    )
-    return predict(run, machine)
+    asked = {each.name: getattr(request, each.name) for each in fields(Run) if hasattr(request, each.name)}
+    asked |= {"dispatch_format": "mxfp8" if wire == "auto" else wire, "waves": waves}
+    return predict(Run(**asked, link_gb_s=parse_rate(request.link) / 8e9 if request.link else None), machine)
 
 
 @dataclass(frozen=True, slots=True)

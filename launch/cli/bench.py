@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
 from megamoe.launch.cli import rule
-from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress, stderr, stdout
+from megamoe.launch.output import Output, check_folder, emit, note, say, show
+from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress
 
 if TYPE_CHECKING:
     from megamoe.launch.bench.bench import BenchReport
@@ -50,7 +47,7 @@ def bench(
         str | None, typer.Option(help="Profile to predict by, such as megamoe calibrate writes; what ships without.")
     ] = None,
     check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
-    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+    output: Output = Format.table,
 ) -> None:
     """Time one layer serial, overlapped, computing alone and communicating alone, interleaved in one run."""
     if context.invoked_subcommand is not None:
@@ -82,8 +79,8 @@ def bench(
             )
             if trace and waves == "sweep":
                 raise ValueError("a trace holds one workload: give --trace or --waves sweep")
-            if trace and not trace.resolve().parent.is_dir():
-                raise ValueError(f"there is no folder {trace.resolve().parent} to write the trace in")
+            if trace:
+                check_folder(trace)
             compile_kernels(bar)
             requests = sweep_waves(request) if waves == "sweep" else [request]
             reports = []
@@ -93,35 +90,24 @@ def bench(
                 reports.append(report)
         if trace and timeline:
             timeline.save(trace)
-            stderr.print(
-                f"wrote {trace}: open it in Perfetto, or with megamoe timeline", highlight=False, soft_wrap=True
-            )
+            note(f"wrote {trace}: open it in Perfetto, or with megamoe timeline")
         if link is None:
-            stderr.print("links are not shaped: ranks talk over loopback; --link 1gbit gives each a link of its own")
-        if output is Format.json:
-            found = [report.as_dict() for report in reports]
-            sys.stdout.write(json.dumps(found if waves == "sweep" else found[0], indent=2) + "\n")
-        elif waves == "sweep":
-            _print_sweep(reports)
+            note("links are not shaped: ranks talk over loopback; --link 1gbit gives each a link of its own")
+        if waves == "sweep":
+            emit(output, [report.as_dict() for report in reports], lambda: _print_sweep(reports))
         else:
-            _print_bench(reports[0])
+            emit(output, reports[0].as_dict(), lambda: _print_bench(reports[0]))
         if any(report.identical is False for report in reports):
             raise typer.Exit(1)
 
 
 def _print_sweep(reports: list[BenchReport]) -> None:
-    stdout.print(f"{_workload(reports[0])}; milliseconds", highlight=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
-    headings = ("waves", "overlapped", "min", "max", "predict.", "serial", "compute", "commun.", "speedup", "effic.")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for report in reports:
-        overlapped = [report.overlapped_ms, report.overlapped_ms_min, report.overlapped_ms_max]
-        predicted = "" if report.predicted_ms is None else f"{report.predicted_ms:.1f}"
-        times = [f"{time:.1f}" for time in (report.serial_ms, report.compute_ms, report.communication_ms)]
-        ratios = (f"{report.speedup:.2f}", f"{report.efficiency:.2f}")
-        table.add_row(str(report.waves), *(f"{time:.1f}" for time in overlapped), predicted, *times, *ratios)
-    stdout.print(table)
+    say(f"{_workload(reports[0])}; milliseconds")
+    times = ("overlapped_ms", "overlapped_ms_min", "overlapped_ms_max", "predicted_ms", "serial_ms", "compute_ms")
+    headings = ("overlapped", "min", "max", "predict.", "serial", "compute", "commun.")
+    columns = {"waves": ">", **dict.fromkeys(headings, ".1f"), "speedup": ".2f", "effic.": ".2f"}
+    keys = ("waves", *times, "communication_ms", "speedup", "efficiency")
+    show(columns, [[getattr(report, key) for key in keys] for report in reports])
 
 
 def _workload(report: BenchReport) -> str:
@@ -132,27 +118,21 @@ def _workload(report: BenchReport) -> str:
 
 
 def _print_bench(report: BenchReport) -> None:
-    stdout.print(f"{_workload(report)}, {report.waves} waves", highlight=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
-    for heading in ("", "median ms", "min", "max"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    say(f"{_workload(report)}, {report.waves} waves")
     values = report.as_dict()
-    for name in ("serial", "overlapped", "compute", "communication", *(["traced"] if report.traced_ms else [])):
-        table.add_row(name, *(f"{values[f'{name}_ms{suffix}']:.1f}" for suffix in ("", "_min", "_max")))
-    stdout.print(table)
+    names = ("serial", "overlapped", "compute", "communication", *(["traced"] if report.traced_ms else []))
+    rows = [(name, *(values[f"{name}_ms{suffix}"] for suffix in ("", "_min", "_max"))) for name in names]
+    show({"": "", **dict.fromkeys(("median ms", "min", "max"), ".1f")}, rows)
     verdict = {True: "identical to the oracle", False: "DIFFERENT from the oracle", None: "not checked"}[
         report.identical
     ]
-    stdout.print(
+    say(
         f"speedup over serial {report.speedup:.2f}, efficiency {report.efficiency:.2f}, exposed "
-        f"{report.exposed_ms:.1f} ms, {report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}",
-        highlight=False,
-        soft_wrap=True,
+        f"{report.exposed_ms:.1f} ms, {report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}"
     )
     if report.predicted_ms is not None:
         off = report.predicted_ms / report.overlapped_ms - 1
-        stdout.print(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%}", highlight=False)
+        say(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%}")
     if report.traced_ms is not None:
-        cost = report.trace_cost
         hidden = "none" if report.hidden_percent is None else f"{report.hidden_percent:.1f} %"
-        stdout.print(f"{hidden} of communication hidden; recording cost {cost:+.1%}", highlight=False)
+        say(f"{hidden} of communication hidden; recording cost {report.trace_cost:+.1%}")

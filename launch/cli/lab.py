@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
 from megamoe.launch.lab import faults
 from megamoe.launch.lab.namespaces import (
@@ -25,10 +21,10 @@ from megamoe.launch.lab.namespaces import (
     remove,
     runs,
 )
-from megamoe.launch.terminal import Format, exit_codes, stderr, stdout
+from megamoe.launch.output import Output, emit, note, plural, say, show
+from megamoe.launch.terminal import Format, exit_codes
 
 app = typer.Typer(no_args_is_help=True, help="Labs with shaped links for ranks of your own, and faults in any lab.")
-Output = Annotated[Format, typer.Option("--format", help="How to print the result.")]
 _PORT = 29500  # torchrun's; a lab's ranks have a network of their own, so every lab can use the same
 
 
@@ -46,13 +42,8 @@ def up(
         short = str(hosts[0].lab).removeprefix(PREFIX)
         starts = [{**_place(rank, host), **_start(rank, hosts)} for rank, host in enumerate(hosts)]
         report = {"lab": short, "link_gb_s": parse_rate(link) / 8e9, "latency_ms": latency_ms, "ranks": starts}
-        if output is Format.json:
-            _print_json(report)
-        else:
-            _say(f"lab {short}: {_plural(ranks, 'rank', 'ranks')}, {link} links; start your program on each rank:")
-            for start in starts:
-                _say(f"\n# rank {start['rank']}, {start['address']} on {start['interface']}\n{start['command']}")
-        _note(f"it stands until: megamoe lab down {short}")
+        emit(output, report, lambda: _print_starts(f"lab {short}: {plural(ranks, 'rank')}, {link} links", starts))
+        note(f"it stands until: megamoe lab down {short}")
 
 
 @app.command()
@@ -61,12 +52,9 @@ def status(output: Output = Format.table) -> None:
     with exit_codes():
         check_lab()
         reports = [report for report in map(_report, runs()) if report is not None]
-        if output is Format.json:
-            _print_json(reports)
-        elif not reports:
-            _note("no lab stands on this machine: megamoe lab up makes one")
-        for report in reports if output is Format.table else []:
-            _print_lab(report)
+        if not reports and output is Format.table:
+            note("no lab stands on this machine: megamoe lab up makes one")
+        emit(output, reports, lambda: _print_labs(reports))
 
 
 @app.command()
@@ -80,11 +68,7 @@ def down(
     with exit_codes():
         check_lab()
         reports = [_take_down(run) for run in _chosen(name, every, force)]
-        if output is Format.json:
-            _print_json(reports)
-        for report in reports if output is Format.table else []:
-            ended = _plural(len(report["processes_ended"]), "process", "processes")
-            _say(f"lab {report['lab']} is down: {_plural(report['ranks'], 'rank', 'ranks')}, {ended} ended")
+        emit(output, reports, lambda: _print_down(reports))
 
 
 @app.command()
@@ -102,10 +86,9 @@ def fault(
         check_lab()
         run, link = _strike(lab, cut, slow, heal)
         report = {"lab": run.removeprefix(PREFIX), **_link(link)}
-        if output is Format.json:
-            _print_json(report)
-        else:
-            _say(f"lab {report['lab']}, rank {link.rank}: {_rate(link)}, {', '.join(report['faults']) or 'no fault'}")
+        rate = faults.format_rate(link.bits_per_s) if link.bits_per_s else "not shaped"
+        line = f"lab {report['lab']}, rank {link.rank}: {rate}, {', '.join(report['faults']) or 'no fault'}"
+        emit(output, report, lambda: say(line))
 
 
 def _chosen(name: str | None, every: bool, force: bool) -> list[str]:
@@ -120,7 +103,7 @@ def _chosen(name: str | None, every: bool, force: bool) -> list[str]:
         )
         if not every:
             raise ValueError(refusal)
-        _note(refusal)
+        note(refusal)
     return [run for run in chosen if run not in used]
 
 
@@ -203,45 +186,29 @@ def _take_down(run: str) -> dict[str, Any]:
     return {"lab": run.removeprefix(PREFIX), "ranks": ranks, "processes_ended": remove(run)}
 
 
-def _print_lab(report: dict[str, Any]) -> None:
-    alive = {None: "kept", True: f"of process {report['process']}", False: f"of process {report['process']}, gone"}
-    built = faults.format_rate(report["link_gb_s"] * 8e9) + " links" if report["whole"] else "not whole"
-    _say(f"lab {report['lab']}: {alive[report['alive']]}, {_plural(len(report['ranks']), 'rank', 'ranks')}, {built}")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
-    for heading in ("rank", "namespace", "address", "link", "faults", "processes"):
-        table.add_column(heading, no_wrap=heading != "processes", overflow="fold")
-    for rank in report["ranks"]:
-        rate = faults.format_rate(rank["link_gb_s"] * 8e9) if rank["link_gb_s"] else "-"
-        running = ", ".join(
-            f"{each['process']} {Path(each['command'].split(' ')[0]).name}" for each in rank["processes"]
-        )
-        cells = (
-            str(rank["rank"]),
-            rank["namespace"],
-            rank["address"],
-            rate,
-            ", ".join(rank["faults"]) or "-",
-            running or "-",
-        )
-        table.add_row(*cells)
-    stdout.print(table)
+def _print_starts(lab: str, starts: list[dict[str, Any]]) -> None:
+    say(f"{lab}; start your program on each rank:")
+    for start in starts:
+        say(f"\n# rank {start['rank']}, {start['address']} on {start['interface']}\n{start['command']}")
 
 
-def _plural(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"
+def _print_labs(reports: list[dict[str, Any]]) -> None:
+    columns = {"rank": "", "namespace": "", "address": "", "link": "", "faults": "", "processes": ""}
+    for report in reports:
+        alive = {None: "kept", True: f"of process {report['process']}", False: f"of process {report['process']}, gone"}
+        built = faults.format_rate(report["link_gb_s"] * 8e9) + " links" if report["whole"] else "not whole"
+        say(f"lab {report['lab']}: {alive[report['alive']]}, {plural(len(report['ranks']), 'rank')}, {built}")
+        show(columns, map(_row, report["ranks"]), folds=True)
 
 
-def _rate(link: faults.Link) -> str:
-    return faults.format_rate(link.bits_per_s) if link.bits_per_s else "not shaped"
+def _row(rank: dict[str, Any]) -> tuple[Any, ...]:
+    rate = faults.format_rate(rank["link_gb_s"] * 8e9) if rank["link_gb_s"] else None
+    running = [f"{each['process']} {Path(each['command'].split(' ')[0]).name}" for each in rank["processes"]]
+    place = (rank["rank"], rank["namespace"], rank["address"])
+    return (*place, rate, ", ".join(rank["faults"]) or None, ", ".join(running) or None)
 
 
-def _say(line: str) -> None:
-    stdout.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _note(line: str) -> None:
-    stderr.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _print_json(report: object) -> None:
-    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+def _print_down(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        ended = plural(len(report["processes_ended"]), "process", "processes")
+        say(f"lab {report['lab']} is down: {plural(report['ranks'], 'rank')}, {ended} ended")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megamoe.launch.output import Output, emit, note
 from megamoe.launch.report import print_report
-from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress, stderr
+from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress
 
 if TYPE_CHECKING:
     from megamoe.launch.cluster.cluster import Event
@@ -51,7 +50,7 @@ def launch(
     run: Annotated[str | None, typer.Option(help="Name of the run, for megamoe doctor --run.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Folder in which every rank's output is kept.")] = None,
     out: Annotated[Path | None, typer.Option(help='Safetensors file for the output, "hidden" [T, H].')] = None,
-    output: Annotated[Format, typer.Option("--format", help="How to print the report.")] = Format.table,
+    output: Output = Format.table,
 ) -> None:
     """Run a text through a checkpoint's expert layers, in batches, on ranks that are started for it."""
     with exit_codes():
@@ -81,12 +80,9 @@ def launch(
             report = run_launch(
                 request, _say, lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
             )
-        if output is Format.json:
-            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
-        else:
-            print_report(report)
+        emit(output, report.as_dict(), lambda: print_report(report))
 
 
 def _say(event: Event) -> None:
     """What happens to the group, as it happens, beside the ranks' own lines."""
-    stderr.print(f"{event.at_s:7.1f} s  {event.kind}: {event.what}", highlight=False, markup=False, soft_wrap=True)
+    note(f"{event.at_s:7.1f} s  {event.kind}: {event.what}")

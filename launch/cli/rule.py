@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress, stderr, stdout
+from megamoe.launch.output import Output, emit, note, say, show
+from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress
 
 if TYPE_CHECKING:
     from megamoe.launch.bench.rule import Curve, RuleReport
 
-HEADINGS = ("link Mbit/s", "C/B", "x", "compute", "communic.", "overlapped", "exposed", "min", "max", "theory")
+COLUMNS = {"link Mbit/s": ".1f", "C/B": ".0f", "x": ".2f"}
+COLUMNS |= dict.fromkeys(("compute", "communic.", "overlapped"), ".1f")
+COLUMNS |= dict.fromkeys(("exposed", "min", "max", "theory"), ".2f")
 
 
 def rule(
@@ -41,7 +40,7 @@ def rule(
     figure: Annotated[
         Path | None, typer.Option(help="Draw the curves into this .svg or .png; needs megamoe's extra figures.")
     ] = None,
-    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+    output: Output = Format.table,
 ) -> None:
     """Sweep the link across the rule's balance point C/B = 2d and find where communication stops hiding; needs root."""
     with exit_codes():
@@ -72,13 +71,10 @@ def rule(
                 bar.update(task, description=what, completed=done, total=of)
 
             report = run_rule(request, show)
-        if output is Format.json:
-            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
-        else:
-            _print_rule(report)
+        emit(output, report.as_dict(), lambda: _print_rule(report))
         if figure and drawing:
             drawing.draw(report, figure)
-            stderr.print(f"wrote {figure}", highlight=False, soft_wrap=True)
+            note(f"wrote {figure}")
         if report.identical is False:
             raise typer.Exit(1)
 
@@ -106,39 +102,29 @@ def _parse_points(text: str) -> tuple[float, ...]:
 
 def _print_rule(report: RuleReport) -> None:
     request = report.request
-    stdout.print(
+    say(
         f"{request.ranks} ranks, {request.tokens_per_rank} tokens a rank, {request.num_experts} experts "
         f"{request.weight_format}, top-{request.topk}, {request.dispatch_format} wire, {report.bytes_per_row:.0f} "
         f"bytes a row there and back, {report.f_remote:.0%} of rows remote; C in FLOP/s, B in bytes/s one way; "
-        "milliseconds",
-        highlight=False,
-        soft_wrap=True,
+        "milliseconds"
     )
     for curve in report.curves:
         _print_curve(curve, request.hidden)
     if report.identical is not None:
         same = "identical to the oracle" if report.identical else "DIFFERENT from the oracle"
-        stdout.print(f"every bit of every output: {same}", highlight=False)
+        say(f"every bit of every output: {same}")
 
 
 def _print_curve(curve: Curve, hidden: int) -> None:
     title = f"\n{hidden} x {curve.intermediate}: balance at C/B = {curve.threshold_flops_per_byte:.0f} FLOPs/byte"
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 0))
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right")
+    rows = []
     for point in curve.points:
         bench = point.bench
         times = (bench.compute_ms, bench.communication_ms, bench.overlapped_ms)
         shares = (point.exposed_share, point.exposed_share_min, point.exposed_share_max, point.theory_share)
-        table.add_row(
-            f"{(bench.link_gb_s or 0) * 8e3:.1f}",
-            f"{point.hardware_flops_per_byte:.0f}",
-            f"{point.x:.2f}",
-            *(f"{time:.1f}" for time in times),
-            *(f"{share:.2f}" for share in shares),
-        )
-    stdout.print(table)
-    stdout.print(_verdict(curve), highlight=False, soft_wrap=True)
+        rows.append(((bench.link_gb_s or 0) * 8e3, point.hardware_flops_per_byte, point.x, *times, *shares))
+    show(COLUMNS, rows, title)
+    say(_verdict(curve))
 
 
 def _verdict(curve: Curve) -> str:

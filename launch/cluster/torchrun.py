@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from megamoe.launch.cluster.job import (
 )
 from megamoe.launch.cluster.worker import Load, LoadReport, Worker, WorkerOptions
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices, present_device
+from megamoe.launch.output import Output, emit
 from megamoe.launch.process import share_of_cores
 from megamoe.launch.report import print_report
 from megamoe.launch.terminal import Format, exit_codes, parse_waves
@@ -103,7 +102,7 @@ def worker(
     ] = None,
     deadline_s: Annotated[float, typer.Option(help="Seconds that any wait may take.")] = 60.0,
     out: Annotated[Path | None, typer.Option(help='Safetensors file for the output, "hidden" [T, H].')] = None,
-    output: Annotated[Format, typer.Option("--format", help="How rank 0 prints the report.")] = Format.table,
+    output: Output = Format.table,
 ) -> None:
     """Run a text through a checkpoint's expert layers as one rank of those that torchrun starts."""
     with exit_codes():
@@ -116,10 +115,7 @@ def worker(
             return
         if out is not None:
             save_file({"hidden": hidden}, out)
-        if output is Format.json:
-            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
-        else:
-            print_report(report)
+        emit(output, report.as_dict(), lambda: print_report(report))
 
 
 def torchrun_options(device: str, place: Place, interface: str | None, deadline_s: float) -> WorkerOptions:

@@ -98,11 +98,6 @@ class Diagnosis:
 LookAt = Callable[[Examination], Check]
 
 
-def plural(number: int, noun: str) -> str:
-    """1, "rank" -> "1 rank"    2, "rank" -> "2 ranks" """
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def gib(num_bytes: float) -> str:
     """2**30 -> "1.0 GiB" """
     return f"{num_bytes / GIB:.1f} GiB"

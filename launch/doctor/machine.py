@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from megamoe.launch.doctor.check import GIB, Check, Examination, LookAt, gib, plural
+from megamoe.launch.doctor.check import GIB, Check, Examination, LookAt, gib
 from megamoe.launch.lab.namespaces import check_lab
+from megamoe.launch.output import plural
 from megamoe.parallel.interfaces import candidates, choose, list_interfaces
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -17,7 +17,8 @@ from megamoe.execution.products import ROW_BLOCKS, keeps_bits, multiply_dtype
 from megamoe.kernels.cpu.library import KernelWarning, find
 from megamoe.kernels.cpu.paths import may_use_tiles
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices
-from megamoe.launch.doctor.check import Check, Examination, LookAt, gib, plural
+from megamoe.launch.doctor.check import Check, Examination, LookAt, gib
+from megamoe.launch.output import plural
 
 LEAST_TORCH, LEAST_RAY = (2, 11), (2, 40)
 _TRITONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-ascend")

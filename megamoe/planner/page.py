@@ -11,7 +11,7 @@ from megamoe.catalog import figures
 from megamoe.planner.answer import Answer
 from megamoe.planner.explain import explain
 from megamoe.planner.question import Question
-from megamoe.planner.report import (
+from megamoe.planner.report.data import (
     MemoryBar,
     MemoryPart,
     ParetoPoint,
@@ -21,22 +21,15 @@ from megamoe.planner.report import (
     Sensitivity,
     Source,
     Span,
-    Term,
     Tile,
     Timeline,
 )
 from megamoe.planner.search.choose import explore
 from megamoe.planner.search.sensitivity import result_of, sensitivity
-from megamoe.planner.serving.memory import USABLE
+from megamoe.planner.serving.memory import PARTS, USABLE
 from megamoe.planner.serving.serving import Serving
 
 LANES = {"dispatch": "dispatch", "compute": "linear", "combine": "combine"}
-MEMORY = {
-    "experts_gb": "routed experts",
-    "weights_gb": "other weights",
-    "cache_gb": "cache",
-    "activations_gb": "activations",
-}
 UNITS = {
     "tflops": "TFLOP/s",
     "gb": "GB",
@@ -67,7 +60,7 @@ def page(found: Answer, command: str = "") -> ReportData:
         memory=(memory(found),),
         sensitivities=tuple(Sensitivity(each.key, each.low, each.high, each.base, unit) for each in sensitivity(found)),
         sensitivity_of=of,
-        terms=tuple(Term(term.name, term.formula, term.numbers, term.value, term.unit) for term in explain(found)),
+        terms=tuple(explain(found)),
         sources=sources(found),
         assumptions=assumptions(found),
         version=f"megamoe {__version__}",
@@ -190,7 +183,7 @@ def _point(served: Serving, on_front: bool) -> ParetoPoint:
 
 def memory(found: Answer) -> MemoryBar:
     held = asdict(found.memory)
-    parts = tuple(MemoryPart(name, held[key]) for key, name in MEMORY.items() if held[key])
+    parts = tuple(MemoryPart(name, held[key]) for key, name in PARTS.items() if held[key])
     name = f"{found.subject.hardware.name}, {100 * USABLE:.0f} % of {found.subject.hardware.memory_gb.value:g} GB"
     return MemoryBar(name, found.memory.capacity_gb, parts)
 

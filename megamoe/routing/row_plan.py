@@ -157,7 +157,8 @@ def plan_rows(
 def _inboxes(messages: Messages, wire: Wire) -> Array:
     """[P] int64: row of each rank's buffer where its inbox begins."""
     records: Array = -(-wire.PAIR_BYTES * messages.own // wire.row_bytes)
-    return (messages.heads + messages.unique).sum((1, 2)) + records
+    starts: Array = (messages.heads + messages.unique).sum((1, 2)) + records
+    return starts
 
 
 def _slices(lengths: list[int], start: int) -> list[slice]:

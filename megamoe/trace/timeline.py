@@ -18,7 +18,6 @@ from megamoe.parallel.recorder import Flight, Recording
 
 LANES = ("dispatch", "linear-1", "activation", "linear-2", "combine", "reduce")
 COMMUNICATION = ("dispatch", "combine")
-COMPUTE = ("linear-1", "activation", "linear-2", "reduce")
 CALL = "call"  # the lane that holds the whole call
 
 Interval = tuple[float, float]

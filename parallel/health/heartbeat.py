@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import secrets
 import selectors
 import socket
@@ -30,6 +31,7 @@ from megamoe.parallel.health.status import LEFT, RAISED, OwnStatus, RankStatus
 from megamoe.parallel.interfaces import list_interfaces
 from megamoe.parallel.rendezvous import wait_for
 
+_log = logging.getLogger(__name__)
 BEAT_S = 0.25
 PATIENCE_S = 0.7  # how long an error waits for what the others say
 _PROBE_S = 0.4
@@ -296,8 +298,11 @@ class HeartbeatMonitor:
             with self._changed:
                 peer.closed = True
                 self._changed.notify_all()
-        if self._is_lost(peer) and not was_lost and self.own_status.busy:
-            self.trouble()
+        if self._is_lost(peer) and not was_lost:
+            if self.own_status.busy:
+                self.trouble()
+            else:  # no call is there that could raise it
+                _log.info("rank %d on %s is lost, no further call can be made", peer.rank, peer.host)
 
     def _hear_stranger(self, line: Line) -> None:
         """A rank that says who it is, or a program that asks for the picture; anything else is sent away."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamoe.parallel.private import abort_backend
 from megamoe.parallel.transport.pairs import Clock, Label, MissingPageError
 
 # torch 2.13 gave the collective this name and warns of the other
@@ -83,7 +84,7 @@ class AllToAllTransport:
         """Has every wait of this rank end in an error, where the backend can: NCCL and HCCL do, gloo does not."""
         self.aborted = self.aborted or why  # first, for a wait that this ends to see it
         with suppress(RuntimeError):  # of a backend that cannot: its waits end at their deadline
-            self.group._get_backend(self._device).abort()  # those for other devices have no part in it
+            abort_backend(self.group, self._device)
 
     def follow(self, work: dist.Work) -> None:
         """Has tend() look after a work that nobody waits for on the host."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+
+from megamoe.parallel.private import abort_group
 
 _LAST_RESORT_S = 300.0
 
@@ -23,7 +24,7 @@ def backend_for(group: dist.ProcessGroup, device: torch.device) -> str:
 
     ValueError where none does: gloo, which takes any device in collectives, moves rows from and to a CPU only.
     """
-    has = {each.type: str(group._get_backend(each).name()).lower() for each in group._device_types}
+    has = dict(each.split(":") for each in dist.get_backend_config(group).lower().split(","))
     if device.type not in has or (device.type != "cpu" and has[device.type] == "gloo"):
         listed = ",".join(f"{kind}:{name}" for kind, name in sorted(has.items()))
         raise ValueError(
@@ -70,4 +71,4 @@ def end_group(world: dist.ProcessGroup, device: torch.device, *, in_peace: bool)
     if in_peace or device.type == "cpu":
         dist.destroy_process_group(world)
     else:
-        distributed_c10d._abort_process_group(world)
+        abort_group(world)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megamoe.launch.cli.planner.plan import Output, print_json
+from megamoe.launch import output as out
+from megamoe.launch.output import Output, emit, say
 from megamoe.launch.terminal import Format, exit_codes
 
 if TYPE_CHECKING:
@@ -29,6 +30,44 @@ class Kind(str, Enum):
     machines = "machines"
 
 
+# kind -> title, and heading -> key of a summary, how it is printed
+_FITTED = ("fitted", "")
+_TABLES = {
+    "hardware": (
+        "dense TFLOP/s; links in GB/s one way, to x devices in a domain",
+        {
+            "hardware": ("name", ""),
+            "bf16": ("bf16_tflops", ",g"),
+            "fp8": ("fp8_tflops", ",g"),
+            "fp4": ("fp4_tflops", ",g"),
+            "GB": ("memory_gb", ",g"),
+            "TB/s": ("memory_tb_s", ",g"),
+            "GB/s": ("scaleup_gb_s", ",g"),
+            "x": ("scaleup_domain", ",g"),
+            "NIC": ("nic_gb_s", ",g"),
+            "": ("announced", ""),
+        },
+    ),
+    "models": (
+        "h hidden, d width of an expert, MoE layers, B billion parameters",
+        {
+            "model": ("name", ""),
+            "h": ("hidden", ">"),
+            "d": ("intermediate", ">"),
+            "layers": ("layers", ">"),
+            "MoE": ("moe_layers", ">"),
+            "experts": ("num_experts", ">"),
+            "top": ("topk", ">"),
+            "weights": ("weight_format", ""),
+            "B all": ("total_params_b", ",g"),
+            "active": ("active_params_b", ",g"),
+        },
+    ),
+    "profiles": ("what is reached of the peaks", {"profile": ("name", ""), "fitted to": _FITTED}),
+    "machines": ("constants of this package's own layer", {"machine": ("name", ""), "fitted to": _FITTED}),
+}
+
+
 @app.command("list")
 def list_entries(
     kind: Annotated[Kind | None, typer.Argument(help="Only these; all by default.")] = None,
@@ -39,11 +78,8 @@ def list_entries(
         from megamoe.catalog import names
 
         kinds = [each for each in Kind if kind in (None, each)]
-        if output is Format.json:
-            print_json({each.value: [_summary(each, name) for name in names(each.value)] for each in kinds})
-            return
-        for each in kinds:
-            _print_kind(each, names(each.value))
+        report = {each.value: [_summary(each, name) for name in names(each.value)] for each in kinds}
+        emit(output, report, lambda: _print_kinds(report))
 
 
 def _load(kind: Kind, name: str) -> Hardware | Model | Profile | Machine:
@@ -75,40 +111,15 @@ def _summary(kind: Kind, name: str) -> dict[str, Any]:
     return {**plain, "fitted": entry.fitted}
 
 
-def _print_kind(kind: Kind, known: list[str]) -> None:
-    from megamoe.launch.cli.planner.plan_view import show
-
-    rows = [_summary(kind, name) for name in known]
-    headings: tuple[str, ...]
-    cells: list[tuple[str, ...]]
-    if kind is Kind.hardware:
-        headings = ("hardware", "bf16", "fp8", "fp4", "GB", "TB/s", "GB/s", "x", "NIC", "")
-        keys: list[str] = [
-            "bf16_tflops",
-            "fp8_tflops",
-            "fp4_tflops",
-            "memory_gb",
-            "memory_tb_s",
-            "scaleup_gb_s",
-            "scaleup_domain",
+def _print_kinds(report: dict[str, list[dict[str, Any]]]) -> None:
+    for kind, rows in report.items():
+        title, columns = _TABLES[kind]
+        cells = [
+            ["announced" * row[key] if key == "announced" else row[key] for key, _ in columns.values()] for row in rows
         ]
-        keys.append("nic_gb_s")
-        cells = [(r["name"], *(_plain(r[key]) for key in keys), "announced" * r["announced"]) for r in rows]
-        show("\nhardware: dense TFLOP/s; links in GB/s one way, to x devices in a domain", headings, cells, (0, 9))
-    elif kind is Kind.models:
-        headings = ("model", "h", "d", "layers", "MoE", "experts", "top", "weights", "B all", "active")
-        keys = ["hidden", "intermediate", "layers", "moe_layers", "num_experts", "topk", "weight_format"]
-        parameters = ("total_params_b", "active_params_b")
-        cells = [(r["name"], *(str(r[key]) for key in keys), *(_plain(r[key]) for key in parameters)) for r in rows]
-        show("\nmodels: h hidden, d width of an expert, MoE layers, B billion parameters", headings, cells, (0, 7))
-    else:
-        cells = [(r["name"], r["fitted"]) for r in rows]
-        what = "what is reached of the peaks" if kind is Kind.profiles else "constants of this package's own layer"
-        show(f"\n{kind.value}: {what}", (kind.value[:-1], "fitted to"), cells, (0, 1), folds=True)
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:,g}"
+        out.show(
+            {name: how for name, (_, how) in columns.items()}, cells, f"\n{kind}: {title}", folds="fitted to" in columns
+        )
 
 
 @app.command()
@@ -120,10 +131,8 @@ def show(
     """Print an entry: each figure with its unit, whether it counts one direction or both, its tag and its source."""
     with exit_codes():
         where, entry = _found(name, kind)
-        if output is Format.json:
-            print_json({"kind": where.value, **entry.model_dump(mode="json", exclude_none=True)})
-        else:
-            _print_entry(entry)
+        report = {"kind": where.value, **entry.model_dump(mode="json", exclude_none=True)}
+        emit(output, report, lambda: _print_entry(entry))
 
 
 def _found(name: str, kind: Kind | None) -> tuple[Kind, Any]:
@@ -159,7 +168,7 @@ def _kind_of_file(path: Path) -> Kind:
 
 def _print_entry(entry: Any) -> None:
     from megamoe.catalog import figures
-    from megamoe.launch.cli.planner.plan_view import say, show
+    from megamoe.planner.page import unit_of
 
     say(f"{entry.name}: {entry.title}")
     for key in ("aliases", "profile", "fitted", "source", "note"):
@@ -173,20 +182,14 @@ def _print_entry(entry: Any) -> None:
         if key not in known and key not in _SKIPPED and (value := getattr(entry, key)) is not None
     ]
     if plain:
-        show("", ("size", "value", "note"), plain, (0, 2), folds=True)
+        out.show({"size": "", "value": ">", "note": ""}, plain, folds=True)
     for attention in getattr(entry, "attention", ()):
         sizes = attention.model_dump(exclude_none=True, exclude_defaults=True)
         say(f"attention: {', '.join(f'{key} {value}' for key, value in sizes.items())}")
+    ways = {None: "", "one-way": " one way", "both": " both ways"}
     rows = [
-        (key, f"{f.value:,g}", _unit(key, f.way), f.tag, f"{f.source}; {f.note}" if f.note else f.source)
+        (key, f.value, unit_of(key) + ways[f.way], f.tag, f"{f.source}; {f.note}" if f.note else f.source)
         for key, f in known.items()
     ]
     if rows:
-        show("", ("figure", "value", "unit", "tag", "source"), rows, (0, 2, 3, 4), folds=True)
-
-
-def _unit(key: str, way: str | None) -> str:
-    """ "scaleup_gb_s", "both" -> "GB/s both ways" """
-    from megamoe.planner.page import unit_of
-
-    return unit_of(key) + {None: "", "one-way": " one way", "both": " both ways"}[way]
+        out.show({"figure": "", "value": ",g", "unit": "", "tag": "", "source": ""}, rows, folds=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megamoe.launch.cli.planner.plan import Output, print_json
 from megamoe.launch.cli.planner.plan_flags import asks, keys_of
+from megamoe.launch.output import Output, emit, note, say, show
 from megamoe.launch.terminal import Format, exit_codes
 
 if TYPE_CHECKING:
@@ -40,11 +40,10 @@ def compare(
         from megamoe.planner.search.compare import compare as rows_of
 
         rows = rows_of(keys, list(dict.fromkeys(names)), by.value, _sizes(ep, keys))
-        if output is Format.json:
-            print_json(as_dicts(rows, by.value))
-        else:
-            _print_rows(rows, by)
-        _say_refusals(rows)
+        emit(output, as_dicts(rows, by.value), lambda: _print_rows(rows, by))
+        for row in rows:
+            if row.answer is None:
+                note(f"{row.name}: {row.refusal}")
 
 
 def _sizes(ep: str | None, keys: dict[str, Any]) -> list[int | None]:
@@ -56,83 +55,41 @@ def _sizes(ep: str | None, keys: dict[str, Any]) -> list[int | None]:
         raise ValueError(f"ep {ep!r} is no list of EP sizes such as 8,16,32") from None
 
 
-def _say_refusals(rows: list[Row]) -> None:
-    from megamoe.launch.cli.planner.plan_view import note
-
-    for row in rows:
-        if row.answer is None:
-            note(f"{row.name}: {row.refusal}")
-
-
 def _print_rows(rows: list[Row], by: By) -> None:
     """Where ranks lie and what a token sends, then what that needs; rates where there is a workload."""
-    from megamoe.launch.cli.planner.plan_view import show
-
-    answers = [row.answer for row in rows if row.answer is not None]
-    _print_question(answers, by)
-    headings: tuple[str, ...] = (
-        by.value,
-        "EP",
-        "lie in",
-        "devices",
-        "domains",
-        "link us",
-        "layer us",
-        "verdict",
-        "margin",
-    )
-    cells = [_sent(row.name, row.answer) for row in rows if row.answer is not None]
-    show(
-        "\nKB that a token sends in a layer, there and back: across devices, across domains", headings, cells, (0, 2, 7)
-    )
-    serves = answers[0].serving is not None
-    served = ("batch", "tok/s/dev", "$/M tok") if serves else ()
-    headings = (by.value, "EP", "needs", "has", "over", "GB", "fits", *served)
-    cells = [_needed(row.name, row.answer) for row in rows if row.answer is not None]
-    show("\nGB/s one way that would hide it, and over which link; GB of a device's memory", headings, cells, (0, 4, 6))
+    answers = [(row.name, row.answer) for row in rows if row.answer is not None]
+    _print_question([found for _, found in answers], by)
+    columns = {by.value: "", "EP": ">", "lie in": "", **dict.fromkeys(("devices", "domains"), ",.1f")}
+    columns |= {"link us": ",.1f", "layer us": ",.1f", "verdict": "", "margin": ".2f"}
+    title = "\nKB that a token sends in a layer, there and back: across devices, across domains"
+    show(columns, [(name, *_sent(found)) for name, found in answers], title)
+    serves = answers[0][1].serving is not None
+    columns = {by.value: "", "EP": ">", "needs": ",.0f", "has": ",.0f", "over": "", "GB": ",.1f", "fits": ""}
+    columns |= {"batch": ">", "tok/s/dev": ",.0f", "$/M tok": "~"} if serves else {}
+    title = "\nGB/s one way that would hide it, and over which link; GB of a device's memory"
+    show(columns, [(name, *_needed(found)) for name, found in answers], title)
 
 
-def _sent(name: str, found: Answer) -> tuple[str, ...]:
-    from megamoe.launch.cli.planner.plan_view import figure
+def _sent(found: Answer) -> tuple[Any, ...]:
     from megamoe.planner.layer.traffic import traffic
 
     sent, layer, rule = traffic(found.plan.request), found.plan.layer, found.plan.binding
-    return (
-        name,
-        str(sent.ep),
-        f"{sent.domains} of {sent.domain}",
-        figure(sent.across_devices_bytes / 1e3),
-        figure(sent.across_domains_bytes / 1e3),
-        figure(layer.communication_us),
-        figure(layer.layer_us),
-        found.plan.verdict,
-        figure(rule.margin if rule else None, 2),
-    )
+    kilobytes = (sent.across_devices_bytes / 1e3, sent.across_domains_bytes / 1e3)
+    times = (layer.communication_us, layer.layer_us)
+    where = f"{sent.domains} of {sent.domain}"
+    return (sent.ep, where, *kilobytes, *times, found.plan.verdict, rule.margin if rule else None)
 
 
-def _needed(name: str, found: Answer) -> tuple[str, ...]:
-    from megamoe.launch.cli.planner.plan_view import figure, short
-
+def _needed(found: Answer) -> tuple[Any, ...]:
     keys = found.as_dict()
-    cells = (
-        name,
-        str(keys["ep"]),
-        figure(keys["required_link_gb_s"], 0),
-        figure(keys["link_gb_s"], 0),
-        keys["binding_tier"] or "-",
-        figure(keys["memory_gb"]),
-        "yes" if keys["fits"] else "no",
-    )
-    if found.serving is None:
-        return cells
-    rate = figure(keys["tokens_per_s_per_device"], 0)
-    return (*cells, str(keys["batch"]), rate, short(keys["usd_per_million_tokens"]))
+    link = (keys["required_link_gb_s"], keys["link_gb_s"], keys["binding_tier"])
+    cells = (keys["ep"], *link, keys["memory_gb"], "yes" if keys["fits"] else "no")
+    served = ("batch", "tokens_per_s_per_device", "usd_per_million_tokens") if found.serving is not None else ()
+    return (*cells, *(keys[key] for key in served))
 
 
 def _print_question(answers: list[Answer], by: By) -> None:
     """What all rows have in common."""
-    from megamoe.launch.cli.planner.plan_view import say
-
     request = answers[0].plan.request
     expert = request.expert
     sizes = f"{expert.num_experts} experts {expert.hidden} x {expert.intermediate}, top-{expert.topk}"

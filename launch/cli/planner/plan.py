@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megamoe.launch.cli.planner.plan_flags import asks, question_of
+from megamoe.launch.cli.planner.plan_view import print_answer
+from megamoe.launch.output import Output, check_folder, emit, note, say, show, write
 from megamoe.launch.terminal import Format, exit_codes
 
 if TYPE_CHECKING:
     from megamoe.planner.answer import Answer
-
-Output = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+    from megamoe.planner.serving.flops import Term
 
 
 @asks
@@ -31,12 +31,7 @@ def plan(
         found = answered(given)
         if report is not None:  # before anything is printed: whoever reads that may close the pipe
             write_report(found, report)
-        if output is Format.json:
-            print_json(found.as_dict())
-        else:
-            from megamoe.launch.cli.planner.plan_view import print_answer
-
-            print_answer(found)
+        emit(output, found.as_dict(), lambda: print_answer(found))
         if not found.fits or found.missed:
             raise typer.Exit(1)
 
@@ -49,15 +44,15 @@ def explain(given: dict[str, Any], output: Output = Format.table) -> None:
         from megamoe.planner.explain import explain as terms_of
 
         terms = terms_of(found)
-        if output is Format.json:
-            keys = ("name", "formula", "numbers", "value", "unit")
-            print_json({"sentence": found.verdict, "terms": [{key: getattr(t, key) for key in keys} for t in terms]})
-            return
-        from megamoe.launch.cli.planner.plan_view import say, short, show
+        keys = ("name", "formula", "numbers", "value", "unit")
+        report = {"sentence": found.verdict, "terms": [{key: getattr(t, key) for key in keys} for t in terms]}
+        emit(output, report, lambda: _print_terms(found.verdict, terms))
 
-        say(found.verdict)
-        rows = [(term.name, short(term.value), term.unit, f"{term.formula} = {term.numbers}") for term in terms]
-        show("", ("term", "value", "unit", "formula = the same in numbers"), rows, left=(0, 2, 3), folds=True)
+
+def _print_terms(verdict: str, terms: list[Term]) -> None:
+    say(verdict)
+    rows = [(term.name, term.value, term.unit, f"{term.formula} = {term.numbers}") for term in terms]
+    show({"term": "", "value": "~", "unit": "", "formula = the same in numbers": ""}, rows, folds=True)
 
 
 def answered(given: dict[str, Any]) -> Answer:
@@ -71,8 +66,6 @@ def answered(given: dict[str, Any]) -> Answer:
 
 
 def say_picked(found: Answer) -> None:
-    from megamoe.launch.cli.planner.plan_view import note
-
     question, choice = found.question, found.choice
     if choice.picked:
         values = ", ".join(f"{key} {getattr(question, key)}" for key in choice.picked)
@@ -84,23 +77,8 @@ def say_picked(found: Answer) -> None:
         note(f"the layer shown is that of {question.tokens_per_rank} tokens a rank, whatever the workload has")
 
 
-def check_folder(path: Path) -> None:
-    """ValueError before anything is calculated where the file could not be written after."""
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise ValueError(f"{path} is a folder" if path.is_dir() else f"{path} is in no folder that exists")
-
-
 def write_report(found: Answer, path: Path) -> None:
-    from megamoe.launch.cli.planner.plan_view import note
     from megamoe.planner.page import page
-    from megamoe.planner.report import write_report as write
+    from megamoe.planner.report.render import render
 
-    try:
-        write(page(found, command=" ".join(["megamoe", *sys.argv[1:]])), path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
-    note(f"wrote {path}")
-
-
-def print_json(report: object) -> None:
-    sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write(path, render(page(found, command=" ".join(["megamoe", *sys.argv[1:]]))))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megamoe.launch.cli.planner.plan import Output, check_folder, print_json
 from megamoe.launch.cli.planner.plan_flags import keys_of, takes
+from megamoe.launch.output import Output, check_folder, emit, note, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
 
 if TYPE_CHECKING:
@@ -46,10 +46,7 @@ def recommend(
         load = Load(requests_per_s, input_tokens, output_tokens, cached_tokens)
         keys = keys_of(given)
         found, plans = fleet(keys, load)
-        if output is Format.json:
-            print_json(_as_dict(found))
-        else:
-            _print(found)
+        emit(output, _as_dict(found), lambda: _print(found))
         if write is not None:
             _write(found, plans, write)
 
@@ -83,29 +80,26 @@ def _pool(pool: Pool) -> dict[str, Any]:
 
 
 def _print(found: Recommendation) -> None:
-    from megamoe.launch.cli.planner.plan_view import figure, say, short, show
-
     d, load = found.decode.serving.deployment, found.load
     price = f", {short(found.usd_per_hour)} $ an hour" if found.usd_per_hour else ""
     say(
         f"{found.devices} devices  {d.model.name} on {d.hardware.name}: {load.requests_per_s:g} requests/s of "
         f"{load.input_tokens} tokens in and {load.output_tokens} out{price}"
     )
-    headings = ("pool", "devices", "EP", "TP", "batch", "MTP", "context", "tok/s/dev", "load", "used %", "GB")
+    columns = {"pool": "", **dict.fromkeys(("devices", "EP", "TP", "batch", "MTP", "context"), ",")}
+    columns |= {**dict.fromkeys(("tok/s/dev", "load", "used %"), ",.0f"), "GB": ",.1f"}
     rows = []
     for name, pool in (("prefill", found.prefill), ("decode", found.decode)):
         d = pool.serving.deployment
         sizes = (pool.devices, d.ep, d.attention_tp, d.batch_per_device, d.mtp, d.context)
         rates = (pool.serving.tokens_per_s_per_device, pool.load_tokens_per_s, 100 * pool.utilization)
-        cells = [f"{size:,}" for size in sizes] + [figure(rate, 0) for rate in rates]
-        rows.append((name, *cells, figure(pool.serving.memory.total_gb)))
-    show("\ntokens/s of a device and of the load; batch of a device", headings, rows)
+        rows.append((name, *sizes, *rates, pool.serving.memory.total_gb))
+    show(columns, rows, "\ntokens/s of a device and of the load; batch of a device")
     say(f"first token after {short(found.ttft_ms)} ms, then one every {short(found.decode.serving.tpot_ms)} ms")
 
 
 def _write(found: Recommendation, plans: dict[str, Question], path: Path) -> None:
     from megamoe.launch.cli.planner.plan_file import write_plan
-    from megamoe.launch.cli.planner.plan_view import note
 
     load = found.load
     asked = f"{load.requests_per_s:g} requests/s of {load.input_tokens} tokens in and {load.output_tokens} out"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megamoe.launch.cli.planner.plan import Output, answered, check_folder, print_json
+from megamoe.launch.cli.planner.plan import answered
 from megamoe.launch.cli.planner.plan_flags import asks, question_of
+from megamoe.launch.output import Output, check_folder, emit, say, show, write
 from megamoe.launch.terminal import Format, exit_codes
 
 if TYPE_CHECKING:
@@ -25,28 +27,23 @@ def require(given: dict[str, Any], output: Output = Format.table) -> None:
         from megamoe.planner.layer.require import require as requirements
 
         needs = requirements(found.plan)
-        if output is Format.json:
-            keys = ("key", "unit", "bound", "has", "paper", "counted", "achieved")
-            rows = [{key: getattr(need, key) for key in keys} for need in needs]
-            summary = {key: found.as_dict()[key] for key in ("verdict", "margin", "required_link_gb_s", "sentence")}
-            print_json({**summary, "require": rows})
-            return
-        _print_require(found.verdict, needs)
+        keys = ("key", "unit", "bound", "has", "paper", "counted", "achieved")
+        rows = [{key: getattr(need, key) for key in keys} for need in needs]
+        summary = {key: found.as_dict()[key] for key in ("verdict", "margin", "required_link_gb_s", "sentence")}
+        emit(output, {**summary, "require": rows}, lambda: _print_require(found.verdict, needs))
 
 
 def _print_require(verdict: str, needs: list[Requirement]) -> None:
-    from megamoe.launch.cli.planner.plan_view import say, show
-
     say(verdict)
     if not needs:
         say("nothing is sent, so there is nothing to hide")
         return
-    headings = ("input", "unit", "has", "hides at", "paper", "counted", "achieved")
+    columns = {"input": "", "unit": "", "has": ">", "hides at": "", "paper": ">", "counted": ">", "achieved": ">"}
     rows = [
         (need.key, need.unit, _value(need.has), need.bound, *map(_value, (need.paper, need.counted, need.achieved)))
         for need in needs
     ]
-    show("\nwhat would hide it, each input changed alone", headings, rows, left=(0, 1, 3))
+    show(columns, rows, "\nwhat would hide it, each input changed alone")
     say("paper: no scales, every pair leaves; counted: scales, pairs that leave; achieved: rates of the profile")
     say("tokens_per_rank, achieved: so many that links take no longer than weights and products; -: no value hides")
 
@@ -78,16 +75,14 @@ def sweep(
         if figure is not None and figure.suffix != ".svg":
             raise ValueError(f"figure {figure} must end in .svg")
         points = _swept(given, over, values, start, stop, steps, log)
-        if output is Format.json:
-            print_json([{over: point.value, **point.answer.as_dict()} for point in points])
-        else:
-            _print_sweep(over, points)
+        report = [{over: point.value, **point.answer.as_dict()} for point in points]
+        emit(output, report, lambda: _print_sweep(over, points))
         if csv_file is not None:
-            _write_csv(csv_file, over, points)
+            write(csv_file, _as_csv(report))
         if figure is not None:
             from megamoe.planner.search.sweep_figure import draw
 
-            _write(figure, draw(over, points))
+            write(figure, draw(over, points))
 
 
 def _swept(
@@ -116,68 +111,30 @@ def _swept(
 
 
 def _print_sweep(over: str, points: list[Point]) -> None:
-    from megamoe.launch.cli.planner.plan_view import say, show
-
     request = points[0].answer.plan.request
     ep = "" if over == "ep" else f", EP{request.ep}"
     say(f"{request.model.name} on {request.hardware.name}{ep}, over {over}")
     serves = points[0].answer.serving is not None
     time = "TTFT ms" if points[0].answer.question.phase == "prefill" else "TPOT ms"
-    more = ("tok/s/dev", time, "$/M tok") if serves else ("exposed us",)
-    rows = [_row(point, serves) for point in points]
-    show(
-        "",
-        (over.rpartition(".")[2], "verdict", "margin", "needs", "layer us", *more, "GB", "fits"),
-        rows,
-        left=(1, len(more) + 6),
-    )
+    more = {"tok/s/dev": ",.0f", time: "~", "$/M tok": "~"} if serves else {"exposed us": ",.1f"}
+    columns = {over.rpartition(".")[2]: ",g", "verdict": "", "margin": ".2f", "needs": ",.0f", "layer us": ",.1f"}
+    show({**columns, **more, "GB": ",.1f", "fits": ""}, [_row(point, serves) for point in points])
     say("needs: GB/s one way that would hide it; GB of a device's memory")
 
 
-def _row(point: Point, serves: bool) -> tuple[str, ...]:
-    from megamoe.launch.cli.planner.plan_view import figure, short
-
+def _row(point: Point, serves: bool) -> tuple[Any, ...]:
     keys = point.answer.as_dict()
-    more: tuple[str, ...] = (figure(keys["exposed_us"]),)
-    if serves:
-        time = keys["ttft_ms"] if keys["tpot_ms"] is None else keys["tpot_ms"]
-        more = (figure(keys["tokens_per_s_per_device"], 0), short(time), short(keys["usd_per_million_tokens"]))
-    return (
-        point.value if isinstance(point.value, str) else f"{point.value:,g}",
-        keys["verdict"],
-        figure(keys["margin"], 2),
-        figure(keys["required_link_gb_s"], 0),
-        figure(keys["layer_us"]),
-        *more,
-        figure(keys["memory_gb"]),
-        "yes" if keys["fits"] else "no",
-    )
+    time = keys["ttft_ms"] if keys["tpot_ms"] is None else keys["tpot_ms"]
+    more = (keys["tokens_per_s_per_device"], time, keys["usd_per_million_tokens"]) if serves else (keys["exposed_us"],)
+    figures = (keys["margin"], keys["required_link_gb_s"], keys["layer_us"], *more, keys["memory_gb"])
+    return (point.value, keys["verdict"], *figures, "yes" if keys["fits"] else "no")
 
 
-def _write_csv(path: Path, over: str, points: list[Point]) -> None:
-    from megamoe.launch.cli.planner.plan_view import note
-
-    rows = [_flat({over: point.value, **point.answer.as_dict()}) for point in points]
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
-    note(f"wrote {path}")
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """What a cell can hold."""
-    return {key: value for key, value in row.items() if not isinstance(value, (list, dict))}
-
-
-def _write(path: Path, text: str) -> None:
-    from megamoe.launch.cli.planner.plan_view import note
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
-    note(f"wrote {path}")
+def _as_csv(rows: list[dict[str, Any]]) -> str:
+    """All that a cell can hold."""
+    flat = [{key: value for key, value in row.items() if not isinstance(value, (list, dict))} for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megamoe.launch.cli.planner.plan import Output, print_json
+from megamoe.launch.output import Output, emit, say, show
 from megamoe.launch.terminal import Format, exit_codes
 
 if TYPE_CHECKING:
@@ -42,21 +42,23 @@ def _table(file: Path, rows: bool, output: Format) -> None:
 
     compared = _compared(file)
     found = summary(compared)
-    if output is Format.json:
-        every = {"compared": [_row(each) for each in compared]} if rows else {}
-        print_json({**found, **every})
-        return
-    from megamoe.launch.cli.planner.plan_view import figure, show
+    every = {"compared": [_row(each) for each in compared]} if rows else {}
+    emit(output, {**found, **every}, lambda: _print_table(file, found, every.get("compared", [])))
 
-    if rows:
-        keys = ("hardware", "model", "ep_size", "tokens_per_rank", "routing")
-        lines: list[tuple[str, ...]] = []
-        for row in map(_row, compared):
-            times = (figure(row["latency_us"]), figure(row["planned_us"]), f"{row['error_pct']:+.1f}")
-            lines.append((*(str(row[key]) for key in keys), *times))
-        headings = ("hardware", "model", "EP", "tokens", "routing", "measured us", "planned", "error %")
-        show("", headings, lines, (0, 1, 4))
-    _print_summary(file, found)
+
+def _print_table(file: Path, found: dict[str, Any], compared: list[dict[str, Any]]) -> None:
+    """The rows that are to be printed, then the errors of all rows and of groups of them."""
+    if compared:
+        columns = {"hardware": "", "model": "", "EP": ">", "tokens": ">", "routing": ""}
+        columns |= {"measured us": ",.1f", "planned": ",.1f", "error %": "+.1f"}
+        show(columns, [tuple(row.values()) for row in compared])
+    groups: list[tuple[str, Any]] = [("all", found)]
+    groups += [(f"EP{ep}", errors) for ep, errors in found["by_ep_size"].items()]
+    groups += list(found["by_routing"].items())
+    keys = ("rows", "median_abs_pct_error", "p95_abs_pct_error", "max_abs_pct_error")
+    cells = [(name, *(each[key] for key in keys)) for name, each in groups]
+    columns = {"rows of": "", "number": ">", **dict.fromkeys(("median", "95th", "largest"), ".1f")}
+    show(columns, cells, f"\n{file}: errors in percent, whatever the sign")
 
 
 def _compared(file: Path) -> list[Compared]:
@@ -84,40 +86,20 @@ def _row(each: Compared) -> dict[str, Any]:
     return {**{key: getattr(row, key) for key in keys}, "planned_us": each.planned_us, "error_pct": each.error_pct}
 
 
-def _print_summary(file: Path, found: dict[str, Any]) -> None:
-    from megamoe.launch.cli.planner.plan_view import show
-
-    groups: list[tuple[str, Any]] = [("all", found)]
-    groups += [(f"EP{ep}", errors) for ep, errors in found["by_ep_size"].items()]
-    groups += list(found["by_routing"].items())
-    keys = ("median_abs_pct_error", "p95_abs_pct_error", "max_abs_pct_error")
-    cells = [(name, str(each["rows"]), *(f"{each[key]:.1f}" for key in keys)) for name, each in groups]
-    show(f"\n{file}: errors in percent, whatever the sign", ("rows of", "number", "median", "95th", "largest"), cells)
-
-
 def _published(output: Format) -> None:
     found = {name: _set(name) for name in SETS}
-    if output is Format.json:
-        print_json({name: {"what": SETS[name], **_errors(rows), "compared": rows} for name, rows in found.items()})
-        return
-    from megamoe.launch.cli.planner.plan_view import say, short, show
+    report = {name: {"what": SETS[name], **_errors(rows), "compared": rows} for name, rows in found.items()}
+    emit(output, report, lambda: _print_published(report))
 
-    for name, rows in found.items():
-        lines = [
-            (
-                short(row["published"]),
-                short(row["ours"]),
-                row["unit"],
-                f"{row['error_pct']:+.1f}",
-                row.get("role", ""),
-                row["what"],
-            )
-            for row in rows
-        ]
-        show(f"\n{SETS[name]}", ("published", "ours", "unit", "error %", "", "what"), lines, (2, 4, 5), folds=True)
-        errors = _errors(rows)
-        median, largest = errors["median_abs_pct_error"], errors["max_abs_pct_error"]
-        say(f"{errors['rows']} rows, errors whatever the sign: median {median:.1f} %, largest {largest:.1f} %")
+
+def _print_published(report: dict[str, dict[str, Any]]) -> None:
+    columns = {"published": "~", "ours": "~", "unit": "", "error %": "+.1f", "": "", "what": ""}
+    keys = ("published", "ours", "unit", "error_pct", "role", "what")
+    for found in report.values():
+        rows = [tuple(row.get(key, "") for key in keys) for row in found["compared"]]
+        show(columns, rows, f"\n{found['what']}", folds=True)
+        median, largest = found["median_abs_pct_error"], found["max_abs_pct_error"]
+        say(f"{found['rows']} rows, errors whatever the sign: median {median:.1f} %, largest {largest:.1f} %")
 
 
 def _set(name: str) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import ray
 
+from megamoe.launch.cluster.ray.private import free_by_node
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -84,8 +86,7 @@ class Placement:
 
     def nodes(self) -> list[Node]:
         """Nodes that are alive, in order of address."""
-        is_client = ray.util.client.ray.is_connected()  # ray://, which has no way to ask for what is free
-        free = {} if is_client else ray._private.state.available_resources_per_node()
+        free = free_by_node()
         found = [
             Node(
                 each["NodeID"],

@@ -14,13 +14,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
-from ray._private import worker as ray_worker
 
-from megamoe.launch.terminal import stderr
+from megamoe.launch.cluster.ray.private import logs_on_stderr, of_directory
+
+_log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 256 * 2**20  # results of a call are all that goes through it; what does not fit goes to disk
 STOP_S = 10.0
@@ -36,7 +36,7 @@ class RaySession:
         self.place = place
         self._ends = ExitStack()
         if connected_here:
-            self._ends.enter_context(_stderr_alone())
+            self._ends.enter_context(logs_on_stderr())
             self._ends.callback(self._stop)
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ def _start(num_workers: int) -> RaySession:
     """A cluster of this machine alone. It has as many CPUs as workers are wanted, whatever the machine has."""
     cores = os.cpu_count() or 1
     if num_workers > cores:
-        stderr.print(f"{num_workers} ranks share {cores} cores: they take turns", highlight=False)
+        _log.warning("%d ranks share %d cores: they take turns", num_workers, cores)
     # the paths of Ray's sockets begin with it and must not exceed 107 bytes, which a Mac's temporary directory does
     place = Path(tempfile.mkdtemp(prefix="megamoe-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
     session = RaySession(place, connected_here=True)
@@ -107,7 +107,7 @@ def _start(num_workers: int) -> RaySession:
                 include_dashboard=False,
                 logging_level=logging.ERROR,  # of Ray's own notes; without, it warns that tokens are on, as they should
                 log_to_driver=True,
-                _temp_dir=str(place),
+                **of_directory(place),
             )
     except BaseException:
         session.close()
@@ -181,18 +181,3 @@ def _own_signal_handlers() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _stderr_alone() -> Iterator[None]:
-    """Has Ray write to stderr what it writes: it has no such setting, and puts its own notes on the driver's stdout."""
-    before = ray_worker.print_worker_logs
-
-    def write(lines: Any, _: Any, ignore_prefix: bool = False) -> None:
-        before(lines, sys.stderr, ignore_prefix)
-
-    ray_worker.print_worker_logs = write
-    try:
-        yield
-    finally:
-        ray_worker.print_worker_logs = before

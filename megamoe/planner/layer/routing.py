@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,11 +181,9 @@ def _power_law(size: int, exponent: float, low: float, high: float, seed: int) -
     """Shares of a power law by the inverse of its distribution, from the Mersenne Twister's 24-bit fractions."""
     import numpy as np  # here and below: balanced routing does not wait for it
 
-    twister: Any = np.random.MT19937()
-    twister._legacy_seeding(seed)
-    uniform = (twister.random_raw(size) & 0xFFFFFF) / 2.0**24
+    uniform = (np.random.RandomState(seed).randint(0, 2**32, size, dtype=np.uint32) & 0xFFFFFF) / 2.0**24
     if exponent == 1:
-        return low * (high / low) ** uniform  # type: ignore[no-any-return]
+        return low * (high / low) ** uniform
     power = 1 - exponent
     return ((high**power - low**power) * uniform + low**power) ** (1 / power)  # type: ignore[no-any-return]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megamoe.planner.serving.flops import Term
+
 Verdict = Literal["HIDDEN", "EXPOSED"]
 SpanKind = Literal["busy", "stall", "fixed"]
 
@@ -109,17 +111,6 @@ class Sensitivity:
     high: float
     base: float
     unit: str
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """A step of the calculation: the formula in words, the same with numbers, the value."""
-
-    name: str
-    formula: str
-    numbers: str
-    value: float | str
-    unit: str = ""
 
 
 @dataclass(frozen=True, slots=True)

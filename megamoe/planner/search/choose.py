@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megamoe.planner.layer.plan import TOKENS_PER_RANK, PlanRequest
 from megamoe.planner.question import Question, Subject
@@ -71,13 +72,15 @@ def request_of(question: Question, subject: Subject, tokens: int | None = None) 
         subject.profile,
         question.ep,
         tokens_per_rank=tokens or TOKENS_PER_RANK if question.tokens_per_rank is None else question.tokens_per_rank,
-        routing=question.routing,
-        redundant=question.redundant,
         waves=question.waves,
-        weight_format=question.weight_format,
-        dispatch_format=question.dispatch_format,
-        combine_format=question.combine_format,
+        **_as_asked(question),
     )
+
+
+def _as_asked(question: Question) -> dict[str, Any]:
+    """Of the layer, what a question says as it is meant."""
+    keys = ("routing", "redundant", "weight_format", "dispatch_format", "combine_format")
+    return {key: getattr(question, key) for key in keys}
 
 
 def deployment_of(question: Question, subject: Subject) -> Deployment:
@@ -99,17 +102,12 @@ def deployment_of(question: Question, subject: Subject) -> Deployment:
         cached=question.cached or 0,
         mtp=question.mtp or 0,
         accept=question.accept,
-        redundant=question.redundant,
-        routing=question.routing,
         microbatches=1 if question.microbatches is None else question.microbatches,
         head_split=question.head_split,
-        **({} if question.chunk is None else {"chunk": question.chunk}),
-        weight_format=question.weight_format,
         dense_format=question.dense_format,
         kv_format=question.kv_format,
         index_format=question.index_format,
-        dispatch_format=question.dispatch_format,
-        combine_format=question.combine_format,
+        **(_as_asked(question) | ({} if question.chunk is None else {"chunk": question.chunk})),
     )
 
 

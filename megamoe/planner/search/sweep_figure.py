@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megamoe.planner.report.charts.scales import Scale
 from megamoe.planner.report.charts.svg import FONT, SMALL, Drawing
-from megamoe.planner.report.style import colours
+from megamoe.planner.report.render import templates
 from megamoe.planner.report.words import number, short, width
 from megamoe.planner.search.sensitivity import result_of
 from megamoe.planner.search.sweep import Point
@@ -14,14 +14,6 @@ from megamoe.planner.search.sweep import Point
 WIDE, HIGH = 760.0, 420.0
 LEFT, RIGHT, TOP, BOTTOM = 70.0, 20.0, 56.0, 52.0
 LOG_FROM = 8.0  # values that span more than this, none of them below 1, are drawn by factors
-_STYLE = """
-svg{background:var(--bg);font-family:system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif}
-.ink{fill:var(--ink)}.strong{fill:var(--ink);font-weight:600}.soft{fill:var(--soft)}
-.grid{stroke:var(--grid);fill:none}.axis{stroke:var(--rule);fill:none}
-.curve{stroke:var(--c1);fill:none;stroke-width:2;stroke-linejoin:round}
-.hidden{fill:var(--c1);stroke:var(--c1)}.exposed{fill:var(--bg);stroke:var(--c1);stroke-width:2}
-.full{fill:none;stroke:var(--bad);stroke-width:2}
-"""
 
 
 def draw(key: str, points: Sequence[Point]) -> str:
@@ -86,7 +78,6 @@ def _apart(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
 
 def _alone(svg: str) -> str:
     """With its colours inside, so that it needs no page."""
-    light, dark = (";".join(f"--{name}:{value}" for name, value in colours(each).items()) for each in ("light", "dark"))
-    style = f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}" + "".join(_STYLE.split("\n"))
+    style = templates().get_template("sweep.css").render()
     head, _, rest = svg.partition(">")
     return f'{head} width="{WIDE:.0f}" height="{HIGH:.0f}"><style>{style}</style>{rest}\n'

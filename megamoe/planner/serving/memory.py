@@ -9,6 +9,12 @@ from megamoe.planner.serving.deployment import Deployment
 from megamoe.planner.serving.step import Costs
 from megamoe.schedule.formats import value_bytes
 
+PARTS = {  # of Memory, in words
+    "experts_gb": "routed experts",
+    "weights_gb": "other weights",
+    "cache_gb": "cache",
+    "activations_gb": "activations",
+}
 USABLE = 0.92  # of a device's memory: the rest is runtime, captured graphs, link buffers of the runtime, fragmentation
 
 

@@ -1,0 +1,39 @@
+"""All that the runtime uses of torch that torch calls private, each with the reason.
+
+Overridden besides, where they are due: nn.Module._apply, without which casts of a model would change packed weights,
+and nn.Module._save_to_state_dict, which torch's documentation names for weights that are no parameters.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+def without_function_modes() -> AbstractContextManager[object]:
+    """A block in which no mode of torch's functions is on; a default device is one. torch tells in public of the
+    default device alone, and ends no mode that it did not begin."""
+    if torch._C._len_torch_function_stack():
+        return torch._C.DisableTorchFunction()
+    return nullcontext()
+
+
+def in_functional_transform() -> bool:
+    """Whether vmap, grad or another of torch.func runs this code. Its inputs need not show it, and torch.func has no
+    function that tells."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def abort_group(world: dist.ProcessGroup) -> None:
+    """Ends torch's default group without waiting for peers. ProcessGroup.abort(), which is public, leaves the group
+    registered, and destroy_process_group(), which would not, waits for what a lost peer never does."""
+    distributed_c10d._abort_process_group(world)
+
+
+def abort_backend(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Ends all that is queued for a device. ProcessGroup.abort(), which is public, ends what the group's backends for
+    other devices do, too."""
+    group._get_backend(device).abort()

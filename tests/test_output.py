@@ -1,0 +1,79 @@
+"""What commands print: one renderer for tables and JSON, words and figures in their columns, nothing cut off."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+from megamoe.launch import output
+from megamoe.launch.output import emit, plural, say, short, show
+from megamoe.launch.terminal import Format
+
+ROWS = [("one", 1, 1234.56, 0.012345, None), (), ("a longer one", None, "loopback", 7.0, "x")]
+COLUMNS = {"name": "", "number": ">", "ms": ",.1f", "about": "~", "": ">"}
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int, *, folds: bool) -> str:
+    monkeypatch.setattr(output, "stdout", Console(width=width, no_color=True))
+    show(
+        COLUMNS,
+        [(*row[:-1], "words that go on " * 3) if row and folds else row for row in ROWS],
+        "a title",
+        folds=folds,
+    )
+    return capsys.readouterr().out
+
+
+def test_words_stand_left_figures_right_and_what_is_not_there_is_a_dash(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert printed(monkeypatch, capsys, 80, folds=False).splitlines() == [
+        "a title",
+        "name          number        ms   about",
+        "─" * 41,
+        "one                1   1,234.6  0.0123  -",
+        "─" * 41,
+        "a longer one       -  loopback       7  x",
+    ]
+
+
+def test_a_narrow_terminal_brings_columns_together_and_cuts_nothing_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = printed(monkeypatch, capsys, 40, folds=False).splitlines()
+    assert narrow[3] == "one               1  1,234.6 0.0123 -"
+    folded = printed(monkeypatch, capsys, 50, folds=True).splitlines()
+    assert max(map(len, folded)) <= 50
+    assert " ".join(" ".join(folded).split()).count("words that go on") == 6
+
+
+def test_a_verdict_has_its_colour_at_the_beginning_of_a_line_and_alone_in_a_cell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "stdout", Console(width=80, force_terminal=True, color_system="standard"))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    say("HIDDEN  [as it is]")
+    show({"check": "", "": "", "found": ""}, [("disk", "warn", "warn of it")])
+    said = capsys.readouterr().out
+    assert "\x1b[1;32mHIDDEN\x1b[0m  [as it is]" in said
+    assert said.count("\x1b[33mwarn") == 1
+
+
+def test_json_is_printed_alone_and_has_no_value_that_json_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    emit(Format.json, {"a": [1, None]}, lambda: say("a table"))
+    assert json.loads(capsys.readouterr().out) == {"a": [1, None]}
+    emit(Format.table, {"a": 1}, lambda: say("a table"))
+    assert capsys.readouterr().out == "a table\n"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        emit(Format.json, float("nan"), lambda: None)
+
+
+def test_numbers_and_nouns() -> None:
+    assert [short(each) for each in (None, 12345.6, 1.2345, 0.012345, 8.0)] == ["-", "12,346", "1.234", "0.0123", "8"]
+    assert [plural(1, "rank"), plural(2, "rank"), plural(0, "process", "processes")] == [
+        "1 rank",
+        "2 ranks",
+        "0 processes",
+    ]
