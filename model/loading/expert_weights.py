@@ -22,6 +22,12 @@ from megamoe.model.structure import Structure
 Weight = Tensor | MXFP4
 
 
+def parameter_names(structure: Structure) -> tuple[str, ...]:
+    """Of the experts module: Linear-1's weight, Linear-2's, and their biases."""
+    biases = (f"{structure.first}_bias", "down_proj_bias") if structure.has_bias else ()
+    return (structure.first, "down_proj", *biases)
+
+
 @dataclass(slots=True)
 class ExpertParameter:
     """One of the module's stacked parameters, and where its experts lie.
@@ -148,7 +154,7 @@ def _stack_rows(files: TensorFiles, parts: list[tuple[Stored, bool]], expert: in
 
 @dataclass(slots=True)
 class ExpertSource:
-    """One block's experts: their parameters in the order of Structure.names, and what loading them rounded."""
+    """One block's experts: their parameters in the order of parameter_names(), and what loading them rounded."""
 
     name: str
     structure: Structure
@@ -168,7 +174,7 @@ class ExpertSource:
         """The layer's weight format where `experts` is asked for."""
         if experts != "checkpoint":
             return experts
-        packed = {self.parameters[name].encoding is Encoding.mxfp4 for name in self.structure.names[:2]}
+        packed = {self.parameters[name].encoding is Encoding.mxfp4 for name in parameter_names(self.structure)[:2]}
         return "mxfp4" if packed == {True} else "bf16"
 
     @property
@@ -177,7 +183,7 @@ class ExpertSource:
 
     def read(self, files: TensorFiles, expert: int) -> list[Weight]:
         """What RoutedExperts.load() takes of an expert, as it is stored."""
-        return [self.parameters[name].read(files, expert) for name in self.structure.names]
+        return [self.parameters[name].read(files, expert) for name in parameter_names(self.structure)]
 
     def put(self, routed: RoutedExperts, expert: int, weights: list[Weight], scales: str) -> None:
         """Takes what read() gave to its place, rounded where the layer's format is another."""
@@ -206,7 +212,7 @@ def expert_source(
 ) -> ExpertSource:
     """The experts of the module `name`. ValueError where the checkpoint has nothing for one of its parameters."""
     parameters = {}
-    for each in structure.names:
+    for each in parameter_names(structure):
         full = f"{name}.{each}"
         if full not in targets:
             raise ValueError(f"the checkpoint has nothing for {full}")

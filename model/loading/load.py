@@ -22,7 +22,7 @@ from megamoe.formats import WEIGHT_FORMATS
 from megamoe.model.dense import DenseLinear, DenseWeight, FP8Linear, compute_in_fixed_order
 from megamoe.model.experts import RoutedExperts
 from megamoe.kernels.cpu.layout import OUTPUTS
-from megamoe.model.loading.expert_weights import ExpertSource, Weight, expert_source
+from megamoe.model.loading.expert_weights import ExpertSource, Weight, expert_source, parameter_names
 from megamoe.model.loading.files import FLOATS, TensorFiles
 from megamoe.model.loading.naming import Target, made_by, name_tensors
 from megamoe.model.loading.quantization import RoundingError, check_scales
@@ -185,7 +185,7 @@ class _Loading:
             each.name: expert_source(each.name, each.structure, targets, skeleton.tensors, skeleton.model)
             for each in skeleton.blocks
         }
-        of_experts = {f"{each.name}.{name}" for each in skeleton.blocks for name in each.structure.names}
+        of_experts = {f"{each.name}.{name}" for each in skeleton.blocks for name in parameter_names(each.structure)}
         _refuse_missing(skeleton, targets)
         dense = [target for target in naming.targets.values() if not of_experts & set(made_by(target, skeleton.tensors))]
         for target in dense:
