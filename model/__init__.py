@@ -12,6 +12,7 @@ from megamoe.model.registration import register
 
 if TYPE_CHECKING:
     from megamoe.model.experts import RoutedExperts
+    from megamoe.model.loading.load import load, load_tokenizer, regroup
     from megamoe.model.quantizer import PackedExpertsConfig, packed_config
     from megamoe.model.structure import Structure, read_structure
 
@@ -19,11 +20,23 @@ _EXPORTS = {
     "PackedExpertsConfig": "megamoe.model.quantizer",
     "RoutedExperts": "megamoe.model.experts",
     "Structure": "megamoe.model.structure",
+    "load": "megamoe.model.loading.load",
+    "load_tokenizer": "megamoe.model.loading.load",
     "packed_config": "megamoe.model.quantizer",
     "read_structure": "megamoe.model.structure",
+    "regroup": "megamoe.model.loading.load",
 }
 
-__all__ = ["PackedExpertsConfig", "RoutedExperts", "Structure", "packed_config", "read_structure"]
+__all__ = [
+    "PackedExpertsConfig",
+    "RoutedExperts",
+    "Structure",
+    "load",
+    "load_tokenizer",
+    "packed_config",
+    "read_structure",
+    "regroup",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,7 @@ COMMANDS = {
     "lab": "lab:app",
     "calibrate": "planner.calibrate:calibrate",
     "timeline": "timeline:timeline",
+    "convert": "convert:convert",
 }
 
 
