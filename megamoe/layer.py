@@ -157,19 +157,33 @@ class MegaMoE(nn.Module):
         """Bytes of this rank's expert weights as they are held."""
         return self.experts.memory_bytes
 
-    def load_expert(self, expert: int, gate_up: Weight, down: Weight) -> None:
-        """Takes one expert's weights, by global id: gate_up [2I, H], gate rows first, and down [H, I]."""
-        with self._turn(), undisturbed(self.device):
-            self.experts.load(expert, gate_up, down)
+    def load_expert(
+        self,
+        expert: int,
+        gate_up: Weight,
+        down: Weight,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        """Takes one expert's weights, by global id: gate_up [2I, H], gate rows first, and down [H, I].
 
-    def load_experts(self, gate_up: Weight, down: Weight) -> None:
-        """Takes gate_up [E, 2I, H] (gate rows first) and down [E, H, I], of all experts or of this rank's only.
-
-        Each a float tensor, MXFP4, or a pair (packed, scales). ValueError for wrong shapes, dtypes, NaN weights in
-        a layer of MXFP4, or scales that BF16 cannot hold.
+        gate_up_bias [2I] and down_bias [H], FP32 or BF16, where the shape has biases, and only there.
         """
         with self._turn(), undisturbed(self.device):
-            load_stacks(self.experts, self.shape.num_experts, gate_up, down)
+            self.experts.load(expert, gate_up, down, gate_up_bias, down_bias)
+
+    def load_experts(
+        self, gate_up: Weight, down: Weight, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None
+    ) -> None:
+        """Takes gate_up [E, 2I, H] (gate rows first) and down [E, H, I], of all experts or of this rank's only.
+
+        Each a float tensor, MXFP4, or a pair (packed, scales). Experts without a gate have gate_up [E, I, H]. Where
+        the shape has biases, gate_up_bias [E, 2I] and down_bias [E, H] likewise, FP32 or BF16. ValueError for wrong
+        shapes, dtypes, NaN weights in a layer of MXFP4, scales that BF16 cannot hold, biases that are missing, not
+        finite, or given to a layer without.
+        """
+        with self._turn(), undisturbed(self.device):
+            load_stacks(self.experts, self.shape.num_experts, gate_up, down, gate_up_bias, down_bias)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -301,7 +315,8 @@ class MegaMoE(nn.Module):
             intermediate=self.shape.intermediate,
             num_experts=self.shape.num_experts,
             topk=self.shape.topk,
-            swiglu_limit=self.shape.swiglu_limit or 0.0,
+            activation=str(self.shape.activation),
+            bias=self.shape.bias,
             weight_format=self.weight_format,
             dispatch_format=self.dispatch_format,
             combine_format=self.combine_format,
@@ -317,5 +332,6 @@ class MegaMoE(nn.Module):
         return (
             f"rank {self.group.rank} of {self.group.size}, hidden={self.shape.hidden}, "
             f"intermediate={self.shape.intermediate}, num_experts={self.shape.num_experts}, topk={self.shape.topk}, "
+            f"activation={str(self.shape.activation)!r}, bias={self.shape.bias}, "
             f"weights={self.weight_format}, dispatch={self.dispatch_format}, waves={self.waves}"
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megamoe.activations import Activation
 from megamoe.execution.products import linear
 from megamoe.formats import MXFP4, WEIGHT_FORMATS, dequantize_mxfp4, dequantize_mxfp8, quantize_mxfp4, quantize_mxfp8
 from megamoe.shape import MoEShape
@@ -24,19 +25,26 @@ def moe(
     gate_up: Tensor,
     down: Tensor,
     *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
     weight_format: str = "mxfp4",
     dispatch_format: str = "mxfp8",
 ) -> Tensor:
-    """hidden [T, H], topk_ids [T, K], topk_weights [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H] bfloat16"""
+    """hidden [T, H], topk_ids [T, K], topk_weights [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H] bfloat16
+
+    Without a gate gate_up is [E, I, H]. gate_up_bias [E, 2I] and down_bias [E, H], where the shape has biases.
+    """
+    biases = _biases(shape, gate_up_bias, down_bias)
     quantized = WEIGHT_FORMATS[weight_format].activations == "mxfp8"
     tokens = _tokens(hidden, quantized or dispatch_format == "mxfp8")
     slots = torch.zeros(*topk_ids.shape, shape.hidden, dtype=torch.bfloat16)  # [T, K, H]
     for expert in range(shape.num_experts):
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
-        gate, up = _product(tokens[token], gate_up[expert], quantized).chunk(2, -1)  # [n, I]
-        activated = _swiglu(gate, up, topk_weights[token, slot], shape.swiglu_limit)
+        weights = topk_weights[token, slot].unsqueeze(-1)
+        first = _product(tokens[token], gate_up[expert], quantized, biases and biases[0][expert])
+        activated = _activated(first, weights, shape.activation)  # [n, I]
         activated = round_mxfp8(activated) if quantized else activated.to(torch.bfloat16)
-        slots[token, slot] = _product(activated, down[expert], quantized)
+        slots[token, slot] = _product(activated, down[expert], quantized, biases and weights * biases[1][expert])
     total = torch.zeros(len(tokens), shape.hidden, dtype=torch.float32)
     for k in range(shape.topk):
         total = total + slots[:, k].to(torch.float32)
@@ -51,6 +59,8 @@ def moe_fp64(
     gate_up: Tensor,
     down: Tensor,
     *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
     weight_format: str = "mxfp4",
     dispatch_format: str = "mxfp8",
 ) -> Tensor:
@@ -58,16 +68,19 @@ def moe_fp64(
 
     Those places are the tokens, Linear-1's BF16 result and Linear-2's input: without them the operands would differ.
     """
+    biases = _biases(shape, gate_up_bias, down_bias)
     quantized = WEIGHT_FORMATS[weight_format].activations == "mxfp8"
     tokens = _tokens(hidden, quantized or dispatch_format == "mxfp8")
     total = torch.zeros(len(tokens), shape.hidden, dtype=torch.float64)
     for expert in range(shape.num_experts):
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        weights = topk_weights[token, slot].unsqueeze(-1)
         first = tokens[token].to(torch.float64) @ _round(gate_up[expert], quantized).to(torch.float64).T
-        gate, up = first.to(torch.bfloat16).chunk(2, -1)
-        activated = _swiglu(gate, up, topk_weights[token, slot], shape.swiglu_limit)
+        first = first + biases[0][expert].to(torch.float64) if biases else first
+        activated = _activated(first.to(torch.bfloat16), weights, shape.activation)
         activated = round_mxfp8(activated) if quantized else activated.to(torch.bfloat16)
         second = activated.to(torch.float64) @ _round(down[expert], quantized).to(torch.float64).T
+        second = second + weights.to(torch.float64) * biases[1][expert].to(torch.float64) if biases else second
         total.index_add_(0, token, second)
     return total
 
@@ -88,19 +101,61 @@ def _tokens(hidden: Tensor, quantized: bool) -> Tensor:
     return round_mxfp8(tokens) if quantized else tokens
 
 
-def _product(x: Tensor, weight: Tensor, quantized: bool) -> Tensor:
-    """In the device's order of summation, one matrix at a time."""
+def _biases(shape: MoEShape, gate_up: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Both in FP32, where the shape has biases."""
+    if not shape.bias:
+        if gate_up is not None or down is not None:
+            raise ValueError("biases were given for a shape without: make it with MoEShape(..., bias=True)")
+        return None
+    if gate_up is None or down is None:
+        raise ValueError("the shape has bias=True, so gate_up_bias and down_bias are both needed")
+    return gate_up.to(torch.float32), down.to(torch.float32)
+
+
+def _product(x: Tensor, weight: Tensor, quantized: bool, bias: Tensor | None) -> Tensor:
+    """In the device's order of summation, one matrix at a time; a bias joins the FP32 sum before it is rounded."""
     rounded: Tensor | MXFP4 = quantize_mxfp4(weight) if quantized else weight.to(torch.bfloat16)
-    return linear(x, rounded)
+    if bias is None:
+        return linear(x, rounded)
+    return (linear(x, rounded, dtype=torch.float32) + bias).to(torch.bfloat16)
 
 
 def _round(weight: Tensor, quantized: bool) -> Tensor:
     return dequantize_mxfp4(quantize_mxfp4(weight)) if quantized else weight.to(torch.bfloat16)
 
 
-def _swiglu(gate: Tensor, up: Tensor, weights: Tensor, limit: float | None) -> Tensor:
-    """SiLU(gate) * up * weight in FP32, SiLU evaluated in FP64 and rounded -> [n, I] float32"""
-    gate, up = gate.to(torch.float64), up.to(torch.float32)
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return torch.nn.functional.silu(gate).to(torch.float32) * up * weights.unsqueeze(-1)
+def _activated(first: Tensor, weights: Tensor, activation: Activation) -> Tensor:
+    """f(gate) * up's factor * weight in FP32, f evaluated in FP64 and rounded; without a gate f(x) * weight.
+
+    first [n, 2I] or [n, I] bfloat16, weights [n, 1] float32 -> [n, I] float32
+    """
+    if not activation.gated:
+        return _function(first.to(torch.float64), activation).to(torch.float32) * weights
+    gate, up = first.chunk(2, -1)
+    factor = _limited(up.to(torch.float64), activation.limit_of_up, activation.clamp == "tanh").to(torch.float32)
+    if activation.up_shift:
+        factor = factor + activation.up_shift
+    return _function(gate.to(torch.float64), activation).to(torch.float32) * factor * weights
+
+
+def _function(gate: Tensor, activation: Activation) -> Tensor:
+    """f(gate) with its clamp, float64"""
+    limit, clamp = activation.limit, activation.clamp
+    if clamp == "tanh":
+        return _limited(gate, limit, True) * torch.sigmoid(activation.alpha * gate)
+    x = gate.clamp(max=limit) if limit is not None and clamp == "before" else gate
+    if activation.function == "gelu_tanh":
+        found = torch.nn.functional.gelu(x, approximate="tanh")
+    elif activation.function == "relu2":
+        found = torch.relu(x) ** 2
+    elif activation.alpha == 1:
+        found = torch.nn.functional.silu(x)
+    else:
+        found = x * torch.sigmoid(activation.alpha * x)
+    return found.clamp(max=limit) if limit is not None and clamp == "after" else found
+
+
+def _limited(x: Tensor, limit: float | None, smooth: bool) -> Tensor:
+    if limit is None:
+        return x
+    return limit * torch.tanh(x / limit) if smooth else x.clamp(-limit, limit)

@@ -7,11 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megamoe.activations import SWIGLU, Activation
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.reference import moe
 from megamoe.routing.waves import Waves
 from megamoe.shape import MoEShape
+
+# of families of models, by what they show
+ACTIVATIONS = {
+    "swiglu": SWIGLU,
+    "deepseek_v4": SWIGLU.with_limit(3.0),
+    "gpt_oss": Activation(alpha=1.702, up_shift=1.0, limit=5.0),
+    "step3p7": Activation(limit=3.0, clamp="after"),
+    "inkling2": Activation(limit=4.0, clamp="tanh", up_limit=2.5),
+    "gemma4": Activation("gelu_tanh"),
+    "nemotron_h": Activation("relu2", gated=False),
+    "gelu_shifted_after": Activation("gelu_tanh", up_shift=-0.3, limit=1.3, clamp="after", up_limit=0.9),
+    "silu_ungated_before": Activation(gated=False, alpha=0.7, limit=2.0),
+    "inkling2_ungated": Activation(gated=False, limit=0.8, clamp="tanh"),
+    "inkling2_shifted": Activation(alpha=1.3, up_shift=0.5, limit=1.5, clamp="tanh"),
+    "relu2_gated": Activation("relu2", limit=2.0),
+}
 
 
 @dataclass(frozen=True)
@@ -29,9 +46,16 @@ class Batch:
 def make_weights(shape: MoEShape, seed: int = 0) -> tuple[Tensor, Tensor]:
     """gate_up [E, 2I, H] and down [E, H, I], float32, large enough that the clamp works."""
     rng = torch.Generator().manual_seed(seed)
-    gate_up = torch.randn(shape.num_experts, 2 * shape.intermediate, shape.hidden, generator=rng)
+    gate_up = torch.randn(shape.num_experts, shape.linear1_rows, shape.hidden, generator=rng)
     down = torch.randn(shape.num_experts, shape.hidden, shape.intermediate, generator=rng)
     return gate_up * 4 / shape.hidden**0.5, down / shape.intermediate**0.5
+
+
+def make_biases(shape: MoEShape, seed: int = 2) -> dict[str, Tensor]:
+    """gate_up_bias [E, 2I] and down_bias [E, H], float32, as large as the products; none where the shape has none."""
+    rng = torch.Generator().manual_seed(seed)
+    sizes = {"gate_up_bias": shape.linear1_rows, "down_bias": shape.hidden} if shape.bias else {}
+    return {name: torch.randn(shape.num_experts, size, generator=rng) for name, size in sizes.items()}
 
 
 def make_batch(shape: MoEShape, num_tokens: int, seed: int = 1, *, mask: bool = True) -> Batch:
@@ -60,6 +84,7 @@ def oracle(shape: MoEShape, batch: Batch, weight_format: str, dispatch_format: s
         batch.weights,
         gate_up,
         down,
+        **make_biases(shape),
         weight_format=weight_format,
         dispatch_format=dispatch_format,
     )
@@ -75,5 +100,5 @@ def make_layer(
     name: str = "moe",
 ) -> MegaMoE:
     layer = MegaMoE(shape, group, weight_format=weight_format, dispatch_format=dispatch_format, waves=waves, name=name)
-    layer.load_experts(*make_weights(shape))
+    layer.load_experts(*make_weights(shape), **make_biases(shape))
     return layer

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megamoe.activations import Activation
 from megamoe.formats import MXFP4, quantize_mxfp4
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
@@ -108,16 +110,18 @@ def different(group: EPGroup, shapes: list[MoEShape], options: list[dict[str, ob
         ({"hidden": 128}, {}, "hidden is 64 on ranks 0, 2, 128 on rank 1"),
         ({"num_experts": 500}, {}, "num_experts is 6 on ranks 0, 2, 500 on rank 1"),
         ({"topk": 3}, {}, "topk is 2 on ranks 0, 2, 3 on rank 1"),
-        ({"swiglu_limit": 10.0}, {}, "swiglu_limit is 0.0 on ranks 0, 2, 10.0 on rank 1"),
+        ({"swiglu_limit": 10.0}, {}, "activation is silu on ranks 0, 2, silu clamp before 10.0 on rank 1"),
+        ({"activation": Activation("relu2")}, {}, "activation is silu on ranks 0, 2, relu2 on rank 1"),
+        ({"bias": True}, {}, "bias is 0 on ranks 0, 2, 1 on rank 1"),
         ({}, {"weight_format": "bf16"}, "weight_format is mxfp4 on ranks 0, 2, bf16 on rank 1"),
         ({}, {"dispatch_format": "bf16"}, "dispatch_format is mxfp8 on ranks 0, 2, bf16 on rank 1"),
         ({}, {"waves": 3}, "waves is auto on ranks 0, 2, 3 on rank 1"),
         ({}, {"name": "layers.1"}, "layer is moe on ranks 0, 2, layers.1 on rank 1"),
     ],
-    ids=["hidden", "num_experts", "topk", "swiglu_limit", "weights", "wire", "waves", "layer"],
+    ids=["hidden", "num_experts", "topk", "swiglu_limit", "activation", "bias", "weights", "wire", "waves", "layer"],
 )
 def test_ranks_that_disagree_all_find_out(
-    ranks: LocalRanks, change: dict[str, int], options: dict[str, object], message: str
+    ranks: LocalRanks, change: dict[str, Any], options: dict[str, object], message: str
 ) -> None:
     shapes = [SHAPE, dataclasses.replace(SHAPE, **change), SHAPE]
     begun = time.monotonic()

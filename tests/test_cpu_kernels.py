@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe.execution.ops import activate, reduce_slots, silu_table
+from megamoe.activations import Activation
+from megamoe.execution.ops import activate, add_bias, reduce_slots
 from megamoe.formats import (
     MXFP4,
     MXFP8,
@@ -27,7 +28,9 @@ from megamoe.kernels.cpu.build import BuildError, build
 from megamoe.kernels.cpu.layout import pack_bf16, pack_mxfp4, unpack_bf16, unpack_mxfp4
 from megamoe.kernels.cpu.library import Library, Rows, find_fault, load, product_of, sum_in_order, using
 from megamoe.kernels.cpu.paths import PATHS, Path, runnable
+from megamoe.kernels.gating import tables_of
 from megamoe.reference import round_mxfp8
+from tests.cases import ACTIVATIONS
 
 # "bf16-dot" written out, so that what surrounds its instruction is tested where the CPU does not have it
 WRITTEN_OUT = Path("portable-bf16", "bf16-dot", ("-DMEGAMOE_BF16_DOT",))
@@ -270,25 +273,45 @@ def test_every_code_and_scale_of_mxfp8_is_read_as_torch_does(path: Path) -> None
 
 @pytest.mark.parametrize("path", TESTED, ids=ids)
 @pytest.mark.parametrize("quantized", [True, False], ids=["mxfp8", "bf16"])
-@pytest.mark.parametrize("limit", [None, 3.0])
-def test_the_activation_is_torchs_to_the_bit(path: Path, quantized: bool, limit: float | None) -> None:
-    table = silu_table(limit, torch.device("cpu"))
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_the_activation_is_torchs_to_the_bit(path: Path, quantized: bool, activation: Activation) -> None:
+    tables = tables_of(activation, torch.device("cpu"))
     for num_rows, width in ((0, 64), (1, 64), (700, 96), (5, 50)):
         if quantized and width % 32:
             continue
-        gate_up = (wide(num_rows, 2 * width) * 3).to(torch.bfloat16)
+        gate_up = (wide(num_rows, activation.rows_per_output * width) * 3).to(torch.bfloat16)
         if num_rows > 4:
-            gate_up[1, 3], gate_up[2, width + 3], gate_up[3, 40] = torch.nan, torch.nan, torch.inf
+            gate_up[1, 3], gate_up[2, -47], gate_up[3, 40] = torch.nan, torch.nan, torch.inf
         weights = randn(num_rows, seed=1)
         with using(None):
-            expected = activate(gate_up, weights, limit, table, quantized=quantized)
+            expected = activate(gate_up, weights, tables, quantized=quantized)
         for threads in (1, 3):
             torch.set_num_threads(threads)
             with using(path):
-                got = activate(gate_up, weights, limit, table, quantized=quantized)
+                got = activate(gate_up, weights, tables, quantized=quantized)
             assert torch.equal(got.isnan(), expected.isnan())
             numbers = ~expected.isnan()
             assert torch.equal(got[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
+def test_a_bias_is_added_as_torch_adds_it_to_the_bit(path: Path, weighted: bool) -> None:
+    for counts, width in (([3, 0, 40, 1, 0], 50), ([0, 700], 96), ([0, 0], 8), ([1], 1)):
+        num_rows = sum(counts)
+        sums, bias = wide(num_rows, width), randn(len(counts), width, seed=1)
+        weights = randn(num_rows, seed=2) if weighted else None
+        goes = torch.randperm(num_rows, generator=torch.Generator().manual_seed(3)) if weighted else None
+        given = sums, bias, torch.tensor(counts)
+        with using(None):
+            expected = torch.zeros(num_rows, width + 3, dtype=torch.bfloat16)
+            add_bias(*given, expected[:, :width], weights=weights, goes=goes)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            got = torch.zeros_like(expected)
+            with using(path):
+                add_bias(*given, got[:, :width], weights=weights, goes=goes)
+            assert same_bits(got, expected)
 
 
 @pytest.mark.parametrize("path", TESTED, ids=ids)

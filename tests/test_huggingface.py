@@ -56,7 +56,7 @@ def test_experts_agree_with_transformers_up_to_rounding(
     gate_up, down = (dequantize_mxfp4(q) for q in packed)
     batch = make_batch(SHAPE, 200, mask=False)
     layer = MegaMoE(SHAPE, weight_format=weight_format, dispatch_format=dispatch_format)
-    layer.load_experts(*packed)
+    layer.load_experts(packed[0], packed[1])
     with torch.no_grad():
         expected = transformers_experts(gate_up, down)(batch.hidden, batch.ids, batch.weights)
     error = relative_error(layer(batch.hidden, batch.ids, batch.weights), expected)

@@ -268,7 +268,12 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     identical = None
     if request.check:
         hidden, ids, weights = batch
-        expected = moe(shape, hidden, ids, weights, gate_up, down, **formats)
+        weight_format, dispatch_format = formats["weight_format"], formats["dispatch_format"]
+        expected = moe(
+            *(shape, hidden, ids, weights, gate_up, down),
+            weight_format=weight_format,
+            dispatch_format=dispatch_format,
+        )
         identical = all(torch.equal(output, expected) for output in outputs)
     del gate_up, down
     measures: dict[str, Callable[[], object]] = {

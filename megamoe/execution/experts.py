@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megamoe.execution.ops import activate, has_kernels, silu_table
+from megamoe.execution.ops import activate, add_bias, has_kernels
 from megamoe.execution.products import DEQUANTIZED, Held, KernelProducts, products_of
 from megamoe.execution.weights import InTurns, Matrix, Panels
 from megamoe.formats import MXFP4, MXFP4_MAX_SCALE, SCALES, VALUES, WEIGHT_FORMATS
 from megamoe.kernels.chips.targets import reads_wide
 from megamoe.kernels.cpu.library import Rows
+from megamoe.kernels.gating import tables_of
 from megamoe.kernels.layout import LARGEST_SMALL_SCALE, Prepacked
 from megamoe.parallel.workspace import Workspace
 from megamoe.shape import MoEShape
@@ -24,7 +25,8 @@ from megamoe.shape import MoEShape
 # What kernels of a GPU pay for reading packed weights from memory a second time, in rows of an expert's products:
 # computed, for an H100 at 3.35 TB/s and 400 TFLOP/s, and not measured. H and I cancel out.
 _READ_ROWS = 30.0
-_HELD = "held"
+_HELD, _BIAS = "held", "_bias"  # keys of a state dict, the second behind a matrix's name
+_BIASES = "biases"  # where biases are among what is held
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes whose values are the weights
 Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
 
@@ -37,10 +39,12 @@ class Experts(nn.Module):
 
     mxfp4   gate_up uint8 [e, 2I, H/2] + gate_up_scales [e, 2I, H/32], down uint8 [e, H, I/2] + down_scales [e, H, I/32]
     bf16    gate_up bfloat16 [e, 2I, H], down bfloat16 [e, H, I]
+    bias    gate_up_bias float32 [e, 2I], down_bias float32 [e, H], where the shape has biases
     held    int64 [3]: first expert, end, E
 
-    In memory they lie as the device's products read them. keep_dequantized=True also keeps a BF16 copy of mxfp4 weights
-    where torch multiplies, 3 * H * I * 2 bytes an expert; kernels decode on the way, so there it is refused.
+    Without a gate 2I is I. In memory they lie as the device's products read them. keep_dequantized=True also keeps a
+    BF16 copy of mxfp4 weights where torch multiplies, 3 * H * I * 2 bytes an expert with a gate; kernels decode on the
+    way, so there it is refused.
     """
 
     def __init__(
@@ -65,8 +69,10 @@ class Experts(nn.Module):
         if keep_dequantized and (self.grouped or isinstance(self.products, KernelProducts)):
             raise ValueError(f"keep_dequantized is of no use on {device}, whose kernels decode weights on their way")
         self.keep_dequantized = keep_dequantized and self.format.decodes
-        sizes = {"gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
-        self.matrices = {name: Matrix(name, *size, self.format) for name, size in sizes.items()}
+        self.matrices = {
+            "gate_up": Matrix("gate_up", shape.linear1_rows, shape.hidden, self.format, shape.activation.gated),
+            "down": Matrix("down", shape.hidden, shape.intermediate, self.format),
+        }
         self._loaded = [False] * len(ids)
         self._largest_scales = [0] * len(ids)  # of both matrices, where they are prepacked
         # plain torch.empty: the pages of a large buffer are not touched before its weights arrive
@@ -77,7 +83,12 @@ class Experts(nn.Module):
             }
             for name, matrix in self.matrices.items()
         }
-        self.table = silu_table(shape.swiglu_limit, device)
+        if shape.bias:
+            self._stacks[_BIASES] = {
+                name: torch.empty(len(ids), matrix.outputs, dtype=torch.float32, device=device)
+                for name, matrix in self.matrices.items()
+            }
+        self.tables = tables_of(shape.activation, device)
 
     def _held_sizes(self, matrix: Matrix) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         buffers = self.layout.buffers(matrix)
@@ -123,6 +134,8 @@ class Experts(nn.Module):
         for name, matrix in self.matrices.items():
             for key, stack in self.layout.unpack(matrix, self._stacks[name]).items():
                 destination[f"{prefix}{name}{key}"] = stack
+        for name, bias in self._stacks.get(_BIASES, {}).items():
+            destination[f"{prefix}{name}{_BIAS}"] = self.layout.unpack_bias(self.matrices[name], bias)
 
     @property
     def _whose(self) -> Tensor:
@@ -154,15 +167,21 @@ class Experts(nn.Module):
             for name in self.matrices:
                 parts = {key: state_dict[f"{prefix}{name}{key}"][index] for key in self.matrices[name].plain()}
                 weights[name] = self.format.join(parts)
-            self._put(expert, weights)
+            biases = {name: state_dict[f"{prefix}{name}{_BIAS}"][index] for name in self._stacks.get(_BIASES, {})}
+            self._put(expert, weights, biases)
 
     def _expected(self, prefix: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Keys of a state dict, with shapes and dtypes."""
-        return {
+        weights = {
             f"{prefix}{name}{key}": ((len(self.ids), *size), dtype)
             for name, matrix in self.matrices.items()
             for key, (size, dtype) in matrix.plain().items()
         }
+        biases = {
+            f"{prefix}{name}{_BIAS}": ((len(self.ids), self.matrices[name].outputs), torch.float32)
+            for name in self._stacks.get(_BIASES, {})
+        }
+        return {**weights, **biases}
 
     def _faults(
         self, state_dict: Mapping[str, Any], prefix: str, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -181,7 +200,12 @@ class Experts(nn.Module):
             if tuple(state_dict[key].shape) != size or state_dict[key].dtype != dtype
         ]
         scales = [key for key in expected if key.endswith(SCALES) and self.ids]
-        return wrong or [fault for key in scales if (fault := _scale_fault(state_dict[key], key))]
+        biases = [key for key in expected if key.endswith(_BIAS)]
+        faults = [
+            *(_scale_fault(state_dict[key], key) for key in scales),
+            *(_bias_fault(state_dict[key], key) for key in biases),
+        ]
+        return wrong or [fault for fault in faults if fault]
 
     # ---- weights ----
 
@@ -208,28 +232,42 @@ class Experts(nn.Module):
         """Global ids of experts without weights yet."""
         return [expert for expert, loaded in zip(self.ids, self._loaded, strict=True) if not loaded]
 
-    def load(self, expert: int, gate_up: Weight, down: Weight) -> None:
+    def load(
+        self,
+        expert: int,
+        gate_up: Weight,
+        down: Weight,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
         """Takes the weights of one expert, by global id: gate_up [2I, H] with the gate's rows first, down [H, I].
 
         Each a float tensor, MXFP4, or a pair (packed, scales) of one-byte tensors. What does not come in the
         layer's format is converted: floats are quantised to MXFP4, MXFP4 is dequantised to BF16 without loss.
-        Both are looked through before either is taken: where this raises ValueError nothing has changed.
+        Without a gate gate_up is [I, H]. Where the shape has biases, and only there, gate_up_bias [2I] and down_bias
+        [H] are FP32 or BF16, in the order of the rows. All is looked through before any is taken: where this raises
+        ValueError nothing has changed.
         """
         self._refuse_stranger(expert)
         given = {"gate_up": gate_up, "down": down}
+        biases = self._checked_biases(expert, {"gate_up": gate_up_bias, "down": down_bias})
         with torch.no_grad():
             self._put(
-                expert, {name: self._taken(matrix, given[name], expert) for name, matrix in self.matrices.items()}
+                expert,
+                {name: self._taken(matrix, given[name], expert) for name, matrix in self.matrices.items()},
+                biases,
             )
 
-    def _put(self, expert: int, weights: Mapping[str, Tensor | MXFP4]) -> None:
-        """Takes one expert's weights, which are in the layer's format."""
+    def _put(self, expert: int, weights: Mapping[str, Tensor | MXFP4], biases: Mapping[str, Tensor]) -> None:
+        """Takes one expert's weights, which are in the layer's format, and its biases, if the shape has any."""
         with torch.no_grad():
             packed = {name: self._packed(matrix, weights[name]) for name, matrix in self.matrices.items()}
             index = expert - self.ids.start
             self._loaded[index] = False  # what an interruption leaves is neither the old expert nor the new one
             for name, parts in packed.items():
                 self._store(name, index, parts)
+            for name, bias in biases.items():
+                self._store(_BIASES, index, {name: self.layout.pack_bias(self.matrices[name], bias)})
             if self.packed and isinstance(self.layout, Panels):
                 self._largest_scales[index] = max(int(parts[SCALES].max()) for parts in packed.values())
         self._loaded[index] = True
@@ -238,15 +276,36 @@ class Experts(nn.Module):
         for key, part in parts.items():
             self._stacks[name][key][index] = part
 
-    def check(self, expert: int, gate_up: Weight, down: Weight) -> None:
+    def check(
+        self,
+        expert: int,
+        gate_up: Weight,
+        down: Weight,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
         """ValueError for what load() would not take."""
         self._refuse_stranger(expert)
         given = {"gate_up": gate_up, "down": down}
+        self._checked_biases(expert, {"gate_up": gate_up_bias, "down": down_bias})
         for name, matrix in self.matrices.items():
             what = f"{name} of expert {expert}"
             weight = as_weight(given[name], (matrix.outputs, matrix.inputs), what)
             with _about(what):
                 self.format.refuse(weight)
+
+    def _checked_biases(self, expert: int, biases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """The biases that the shape has; ValueError names what is missing, too much, or not what it should be."""
+        given = {name: bias for name, bias in biases.items() if bias is not None}
+        for name, matrix in self.matrices.items():
+            what = f"{name}{_BIAS} of expert {expert}"
+            if not self.shape.bias and name in given:
+                raise ValueError(f"{what} was given to a layer without biases: make it with MoEShape(..., bias=True)")
+            if self.shape.bias and name not in given:
+                raise ValueError(f"{what} is missing: the layer's shape has bias=True, so both biases are needed")
+            if name in given:
+                _check_bias(given[name], matrix.outputs, what)
+        return given
 
     def forget(self, experts: range) -> None:
         """Takes these experts, global ids, for missing until they are loaded again."""
@@ -290,26 +349,49 @@ class Experts(nn.Module):
     def linear1(self, rows: Rows, experts: range, workspace: Workspace) -> Tensor:
         """rows of tokens [M, H] bfloat16 -> gate and up [n, 2I] bfloat16"""
         num_rows = len(rows.x) if rows.source is None else len(rows.source)
-        out = workspace.take("gate_up", (num_rows, 2 * self.shape.intermediate), rows.x)
-        self.products.multiply(rows, self._held("gate_up", experts), out, None, workspace)
+        out = workspace.take("gate_up", (num_rows, self.shape.linear1_rows), rows.x)
+        self._multiply("gate_up", rows, experts, out, workspace)
         return out
 
     def activation(self, gate_up: Tensor, weights: Tensor, workspace: Workspace) -> Tensor:
-        """Clamp, SiLU(gate) * up * weight, rounded as the contract says: [n, 2I], [n] float32 -> [n, I] bfloat16"""
+        """The shape's activation times weight, rounded as the contract says: [n, 2I], [n] float32 -> [n, I] bfloat16"""
         hidden = workspace.take("hidden", (len(gate_up), self.shape.intermediate), gate_up)
-        return activate(
-            gate_up,
-            weights,
-            self.shape.swiglu_limit,
-            self.table,
-            quantized=self.format.activations == "mxfp8",
-            out=hidden,
-        )
+        return activate(gate_up, weights, self.tables, quantized=self.format.activations == "mxfp8", out=hidden)
 
-    def linear2(self, rows: Rows, experts: range, out: Tensor, goes: Tensor, workspace: Workspace) -> Tensor:
-        """rows of hidden [n, I] bfloat16 into out [n, H] bfloat16, row r into out[goes[r]]; goes [n] int64"""
-        self.products.multiply(rows, self._held("down", experts), out, goes, workspace)
+    def linear2(
+        self, rows: Rows, experts: range, weights: Tensor, out: Tensor, goes: Tensor, workspace: Workspace
+    ) -> Tensor:
+        """rows of hidden [n, I] bfloat16 into out [n, H] bfloat16, row r into out[goes[r]]; goes [n] int64.
+
+        weights [n] float32, by which a bias is multiplied; hidden has its own in it
+        """
+        self._multiply("down", rows, experts, out, workspace, weights, goes)
         return out
+
+    def _multiply(
+        self,
+        name: str,
+        rows: Rows,
+        experts: range,
+        out: Tensor,
+        workspace: Workspace,
+        weights: Tensor | None = None,
+        goes: Tensor | None = None,
+    ) -> None:
+        """A product and its bias, if the shape has one, which is added to the FP32 sum before it is rounded."""
+        held = self._held(name, experts)
+        if not self.shape.bias:
+            self.products.multiply(rows, held, out, goes, workspace)
+            return
+        num_rows = len(rows.x) if rows.source is None else len(rows.source)
+        sums = workspace.take("sums", (num_rows, held.matrix.outputs), out, torch.float32)
+        self.products.multiply(rows, held, sums, None, workspace)
+        add_bias(sums, self.bias(name, experts), rows.counts, out, weights=weights, goes=goes)
+
+    def bias(self, name: str, experts: range) -> Tensor:
+        """Biases [experts, N] float32 of gate_up or down, global ids, in the order of the product's columns."""
+        assert self.shape.bias
+        return self._stacks[_BIASES][name][experts.start - self.ids.start : experts.stop - self.ids.start]
 
     def extra_repr(self) -> str:
         held = f"{self.weight_format}, {self.memory_bytes / 1e6:.1f} MB"
@@ -349,6 +431,23 @@ def as_weight(weight: Weight, size: tuple[int, int], what: str) -> Tensor | MXFP
         hint = ", which means nothing without its scales: give a pair (packed, scales) or floats" if scaled else ""
         raise ValueError(f"{what} must be a float tensor or MXFP4, got {weight.dtype}{hint}")
     return weight
+
+
+def _check_bias(bias: Tensor, size: int, what: str) -> None:
+    if not isinstance(bias, Tensor):
+        raise ValueError(f"{what} must be a tensor, got {type(bias).__name__}")
+    if tuple(bias.shape) != (size,):
+        raise ValueError(f"{what} must have shape [{size}], got {list(bias.shape)}")
+    if bias.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{what} must be torch.float32 or torch.bfloat16, got {bias.dtype}")
+    fault = _bias_fault(bias, what)
+    if fault:
+        raise ValueError(fault)
+
+
+def _bias_fault(bias: Tensor, what: str) -> str:
+    wrong = int((~bias.isfinite()).sum())
+    return f"{what}: {wrong} of {bias.numel()} values are NaN or infinite" if wrong else ""
 
 
 def _scale_fault(scales: Tensor, what: str) -> str:

@@ -4,8 +4,8 @@ CPUs run kernels in C++ where they can be built, and devices with Triton kernels
 them is called.
 
 Bitwise contract: a row's result depends on that row alone, not on how many rows stand beside it, where it stands
-among them, or how many threads work. Element-wise operations keep it by being correctly rounded each; SiLU keeps it
-as a table over all BF16 values; a matrix product keeps it by its order of summation: see products.py.
+among them, or how many threads work. Element-wise operations keep it by being correctly rounded each; an activation's
+function keeps it as a table over all BF16 values; a matrix product keeps it by its order of summation: see products.py.
 """
 
 # n rows   H hidden   I intermediate   T tokens   K experts per token   N rows that came home
@@ -23,6 +23,7 @@ from megamoe.formats import MXFP8, chunks, dequantize_mxfp8, quantize_mxfp8
 from megamoe.kernels import load
 from megamoe.kernels.chips.targets import TARGETS, chip_of
 from megamoe.kernels.cpu.library import chosen
+from megamoe.kernels.gating import Tables, activate_fp32
 
 if TYPE_CHECKING:
     from megamoe.kernels.grouped import Grouped
@@ -31,50 +32,52 @@ if TYPE_CHECKING:
     from megamoe.kernels.route_slots import SlotsByExpert
 
 
-@lru_cache(maxsize=8)
-def silu_table(limit: float | None, device: torch.device) -> Tensor:
-    """[65536] float32: SiLU(min(g, limit)) for every BF16 g, evaluated in FP64 and rounded once.
+def activate(gate_up: Tensor, weights: Tensor, tables: Tables, *, quantized: bool, out: Tensor | None = None) -> Tensor:
+    """Linear-2's input from Linear-1's output: activated, rounded to MXFP8 (quantized) or to BF16.
 
-    The gate is BF16, so this is the whole function, and vector and scalar code cannot differ in the last bit. Layers
-    with the same limit share one table.
+    gate_up [n, 2I] bfloat16, gate first, or [n, I] without a gate; weights [n] float32 -> [n, I] bfloat16
     """
-    gates = torch.arange(65536, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.bfloat16).to(torch.float64)
-    if limit is not None:
-        gates = gates.clamp(max=limit)
-    return torch.nn.functional.silu(gates).to(torch.float32).to(device)
-
-
-def swiglu(gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor) -> Tensor:
-    """SiLU(min(gate, limit)) * clamp(up, -limit, limit) * weight in FP32.
-
-    gate_up [n, 2I] bfloat16 (gate first), weights [n] float32, table from silu_table(limit) -> [n, I] float32
-    """
-    gate, up = gate_up.chunk(2, -1)
-    codes = gate.view(torch.uint16).to(torch.int32).flatten()
-    activated = table.index_select(0, codes).view(gate.shape)
-    up = up.to(torch.float32)
-    if limit is not None:
-        up = up.clamp_(-limit, limit)
-    return activated.mul_(up).mul_(weights.unsqueeze(-1))
-
-
-def activate(
-    gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor, *, quantized: bool, out: Tensor | None = None
-) -> Tensor:
-    """Linear-2's input from Linear-1's output: swiglu, rounded to MXFP8 (quantized) or to BF16 -> [n, I] bfloat16."""
-    num_rows, double = gate_up.shape
-    out = gate_up.new_empty(num_rows, double // 2) if out is None else out
+    num_rows, width = gate_up.shape
+    width //= tables.activation.rows_per_output
+    out = gate_up.new_empty(num_rows, width) if out is None else out
     library = chosen() if gate_up.device.type == "cpu" else None
     if library is not None:
-        library.activate(gate_up, weights.contiguous(), limit, table, quantized=quantized, out=out)
+        library.activate(gate_up, weights.contiguous(), tables, quantized=quantized, out=out)
         return out
-    for rows in chunks(num_rows, double // 2):
-        activated = swiglu(gate_up[rows], weights[rows], limit, table)
+    for rows in chunks(num_rows, width):
+        activated = activate_fp32(gate_up[rows], weights[rows], tables)
         if quantized:
             dequantize_mxfp8(quantize_mxfp8(activated), out=out[rows])
         else:
             out[rows] = activated
     return out
+
+
+def add_bias(
+    sums: Tensor,
+    bias: Tensor,
+    counts: Tensor,
+    out: Tensor,
+    *,
+    weights: Tensor | None = None,
+    goes: Tensor | None = None,
+) -> None:
+    """Each row's sums and its expert's bias, the bias times the row's weight where there are weights, in out.
+
+    One FP32 product, one FP32 sum, one rounding to BF16: sums [n, N] float32, rows sorted by expert; bias [e, N]
+    float32; counts [e] int64; weights [n] float32; out [., N] bfloat16, where row r goes to goes[r], [n] int64
+        counts [1, 2], bias [b, c], weights [2, 1, 3]  ->  sums[0] + 2b, sums[1] + c, sums[2] + 3c
+    """
+    library = chosen() if sums.device.type == "cpu" else None
+    if library is not None:
+        library.add_bias(sums, bias, counts, out, weights, goes)
+        return
+    begin = 0
+    for expert, count in enumerate(counts.tolist()):
+        rows = slice(begin, begin + count)
+        begin += count
+        added = bias[expert] if weights is None else weights[rows].unsqueeze(-1) * bias[expert]
+        out[rows if goes is None else goes[rows]] = (sums[rows] + added).to(torch.bfloat16)
 
 
 def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:

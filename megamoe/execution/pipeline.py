@@ -284,7 +284,8 @@ class Call(CallBase):
             tokens = RowsByExpert(self._tokens, counts, rows.places.index_select(0, order))
             gate_up = experts.linear1(tokens, rows.experts, workspace)
         with lane("activation", wave, num_rows):
-            hidden = experts.activation(gate_up, rows.weights.index_select(0, order), workspace)
+            weights = rows.weights.index_select(0, order)
+            hidden = experts.activation(gate_up, weights, workspace)
         with lane("linear-2", wave, num_rows):
             out = workspace.take(place, (num_rows, self._results.shape[1]), self._results)
-            return experts.linear2(RowsByExpert(hidden, counts), rows.experts, out, order, workspace)
+            return experts.linear2(RowsByExpert(hidden, counts), rows.experts, weights, out, order, workspace)

@@ -58,9 +58,9 @@ class Products(ABC):
     def multiply(
         self, rows: Rows, held: Held, out: Tensor, goes: Tensor | None = None, workspace: Workspace | None = None
     ) -> None:
-        """Each row times its expert's matrix, rounded once to BF16.
+        """Each row times its expert's matrix, rounded once to BF16, or as it is summed.
 
-        out [., N] bfloat16; row r goes to row goes[r] of it, goes [n] int64, by default to its own
+        out [., N] bfloat16 or float32; row r goes to row goes[r] of it, goes [n] int64, by default to its own
         """
 
 
@@ -102,7 +102,7 @@ class TorchProducts(Products):
                 continue
             part = slice(begin, begin + count)
             x = rows.x[part] if rows.source is None else rows.x.index_select(0, rows.source[part])
-            result = multiply_in_blocks(x, self._weight(held, expert, workspace or Workspace()))
+            result = multiply_in_blocks(x, self._weight(held, expert, workspace or Workspace()), out.dtype)
             out[part if goes is None else goes[part]] = result
             begin += count
 

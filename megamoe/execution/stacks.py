@@ -12,23 +12,41 @@ from megamoe.formats import MXFP4
 Stack = Tensor | MXFP4
 
 
-def load_stacks(experts: Experts, num_experts: int, gate_up: Weight, down: Weight) -> None:
+def load_stacks(
+    experts: Experts,
+    num_experts: int,
+    gate_up: Weight,
+    down: Weight,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> None:
     """Takes gate_up [E, 2I, H] and down [E, H, I], of all num_experts or of this rank's: all of them, or none.
 
-    Everything is looked through before anything is taken. Where taking is interrupted, what was not taken is missing.
+    Biases [E, 2I] and [E, H] likewise. Everything is looked through before anything is taken. Where taking is
+    interrupted, what was not taken is missing.
     """
-    ids, stacks = experts.ids, {"gate_up": as_stack(gate_up, "gate_up"), "down": as_stack(down, "down")}
-    for name, stack in stacks.items():
+    ids, weights = experts.ids, (as_stack(gate_up, "gate_up"), as_stack(down, "down"))
+    given = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    biases = {name: _as_biases(bias, name) for name, bias in given.items() if bias is not None}
+    for name, stack in (*zip(("gate_up", "down"), weights, strict=True), *biases.items()):
         if stack.shape[0] not in (num_experts, len(ids)):
             raise ValueError(
                 f"{name} holds {stack.shape[0]} experts, expected all {num_experts} or this rank's {len(ids)}"
             )
-    firsts = {name: 0 if stack.shape[0] == num_experts else ids.start for name, stack in stacks.items()}
+
+    def place(stack: Stack, expert: int) -> int:
+        return expert if stack.shape[0] == num_experts else expert - ids.start
+
+    def one(expert: int) -> tuple[Stack, Stack, Tensor | None, Tensor | None]:
+        first, second = (_item(stack, place(stack, expert)) for stack in weights)
+        own = {name: bias[place(bias, expert)] for name, bias in biases.items()}
+        return first, second, own.get("gate_up_bias"), own.get("down_bias")
+
     for expert in ids:
-        experts.check(expert, *(_item(stack, expert - firsts[name]) for name, stack in stacks.items()))
+        experts.check(expert, *one(expert))
     experts.forget(ids)
     for expert in ids:
-        experts.load(expert, *(_item(stack, expert - firsts[name]) for name, stack in stacks.items()))
+        experts.load(expert, *one(expert))
 
 
 def as_stack(weight: Weight, name: str) -> Stack:
@@ -41,6 +59,13 @@ def as_stack(weight: Weight, name: str) -> Stack:
         found = list(weight.shape) if isinstance(weight, Tensor | MXFP4) else type(weight).__name__
         raise ValueError(f"{name} must be [experts, rows, columns], got {found}")
     return weight
+
+
+def _as_biases(bias: Tensor, name: str) -> Tensor:
+    if not isinstance(bias, Tensor) or bias.dim() != 2:
+        found = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(f"{name} must be [experts, columns], got {found}")
+    return bias
 
 
 def _item(stack: Stack, index: int) -> Stack:

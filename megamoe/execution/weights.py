@@ -23,13 +23,15 @@ from megamoe.kernels.layout import interleave_gate_up, prepack, prepacked_shapes
 class Matrix:
     """What is known of one of an expert's matrices: weight [outputs, inputs] in a format.
 
-    name   "gate_up", whose first half of rows are the gate's, or "down"
+    name    "gate_up" or "down"
+    gated   whether the first half of rows are the gate's, which some layouts have in turns with the others
     """
 
     name: str
     outputs: int
     inputs: int
     format: WeightFormat
+    gated: bool = False
 
     def plain(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes as weights come, and as a state dict has them."""
@@ -56,6 +58,14 @@ class Layout(ABC):
     def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stacks [e, ...] of what is held, as in Matrix.plain()."""
 
+    def pack_bias(self, matrix: Matrix, bias: Tensor) -> Tensor:  # noqa: ARG002
+        """A bias [..., N] in the order of the product's columns."""
+        return bias
+
+    def unpack_bias(self, matrix: Matrix, held: Tensor) -> Tensor:  # noqa: ARG002
+        """Inverse of pack_bias()."""
+        return held
+
 
 class RowMajor(Layout):
     """As weights come."""
@@ -75,11 +85,17 @@ class InTurns(RowMajor):
 
     def pack(self, matrix: Matrix, weight: MXFP4 | Tensor) -> dict[str, Tensor]:
         rows = super().pack(matrix, weight)
-        return {key: interleave_gate_up(each) for key, each in rows.items()} if matrix.name == "gate_up" else rows
+        return {key: interleave_gate_up(each) for key, each in rows.items()} if matrix.gated else rows
 
     def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows = super().unpack(matrix, held)
-        return {key: separate_gate_up(each) for key, each in rows.items()} if matrix.name == "gate_up" else rows
+        return {key: separate_gate_up(each) for key, each in rows.items()} if matrix.gated else rows
+
+    def pack_bias(self, matrix: Matrix, bias: Tensor) -> Tensor:
+        return interleave_gate_up(bias.unsqueeze(-1)).squeeze(-1) if matrix.gated else bias
+
+    def unpack_bias(self, matrix: Matrix, held: Tensor) -> Tensor:
+        return separate_gate_up(held.unsqueeze(-1)).squeeze(-1) if matrix.gated else held
 
 
 class Panels(InTurns):

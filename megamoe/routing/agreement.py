@@ -29,8 +29,9 @@ _PAGE = np.dtype(
         ("intermediate", "<i8"),
         ("num_experts", "<i8"),
         ("topk", "<i8"),
-        ("swiglu_limit", "<f8"),
+        ("bias", "<i8"),
         ("call", "<i8"),
+        ("activation", "S64"),
         ("weight_format", "S16"),
         ("dispatch_format", "S16"),
         ("combine_format", "S16"),
@@ -50,7 +51,7 @@ def _offset(name: str) -> int:
     return int(fields[name][1])
 
 
-_MAGIC = 0x4D4D0004  # "MM", and the version of this layout and the wire's
+_MAGIC = 0x4D4D0005  # "MM", and the version of this layout and the wire's
 _COMPARED = (
     "layer",
     "call",
@@ -58,7 +59,8 @@ _COMPARED = (
     "intermediate",
     "num_experts",
     "topk",
-    "swiglu_limit",
+    "activation",
+    "bias",
     "weight_format",
     "dispatch_format",
     "combine_format",
@@ -71,8 +73,9 @@ _TERMS = slice(_offset("hidden"), _offset("host"))
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What all ranks must be called with alike. swiglu_limit 0 stands for none.
+    """What all ranks must be called with alike.
 
+    activation: the experts', in words; bias: whether they add biases
     arithmetic: how experts are summed where they are, as Experts.arithmetic has it
     layer, number: the layer's name, and which it is of the layers of that name that share the group, from 1
     """
@@ -84,7 +87,8 @@ class Terms:
     intermediate: int
     num_experts: int
     topk: int
-    swiglu_limit: float
+    activation: str
+    bias: bool
     weight_format: str
     dispatch_format: str
     combine_format: str

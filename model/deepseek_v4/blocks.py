@@ -9,11 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from megamoe.activations import SWIGLU
 from megamoe.ambient import Keeping, eager, undisturbed
 from megamoe.execution.checks import check_gradient
-from megamoe.execution.ops import activate, silu_table
+from megamoe.execution.ops import activate
 from megamoe.execution.pipeline import CallRecord
 from megamoe.execution.products import linear
+from megamoe.kernels.gating import tables_of
 from megamoe.layer import MegaMoE
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint, E4M3Blocks
 from megamoe.model.router import Router
@@ -34,7 +36,7 @@ class SharedExpert(KeepsDtypes):
 
     def __init__(self, gate: E4M3Blocks, up: E4M3Blocks, down: E4M3Blocks, limit: float) -> None:
         super().__init__()
-        self.limit = limit
+        self.activation = SWIGLU.with_limit(limit)
         for name, weight in (("gate", gate), ("up", up), ("down", down)):
             self.register_buffer(name, weight.values)
             self.register_buffer(f"{name}_scales", weight.scales)
@@ -46,8 +48,8 @@ class SharedExpert(KeepsDtypes):
         with undisturbed(hidden.device):
             gate_up = torch.cat((self._linear(hidden, "gate"), self._linear(hidden, "up")), 1)
             ones = torch.ones(len(hidden), dtype=torch.float32, device=hidden.device)
-            table = silu_table(self.limit, hidden.device)
-            return self._linear(activate(gate_up, ones, self.limit, table, quantized=False), "down")
+            tables = tables_of(self.activation, hidden.device)
+            return self._linear(activate(gate_up, ones, tables, quantized=False), "down")
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         weight = E4M3Blocks(self.get_buffer(name), self.get_buffer(f"{name}_scales"))

@@ -46,7 +46,11 @@ TINY = MoEShape(hidden=64, intermediate=32, num_experts=2, topk=2, swiglu_limit=
 def shape_of(name: str, *, rehearsal: bool) -> Shape:
     """The shape of that name; in a rehearsal a tiny one that is called the same."""
     shape = SHAPES[name]
-    return replace(shape, sizes=replace(TINY, swiglu_limit=shape.sizes.swiglu_limit)) if rehearsal else shape
+    return (
+        replace(shape, sizes=replace(TINY, activation=shape.sizes.activation, swiglu_limit=None))
+        if rehearsal
+        else shape
+    )
 
 
 def rows_of(rows: tuple[int, ...], *, rehearsal: bool) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, quantize_mxfp4, unpa
 from megamoe.kernels.cpu.build import BuildError, build, is_built
 from megamoe.kernels.cpu.layout import MXFP4Blocks, pack_bf16, pack_mxfp4
 from megamoe.kernels.cpu.paths import Path, worthwhile
+from megamoe.kernels.gating import Tables
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
@@ -28,7 +29,8 @@ _SIGNATURES = {
     "quantize": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _INT),
     "dequantize": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT),
     "round": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT),
-    "activate": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _FLOAT, _INT, _POINTER, _INT),
+    "activate": (*(_POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _FLOAT, _FLOAT, _INT, _POINTER, _INT),),
+    "add_bias": (*(_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _INT),),
     "reduce_slots": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT),
     "read": (_POINTER, _LONG),
     "count_rows": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER),
@@ -120,18 +122,35 @@ class Library:
             x.data_ptr(), x.stride(0), *x.shape, out.data_ptr(), out.stride(0), torch.get_num_threads()
         )
 
-    def activate(
-        self, gate_up: Tensor, weights: Tensor, limit: float | None, table: Tensor, *, quantized: bool, out: Tensor
-    ) -> None:
-        """ops.activate(): gate_up [n, 2I] bfloat16, weights [n] float32, table [65536] float32 -> [n, I] bfloat16"""
+    def activate(self, gate_up: Tensor, weights: Tensor, tables: Tables, *, quantized: bool, out: Tensor) -> None:
+        """ops.activate(): gate_up [n, 2I] or [n, I] bfloat16, weights [n] float32 -> out [n, I] bfloat16"""
+        activation = tables.activation
         assert gate_up.is_contiguous()
         assert out.is_contiguous()
         assert weights.is_contiguous()
         assert gate_up.dtype == out.dtype == torch.bfloat16
-        assert weights.dtype == table.dtype == torch.float32
+        assert weights.dtype == tables.gate.dtype == torch.float32
+        assert gate_up.shape[1] == activation.rows_per_output * out.shape[1]
+        limit = activation.limit_of_up
         self._functions["activate"](
-            *(gate_up.data_ptr(), weights.data_ptr(), *out.shape, table.data_ptr()),
-            *(float("inf") if limit is None else limit, quantized, out.data_ptr(), torch.get_num_threads()),
+            *(gate_up.data_ptr(), weights.data_ptr(), *out.shape, activation.gated),
+            *(tables.gate.data_ptr(), _pointer(tables.up), float("inf") if limit is None else limit),
+            *(activation.up_shift, quantized, out.data_ptr(), torch.get_num_threads()),
+        )
+
+    def add_bias(
+        self, sums: Tensor, bias: Tensor, counts: Tensor, out: Tensor, weights: Tensor | None, goes: Tensor | None
+    ) -> None:
+        """ops.add_bias(): sums [n, N] float32, bias [e, N] float32, counts [e] int64 -> out [., N] bfloat16"""
+        given = (sums, bias, counts, *(each for each in (weights, goes) if each is not None))
+        assert all(each.is_contiguous() for each in given), [each.stride() for each in given]
+        assert sums.dtype == bias.dtype == torch.float32
+        assert out.dtype == torch.bfloat16
+        assert out.stride(1) == 1
+        assert tuple(bias.shape) == (len(counts), sums.shape[1]), (bias.shape, counts.shape, sums.shape)
+        self._functions["add_bias"](
+            *(sums.data_ptr(), sums.shape[1], bias.data_ptr(), counts.data_ptr(), len(counts)),
+            *(_pointer(weights), out.data_ptr(), out.stride(0), _pointer(goes), torch.get_num_threads()),
         )
 
     def reduce_slots(self, rows: Tensor, positions: Tensor, out: Tensor) -> None:

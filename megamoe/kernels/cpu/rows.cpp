@@ -83,6 +83,61 @@ inline float clamp(float value, float limit) {
     return below < -limit ? -limit : below;
 }
 
+// What multiplies f(gate): 32 values of up, `count` of them there.
+struct Clamped {
+    const uint16_t* up;
+    float limit;
+
+    void times(float* group, int64_t k, int count) const {
+        uint16_t values[GROUP] = {};
+        std::memcpy(values, up + k, count * sizeof *values);
+        for (int i = 0; i < GROUP; i++) group[i] = group[i] * clamp(from_bf16(values[i]), limit);
+    }
+};
+
+struct ClampedAndShifted {
+    const uint16_t* up;
+    float limit, shift;
+
+    void times(float* group, int64_t k, int count) const {
+        uint16_t values[GROUP] = {};
+        std::memcpy(values, up + k, count * sizeof *values);
+        for (int i = 0; i < GROUP; i++) group[i] = group[i] * (clamp(from_bf16(values[i]), limit) + shift);
+    }
+};
+
+struct FromTable {
+    const uint16_t* up;
+    const float* table;
+
+    void times(float* group, int64_t k, int count) const {
+        for (int i = 0; i < count; i++) group[i] = group[i] * table[up[k + i]];
+    }
+};
+
+struct Alone {
+    void times(float*, int64_t, int) const {}
+};
+
+template <class Up>
+void activate_row(const uint16_t* gates, const Up& up, float weight, int64_t width, const float* table, bool quantized,
+                  uint16_t* out) {
+    for (int64_t k = 0; k < width; k += GROUP) {
+        const int count = int(std::min<int64_t>(GROUP, width - k));
+        float group[GROUP] = {};
+        for (int i = 0; i < count; i++) group[i] = table[gates[k + i]];
+        up.times(group, k, count);
+        for (int i = 0; i < GROUP; i++) group[i] = group[i] * weight;
+        if (quantized) {
+            round_group(group, out + k);
+        } else {
+            uint16_t rounded[GROUP];
+            for (int i = 0; i < GROUP; i++) rounded[i] = to_bf16(group[i]);
+            std::memcpy(out + k, rounded, count * sizeof *rounded);
+        }
+    }
+}
+
 void widen_group(const uint16_t* from, float* to) {
     for (int i = 0; i < GROUP; i++) to[i] = from_bf16(from[i]);
 }
@@ -133,27 +188,53 @@ extern "C" void megamoe_round(const uint16_t* x, int64_t x_stride, int64_t rows,
     }
 }
 
-// SiLU(gate) * clamp(up) * weight, rounded to MXFP8 and back (quantized) or to BF16.
-//   gate_up [rows, 2 * width] bfloat16, gate first; weights [rows] float32; out [rows, width] bfloat16
-//   table [65536] float32: SiLU of each clamped BF16 gate; limit: of up's magnitude, infinite where there is none
-extern "C" void megamoe_activate(const uint16_t* gate_up, const float* weights, int64_t rows, int64_t width,
-                                 const float* table, float limit, int quantized, uint16_t* out, int threads) {
+// f(gate) * up's factor * weight, rounded to MXFP8 and back (quantized) or to BF16.
+//   gate_up [rows, 2 * width] bfloat16, gate first, or, not gated, [rows, width]; weights [rows] float32
+//   table [65536] float32: f of each BF16 value; up_table likewise up's factor, null where that is clamp(up) + shift
+//   limit: of up's magnitude, infinite where there is none; out [rows, width] bfloat16
+extern "C" void megamoe_activate(const uint16_t* gate_up, const float* weights, int64_t rows, int64_t width, int gated,
+                                 const float* table, const float* up_table, float limit, float shift, int quantized,
+                                 uint16_t* out, int threads) {
 #pragma omp parallel for num_threads(threads_for(rows * width, threads)) if (threads_for(rows * width, threads) > 1)
     for (int64_t r = 0; r < rows; r++) {
         const RoundToNearest state;
-        const uint16_t *gates = gate_up + r * 2 * width, *ups = gates + width;
-        for (int64_t k = 0; k < width; k += GROUP) {
-            const int count = int(std::min<int64_t>(GROUP, width - k));
-            uint16_t up[GROUP] = {}, *to = out + r * width + k;
-            float group[GROUP] = {};
-            std::memcpy(up, ups + k, count * sizeof *up);
-            for (int i = 0; i < count; i++) group[i] = table[gates[k + i]];
-            for (int i = 0; i < GROUP; i++) group[i] = group[i] * clamp(from_bf16(up[i]), limit) * weights[r];
-            if (quantized) {
-                round_group(group, to);
+        const uint16_t* from = gate_up + r * (gated ? 2 : 1) * width;
+        uint16_t* to = out + r * width;
+        if (!gated) {
+            activate_row(from, Alone(), weights[r], width, table, quantized, to);
+        } else if (up_table) {
+            activate_row(from, FromTable{from + width, up_table}, weights[r], width, table, quantized, to);
+        } else if (shift != 0) {
+            activate_row(from, ClampedAndShifted{from + width, limit, shift}, weights[r], width, table, quantized, to);
+        } else {
+            activate_row(from, Clamped{from + width, limit}, weights[r], width, table, quantized, to);
+        }
+    }
+}
+
+// out[goes[r]] = sums[r] + bias of r's expert, times weights[r] where there are weights, rounded once; goes null for r.
+//   sums [., width] float32, rows sorted by expert; bias [experts, width] float32; counts [experts]
+//   out [., width] bfloat16 of that stride
+extern "C" void megamoe_add_bias(const float* sums, int64_t width, const float* bias, const int64_t* counts,
+                                 int64_t experts, const float* weights, uint16_t* out, int64_t out_stride,
+                                 const int64_t* goes, int threads) {
+    int64_t rows = 0;
+    for (int64_t expert = 0; expert < experts; expert++) rows += counts[expert];
+    if (!rows) return;
+    const int shares = threads_for(rows * width, threads);
+#pragma omp parallel for num_threads(shares) if (shares > 1)
+    for (int share = 0; share < shares; share++) {
+        const RoundToNearest state;
+        const int64_t begin = rows * share / shares, end = rows * (share + 1) / shares;
+        int64_t expert = 0, last = counts[0];  // where the expert's rows end
+        for (int64_t r = begin; r < end; r++) {
+            while (r >= last) last += counts[++expert];
+            const float *from = sums + r * width, *added = bias + expert * width;
+            uint16_t* to = out + (goes ? goes[r] : r) * out_stride;
+            if (weights) {
+                for (int64_t i = 0; i < width; i++) to[i] = to_bf16(from[i] + weights[r] * added[i]);
             } else {
-                for (int i = 0; i < GROUP; i++) up[i] = to_bf16(group[i]);
-                std::memcpy(to, up, count * sizeof *up);
+                for (int64_t i = 0; i < width; i++) to[i] = to_bf16(from[i] + added[i]);
             }
         }
     }

@@ -1,0 +1,341 @@
+"""Dense products of a model on the package's own kernels: a row's bits depend on neither its company nor its place.
+
+An FP32 (or FP16) operand is a sum of BF16 pieces, exact to FP32's last bits, so that one product of BF16 pieces, in the
+order of the experts' products, is the FP32 product.
+"""
+
+# n rows   N outputs   K inputs   P pieces
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from megamoe.ambient import undisturbed
+from megamoe.execution.products import multiply_in_blocks
+from megamoe.formats.blocks import spread_blocks
+from megamoe.formats.mxfp8 import e4m3_to_bf16
+from megamoe.kernels.cpu.layout import OUTPUTS, bf16_shape, pack_bf16, unpack_bf16
+from megamoe.kernels.cpu.library import Rows, chosen, product_of
+
+_MOST_PIECES = 3  # of 8 bits each, of the 24 that FP32 has
+_ROWS_AT_ONCE = 1024  # outputs of FP8 that are decoded together
+_VECTORS = 64  # values: a multiple of what vector code takes in one step, on any CPU
+_VALUES_AT_ONCE = 32_768  # torch gives no part of so few to another thread
+
+
+def pieces_of(values: Tensor, most: int = _MOST_PIECES) -> list[Tensor]:
+    """values as a sum of at most `most` bfloat16 tensors, each what the ones before leave, rounded."""
+    pieces, rest = [values.to(torch.bfloat16)], values.to(torch.float32)
+    if values.dtype == torch.bfloat16:
+        return pieces
+    while len(pieces) < most:
+        rest = rest - pieces[-1].to(torch.float32)
+        if not bool(rest.count_nonzero()):
+            break
+        pieces.append(rest.to(torch.bfloat16))
+    return pieces
+
+
+def _pairs(of_x: int, of_weight: int) -> list[tuple[int, int]]:
+    """Which pieces are multiplied, the smallest products first; what FP32 would not hold is left out."""
+    pairs = [(i, j) for i in range(of_x) for j in range(of_weight) if i + j < _MOST_PIECES]
+    return sorted(pairs, key=lambda pair: (-sum(pair), pair))
+
+
+class DenseWeight:
+    """A matrix [N, K], BF16, FP16 or FP32, as the device's products read it; filled row by row.
+
+    Held once in BF16 pieces where it is not BF16: as many as its values need, up to three.
+    """
+
+    def __init__(self, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = (outputs, inputs), dtype
+        self._library = chosen()
+        self._pieces: list[Tensor] = []
+        self._joined: dict[int, Tensor] = {}
+
+    @classmethod
+    def of(cls, weight: Tensor) -> DenseWeight:
+        made = cls(*weight.shape, weight.dtype)
+        made.put(0, weight)
+        return made
+
+    def put(self, first: int, rows: Tensor) -> None:
+        """Takes rows [first, first + n) of the matrix; first is a multiple of 32, and n but for the last."""
+        assert first % OUTPUTS == 0, first
+        for number, piece in enumerate(pieces_of(rows.detach().to(self.dtype))):
+            if number == len(self._pieces):
+                self._pieces.append(self._empty())
+            held = self._pieces[number]
+            if self._library is None:
+                held[first : first + len(rows)] = piece
+            else:
+                packed = pack_bf16(piece)
+                held[first // OUTPUTS : first // OUTPUTS + len(packed)] = packed
+
+    def _empty(self) -> Tensor:
+        size = self.shape if self._library is None else bf16_shape(*self.shape)
+        # later pieces are zero where rows do not need them
+        make = torch.zeros if self._pieces else torch.empty
+        return make(size, dtype=torch.bfloat16, device="cpu")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self._pieces)
+
+    def plain(self) -> Tensor:
+        """[N, K] of the dtype that it came in."""
+        wide = [piece if self._library is None else unpack_bf16(piece, *self.shape) for piece in self._pieces]
+        if len(wide) == 1:
+            return wide[0].to(self.dtype)
+        return sum((piece.to(torch.float32) for piece in reversed(wide)), torch.zeros(())).to(self.dtype)
+
+    def multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [n, K] -> [n, N] of dtype: FP32 sums in an order that depends on K alone."""
+        pieces = pieces_of(x)
+        pairs = _pairs(len(pieces), len(self._pieces))
+        kind = dtype if dtype == torch.bfloat16 and len(pairs) == 1 else torch.float32
+        total: Tensor | None = None
+        for i, j in pairs:
+            product = self._product(pieces[i].contiguous(), self._pieces[j], kind)
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        return total.to(dtype)
+
+    def _product(self, x: Tensor, held: Tensor, kind: torch.dtype) -> Tensor:
+        if self._library is None:
+            return multiply_in_blocks(x, held, kind)
+        out = torch.empty(len(x), self.shape[0], dtype=kind, device="cpu")
+        counts = torch.tensor([len(x)], dtype=torch.int64, device="cpu")
+        self._library.products(Rows(x, counts), held[None], self.shape[0], out)
+        return out
+
+
+class DenseLinear(nn.Module):
+    """nn.Linear whose products have the same bits in any batch: x [..., K] -> [..., N] in the dtype of x.
+
+    The weight is no parameter: it lies as the kernels read it. `weight` gives it back, unpacked anew at each access.
+    """
+
+    def __init__(self, held: DenseWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.held = held
+        self.out_features, self.in_features = held.shape
+        self.register_buffer("bias", bias, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.held.plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with undisturbed(torch.device("cpu")):
+            return _linear(x, self.held.multiply, self.held.shape[0], self.get_buffer("bias") if self._biased else None)
+
+    @property
+    def _biased(self) -> bool:
+        return self._buffers["bias"] is not None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self._biased}"
+
+
+class FP8Linear(nn.Module):
+    """nn.Linear that holds its weight in FP8, E4M3 with a scale per b x b, and multiplies it exactly, in FP32.
+
+    values [N, K] float8_e4m3fn, scales [ceil(N/b), ceil(K/b)] float32. A product is summed over b inputs at a time, as
+    the experts' are, and the sums are scaled and added in ascending order: bits depend on K alone. Scales that are
+    powers of two go into the weights, which BF16 holds exactly then. Rows of the weight are decoded as they are needed.
+    """
+
+    def __init__(self, values: Tensor, scales: Tensor, block: tuple[int, int], bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.out_features, self.in_features = values.shape
+        self.register_buffer("values", values, persistent=False)
+        self.register_buffer("scales", scales.to(torch.float32), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        mantissa, _ = torch.frexp(scales.to(torch.float32))
+        self.exact = bool((mantissa == 0.5).all())
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K] bfloat16 where that is exact, else float32."""
+        values, scales = self.get_buffer("values"), self.get_buffer("scales")
+        rows = scales.repeat_interleave(self.block[0], 0)[: self.out_features]
+        spread = rows.repeat_interleave(self.block[1], 1)[:, : self.in_features]
+        return (values.to(torch.float32) * spread).to(torch.bfloat16 if self.exact else torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self._buffers["bias"]
+        with undisturbed(torch.device("cpu")):
+            return _linear(x, self._multiply, self.out_features, bias)
+
+    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        total = torch.zeros(len(x), self.out_features, dtype=torch.float32, device="cpu")
+        pieces = pieces_of(x)
+        step = -(-_ROWS_AT_ONCE // self.block[0]) * self.block[0]
+        for first in range(0, self.out_features, step):
+            out = total[:, first : first + step]
+            for weight, scale, columns in self._decoded(first, step):
+                for piece in reversed(pieces):
+                    product = _product(piece[:, columns].contiguous(), weight)
+                    out.add_(product if scale is None else product.mul_(scale))
+        return total.to(dtype)
+
+    def _decoded(self, first: int, step: int) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
+        """Matrices in BF16 for some outputs, the scales of their products, and of which inputs they are."""
+        values = self.get_buffer("values")[first : first + step]
+        tall, wide = self.block
+        scales = self.get_buffer("scales")[first // tall : -(-(first + step) // tall)]
+        decoded = e4m3_to_bf16(values) if values.shape[1] % 2 == 0 else values.to(torch.bfloat16)
+        if self.exact and tall == wide:
+            yield decoded.mul_(spread_blocks(scales.to(torch.bfloat16), tall, *values.shape)), None, slice(None)
+            return
+        of_rows = scales.repeat_interleave(tall, 0)[: len(values)]
+        for number in range(scales.shape[1]):
+            columns = slice(number * wide, (number + 1) * wide)
+            yield decoded[:, columns].contiguous(), of_rows[:, number], columns
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, block={self.block}"
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, K] by weight [N, K], both bfloat16 -> [n, N] float32"""
+    library = chosen()
+    if library is None:
+        return multiply_in_blocks(x, weight, torch.float32)
+    out = torch.empty(len(x), len(weight), dtype=torch.float32, device="cpu")
+    product_of(library, x, weight, out)
+    return out
+
+
+def _linear(
+    x: Tensor, multiply: Callable[[Tensor, torch.dtype], Tensor], outputs: int, bias: Tensor | None
+) -> Tensor:
+    """x [..., K] -> [..., N] in the dtype of x, the bias added before the one rounding."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if bias is None:
+        out = multiply(rows, x.dtype)
+    else:
+        out = multiply(rows, torch.float32).add_(bias.to(torch.float32)).to(x.dtype)
+    return out.view(*x.shape[:-1], outputs)
+
+
+# ---- what a model does outside of its linear modules ----
+
+
+_CASTS = {torch.Tensor.float, torch.Tensor.to, torch.Tensor.type, torch.Tensor.bfloat16}
+
+
+class FixedOrder(TorchFunctionMode):
+    """Within, products with a model's weights, and functions of one value, do not depend on how many rows there are.
+
+    What routers do in place of a linear module: F.linear and bmm with a parameter, also one that is cast first, go to
+    DenseWeight; it is packed at the first call. Functions of one value, of which vector code and the scalar code at an
+    array's end round differently, read a table of all BF16 values, or take FP32 in tiles that have no such end.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._weights = {each.untyped_storage().data_ptr(): each for each in model.parameters()}
+        self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._packed: dict[tuple[Any, ...], DenseWeight] = {}
+        self._tables: dict[Any, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear and not kwargs:
+            return self._linear(*args)
+        if func is torch.bmm and len(args) == 2 and not kwargs and self._known(args[1]):
+            return self._bmm(*args)
+        if func in _CASTS and args and self._known(args[0]) and args[0].dim() >= 2:
+            return self._cast(func, args, kwargs)
+        if func in _UNARY and len(args) == 1 and args[0].device.type == "cpu" and not kwargs.get("inplace", False):
+            return self._unary(func, args[0], {key: each for key, each in kwargs.items() if key != "inplace"})
+        return func(*args, **kwargs)
+
+    def _known(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self._weights
+
+    def _cast(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A cast of a weight is made once and kept."""
+        key = (args[0].data_ptr(), *args[0].shape, *args[0].stride(), func, *args[1:], *kwargs.items())
+        if key not in self._casts:
+            made = func(*args, **kwargs)
+            self._casts[key] = made
+            self._weights.setdefault(made.untyped_storage().data_ptr(), made)
+        return self._casts[key]
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.device.type != "cpu" or weight.dim() != 2 or not x.is_floating_point():
+            return nn.functional.linear(x, weight, bias)
+        with undisturbed(torch.device("cpu")):
+            return _linear(x, self._held(weight).multiply, len(weight), bias)
+
+    def _bmm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [G, n, K] by weight [G, K, N]"""
+        with undisturbed(torch.device("cpu")):
+            products = [self._held(w.t()).multiply(rows, x.dtype) for rows, w in zip(x, weight, strict=True)]
+            return torch.stack(products)
+
+    def _held(self, weight: Tensor) -> DenseWeight:
+        if not self._known(weight):
+            return DenseWeight.of(weight)
+        key = (weight.data_ptr(), weight.dtype, *weight.shape, *weight.stride())
+        if key not in self._packed:
+            self._packed[key] = DenseWeight.of(weight)
+        return self._packed[key]
+
+    def _unary(self, func: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        with undisturbed(torch.device("cpu")):
+            if x.dtype == torch.bfloat16:
+                key = (func, *kwargs.items())
+                if key not in self._tables:
+                    self._tables[key] = _table(func, kwargs)
+                index = x.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+                return self._tables[key].index_select(0, index.flatten()).view(x.shape)
+            if x.dtype == torch.float32 and x.numel():
+                return _in_tiles(func, x, kwargs)
+            return func(x, **kwargs)  # type: ignore[no-any-return]
+
+
+_UNARY = {
+    *(nn.functional.silu, nn.functional.softplus, nn.functional.sigmoid, nn.functional.gelu, nn.functional.tanh),
+    *(torch.sigmoid, torch.exp, torch.tanh, torch.cos, torch.sin),
+    *(torch.Tensor.sigmoid, torch.Tensor.exp, torch.Tensor.tanh, torch.Tensor.cos, torch.Tensor.sin),
+}
+
+
+def _table(func: Any, kwargs: dict[str, Any]) -> Tensor:
+    """[65536] bfloat16: func of every BF16 value, evaluated in FP64 and rounded once."""
+    values = torch.arange(65536, dtype=torch.int32, device="cpu").to(torch.int16).view(torch.bfloat16)
+    return func(values.to(torch.float64), **kwargs).to(torch.bfloat16)  # type: ignore[no-any-return]
+
+
+def _in_tiles(func: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """func of x float32, so many values at a time that one thread takes them, filled up to whole vectors."""
+    flat = x.contiguous().view(-1)
+    whole = torch.nn.functional.pad(flat, (0, -len(flat) % _VECTORS))
+    parts = [func(part, **kwargs) for part in whole.split(_VALUES_AT_ONCE)]
+    return torch.cat(parts)[: len(flat)].view(x.shape)
+
+
+def compute_in_fixed_order(model: nn.Module) -> None:
+    """From now on the model's forward runs as FixedOrder says."""
+    order, forward = FixedOrder(model), model.forward
+
+    @wraps(forward)
+    def ordered(*args: Any, **kwargs: Any) -> Any:
+        with order:
+            return forward(*args, **kwargs)
+
+    model.forward = ordered

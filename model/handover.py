@@ -1,0 +1,81 @@
+"""Takes the weights of a loaded transformers experts module into a layer, and runs such a module on one rank."""
+
+# T tokens   H hidden   K experts per token   E experts in all   e experts that a module holds
+
+from __future__ import annotations
+
+from weakref import WeakValueDictionary
+
+from torch import Tensor, nn
+
+from megamoe.execution.experts import Weight
+from megamoe.model.experts import RoutedExperts
+from megamoe.model.packed import PackedExperts
+from megamoe.model.structure import Structure, read_structure
+from megamoe.parallel.group import EPGroup
+
+# layers without a group of ranks share buffers and turns with the first layer of their model that lives
+_FIRST: WeakValueDictionary[int, RoutedExperts] = WeakValueDictionary()
+
+
+def structure_of(experts: nn.Module) -> Structure:
+    """Structure of an experts module, stock or with packed weights. ValueError where it does not fit."""
+    return experts.structure if isinstance(experts, PackedExperts) else read_structure(experts)
+
+
+def hand_over(experts: nn.Module, structure: Structure, group: EPGroup | None, topk: int) -> RoutedExperts:
+    """A layer with the module's weights, which hold all experts of the structure or this rank's.
+
+    The weights leave the module one expert at a time on their way into the layer, and all of them are gone from it
+    afterwards. The layer becomes the module's submodule `routed`. ValueError as MegaMoE and its load_expert() raise it.
+    """
+    packed = isinstance(experts, PackedExperts)
+    weight_format = "mxfp4" if packed else getattr(experts, "weight_format", "bf16")
+    device = next(experts.parameters(recurse=False)).device
+    routed = RoutedExperts(
+        structure, topk, group, weight_format=weight_format, name=type(experts).__name__, device=device
+    )
+    held = next(experts.parameters(recurse=False)).shape[0]
+    ids = routed.layer.local_experts
+    assert held == len(ids), f"the module holds {held} experts, and this rank has {len(ids)}"
+    for index, expert in enumerate(ids):
+        routed.load(expert, *_matrices(experts, structure, index), *_biases(experts, structure, index))
+    for name in list(experts._parameters):
+        experts._parameters[name] = None  # deleted names would be missed by what transformers does around a call
+    experts.routed = routed
+    experts.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
+    return routed
+
+
+def _matrices(experts: nn.Module, structure: Structure, index: int) -> tuple[Weight, Weight]:
+    if isinstance(experts, PackedExperts):
+        return experts.matrix(structure.first, index), experts.matrix("down_proj", index)
+    return experts.get_parameter(structure.first)[index].detach(), experts.get_parameter("down_proj")[index].detach()
+
+
+def _biases(experts: nn.Module, structure: Structure, index: int) -> tuple[Tensor, ...]:
+    names = (f"{structure.first}_bias", "down_proj_bias") if structure.has_bias else ()
+    return tuple(experts.get_parameter(name)[index].detach() for name in names)
+
+
+def _refuse_state_dict(experts: nn.Module, prefix: str, keep_vars: bool) -> None:  # noqa: ARG001
+    raise ValueError(
+        f"the weights of {prefix.rstrip('.') or type(experts).__name__} are in this rank's layer since its first call, "
+        "and no state dict of the model has them: save the model before it is called, or load it again"
+    )
+
+
+def run_alone(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The module's forward on the layer, without other ranks: [T, H], [T, K] int64, [T, K] -> [T, H].
+
+    Where transformers has spread the experts over ranks, the module's e experts are all that the layer knows, and ids
+    of e or more add nothing.
+    """
+    routed = getattr(experts, "routed", None)
+    if routed is None:
+        model = id(getattr(experts, "config", experts))
+        group = _FIRST[model].layer.group if model in _FIRST else None
+        routed = hand_over(experts, structure_of(experts), group, top_k_index.shape[-1])
+        _FIRST.setdefault(model, routed)
+    out: Tensor = routed(hidden_states, top_k_index, top_k_weights)
+    return out

@@ -1,0 +1,221 @@
+"""Routed experts of one block: what the checkpoint makes them from, and each read alone, by byte range."""
+
+# E experts   N outputs   K inputs   H hidden   I intermediate
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.formats import BLOCK, MXFP4
+from megamoe.model.experts import RoutedExperts
+from megamoe.model.loading.files import FLOATS, TensorFiles
+from megamoe.model.loading.naming import Target
+from megamoe.model.loading.quantization import RoundingError, quantize
+from megamoe.model.loading.stored import Encoding, Stored
+from megamoe.model.structure import Structure
+
+Weight = Tensor | MXFP4
+
+
+def parameter_names(structure: Structure) -> tuple[str, ...]:
+    """Of the experts module: Linear-1's weight, Linear-2's, and their biases."""
+    biases = (f"{structure.first}_bias", "down_proj_bias") if structure.has_bias else ()
+    return (structure.first, "down_proj", *biases)
+
+
+@dataclass(slots=True)
+class ExpertParameter:
+    """One of the module's stacked parameters, and where its experts lie.
+
+    shape   of the module's parameter, [E, ...]
+    """
+
+    target: Target
+    shape: tuple[int, ...]
+    model: nn.Module
+    config: Any
+    _whole: Tensor | None = None  # where the converter moves something along the experts
+
+    @property
+    def encoding(self) -> Encoding:
+        """MXFP4 where all sources are; else plain, as what is read is a float tensor."""
+        kinds = {each.encoding for each in self.target.stored}
+        return Encoding.mxfp4 if kinds == {Encoding.mxfp4} else Encoding.plain
+
+    def check(self, structure: Structure) -> None:
+        """ValueError for sources that are not of E experts, of another shape than the module's, or of integers."""
+        experts = self.shape[0]
+        for sources in self.target.ordered():
+            self._check_number(sources, experts)
+            for each in sources:
+                if each.encoding is Encoding.plain and each.values.dtype not in FLOATS:
+                    raise ValueError(
+                        f"{each.values.file}: {each.name} has dtype {each.values.dtype}, expected one of "
+                        f"{', '.join(FLOATS)}, or packed values with scales beside them"
+                    )
+        if self.target.rows_stacked:
+            self._check_rows(structure)
+
+    def _check_number(self, sources: list[Stored], experts: int) -> None:
+        if len(sources) == experts and (experts > 1 or not self._is_stack(sources)):
+            return
+        if not self._is_stack(sources):
+            raise ValueError(
+                f"{self.target.name} has {experts} experts, and the checkpoint has {len(sources)} tensors like "
+                f"{sources[0].name} {list(sources[0].shape)}"
+            )
+
+    def _is_stack(self, sources: list[Stored]) -> bool:
+        """Whether one tensor holds all experts."""
+        return len(sources) == 1 and len(sources[0].shape) == len(self.shape) and sources[0].shape[0] == self.shape[0]
+
+    def _check_rows(self, structure: Structure) -> None:
+        """The matrices of all sources, one below the other, have the parameter's shape."""
+        expected = list(self.shape[1:])
+        if self.encoding is Encoding.mxfp4 and structure.is_transposed:
+            expected.reverse()  # packed along inputs, so outputs come first
+        for expert in range(self.shape[0]):
+            parts = self._sources(expert)
+            shapes = [list(source.shape if own else source.shape[1:]) for source, own in parts]
+            if any(shape[1:] != expected[1:] for shape in shapes) or sum(shape[0] for shape in shapes) != expected[0]:
+                named = ", ".join(f"{source.name} {shape}" for (source, _), shape in zip(parts, shapes, strict=True))
+                raise ValueError(f"{self.target.name} needs {expected} of expert {expert}, the checkpoint has {named}")
+            if self._is_stack(self.target.ordered()[0]):
+                return
+
+    def _sources(self, expert: int) -> list[tuple[Stored, bool]]:
+        """Where an expert's parts lie, in order, and whether they are tensors of its own."""
+        return [
+            (sources[0], False) if self._is_stack(sources) else (sources[expert], True)
+            for sources in self.target.ordered()
+        ]
+
+    def size_of_one(self) -> int:
+        """Bytes in the files, of one expert."""
+        return sum(source.size // (1 if own else self.shape[0]) for source, own in self._sources(0))
+
+    def read(self, files: TensorFiles, expert: int) -> Weight:
+        """An expert's matrix or bias in the module's orientation; MXFP4 outputs first."""
+        if not self.target.by_expert:
+            return self._of_whole(files, expert)
+        parts = self._sources(expert)
+        if self.target.rows_stacked:
+            if {source.encoding for source, _ in parts} == {Encoding.plain}:
+                return _stack_rows(files, parts, expert)
+            found = [source.read(files, None if own else expert) for source, own in parts]
+            if all(isinstance(each, MXFP4) for each in found):
+                packed, scales = ([getattr(each, name) for each in found] for name in ("packed", "scales"))
+                return MXFP4(torch.cat(packed), torch.cat(scales)) if len(found) > 1 else found[0]
+            return torch.cat([source.read_dense(files, None if own else expert) for source, own in parts])
+        tensors = {}
+        for pattern, sources in self.target.sources.items():
+            if self._is_stack(sources):
+                tensors[pattern] = [sources[0].read_dense(files, expert).unsqueeze(0)]
+            else:
+                tensors[pattern] = [sources[expert].read_dense(files)]
+        return self.target.convert_expert(tensors, self.model, self.config)
+
+    def _of_whole(self, files: TensorFiles, expert: int) -> Tensor:
+        if self._whole is None:
+            tensors = {
+                pattern: [each.read_dense(files) for each in sources] for pattern, sources in self.target.sources.items()
+            }
+            made = self.target.convert(tensors, self.model, self.config)
+            self._whole = made[self.target.name]
+        return self._whole[expert]
+
+    def forget(self) -> None:
+        """Lets go of what read() keeps."""
+        self._whole = None
+
+
+def _stack_rows(files: TensorFiles, parts: list[tuple[Stored, bool]], expert: int) -> Tensor:
+    """Plain matrices read one below the other, into one."""
+    shapes = [source.shape if own else source.shape[1:] for source, own in parts]
+    dtypes = {source.values.torch_dtype for source, _ in parts}
+    if len(dtypes) > 1:
+        return torch.cat([source.read_dense(files, None if own else expert) for source, own in parts])
+    out = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=dtypes.pop(), device="cpu")
+    begin = 0
+    for (source, own), shape in zip(parts, shapes, strict=True):
+        rows = out[begin : begin + shape[0]]
+        if own:
+            files.read(source.values, rows)
+        else:
+            files.read(source.values, rows.unsqueeze(0), first=expert, count=1)
+        begin += shape[0]
+    return out
+
+
+@dataclass(slots=True)
+class ExpertSource:
+    """One block's experts: their parameters in the order of parameter_names(), and what loading them rounded."""
+
+    name: str
+    structure: Structure
+    parameters: dict[str, ExpertParameter]
+    error: RoundingError = field(default_factory=RoundingError)
+
+    def check(self, weight_format: str) -> None:
+        """ValueError for weights that are not there, do not fit, or that the format has no place for."""
+        for parameter in self.parameters.values():
+            parameter.check(self.structure)
+        if weight_format == "mxfp4":
+            for what, size in (("hidden", self.structure.hidden), ("intermediate", self.structure.intermediate)):
+                if size % BLOCK:
+                    raise ValueError(f"{self.name}: {what} {size} is no multiple of {BLOCK}, which mxfp4 needs: bf16 is not")
+
+    def format(self, experts: str) -> str:
+        """The layer's weight format where `experts` is asked for."""
+        if experts != "checkpoint":
+            return experts
+        packed = {self.parameters[name].encoding is Encoding.mxfp4 for name in parameter_names(self.structure)[:2]}
+        return "mxfp4" if packed == {True} else "bf16"
+
+    @property
+    def size_of_one(self) -> int:
+        return sum(parameter.size_of_one() for parameter in self.parameters.values())
+
+    def read(self, files: TensorFiles, expert: int) -> list[Weight]:
+        """What RoutedExperts.load() takes of an expert, as it is stored."""
+        return [self.parameters[name].read(files, expert) for name in parameter_names(self.structure)]
+
+    def put(self, routed: RoutedExperts, expert: int, weights: list[Weight], scales: str) -> None:
+        """Takes what read() gave to its place, rounded where the layer's format is another."""
+        first, down, *biases = weights
+        matrices = [self._rounded(routed.layer.weight_format, each, scales) for each in (first, down)]
+        routed.load(expert, *matrices, *biases)  # type: ignore[arg-type]
+
+    def _rounded(self, weight_format: str, weight: Weight, scales: str) -> Weight:
+        if isinstance(weight, MXFP4):
+            return weight
+        if weight_format == "mxfp4":
+            return quantize(weight.mT.contiguous() if self.structure.is_transposed else weight, scales, self.error)
+        if weight.dtype != torch.bfloat16:
+            rounded = weight.to(torch.bfloat16)
+            self.error.add(weight, rounded)
+            return rounded
+        return weight
+
+    def forget(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.forget()
+
+
+def expert_source(
+    name: str, structure: Structure, targets: Mapping[str, Target], own: Mapping[str, Tensor], model: Any
+) -> ExpertSource:
+    """The experts of the module `name`. ValueError where the checkpoint has nothing for one of its parameters."""
+    parameters = {}
+    for each in parameter_names(structure):
+        full = f"{name}.{each}"
+        if full not in targets:
+            raise ValueError(f"the checkpoint has nothing for {full}")
+        shape = tuple(own[full].shape)
+        parameters[each] = ExpertParameter(targets[full], shape, model, model.config)
+    return ExpertSource(name, structure, parameters)

@@ -1,0 +1,217 @@
+"""The safetensors files of a checkpoint: headers looked through first, bytes read by range, no pickle opened ever."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+_F4 = "F4"  # two values a byte; its shape counts values
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file. shape: as torch holds it, F4 as bytes. start, size: its bytes, from the file's beginning."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.dtype == _F4 else DTYPES[self.dtype]
+
+
+class TensorFiles:
+    """A checkpoint's tensors by name. Use TensorFiles.open(). read() may be called from several threads.
+
+    bytes_read   by read(), so far
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        self.path, self.entries = path, entries
+        self.bytes_read = 0
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | Path) -> Iterator[TensorFiles]:
+        """Reads the headers of a folder's safetensors files: those of its index, or its one file.
+
+        ValueError for a folder without any (also one that has pickles only, which are not opened), a shard that is
+        missing or truncated, a header that contradicts itself, and an index that names a tensor which is not there.
+        """
+        path = Path(path)
+        files = cls(path, {entry.name: entry for entry in _entries(path)})
+        try:
+            yield files
+        finally:
+            files.close()
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+    def read(self, entry: Entry, out: Tensor | None = None, *, first: int = 0, count: int | None = None) -> Tensor:
+        """Rows [first, first + count) of a tensor's first dimension, by default all, into out if there is one.
+
+        out is contiguous and has their bytes. ValueError where the file ends before them.
+        """
+        shape, start, size = entry.shape, entry.start, entry.size
+        if count is not None:
+            row = size // shape[0] if shape[0] else 0
+            shape, start, size = (count, *shape[1:]), start + first * row, count * row
+        if out is None:
+            out = torch.empty(shape, dtype=entry.torch_dtype, device="cpu")
+        assert out.is_contiguous()
+        assert out.nbytes == size, (entry, out.shape, out.dtype)
+        if size:
+            self._fill(entry, out.view(-1).view(torch.uint8), start)
+        return out
+
+    def _fill(self, entry: Entry, out: Tensor, start: int) -> None:
+        view, done = memoryview(out.numpy()), 0
+        descriptor = self._descriptor(entry.file)
+        while done < len(view):
+            try:
+                got = os.preadv(descriptor, [view[done:]], start + done)
+            except OSError as failure:
+                raise ValueError(f"{entry.file}: {entry.name} cannot be read: {failure}") from failure
+            if not got:
+                raise ValueError(
+                    f"{entry.file} is truncated: it ends at byte {start + done}, inside of {entry.name}, whose bytes "
+                    f"are [{entry.start}, {entry.start + entry.size})"
+                )
+            done += got
+        with self._lock:
+            self.bytes_read += done
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._open:
+                try:
+                    self._open[file] = os.open(file, os.O_RDONLY)
+                except OSError as failure:
+                    raise ValueError(f"{file} cannot be opened: {failure}") from failure
+            return self._open[file]
+
+
+def _entries(path: Path) -> list[Entry]:
+    """Every tensor of the checkpoint, in the order of the files."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder, expected one with config.json and safetensors files")
+    weight_map = _weight_map(path)
+    shards = sorted(set(weight_map.values())) if weight_map else [SINGLE]
+    missing = [shard for shard in shards if not (path / shard).is_file()]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}, which its index names")
+    entries = [entry for shard in shards for entry in read_header(path / shard)]
+    names = {entry.name: entry.file.name for entry in entries}
+    if len(names) < len(entries):
+        seen: set[str] = set()
+        double = next(entry.name for entry in entries if entry.name in seen or seen.add(entry.name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{path}: two files have a tensor {double}")
+    for name, shard in weight_map.items():
+        if names.get(name) != shard:
+            raise ValueError(f"{path / INDEX} says that {shard} has {name}, which it has not")
+    return entries
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file of the index, nothing where there is no index but the one file."""
+    index = path / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_bytes())["weight_map"]
+            if not weight_map or not all(isinstance(each, str) for each in [*weight_map, *weight_map.values()]):
+                raise TypeError("it maps names to file names")
+        except (ValueError, KeyError, TypeError) as broken:
+            raise ValueError(f"{index} has no weight_map that can be read: {broken!r}") from broken
+        outside = [shard for shard in weight_map.values() if Path(shard).name != shard]
+        if outside:
+            raise ValueError(f"{index} names {outside[0]!r}, which is not a file of this folder")
+        return dict(weight_map)
+    if (path / SINGLE).is_file():
+        return {}
+    pickles = sorted(each.name for each in path.iterdir() if each.suffix in _PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{path} holds {pickles[0]} and no safetensors: pickles run code when they are opened, and are not. "
+            "Convert it with save_pretrained() of transformers"
+        )
+    raise ValueError(f"{path} holds neither {INDEX} nor {SINGLE}")
+
+
+def read_header(file: Path) -> list[Entry]:
+    """The tensors of one safetensors file, in the order of their bytes. ValueError for a header that does not fit."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            total = file.stat().st_size
+            if total < 8 or length > min(_LONGEST_HEADER, total - 8):
+                raise ValueError(f"{file} is truncated or no safetensors file: {total} bytes, a header of {length}")
+            text = opened.read(length)
+    except OSError as failure:
+        raise ValueError(f"{file} cannot be read: {failure}") from failure
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = [_entry(file, name, each, 8 + length) for name, each in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as broken:
+        raise ValueError(f"{file} has a header that cannot be read: {broken}") from broken
+    end = max((entry.start + entry.size for entry in entries), default=0)
+    if end > total:
+        last = max(entries, key=lambda entry: entry.start + entry.size).name
+        raise ValueError(f"{file} is truncated: it has {total} bytes, and {last} ends at byte {end}")
+    return sorted(entries, key=lambda entry: entry.start)
+
+
+def _entry(file: Path, name: str, described: Mapping[str, Any], data: int) -> Entry:
+    dtype, shape = described["dtype"], tuple(described["shape"])
+    begin, end = described["data_offsets"]
+    if dtype == _F4:
+        if not shape or shape[-1] % 2:
+            raise ValueError(f"{name} is F4 {list(shape)}, expected an even last dimension")
+        shape = (*shape[:-1], shape[-1] // 2)
+    elif dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {dtype}, expected one of {', '.join([*DTYPES, _F4])}")
+    if not all(isinstance(each, int) and each >= 0 for each in (*shape, begin, end)):
+        raise ValueError(f"{name} has shape {list(shape)} and offsets {begin} to {end}")
+    size = math.prod(shape) * (1 if dtype == _F4 else DTYPES[dtype].itemsize)
+    if end - begin != size:
+        raise ValueError(f"{name} is {dtype} {list(shape)}, which takes {size} bytes, and has {end - begin}")
+    return Entry(name, file, dtype, shape, data + begin, size)

@@ -1,0 +1,408 @@
+"""megamoe.model.load(): a checkpoint as a transformers model on a group of ranks."""
+
+# T tokens   E experts   H hidden   N outputs   K inputs
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megamoe.formats import WEIGHT_FORMATS
+from megamoe.model.dense import DenseLinear, DenseWeight, FP8Linear, compute_in_fixed_order
+from megamoe.model.experts import RoutedExperts
+from megamoe.kernels.cpu.layout import OUTPUTS
+from megamoe.model.loading.expert_weights import ExpertSource, Weight, expert_source, parameter_names
+from megamoe.model.loading.files import FLOATS, TensorFiles
+from megamoe.model.loading.naming import Target, made_by, name_tensors
+from megamoe.model.loading.quantization import RoundingError, check_scales
+from megamoe.model.loading.report import LoadReport, Progress, shown
+from megamoe.model.loading.skeleton import Block, Skeleton, build, fp8_block, read_config, set_module, set_tensor
+from megamoe.model.loading.stored import Encoding, Stored, scales_to_float, stored_tensors
+from megamoe.model.loading.together import agree_on, run_together
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.placement import Placement
+
+EXPERTS = ("checkpoint", *WEIGHT_FORMATS)
+DENSE = ("checkpoint", "bf16")
+_AHEAD = 2  # experts that are read while one is packed
+_CHUNK_BYTES = 32 << 20  # of a dense weight that is packed at a time
+_WHAT = "loading"
+
+
+def load(
+    path: str | Path,
+    *,
+    group: EPGroup | dist.ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+    experts: str = "checkpoint",
+    dense: str = "checkpoint",
+    scales: str = "contract",
+    progress: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> Any:
+    """A checkpoint of transformers, or DeepSeek-V4's own, as a transformers model whose experts are spread over a group.
+
+    path      a folder: config.json, safetensors and their index; nothing else is opened
+    group     torch ProcessGroup or EPGroup; None is one rank. All ranks must call. Dense weights are on every rank, so
+              each runs a batch of its own; experts lie as Placement says, evenly or not
+    experts   "checkpoint": MXFP4 stays MXFP4, and all else is BF16; or "mxfp4" or "bf16" for all of them
+    dense     "checkpoint": what is stored in FP8 stays FP8; "bf16" decodes it while loading
+    scales    how MXFP4 is rounded to: "contract", or "best" of two scales for each block
+    progress  called with every Progress, about ten times a second; by default rank 0 draws a bar where stderr is a
+              terminal
+    options   of MegaMoE: dispatch_format, waves, overlap, ...
+
+    Only this rank's experts are read, and each goes straight to its place. On a CPU linear modules and routers compute
+    with the package's kernels, so that a row's bits depend on neither its batch nor the number of ranks; on another
+    device they are torch's, which promises no such thing. The result is for inference: it has no gradients.
+    model.megamoe_report says what was read. ValueError, on every rank alike, for a checkpoint that is incomplete,
+    truncated or contradicts its config, and for an architecture that does not fit; PeerError where a rank is lost.
+    """
+    device = torch.device(device)
+    ranks = EPGroup.of(group, device)
+    loading: list[_Loading] = []
+
+    def look() -> str:
+        for name, value, known in (("experts", experts, EXPERTS), ("dense", dense, DENSE)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_scales(scales)
+        loading.append(_Loading.of(Path(path), ranks, device, _Wish(experts, dense, scales), options))
+        return f"{experts} {dense} {scales} {len(loading[0].sources)} blocks"
+
+    try:
+        agree_on(ranks, _WHAT, look)
+        _read_all(loading[0], ranks, progress)
+        return loading[0].finish()
+    finally:
+        for each in loading:
+            each.files.close()
+
+
+def regroup(
+    model: Any,
+    group: EPGroup | dist.ProcessGroup | None,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+) -> LoadReport:
+    """A loaded model goes on in another group: each rank reads only the experts that came to it.
+
+    All ranks of the new group must call, also those that load() the model only now: those call load() instead, and
+    the two wait for each other. Errors as load() has them; a later regroup() then reads what is still missing.
+    """
+    loaded: _Loading = model.megamoe_loading
+    ranks = EPGroup.of(group, loaded.device)
+    again: list[_Loading] = []
+
+    def look() -> str:
+        again.append(loaded.again(ranks))
+        wish = loaded.wish
+        return f"{wish.experts} {wish.dense} {wish.scales} {len(loaded.sources)} blocks"
+
+    try:
+        agree_on(ranks, _WHAT, look)
+        _read_all(again[0], ranks, progress)
+    finally:
+        for each in again:
+            each.files.close()
+    model.megamoe_report = again[0].report
+    return again[0].report
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The checkpoint's tokenizer. ValueError where it has none that transformers can read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(Path(path), local_files_only=True)
+    except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError) as refusal:
+        said = str(refusal).strip().partition("\n")[0]
+        raise ValueError(f"{path} has no tokenizer that can be read: {said}") from refusal
+
+
+def _read_all(loading: _Loading, group: EPGroup, progress: Callable[[Progress], None] | None) -> None:
+    begun = time.monotonic()
+    with shown(progress, group.rank) as show:
+        run_together(
+            group,
+            _WHAT,
+            loading.read,
+            lambda: (loading.files.bytes_read, loading.planned_bytes),
+            show,
+        )
+    loading.note(time.monotonic() - begun)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    experts: str
+    dense: str
+    scales: str
+
+
+class _Loading:
+    """One rank's load: the checkpoint looked through, a model without weights, then what is read into it."""
+
+    def __init__(
+        self,
+        files: TensorFiles,
+        skeleton: Skeleton,
+        sources: dict[str, ExpertSource],
+        dense: list[Target],
+        routed: dict[str, RoutedExperts],
+        device: torch.device,
+        wish: _Wish,
+    ) -> None:
+        self.files, self.skeleton, self.sources, self.dense, self.routed = files, skeleton, sources, dense, routed
+        self.device, self.wish = device, wish
+        self.report = LoadReport()
+        self._linears: dict[str, DenseWeight | FP8Linear] = {}
+        self._missing = {name: each.layer.experts.missing for name, each in routed.items()}
+        self._kept = sum(len(each.layer.local_experts) for each in routed.values()) - sum(map(len, self._missing.values()))
+
+    @classmethod
+    def of(cls, path: Path, group: EPGroup, device: torch.device, wish: _Wish, options: dict[str, Any]) -> _Loading:
+        """Looks through everything. ValueError for what cannot be loaded; no weight is read, none is allocated twice."""
+        block = fp8_block(read_config(path))
+        with TensorFiles.open(path) as looked:
+            stored = stored_tensors(looked, block)
+            files = TensorFiles(looked.path, looked.entries)
+        skeleton = build(path, _stored_dtype(stored))
+        naming = name_tensors(skeleton.model, skeleton.tensors, stored)
+        targets = {name: target for target in naming.targets.values() for name in made_by(target, skeleton.tensors)}
+        sources = {
+            each.name: expert_source(each.name, each.structure, targets, skeleton.tensors, skeleton.model)
+            for each in skeleton.blocks
+        }
+        of_experts = {f"{each.name}.{name}" for each in skeleton.blocks for name in parameter_names(each.structure)}
+        _refuse_missing(skeleton, targets)
+        dense = [target for target in naming.targets.values() if not of_experts & set(made_by(target, skeleton.tensors))]
+        for target in dense:
+            _check_dense(target, skeleton)
+        routed = {each.name: _routed(each, sources[each.name], group, device, wish, options) for each in skeleton.blocks}
+        made = cls(files, skeleton, sources, dense, routed, device, wish)
+        made.report.unused = naming.unused
+        return made
+
+    def again(self, group: EPGroup) -> _Loading:
+        """The same for another group: nothing dense, and of the experts those that this rank lacks there."""
+        for each in self.routed.values():
+            each.layer.regroup(group)
+        files = TensorFiles(self.files.path, self.files.entries)
+        return _Loading(files, self.skeleton, self.sources, [], self.routed, self.device, self.wish)
+
+    @property
+    def planned_bytes(self) -> int:
+        dense = sum(each.size for target in self.dense for each in target.stored)
+        return dense + sum(len(missing) * self.sources[name].size_of_one for name, missing in self._missing.items())
+
+    # ---- reading, on a thread of its own ----
+
+    def read(self, stop: threading.Event) -> None:
+        """Reads what is planned. The next pieces are read from the disk while one is packed."""
+        with torch.no_grad():
+            for target in self.dense:
+                if stop.is_set():
+                    return
+                self._read_dense(target)
+            self.report.dense_bytes = self.files.bytes_read
+            with ThreadPoolExecutor(1, "megamoe read ahead") as pool:
+                waiting: deque[tuple[str, int, Future[list[Weight]]]] = deque()
+                for name, expert in self._experts():
+                    waiting.append((name, expert, pool.submit(self.sources[name].read, self.files, expert)))
+                    if len(waiting) > _AHEAD:
+                        self._put(*waiting.popleft())
+                    if stop.is_set():
+                        break
+                while waiting:
+                    name, expert, found = waiting.popleft()
+                    if stop.is_set():
+                        found.cancel()
+                    else:
+                        self._put(name, expert, found)
+
+    def _experts(self) -> Iterator[tuple[str, int]]:
+        for name, missing in self._missing.items():
+            for expert in missing:
+                yield name, expert
+            self.sources[name].forget()
+
+    def _put(self, name: str, expert: int, found: Future[list[Weight]]) -> None:
+        try:
+            self.sources[name].put(self.routed[name], expert, found.result(), self.wish.scales)
+        except ValueError as refusal:
+            raise ValueError(f"{name}: {refusal}") from refusal
+
+    def _read_dense(self, target: Target) -> None:
+        model, dtypes = self.skeleton.model, self.skeleton.dtypes
+        if target.converter is None:
+            (stored,) = target.stored
+            if not self._read_linear(target.name, stored):
+                set_tensor(model, target.name, stored.read_dense(self.files).to(dtypes[target.name]))
+            return
+        tensors = {pattern: [each.read_dense(self.files) for each in found] for pattern, found in target.sources.items()}
+        for name, tensor in target.convert(tensors, model, self.skeleton.config).items():
+            expected = tuple(self.skeleton.tensors[name].shape)
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} is {list(tensor.shape)} as the checkpoint has it, expected {list(expected)}")
+            set_tensor(model, name, tensor.to(dtypes[name]))
+
+    def _read_linear(self, name: str, stored: Stored) -> bool:
+        """Reads a linear module's weight, where name is of one, to where products read it."""
+        module = name.removesuffix(".weight")
+        if self.device.type != "cpu" or not self._is_linear(module, name):
+            return False
+        self._linears[module] = self._linear(stored, self.skeleton.dtypes[name])
+        return True
+
+    def _is_linear(self, module: str, name: str) -> bool:
+        """Whether name is the weight, tied to no other, of an nn.Linear."""
+        tied = getattr(self.skeleton.model, "all_tied_weights_keys", {})
+        if module == name or name in tied or name in tied.values():
+            return False
+        return type(self.skeleton.model.get_submodule(module)) is nn.Linear
+
+    def _linear(self, stored: Stored, dtype: torch.dtype) -> DenseWeight | FP8Linear:
+        files = self.files
+        if stored.encoding is Encoding.fp8 and self.wish.dense == "checkpoint":
+            assert stored.scales is not None
+            return FP8Linear(files.read(stored.values), scales_to_float(files.read(stored.scales)), stored.block)
+        if stored.encoding is not Encoding.plain:
+            return DenseWeight.of(stored.read_dense(files).to(dtype))
+        held, (outputs, inputs) = DenseWeight(*stored.shape, dtype), stored.shape
+        step = max(OUTPUTS, _CHUNK_BYTES // (inputs * stored.values.torch_dtype.itemsize) // OUTPUTS * OUTPUTS)
+        for first in range(0, outputs, step):
+            held.put(first, files.read(stored.values, first=first, count=min(step, outputs - first)))
+        return held
+
+    # ---- after it ----
+
+    def note(self, seconds: float) -> None:
+        report = self.report
+        report.seconds, report.bytes_read = seconds, self.files.bytes_read
+        report.expert_bytes = report.bytes_read - report.dense_bytes
+        report.bytes_total = sum(entry.size for entry in self.files.entries.values())
+        report.experts_read, report.experts_kept = sum(map(len, self._missing.values())), self._kept
+        report.weight_formats = {name: each.layer.weight_format for name, each in self.routed.items()}
+        report.quantization_error = {
+            name: each.error.relative for name, each in self.sources.items() if each.error.norm
+        }
+        for each in self.sources.values():
+            each.error = RoundingError()
+
+    def _replaced(self, name: str, linear: nn.Linear) -> nn.Module:
+        """A linear module as it computes from now on."""
+        held = self._linears.pop(name, None)
+        bias = None if linear.bias is None else linear.bias.detach()
+        if isinstance(held, FP8Linear):
+            held.bias = bias
+            return held
+        return DenseLinear(held or DenseWeight.of(linear.weight.detach()), bias)
+
+    def finish(self) -> Any:
+        """The model, its modules replaced by those that hold what was read."""
+        model = self.skeleton.model
+        for name, routed in self.routed.items():
+            set_module(model, name, routed)
+        model.tie_weights()
+        if self.device.type == "cpu":
+            for name, module in list(model.named_modules()):
+                if type(module) is nn.Linear:
+                    set_module(model, name, self._replaced(name, module))
+        left = [name for name, each in (*model.named_parameters(), *model.named_buffers()) if each.is_meta]
+        assert not left, left
+        model.eval()
+        if self.device.type == "cpu":
+            compute_in_fixed_order(model)
+        else:
+            model.to(self.device)
+        _read_generation_config(model, self.files.path)
+        model.megamoe_loading, model.megamoe_report = self, self.report
+        return model
+
+
+def _stored_dtype(stored: dict[str, Stored]) -> torch.dtype | None:
+    """What most values outside of packed matrices are: what a config without a dtype means."""
+    sizes: dict[torch.dtype, int] = {}
+    for each in stored.values():
+        if each.encoding is Encoding.plain and each.values.dtype in FLOATS:
+            sizes[each.values.torch_dtype] = sizes.get(each.values.torch_dtype, 0) + each.size
+    return max(sizes, key=sizes.__getitem__) if sizes else None
+
+
+def _routed(
+    block: Block, source: ExpertSource, group: EPGroup, device: torch.device, wish: _Wish, options: dict[str, Any]
+) -> RoutedExperts:
+    weight_format = source.format(wish.experts)
+    source.check(weight_format)
+    return RoutedExperts(
+        block.structure, block.topk, group, weight_format=weight_format, name=block.name, device=device, **options
+    )
+
+
+def _refuse_missing(skeleton: Skeleton, targets: dict[str, Target]) -> None:
+    """ValueError for tensors of the model that nothing in the checkpoint is for."""
+
+    model = skeleton.model
+    tied = getattr(model, "all_tied_weights_keys", {})
+    ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        name
+        for name in skeleton.tensors
+        if name not in targets
+        and not (name in tied and tied[name] in targets)
+        and not any(each.search(name) for each in ignored)
+    ]
+    if missing:
+        raise ValueError(
+            f"the checkpoint has nothing for {missing[0]}"
+            + (f" and {len(missing) - 1} other tensors of the model" if len(missing) > 1 else "")
+        )
+
+
+def _check_dense(target: Target, skeleton: Skeleton) -> None:
+    """ValueError for a tensor whose shape or dtype is another than the model's, where it is taken as it is."""
+    if target.converter is not None:
+        return
+    if len(target.stored) > 1:
+        names = " and ".join(each.name for each in target.stored)
+        raise ValueError(f"{names} are both {target.name}")
+    (stored,) = target.stored
+    own = skeleton.tensors[target.name]
+    if stored.shape != tuple(own.shape):
+        raise ValueError(
+            f"{stored.values.file}: {stored.name} is {list(stored.shape)}, the config asks for {list(own.shape)}"
+        )
+    if own.is_floating_point() and stored.encoding is Encoding.plain and stored.values.dtype not in FLOATS:
+        raise ValueError(
+            f"{stored.values.file}: {stored.name} has dtype {stored.values.dtype}, expected one of {', '.join(FLOATS)}"
+        )
+    if not own.is_floating_point() and stored.values.dtype in FLOATS:
+        raise ValueError(f"{stored.values.file}: {stored.name} has dtype {stored.values.dtype}, expected integers")
+
+
+def _read_generation_config(model: Any, path: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        except (ValueError, OSError) as refusal:
+            raise ValueError(f"{path / 'generation_config.json'}: {refusal}") from refusal
+
+
+def name_modules(model: nn.Module) -> dict[str, RoutedExperts]:
+    """The routed experts of a loaded model, by the names of their modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
+

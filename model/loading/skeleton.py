@@ -1,0 +1,156 @@
+"""A transformers model without weights, from config.json alone, and what it is made of: routed experts, dense tensors."""
+
+# K experts per token
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megamoe.model.structure import Structure, read_structure
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Routed experts of one layer: the module's name and what it is; K."""
+
+    name: str
+    structure: Structure
+    topk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """model: on the meta device, but for its non-persistent buffers, which have their values.
+
+    tensors   its state dict
+    dtypes    of each tensor, as from_pretrained() would have it
+    """
+
+    model: Any
+    config: Any
+    blocks: tuple[Block, ...]
+    tensors: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as it is. ValueError where there is none, or it cannot be read."""
+    file = path / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{path} holds no {CONFIG}, so it is no checkpoint")
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as broken:
+        raise ValueError(f"{file} cannot be read: {broken}") from broken
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"{file} has no model_type")
+    return config
+
+
+def fp8_block(config: dict[str, Any]) -> tuple[int, int]:
+    """Values that share a scale in FP8: the config's, else 128 x 128."""
+    said = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    tall, wide = said
+    return int(tall), int(wide)
+
+
+def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
+    """The model of path/config.json. stored_dtype: where the config names none.
+
+    ValueError for an architecture that transformers does not know, that is no language model, has no routed experts, or
+    experts that do not fit the layer.
+    """
+    read_config(path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, KeyError, OSError) as refusal:
+        raise ValueError(f"{path / CONFIG}: {str(refusal).strip().partition(chr(10))[0]}") from refusal
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = config.dtype or stored_dtype or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    kind = _class_of(config)
+    with ExitStack() as stack:
+        for context in kind.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        model = kind(config)
+    model.config.dtype = dtype
+    _fill_buffers(model)
+    blocks = tuple(_blocks(model))
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no routed experts")
+    tensors = model.state_dict()
+    return Skeleton(model, config, blocks, tensors, _dtypes(model, tensors, dtype))
+
+
+def _class_of(config: Any) -> Any:
+    known = AutoModelForCausalLM._model_mapping
+    if type(config) in known:
+        found = known[type(config)]
+        return found[0] if isinstance(found, tuple | list) else found
+    raise ValueError(f"model_type {config.model_type!r} is no language model that transformers knows")
+
+
+def _fill_buffers(model: Any) -> None:
+    """Non-persistent buffers get their values, which no checkpoint has: transformers' own initialisation."""
+    for name, buffer in model.named_non_persistent_buffers():
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    model.initialize_weights()
+
+
+def _blocks(model: nn.Module) -> Iterator[Block]:
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if own.get("down_proj") is not None and own["down_proj"].dim() == 3:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            yield Block(name, read_structure(module), _topk(parent, model))
+
+
+def _topk(parent: nn.Module, model: Any) -> int:
+    """K as the block's router has it, else as the config does."""
+    for module in parent.modules():
+        for key in ("top_k", "topk", "num_experts_per_tok"):
+            if isinstance(getattr(module, key, None), int):
+                return int(getattr(module, key))
+    config = model.config.get_text_config()
+    for key in ("num_experts_per_tok", "moe_topk", "top_k", "num_experts_per_token"):
+        if isinstance(getattr(config, key, None), int):
+            return int(getattr(config, key))
+    raise ValueError(f"{type(parent).__name__}: neither its router nor the config says how many experts a token has")
+
+
+def _dtypes(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    plan = {re.compile(key.replace("*", ".*")): each for key, each in model._get_dtype_plan(dtype).items()}
+    found = {}
+    for name, tensor in tensors.items():
+        planned = next((each for key, each in plan.items() if key.search(name)), None)
+        found[name] = planned if planned is not None and tensor.is_floating_point() else tensor.dtype
+    return found
+
+
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """A parameter without gradients, or a buffer, in place of the one on meta."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

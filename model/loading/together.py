@@ -1,0 +1,108 @@
+"""Ranks that load together: what one finds wrong all raise, before anything is used, and none waits for one that failed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megamoe.model.loading.report import Progress
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport.pairs import Label
+
+_PAGE = np.dtype([("state", "<i8"), ("read", "<i8"), ("total", "<i8"), ("terms", "S64"), ("complaint", "S1024")])
+_WORKING, _DONE, _FAILED = 0, 1, 2
+_TURN_S = 0.1
+
+
+@dataclass(slots=True)
+class Task:
+    """Reading on a thread, looked at from outside."""
+
+    total: int
+    read: Callable[[], int]
+    stop: threading.Event
+
+
+def agree_on(group: EPGroup, what: str, check: Callable[[], str]) -> None:
+    """check() on every rank, which gives a text that must be the same on all.
+
+    What one rank raises ends in a ValueError on the others, which names that rank; its own it raises as it is.
+    """
+    complaint: Exception | None = None
+    terms = ""
+    try:
+        terms = check()
+    except Exception as wrong:  # noqa: BLE001 raised below, once the others know
+        complaint = wrong
+    pages = _exchange(group, what, _FAILED if complaint else _DONE, 0, 0, terms, complaint)
+    _refuse(group, pages, complaint)
+    texts = [bytes(page["terms"]) for page in pages]
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            raise ValueError(
+                f"ranks load differently: {group.named(rank)} has {text.decode()!r}, {group.named(0)} "
+                f"{texts[0].decode()!r}"
+            )
+
+
+def run_together(
+    group: EPGroup, what: str, work: Callable[[threading.Event], None], progress: Callable[[], tuple[int, int]],
+    show: Callable[[Progress], None],
+) -> None:
+    """work(stop) on every rank, each for as long as it takes; returns when all are done.
+
+    Ranks tell each other every tenth of a second how far they are, so that no wait has more than that to do with how
+    long another takes. ValueError of any rank is raised on all; then and on an interruption stop is set, which work
+    must look at. PeerError where a rank is lost.
+    """
+    stop, ended = threading.Event(), threading.Event()
+    raised: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            work(stop)
+        except BaseException as failure:  # noqa: BLE001 raised in the caller's thread
+            raised.append(failure)
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=attempt, name="megamoe loading", daemon=True)
+    thread.start()
+    try:
+        while True:
+            ended.wait(_TURN_S)
+            state = _WORKING if not ended.is_set() else _FAILED if raised else _DONE
+            complaint = raised[0] if state == _FAILED else None
+            pages = _exchange(group, what, state, *progress(), "", complaint)
+            show(Progress(tuple(pages["read"].tolist()), tuple(pages["total"].tolist())))
+            _refuse(group, pages, complaint)
+            if all(page["state"] == _DONE for page in pages):
+                return
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _exchange(
+    group: EPGroup, what: str, state: int, read: int, total: int, terms: str, complaint: BaseException | None
+) -> np.ndarray:  # type: ignore[type-arg]
+    page = np.zeros(1, _PAGE)
+    said = "" if complaint is None else f"{complaint}" if isinstance(complaint, ValueError) else repr(complaint)
+    page[0] = (state, read, total, terms.encode(), said.encode()[:1024])
+    if group.transport is None:
+        return page
+    with group.unbroken(what, 0):
+        raw = group.transport.gather(torch.from_numpy(page.view(np.uint8)), Label(what, "load"))
+    return raw.numpy().view(_PAGE).reshape(-1)
+
+
+def _refuse(group: EPGroup, pages: np.ndarray, own: BaseException | None) -> None:  # type: ignore[type-arg]
+    if own is not None:
+        raise own
+    for rank, page in enumerate(pages):
+        if page["state"] == _FAILED:
+            raise ValueError(f"{group.named(rank)}: {bytes(page['complaint']).decode(errors='replace')}")

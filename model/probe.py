@@ -1,0 +1,233 @@
+"""Finds with numbers what an experts module does between its products, and whether its forward does nothing else."""
+
+# N probed values   n columns   H hidden   I intermediate   E experts   T tokens   K experts per token
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.activations import Activation
+
+CLOSE = 2e-6  # relative: families compute in FP32 here and there
+_FAR = 1e12  # beyond any clamp, and its product with itself within FP32
+_LAYOUT = {"num_experts": 3, "hidden_dim": 6, "hidden_size": 6, "intermediate_dim": 5, "intermediate_size": 5}
+# both signs, the curved part of every function, and beyond every clamp
+_VALUES = (0.0, 0.25, 1.0, 1.75, 3.0, 5.5, 6.9, 7.1, 9.9, 10.1, 13.0, 40.0, 300.0, 1e5, _FAR)
+
+Gate = Callable[[Tensor, Tensor], Tensor]
+
+
+def _silu(x: Tensor, alpha: float) -> Tensor:
+    return x * torch.sigmoid(alpha * x)
+
+
+def _gelu_tanh(x: Tensor, _: float) -> Tensor:
+    return nn.functional.gelu(x, approximate="tanh")
+
+
+def _relu2(x: Tensor, _: float) -> Tensor:
+    return x.relu().square()
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {"silu": _silu, "gelu_tanh": _gelu_tanh, "relu2": _relu2}
+
+
+def activate_dense(x: Tensor, activation: Activation) -> Tensor:
+    """The description's own arithmetic in the dtype of x: [..., 2n], gate columns first, or [..., n] -> [..., n]."""
+    limit = math.inf if activation.limit is None else activation.limit
+    before, after = (limit if activation.clamp == when else math.inf for when in ("before", "after"))
+    gate, up = x.chunk(2, -1) if activation.gated else (x, None)
+    value = _FUNCTIONS[activation.function](gate.clamp(max=before), activation.alpha).clamp(max=after)
+    return value if up is None else value * (up.clamp(-limit, limit) + activation.up_shift)
+
+
+def fit_activation(experts: nn.Module, *, gated: bool, interleaved: bool) -> Activation:
+    """The Activation that equals the module's own at every probed value, to FP32 rounding.
+
+    A module with a gate is asked through _apply_gate where it has one, else through act_fn(gate) * up; one without a
+    gate through act_fn. ValueError with the value where no description fits.
+    """
+    with torch.no_grad(), torch.device("cpu"):
+        found = _fit_gated(_gate_of(experts, interleaved)) if gated else _fit_plain(_function_of(experts))
+        _check_fit(experts, found, interleaved)
+    return found
+
+
+def check_forward(
+    experts: nn.Module, activation: Activation, *, transposed: bool, interleaved: bool, bias: bool
+) -> None:
+    """ValueError where the module's forward is more than its products, its activation and a weighted sum.
+
+    A copy of the module with small random weights runs its own forward in FP64, and is held to the description. The
+    module's weights are not read, and may be on the meta device.
+    """
+    num_experts, hidden, inner = _LAYOUT["num_experts"], _LAYOUT["hidden_dim"], _LAYOUT["intermediate_dim"]
+    rows = activation.rows_per_output * inner
+    rng = torch.Generator(device="cpu").manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, dtype=torch.float64, generator=rng, device="cpu")
+
+    first, second = 3 * random(num_experts, rows, hidden), random(num_experts, hidden, inner)
+    first_bias, second_bias = (random(num_experts, size) if bias else None for size in (rows, hidden))
+    x, weights = random(7, hidden), random(7, 2).sigmoid()
+    ids = torch.randint(0, num_experts, (7, 2), generator=rng, device="cpu")
+    ids[:, 1] = (ids[:, 0] + 1 + ids[:, 1] % 2) % num_experts
+    name = "gate_up_proj" if activation.gated else "up_proj"
+    stacks = {name: first, "down_proj": second, f"{name}_bias": first_bias, "down_proj_bias": second_bias}
+    if transposed:
+        stacks |= {name: first.mT, "down_proj": second.mT}
+    small = _with_weights(experts, {key: stack for key, stack in stacks.items() if stack is not None})
+    whole = type(experts).forward
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            found = getattr(whole, "__wrapped__", whole)(small, x, ids, weights)
+    except (AttributeError, IndexError, RuntimeError, TypeError) as failure:
+        raise ValueError(f"its forward does not take what experts' forwards take: {failure}") from failure
+    expected = torch.zeros_like(x)
+    for token in range(len(x)):
+        for expert, weight in zip(ids[token].tolist(), weights[token], strict=True):
+            row = first[expert] @ x[token] + (0.0 if first_bias is None else first_bias[expert])
+            if activation.gated and interleaved:
+                row = torch.cat((row[0::2], row[1::2]))
+            out = second[expert] @ activate_dense(row, activation)
+            expected[token] += weight * (out + (0.0 if second_bias is None else second_bias[expert]))
+    error = float((found - expected).norm() / expected.norm())
+    if not error < 1e-4:  # NaN neither; some round between steps, and all who do something else are far off
+        raise ValueError(
+            f"its forward is not the weighted sum of down_proj(activation(up_proj(x))): the relative difference is "
+            f"{error:.2g} on random weights"
+        )
+
+
+def _with_weights(experts: nn.Module, stacks: dict[str, Tensor]) -> nn.Module:
+    """A copy of the module that shares nothing but what has no weights, with these ones."""
+    small = copy.copy(experts)
+    small.__dict__["_parameters"] = dict.fromkeys(experts._parameters) | stacks
+    small.__dict__.pop("forward", None)
+    for name, size in _LAYOUT.items():
+        if name in small.__dict__:
+            small.__dict__[name] = size
+    return small
+
+
+def _gate_of(experts: nn.Module, interleaved: bool) -> Gate:
+    """f(gate [N], up [N]) -> [N], by the module's own _apply_gate where it has one."""
+
+    def apply(gate: Tensor, up: Tensor) -> Tensor:
+        # columns of a second output, so that a layout that is not the announced one shows
+        columns = torch.stack((gate, up.flip(0), up, gate.flip(0)), -1)  # gate0, gate1, up0, up1
+        if interleaved:
+            columns = columns[:, [0, 2, 1, 3]]
+        out: Tensor = _apply_gate(experts, columns)
+        if tuple(out.shape) != (len(gate), 2):
+            raise ValueError(f"its activation takes [N, 4] to {list(out.shape)}, not to [N, 2]")
+        return out[:, 0].double()
+
+    return apply
+
+
+def _apply_gate(experts: nn.Module, columns: Tensor) -> Any:
+    own = getattr(experts, "_apply_gate", None)
+    if own is not None:
+        return own(columns)
+    gate, up = columns.chunk(2, -1)
+    return _function_of(experts)(gate) * up
+
+
+def _function_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+    function = getattr(experts, "act_fn", None)
+    if not callable(function):
+        raise ValueError("it has neither _apply_gate nor act_fn, so its activation cannot be asked")
+    return function  # type: ignore[no-any-return]
+
+
+def _fit_gated(f: Gate) -> Activation:
+    def at(gate: float, up: float) -> float:
+        return float(f(_one(gate), _one(up))[0])
+
+    slope = at(1.0, 1.0) - at(1.0, 0.0)
+    if not abs(slope) > 1e-9:
+        raise ValueError("its output does not grow with up at gate 1: it is no f(gate) * (up + shift)")
+    shift = _nice(at(1.0, 0.0) / slope)
+    highest = at(1.0, _FAR) / slope - shift
+    limit = None if highest > _FAR / 2 else _nice(highest)
+    fitted = Activation(**_function(lambda gate: at(gate, 1.0) / (1.0 + shift)), up_shift=shift, limit=limit)
+    if limit is None:
+        return fitted
+    after = Activation(fitted.function, alpha=fitted.alpha, up_shift=shift, limit=limit, clamp="after")
+    # far out a clamp before the function gives f(limit), one after it the limit itself
+    at_far = at(_FAR, 1.0) / (1.0 + shift)
+    return min((fitted, after), key=lambda each: abs(at_far - _far(each)))
+
+
+def _fit_plain(f: Callable[[Tensor], Tensor]) -> Activation:
+    return Activation(**_function(lambda x: float(f(_one(x))[0])), gated=False)
+
+
+def _function(f: Callable[[float], float]) -> dict[str, Any]:
+    """The function's name and alpha, from two values; whether it is that everywhere is for _check_fit() to find."""
+    at_one = f(1.0)
+    if abs(at_one - 1.0) < CLOSE and abs(f(2.0) - 4.0) < 4 * CLOSE:
+        return {"function": "relu2"}
+    if abs(at_one - float(nn.functional.gelu(_one(1.0), approximate="tanh"))) < CLOSE:
+        return {"function": "gelu_tanh"}
+    if not 0.0 < at_one < 1.0:
+        raise ValueError(f"its function takes 1 to {at_one:.6g}, which is none of silu, gelu_tanh and relu2")
+    return {"function": "silu", "alpha": _nice(float(torch.logit(_one(at_one))))}
+
+
+def _far(activation: Activation) -> float:
+    return float(activate_dense(torch.tensor([[_FAR, 1.0 - activation.up_shift]], dtype=torch.float64), activation)[0])
+
+
+def _check_fit(experts: nn.Module, activation: Activation, interleaved: bool) -> None:
+    values = torch.tensor([sign * value for value in _VALUES for sign in (1.0, -1.0)], dtype=torch.float64)
+    if activation.gated:
+        gate, up = (each.flatten() for each in torch.meshgrid(values, values, indexing="ij"))
+        found = _gate_of(experts, interleaved)(gate, up)
+        expected = activate_dense(torch.stack((gate, up), -1), activation).flatten()
+        places = [f"gate {float(g):g}, up {float(u):g}" for g, u in zip(gate, up, strict=True)]
+    else:
+        found = _function_of(experts)(values).double()
+        expected = activate_dense(values, activation)
+        places = [f"{float(value):g}" for value in values]
+    wrong = ~((found - expected).abs() <= CLOSE * expected.abs() + 1e-9)
+    if bool(wrong.any()):
+        index = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"its activation at {places[index]} is {float(found[index]):.6g}, where the nearest description, "
+            f"{describe(activation)}, gives {float(expected[index]):.6g}"
+        )
+
+
+def describe(activation: Activation) -> str:
+    """Activation(limit=10.0) -> 'silu(min(gate, 10)) * clamp(up, 10)'"""
+    inner = "gate" if activation.gated else "x"
+    limit = activation.limit
+    if limit is not None and activation.clamp == "before":
+        inner = f"min({inner}, {limit:g})"
+    alpha = "" if activation.alpha == 1.0 else f" of alpha {activation.alpha:g}"
+    value = f"{activation.function}{alpha}({inner})"
+    if limit is not None and activation.clamp == "after":
+        value = f"min({value}, {limit:g})"
+    if not activation.gated:
+        return value
+    up = "up" if limit is None else f"clamp(up, {limit:g})"
+    return f"{value} * {up}" if activation.up_shift == 0.0 else f"{value} * ({up} + {activation.up_shift:g})"
+
+
+def _one(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float64)
+
+
+def _nice(value: float) -> float:
+    """A number that was found by dividing, without what dividing left.    1.7020000000000002 -> 1.702"""
+    rounded = float(f"{value:.6g}")
+    return 0.0 if abs(rounded) < 1e-6 else rounded
