@@ -9,23 +9,26 @@ nothing left takes part with no tokens until no rank has any.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import get_layer_types_and_kwargs
 
+from megamoe.model.generation.forward import (
+    fits_together,
+    forward_alone,
+    forward_together,
+    new_cache,
+    use_own_attention,
+)
 from megamoe.model.generation.meeting import Meeting
 from megamoe.model.generation.request import LENGTH, STOP, GenerationRequest, Token, check_fits
 from megamoe.model.generation.sampling import choose
-from megamoe.model.generation.sequences import ARGUMENT, IMPLEMENTATION, SequenceBatch
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
-
-_PLAIN = {"full_attention", "sliding_attention"}  # layers whose only state is keys and values
 
 
 @dataclass(slots=True, eq=False)
@@ -57,14 +60,13 @@ class Generation:
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         check_fits(request, config.vocab_size, getattr(config, "max_position_embeddings", None))
-        self.model, self.group, self.request, self._config = model, EPGroup.of(group), request, config
-        self.together = is_batch_invariant(model) if together is None else together
+        self.model, self.group, self.request = model, EPGroup.of(group), request
         self.experts: list[nn.Module] = [each for each in model.modules() if callable(getattr(each, "idle", None))]
         if not self.experts:
             raise ValueError(f"{type(model).__name__} has no experts that ranks share")
+        self.together = fits_together(model, self.experts) if together is None else together
         self._meeting = Meeting(self.experts)
-        if self.together:
-            model.set_attn_implementation(IMPLEMENTATION)
+        use_own_attention(model, self.together)
         mine = range(self.group.rank, len(request.prompts), self.group.size)
         self._queue, self._active = deque(mine), list[_Sequence]()
         self.steps, self.done = 0, False
@@ -95,7 +97,7 @@ class Generation:
             if room < len(prompt.token_ids) and room < self.request.max_step_tokens:
                 return
             room -= len(prompt.token_ids)
-            cache = DynamicCache(config=self._config)
+            cache = new_cache(self.model)
             self._active.append(_Sequence(self._queue.popleft(), prompt.id, list(prompt.token_ids), cache))
 
     def _any_active(self) -> bool:
@@ -108,38 +110,16 @@ class Generation:
 
     def _together(self) -> Tensor:
         """One forward for all -> the logits of each sequence's last token, [sequences, V] float32"""
-        lengths = [len(each.new) for each in self._active]
-        batch = SequenceBatch([each.cache for each in self._active], lengths)
-        places = [torch.arange(each.seen, each.seen + len(each.new)) for each in self._active]
-        last = torch.tensor(lengths).cumsum(0) - 1
-        found = self._forward(
-            [token for each in self._active for token in each.new], torch.cat(places), batch, last, **{ARGUMENT: batch}
-        )
-        return found[0].to(torch.float32)
+        return forward_together(self.model, [(each.new, each.seen, each.cache) for each in self._active])
 
     def _apart(self) -> list[Tensor]:
         """A forward for each, which meet at the experts -> the logits of each one's last token, [V] float32"""
+
+        def alone(sequence: _Sequence) -> Callable[[], Tensor]:
+            return lambda: forward_alone(self.model, sequence.new, sequence.seen, sequence.cache)
+
         with self._meeting.held():
-            return self._meeting.run([lambda each=each: self._alone(each) for each in self._active])  # type: ignore[misc]
-
-    def _alone(self, sequence: _Sequence) -> Tensor:
-        with torch.no_grad():
-            places = torch.arange(sequence.seen, sequence.seen + len(sequence.new))
-            return self._forward(sequence.new, places, sequence.cache, 1)[0, -1].to(torch.float32)
-
-    def _forward(
-        self, tokens: Sequence[int], places: Tensor, cache: DynamicCache, keep: int | Tensor, **arguments: Any
-    ) -> Tensor:
-        device = self.model.device
-        out: Tensor = self.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=places.unsqueeze(0).to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            **arguments,
-        ).logits
-        return out
+            return self._meeting.run([alone(each) for each in self._active])
 
     def _take(self, sequence: _Sequence, logits: Tensor) -> Token:
         """The sequence's next token, and what follows for it."""
@@ -154,15 +134,6 @@ class Generation:
         if finish:
             self._active.remove(sequence)
         return Token(sequence.number, index, token, finish)
-
-
-def is_batch_invariant(model: Any) -> bool:
-    """Whether a row of the model's products is known not to depend on the others, and only attention joins tokens."""
-    if not getattr(model, "megamoe_fixed_order", False) or getattr(model, "_is_stateful", False):
-        return False
-    config = model.config.get_text_config(decoder=True)
-    kinds, _ = get_layer_types_and_kwargs(config)
-    return bool(getattr(model, "_supports_attention_backend", False)) and set(kinds) <= _PLAIN
 
 
 def generate(model: Any, request: GenerationRequest, group: EPGroup | None = None) -> list[list[int]]:

@@ -17,6 +17,10 @@ ARGUMENT = "megamoe_sequences"  # what the model hands on to its attention
 _ROWS_AT_ONCE = 512  # queries whose scores are there at a time
 
 
+class OtherAttentionError(ValueError):
+    """A model whose attention does not see the keys and values that it caches, or does not say whose they are."""
+
+
 class SequenceBatch(DynamicCache):
     """The caches of several sequences as one: tokens lie one sequence after another, [1, h, T, D].
 
@@ -26,19 +30,23 @@ class SequenceBatch(DynamicCache):
     def __init__(self, caches: Sequence[DynamicCache], lengths: Sequence[int]) -> None:
         super().__init__()
         self.caches, self.lengths = list(caches), list(lengths)
-        self._found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._found: dict[int, tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         keys, values = (states.split(self.lengths, dim=2) for states in (key_states, value_states))
-        self._found[layer_idx] = [
+        found = [
             cache.update(key.contiguous(), value.contiguous(), layer_idx, *args, **kwargs)
             for cache, key, value in zip(self.caches, keys, values, strict=True)
         ]
+        self._found[layer_idx] = key_states, value_states, found
         return key_states, value_states
 
-    def take(self, layer_idx: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys [1, h, L, D] and values of each sequence, of the layer's latest update."""
-        return self._found.pop(layer_idx)
+    def take(self, layer_idx: int, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys [1, h, L, D] and values of each sequence, of the layer's update with key and value."""
+        new_key, new_value, found = self._found.pop(layer_idx, (None, None, []))
+        if new_key is not key or new_value is not value:
+            raise OtherAttentionError("attention sees other keys or values than those that are cached")
+        return found
 
 
 @contextmanager
@@ -67,20 +75,21 @@ def attend(
     """query [1, q, T, D] of sequences one after another -> [1, T, q, D of values], causal, in FP32.
 
     A function of transformers' attention interface. sliding_window counts the token itself; s_aux [q] are sinks.
-    ValueError where the model has not handed on whose tokens they are.
+    OtherAttentionError where the model has not handed on whose tokens they are, or changes what is cached.
     """
-    del key, value, attention_mask, dropout  # found per sequence, which is causal
+    del attention_mask, dropout  # each sequence is causal
     batch = kwargs.get(ARGUMENT)
     if not isinstance(batch, SequenceBatch):
-        raise ValueError(f"{type(module).__name__} was not told of which sequences its tokens are")
+        raise OtherAttentionError(f"{type(module).__name__} was not told of which sequences its tokens are")
     queries = query.split(batch.lengths, dim=2)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    found = batch.take(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     with one_thread():
-        found = [
+        out = [
             _attend(each, *states, factor, sliding_window, s_aux)
-            for each, states in zip(queries, batch.take(int(module.layer_idx)), strict=True)  # type: ignore[arg-type]
+            for each, states in zip(queries, found, strict=True)
         ]
-        return torch.cat(found, 1).to(query.dtype), None
+        return torch.cat(out, 1).to(query.dtype), None
 
 
 def _attend(
