@@ -53,11 +53,13 @@ class SequenceBatch(DynamicCache):
 def one_thread() -> Iterator[None]:
     """A block of products that are small, and that torch's libraries may sum otherwise with other numbers of threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if before > 1:
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 def attend(

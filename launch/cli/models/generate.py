@@ -14,8 +14,8 @@ from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_w
 
 if TYPE_CHECKING:
     from megamoe.launch.cluster.cluster import Event
-    from megamoe.launch.generate import GenerateReport
-    from megamoe.launch.prompts import Given
+    from megamoe.launch.generation.generate import GenerateReport
+    from megamoe.launch.generation.prompts import Given
 
 
 def generate(
@@ -48,7 +48,7 @@ def generate(
         given = _given(text, prompts)
         from megamoe.launch.cluster.recovery import RestartPolicy  # brings torch, which --help does not need
         from megamoe.launch.devices import present_device
-        from megamoe.launch.generate import GenerateRequest, run_generate
+        from megamoe.launch.generation.generate import GenerateRequest, run_generate
         from megamoe.model.generation.sampling import Sampling
 
         request = GenerateRequest(
@@ -87,7 +87,7 @@ def generate(
 
 
 def _given(text: list[str] | None, prompts: Path | None) -> list[Given]:
-    from megamoe.launch.prompts import Given, read_prompts
+    from megamoe.launch.generation.prompts import Given, read_prompts
 
     if (not text) == (prompts is None):
         raise ValueError("give prompts with --text, or a file of them with --prompts")
