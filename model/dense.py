@@ -8,6 +8,7 @@ order of the experts' products, is the FP32 product.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
@@ -331,11 +332,11 @@ def _in_tiles(func: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 def compute_in_fixed_order(model: nn.Module) -> None:
     """From now on the model's forward runs as FixedOrder says."""
-    order, forward = FixedOrder(model), model.forward
+    order, forward, alive = FixedOrder(model), type(model).forward, weakref.ref(model)
 
-    @wraps(forward)
+    @wraps(model.forward)
     def ordered(*args: Any, **kwargs: Any) -> Any:
         with order:
-            return forward(*args, **kwargs)
+            return forward(alive(), *args, **kwargs)  # a model that held itself would outlive its last user
 
     model.forward = ordered

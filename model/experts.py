@@ -79,7 +79,7 @@ class RoutedExperts(nn.Module):
         if structure.is_interleaved:
             first = _of_rows(first, _gates_first)
             first_bias = None if first_bias is None else _gates_first(first_bias)
-        self.layer.load_expert(expert, first, down)
+        self.layer.load_expert(expert, first, down, first_bias, down_bias)
 
     def _outputs_first(self, weight: Weight) -> Matrix:
         if isinstance(weight, tuple):

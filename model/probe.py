@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megamoe.activations import Activation
+from megamoe.activations import CLAMPS, FUNCTIONS, Activation
+from megamoe.kernels.gating import gate_fp64
 
 CLOSE = 2e-6  # relative: families compute in FP32 here and there
 _FAR = 1e12  # beyond any clamp, and its product with itself within FP32
@@ -21,30 +22,18 @@ _LAYOUT = {"num_experts": 3, "hidden_dim": 6, "hidden_size": 6, "intermediate_di
 _VALUES = (0.0, 0.25, 1.0, 1.75, 3.0, 5.5, 6.9, 7.1, 9.9, 10.1, 13.0, 40.0, 300.0, 1e5, _FAR)
 
 Gate = Callable[[Tensor, Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
 
 
-def _silu(x: Tensor, alpha: float) -> Tensor:
-    return x * torch.sigmoid(alpha * x)
-
-
-def _gelu_tanh(x: Tensor, _: float) -> Tensor:
-    return nn.functional.gelu(x, approximate="tanh")
-
-
-def _relu2(x: Tensor, _: float) -> Tensor:
-    return x.relu().square()
-
-
-_FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {"silu": _silu, "gelu_tanh": _gelu_tanh, "relu2": _relu2}
-
-
-def activate_dense(x: Tensor, activation: Activation) -> Tensor:
-    """The description's own arithmetic in the dtype of x: [..., 2n], gate columns first, or [..., n] -> [..., n]."""
-    limit = math.inf if activation.limit is None else activation.limit
-    before, after = (limit if activation.clamp == when else math.inf for when in ("before", "after"))
-    gate, up = x.chunk(2, -1) if activation.gated else (x, None)
-    value = _FUNCTIONS[activation.function](gate.clamp(max=before), activation.alpha).clamp(max=after)
-    return value if up is None else value * (up.clamp(-limit, limit) + activation.up_shift)
+def activate_fp64(x: Tensor, activation: Activation) -> Tensor:
+    """What the layer computes of x float64, without its roundings: [..., 2n], gate columns first, or [..., n]."""
+    if not activation.gated:
+        return gate_fp64(x, activation)
+    gate, up = x.chunk(2, -1)
+    limit = activation.limit_of_up
+    if limit is not None:
+        up = limit * torch.tanh(up / limit) if activation.clamp == "tanh" else up.clamp(-limit, limit)
+    return gate_fp64(gate, activation) * (up + activation.up_shift)
 
 
 def fit_activation(experts: nn.Module, *, gated: bool, interleaved: bool) -> Activation:
@@ -54,9 +43,20 @@ def fit_activation(experts: nn.Module, *, gated: bool, interleaved: bool) -> Act
     gate through act_fn. ValueError with the value where no description fits.
     """
     with torch.no_grad(), torch.device("cpu"):
-        found = _fit_gated(_gate_of(experts, interleaved)) if gated else _fit_plain(_function_of(experts))
-        _check_fit(experts, found, interleaved)
-    return found
+        f: Gate | Function
+        if gated:
+            f = _gate_of(experts, interleaved)
+            candidates = [fit for clamp in CLAMPS if (fit := _fit_gated(f, clamp)) is not None]
+        else:
+            f = _function_of(experts)
+            candidates = [Activation(**_function(lambda x: float(f(_one(x))[0])), gated=False)]  # type: ignore[call-arg]
+        misses = {}
+        for candidate in candidates:
+            miss = _miss(f, candidate)
+            if not miss:
+                return candidate
+            misses[candidate] = miss
+    raise ValueError("its activation is none that the layer has" + "".join(f"; {miss}" for miss in misses.values()))
 
 
 def check_forward(
@@ -96,7 +96,7 @@ def check_forward(
             row = first[expert] @ x[token] + (0.0 if first_bias is None else first_bias[expert])
             if activation.gated and interleaved:
                 row = torch.cat((row[0::2], row[1::2]))
-            out = second[expert] @ activate_dense(row, activation)
+            out = second[expert] @ activate_fp64(row, activation)
             expected[token] += weight * (out + (0.0 if second_bias is None else second_bias[expert]))
     error = float((found - expected).norm() / expected.norm())
     if not error < 1e-4:  # NaN neither; some round between steps, and all who do something else are far off
@@ -148,79 +148,67 @@ def _function_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
     return function  # type: ignore[no-any-return]
 
 
-def _fit_gated(f: Gate) -> Activation:
+def _fit_gated(f: Gate, clamp: str) -> Activation | None:
+    """The activation with this clamp that equals f at a few values; None where there is none."""
+
     def at(gate: float, up: float) -> float:
         return float(f(_one(gate), _one(up))[0])
 
     slope = at(1.0, 1.0) - at(1.0, 0.0)
     if not abs(slope) > 1e-9:
-        raise ValueError("its output does not grow with up at gate 1: it is no f(gate) * (up + shift)")
-    shift = _nice(at(1.0, 0.0) / slope)
-    highest = at(1.0, _FAR) / slope - shift
-    limit = None if highest > _FAR / 2 else _nice(highest)
-    fitted = Activation(**_function(lambda gate: at(gate, 1.0) / (1.0 + shift)), up_shift=shift, limit=limit)
-    if limit is None:
-        return fitted
-    after = Activation(fitted.function, alpha=fitted.alpha, up_shift=shift, limit=limit, clamp="after")
-    # far out a clamp before the function gives f(limit), one after it the limit itself
-    at_far = at(_FAR, 1.0) / (1.0 + shift)
-    return min((fitted, after), key=lambda each: abs(at_far - _far(each)))
-
-
-def _fit_plain(f: Callable[[Tensor], Tensor]) -> Activation:
-    return Activation(**_function(lambda x: float(f(_one(x))[0])), gated=False)
+        raise ValueError("its output does not grow with up at gate 1, so it is no f(gate) * up")
+    if clamp == "tanh":
+        # up's factor is L tanh(up / L), which is L far out
+        ratio = at(1.0, 1.0) / at(1.0, _FAR)
+        if at(1.0, 0.0) != 0.0 or not 0.0 < ratio < 1.0:
+            return None
+        up_limit, shift, bounded = _nice(1.0 / math.atanh(ratio)), 0.0, True
+        whole = up_limit * math.tanh(1.0 / up_limit)
+    else:
+        shift = _nice(at(1.0, 0.0) / slope)
+        up_limit = at(1.0, _FAR) / slope - shift
+        bounded = up_limit < _FAR / 2
+        up_limit, whole = _nice(up_limit), 1.0 + shift
+    if whole == 0.0 or (bounded and not up_limit > 0):
+        return None
+    limit = _nice(at(_FAR, 1.0) / whole) if bounded and clamp != "before" else up_limit
+    if not limit > 0:
+        return None
+    linear = limit * math.tanh(1.0 / limit) if clamp == "tanh" else 1.0
+    return Activation(
+        **_function(lambda gate: at(gate, 1.0) / whole / linear),
+        up_shift=shift,
+        limit=limit if bounded else None,
+        clamp=clamp if bounded else "before",
+        up_limit=up_limit if bounded and up_limit != limit else None,
+    )
 
 
 def _function(f: Callable[[float], float]) -> dict[str, Any]:
-    """The function's name and alpha, from two values; whether it is that everywhere is for _check_fit() to find."""
+    """The function's name and alpha, from two values; whether it is that everywhere is for _miss() to find."""
     at_one = f(1.0)
     if abs(at_one - 1.0) < CLOSE and abs(f(2.0) - 4.0) < 4 * CLOSE:
         return {"function": "relu2"}
     if abs(at_one - float(nn.functional.gelu(_one(1.0), approximate="tanh"))) < CLOSE:
         return {"function": "gelu_tanh"}
     if not 0.0 < at_one < 1.0:
-        raise ValueError(f"its function takes 1 to {at_one:.6g}, which is none of silu, gelu_tanh and relu2")
+        raise ValueError(f"its function takes 1 to {at_one:.6g}, which is none of {', '.join(FUNCTIONS)}")
     return {"function": "silu", "alpha": _nice(float(torch.logit(_one(at_one))))}
 
 
-def _far(activation: Activation) -> float:
-    return float(activate_dense(torch.tensor([[_FAR, 1.0 - activation.up_shift]], dtype=torch.float64), activation)[0])
-
-
-def _check_fit(experts: nn.Module, activation: Activation, interleaved: bool) -> None:
+def _miss(f: Gate | Function, activation: Activation) -> str:
+    """Where f is not the activation, in words; empty where it is everywhere."""
     values = torch.tensor([sign * value for value in _VALUES for sign in (1.0, -1.0)], dtype=torch.float64)
-    if activation.gated:
-        gate, up = (each.flatten() for each in torch.meshgrid(values, values, indexing="ij"))
-        found = _gate_of(experts, interleaved)(gate, up)
-        expected = activate_dense(torch.stack((gate, up), -1), activation).flatten()
-        places = [f"gate {float(g):g}, up {float(u):g}" for g, u in zip(gate, up, strict=True)]
-    else:
-        found = _function_of(experts)(values).double()
-        expected = activate_dense(values, activation)
-        places = [f"{float(value):g}" for value in values]
+    given = [each.flatten() for each in torch.meshgrid(values, values, indexing="ij")] if activation.gated else [values]
+    found = f(*given).double()
+    expected = activate_fp64(torch.stack(given, -1), activation).flatten()
     wrong = ~((found - expected).abs() <= CLOSE * expected.abs() + 1e-9)
-    if bool(wrong.any()):
-        index = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"its activation at {places[index]} is {float(found[index]):.6g}, where the nearest description, "
-            f"{describe(activation)}, gives {float(expected[index]):.6g}"
-        )
-
-
-def describe(activation: Activation) -> str:
-    """Activation(limit=10.0) -> 'silu(min(gate, 10)) * clamp(up, 10)'"""
-    inner = "gate" if activation.gated else "x"
-    limit = activation.limit
-    if limit is not None and activation.clamp == "before":
-        inner = f"min({inner}, {limit:g})"
-    alpha = "" if activation.alpha == 1.0 else f" of alpha {activation.alpha:g}"
-    value = f"{activation.function}{alpha}({inner})"
-    if limit is not None and activation.clamp == "after":
-        value = f"min({value}, {limit:g})"
-    if not activation.gated:
-        return value
-    up = "up" if limit is None else f"clamp(up, {limit:g})"
-    return f"{value} * {up}" if activation.up_shift == 0.0 else f"{value} * ({up} + {activation.up_shift:g})"
+    if not bool(wrong.any()):
+        return ""
+    index = int(wrong.nonzero()[0])
+    names = ("gate", "up") if activation.gated else ("x",)
+    place = ", ".join(f"{name} {float(each[index]):g}" for name, each in zip(names, given, strict=True))
+    return f"at {place} it is {float(found[index]):.6g}, and {str(activation)!r} is {float(expected[index]):.6g}"
 
 
 def _one(value: float) -> Tensor:

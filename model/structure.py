@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from megamoe.activations import SWIGLU, Activation
-from megamoe.model.probe import check_forward, describe, fit_activation
+from megamoe.model.probe import check_forward, fit_activation
 from megamoe.shape import MoEShape
 
 
@@ -32,9 +32,9 @@ class Structure:
 
     def shape(self, topk: int) -> MoEShape:
         """The layer's MoEShape for topk experts a token. ValueError as MoEShape raises it."""
-        if self.activation != SWIGLU.with_limit(self.activation.limit) or self.has_bias:
-            raise ValueError(f"the layer has no {describe(self.activation)} and no biases yet")
-        return MoEShape(self.hidden, self.intermediate, self.num_experts, topk, self.activation.limit)
+        return MoEShape(
+            self.hidden, self.intermediate, self.num_experts, topk, activation=self.activation, bias=self.has_bias
+        )
 
     @property
     def first(self) -> str:

@@ -67,11 +67,11 @@ class Products(ABC):
 class KernelProducts(Products):
     """The CPU's kernels."""
 
-    layout = Blocks()
     decode_rows = 1.0  # reading the weights again, and half of a row's product
 
     def __init__(self, library: Library) -> None:
         self.library, self.arithmetic = library, library.path.arithmetic
+        self.layout = Blocks(library.path.order)
 
     def multiply(
         self,

@@ -122,7 +122,10 @@ class Panels(InTurns):
 
 
 class Blocks(Layout):
-    """Blocks of 32 outputs, as the CPU's kernels read them."""
+    """Blocks of 32 outputs, as the CPU's kernels read them; order: of MXFP4, as pack_mxfp4() has it."""
+
+    def __init__(self, order: str) -> None:
+        self.order = order
 
     def buffers(self, matrix: Matrix) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         if not matrix.packed:
@@ -134,11 +137,11 @@ class Blocks(Layout):
         assert isinstance(weight, MXFP4) == matrix.packed
         if not isinstance(weight, MXFP4):
             return {VALUES: pack_bf16(weight)}
-        packed, scales = pack_mxfp4(weight)
+        packed, scales = pack_mxfp4(weight, self.order)
         return {VALUES: packed, SCALES: scales}
 
     def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not matrix.packed:
             return {VALUES: unpack_bf16(held[VALUES], matrix.outputs, matrix.inputs)}
-        plain = unpack_mxfp4(held[VALUES], held[SCALES], matrix.outputs)
+        plain = unpack_mxfp4(held[VALUES], held[SCALES], matrix.outputs, self.order)
         return {VALUES: plain.packed, SCALES: plain.scales}

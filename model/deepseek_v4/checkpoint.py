@@ -10,22 +10,19 @@ layers).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP4, dequantize_e4m3_blocks
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
+from megamoe.model.loading.files import TensorFiles
 
 FP8_BLOCK = 128
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +38,10 @@ class E4M3Blocks:
 
 
 class Checkpoint:
-    """An open checkpoint: one file per shard, mapped, and read where asked. Use Checkpoint.open()."""
+    """An open checkpoint, read by range where asked. Use Checkpoint.open()."""
 
-    def __init__(self, path: Path, config: DeepSeekV4Config, files: dict[str, Any], where: dict[str, str]) -> None:
-        self.path, self.config = path, config
-        self.bytes_read = 0
-        self._files, self._where = files, where
+    def __init__(self, files: TensorFiles, config: DeepSeekV4Config) -> None:
+        self.path, self.config, self._files = files.path, config, files
 
     @classmethod
     @contextmanager
@@ -55,18 +50,13 @@ class Checkpoint:
 
         ValueError for a folder that is no such checkpoint, a shard that is missing or truncated.
         """
-        path = Path(path)
-        config = DeepSeekV4Config.read(path)
-        with ExitStack() as stack:
-            files: dict[str, Any] = {}
-            where: dict[str, str] = {}
-            for shard in _shards(path):
-                try:
-                    files[shard] = stack.enter_context(safe_open(path / shard, framework="pt"))
-                except (SafetensorError, OSError) as broken:
-                    raise ValueError(f"{path / shard} cannot be read, it may be truncated: {broken}") from broken
-                where |= dict.fromkeys(files[shard].keys(), shard)
-            yield cls(path, config, files, where)
+        config = DeepSeekV4Config.read(Path(path))
+        with TensorFiles.open(path) as files:
+            yield cls(files, config)
+
+    @property
+    def bytes_read(self) -> int:
+        return self._files.bytes_read
 
     def expert(self, layer: int, expert: int) -> tuple[MXFP4, MXFP4]:
         """gate_up [2I, H] (gate rows first) and down [H, I] of one expert."""
@@ -86,11 +76,11 @@ class Checkpoint:
     def gate_weight(self, layer: int) -> Tensor:
         """[E, H] bfloat16"""
         size = (self.config.n_routed_experts, self.config.hidden_size)
-        return self.tensor(f"layers.{layer}.ffn.gate.weight", size, "BF16").clone()
+        return self.tensor(f"layers.{layer}.ffn.gate.weight", size, "BF16")
 
     def gate_bias(self, layer: int) -> Tensor:
         """[E] float32, of a scored layer"""
-        return self.tensor(f"layers.{layer}.ffn.gate.bias", (self.config.n_routed_experts,), "F32").clone()
+        return self.tensor(f"layers.{layer}.ffn.gate.bias", (self.config.n_routed_experts,), "F32")
 
     def gate_table(self, layer: int) -> Tensor:
         """tid2eid [V, K] int32, of a hash-routed layer. ValueError for ids outside of [0, E)."""
@@ -101,38 +91,38 @@ class Checkpoint:
             raise ValueError(
                 f"{self.path}: {name} holds expert ids {low} to {high}, expected [0, {self.config.n_routed_experts})"
             )
-        return table.clone()
+        return table
 
     def norm(self, layer: int) -> Tensor:
         """[H] weight of the normalisation before the expert layer."""
-        return self.tensor(f"layers.{layer}.ffn_norm.weight", (self.config.hidden_size,), "BF16", "F32").clone()
+        return self.tensor(f"layers.{layer}.ffn_norm.weight", (self.config.hidden_size,), "BF16", "F32")
 
     def embedding(self, token_ids: Tensor) -> Tensor:
-        """token_ids [T] int64 -> [T, H] bfloat16; only the pages of the rows asked for are read."""
-        table = self.tensor("embed.weight", (self.config.vocab_size, self.config.hidden_size), "BF16", count=False)
-        rows = table[token_ids]
-        self.bytes_read += rows.numel() * rows.element_size()
-        return rows
+        """token_ids [T] int64 -> [T, H] bfloat16; only the rows asked for are read, each once."""
+        self._check("embed.weight", (self.config.vocab_size, self.config.hidden_size), "BF16")
+        entry = self._files.entries["embed.weight"]
+        unique, where = token_ids.unique(return_inverse=True)
+        rows = torch.empty(len(unique), self.config.hidden_size, dtype=torch.bfloat16, device="cpu")
+        for row, token in zip(rows, unique.tolist(), strict=True):
+            self._files.read(entry, row.unsqueeze(0), first=token, count=1)
+        return rows[where]
 
-    def tensor(self, name: str, shape: Sequence[int], *dtypes: str, count: bool = True) -> Tensor:
-        """One tensor by name, mapped: clone what is kept, or the whole shard stays mapped with it. F4: shape in bytes.
+    def tensor(self, name: str, shape: Sequence[int], *dtypes: str) -> Tensor:
+        """One tensor by name. F4: shape in bytes.
 
         ValueError where it is missing or has another shape or dtype than expected.
         """
-        if name not in self._where:
+        self._check(name, shape, *dtypes)
+        return self._files.read(self._files.entries[name])
+
+    def _check(self, name: str, shape: Sequence[int], *dtypes: str) -> None:
+        entry = self._files.entries.get(name)
+        if entry is None:
             raise ValueError(f"{self.path} has no tensor {name!r}")
-        file = self._files[self._where[name]]
-        view = file.get_slice(name)
-        if view.get_dtype() not in dtypes:
-            raise ValueError(f"{self.path}: {name} has dtype {view.get_dtype()}, expected {' or '.join(dtypes)}")
-        two_a_byte = view.get_dtype() == "F4"  # whose shape counts values
-        expected = [*shape[:-1], 2 * shape[-1]] if two_a_byte else list(shape)
-        if list(view.get_shape()) != expected:
-            raise ValueError(f"{self.path}: {name} has shape {view.get_shape()}, expected {expected}")
-        tensor: Tensor = file.get_tensor(name)
-        if count:
-            self.bytes_read += tensor.numel() * tensor.element_size()
-        return tensor
+        if entry.dtype not in dtypes:
+            raise ValueError(f"{self.path}: {name} has dtype {entry.dtype}, expected {' or '.join(dtypes)}")
+        if entry.shape != tuple(shape):
+            raise ValueError(f"{self.path}: {name} has shape {list(entry.shape)}, expected {list(shape)}")
 
     def _mxfp4(self, name: str, rows: int, columns: int) -> MXFP4:
         packed = self.tensor(f"{name}.weight", (rows, columns // 2), "I8", "U8", "F4")
@@ -143,21 +133,4 @@ class Checkpoint:
         values = self.tensor(f"{name}.weight", (rows, columns), "F8_E4M3")
         blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
         scales = self.tensor(f"{name}.scale", blocks, "F8_E8M0")
-        return E4M3Blocks(values.clone(), scales.view(torch.uint8).clone())
-
-
-def _shards(path: Path) -> list[str]:
-    """File names of the shards: those of the index, or the one file."""
-    index = path / INDEX
-    if not index.is_file():
-        if not (path / "model.safetensors").is_file():
-            raise ValueError(f"{path} holds neither {INDEX} nor model.safetensors")
-        return ["model.safetensors"]
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as broken:
-        raise ValueError(f"{index} has no weight_map that can be read: {broken!r}") from broken
-    missing = [shard for shard in shards if not (path / shard).is_file()]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}, which its index names")
-    return shards
+        return E4M3Blocks(values, scales.view(torch.uint8))

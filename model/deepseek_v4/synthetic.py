@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megamoe.ambient import undisturbed
 from megamoe.formats import quantize_e4m3_blocks, quantize_mxfp4
-from megamoe.model.deepseek_v4.checkpoint import INDEX
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
+from megamoe.model.loading.files import INDEX
 
 VOCABULARY = 129_280  # DeepSeek-V4's
 

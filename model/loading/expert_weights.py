@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP4
 from megamoe.model.experts import RoutedExperts
@@ -20,6 +20,18 @@ from megamoe.model.loading.stored import Encoding, Stored
 from megamoe.model.structure import Structure
 
 Weight = Tensor | MXFP4
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """What a converter asks of a model, for one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def get_parameter(self, name: str) -> Tensor:
+        assert name == self.name, (name, self.name)
+        return torch.empty(self.shape, device="meta")
 
 
 def parameter_names(structure: Structure) -> tuple[str, ...]:
@@ -37,7 +49,7 @@ class ExpertParameter:
 
     target: Target
     shape: tuple[int, ...]
-    model: nn.Module
+    model: Any
     config: Any
     _whole: Tensor | None = None  # where the converter moves something along the experts
 
@@ -118,7 +130,7 @@ class ExpertParameter:
                 tensors[pattern] = [sources[0].read_dense(files, expert).unsqueeze(0)]
             else:
                 tensors[pattern] = [sources[expert].read_dense(files)]
-        return self.target.convert_expert(tensors, self.model, self.config)
+        return self.target.convert_expert(tensors, Shapes(self.target.name, (1, *self.shape[1:])), self.config)
 
     def _of_whole(self, files: TensorFiles, expert: int) -> Tensor:
         if self._whole is None:
@@ -205,6 +217,11 @@ class ExpertSource:
     def forget(self) -> None:
         for parameter in self.parameters.values():
             parameter.forget()
+
+    def let_go(self) -> None:
+        """Of the model, which converters ask for shapes: from now on they are told from what is known of them."""
+        for parameter in self.parameters.values():
+            parameter.model = Shapes(parameter.target.name, parameter.shape)
 
 
 def expert_source(

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def load(
     device = torch.device(device)
     ranks = EPGroup.of(group, device)
     loading: list[_Loading] = []
+
+    gc.collect()  # ranks tell layers of one name apart by those that live: models that are gone must be
 
     def look() -> str:
         for name, value, known in (("experts", experts, EXPERTS), ("dense", dense, DENSE)):
@@ -328,6 +331,9 @@ class _Loading:
         else:
             model.to(self.device)
         _read_generation_config(model, self.files.path)
+        for source in self.sources.values():
+            source.let_go()
+        self.skeleton = replace(self.skeleton, model=None)  # the model has this, and must not hold itself
         model.megamoe_loading, model.megamoe_report = self, self.report
         return model
 

@@ -6,11 +6,9 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -69,7 +67,7 @@ class Target:
             return list(self.sources.values())
         return [self.sources[pattern] for pattern in self.converter.source_patterns if pattern in self.sources]
 
-    def convert(self, tensors: Mapping[str, list[Tensor]], model: nn.Module, config: Any) -> dict[str, Tensor]:
+    def convert(self, tensors: Mapping[str, list[Tensor]], model: Any, config: Any) -> dict[str, Tensor]:
         """The converter's operations on tensors by pattern -> the model's tensors by name."""
         if self.converter is None:
             (sources,) = tensors.values()
@@ -80,11 +78,9 @@ class Target:
         made = converter.convert(self.name, model=model, config=config)
         return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
 
-    def convert_expert(self, tensors: Mapping[str, list[Tensor]], model: nn.Module, config: Any) -> Tensor:
+    def convert_expert(self, tensors: Mapping[str, list[Tensor]], model: Any, config: Any) -> Tensor:
         """As convert(), for one expert: matrices where the converter merges a list, else stacks of one."""
-        shape = tuple(model.get_parameter(self.name).shape)
-        alone = SimpleNamespace(get_parameter=lambda _: torch.empty(1, *shape[1:], device="meta"))
-        (made,) = self.convert(tensors, alone, config).values()  # type: ignore[arg-type]
+        (made,) = self.convert(tensors, model, config).values()
         return made[0]
 
 

@@ -26,8 +26,8 @@ import torch
 
 from megamoe.kernels.cpu.paths import Path
 
-SOURCES = ("products.cpp", "rows.cpp", "routing.cpp")
-HEADERS = ("vectors.h", "state.h")
+SOURCES = ("rows.cpp", "routing.cpp")  # and the path's products
+HEADERS = ("out.h", "vectors.h", "state.h")
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 DEADLINE_S = 300.0
 _HERE = FilePath(__file__).parent
@@ -80,7 +80,7 @@ def _cache() -> FilePath:
 def _fingerprint(path: Path) -> str:
     """Of what the library is made from: sources, flags, torch, and the compiler that would be asked."""
     digest = hashlib.sha256()
-    for name in (*SOURCES, *HEADERS):
+    for name in (path.products, *SOURCES, *HEADERS):
         digest.update((_HERE / name).read_bytes())
     said = [*FLAGS, *path.flags, torch.__version__, _compiler(), platform.machine()]
     digest.update("\0".join(said).encode())
@@ -121,7 +121,7 @@ def _compile(path: Path, library: FilePath) -> None:
     with tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent) as folder:
         asked = {
             "name": "megamoe_cpu",
-            "sources": [str(_HERE / name) for name in SOURCES],
+            "sources": [str(_HERE / name) for name in (path.products, *SOURCES)],
             "extra_cflags": [*FLAGS, *path.flags],
             "build_directory": folder,
         }

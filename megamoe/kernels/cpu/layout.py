@@ -14,6 +14,9 @@ from megamoe.formats import BLOCK, MXFP4, unpack_e2m1
 
 OUTPUTS = 32
 _BLOCKS_AT_ONCE = 8  # so that what packing needs meanwhile is small
+# Of codes [block, h, l, o, eight, a, b, c], output 16 h + 4 l + o and K 8 eight + 4 a + 2 b + c: the dimensions as they
+# lie in memory, the two nibbles of a byte last.
+_ORDERS = {"bytes": (0, 4, 5, 2, 1, 3, 7, 6), "words": (0, 4, 1, 2, 3, 7, 5, 6)}
 
 
 def num_blocks(outputs: int) -> int:
@@ -32,11 +35,13 @@ def bf16_shape(outputs: int, inputs: int) -> tuple[int, ...]:
     return num_blocks(outputs), -(-inputs // BLOCK) * BLOCK // 2, OUTPUTS, 2
 
 
-def pack_mxfp4(weight: MXFP4) -> MXFP4Blocks:
+def pack_mxfp4(weight: MXFP4, order: str = "bytes") -> MXFP4Blocks:
     """weight [N, K] -> packed uint8 [B, K/4, 64], scales uint8 [B, G, 32].
 
-    Byte 16 l + 8 h + 2 o + j of the 64 belongs to output 16 h + 4 l + o: its low nibble to the 4 values' j, its high
-    nibble to their 2 + j.
+    order "bytes": byte 16 l + 8 h + 2 o + j of the 64 belongs to output 16 h + 4 l + o: its low nibble to the 4 values'
+    j, its high nibble to their 2 + j.
+    order "words": byte 64 h + 4 o + 2 p + b of two times 64 belongs to output 16 h + o: its low nibble to the 8 values'
+    4 b + p, its high nibble to their 4 b + 2 + p.
     """
     outputs, inputs = weight.shape
     shapes = mxfp4_shapes(outputs, inputs)
@@ -44,8 +49,7 @@ def pack_mxfp4(weight: MXFP4) -> MXFP4Blocks:
     for first in range(0, shapes[0][0], _BLOCKS_AT_ONCE):
         rows = slice(first * OUTPUTS, (first + _BLOCKS_AT_ONCE) * OUTPUTS)
         codes = _pad(unpack_e2m1(weight.packed[rows]), OUTPUTS, 0)
-        # block, h, l, o; four, high nibble, j
-        codes = codes.view(-1, 2, 4, 4, inputs // 4, 2, 2).permute(0, 4, 2, 1, 3, 6, 5)
+        codes = codes.view(-1, 2, 4, 4, inputs // 8, 2, 2, 2).permute(_ORDERS[order])
         part = packed[first : first + _BLOCKS_AT_ONCE]
         torch.bitwise_or(codes[..., 0], codes[..., 1] << 4, out=part.view(codes.shape[:-1]))
         block_scales = _pad(weight.scales[rows], OUTPUTS, 0).view(-1, OUTPUTS, inputs // BLOCK)
@@ -53,12 +57,14 @@ def pack_mxfp4(weight: MXFP4) -> MXFP4Blocks:
     return packed, scales
 
 
-def unpack_mxfp4(packed: Tensor, scales: Tensor, outputs: int) -> MXFP4:
+def unpack_mxfp4(packed: Tensor, scales: Tensor, outputs: int, order: str = "bytes") -> MXFP4:
     """Inverse of pack_mxfp4(), for any number of matrices: packed [..., B, K/4, 64] -> MXFP4 [..., N, K]"""
     *lead, blocks, fours, _ = packed.shape
-    bytes_ = packed.reshape(-1, blocks, fours, 4, 2, 4, 2)  # block, four, l, h, o, j
-    codes = torch.stack((bytes_ & 15, bytes_ >> 4), -2)  # ... o, high nibble, j
-    codes = codes.permute(0, 1, 4, 3, 5, 2, 6, 7)  # block, h, l, o, four, high nibble, j
+    sizes = (-1, 2, 4, 4, fours // 2, 2, 2, 2)
+    permuted = [sizes[dim] for dim in _ORDERS[order][:-1]]
+    bytes_ = packed.reshape(permuted)
+    codes = torch.stack((bytes_ & 15, bytes_ >> 4), -1)
+    codes = codes.permute([_ORDERS[order].index(dim) for dim in range(8)])
     rows = (codes[..., 0] | (codes[..., 1] << 4)).reshape(*lead, blocks * OUTPUTS, fours * 2)
     plain = scales.transpose(-1, -2).reshape(*lead, blocks * OUTPUTS, fours * 4 // BLOCK)
     return MXFP4(rows[..., :outputs, :].contiguous(), plain[..., :outputs, :].contiguous())

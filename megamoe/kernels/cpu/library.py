@@ -324,33 +324,65 @@ def sum_in_order(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Ten
     return total
 
 
+def sum_in_tiles(x: Tensor, weight: Tensor) -> Tensor:
+    """The order of summation of "bf16-tile" in plain torch: x [n, K] and weight [N, K] bfloat16 -> [n, N] float32.
+
+    For each 32 of K a chain of fused steps over the even ones and one over the odd ones, from zero; their sum is added
+    to the total. Subnormal operands and results are zero.
+    """
+    total = torch.zeros(len(x), len(weight), dtype=torch.float32, device="cpu")
+    wide_x, wide_weight = (_without_subnormals(each.to(torch.float64)) for each in (x, weight))
+    for start in range(0, x.shape[1], 32):
+        even, odd = torch.zeros_like(total), torch.zeros_like(total)
+        for k in range(start, min(start + 32, x.shape[1]), 2):
+            even = _flushed(wide_x[:, k, None] * wide_weight[:, k] + even.to(torch.float64))
+            if k + 1 < x.shape[1]:
+                odd = _flushed(wide_x[:, k + 1, None] * wide_weight[:, k + 1] + odd.to(torch.float64))
+        part = _flushed(even.to(torch.float64) + odd.to(torch.float64))
+        total = _flushed(total.to(torch.float64) + part.to(torch.float64))
+    return total
+
+
+def _without_subnormals(values: Tensor) -> Tensor:
+    return torch.where(values.abs() < 2.0**-126, values * 0, values)
+
+
+def _flushed(exact: Tensor) -> Tensor:
+    """float64 rounded to float32; zero of its sign where it is below 2^-126 once its mantissa is rounded."""
+    small = (exact * 2.0**64).to(torch.float32).abs() < 2.0**-62
+    return torch.where(small, exact * 0, exact).to(torch.float32)
+
+
 def find_fault(library: Library) -> str:
     """What is wrong with the library on this machine, "" where nothing is: some milliseconds, at its first use.
 
-    By the number of rows both ways of the products are taken. The bits of "fma" are known; those of "bf16-dot" must be
-    the same in any company and near the sum in FP64.
+    By the number of rows all ways of the products are taken. The bits of "fma" and of "bf16-tile" are known; those of
+    "bf16-dot" must be the same in any company and near the sum in FP64.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
-    outputs, inputs, num_rows = 72, 96, 15
+    outputs, inputs, num_rows = 72, 96, 35
     weight, x = (
         torch.randn(rows, inputs, generator=generator, dtype=torch.float32, device="cpu")
         for rows in (outputs, num_rows)
     )
     x = x.to(torch.bfloat16)
     quantized, dense = quantize_mxfp4(weight), weight.to(torch.bfloat16)
-    packed, scales = pack_mxfp4(quantized)
+    packed, scales = pack_mxfp4(quantized, library.path.order)
     exact = {"MXFP4": dequantize_mxfp4(quantized, torch.float64), "BF16": dense.to(torch.float64)}
     for name, held in (("MXFP4", (packed[None], scales[None])), ("BF16", pack_bf16(dense)[None])):
         whole = _product(library, x, held, outputs)
-        for rows in (1, 3, 6):
+        for rows in (1, 3, 6, 20):
             if not torch.equal(_product(library, x[:rows], held, outputs), whole[:rows]):
                 return f"products of {name} weights have other bits for {rows} rows than for {num_rows}"
         reference = x.to(torch.float64) @ exact[name].T
         if float((whole - reference).norm()) > 1e-5 * float(reference.norm()):
             return f"products of {name} weights are wrong"
-    if library.path.arithmetic == "fma":
-        values = torch.tensor(_E2M1, dtype=torch.float32, device="cpu")[unpack_e2m1(quantized.packed).long()]
-        expected = sum_in_order(x[:2], values, quantized.scales.view(torch.float8_e8m0fnu).to(torch.float32))
+    if library.path.arithmetic != "bf16-dot":
+        if library.path.arithmetic == "fma":
+            values = torch.tensor(_E2M1, dtype=torch.float32, device="cpu")[unpack_e2m1(quantized.packed).long()]
+            expected = sum_in_order(x[:2], values, quantized.scales.view(torch.float8_e8m0fnu).to(torch.float32))
+        else:
+            expected = sum_in_tiles(x[:2], dequantize_mxfp4(quantized))
         if not torch.equal(_product(library, x[:2], (packed[None], scales[None]), outputs), expected):
             return "products of MXFP4 weights are not summed in the order that they should be"
     return ""
@@ -369,7 +401,7 @@ def product_of(library: Library, x: Tensor, weight: MXFP4 | Tensor, out: Tensor)
     """x [n, K] bfloat16 times one matrix [N, K], MXFP4 or bfloat16 as it comes, into out [n, N]."""
     held: MXFP4Blocks | Tensor
     if isinstance(weight, MXFP4):
-        packed, scales = pack_mxfp4(weight)
+        packed, scales = pack_mxfp4(weight, library.path.order)
         held = (packed[None], scales[None])
     else:
         held = pack_bf16(weight)[None]

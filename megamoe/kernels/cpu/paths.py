@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -18,20 +21,41 @@ class Path:
 
     arithmetic   "fma": one fused multiply-add for each value of K, the same bits on all such paths
                  "bf16-dot": one BF16 dot product for each pair of K, as AVX512_BF16 rounds it
+                 "bf16-tile": one BF16 product of tiles for each 32 of K, as AMX rounds it
     flags        what the compiler is given; needs: what torch.cpu.get_capabilities() must have
+    products     the source of its products; order: of MXFP4 weights, as pack_mxfp4() has it
     """
 
     name: str
     arithmetic: str
     flags: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    products: str = "products.cpp"
+    order: str = "bytes"
 
     def runs_on(self, features: Mapping[str, object]) -> bool:
-        return all(features.get(each) for each in self.needs)
+        return all(features.get(each) for each in self.needs) and ("amx_tile" not in self.needs or may_use_tiles())
+
+
+@lru_cache(maxsize=1)
+def may_use_tiles() -> bool:
+    """Whether the operating system saves AMX's tiles for this process. Linux does for one that has asked; this asks."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 # best first
 PATHS = (
+    Path(
+        "amx-bf16",
+        "bf16-tile",
+        (*_AVX512_FLAGS, "-DMEGAMOE_AMX"),
+        (*_AVX512, "amx_tile", "amx_bf16"),
+        products="tiles.cpp",
+        order="words",
+    ),
     Path(
         "avx512-bf16",
         "bf16-dot",

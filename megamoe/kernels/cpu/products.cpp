@@ -18,8 +18,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "out.h"
 #include "state.h"
-#include "vectors.h"
 
 namespace megamoe {
 namespace {
@@ -75,23 +75,6 @@ struct Rows {
                 k += STEP, at += num_rows;
             }
             for (; k < end; k += STEP, at += num_rows) *at = Element(0);
-        }
-    }
-};
-
-struct Out {
-    void* to;
-    int64_t stride, width;
-    const int64_t* goes;
-    bool wide;  // FP32
-
-    void write(int64_t r, int64_t first, const float* sums, int count) const {
-        const int64_t at = (goes ? goes[r] : r) * stride + first;
-        count = int(std::min<int64_t>(count, width - first));
-        if (wide) {
-            for (int i = 0; i < count; i++) static_cast<float*>(to)[at + i] = sums[i];
-        } else {
-            for (int i = 0; i < count; i++) static_cast<uint16_t*>(to)[at + i] = to_bf16(sums[i]);
         }
     }
 };
@@ -191,8 +174,8 @@ void run_units(const Share& share, int first, int64_t unit, const Element* x, co
     for (int n = 0; n < NUM; n++)
         for (int half = 0; half < 2; half++)
             for (int r = 0; r < ROWS; r++, from += LANES)
-                share.out.write(share.first + first + r, (unit + n) / UNITS * BLOCK + output_of(units[n], half), from,
-                                LANES);
+                share.out.write<LANES>(share.first + first + r,
+                                       (unit + n) / UNITS * BLOCK + output_of(units[n], half), from);
 }
 
 // As many units as run side by side for all rows, then the next; what the second four rows read is still in a cache.
@@ -296,8 +279,8 @@ void run_panel(const Share& share, int64_t first, int rows, int64_t begin, int64
     for (int row = 0; row < rows; row++)
         for (int64_t unit = begin * UNITS; unit < end * UNITS; unit++)
             for (int half = 0; half < 2; half++)
-                share.out.write(first + row, unit / UNITS * BLOCK + output_of(int(unit % UNITS), half),
-                                sums + row * width + (unit - begin * UNITS) * UNIT + half * LANES, LANES);
+                share.out.write<LANES>(first + row, unit / UNITS * BLOCK + output_of(int(unit % UNITS), half),
+                                       sums + row * width + (unit - begin * UNITS) * UNIT + half * LANES);
 }
 
 template <class At>

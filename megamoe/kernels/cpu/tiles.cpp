@@ -1,0 +1,371 @@
+// Products of rows with expert weights by AMX, in an order of summation that depends on K alone.
+//
+// For output o of row r, w a weight with its scale, which BF16 holds exactly:
+//
+//     sum = 0
+//     for each 32 values of K, ascending:
+//         even = odd = 0
+//         for each k of the 16 even ones, ascending: even = fma(x[r][k], w[o][k], even); odd likewise, of the odd ones
+//         sum = sum + (even + odd)
+//     out[r][o] = sum, rounded once to BF16, or as it is
+//
+// in FP32, to nearest, where operands and results of subnormal size count as zero. That is one TDPBF16PS for each 32 of K,
+// for up to 16 rows and 16 outputs at once: one row or many, every product takes the same instruction on a tile of its
+// number of rows, and K is filled up with zeros. The instruction heeds no state of the thread. A scale of 2^-127, which
+// is subnormal itself, counts as zero.
+//
+// Weights of BF16 lie in memory as tiles have them (layout.py). MXFP4 is decoded to the same order: for few rows into a
+// ring of a few KB on the way to the tiles, for more a block at once, which all rows then read.
+#include <algorithm>
+#include <vector>
+
+#include "out.h"
+
+#if defined(MEGAMOE_AMX)
+#include <immintrin.h>
+#endif
+
+namespace megamoe {
+namespace {
+
+constexpr int BLOCK = 32;                   // outputs
+constexpr int GROUP = 32;                   // values of K under one scale, and in one instruction
+constexpr int TILE = 16;                    // rows of a tile of tokens; outputs of a tile of weights
+constexpr int PAIR_ROW = BLOCK * 2;         // values: a pair of K for each output of a block
+constexpr int SLICE = GROUP / 2 * PAIR_ROW;  // values: a group of K of a block
+constexpr int RING = 4;                     // slices
+constexpr int PANEL_ROWS = 512;             // whose tokens are in tiles at once
+
+// ---- tiles: sums 0 to 3 (first rows, first outputs; first, second; second, first; second, second), tokens 4 and 5,
+// weights 6 and 7 ----
+
+#if defined(MEGAMOE_AMX)
+
+class Tiles {
+    struct alignas(64) Shapes {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    };
+    int first = 0, second = 0;
+
+public:
+    ~Tiles() {
+        if (first) asm volatile("tilerelease" ::: "memory");
+    }
+
+    // So many rows in the first and in the second tile of tokens.
+    void shape(int first_rows, int second_rows) {
+        if (first_rows == first && second_rows == second) return;
+        first = first_rows, second = second_rows;
+        Shapes shapes;
+        const int rows[8] = {first, first, second, second, first, second, TILE, TILE};
+        for (int t = 0; t < 8; t++) shapes.rows[t] = uint8_t(rows[t]), shapes.row_bytes[t] = rows[t] ? 64 : 0;
+        asm volatile("ldtilecfg %0" ::"m"(shapes));
+    }
+
+    template <int T>
+    void zero() {
+        asm volatile("tilezero %%tmm%c0" ::"i"(T));
+    }
+    template <int T>
+    void load(const void* from, int64_t stride) {
+        asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+    }
+    template <int T>
+    void store(void* to, int64_t stride) const {
+        asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
+    }
+    template <int SUMS, int TOKENS, int WEIGHTS>
+    void add_products() {
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(TOKENS), "i"(WEIGHTS));
+    }
+};
+
+#else
+
+// The same written out, to test what surrounds the instructions where the CPU has none.
+class Tiles {
+    uint32_t tile[8][TILE][TILE];
+    int rows[8];
+
+    static float flush(float v) { return as_bits(v) & 0x7F800000 ? v : as_float(as_bits(v) & 0x80000000); }
+    // A result is small by what it rounds to without a least exponent.
+    static float rounded(double exact) {
+        const float scaled = float(exact * 0x1p64);
+        return std::fabs(scaled) < 0x1p-62f ? std::copysign(0.0f, float(scaled)) : float(exact);
+    }
+    static float fused(uint16_t a, uint16_t b, float c) {
+        return rounded(double(flush(from_bf16(a))) * flush(from_bf16(b)) + c);
+    }
+
+public:
+    void shape(int first, int second) {
+        const int of[8] = {first, first, second, second, first, second, TILE, TILE};
+        std::copy(of, of + 8, rows);
+    }
+    template <int T>
+    void zero() {
+        std::memset(tile[T], 0, sizeof tile[T]);
+    }
+    template <int T>
+    void load(const void* from, int64_t stride) {
+        for (int r = 0; r < rows[T]; r++)
+            std::memcpy(tile[T][r], static_cast<const char*>(from) + r * stride, sizeof tile[T][r]);
+    }
+    template <int T>
+    void store(void* to, int64_t stride) const {
+        for (int r = 0; r < rows[T]; r++)
+            std::memcpy(static_cast<char*>(to) + r * stride, tile[T][r], sizeof tile[T][r]);
+    }
+    template <int SUMS, int TOKENS, int WEIGHTS>
+    void add_products() {
+        for (int r = 0; r < rows[SUMS]; r++)
+            for (int o = 0; o < TILE; o++) {
+                float even = 0, odd = 0;
+                for (int pair = 0; pair < TILE; pair++) {
+                    const uint32_t x = tile[TOKENS][r][pair], w = tile[WEIGHTS][pair][o];
+                    even = fused(uint16_t(x), uint16_t(w), even);
+                    odd = fused(uint16_t(x >> 16), uint16_t(w >> 16), odd);
+                }
+                uint32_t& sum = tile[SUMS][r][o];
+                sum = as_bits(rounded(double(as_float(sum)) + rounded(double(even) + odd)));
+            }
+    }
+};
+
+#endif
+
+// ---- weights ----
+
+// A block of BF16 weights: slices as tiles read them.
+struct BF16 {
+    const uint16_t* values;
+};
+
+// A block of MXFP4: for each 8 of K 2 x 64 bytes, of 16 outputs each. Word 2 o + p of them belongs to output o; its nibble
+// i to value 2 i + p of the eight.
+struct MXFP4 {
+    const uint8_t* packed;
+    const uint8_t* scales;
+};
+
+// A code's BF16 with the largest scale, 2^125; what a smaller scale is below that leaves the exponent. Subtraction stops
+// at zero, so zero stays what it is and so does what is subnormal. Nothing is taken from a sign: scale 0 is refused first.
+#if defined(MEGAMOE_AMX)
+
+class Decode {
+    __m512i table;
+
+    static __m512i below(const uint8_t* scales) {
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+        const __m512i less = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(252), bytes), 7);
+        return _mm512_mask_set1_epi32(_mm512_or_si512(less, _mm512_slli_epi32(less, 16)),
+                                      _mm512_testn_epi32_mask(bytes, bytes), -1);
+    }
+
+public:
+    Decode() {
+        alignas(64) uint16_t words[32];
+        constexpr uint16_t magnitudes[8] = {0, 0x7D80, 0x7E00, 0x7E40, 0x7E80, 0x7EC0, 0x7F00, 0x7F40};
+        for (int code = 0; code < 32; code++)
+            words[code] = uint16_t(magnitudes[code & 7] | (code & 8 && code & 7 ? 0x8000 : 0));
+        table = _mm512_load_si512(words);
+    }
+
+    void operator()(const MXFP4& block, int64_t group, uint16_t* to) const {
+        const uint8_t* from = block.packed + group * (SLICE / 2);
+        for (int half = 0; half < 2; half++) {
+            const __m512i less = below(block.scales + group * BLOCK + half * TILE);
+#pragma GCC unroll 4
+            for (int eight = 0; eight < 4; eight++) {
+                __m512i words = _mm512_loadu_si512(from + eight * 128 + half * 64);
+#pragma GCC unroll 4
+                for (int pair = 0; pair < 4; pair++) {  // vpermw reads five bits of a word: the table is there twice
+                    const __m512i values = _mm512_subs_epu16(_mm512_permutexvar_epi16(words, table), less);
+                    _mm512_store_si512(to + (eight * 4 + pair) * PAIR_ROW + half * TILE * 2, values);
+                    words = _mm512_srli_epi16(words, 4);
+                }
+            }
+        }
+    }
+};
+
+#else
+
+struct Decode {
+    void operator()(const MXFP4& block, int64_t group, uint16_t* to) const {
+        constexpr uint16_t magnitudes[8] = {0, 0x7D80, 0x7E00, 0x7E40, 0x7E80, 0x7EC0, 0x7F00, 0x7F40};
+        const uint8_t *from = block.packed + group * (SLICE / 2), *scales = block.scales + group * BLOCK;
+        for (int k = 0; k < GROUP; k++)
+            for (int o = 0; o < BLOCK; o++) {
+                const int nibble = k / 2 % 4;
+                const uint8_t byte = from[k / 8 * 128 + o / TILE * 64 + (o % TILE * 2 + k % 2) * 2 + nibble / 2];
+                const int code = byte >> nibble % 2 * 4 & 15, less = scales[o] ? (252 - scales[o]) << 7 : 0xFFFF;
+                const int value = std::max(magnitudes[code & 7] - less, 0);
+                to[k / 2 * PAIR_ROW + o * 2 + k % 2] = uint16_t(value | (value && code & 8 ? 0x8000 : 0));
+            }
+    }
+};
+
+#endif
+
+// ---- rows ----
+
+struct Rows {
+    const uint16_t* x;
+    int64_t stride, depth;
+    const int64_t* source;
+
+    // Rows first to first + num_rows - 1 as tiles, [groups][num_rows][GROUP], zero beyond K.
+    void to_tiles(int64_t first, int num_rows, int64_t groups, uint16_t* to) const {
+        for (int r = 0; r < num_rows; r++) {
+            const uint16_t* from = x + (source ? source[first + r] : first + r) * stride;
+            uint16_t* at = to + r * GROUP;
+            int64_t left = depth;
+            for (int64_t group = 0; group < groups; group++, from += GROUP, left -= GROUP, at += num_rows * GROUP) {
+                if (left >= GROUP) {
+                    std::memcpy(at, from, GROUP * sizeof *at);
+                } else {
+                    std::fill(std::copy(from, from + left, at), at + GROUP, uint16_t(0));
+                }
+            }
+        }
+    }
+};
+
+// What a thread works in, kept from call to call.
+class Scratch {
+    std::vector<uint16_t> tokens, weights;
+
+    // At least `size` values, from the start of a cache line on.
+    static uint16_t* take(std::vector<uint16_t>& buffer, int64_t size) {
+        constexpr size_t LINE = 64;
+        if (buffer.size() < size + LINE) buffer.resize(size + LINE);
+        const auto at = reinterpret_cast<uintptr_t>(buffer.data());
+        return reinterpret_cast<uint16_t*>((at + LINE - 1) / LINE * LINE);
+    }
+
+public:
+    uint16_t* take_tokens(int64_t size) { return take(tokens, size); }
+    uint16_t* take_weights(int64_t size) { return take(weights, size); }
+};
+thread_local Scratch scratch;
+
+// An expert's rows, and the part of its blocks that a thread computes.
+struct Share {
+    Rows rows;
+    Out out;
+    int64_t first, count;  // rows
+    int64_t begin, end;    // blocks
+    int64_t groups;        // of K
+};
+
+// Up to 32 rows by a block: tokens as tiles, the second 16 rows after the first; at(group) the weights of a slice.
+template <bool SECOND, class At>
+void sum_rows(Tiles& tiles, const uint16_t* tokens, int first, int second, int64_t groups, const At& at,
+              float (&sums)[2 * TILE][BLOCK]) {
+    tiles.shape(first, second);
+    const uint16_t* more = tokens + groups * first * GROUP;
+    tiles.zero<0>(), tiles.zero<1>();
+    if constexpr (SECOND) tiles.zero<2>(), tiles.zero<3>();
+    for (int64_t group = 0; group < groups; group++) {
+        const uint16_t* weights = at(group);
+        tiles.load<6>(weights, PAIR_ROW * 2);
+        tiles.load<4>(tokens + group * first * GROUP, GROUP * 2);
+        tiles.add_products<0, 4, 6>();
+        tiles.load<7>(weights + TILE * 2, PAIR_ROW * 2);
+        tiles.add_products<1, 4, 7>();
+        if constexpr (SECOND) {
+            tiles.load<5>(more + group * second * GROUP, GROUP * 2);
+            tiles.add_products<2, 5, 6>();
+            tiles.add_products<3, 5, 7>();
+        }
+    }
+    tiles.store<0>(sums[0], BLOCK * 4), tiles.store<1>(sums[0] + TILE, BLOCK * 4);
+    if constexpr (SECOND) tiles.store<2>(sums[TILE], BLOCK * 4), tiles.store<3>(sums[TILE] + TILE, BLOCK * 4);
+}
+
+// Rows `row` to row + rows - 1 of the share, up to 32, by a block.
+template <class At>
+void run_rows(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t row, int rows, int64_t block,
+              const At& at) {
+    alignas(64) float sums[2 * TILE][BLOCK];
+    if (rows > TILE) {
+        sum_rows<true>(tiles, tokens, TILE, rows - TILE, share.groups, at, sums);
+    } else {
+        sum_rows<false>(tiles, tokens, rows, 0, share.groups, at, sums);
+    }
+    for (int r = 0; r < rows; r++) share.out.write<BLOCK>(share.first + row + r, block * BLOCK, sums[r]);
+}
+
+void run_block(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t first, int rows, int64_t block,
+               const BF16& weights) {
+    for (int row = 0; row < rows; row += 2 * TILE)
+        run_rows(share, tiles, tokens + row * share.groups * GROUP, first + row, std::min(2 * TILE, rows - row), block,
+                 [&](int64_t group) { return weights.values + group * SLICE; });
+}
+
+void run_block(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t first, int rows, int64_t block,
+               const MXFP4& weights) {
+    const Decode decode;
+    if (rows <= 2 * TILE) {  // the next slice is decoded while this one is multiplied
+        uint16_t* ring = scratch.take_weights(RING * SLICE);
+        decode(weights, 0, ring);
+        run_rows(share, tiles, tokens, first, rows, block, [&](int64_t group) {
+            if (group + 1 < share.groups) decode(weights, group + 1, ring + (group + 1) % RING * SLICE);
+            return ring + group % RING * SLICE;
+        });
+    } else {
+        uint16_t* decoded = scratch.take_weights(share.groups * SLICE);
+        for (int64_t group = 0; group < share.groups; group++) decode(weights, group, decoded + group * SLICE);
+        run_block(share, tiles, tokens, first, rows, block, BF16{decoded});
+    }
+}
+
+template <class At>
+void run_share(const Share& share, Tiles& tiles, const At& at) {
+    for (int64_t first = 0; first < share.count; first += PANEL_ROWS) {
+        const int rows = int(std::min<int64_t>(PANEL_ROWS, share.count - first));
+        uint16_t* tokens = scratch.take_tokens(rows * share.groups * GROUP);
+        for (int row = 0; row < rows; row += TILE)
+            share.rows.to_tiles(share.first + first + row, std::min(TILE, rows - row), share.groups,
+                                tokens + row * share.groups * GROUP);
+        for (int64_t block = share.begin; block < share.end; block++)
+            run_block(share, tiles, tokens, first, rows, block, at(block));
+    }
+}
+
+}  // namespace
+}  // namespace megamoe
+
+// As megamoe_products() of products.cpp, weights in the order of words (layout.py).
+extern "C" void megamoe_products(const uint16_t* x, int64_t x_stride, const int64_t* source, int64_t k,
+                                 const uint8_t* packed, const uint8_t* scales, int64_t packed_bytes,
+                                 int64_t scales_bytes, int64_t n, const int64_t* counts, int64_t experts, void* out,
+                                 int64_t out_stride, const int64_t* goes, int wide, int threads) {
+    using namespace megamoe;
+    const int64_t groups = (k + GROUP - 1) / GROUP, blocks = (n + BLOCK - 1) / BLOCK;
+    const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
+#pragma omp parallel for num_threads(int(shares)) schedule(static, 1) if (shares > 1)
+    for (int64_t part = 0; part < shares; part++) {
+        Tiles tiles;
+        int64_t first = 0;
+        for (int64_t expert = 0; expert < experts; first += counts[expert++]) {
+            if (!counts[expert]) continue;
+            const Share share{{x, x_stride, k, source}, {out, out_stride, n, goes, wide != 0}, first, counts[expert],
+                              blocks * part / shares, blocks * (part + 1) / shares, groups};
+            const uint8_t* at = packed + expert * packed_bytes;
+            if (scales) {
+                const uint8_t* scale = scales + expert * scales_bytes;
+                run_share(share, tiles, [=](int64_t b) {
+                    return MXFP4{at + b * groups * SLICE / 2, scale + b * groups * BLOCK};
+                });
+            } else {
+                run_share(share, tiles, [=](int64_t b) {
+                    return BF16{reinterpret_cast<const uint16_t*>(at) + b * groups * SLICE};
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,365 @@
+"""Checkpoints onto ranks: the values that are stored, the bits of one rank on any number, each rank its own bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megamoe.launch.ranks import LocalRanks
+from megamoe.model import load, load_tokenizer, regroup
+from megamoe.parallel.group import EPGroup
+from tests import checkpoints
+from tests.checkpoints import FAMILIES, VOCABULARY
+
+pytest.importorskip("transformers")
+ALL = (*FAMILIES, "native_v4", "gpt_oss_fp4", "fp8", "sharded")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of all kinds, by name."""
+    made: Path = tmp_path_factory.mktemp("loading")
+    for family in FAMILIES:
+        checkpoints.write(made / family, family)
+    checkpoints.rewrite(checkpoints.write(made / "native_v4", "deepseek_v4"), checkpoints.native_fp4)
+    checkpoints.rewrite(checkpoints.write(made / "gpt_oss_fp4", "gpt_oss"), checkpoints.gpt_oss_blocks)
+    checkpoints.rewrite(
+        checkpoints.write(made / "fp8", "qwen3_moe"),
+        checkpoints.fp8_blocks,
+        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
+    )
+    checkpoints.write(made / "sharded", "mixtral", shard="60KB")
+    return made
+
+
+def batch(rank: int = 0) -> Tensor:
+    """[2, 24] token ids"""
+    return torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(rank))
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits  # type: ignore[no-any-return]
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def subgroup(size: int) -> EPGroup | None:
+    """A group of the first ranks; None on the others. All ranks must ask."""
+    made = dist.new_group(list(range(size)))
+    return EPGroup.of(made) if dist.get_rank() < size else None
+
+
+# ---- the same on any number of ranks ----
+
+
+def on_ranks(group: EPGroup, folder: Path, sizes: tuple[int, ...]) -> list[tuple[str, int, str, int, int]]:
+    """Every checkpoint on groups of several sizes: its name, the size, digest of the logits, bytes read, experts."""
+    found = []
+    for size in sizes:
+        there = subgroup(size)
+        if there is not None:
+            for name in ALL:
+                model = load(folder / name, group=there)
+                report = model.megamoe_report
+                logits = logits_of(model, batch(group.rank))
+                found.append((name, size, digest(logits), report.bytes_read, report.experts_read))
+        dist.barrier()
+    return found
+
+
+def test_logits_have_the_bits_of_one_rank_and_a_rank_reads_its_own_experts(ranks: LocalRanks, folder: Path) -> None:
+    found = ranks.run(on_ranks, folder, (2, 3, 4))
+    for name in ALL:
+        model = load(folder / name)
+        report = model.megamoe_report
+        expected = [digest(logits_of(model, batch(rank))) for rank in range(4)]
+        layers = len(report.weight_formats)
+        for rank, rows in enumerate(found):
+            mine = {size: row for each, size, *row in rows if each == name}
+            for size, (bits, bytes_read, experts) in mine.items():
+                assert bits == expected[rank], (name, size, rank)
+                of_experts = report.expert_bytes // report.experts_read
+                assert bytes_read == report.dense_bytes + experts * of_experts, (name, size, rank)
+        for size in (2, 3, 4):
+            read = [next(row[4] for row in found[rank] if row[:2] == (name, size)) for rank in range(size)]
+            assert sum(read) == report.experts_read, (name, size)
+            assert max(read) - min(read) <= layers
+
+
+# ---- what is stored is what computes ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_computes_what_transformers_computes(tmp_path: Path, family: str) -> None:
+    model = checkpoints.make_model(family, dtype="float32").float()
+    model.save_pretrained(tmp_path)
+    expected = logits_of(model, batch())
+    found = load(tmp_path, experts="bf16")
+    assert found.dtype == torch.float32
+    error = float((logits_of(found, batch()) - expected).norm() / expected.norm())
+    assert error < 2e-2, error
+    assert not found.megamoe_report.unused
+
+
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(folder: Path) -> None:
+    for name in ALL:
+        model = load(folder / name)
+        whole = logits_of(model, batch())
+        assert torch.equal(logits_of(model, batch()[1:]), whole[1:]), name
+
+
+def dequantized(folder: Path, name: str, family: str) -> Any:
+    """transformers' model with the values that a packed checkpoint stores, in FP32."""
+    model = checkpoints.make_model(family).float()
+    return model, load_file(folder / name / "model.safetensors")
+
+
+def test_native_fp4_stays_as_it_is_stored(folder: Path) -> None:
+    model = load(folder / "native_v4")
+    assert set(model.megamoe_report.weight_formats.values()) == {"mxfp4"}
+    assert not model.megamoe_report.quantization_error
+    stored = load_file(folder / "native_v4" / "model.safetensors")
+    own = model.state_dict()
+    prefix = "model.layers.1.mlp.experts.layer.experts"
+    expected = torch.cat([stored[f"layers.1.ffn.experts.3.{name}.weight"] for name in ("w1", "w3")]).view(torch.uint8)
+    assert torch.equal(own[f"{prefix}.gate_up"][3], expected)
+    scales = stored["layers.1.ffn.experts.3.w2.scale"].view(torch.uint8)
+    assert torch.equal(own[f"{prefix}.down_scales"][3], scales)
+
+
+def test_gpt_oss_fp4_is_read_in_its_order_of_rows(folder: Path) -> None:
+    model = load(folder / "gpt_oss_fp4")
+    stored = load_file(folder / "gpt_oss_fp4" / "model.safetensors")
+    blocks = stored["model.layers.1.mlp.experts.gate_up_proj_blocks"][4].flatten(1)
+    own = model.state_dict()["model.layers.1.mlp.experts.layer.experts.gate_up"][4]
+    assert torch.equal(own, torch.cat((blocks[0::2], blocks[1::2])))
+
+
+def test_dense_fp8_stays_packed_and_computes_its_exact_values(folder: Path) -> None:
+    packed, decoded = load(folder / "fp8"), load(folder / "fp8", dense="bf16")
+    linear = packed.model.layers[0].self_attn.q_proj
+    assert linear.values.dtype == torch.float8_e4m3fn
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    exact = x.double() @ linear.weight.double().T
+    assert float((linear(x).double() - exact).norm() / exact.norm()) < 3e-3
+    assert torch.equal(linear(x[3:4]), linear(x)[3:4])
+    a, b = logits_of(packed, batch()), logits_of(decoded, batch())
+    assert float((a - b).norm() / b.norm()) < 0.1
+
+
+# ---- rounding on the way ----
+
+
+def test_the_error_of_rounding_is_stated_and_the_better_scales_are_better(folder: Path) -> None:
+    contract, best = (load(folder / "mixtral", experts="mxfp4", scales=each) for each in ("contract", "best"))
+    errors = [model.megamoe_report.quantization_error for model in (contract, best)]
+    assert set(errors[0]) == {f"model.layers.{layer}.mlp.experts" for layer in range(2)}
+    for name, error in errors[0].items():
+        assert 0.05 < errors[1][name] < error < 0.2
+    stored = load_file(folder / "mixtral" / "model.safetensors")
+    from megamoe.formats import MXFP4, dequantize_mxfp4
+
+    own = contract.state_dict()
+    prefix = "model.layers.0.mlp.experts.layer.experts"
+    squares = [0.0, 0.0]
+    for expert in range(5):
+        for key, names in (("gate_up", ("w1", "w3")), ("down", ("w2",))):
+            each = [stored[f"model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight"] for name in names]
+            weight = torch.cat(each).double()
+            packed = MXFP4(own[f"{prefix}.{key}"][expert], own[f"{prefix}.{key}_scales"][expert])
+            squares[0] += float((dequantize_mxfp4(packed, torch.float64) - weight).square().sum())
+            squares[1] += float(weight.square().sum())
+    assert errors[0]["model.layers.0.mlp.experts"] == pytest.approx((squares[0] / squares[1]) ** 0.5, rel=1e-5)
+
+
+# ---- progress, reports, another group ----
+
+
+def test_progress_counts_every_byte(folder: Path) -> None:
+    seen: list[Any] = []
+    model = load(folder / "mixtral", progress=seen.append)
+    report = model.megamoe_report
+    assert seen[-1].read == seen[-1].total == (report.bytes_read,)
+    assert report.bytes_read == report.bytes_total
+    assert str(report).startswith("read 0.00 of 0.00 GB in ")
+
+
+def wanders(group: EPGroup, path: Path) -> list[tuple[int, int, str]]:
+    """A model through groups of 2, 3 and 4 ranks; a rank that is new loads: experts kept, experts read, digest."""
+    model, found = None, []
+    for size in (2, 3, 4, 1):
+        there = subgroup(size)
+        if there is not None:
+            if model is None:
+                model = load(path, group=there)
+                report = model.megamoe_report
+            else:
+                report = regroup(model, there)
+            found.append((report.experts_kept, report.experts_read, digest(logits_of(model, batch()))))
+        dist.barrier()
+    return found
+
+
+def test_in_another_group_a_rank_reads_only_what_it_lacks(ranks: LocalRanks, folder: Path) -> None:
+    found = ranks.run(wanders, folder / "native_v4")
+    expected = digest(logits_of(load(folder / "native_v4"), batch()))
+    assert {bits for rank in found for _, _, bits in rank} == {expected}
+    # 8 experts in 3 layers: 4 | 4, then 3 | 3 | 2, then 2 | 2 | 2 | 2, then 8
+    assert [(kept, read) for kept, read, _ in found[0]] == [(0, 12), (9, 0), (6, 0), (6, 18)]
+    assert [(kept, read) for kept, read, _ in found[1]] == [(0, 12), (6, 3), (3, 3)]
+    assert [(kept, read) for kept, read, _ in found[2]] == [(0, 6), (0, 6)]
+
+
+# ---- what cannot be loaded ----
+
+
+def truncate(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def without(path: Path, name: str) -> None:
+    checkpoints.rewrite(path, lambda each, tensor: {} if each == name else {each: tensor})
+
+
+def changed(path: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    checkpoints.rewrite(path, lambda each, tensor: {each: change(tensor) if each == name else tensor})
+
+
+def as_pickle(path: Path) -> None:
+    torch.save({}, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+
+
+def wrong_index(path: Path) -> None:
+    names = [*load_file(path / "model.safetensors"), "model.layers.9.weight"]
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")})
+    )
+
+
+def lost_shard(path: Path) -> None:
+    names = load_file(path / "model.safetensors")
+    index = {"weight_map": {**dict.fromkeys(names, "model.safetensors"), "lm_head.weight": "other.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (truncate, r"model.safetensors is truncated: it has \d+ bytes, and \S+ ends at byte \d+"),
+    "no_config": (lambda p: (p / "config.json").unlink(), "holds no config.json"),
+    "config_unreadable": (lambda p: (p / "config.json").write_text("{"), "config.json cannot be read"),
+    "unknown_model": (lambda p: edit_config(p, model_type="nothing_at_all"), "nothing_at_all"),
+    "no_experts": (lambda p: edit_config(p, model_type="llama"), "has no routed experts"),
+    "no_language_model": (lambda p: edit_config(p, model_type="vit"), "is no language model"),
+    "pickle": (as_pickle, "pytorch_model.bin and no safetensors: pickles run code"),
+    "shard_missing": (lost_shard, "lacks other.safetensors, which its index names"),
+    "index_of_nothing": (wrong_index, "says that model.safetensors has model.layers.9.weight, which it has not"),
+    "expert_missing": (lambda p: without(p, EXPERT), r"has 5 experts, and the checkpoint has 4 tensors like"),
+    "dense_missing": (lambda p: without(p, "model.norm.weight"), "has nothing for model.norm.weight"),
+    "experts_of_another_shape": (
+        lambda p: changed(p, EXPERT, lambda each: each[:, :-1]),
+        r"needs \[64, 96\] of expert 2, the checkpoint has .*w2.weight \[64, 95\]",
+    ),
+    "dense_of_another_shape": (
+        lambda p: changed(p, "model.norm.weight", lambda each: each[:-1]),
+        r"model.norm.weight is \[63\], the config asks for \[64\]",
+    ),
+    "experts_of_another_dtype": (
+        lambda p: changed(p, EXPERT, lambda each: each.to(torch.int32)),
+        r"w2.weight has dtype I32, expected one of F64, F32, F16, BF16",
+    ),
+    "scales_without_a_place": (
+        lambda p: changed(p, EXPERT, lambda each: each.to(torch.float8_e4m3fn)),
+        "w2.weight is F8_E4M3 and no tensor has its scales",
+    ),
+    "not_a_number": (
+        lambda p: changed(p, EXPERT, lambda each: each.fill_(torch.nan)),
+        "weights are NaN or infinite",
+    ),
+}
+
+
+def refused(group: EPGroup, folders: list[list[Path]]) -> list[str]:
+    """What loading each of this rank's folders raises, all on the same group, and that the group is good afterwards."""
+    said = []
+    for folder in folders:
+        try:
+            load(folder[group.rank], group=group, experts="mxfp4")
+        except ValueError as refusal:
+            said.append(str(refusal))
+        else:
+            said.append("")
+    return said
+
+
+def test_what_is_broken_for_one_rank_is_refused_by_all(ranks: LocalRanks, folder: Path, tmp_path: Path) -> None:
+    whole = folder / "mixtral"
+    folders = []
+    for name, (change, _) in BROKEN.items():
+        shutil.copytree(whole, tmp_path / name)
+        change(tmp_path / name)
+        folders.append([whole, tmp_path / name, whole, whole])
+    found = ranks.run(refused, [*folders, [whole] * 4])
+    for rank, said in enumerate(found):
+        assert said[-1] == "", said
+        for (name, (_, message)), refusal in zip(BROKEN.items(), said, strict=False):
+            assert re.search(message, refusal), (name, rank, refusal)
+            assert refusal.startswith("rank 1: ") == (rank != 1), (name, rank, refusal)
+
+
+def test_ranks_that_ask_for_different_things_are_all_refused(ranks: LocalRanks, folder: Path) -> None:
+    said = ranks.run(differently, folder / "mixtral")
+    assert all("ranks load differently: rank 1 has 'bf16 checkpoint contract 2 blocks'" in each for each in said)
+
+
+def differently(group: EPGroup, path: Path) -> str:
+    try:
+        load(path, group=group, experts="bf16" if group.rank == 1 else "mxfp4")
+    except ValueError as refusal:
+        return str(refusal)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"experts": "fp4"}, "experts must be one of checkpoint, mxfp4, bf16, got 'fp4'"),
+        ({"dense": "fp8"}, "dense must be one of checkpoint, bf16"),
+        ({"scales": "worst"}, "scales must be one of contract, best"),
+    ],
+    ids=["experts", "dense", "scales"],
+)
+def test_what_is_asked_wrongly_is_said(folder: Path, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(folder / "mixtral", **asked)
+
+
+def test_a_size_that_fp4_cannot_have_is_refused(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path, "mixtral", intermediate_size=80)
+    with pytest.raises(ValueError, match="intermediate 80 is no multiple of 32"):
+        load(tmp_path, experts="mxfp4")
+
+
+def test_a_missing_tokenizer_is_said(folder: Path) -> None:
+    with pytest.raises(ValueError, match="has no tokenizer that can be read"):
+        load_tokenizer(folder / "mixtral")
