@@ -16,6 +16,7 @@ from megamoe.activations import CLAMPS, FUNCTIONS, Activation
 from megamoe.kernels.gating import gate_fp64
 
 CLOSE = 2e-6  # relative: families compute in FP32 here and there
+_NEAR = 0.25  # below any clamp
 _FAR = 1e12  # beyond any clamp, and its product with itself within FP32
 _LAYOUT = {"num_experts": 3, "hidden_dim": 6, "hidden_size": 6, "intermediate_dim": 5, "intermediate_size": 5}
 # both signs, the curved part of every function, and beyond every clamp
@@ -48,15 +49,17 @@ def fit_activation(experts: nn.Module, *, gated: bool, interleaved: bool) -> Act
             f = _gate_of(experts, interleaved)
             candidates = [fit for clamp in CLAMPS if (fit := _fit_gated(f, clamp)) is not None]
         else:
-            f = _function_of(experts)
-            candidates = [Activation(**_function(lambda x: float(f(_one(x))[0])), gated=False)]  # type: ignore[call-arg]
+            f = plain = _function_of(experts)
+            function = _function(lambda x: float(plain(_one(x))[0]))
+            candidates = [Activation(**function, gated=False)] if function else []
         misses = {}
         for candidate in candidates:
             miss = _miss(f, candidate)
             if not miss:
                 return candidate
             misses[candidate] = miss
-    raise ValueError("its activation is none that the layer has" + "".join(f"; {miss}" for miss in misses.values()))
+    known = f"f(gate) * up of {', '.join(FUNCTIONS)}" if gated else ", ".join(FUNCTIONS)
+    raise ValueError(f"its activation is not {known}, clamped or not" + "".join(f"; {m}" for m in misses.values()))
 
 
 def check_forward(
@@ -154,29 +157,32 @@ def _fit_gated(f: Gate, clamp: str) -> Activation | None:
     def at(gate: float, up: float) -> float:
         return float(f(_one(gate), _one(up))[0])
 
-    slope = at(1.0, 1.0) - at(1.0, 0.0)
+    slope = (at(_NEAR, _NEAR) - at(_NEAR, 0.0)) / _NEAR
     if not abs(slope) > 1e-9:
-        raise ValueError("its output does not grow with up at gate 1, so it is no f(gate) * up")
+        raise ValueError(f"its output does not grow with up at gate {_NEAR}, so it is no f(gate) * up")
     if clamp == "tanh":
         # up's factor is L tanh(up / L), which is L far out
-        ratio = at(1.0, 1.0) / at(1.0, _FAR)
-        if at(1.0, 0.0) != 0.0 or not 0.0 < ratio < 1.0:
+        ratio = at(_NEAR, _NEAR) / at(_NEAR, _FAR)
+        if at(_NEAR, 0.0) != 0.0 or not 0.0 < ratio < 1.0:
             return None
-        up_limit, shift, bounded = _nice(1.0 / math.atanh(ratio)), 0.0, True
-        whole = up_limit * math.tanh(1.0 / up_limit)
+        up_limit, shift, bounded = _nice(_NEAR / math.atanh(ratio)), 0.0, True
+        near_up = up_limit * math.tanh(_NEAR / up_limit)
     else:
-        shift = _nice(at(1.0, 0.0) / slope)
-        up_limit = at(1.0, _FAR) / slope - shift
-        bounded = up_limit < _FAR / 2
-        up_limit, whole = _nice(up_limit), 1.0 + shift
-    if whole == 0.0 or (bounded and not up_limit > 0):
+        shift = _nice(at(_NEAR, 0.0) / slope)
+        up_limit = _nice(at(_NEAR, _FAR) / slope - shift)
+        near_up, bounded = _NEAR + shift, up_limit < _FAR / 2
+    if near_up == 0.0 or not up_limit > 0:
         return None
-    limit = _nice(at(_FAR, 1.0) / whole) if bounded and clamp != "before" else up_limit
+    limit = _nice(at(_FAR, _NEAR) / near_up) if bounded and clamp != "before" else up_limit
+    limit = torch.finfo(torch.bfloat16).max if limit > _FAR / 2 else limit
     if not limit > 0:
         return None
-    linear = limit * math.tanh(1.0 / limit) if clamp == "tanh" else 1.0
+    shrinks = limit / _NEAR * math.tanh(_NEAR / limit) if clamp == "tanh" else 1.0
+    function = _function(lambda gate: at(gate, _NEAR) / near_up / shrinks)
+    if not function or (clamp == "tanh" and (function["function"] != "silu" or limit > _FAR)):
+        return None
     return Activation(
-        **_function(lambda gate: at(gate, 1.0) / whole / linear),
+        **function,
         up_shift=shift,
         limit=limit if bounded else None,
         clamp=clamp if bounded else "before",
@@ -185,15 +191,14 @@ def _fit_gated(f: Gate, clamp: str) -> Activation | None:
 
 
 def _function(f: Callable[[float], float]) -> dict[str, Any]:
-    """The function's name and alpha, from two values; whether it is that everywhere is for _miss() to find."""
-    at_one = f(1.0)
-    if abs(at_one - 1.0) < CLOSE and abs(f(2.0) - 4.0) < 4 * CLOSE:
-        return {"function": "relu2"}
-    if abs(at_one - float(nn.functional.gelu(_one(1.0), approximate="tanh"))) < CLOSE:
-        return {"function": "gelu_tanh"}
-    if not 0.0 < at_one < 1.0:
-        raise ValueError(f"its function takes 1 to {at_one:.6g}, which is none of {', '.join(FUNCTIONS)}")
-    return {"function": "silu", "alpha": _nice(float(torch.logit(_one(at_one))))}
+    """The function's name and alpha, from one value; nothing where it is none. _miss() asks the others."""
+    near = f(_NEAR)
+    for function in ("relu2", "gelu_tanh"):
+        if abs(near - float(gate_fp64(_one(_NEAR), Activation(function, gated=False)))) < CLOSE:
+            return {"function": function}
+    if 0.0 < near < _NEAR:
+        return {"function": "silu", "alpha": _nice(float(torch.logit(_one(near / _NEAR))) / _NEAR)}
+    return {}
 
 
 def _miss(f: Gate | Function, activation: Activation) -> str:
@@ -216,6 +221,7 @@ def _one(value: float) -> Tensor:
 
 
 def _nice(value: float) -> float:
-    """A number that was found by dividing, without what dividing left.    1.7020000000000002 -> 1.702"""
-    rounded = float(f"{value:.6g}")
-    return 0.0 if abs(rounded) < 1e-6 else rounded
+    """The shortest number within a millionth of one that was found by dividing.    1.7020000004 -> 1.702"""
+    shorter = (float(f"{value:.{digits}g}") for digits in range(1, 9))
+    found = next((each for each in shorter if abs(each - value) <= 1e-6 * abs(value)), value)
+    return 0.0 if abs(found) < 1e-6 else found

@@ -1,0 +1,251 @@
+"""Stock transformers models with their experts on the layer: on one rank against plain ones, on several to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from benchmarks.transformers_families.compare import compare
+from benchmarks.transformers_families.tiny import families
+from megamoe.launch.ranks import LocalRanks
+from megamoe.model import PackedExpertsConfig, RoutedExperts, packed_config
+from megamoe.model.packed import PackedExperts
+from megamoe.parallel.group import EPGroup
+from megamoe.reference import relative_error
+from tests.plugin_models import VOCABULARY, Call, record_blocks, repeat_blocks, write_checkpoint
+
+FP4 = ("deepseek_v4", "gpt_oss")
+BF16 = ("deepseek_v3", "qwen3_moe", "mixtral")
+# where transformers keeps dense weights whole or gathers them, so that dense products have the bits of one rank:
+# FSDP does not take DeepSeek-V4's dense weights, whose dtypes differ, and its tensor-parallel plan cuts experts alone
+LAYOUT = {"deepseek_v4": "tp", "gpt_oss": "fsdp", "deepseek_v3": "fsdp", "qwen3_moe": "fsdp", "mixtral": "fsdp"}
+TOKENS = torch.randint(3, VOCABULARY, (4, 48), generator=torch.Generator().manual_seed(1))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A checkpoint, and what the plain model gives: logits in FP32 and BF16, each MoE block's input and output."""
+
+    family: str
+    path: Path
+    exact: Tensor
+    logits: Tensor
+    calls: dict[str, Call]
+
+
+@pytest.fixture(scope="module")
+def plain_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plain]:
+    made = {}
+    for family in FP4 + BF16:
+        path = write_checkpoint(family, tmp_path_factory.mktemp(family))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        logits, calls = record_blocks(model, TOKENS)
+        exact, _ = record_blocks(model.float(), TOKENS)
+        made[family] = Plain(family, path, exact, logits, calls)
+    return made
+
+
+def load(plain: Plain, size: int = 1) -> PreTrainedModel:
+    options: dict[str, Any] = {"config": packed_config(plain.path)} if plain.family in FP4 else {}
+    if size > 1:
+        sizes = {f"{LAYOUT[plain.family]}_size": size, "ep_size": size}
+        options["distributed_config"] = DistributedConfig(**sizes, ep_implementation="megamoe")
+    elif plain.family in BF16:
+        options["experts_implementation"] = "megamoe"
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(plain.path, dtype=torch.bfloat16, **options)
+    return model
+
+
+def layers(model: nn.Module) -> list[RoutedExperts]:
+    return [module for module in model.modules() if isinstance(module, RoutedExperts)]
+
+
+def forward(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(token_ids).logits
+    return logits
+
+
+# ---- one rank ----
+
+
+@pytest.mark.parametrize("family", FP4 + BF16)
+def test_every_moe_block_agrees_with_the_plain_one(plain_models: dict[str, Plain], family: str) -> None:
+    plain = plain_models[family]
+    model = load(plain)
+    found = repeat_blocks(model, plain.calls)
+    bound, weights = (6e-2, "mxfp4") if family in FP4 else (1e-2, "bf16")
+    errors = {name: relative_error(found[name], plain.calls[name][2]) for name in plain.calls}
+    assert len(errors) == len(layers(model)) > 0
+    assert max(errors.values()) < bound, errors
+    assert {routed.layer.weight_format for routed in layers(model)} == {weights}
+
+
+def test_logits_are_no_further_from_fp32_than_the_plain_model_s(plain_models: dict[str, Plain]) -> None:
+    """Of three models together: where a router's choice falls moves each of them one way or the other."""
+    ours = theirs = 0.0
+    for family in BF16:
+        plain = plain_models[family]
+        ours += relative_error(forward(load(plain), TOKENS), plain.exact) ** 2
+        theirs += relative_error(plain.logits, plain.exact) ** 2
+    assert ours <= theirs
+
+
+# ---- several ranks ----
+
+
+def work(group: EPGroup, plain: Plain) -> tuple[Tensor, dict[str, Tensor], list[tuple[int, str]]]:
+    """Logits twice, experts fed with what the plain blocks' tokens are, and what the ranks' layers hold."""
+    model = load(plain, group.size)
+    before = [sorted(str(p.dtype) for p in each.parameters()) for each in _packed(model)]
+    if plain.family in FP4:
+        dtypes = {"torch.int8", "torch.uint8", "torch.float8_e8m0fnu", "torch.bfloat16"}
+        assert before
+        assert {dtype for each in before for dtype in each} <= dtypes
+    first, second = forward(model, TOKENS), forward(model, TOKENS)
+    assert torch.equal(first, second)
+    outputs = {}
+    for name, (args, _, _) in plain.calls.items():
+        experts = model.get_submodule(f"{name}.experts")
+        with torch.no_grad():
+            outputs[name] = experts(*routed_somehow(args[0], experts.routed.layer.shape.topk))
+    held = [(len(each.layer.local_experts), each.layer.weight_format) for each in layers(model)]
+    return first, outputs, held
+
+
+def _packed(model: nn.Module) -> list[PackedExperts]:
+    return [module for module in model.modules() if isinstance(module, PackedExperts)]
+
+
+def routed_somehow(hidden: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [..., H] -> [T, H], ids [T, K], weights [T, K]"""
+    rows = hidden.flatten(0, -2).to(torch.bfloat16)
+    rng = torch.Generator().manual_seed(2)
+    ids = torch.rand(len(rows), 12, generator=rng).argsort(-1)[:, :topk]
+    return rows, ids, torch.rand(len(rows), topk, generator=rng)
+
+
+@pytest.mark.parametrize("family", FP4 + BF16)
+def test_two_three_and_four_ranks_have_the_bits_of_one(
+    plain_models: dict[str, Plain], ranks: LocalRanks, family: str
+) -> None:
+    plain = plain_models[family]
+    alone = load(plain)
+    logits = forward(alone, TOKENS)
+    experts = {
+        name: alone.get_submodule(f"{name}.experts")(*routed_somehow(args[0], 3))
+        for name, (args, _, _) in plain.calls.items()
+    }
+    for size in (2, 3, 4):
+        for found, outputs, held in ranks.run(work, plain, size=size):
+            assert torch.equal(found, logits), size
+            assert outputs.keys() == experts.keys()
+            assert all(torch.equal(outputs[name], experts[name]) for name in experts), size
+            assert held == [(12 // size, "mxfp4" if family in FP4 else "bf16")] * len(experts)
+
+
+def write_on(group: EPGroup, plain: Plain, prompts: list[Tensor]) -> list[int]:
+    model = load(plain, group.size)
+    found: list[int] = model.generate(prompts[group.rank], max_new_tokens=6, do_sample=False, synced_gpus=True)[0].tolist()
+    return found
+
+
+def test_ranks_generate_from_their_own_prompts(plain_models: dict[str, Plain], ranks: LocalRanks) -> None:
+    plain = plain_models["qwen3_moe"]
+    prompts = [TOKENS[:1, :9], TOKENS[1:2, :23]]
+    alone = load(plain)
+    expected = [alone.generate(prompt, max_new_tokens=6, do_sample=False)[0].tolist() for prompt in prompts]
+    assert ranks.run(write_on, plain, prompts, size=2) == expected
+
+
+# ---- what is refused, and what is said ----
+
+
+def test_weights_have_left_the_module_and_no_state_dict_claims_otherwise(
+    plain_models: dict[str, Plain], tmp_path: Path
+) -> None:
+    model = load(plain_models["mixtral"])
+    assert "model.layers.0.mlp.experts.down_proj" in model.state_dict()
+    forward(model, TOKENS)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert experts.down_proj is None
+    with pytest.raises(ValueError, match=r"weights of model.layers.0.mlp.experts are in this rank's layer"):
+        model.state_dict()
+    with pytest.raises(ValueError, match="save the model before it is called"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_bf16_checkpoint_is_quantised_when_asked(plain_models: dict[str, Plain]) -> None:
+    plain = plain_models["mixtral"]
+    options = {"dtype": torch.bfloat16, "quantization_config": PackedExpertsConfig()}
+    model = AutoModelForCausalLM.from_pretrained(plain.path, **options)
+    found = repeat_blocks(model, plain.calls)
+    errors = [relative_error(found[name], call[2]) for name, call in plain.calls.items()]
+    assert {each.layer.weight_format for each in layers(model)} == {"mxfp4"}
+    assert 6e-2 < max(errors) < 0.3  # two roundings to FP8 and one to FP4
+
+
+def test_packed_config_refuses_what_is_not_fp4(plain_models: dict[str, Plain]) -> None:
+    with pytest.raises(ValueError, match="no quantization_config, so its experts are not FP4"):
+        packed_config(plain_models["mixtral"].path)
+    with pytest.raises(ValueError, match="'fp8' with expert_dtype 'fp8', expected 'mxfp4', or 'fp8' with expert_dtype"):
+        PackedExpertsConfig({"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="takes checkpoint, got bits"):
+        PackedExpertsConfig(bits=4)
+
+
+def test_a_checkpoint_without_an_expert_is_refused(plain_models: dict[str, Plain], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    plain = plain_models["gpt_oss"]
+    for file in plain.path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.down_proj_scales"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the checkpoint has no model.layers.1.mlp.experts.down_proj_scales"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=packed_config(tmp_path), dtype=torch.bfloat16)
+
+
+def test_a_packed_model_cannot_be_saved_as_what_it_is_not(plain_models: dict[str, Plain], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="megamoe"):
+        load(plain_models["gpt_oss"]).save_pretrained(tmp_path)
+
+
+# ---- families ----
+
+SOME = ("aria", "gemma4", "nemotron_h", "openai_privacy_filter", "step3p7")
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_family_on_two_ranks(ranks: LocalRanks, name: str) -> None:
+    (family,) = (each for each in families() if each.name == name)
+    row = compare(family, ranks, theirs=False)
+    assert row.works, row
+
+
+def test_a_family_that_does_not_fit_is_refused_with_the_reason(ranks: LocalRanks) -> None:
+    (family,) = (each for each in families() if each.name == "muse_spark")
+    row = compare(family, ranks, theirs=False)
+    assert "MuseSparkExperts does not fit the layer: it has weights that the layer has no place for" in row.refusal
+
+
+def test_the_page_has_every_family() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text()
+    listed = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")][1:]
+    assert listed == [family.name for family in families()]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_every_family_works_or_is_refused(ranks: LocalRanks) -> None:
+    rows = [compare(family, ranks, theirs=False) for family in families()]
+    assert not [row for row in rows if row.wrong]
+    assert sum(row.works for row in rows) >= 54
