@@ -105,7 +105,7 @@ def test_attention_of_a_shared_batch_is_the_models_own_but_for_rounding(models: 
                 found.append(forward_alone(model, prompt.token_ids, 0, cache))
                 found.append(forward_alone(model, [7], len(prompt.token_ids), cache))
         for ours, theirs in zip(found[:2], found[2:], strict=True):
-            assert (ours - theirs).norm() < 0.03 * theirs.norm()
+            assert (ours - theirs).norm() < 0.06 * theirs.norm()
 
 
 def test_stop_tokens_and_limits_end_texts(models: Callable[[str], Any]) -> None:

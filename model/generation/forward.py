@@ -17,7 +17,7 @@ from megamoe.model.generation.sequences import ARGUMENT, IMPLEMENTATION, OtherAt
 
 _PLAIN = {"full_attention", "sliding_attention"}  # layers whose only state is keys and values
 _PROBES = ([3, 1, 2, 2, 1], [2, 3, 1])  # tokens that any vocabulary has
-_TOLERANCE = 0.05  # relative, between attention here and the model's own
+_TOLERANCE = 0.2  # relative, between attention here and the model's own in BF16, through all layers
 
 Part = tuple[list[int], int, DynamicCache]  # new tokens, how many came before, cache
 
