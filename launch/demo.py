@@ -113,7 +113,8 @@ def run_demo(request: Request, progress: Progress = lambda *_: None) -> DemoRepo
         check_vocabulary(token_ids, config)
         question = stack.enter_context(_asked(request, progress))
         ranks = stack.enter_context(_ranks(request))
-        together, alone, answer = _compare(request, ranks, (run_rank, path, token_ids, request.waves), question, progress)
+        work = (run_rank, path, token_ids, request.waves)
+        together, alone, answer = _compare(request, ranks, work, question, progress)
     progress("comparing", 1, 1)
     output = torch.cat([part for part, _ in together])
     return DemoReport(
@@ -164,7 +165,7 @@ def _compare(
     progress: Progress,
 ) -> tuple[list[Any], list[Any], AnswerReport | None]:
     """The work and the question on all ranks, and then on one: results of both, and the answer."""
-    found, answers = list[list[Any]](), []
+    found, answers = list[list[Any]](), list[Any]()
     steps = 2 + 2 * (asked is not None)
     for ranks in (request.ranks, 1):
         on = f"on {ranks} ranks" if ranks > 1 else "on one rank"

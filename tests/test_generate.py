@@ -140,9 +140,7 @@ class _Layer(nn.Module):
     layer_idx = 0
 
 
-def reference(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, sinks: Tensor | None
-) -> Tensor:
+def reference(query: Tensor, key: Tensor, value: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
     """One sequence in FP64, query by query: [1, q, S, D] -> [1, S, q, D]"""
     heads, new, total = query.shape[1], query.shape[2], key.shape[2]
     out = torch.empty(1, new, heads, value.shape[-1], dtype=torch.float64)
@@ -168,11 +166,10 @@ def test_each_sequence_attends_to_itself(window: int | None, with_sinks: bool) -
     for lengths in ([9, 1, 5], [1, 1, 1], [1, 3, 1]):
         batch = SequenceBatch(caches, lengths)
         query, key, value = (torch.randn(1, n, sum(lengths), 8, generator=rng) for n in (4, 2, 2))
-        states = batch.update(key, value, 0)
-        out, _ = attend(
-            _Layer(), query, *states, None, 8**-0.5, 0.0, window, sinks, **{ARGUMENT: batch}
-        )
-        split = zip(*(states.split(lengths, 2) for states in (query, key, value)), out.split(lengths, 1), strict=True)
+        new_key, new_value = batch.update(key, value, 0)
+        out, _ = attend(_Layer(), query, new_key, new_value, None, 8**-0.5, 0.0, window, sinks, **{ARGUMENT: batch})
+        of_each = [torch.split(states, lengths, 2) for states in (query, key, value)]
+        split = zip(*of_each, torch.split(out, lengths, 1), strict=True)
         for past, (q, k, v, o) in zip(kept, split, strict=True):
             past.append(torch.stack((k, v)))
             keys, values = torch.cat(past, 3)
@@ -278,10 +275,10 @@ def test_requests_that_cannot_be_met_are_refused_with_the_numbers(tmp_path: Path
         ((prompts(1), 0), "max_new_tokens must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=said):
-            GenerationRequest(*arguments)  # type: ignore[arg-type]
+            GenerationRequest(*arguments)
     request = GenerationRequest((Prompt("a", tuple(range(20))),), max_new_tokens=5)
     check_fits(request, 20, 25)
-    with pytest.raises(ValueError, match="prompt a has 20 tokens.* the 24 that the model takes: at most 4 new"):
+    with pytest.raises(ValueError, match=r"prompt a has 20 tokens.* the 24 that the model takes: at most 4 new"):
         check_fits(request, 20, 24)
     with pytest.raises(ValueError, match="the 12 that the model takes: shorten it"):
         check_fits(request, 20, 12)

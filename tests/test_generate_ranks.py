@@ -90,7 +90,7 @@ def test_a_request_that_does_not_fit_is_refused_and_the_ranks_stay(cluster: Mega
     long = GenerationRequest(prompts(1), max_new_tokens=5000)
     with pytest.raises(ValueError, match="the 4096 that the model takes: at most 4095 new tokens fit"):
         cluster.advance(GenerationJob("long", folder / "mixtral", long), 1)
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match="holds no config"):
         cluster.advance(GenerationJob("nowhere", folder / "nowhere", SIXTEEN), 1)
     assert [member.pid for member in cluster.members] == pids
     short = GenerationRequest(prompts(2), max_new_tokens=2)

@@ -92,9 +92,7 @@ class GenerationWorker:
             taken += 1
         return Advance(tuple(tokens), generation.done, taken, recording, self._model.megamoe_report.bytes_read)
 
-    def _recorded(
-        self, group: EPGroup, generation: Generation, recording: Recording
-    ) -> AbstractContextManager[None]:
+    def _recorded(self, group: EPGroup, generation: Generation, recording: Recording) -> AbstractContextManager[None]:
         """A step of which notes are taken: not of all, since small calls feel it. Host time says something of CPUs."""
         if generation.steps % _RECORDED or self._device != "cpu" or group.size == 1:
             return nullcontext()

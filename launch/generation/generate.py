@@ -119,6 +119,7 @@ def run_generate(
     lost and the policy does not have it come back.
     """
     progress("reading the prompts")
+    read_config(request.model)  # says what is wrong with a folder that is no checkpoint
     tokenizer = load_tokenizer(request.model)
     job = GenerationJob(uuid4().hex, request.model, tokens_of(request, tokenizer), request.experts, request.waves)
     stream = TextStream(tokenizer, len(request.prompts))
@@ -161,7 +162,6 @@ def run_generate(
 
 def tokens_of(request: GenerateRequest, tokenizer: Any) -> GenerationRequest:
     """The request as the ranks take it. ValueError where the model cannot take it, before any rank is started."""
-    read_config(request.model)  # says what is wrong with a folder that is no checkpoint
     config = AutoConfig.from_pretrained(request.model, local_files_only=True).get_text_config(decoder=True)
     stops = config.eos_token_id
     generation = request.model / "generation_config.json"

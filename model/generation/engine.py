@@ -137,7 +137,7 @@ class Generation:
 
 
 def generate(model: Any, request: GenerationRequest, group: EPGroup | None = None) -> list[list[int]]:
-    """All texts on one rank, or this rank's of a group's: token ids by prompt, without the stop token; [] for others'."""
+    """Token ids of each prompt's text, without the stop token; in a group this rank's texts, and [] for the others."""
     generation = Generation(model, group, request)
     texts: list[list[int]] = [[] for _ in request.prompts]
     while not generation.done:

@@ -21,10 +21,10 @@ class OtherAttentionError(ValueError):
     """A model whose attention does not see the keys and values that it caches, or does not say whose they are."""
 
 
-class SequenceBatch(DynamicCache):
+class SequenceBatch(DynamicCache):  # type: ignore[misc]
     """The caches of several sequences as one: tokens lie one sequence after another, [1, h, T, D].
 
-    update() takes the new keys and values apart, and gives them to each sequence's own cache; attend() reads them there.
+    update() takes new keys and values apart and gives them to each sequence's own cache, where attend() reads them.
     """
 
     def __init__(self, caches: Sequence[DynamicCache], lengths: Sequence[int]) -> None:
@@ -33,7 +33,7 @@ class SequenceBatch(DynamicCache):
         self._found: dict[int, tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        keys, values = (states.split(self.lengths, dim=2) for states in (key_states, value_states))
+        keys, values = (torch.split(states, self.lengths, dim=2) for states in (key_states, value_states))
         found = [
             cache.update(key.contiguous(), value.contiguous(), layer_idx, *args, **kwargs)
             for cache, key, value in zip(self.caches, keys, values, strict=True)
@@ -51,7 +51,7 @@ class SequenceBatch(DynamicCache):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A block of products that are small, and that torch's libraries may sum otherwise with other numbers of threads."""
+    """A block of small products, which torch's libraries may sum otherwise with another number of threads."""
     before = torch.get_num_threads()
     if before > 1:
         torch.set_num_threads(1)
@@ -83,13 +83,12 @@ def attend(
     batch = kwargs.get(ARGUMENT)
     if not isinstance(batch, SequenceBatch):
         raise OtherAttentionError(f"{type(module).__name__} was not told of which sequences its tokens are")
-    queries = query.split(batch.lengths, dim=2)
+    queries = torch.split(query, batch.lengths, dim=2)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     found = batch.take(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     with one_thread():
         out = [
-            _attend(each, *states, factor, sliding_window, s_aux)
-            for each, states in zip(queries, found, strict=True)
+            _attend(each, *states, factor, sliding_window, s_aux) for each, states in zip(queries, found, strict=True)
         ]
         return torch.cat(out, 1).to(query.dtype), None
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from uuid import uuid4
 
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import logging
 
 INDEX = "model.safetensors.index.json"
 
@@ -33,6 +35,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """transformers, and what it reads GGUF files with, draw no bars in the block."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class Shards:

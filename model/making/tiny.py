@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import (
 
 from megamoe.ambient import undisturbed
 from megamoe.formats import quantize_e4m3_blocks, quantize_mxfp4
-from megamoe.model.making.files import new_folder
+from megamoe.model.making.files import new_folder, no_bars
 from megamoe.model.making.tokenizer import VOCABULARY, byte_tokenizer, write_tokenizer
 
 _KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
@@ -123,8 +124,19 @@ def _gpt_oss() -> PreTrainedConfig:
 Stored = dict[str, Tensor]
 
 
+_NAMES = (  # what transformers writes, and DeepSeek's own names
+    (r"^model\.", ""),
+    (r"^embed_tokens\.", "embed."),
+    (r"^hc_head\.hc_", "hc_head_"),
+    (r"\.attn\.norm\.", ".attn.kv_norm."),
+)
+_FP32 = re.compile(r"(\.attn_sink|\.ape|\.gate\.bias|hc_(attn|ffn|head)_\w+)$")
+
+
 def _native_deepseek_v4(name: str, tensor: Tensor) -> Stored:
-    """Experts in MXFP4, I8 and E8M0; shared experts in E4M3 blocks with E8M0 scales."""
+    """Experts in MXFP4, I8 and E8M0; shared experts in E4M3 blocks with E8M0 scales; what is added or mixes in FP32."""
+    for pattern, own in _NAMES:
+        name = re.sub(pattern, own, name)
     scale = name.replace(".weight", ".scale")
     if ".ffn.experts." in name:
         q = quantize_mxfp4(tensor)
@@ -132,7 +144,9 @@ def _native_deepseek_v4(name: str, tensor: Tensor) -> Stored:
     if ".ffn.shared_experts." in name:
         values, scales = quantize_e4m3_blocks(tensor.to(torch.float32))
         return {name: values, scale: scales.view(torch.float8_e8m0fnu)}
-    return {name: tensor.to(torch.int32) if name.endswith("tid2eid") else tensor}
+    if name.endswith("tid2eid"):
+        return {name: tensor.to(torch.int32)}
+    return {name: tensor.to(torch.float32) if _FP32.search(name) else tensor}
 
 
 def _native_gpt_oss(name: str, tensor: Tensor) -> Stored:
@@ -140,7 +154,7 @@ def _native_gpt_oss(name: str, tensor: Tensor) -> Stored:
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return {name: tensor}
     q = quantize_mxfp4(tensor.mT.contiguous())
-    return {f"{name}_blocks": q.packed.unflatten(-1, (-1, 16)), f"{name}_scales": q.scales}
+    return {f"{name}_blocks": q.packed.reshape(*q.scales.shape, -1), f"{name}_scales": q.scales}
 
 
 def _as_it_is(name: str, tensor: Tensor) -> Stored:
@@ -156,7 +170,12 @@ _FP8 = {
 }
 _MXFP4 = {
     "quant_method": "mxfp4",
-    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
 }
 
 # name -> configuration, how its checkpoints store a tensor, and what they add to config.json
@@ -164,7 +183,7 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedConfig], Callable[[str, Tensor]
     "deepseek-v4-flash": (
         _deepseek_v4,
         _native_deepseek_v4,
-        {"quantization_config": _FP8, "expert_dtype": "fp4"},
+        {"quantization_config": _FP8, "expert_dtype": "fp4", "num_hash_layers": 1, "topk_method": "noaux_tc"},
     ),
     "deepseek-v3": (_deepseek_v3, _as_it_is, {}),
     "gpt-oss": (_gpt_oss, _native_gpt_oss, {"quantization_config": _MXFP4}),
@@ -186,8 +205,9 @@ def write_tiny(path: Path, like: str, *, seed: int = 0) -> int:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(configuration(), dtype=torch.float32)
             _fill(model)
-        parameters = sum(each.numel() for each in model.parameters())
-        model.to(torch.bfloat16).save_pretrained(folder)
+        parameters: int = sum(each.numel() for each in model.parameters())
+        with no_bars():
+            model.to(torch.bfloat16).save_pretrained(folder)
         _store(folder, native, entries)
         write_tokenizer(folder)
     return parameters

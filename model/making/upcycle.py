@@ -10,23 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
-from transformers.utils import logging
 
 from megamoe.ambient import undisturbed
 from megamoe.formats import BLOCK
 from megamoe.model.loading.quantization import RoundingError, quantize
 from megamoe.model.loading.skeleton import read_config
-from megamoe.model.making.files import Shards, new_folder
+from megamoe.model.making.files import Shards, new_folder, no_bars
 from megamoe.model.making.smollm2 import INSTALL, NAME, find_smollm2
 
 FORMATS = ("mxfp4", "bf16")
@@ -79,8 +78,8 @@ def upcycle(
                     "bf16", which plain transformers loads too
     seed            of the routers, which are random
 
-    Attention, norms and embeddings stay as they are, in BF16; the tokenizer and its chat template are copied. ValueError
-    for a source that cannot be read, has parts that the shape has no place for, or does not compute as the shape does.
+    Attention, norms and embeddings stay, in BF16; the tokenizer and its chat template are copied. ValueError for a
+    source that cannot be read, has parts that the shape has no place for, or does not compute as the shape does.
     """
     if experts_format not in FORMATS:
         raise ValueError(f"experts_format must be one of {', '.join(FORMATS)}, got {experts_format!r}")
@@ -139,7 +138,7 @@ def _read(folder: Path, gguf: Path | None) -> tuple[Any, Any]:
     options: dict[str, Any] = {"local_files_only": True}
     if gguf is not None:
         options["gguf_file"] = gguf.name
-    with _no_bars():
+    with no_bars():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             if gguf is not None:
@@ -149,21 +148,10 @@ def _read(folder: Path, gguf: Path | None) -> tuple[Any, Any]:
             else:
                 options |= {"use_safetensors": True, "dtype": "auto"}
             model = AutoModelForCausalLM.from_pretrained(folder, **options)
-        except (OSError, KeyError, TypeError, RuntimeError, ImportError, ValueError) as refusal:
+        except (OSError, KeyError, TypeError, RuntimeError, ImportError, ValueError, SafetensorError) as refusal:
             said = str(refusal).strip().partition("\n")[0]
             raise ValueError(f"transformers cannot read {gguf or folder}: {said}") from refusal
     return model.eval(), tokenizer
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _config(
@@ -236,8 +224,8 @@ def _compare(dense: Any, weights: Mapping[str, Tensor], config: MixtralConfig) -
     error = float((ours - theirs).norm() / theirs.norm())
     if not error <= _TOLERANCE:
         raise ValueError(
-            f"{type(dense).__name__} computes otherwise than Mixtral's shape with the same weights: its logits differ by "
-            f"{error:.2%}"
+            f"{type(dense).__name__} computes otherwise than Mixtral's shape with the same weights: its logits differ "
+            f"by {error:.2%}"
         )
 
 

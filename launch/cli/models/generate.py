@@ -43,7 +43,7 @@ def generate(
     run: Annotated[str | None, typer.Option(help="Name of the run, for megamoe doctor --run.")] = None,
     output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
 ) -> None:
-    """Generate texts, the prompts spread over ranks; a text does not depend on the others nor on the number of ranks."""
+    """Generate texts, prompts spread over ranks; no text depends on the others or on the number of ranks."""
     with exit_codes():
         given = _given(text, prompts)
         from megamoe.launch.cluster.recovery import RestartPolicy  # brings torch, which --help does not need
