@@ -77,7 +77,7 @@ def fits_together(model: Any, experts: Sequence[nn.Module]) -> bool:
         return False
     if getattr(model, "_is_stateful", False):
         return False
-    with _silenced(experts):
+    with silenced(experts):
         use_own_attention(model, own=True)
         try:
             both, alone = _probed(model, _PROBES), [_probed(model, [each])[0] for each in _PROBES]
@@ -104,7 +104,7 @@ def _probed(model: Any, probes: Sequence[list[int]]) -> list[Tensor]:
 
 
 @contextmanager
-def _silenced(experts: Sequence[nn.Module]) -> Iterator[None]:
+def silenced(experts: Sequence[nn.Module]) -> Iterator[None]:
     """Experts that give zeros, for the block."""
     before = [each.forward for each in experts]
     for each in experts:
