@@ -14,7 +14,8 @@ CLAMPS = ("before", "after", "tanh")
 class Activation:
     """From Linear-1's result to Linear-2's input: f(gate) * (up + up_shift) * weight, or f(x) * weight without a gate.
 
-    function   f: "silu" is x * sigmoid(alpha * x), "gelu_tanh" GELU in its tanh form, "relu2" max(x, 0)^2
+    function   f: "silu" is x * sigmoid(alpha * x), "gelu_tanh" GELU in its tanh form, 0.5 x (1 + tanh z)
+               = x * sigmoid(2z) of z = sqrt(2 / pi) (x + 0.044715 x^3), "relu2" max(x, 0)^2
     gated      whether Linear-1 has gate and up rows [2I, H]; False means one matrix [I, H]
     alpha      of silu; 1 for the plain one
     up_shift   added to up after its clamp

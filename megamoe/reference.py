@@ -42,7 +42,7 @@ def moe(
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
         weights = topk_weights[token, slot].unsqueeze(-1)
         first = _product(tokens[token], gate_up[expert], quantized, biases and biases[0][expert])
-        activated = _activated(first, weights, shape.activation)  # [n, I]
+        activated = activated_fp32(first, weights, shape.activation)  # [n, I]
         activated = round_mxfp8(activated) if quantized else activated.to(torch.bfloat16)
         slots[token, slot] = _product(activated, down[expert], quantized, biases and weights * biases[1][expert])
     total = torch.zeros(len(tokens), shape.hidden, dtype=torch.float32)
@@ -77,7 +77,7 @@ def moe_fp64(
         weights = topk_weights[token, slot].unsqueeze(-1)
         first = tokens[token].to(torch.float64) @ _round(gate_up[expert], quantized).to(torch.float64).T
         first = first + biases[0][expert].to(torch.float64) if biases else first
-        activated = _activated(first.to(torch.bfloat16), weights, shape.activation)
+        activated = activated_fp32(first.to(torch.bfloat16), weights, shape.activation)
         activated = round_mxfp8(activated) if quantized else activated.to(torch.bfloat16)
         second = activated.to(torch.float64) @ _round(down[expert], quantized).to(torch.float64).T
         second = second + weights.to(torch.float64) * biases[1][expert].to(torch.float64) if biases else second
@@ -124,7 +124,7 @@ def _round(weight: Tensor, quantized: bool) -> Tensor:
     return dequantize_mxfp4(quantize_mxfp4(weight)) if quantized else weight.to(torch.bfloat16)
 
 
-def _activated(first: Tensor, weights: Tensor, activation: Activation) -> Tensor:
+def activated_fp32(first: Tensor, weights: Tensor, activation: Activation) -> Tensor:
     """f(gate) * up's factor * weight in FP32, f evaluated in FP64 and rounded; without a gate f(x) * weight.
 
     first [n, 2I] or [n, I] bfloat16, weights [n, 1] float32 -> [n, I] float32
@@ -145,7 +145,7 @@ def _function(gate: Tensor, activation: Activation) -> Tensor:
         return _limited(gate, limit, True) * torch.sigmoid(activation.alpha * gate)
     x = gate.clamp(max=limit) if limit is not None and clamp == "before" else gate
     if activation.function == "gelu_tanh":
-        found = torch.nn.functional.gelu(x, approximate="tanh")
+        found = x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
     elif activation.function == "relu2":
         found = torch.relu(x) ** 2
     elif activation.alpha == 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from megamoe.execution.experts import Weight
 from megamoe.model.experts import RoutedExperts
@@ -40,11 +41,24 @@ def hand_over(experts: nn.Module, structure: Structure, group: EPGroup | None, t
     assert held == len(ids), f"the module holds {held} experts, and this rank has {len(ids)}"
     for index, expert in enumerate(ids):
         routed.load(expert, *_matrices(experts, structure, index), *_biases(experts, structure, index))
-    for name in list(experts._parameters):
-        experts._parameters[name] = None  # deleted names would be missed by what transformers does around a call
+    _empty(experts)
     experts.routed = routed
     experts.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
     return routed
+
+
+def _empty(experts: nn.Module) -> None:
+    """Takes the weights from the module, and from FSDP, which would copy them before every call and put them back."""
+    if isinstance(experts, FSDPModule):
+        state = experts._get_fsdp_state()
+        for group in state._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                parameter.free_unsharded_param()
+                for name in ("sharded_param", "_sharded_param_data", "_unsharded_param"):
+                    vars(parameter).pop(name, None)  # hooks of the module keep the object
+        state._fsdp_param_groups.clear()
+    for name in list(experts._parameters):
+        experts._parameters[name] = None  # deleted names would be missed by what transformers does around a call
 
 
 def _matrices(experts: nn.Module, structure: Structure, index: int) -> tuple[Weight, Weight]:

@@ -59,7 +59,9 @@ class MegaMoEExperts(EPImplementation):  # type: ignore[misc]
         """One EPGroup for all layers of the model: they share buffers, and the link is measured once."""
         shared: EPGroup | None = getattr(self.ep_mesh, "_megamoe_group", None)
         if shared is None:
-            shared = EPGroup.of(self.ep_mesh.get_group(), hidden_states.device)
+            group = self.ep_mesh.get_group()
+            dist.barrier(group)  # ranks end loading at different times, and a layer's call waits for a minute alone
+            shared = EPGroup.of(group, hidden_states.device)
             self.ep_mesh._megamoe_group = shared
         return shared
 

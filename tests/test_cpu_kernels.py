@@ -24,19 +24,32 @@ from megamoe.formats import (
     unpack_e2m1,
 )
 from megamoe.kernels.cpu import build as building
+from megamoe.kernels.cpu import library as library_of_paths
+from megamoe.kernels.cpu import paths
 from megamoe.kernels.cpu.build import BuildError, build
 from megamoe.kernels.cpu.layout import pack_bf16, pack_mxfp4, unpack_bf16, unpack_mxfp4
-from megamoe.kernels.cpu.library import Library, Rows, find_fault, load, product_of, sum_in_order, using
+from megamoe.kernels.cpu.library import (
+    Library,
+    Rows,
+    find_fault,
+    load,
+    product_of,
+    sum_in_order,
+    sum_in_tiles,
+    using,
+)
 from megamoe.kernels.cpu.paths import PATHS, Path, runnable
 from megamoe.kernels.gating import tables_of
 from megamoe.reference import round_mxfp8
 from tests.cases import ACTIVATIONS
 
-# "bf16-dot" written out, so that what surrounds its instruction is tested where the CPU does not have it
+# BF16 instructions written out, so that what surrounds them is tested where the CPU does not have them
 WRITTEN_OUT = Path("portable-bf16", "bf16-dot", ("-DMEGAMOE_BF16_DOT",))
-TESTED = [*runnable(), WRITTEN_OUT]
+TILES_WRITTEN_OUT = Path("portable-tiles", "bf16-tile", products="tiles.cpp", order="words")
+TESTED = [*runnable(), WRITTEN_OUT, TILES_WRITTEN_OUT]
 FUSED = [path for path in TESTED if path.arithmetic == "fma"]
-ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 31, 192, 193, 257)
+TILED = [path for path in TESTED if path.arithmetic == "bf16-tile"]
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 32, 33, 192, 193, 257)
 THREADS = (1, 2, 3, 4)
 SIZES = [(64, 96), (33, 32), (3, 50), (9, 57), (72, 100), (256, 192), (40, 2880), (24, 7168)]  # N outputs, K inputs
 
@@ -123,6 +136,96 @@ def test_the_order_in_torch_is_that_of_single_fused_steps() -> None:
     assert not same_bits(sum_in_order(x.flip(1), weight.flip(1)), sum_in_order(x, weight)), "another order would show"
 
 
+# ---- the order of the sum in tiles ----
+
+
+def tiny(*shape: int, seed: int = 0) -> Tensor:
+    """Values whose products lie about 2^-126, some of them subnormal themselves."""
+    powers = torch.randint(-74, -54, shape, generator=torch.Generator().manual_seed(seed + 1)).float()
+    powers[..., ::7] = -130.0
+    powers[..., ::5] = 1.0
+    return randn(*shape, seed=seed) * torch.exp2(powers)
+
+
+@pytest.mark.parametrize("path", TILED, ids=ids)
+@pytest.mark.parametrize(("n", "k"), [(64, 96), (33, 32), (3, 50), (9, 57), (40, 192), (8, 2880)])
+@pytest.mark.parametrize("num_rows", [1, 21, 37])
+def test_bf16_products_in_tiles_are_two_fused_chains_for_each_32_of_k(
+    path: Path, n: int, k: int, num_rows: int
+) -> None:
+    for x, weight in ((wide(37, k), wide(n, k, seed=5)), cancelling(n, k), (tiny(37, k), tiny(n, k, seed=7))):
+        x, weight = x[:num_rows].to(torch.bfloat16), weight.to(torch.bfloat16)
+        expected = sum_in_tiles(x, weight)
+        assert expected.any()
+        assert same_bits(product(load(path), x, weight), expected)
+        assert same_bits(product(load(path), x, weight, torch.bfloat16), expected.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("path", TILED, ids=ids)
+@pytest.mark.parametrize(("n", "k"), [(64, 96), (33, 32), (40, 192), (300, 2240)])
+def test_mxfp4_products_in_tiles_are_those_of_its_bf16_values(path: Path, n: int, k: int) -> None:
+    for x, weight in ((wide(37, k), wide(n, k, seed=5)), cancelling(n, k), (tiny(37, k), tiny(n, k, seed=7))):
+        x, quantized = x[:37].to(torch.bfloat16), quantize_mxfp4(weight)
+        assert (quantized.scales > 0).all()
+        dense = dequantize_mxfp4(quantized)
+        expected = product(load(path), x, dense)
+        for num_rows in (1, 16, 37):
+            assert same_bits(product(load(path), x[:num_rows], quantized), expected[:num_rows])
+        if k < 200:
+            assert same_bits(expected, sum_in_tiles(x, dense))
+
+
+def test_the_order_in_tiles_in_torch_is_that_of_single_fused_steps() -> None:
+    from math import fsum
+
+    x, weight = randn(1, 40).to(torch.bfloat16), randn(1, 40, seed=3).to(torch.bfloat16)
+
+    def rounded(*terms: float) -> float:
+        return float(torch.tensor(fsum(terms), dtype=torch.float32))
+
+    total = 0.0
+    for start in (0, 32):
+        chains = [0.0, 0.0]
+        for k in range(start, min(start + 32, 40)):
+            chains[k % 2] = rounded(float(x[0, k]) * float(weight[0, k]), chains[k % 2])
+        total = rounded(total, rounded(*chains))
+    assert float(sum_in_tiles(x, weight)) == total
+    assert not same_bits(sum_in_tiles(x, weight), sum_in_order(x, weight)), "the other order would show"
+
+
+def test_a_result_in_tiles_is_small_by_what_it_rounds_to() -> None:
+    weight = torch.tensor([[2.0**-60, 0.0, -(2.0**-75)]], dtype=torch.bfloat16)
+    # 2^-126 less half a unit of the last place below it, which rounds to 2^-126, and less two units
+    for less, expected in ((2.0**-76, 2.0**-126), (2.0**-74, 0.0)):
+        x = torch.tensor([[2.0**-66, 0.0, less]], dtype=torch.bfloat16)
+        assert float(sum_in_tiles(x, weight)) == expected
+        for path in TILED:
+            assert float(product(load(path), x, weight)) == expected
+
+
+@pytest.mark.parametrize("path", TILED, ids=ids)
+def test_more_rows_and_outputs_than_a_panel_has_give_the_same_bits(path: Path) -> None:
+    num_rows, n, k = (1100, 600, 2112) if path.flags else (530, 64, 64)
+    x, weight = randn(num_rows, k).to(torch.bfloat16), randn(n, k, seed=1)
+    library, some = load(path), [0, 31, 511, 512, 513, num_rows - 1]
+    for held in (quantize_mxfp4(weight), weight.to(torch.bfloat16)):
+        whole = product(library, x, held)
+        assert same_bits(product(library, x[some], held), whole[some])
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("amx_bf16"), reason="torch does not use tiles here")
+def test_tiles_are_left_as_torch_finds_them() -> None:
+    x, weight = randn(64, 256).to(torch.bfloat16), randn(64, 256, seed=1).to(torch.bfloat16)
+    before = torch.mm(x, weight.t())
+    ours = product(load(runnable()[0]), x, weight)
+    for rows in (3, 40, 64):
+        assert same_bits(product(load(runnable()[0]), x[:rows], weight), ours[:rows])
+        assert same_bits(torch.mm(x, weight.t()), before)
+
+
+# ---- what no path may change ----
+
+
 @pytest.mark.parametrize("path", TESTED, ids=ids)
 @pytest.mark.parametrize("packed", [True, False], ids=["mxfp4", "bf16"])
 @pytest.mark.parametrize(("n", "k"), SIZES)
@@ -148,7 +251,7 @@ def test_a_row_has_the_same_bits_for_any_number_of_rows_place_and_threads(
 def test_rows_go_where_they_are_told_by_their_experts(path: Path) -> None:
     library, experts, k, n = load(path), 5, 64, 72
     weights = [quantize_mxfp4(randn(n, k, seed=seed)) for seed in range(experts)]
-    packed = [pack_mxfp4(weight) for weight in weights]
+    packed = [pack_mxfp4(weight, path.order) for weight in weights]
     held = torch.stack([each for each, _ in packed]), torch.stack([each for _, each in packed])
     counts = torch.tensor([3, 0, 9, 1, 200])
     x = randn(50, k + 16).to(torch.bfloat16)[:, 3 : 3 + k]  # cut from wider rows, at an odd place
@@ -207,8 +310,10 @@ def test_every_code_and_scale_of_mxfp4_is_multiplied_by(path: Path) -> None:
     for k in range(16):
         x = torch.zeros(1, 32, dtype=torch.bfloat16)
         x[0, k] = 1.0
-        got = product(load(path), x, weight)[0]
-        assert torch.equal(got.double(), exact[:, k] + 0.0), k  # + 0.0: a sum that starts from zero is never -0
+        got, expected = product(load(path), x, weight)[0], exact[:, k] + 0.0  # a sum that starts from zero is never -0
+        if path.arithmetic == "bf16-tile":  # what is subnormal counts as zero, the least scale too
+            expected = torch.where((expected.abs() < 2.0**-126) | (scales[:, 0] == 0), 0.0, expected)
+        assert torch.equal(got.double(), expected), k
 
 
 # ---- how weights are held ----
@@ -217,10 +322,11 @@ def test_every_code_and_scale_of_mxfp4_is_multiplied_by(path: Path) -> None:
 @pytest.mark.parametrize(("n", "k"), [(32, 32), (64, 96), (33, 64), (5, 160), (192, 128)])
 def test_weights_come_back_as_they_were(n: int, k: int) -> None:
     weights = [quantize_mxfp4(randn(n, k, seed=seed)) for seed in range(3)]
-    packed, scales = (torch.stack(each) for each in zip(*(pack_mxfp4(weight) for weight in weights), strict=True))
-    back = unpack_mxfp4(packed, scales, n)
-    assert torch.equal(back.packed, torch.stack([weight.packed for weight in weights]))
-    assert torch.equal(back.scales, torch.stack([weight.scales for weight in weights]))
+    for order in ("bytes", "words"):
+        packed, scales = (torch.stack(each) for each in zip(*(pack_mxfp4(w, order) for w in weights), strict=True))
+        back = unpack_mxfp4(packed, scales, n, order)
+        assert torch.equal(back.packed, torch.stack([weight.packed for weight in weights]))
+        assert torch.equal(back.scales, torch.stack([weight.scales for weight in weights]))
     for width in (k, k - 3):
         dense = [randn(n, width, seed=seed).to(torch.bfloat16) for seed in range(3)]
         assert torch.equal(unpack_bf16(torch.stack([pack_bf16(each) for each in dense]), n, width), torch.stack(dense))
@@ -346,6 +452,18 @@ from megamoe.kernels.cpu.paths import Path
 notes = []
 print(build(Path("tiny", "fma", ("-O0",)), notes.append), len(notes))
 """
+
+
+def test_a_path_that_this_cpu_does_not_run_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_of_paths, "build", lambda *_: pytest.fail("built"))
+    with pytest.raises(BuildError, match="it needs sve9"):
+        load(Path("strange", "fma", needs=("sve9",)))
+    monkeypatch.setattr(paths, "may_use_tiles", lambda: False)
+    for path in PATHS:
+        if "amx_tile" in path.needs:
+            assert path not in runnable()
+            with pytest.raises(BuildError, match="amx_tile"):
+                load(Path("tiles", path.arithmetic, needs=path.needs))
 
 
 def test_ranks_that_start_at_once_compile_once(tmp_path: FilePath) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -312,6 +313,14 @@ def test_what_computes_the_experts_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     for kernels, said in ((True, "Triton kernels on cuda"), (False, "torch on cuda")):
         monkeypatch.setattr(software, "has_kernels", lambda _, found=kernels: found)
         assert software.experts(Examination(2, "cuda")).found == said
+
+
+def test_tiles_that_the_system_does_not_grant_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {"amx_tile": True, "amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    for granted, said in ((True, "AMX-BF16"), (False, "AMX-BF16, but the system does not grant AMX's tiles")):
+        monkeypatch.setattr(software, "may_use_tiles", lambda found=granted: found)
+        assert software.cpu_instructions(CPU).found == said
 
 
 def test_every_backend_has_a_device_type_and_every_device_type_its_names() -> None:

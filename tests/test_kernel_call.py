@@ -31,7 +31,7 @@ from megamoe.parallel.transport.pairs import Clock
 from megamoe.reference import relative_error
 from megamoe.routing.waves import Waves, plan_waves
 from megamoe.shape import MoEShape
-from tests.cases import Batch, make_batch, make_layer, make_weights, oracle, split
+from tests.cases import ACTIVATIONS, Batch, make_batch, make_layer, make_weights, oracle, split
 from tests.interpreter import interpret, interpreted
 
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
@@ -133,6 +133,8 @@ ROUTINGS = {
     "no_tokens": torch.zeros(0, 4, dtype=torch.int64),
 }
 SHAPES = {
+    **{name: MoEShape(64, 32, 5, 2, activation=each, bias=True) for name, each in ACTIVATIONS.items()},
+    "ungated_without_biases": MoEShape(64, 32, 5, 2, activation=ACTIVATIONS["nemotron_h"]),
     "fewer_experts_than_ranks": MoEShape(64, 32, 2, 2),
     "more_experts_than_a_page_holds": MoEShape(32, 32, 400, 5),
     "uneven_top1": MoEShape(64, 32, 7, 1),
@@ -211,19 +213,27 @@ def test_a_token_alone_has_the_bits_it_has_in_a_batch_of_257_and_they_are_the_or
         assert relative_error(together, oracle(shape, batch, weights, wire)) < 5e-3
 
 
-def interpreted_ranks(group: EPGroup, batch: Batch, shares: list[slice]) -> dict[tuple[str, str, int], Tensor]:
+BIASED = {name: MoEShape(128, 96, 10, 4, activation=ACTIVATIONS[name], bias=True) for name in ("gpt_oss", "nemotron_h")}
+INTERPRETED = [
+    *((SHAPE, *formats, waves) for formats, waves in zip(FORMATS, (1, 2, 3, 2), strict=True)),
+    (BIASED["gpt_oss"], "mxfp4", "mxfp8", 2),
+    (BIASED["nemotron_h"], "bf16", "bf16", 2),
+]
+
+
+def interpreted_ranks(group: EPGroup, batch: Batch, shares: list[slice]) -> list[Tensor]:
     interpret()
-    mine, out = batch.part(shares[group.rank]), {}
-    for (weights, wire), waves in zip(FORMATS, (1, 2, 3, 2), strict=True):
-        layer = layer_of(SHAPE, group, weight_format=weights, dispatch_format=wire, waves=waves)
+    mine, out = batch.part(shares[group.rank]), []
+    for shape, weights, wire, waves in INTERPRETED:
+        layer = layer_of(shape, group, weight_format=weights, dispatch_format=wire, waves=waves)
         with in_triton():
-            out[weights, wire, waves] = layer(mine.hidden, mine.ids, mine.weights)
+            out.append(layer(mine.hidden, mine.ids, mine.weights))
     return out
 
 
 @interpreted
-def alone_in_triton(batch: Batch, weights: str, wire: str, expected: Tensor) -> None:
-    layer = layer_of(SHAPE, weight_format=weights, dispatch_format=wire)
+def alone_in_triton(shape: MoEShape, batch: Batch, weights: str, wire: str, expected: Tensor) -> None:
+    layer = layer_of(shape, weight_format=weights, dispatch_format=wire)
     with in_triton():
         assert torch.equal(layer(batch.hidden, batch.ids, batch.weights), expected)
 
@@ -232,10 +242,10 @@ def test_through_triton_the_bits_are_the_same_on_one_rank_and_on_two() -> None:
     batch = make_batch(SHAPE, 23)
     with LocalRanks(2, threads_per_rank=1) as ranks:  # Triton looks once in a process whether it interprets
         outputs = ranks.run(interpreted_ranks, batch, split(23, 2))
-    for weights, wire, waves in outputs[0]:
-        got = torch.cat([output[weights, wire, waves] for output in outputs])
-        assert relative_error(got, oracle(SHAPE, batch, weights, wire)) < 5e-3
-        alone_in_triton(batch, weights, wire, got)
+    for number, (shape, weights, wire, _) in enumerate(INTERPRETED):
+        got = torch.cat([output[number] for output in outputs])
+        assert relative_error(got, oracle(shape, batch, weights, wire)) < 5e-3
+        alone_in_triton(shape, batch, weights, wire, got)
 
 
 # ---- what the host waits for ----
@@ -389,15 +399,16 @@ def test_messages_are_queued_beside_compute_and_results_leave_once_they_are_comp
 # ---- weights ----
 
 
+@pytest.mark.parametrize("shape", [SHAPE, *BIASED.values()], ids=["plain", *BIASED])
 @pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
-def test_a_state_dict_is_the_same_with_and_without_kernels(weight_format: str) -> None:
-    plain, turned = (make(SHAPE, weight_format=weight_format) for make in (make_layer, layer_of))
+def test_a_state_dict_is_the_same_with_and_without_kernels(weight_format: str, shape: MoEShape) -> None:
+    plain, turned = (make(shape, weight_format=weight_format) for make in (make_layer, layer_of))
     before, after = plain.state_dict(), turned.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     batch = make_batch(SHAPE, 20)
     with as_with_kernels():
-        loaded = MegaMoE(SHAPE, weight_format=weight_format)
+        loaded = MegaMoE(shape, weight_format=weight_format)
     loaded.load_state_dict(before)
     outputs = [layer(batch.hidden, batch.ids, batch.weights) for layer in (turned, loaded)]
     assert torch.equal(*outputs)

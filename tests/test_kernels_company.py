@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamoe.activations import SWIGLU
 from megamoe.formats import quantize_mxfp8
 from tests.interpreter import interpreted
 
@@ -122,11 +123,11 @@ def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(ValueError, match=r"source must be int32 \[R\], got torch.int64 \[2\]"):
         Grouped(x, weight, counts, torch.zeros(2).long())
     with pytest.raises(ValueError, match="writes MXFP8 for MXFP4 weights, widened or not, and BF16 for BF16"):
-        grouped_linear1(Grouped(x, weight, counts), torch.ones(2), None, Wide(x[:, :32]))
+        grouped_linear1(Grouped(x, weight, counts), torch.ones(2), SWIGLU, Wide(x[:, :32]))
     with pytest.raises(ValueError, match="columns must be a power of two and a multiple of 64, got 96"):
         Tile(16, 96, 64)
     product = Grouped(x, weight, counts)
     with pytest.raises(ValueError, match=r"index \[2\] and out \[W, 64\], got \[1\] and \[2, 64\]"):
         grouped_linear2(product, torch.zeros(1).long(), x)
     with pytest.raises(ValueError, match=r"weights \[2\] and out \[2, 32\], got \[2\] and \[2, 64\]"):
-        grouped_linear1(product, torch.ones(2), None, x)
+        grouped_linear1(product, torch.ones(2), SWIGLU, x)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamoe.activations import SWIGLU
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp4, dequantize_mxfp8, pack_e2m1, quantize_mxfp4, quantize_mxfp8
 from megamoe.reference import relative_error
 from tests.interpreter import interpreted
@@ -14,7 +15,9 @@ pytest.importorskip("triton")
 
 from megamoe.kernels.chips.tiles import Tile
 from megamoe.kernels.grouped import Grouped
+from megamoe.kernels.grouped_linear2 import grouped_linear2
 from megamoe.kernels.layout import LARGEST_SMALL_SCALE, Prepacked, interleave_gate_up, separate_gate_up
+from tests.cases import ACTIVATIONS
 from tests.kernel_cases import (
     LIMIT,
     UNTOUCHED,
@@ -33,6 +36,7 @@ from tests.kernel_cases import (
     products_fp64,
     rows_for,
     weights_for,
+    weights_of,
     whole,
 )
 
@@ -132,7 +136,7 @@ def test_linear1_is_near_fp64_and_its_twin_for_any_spread(
     product = drawn(counts, depth, columns, way)
     out = as_fp64(linear1(product, tile=WAYS[way]))
     if sum(counts):
-        assert relative_error(out, linear1_fp64(product, LIMIT)) < BOUND
+        assert relative_error(out, linear1_fp64(product)) < BOUND
         assert relative_error(out, as_fp64(linear1(product, twin=True))) < BOUND
 
 
@@ -142,7 +146,37 @@ def test_linear1_is_near_fp64_and_its_twin_for_any_spread(
 def test_gate_and_up_are_clamped_to_the_limit(way: str, limit: float | None) -> None:
     product = grouped(whole(9, 64, seed=7), whole(2, 128, 64, seed=8), [5, 4], way)  # sums up to some 30
     assert float(products_fp64(product).abs().max()) > 2 * LIMIT
-    assert relative_error(as_fp64(linear1(product, limit, tile=WAYS[way])), linear1_fp64(product, limit)) < 1e-3
+    activation = SWIGLU.with_limit(limit)
+    got = as_fp64(linear1(product, activation, tile=WAYS[way]))
+    assert relative_error(got, linear1_fp64(product, activation)) < 1e-3
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@interpreted
+def test_every_activation_is_near_fp64_and_its_twin(name: str, bias: bool) -> None:
+    activation = ACTIVATIONS[name]
+    for way, tile in WAYS.items():
+        bias_of = whole(3, 192, seed=9) if bias else None  # sums are exact in any order
+        product = grouped(whole(6, 64, seed=7), whole(3, 192, 64, seed=8), [4, 0, 2], way, bias_of)
+        out, twin = (as_fp64(linear1(product, activation, **each)) for each in ({"tile": tile}, {"twin": True}))
+        assert relative_error(out, linear1_fp64(product, activation)) < BOUND, way
+        # FP32's exponential differs in its last bits from FP64's, which crosses few of a format's steps
+        assert float((out == twin).double().mean()) > 0.99, way
+
+
+@every_way
+@interpreted
+def test_a_bias_is_added_to_the_sum_times_the_rows_weight(way: str) -> None:
+    product = drawn([5, 0, 17, 1], 96, 192, way, bias=True)
+    expected = products_fp64(product, weights_of(product))
+    assert relative_error(linear2(product, tile=WAYS[way]), expected) < BOUND
+    exact = grouped(whole(9, 64, seed=7), whole(2, 192, 64, seed=8), [5, 4], way, whole(2, 192, seed=9))
+    assert torch.equal(linear2(exact, tile=WAYS[way]), linear2(exact, twin=True))
+    with pytest.raises(ValueError, match=r"with a bias needs weights \[9\], got None"):
+        grouped_linear2(exact, torch.arange(9), torch.empty(9, 192, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"bias must be float32 \[2, 192\], got torch.float32 \[2, 191\]"):
+        grouped(whole(9, 64, seed=7), whole(2, 192, 64, seed=8), [5, 4], way, torch.zeros(2, 191))
 
 
 @both_mx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -26,18 +28,22 @@ BF16 = ("deepseek_v3", "qwen3_moe", "mixtral")
 # where transformers keeps dense weights whole or gathers them, so that dense products have the bits of one rank:
 # FSDP does not take DeepSeek-V4's dense weights, whose dtypes differ, and its tensor-parallel plan cuts experts alone
 LAYOUT = {"deepseek_v4": "tp", "gpt_oss": "fsdp", "deepseek_v3": "fsdp", "qwen3_moe": "fsdp", "mixtral": "fsdp"}
-TOKENS = torch.randint(3, VOCABULARY, (4, 48), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(3, VOCABULARY, (8, 48), generator=torch.Generator().manual_seed(1))
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A checkpoint, and what the plain model gives: logits in FP32 and BF16, each MoE block's input and output."""
+    """A checkpoint, and what the plain model gives: logits in FP32 and BF16, each MoE block's input and output.
+
+    blocks holds what the blocks give for that input in FP32.
+    """
 
     family: str
     path: Path
     exact: Tensor
     logits: Tensor
     calls: dict[str, Call]
+    blocks: dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +54,13 @@ def plain_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plain]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
         logits, calls = record_blocks(model, TOKENS)
         exact, _ = record_blocks(model.float(), TOKENS)
-        made[family] = Plain(family, path, exact, logits, calls)
+        wide = {name: (tuple(map(_wide, args)), kwargs, out) for name, (args, kwargs, out) in calls.items()}
+        made[family] = Plain(family, path, exact, logits, calls, repeat_blocks(model, wide))
     return made
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def load(plain: Plain, size: int = 1) -> PreTrainedModel:
@@ -88,14 +99,23 @@ def test_every_moe_block_agrees_with_the_plain_one(plain_models: dict[str, Plain
     assert {routed.layer.weight_format for routed in layers(model)} == {weights}
 
 
+@pytest.mark.parametrize("family", BF16)
+def test_every_moe_block_is_nearer_to_fp32_than_the_plain_one(plain_models: dict[str, Plain], family: str) -> None:
+    plain = plain_models[family]
+    for name, found in repeat_blocks(load(plain), plain.calls).items():
+        exact = plain.blocks[name]
+        assert relative_error(found, exact) < relative_error(plain.calls[name][2], exact)
+
+
 def test_logits_are_no_further_from_fp32_than_the_plain_model_s(plain_models: dict[str, Plain]) -> None:
-    """Of three models together: where a router's choice falls moves each of them one way or the other."""
-    ours = theirs = 0.0
-    for family in BF16:
-        plain = plain_models[family]
-        ours += relative_error(forward(load(plain), TOKENS), plain.exact) ** 2
-        theirs += relative_error(plain.logits, plain.exact) ** 2
-    assert ours <= theirs
+    """The median token of three models: a few tokens for which a router chooses otherwise outweigh all the others."""
+    ours = sum(_median_error(forward(load(plain_models[each]), TOKENS), plain_models[each].exact) for each in BF16)
+    theirs = sum(_median_error(plain_models[each].logits, plain_models[each].exact) for each in BF16)
+    assert 0.5 * theirs < ours <= theirs
+
+
+def _median_error(found: Tensor, expected: Tensor) -> float:
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
 # ---- several ranks ----
@@ -116,8 +136,22 @@ def work(group: EPGroup, plain: Plain) -> tuple[Tensor, dict[str, Tensor], list[
         experts = model.get_submodule(f"{name}.experts")
         with torch.no_grad():
             outputs[name] = experts(*routed_somehow(args[0], experts.routed.layer.shape.topk))
+        assert not any(parameter is not None for parameter in experts._parameters.values())
+    assert len({id(each.layer.group) for each in layers(model)}) == 1
+    assert not stacks_alive(layers(model)[0]), stacks_alive(layers(model)[0])
     held = [(len(each.layer.local_experts), each.layer.weight_format) for each in layers(model)]
     return first, outputs, held
+
+
+def stacks_alive(routed: RoutedExperts) -> list[tuple[int, ...]]:
+    """Shapes of what the layer was loaded from and this process still holds, wherever FSDP or autograd keeps it."""
+    gc.collect()
+    shape, num_local = routed.layer.shape, len(routed.layer.local_experts)
+    down = shape.hidden * shape.intermediate // (2 if routed.layer.weight_format == "mxfp4" else 1)
+    held = [each.to_local() for each in gc.get_objects() if isinstance(each, DTensor)]
+    held += [each for each in gc.get_objects() if isinstance(each, nn.Parameter) and not isinstance(each, DTensor)]
+    held = [each for each in held if each.numel() == num_local * down and len(each) == num_local]
+    return [tuple(each.shape) for each in held if each.untyped_storage().nbytes()]
 
 
 def _packed(model: nn.Module) -> list[PackedExperts]:
@@ -153,7 +187,9 @@ def test_two_three_and_four_ranks_have_the_bits_of_one(
 
 def write_on(group: EPGroup, plain: Plain, prompts: list[Tensor]) -> list[int]:
     model = load(plain, group.size)
-    found: list[int] = model.generate(prompts[group.rank], max_new_tokens=6, do_sample=False, synced_gpus=True)[0].tolist()
+    found: list[int] = model.generate(prompts[group.rank], max_new_tokens=6, do_sample=False, synced_gpus=True)[
+        0
+    ].tolist()
     return found
 
 

@@ -14,15 +14,21 @@ from megamoe.model.registration import refuse_old
 KNOWN = """
 from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-registries = EPImplementationInterface(), ALL_EXPERTS_FUNCTIONS, AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers import auto
+quantizers = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
+registries = EPImplementationInterface(), ALL_EXPERTS_FUNCTIONS, *quantizers
 assert all("megamoe" in registry for registry in registries)
 """
 
 
 def run(code: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 

@@ -105,8 +105,9 @@ def test_weights_without_a_place_are_refused_by_name() -> None:
         (lambda x: x * torch.sigmoid(1.702 * x), Activation(alpha=1.702)),
         (lambda x: x.relu().square(), Activation("relu2")),
         (lambda x: nn.functional.silu(x.float()).to(x.dtype), SWIGLU),
+        (lambda x: nn.functional.gelu(x.float(), approximate="tanh").to(x.dtype), Activation("gelu_tanh")),
     ],
-    ids=["silu", "gelu_tanh", "quick_gelu", "relu2", "silu_in_fp32"],
+    ids=["silu", "gelu_tanh", "quick_gelu", "relu2", "silu_in_fp32", "gelu_in_fp32"],
 )
 def test_functions_are_found(function: Callable[[Tensor], Tensor], expected: Activation) -> None:
     experts = Experts()
@@ -114,7 +115,7 @@ def test_functions_are_found(function: Callable[[Tensor], Tensor], expected: Act
     assert read_structure(experts).activation == expected
 
 
-@pytest.mark.parametrize("limit", [0.5, 1.0, 7.0, 10.0, 123.456])
+@pytest.mark.parametrize("limit", [0.5, 1.0, 7.0, 10.0, 123.456, 5e4])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_limits_are_found(limit: float, when: str) -> None:
     class Clamped(Experts):

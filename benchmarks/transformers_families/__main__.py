@@ -69,9 +69,10 @@ def _line(row: Row) -> str:
 
 INTRO = """# Families of transformers on the layer
 
-Every architecture of transformers {version} with the `{rule}` rule: a tiny random model of each, loaded by stock
-`from_pretrained` on two gloo ranks with `ep_implementation="megamoe"`, against one plain process with the same weights.
-Of {families} families {works} work, {refused} refused, {failed} not run, {wrong} wrong. `{command}` writes this page
+Every architecture of transformers {version} with the `{rule}` rule: a tiny random model of each, loaded by
+stock `from_pretrained` on two gloo ranks with `ep_implementation="megamoe"`, against one plain process with the same
+weights. Of {families} families {works} work; refused: {refused}, not run: {failed}, wrong: {wrong}. This page is
+written by `{command}`
 ({day}, torch {torch}, CPU).
 
 - **activation**: what the probe found of the model's own experts.

@@ -89,7 +89,7 @@ def _family(name: str, file: str) -> Family:
 
 
 def _takes(model: type, config: type) -> bool:
-    hint = inspect.signature(model.__init__).parameters.get("config")
+    hint = inspect.signature(model).parameters.get("config")
     return hint is not None and hint.annotation in (config, config.__name__)
 
 
@@ -135,7 +135,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: Family) -> PreTrainedConfig:
-    known = set(inspect.signature(family.config.__init__).parameters)
+    known = set(inspect.signature(family.config).parameters)
     known |= set(getattr(family.config, "__dataclass_fields__", {}))
     entries = {name: value for name, value in SIZES.items() if name in known or name in family.config.attribute_map}
     return family.config(**entries | ENTRIES.get(family.name, {}))

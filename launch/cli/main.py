@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": "models.generate:generate",
     "tiny": "models.tiny:tiny",
     "upcycle": "models.upcycle:upcycle",
+    "convert": "convert:convert",
 }
 
 

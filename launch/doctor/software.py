@@ -15,6 +15,7 @@ import megamoe
 from megamoe.execution.ops import has_kernels
 from megamoe.execution.products import ROW_BLOCKS, keeps_bits, multiply_dtype
 from megamoe.kernels.cpu.library import KernelWarning, find
+from megamoe.kernels.cpu.paths import may_use_tiles
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices
 from megamoe.launch.doctor.check import Check, Examination, LookAt, gib, plural
 
@@ -99,6 +100,8 @@ def cpu_instructions(_: Examination) -> Check:
     """Which instructions for BF16 the CPU has. A fact, not a fault."""
     features = torch.cpu.get_capabilities()
     found = [name for feature, name in _INSTRUCTIONS.items() if features.get(feature)]
+    if features.get("amx_tile") and not may_use_tiles():
+        found.append("but the system does not grant AMX's tiles")
     return Check.ok("cpu instructions", ", ".join(found) or "none for BF16")
 
 

@@ -217,7 +217,7 @@ class Experts(nn.Module):
 
     @property
     def arithmetic(self) -> str:
-        """How products are summed: "fma", "bf16-dot", "torch" or "triton"."""
+        """How products are summed: "fma", "bf16-dot", "bf16-tile", "torch" or "triton"."""
         return "triton" if self.grouped else self.products.arithmetic
 
     @property
@@ -225,7 +225,8 @@ class Experts(nn.Module):
         """What making one expert's weights ready costs, in rows that could be computed meanwhile."""
         if self.grouped:
             return _READ_ROWS if self.packed else 4 * _READ_ROWS
-        return self.products.decode_rows if self.format.decodes and not self.keep_dequantized else 0.0
+        decodes = self.format.decodes and not self.keep_dequantized
+        return self.products.decode_rows if decodes else self.products.read_rows
 
     @property
     def missing(self) -> list[int]:

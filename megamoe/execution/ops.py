@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megamoe.activations import Activation
 from megamoe.formats import MXFP8, chunks, dequantize_mxfp8, quantize_mxfp8
 from megamoe.kernels import load
 from megamoe.kernels.chips.targets import TARGETS, chip_of
@@ -135,14 +136,17 @@ def widen(x: MXFP8, out: Wide) -> None:
     _body("widen", x.scales.device)(x, out)
 
 
-def grouped_linear1(grouped: Grouped, weights: Tensor, limit: float | None, out: MXFP8 | Wide | Tensor) -> None:
+def grouped_linear1(grouped: Grouped, weights: Tensor, activation: Activation, out: MXFP8 | Wide | Tensor) -> None:
     """Linear-1 and the activation of rows sorted by expert -> out [R, I], which Linear-2 reads; weights [R] float32."""
-    _body("grouped_linear1", weights.device)(grouped, weights, limit, out)
+    _body("grouped_linear1", weights.device)(grouped, weights, activation, out)
 
 
-def grouped_linear2(grouped: Grouped, index: Tensor, out: Tensor) -> None:
-    """Linear-2 of rows sorted by expert; row r goes to out[index[r]], bfloat16 [W, H]; index [R] int64."""
-    _body("grouped_linear2", index.device)(grouped, index, out)
+def grouped_linear2(grouped: Grouped, index: Tensor, out: Tensor, weights: Tensor) -> None:
+    """Linear-2 of rows sorted by expert; row r goes to out[index[r]], bfloat16 [W, H]; index [R] int64.
+
+    weights [R] float32, by which a bias is multiplied
+    """
+    _body("grouped_linear2", index.device)(grouped, index, out, weights)
 
 
 def _body(name: str, device: torch.device) -> Any:

@@ -32,6 +32,10 @@ ROW_BLOCKS = (32, 64, 128, 256)
 # What decoding one expert's weights costs, in rows of its products. By torch's look-ups, on one Zen 4 core, 2026-11-24:
 # some 0.5 ns a value of MXFP4, 9 ps a multiply-add.
 _TORCH_DECODE_ROWS = 55.0
+# The same by our kernels, then what reading BF16 weights costs. By vectors: half of a row's product, and the reading.
+# Tiles compute a row while memory brings a hundredth of a matrix: on one Sapphire Rapids core, 2026-11-29, one row by
+# 2048 x 2048 takes 0.24 ms from MXFP4 and 0.64 ms from BF16, and each of 512 rows 8.5 us: `benchmarks.cpu_kernels`.
+_VECTOR_ROWS, _TILE_ROWS = (1.0, 0.0), (27.0, 74.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +52,13 @@ class Products(ABC):
     arithmetic    what ranks must have alike for a token to have the same bits on all: how products are summed
     layout        how weights must be held
     decode_rows   what making one expert's MXFP4 weights ready costs, in rows that could be computed meanwhile
+    read_rows     what reading one expert's weights of another format a second time costs, likewise
     """
 
     arithmetic: str
     layout: Layout
     decode_rows: float
+    read_rows: float
 
     @abstractmethod
     def multiply(
@@ -67,11 +73,10 @@ class Products(ABC):
 class KernelProducts(Products):
     """The CPU's kernels."""
 
-    decode_rows = 1.0  # reading the weights again, and half of a row's product
-
     def __init__(self, library: Library) -> None:
         self.library, self.arithmetic = library, library.path.arithmetic
         self.layout = Blocks(library.path.order)
+        self.decode_rows, self.read_rows = _TILE_ROWS if self.arithmetic == "bf16-tile" else _VECTOR_ROWS
 
     def multiply(
         self,
@@ -91,7 +96,7 @@ class TorchProducts(Products):
 
     arithmetic = "torch"
     layout = RowMajor()
-    decode_rows = _TORCH_DECODE_ROWS
+    decode_rows, read_rows = _TORCH_DECODE_ROWS, 0.0
 
     def multiply(
         self, rows: Rows, held: Held, out: Tensor, goes: Tensor | None = None, workspace: Workspace | None = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import silu
 
 from megamoe.activations import Activation
 
@@ -44,7 +45,7 @@ def gate_fp64(gate: Tensor, activation: Activation) -> Tensor:
     elif activation.function == "silu":
         found = silu(x) if activation.alpha == 1 else x * torch.sigmoid(activation.alpha * x)
     elif activation.function == "gelu_tanh":
-        found = gelu(x, approximate="tanh")
+        found = x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))  # 1 + tanh z would cancel
     else:
         assert activation.function == "relu2", activation.function
         found = torch.relu(x).square()

@@ -26,7 +26,7 @@ from megamoe.kernels.layout import CHUNK, LARGEST_SMALL_SCALE, Prepacked, Wide, 
 # arguments of both kernels that change from call to call: they are not compiled again for a 1 or a multiple of 16,
 SIZES = ["num_experts", "num_programs"]
 # nor for where a step's part of a buffer begins
-SLICED = ["tokens_per_expert", "source", "weights", "index"]
+SLICED = ["tokens_per_expert", "source", "weights", "index", "bias"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,8 @@ class Grouped:
     tokens_per_expert   [e] int32 on the device: rows of each expert, together R at most; rows beyond are nobody's
     source              [R] int32: in which row of x each row is, sorted by expert; None where x is those rows, R = M
                         x = [a, b], source [1, 0, 1]  ->  rows b, a, b
-    turns               how many times as many programs as the device runs at once: other streams' kernels can begin
+    bias                [e, N] float32, added to each expert's sums before they are rounded; None for none
+    oversubscription    how many times as many programs as the device runs at once: other streams' kernels can begin
                         where one has ended
 
     ValueError where these do not fit together.
@@ -49,6 +50,7 @@ class Grouped:
     tokens_per_expert: Tensor
     source: Tensor | None = None
     oversubscription: int = 1
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         kinds = {MXFP8: MXFP4, Wide: Prepacked}
@@ -64,6 +66,11 @@ class Grouped:
             raise ValueError(f"tokens_per_expert must be int32 [{num_experts}], got {given}")
         if self.source is not None and (self.source.dim() != 1 or self.source.dtype != torch.int32):
             raise ValueError(f"source must be int32 [R], got {self.source.dtype} {list(self.source.shape)}")
+        if self.bias is not None:
+            wanted = [num_experts, self.num_columns]
+            if list(self.bias.shape) != wanted or self.bias.dtype != torch.float32:
+                raise ValueError(f"bias must be float32 {wanted}, got {self.bias.dtype} {list(self.bias.shape)}")
+            assert self.bias.is_contiguous(), self.bias.stride()
         strides = [each.stride(-1) for each in (self._values, *self._scales)]
         assert strides == [1] * len(strides), strides
         if isinstance(self.x, Wide):
@@ -138,6 +145,7 @@ class Grouped:
             "x_scales": scales[0] if scales else None,
             "w": weights[0],
             "w_scales": weights[1] if len(weights) > 1 else None,
+            "bias": self.bias,
             "tokens_per_expert": self.tokens_per_expert,
             "source": self.source,
             "num_experts": len(self.tokens_per_expert),
@@ -146,14 +154,21 @@ class Grouped:
             "x_scale_stride": scales[0].stride(0) if scales else 0,
         }
 
-    def products_torch(self) -> Iterator[tuple[slice, Tensor]]:
-        """What the product means, an expert after the other: its rows, and in FP64, rounded, their product [n, N]."""
+    def products_torch(self, weights: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """What the product means, an expert after the other: its rows, and in FP64, rounded, their product [n, N].
+
+        A bias is in it, times each row's weight [R] where there are weights.
+        """
         start = 0
         for expert, count in enumerate(self.tokens_per_expert.tolist()):
             rows = slice(start, start + count)
             start += count
             lie = rows if self.source is None else self.source[rows].to(torch.int64)
-            yield rows, (self._rows_fp64(lie) @ self._weight_fp64(expert).T).to(torch.bfloat16)
+            product = self._rows_fp64(lie) @ self._weight_fp64(expert).T
+            if self.bias is not None:
+                scale = 1.0 if weights is None else weights[rows].to(torch.float64).unsqueeze(-1)
+                product += scale * self.bias[expert].to(torch.float64)
+            yield rows, product.to(torch.bfloat16)
 
     def _weight_fp64(self, expert: int) -> Tensor:
         weight = self.weight
@@ -202,7 +217,7 @@ def builds_of(
 
 
 _SIZES = dict.fromkeys(("num_experts", "num_programs", "x_stride", "x_scale_stride"), "i32")
-_SHARED = {"tokens_per_expert": "*i32", **_SIZES}
+_SHARED: Mapping[str, str | None] = {"tokens_per_expert": "*i32", "bias": None, **_SIZES}
 _TYPES: Mapping[str, Mapping[str, str | None]] = {
     "mxfp4": {**_SHARED, "x": "*u8", "x_scales": "*u8", "w": "*u8", "w_scales": "*u8"},
     "wide": {**_SHARED, "x": "*bf16", "x_scales": None, "w": "*i32", "w_scales": "*u8"},

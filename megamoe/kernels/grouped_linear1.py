@@ -1,7 +1,7 @@
 """Linear-1 of all experts at once, and the activation at its end: the 2I columns of gate and up never reach memory.
 
 Gate and up rows of the weight alternate, so a tile has both of each of its columns. They are laid so once, when the
-weights are loaded.
+weights are loaded. Without a gate a tile's columns are those of the result.
 """
 
 # R rows, sorted by expert   e experts of this rank   H hidden   I intermediate
@@ -15,26 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megamoe.activations import SWIGLU, Activation
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp8, quantize_mxfp8
 from megamoe.kernels.chips.targets import Build, Target
 from megamoe.kernels.chips.tiles import Tile, find, lay_out
+from megamoe.kernels.device.activation import apply_function, constants_of, load_bias, up_factor
 from megamoe.kernels.device.products import tile_product
 from megamoe.kernels.device.rounding import round_to_bf16, round_to_mxfp8, widen_block
+from megamoe.kernels.gating import gate_fp64
+from megamoe.kernels.gating import up_factor as up_factor_torch
 from megamoe.kernels.grouped import SIZES, SLICED, Grouped, builds_of
 from megamoe.kernels.layout import Prepacked, Wide, in_sum_order
-
-
-@triton.jit
-def activate(gate, up, weights, LIMIT: tl.constexpr):
-    """SiLU(min(gate, LIMIT)) * clamp(up, -LIMIT, LIMIT) * weight in FP32; a NaN stays one.
-
-    gate, up [ROWS, n] float32 that BF16 holds, weights [ROWS] float32 -> [ROWS, n] float32
-        gate 2, up 20, weight 0.5, LIMIT 10  ->  2 / (1 + e^-2) * 10 * 0.5 = 8.808
-    """
-    if LIMIT is not None:
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    return gate / (1 + tl.exp(-gate)) * up * weights[:, None]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
@@ -43,6 +34,7 @@ def _linear1_kernel(
     x_scales,
     w,
     w_scales,
+    bias,
     tokens_per_expert,
     source,
     weights,
@@ -57,19 +49,26 @@ def _linear1_kernel(
     EXPERTS: tl.constexpr,
     OPERAND: tl.constexpr,
     SMALL_SCALES: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    UP_SHIFT: tl.constexpr,
     LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    CLAMP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """Program p computes tiles p, p + num_programs, and so on, in the order of `tiles.find`.
 
-    N is 2I, and a tile of COLUMNS has COLUMNS / 2 of out's columns.
-        K 32, a row of x all 1; of w the even rows all 0.5, the odd ones all 1; all scales 1: gates 16, ups 32;
+    GATED, N is 2I, and a tile of COLUMNS has COLUMNS / 2 of out's columns. A bias is added to the FP32 sum.
+        silu, K 32, a row of x all 1; of w the even rows all 0.5, the odd ones all 1; all scales 1: gates 16, ups 32;
         LIMIT 10: 10 and 10; weight 0.25  ->  10 / (1 + e^-10) * 10 * 0.25 = 24.999, between E4M3's 24 and 26: 24
     """
     COLUMN_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
-    WIDTH: tl.constexpr = N // 2
+    WIDTH: tl.constexpr = N // 2 if GATED else N
+    OUT: tl.constexpr = COLUMNS // 2 if GATED else COLUMNS
     counts, row_ends, tile_ends = lay_out(tokens_per_expert, num_experts, COLUMN_TILES, ROWS, EXPERTS)
     for tile in range(tl.program_id(0), tl.max(tile_ends, 0), num_programs):
         expert, first_row, num_rows, column_tile = find(tile, counts, row_ends, tile_ends, COLUMN_TILES, ROWS, EXPERTS)
@@ -93,23 +92,29 @@ def _linear1_kernel(
             OPERAND,
             SMALL_SCALES,
         )
-        gate_up = round_to_bf16(tl.trans(total)).to(tl.float32)
-        gate, up = tl.split(tl.reshape(gate_up, (ROWS, COLUMNS // 2, 2)))
-        rows, columns = tl.arange(0, ROWS), column_tile * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        if bias is not None:
+            total += load_bias(bias, expert, column_tile * COLUMNS, N, COLUMNS)[:, None]
+        first = round_to_bf16(tl.trans(total)).to(tl.float32)
+        rows, columns = tl.arange(0, ROWS), column_tile * OUT + tl.arange(0, OUT)
         has_row = rows < num_rows
-        activated = activate(gate, up, tl.load(weights + first_row + rows, mask=has_row, other=0.0), LIMIT)
+        if GATED:
+            gate, up = tl.split(tl.reshape(first, (ROWS, OUT, 2)))
+            activated = apply_function(gate, FUNCTION, ALPHA, LIMIT, CLAMP) * up_factor(up, UP_SHIFT, UP_LIMIT, CLAMP)
+        else:
+            activated = apply_function(first, FUNCTION, ALPHA, LIMIT, CLAMP)
+        activated *= tl.load(weights + first_row + rows, mask=has_row, other=0.0)[:, None]
         places = (first_row + rows).to(tl.int64)[:, None]
         wanted = has_row[:, None] & (columns < WIDTH)[None, :]
         if w_scales is None:
             tl.store(out + places * WIDTH + columns[None, :], round_to_bf16(activated), mask=wanted)
         elif out_scales is None:
-            codes, exponents = round_to_mxfp8(tl.reshape(activated, (ROWS * COLUMNS // 64, 32)))
-            widened = tl.reshape(widen_block(codes, exponents), (ROWS, COLUMNS // 2))
+            codes, exponents = round_to_mxfp8(tl.reshape(activated, (ROWS * OUT // 32, 32)))
+            widened = tl.reshape(widen_block(codes, exponents), (ROWS, OUT))
             tl.store(out + places * WIDTH + columns[None, :], widened, mask=wanted)
         else:
-            codes, exponents = round_to_mxfp8(tl.reshape(activated, (ROWS, COLUMNS // 64, 32)))
-            tl.store(out + places * WIDTH + columns[None, :], tl.reshape(codes, (ROWS, COLUMNS // 2)), mask=wanted)
-            blocks = column_tile * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)
+            codes, exponents = round_to_mxfp8(tl.reshape(activated, (ROWS, OUT // 32, 32)))
+            tl.store(out + places * WIDTH + columns[None, :], tl.reshape(codes, (ROWS, OUT)), mask=wanted)
+            blocks = column_tile * (OUT // 32) + tl.arange(0, OUT // 32)
             wanted = has_row[:, None] & (blocks < WIDTH // 32)[None, :]
             tl.store(out_scales + places * (WIDTH // 32) + blocks[None, :], exponents, mask=wanted)
 
@@ -117,35 +122,39 @@ def _linear1_kernel(
 def grouped_linear1(
     grouped: Grouped,
     weights: Tensor,
-    limit: float | None,
+    activation: Activation,
     out: MXFP8 | Wide | Tensor,
     *,
     tile: Tile | None = None,
     programs: int | None = None,
 ) -> None:
-    """SiLU(gate) * up * weight of every row, clamped to limit, in out: what Linear-2 reads.
+    """The activation of every row times its weight, in out: what Linear-2 reads.
 
-    grouped of x [R, H] by weights [e, 2I, H] with gate and up rows in turns; weights [R] float32; out [R, I], MXFP8 or
-    the same widened for MXFP4 weights, bfloat16 for BF16 ones. The product is rounded to BF16 before the activation.
+    grouped of x [R, H] by weights [e, 2I, H] with gate and up rows in turns, or [e, I, H] without a gate; weights [R]
+    float32; out [R, I], MXFP8 or the same widened for MXFP4 weights, bfloat16 for BF16 ones. The product, with the
+    bias that grouped has, is rounded to BF16 before the activation.
     Rows that are nobody's stay as they are. tile and programs as the device has them in its table, if not given.
     """
-    _check(grouped, weights, out)
+    _check(grouped, weights, activation, out)
     results: dict[str, Any]
     if isinstance(out, MXFP8):
         results = {"out": out.values.view(torch.uint8), "out_scales": out.scales}
     else:
         results = {"out": _values(out), "out_scales": None}
-    grouped.run(_linear1_kernel, {**results, "weights": weights, "LIMIT": limit}, tile, programs)
+    grouped.run(_linear1_kernel, {**results, "weights": weights, **constants_of(activation)}, tile, programs)
 
 
-def grouped_linear1_torch(grouped: Grouped, weights: Tensor, limit: float | None, out: MXFP8 | Wide | Tensor) -> None:
+def grouped_linear1_torch(
+    grouped: Grouped, weights: Tensor, activation: Activation, out: MXFP8 | Wide | Tensor
+) -> None:
     """What grouped_linear1() means, an expert after the other."""
-    _check(grouped, weights, out)
+    _check(grouped, weights, activation, out)
     for rows, product in grouped.products_torch():
-        gate, up = product[:, 0::2].to(torch.float64), product[:, 1::2].to(torch.float32)
-        if limit is not None:
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        activated = torch.nn.functional.silu(gate).to(torch.float32) * up * weights[rows].unsqueeze(-1)
+        gate, up = (product[:, 0::2], product[:, 1::2]) if activation.gated else (product, None)
+        activated = gate_fp64(gate.to(torch.float64), activation).to(torch.float32)
+        if up is not None:
+            activated *= up_factor_torch(up, activation)
+        activated *= weights[rows].unsqueeze(-1)
         if isinstance(out, MXFP8):
             rounded = quantize_mxfp8(activated)
             out.values.view(torch.uint8)[rows] = rounded.values.view(torch.uint8)
@@ -160,8 +169,8 @@ def _values(out: MXFP8 | Wide | Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.values
 
 
-def _check(grouped: Grouped, weights: Tensor, out: MXFP8 | Wide | Tensor) -> None:
-    values, wanted = _values(out), (grouped.num_rows, grouped.num_columns // 2)
+def _check(grouped: Grouped, weights: Tensor, activation: Activation, out: MXFP8 | Wide | Tensor) -> None:
+    values, wanted = _values(out), (grouped.num_rows, grouped.num_columns // activation.rows_per_output)
     if isinstance(out, MXFP8 | Wide) != isinstance(grouped.weight, MXFP4 | Prepacked):
         raise ValueError("grouped_linear1 writes MXFP8 for MXFP4 weights, widened or not, and BF16 for BF16 weights")
     if len(weights) != grouped.num_rows or tuple(values.shape) != wanted:
@@ -171,11 +180,12 @@ def _check(grouped: Grouped, weights: Tensor, out: MXFP8 | Wide | Tensor) -> Non
 
 
 def builds(target: Target) -> list[Build]:
-    """All tiles, with DeepSeek-V4-Pro's sizes, rows where the source says."""
+    """All tiles, with DeepSeek-V4-Pro's sizes and activation, rows where the source says."""
     own: dict[str, str | None] = {"source": "*i32", "weights": "*fp32"}
     kinds: dict[str, dict[str, str | None]] = {
         "mxfp4": {**own, "out": "*u8", "out_scales": "*u8"},
         "wide": {**own, "out": "*bf16", "out_scales": None},
         "bf16": {**own, "out": "*bf16", "out_scales": None},
     }
-    return builds_of(target, _linear1_kernel, "V4-Pro", {"K": 7168, "N": 6144, "LIMIT": 10.0}, kinds)
+    fixed = {"K": 7168, "N": 6144, **constants_of(SWIGLU.with_limit(10.0))}
+    return builds_of(target, _linear1_kernel, "V4-Pro", fixed, kinds)

@@ -72,6 +72,11 @@ class ExpertParameter:
                     )
         if self.target.rows_stacked:
             self._check_rows(structure)
+        elif any(each.encoding is Encoding.mxfp4 for each in self.target.stored):
+            raise ValueError(
+                f"{self.target.name} is in MXFP4, and transformers rearranges what it is made from, which would have to "
+                "be done to packed values: that is not supported"
+            )
 
     def _check_number(self, sources: list[Stored], experts: int) -> None:
         if len(sources) == experts and (experts > 1 or not self._is_stack(sources)):

@@ -24,6 +24,7 @@ from benchmarks.gpu_kernels.measure.operands import (
     tokens_as,
     weight_as,
 )
+from megamoe.activations import SWIGLU
 from megamoe.formats import (
     MXFP4,
     MXFP8,
@@ -176,7 +177,7 @@ def row_alone(products: Products, rows: Rows, row: int) -> tuple[Tensor, Tensor]
     first, second = products.first[0], products.second[0]
     hidden = empty_operand(products.kind, 1, first.num_columns // 2, device)
     alone = Grouped(products.x, first.weight, counts, rows.source[row : row + 1].clone())
-    grouped_linear1(alone, rows.weights[row : row + 1].clone(), products.limit, hidden)
+    grouped_linear1(alone, rows.weights[row : row + 1].clone(), SWIGLU.with_limit(products.limit), hidden)
     out = torch.empty(1, second.num_columns, dtype=torch.bfloat16, device=device)
     grouped_linear2(Grouped(hidden, second.weight, counts), torch.zeros(1, dtype=torch.int64, device=device), out)
     return as_bytes(hidden)[0], as_bytes(out)[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu_kernels.measure.clock import Clock
 from benchmarks.gpu_kernels.measure.shapes import Shape
+from megamoe.activations import SWIGLU
 from megamoe.formats import BLOCK, MXFP4, MXFP8
 from megamoe.kernels.chips.targets import reads_wide
 from megamoe.kernels.chips.tiles import Tile
@@ -188,7 +189,8 @@ class Products:
         )
 
     def linear1(self, turn: int = 0, tile: Tile | None = None) -> None:
-        grouped_linear1(self.first[turn % len(self.first)], self.weights, self.limit, self.hidden, tile=tile)
+        activation = SWIGLU.with_limit(self.limit)
+        grouped_linear1(self.first[turn % len(self.first)], self.weights, activation, self.hidden, tile=tile)
 
     def linear2(self, turn: int = 0, tile: Tile | None = None) -> None:
         grouped_linear2(self.second[turn % len(self.second)], self.index, self.out, tile=tile)

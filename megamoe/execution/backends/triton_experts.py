@@ -10,7 +10,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from megamoe.activations import SWIGLU
 from megamoe.execution.experts import Experts
 from megamoe.execution.ops import grouped_linear1, grouped_linear2
 from megamoe.formats import BLOCK, MXFP8
@@ -52,12 +51,13 @@ def run_experts(
     """Both products of the experts `ids`, into rows of results [., H] bfloat16. turns as in Grouped."""
     counts, size = rows.tokens_per_expert, (len(rows.goes), experts.shape.intermediate)
     hidden = take_operand(experts, workspace, "activated", size, results)
-    first = Grouped(rows.x, experts.stack("gate_up", ids), counts, rows.source, oversubscription)
-    assert not experts.shape.bias
-    assert experts.shape.activation == SWIGLU.with_limit(experts.shape.swiglu_limit), experts.shape
-    grouped_linear1(first, rows.weights, experts.shape.swiglu_limit, hidden)
-    second = Grouped(hidden, experts.stack("down", ids), counts, oversubscription=oversubscription)
-    grouped_linear2(second, rows.goes, results)
+    biases = {name: experts.bias(name, ids) if experts.shape.bias else None for name in ("gate_up", "down")}
+    first = Grouped(
+        rows.x, experts.stack("gate_up", ids), counts, rows.source, oversubscription, bias=biases["gate_up"]
+    )
+    grouped_linear1(first, rows.weights, experts.shape.activation, hidden)
+    second = Grouped(hidden, experts.stack("down", ids), counts, oversubscription=oversubscription, bias=biases["down"])
+    grouped_linear2(second, rows.goes, results, rows.weights)
 
 
 def take_operand(experts: Experts, workspace: Workspace, name: str, shape: tuple[int, int], like: Tensor) -> Operand:

@@ -292,6 +292,8 @@ _loaded: dict[Path, Library] = {}
 def load(path: Path, note: Callable[[str], None] | None = None) -> Library:
     """The library of a path once it has passed its test, built where it is not. BuildError says why there is none."""
     if path not in _loaded:
+        if not path.runs_on(torch.cpu.get_capabilities()):
+            raise BuildError(f"this process cannot run it: it needs {', '.join(path.needs)}")
         file = build(path, note)
         try:
             library = Library(path, str(file))

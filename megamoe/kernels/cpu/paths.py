@@ -43,7 +43,7 @@ def may_use_tiles() -> bool:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
 # best first
@@ -51,8 +51,8 @@ PATHS = (
     Path(
         "amx-bf16",
         "bf16-tile",
-        (*_AVX512_FLAGS, "-DMEGAMOE_AMX"),
-        (*_AVX512, "amx_tile", "amx_bf16"),
+        (*_AVX512_FLAGS, "-mavx512vbmi", "-DMEGAMOE_AMX"),
+        (*_AVX512, "avx512_vbmi", "amx_tile", "amx_bf16"),
         products="tiles.cpp",
         order="words",
     ),

@@ -1,4 +1,4 @@
-// Products of rows with expert weights, in an order of summation that depends on K alone.
+// Products of rows with expert weights by vectors, in an order of summation that depends on K alone.
 //
 // For output o of row r, with w a weight before its scale, s the scale of 32 weights, and fma rounded once:
 //
@@ -28,6 +28,7 @@ constexpr int BLOCK = 32;               // outputs
 constexpr int GROUP = 32;               // values of K under one scale, and of one partial sum
 constexpr int UNITS = BLOCK / 2 / LANES;  // of a block
 constexpr int UNIT = 2 * LANES;         // outputs
+constexpr int AHEAD = 4096;             // bytes, by which the memory is asked before they are read
 constexpr int CHAINS = 8;               // of additions side by side, where each addition waits for the one before
 constexpr int DEPTH = 8 * GROUP;        // of K, that a decoded tile holds: 16 KB for each 8 lanes
 constexpr int PANEL_ROWS = 192;         // whose tokens, as FP32 and DEPTH deep, stay in the second cache
@@ -36,8 +37,10 @@ constexpr int PANEL_BLOCKS = 32;        // whose sums for these rows stay there 
 // First output, of its block, of the first or second vector of a unit.
 constexpr int output_of(int unit, int second) { return second * (BLOCK / 2) + unit * LANES; }
 
-// A block of weights. pairs(): a unit's values of K 4 * four to 4 * four + 3, as DecodeE2M1 has them.
+// A block of weights. pairs(): a unit's values of K 4 * four to 4 * four + 3, as DecodeE2M1 has them. BYTES: of
+// four values of K, all outputs.
 struct E2M1 {
+    static constexpr int BYTES = 64;
     const uint8_t* packed;
     const uint8_t* scales;
 
@@ -48,6 +51,7 @@ struct E2M1 {
 };
 
 struct BF16 {
+    static constexpr int BYTES = 256;
     const uint8_t* packed;
 
     void pairs(const DecodeE2M1&, int64_t four, int unit, Words out[4]) const {
@@ -132,6 +136,8 @@ void sum_few(const Weights (&weights)[NUM], const int (&units)[NUM], const Eleme
 #pragma GCC unroll 8
             for (int n = 0; n < NUM; n++) {
                 Words pairs[4];
+                for (int line = 0; line < Weights::BYTES / UNITS; line += 64)
+                    MEGAMOE_PREFETCH(weights[n].packed + (group * (GROUP / 4) + four) * Weights::BYTES + AHEAD + line);
                 weights[n].pairs(decode, group * (GROUP / 4) + four, units[n], pairs);
 #pragma GCC unroll 4
                 for (int k = 0; k < 4; k += STEP) {

@@ -15,7 +15,7 @@
 // is subnormal itself, counts as zero.
 //
 // Weights of BF16 lie in memory as tiles have them (layout.py). MXFP4 is decoded to the same order: for few rows into a
-// ring of a few KB on the way to the tiles, for more a block at once, which all rows then read.
+// ring of a few KB on the way to the tiles, for more a panel of blocks at once, which all rows then read.
 #include <algorithm>
 #include <vector>
 
@@ -28,19 +28,23 @@
 namespace megamoe {
 namespace {
 
-constexpr int BLOCK = 32;                   // outputs
-constexpr int GROUP = 32;                   // values of K under one scale, and in one instruction
-constexpr int TILE = 16;                    // rows of a tile of tokens; outputs of a tile of weights
-constexpr int PAIR_ROW = BLOCK * 2;         // values: a pair of K for each output of a block
+constexpr int BLOCK = 32;                    // outputs
+constexpr int GROUP = 32;                    // values of K under one scale, and in one instruction
+constexpr int TILE = 16;                     // rows of a tile of tokens; outputs of a tile of weights
+constexpr int PAIR_ROW = BLOCK * 2;          // values: a pair of K for each output of a block
 constexpr int SLICE = GROUP / 2 * PAIR_ROW;  // values: a group of K of a block
-constexpr int RING = 4;                     // slices
-constexpr int PANEL_ROWS = 512;             // whose tokens are in tiles at once
+constexpr int RING = 4;                      // slices, decoded on the way to the tiles
+constexpr int AHEAD = 2;                     // slices, by which the memory is asked before they are read
+constexpr int PANEL_ROWS = 512;              // whose tokens are in tiles at once
+constexpr int DEPTH = 64;                    // groups of K of a panel of weights
+constexpr int PANEL = 512;                   // slices of a panel: 1 MB, which stays in the second cache while rows go by
 
-// ---- tiles: sums 0 to 3 (first rows, first outputs; first, second; second, first; second, second), tokens 4 and 5,
-// weights 6 and 7 ----
+// ---- tiles: 4 and 5 have tokens of the first and of the second rows, 6 and 7 weights of the first and of the second 16
+// outputs of a block, 0 and 1 the sums of the first rows, 2 and 3 those of the second ----
 
 #if defined(MEGAMOE_AMX)
 
+// The tiles of this thread, which the system keeps for it once the process has asked (paths.py). They are given back.
 class Tiles {
     struct alignas(64) Shapes {
         uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -93,7 +97,7 @@ class Tiles {
     // A result is small by what it rounds to without a least exponent.
     static float rounded(double exact) {
         const float scaled = float(exact * 0x1p64);
-        return std::fabs(scaled) < 0x1p-62f ? std::copysign(0.0f, float(scaled)) : float(exact);
+        return std::fabs(scaled) < 0x1p-62f ? std::copysign(0.0f, scaled) : float(exact);
     }
     static float fused(uint16_t a, uint16_t b, float c) {
         return rounded(double(flush(from_bf16(a))) * flush(from_bf16(b)) + c);
@@ -138,13 +142,13 @@ public:
 
 // ---- weights ----
 
-// A block of BF16 weights: slices as tiles read them.
+// An expert's BF16 weights: block by block, a block's slices as tiles read them.
 struct BF16 {
     const uint16_t* values;
 };
 
-// A block of MXFP4: for each 8 of K 2 x 64 bytes, of 16 outputs each. Word 2 o + p of them belongs to output o; its nibble
-// i to value 2 i + p of the eight.
+// MXFP4 likewise: for each 8 of K 2 x 64 bytes, of 16 outputs each. Word 2 o + p of them belongs to output o; its nibble i
+// to value 2 i + p of the eight.
 struct MXFP4 {
     const uint8_t* packed;
     const uint8_t* scales;
@@ -164,6 +168,13 @@ class Decode {
                                       _mm512_testn_epi32_mask(bytes, bytes), -1);
     }
 
+    // Each word without its lowest nibbles; a shift would wait for the port that looks up and subtracts.
+    template <int NIBBLES>
+    static __m512i shifted(__m512i words) {
+        constexpr int64_t in_place = 0x3830282018100800, each = 0x0404040404040404;
+        return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(in_place + NIBBLES * each), words);
+    }
+
 public:
     Decode() {
         alignas(64) uint16_t words[32];
@@ -173,19 +184,21 @@ public:
         table = _mm512_load_si512(words);
     }
 
-    void operator()(const MXFP4& block, int64_t group, uint16_t* to) const {
-        const uint8_t* from = block.packed + group * (SLICE / 2);
+    void operator()(const MXFP4& weights, int64_t slice, uint16_t* to) const {
+        const uint8_t* from = weights.packed + slice * (SLICE / 2);
+        for (int line = 0; line < SLICE / 2; line += 64) MEGAMOE_PREFETCH(from + AHEAD * SLICE / 2 + line);
+        MEGAMOE_PREFETCH(weights.scales + (slice + 2 * AHEAD) * BLOCK);
         for (int half = 0; half < 2; half++) {
-            const __m512i less = below(block.scales + group * BLOCK + half * TILE);
+            const __m512i less = below(weights.scales + slice * BLOCK + half * TILE);
 #pragma GCC unroll 4
             for (int eight = 0; eight < 4; eight++) {
-                __m512i words = _mm512_loadu_si512(from + eight * 128 + half * 64);
+                const __m512i words = _mm512_loadu_si512(from + eight * 128 + half * 64);
+                // vpermw reads five bits of a word: the table is there twice, and what is above a nibble does no harm
+                const __m512i codes[4] = {words, shifted<1>(words), shifted<2>(words), shifted<3>(words)};
 #pragma GCC unroll 4
-                for (int pair = 0; pair < 4; pair++) {  // vpermw reads five bits of a word: the table is there twice
-                    const __m512i values = _mm512_subs_epu16(_mm512_permutexvar_epi16(words, table), less);
-                    _mm512_store_si512(to + (eight * 4 + pair) * PAIR_ROW + half * TILE * 2, values);
-                    words = _mm512_srli_epi16(words, 4);
-                }
+                for (int pair = 0; pair < 4; pair++)
+                    _mm512_store_si512(to + (eight * 4 + pair) * PAIR_ROW + half * TILE * 2,
+                                       _mm512_subs_epu16(_mm512_permutexvar_epi16(codes[pair], table), less));
             }
         }
     }
@@ -194,9 +207,9 @@ public:
 #else
 
 struct Decode {
-    void operator()(const MXFP4& block, int64_t group, uint16_t* to) const {
+    void operator()(const MXFP4& weights, int64_t slice, uint16_t* to) const {
         constexpr uint16_t magnitudes[8] = {0, 0x7D80, 0x7E00, 0x7E40, 0x7E80, 0x7EC0, 0x7F00, 0x7F40};
-        const uint8_t *from = block.packed + group * (SLICE / 2), *scales = block.scales + group * BLOCK;
+        const uint8_t *from = weights.packed + slice * (SLICE / 2), *scales = weights.scales + slice * BLOCK;
         for (int k = 0; k < GROUP; k++)
             for (int o = 0; o < BLOCK; o++) {
                 const int nibble = k / 2 % 4;
@@ -237,18 +250,21 @@ struct Rows {
 // What a thread works in, kept from call to call.
 class Scratch {
     std::vector<uint16_t> tokens, weights;
+    std::vector<float> sums;
 
     // At least `size` values, from the start of a cache line on.
-    static uint16_t* take(std::vector<uint16_t>& buffer, int64_t size) {
+    template <class T>
+    static T* take(std::vector<T>& buffer, int64_t size) {
         constexpr size_t LINE = 64;
-        if (buffer.size() < size + LINE) buffer.resize(size + LINE);
+        if (buffer.size() < size + LINE / sizeof(T)) buffer.resize(size + LINE / sizeof(T));
         const auto at = reinterpret_cast<uintptr_t>(buffer.data());
-        return reinterpret_cast<uint16_t*>((at + LINE - 1) / LINE * LINE);
+        return reinterpret_cast<T*>((at + LINE - 1) / LINE * LINE);
     }
 
 public:
     uint16_t* take_tokens(int64_t size) { return take(tokens, size); }
     uint16_t* take_weights(int64_t size) { return take(weights, size); }
+    float* take_sums(int64_t size) { return take(sums, size); }
 };
 thread_local Scratch scratch;
 
@@ -261,78 +277,148 @@ struct Share {
     int64_t groups;        // of K
 };
 
-// Up to 32 rows by a block: tokens as tiles, the second 16 rows after the first; at(group) the weights of a slice.
+// Up to 32 rows of a share as tiles: [groups][rows][GROUP] of the first 16, then of the others.
+struct Pair {
+    const uint16_t* tokens;
+    int64_t row;  // of the share
+    int rows;
+
+    int first() const { return std::min(rows, TILE); }
+    int second() const { return rows - first(); }
+};
+
+// What the groups begin to end bring to the sums [rows][BLOCK] of a pair of tiles of rows by a block, which begin at zero
+// where begin is 0; at(group): the slice of weights.
 template <bool SECOND, class At>
-void sum_rows(Tiles& tiles, const uint16_t* tokens, int first, int second, int64_t groups, const At& at,
-              float (&sums)[2 * TILE][BLOCK]) {
-    tiles.shape(first, second);
-    const uint16_t* more = tokens + groups * first * GROUP;
-    tiles.zero<0>(), tiles.zero<1>();
-    if constexpr (SECOND) tiles.zero<2>(), tiles.zero<3>();
-    for (int64_t group = 0; group < groups; group++) {
+void sum_pair(Tiles& tiles, const Pair& pair, int64_t groups, int64_t begin, int64_t end, At at, float* sums) {
+    const int first = pair.first() * GROUP, second = pair.second() * GROUP;
+    const uint16_t *tokens = pair.tokens, *more = tokens + groups * first;
+    float* below = sums + TILE * BLOCK;
+    tiles.shape(pair.first(), pair.second());
+    if (begin) {
+        tiles.load<0>(sums, BLOCK * 4), tiles.load<1>(sums + TILE, BLOCK * 4);
+        if constexpr (SECOND) tiles.load<2>(below, BLOCK * 4), tiles.load<3>(below + TILE, BLOCK * 4);
+    } else {
+        tiles.zero<0>(), tiles.zero<1>();
+        if constexpr (SECOND) tiles.zero<2>(), tiles.zero<3>();
+    }
+    for (int64_t group = begin; group < end; group++) {
         const uint16_t* weights = at(group);
         tiles.load<6>(weights, PAIR_ROW * 2);
-        tiles.load<4>(tokens + group * first * GROUP, GROUP * 2);
+        tiles.load<4>(tokens + group * first, GROUP * 2);
         tiles.add_products<0, 4, 6>();
         tiles.load<7>(weights + TILE * 2, PAIR_ROW * 2);
         tiles.add_products<1, 4, 7>();
         if constexpr (SECOND) {
-            tiles.load<5>(more + group * second * GROUP, GROUP * 2);
+            tiles.load<5>(more + group * second, GROUP * 2);
             tiles.add_products<2, 5, 6>();
             tiles.add_products<3, 5, 7>();
         }
     }
-    tiles.store<0>(sums[0], BLOCK * 4), tiles.store<1>(sums[0] + TILE, BLOCK * 4);
-    if constexpr (SECOND) tiles.store<2>(sums[TILE], BLOCK * 4), tiles.store<3>(sums[TILE] + TILE, BLOCK * 4);
+    tiles.store<0>(sums, BLOCK * 4), tiles.store<1>(sums + TILE, BLOCK * 4);
+    if constexpr (SECOND) tiles.store<2>(below, BLOCK * 4), tiles.store<3>(below + TILE, BLOCK * 4);
 }
 
-// Rows `row` to row + rows - 1 of the share, up to 32, by a block.
+// The same, written out where the sums are whole.
 template <class At>
-void run_rows(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t row, int rows, int64_t block,
-              const At& at) {
-    alignas(64) float sums[2 * TILE][BLOCK];
-    if (rows > TILE) {
-        sum_rows<true>(tiles, tokens, TILE, rows - TILE, share.groups, at, sums);
+void run_pair(const Share& share, Tiles& tiles, const Pair& pair, int64_t block, int64_t begin, int64_t end, At at,
+              float* sums) {
+    if (pair.second()) {
+        sum_pair<true>(tiles, pair, share.groups, begin, end, at, sums);
     } else {
-        sum_rows<false>(tiles, tokens, rows, 0, share.groups, at, sums);
+        sum_pair<false>(tiles, pair, share.groups, begin, end, at, sums);
     }
-    for (int r = 0; r < rows; r++) share.out.write<BLOCK>(share.first + row + r, block * BLOCK, sums[r]);
+    if (end < share.groups) return;
+    for (int r = 0; r < pair.rows; r++)
+        share.out.write<BLOCK>(share.first + pair.row + r, block * BLOCK, sums + r * BLOCK);
 }
 
-void run_block(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t first, int rows, int64_t block,
-               const BF16& weights) {
-    for (int row = 0; row < rows; row += 2 * TILE)
-        run_rows(share, tiles, tokens + row * share.groups * GROUP, first + row, std::min(2 * TILE, rows - row), block,
-                 [&](int64_t group) { return weights.values + group * SLICE; });
+// ---- few rows: weights go from memory to the tiles once, through registers and the first cache ----
+
+template <class At>
+void run_few(const Share& share, Tiles& tiles, const Pair& pair, At at) {
+    float* sums = scratch.take_sums(2 * TILE * BLOCK);
+    for (int64_t block = share.begin; block < share.end; block++)
+        run_pair(share, tiles, pair, block, 0, share.groups,
+                 [=, before = (block - share.begin) * share.groups](int64_t group) { return at(before + group); }, sums);
 }
 
-void run_block(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t first, int rows, int64_t block,
-               const MXFP4& weights) {
+void run_few(const Share& share, Tiles& tiles, const Pair& pair, const BF16& weights) {
+    run_few(share, tiles, pair, [=](int64_t slice) { return weights.values + slice * SLICE; });
+}
+
+// The next slice is decoded while this one is multiplied.
+void run_few(const Share& share, Tiles& tiles, const Pair& pair, const MXFP4& weights) {
     const Decode decode;
-    if (rows <= 2 * TILE) {  // the next slice is decoded while this one is multiplied
-        uint16_t* ring = scratch.take_weights(RING * SLICE);
-        decode(weights, 0, ring);
-        run_rows(share, tiles, tokens, first, rows, block, [&](int64_t group) {
-            if (group + 1 < share.groups) decode(weights, group + 1, ring + (group + 1) % RING * SLICE);
-            return ring + group % RING * SLICE;
-        });
-    } else {
-        uint16_t* decoded = scratch.take_weights(share.groups * SLICE);
-        for (int64_t group = 0; group < share.groups; group++) decode(weights, group, decoded + group * SLICE);
-        run_block(share, tiles, tokens, first, rows, block, BF16{decoded});
+    const int64_t last = (share.end - share.begin) * share.groups - 1;
+    uint16_t* ring = scratch.take_weights(RING * SLICE);
+    decode(weights, 0, ring);
+    run_few(share, tiles, pair, [=](int64_t slice) {
+        const int64_t next = std::min(slice + 1, last);
+        decode(weights, next, ring + next % RING * SLICE);
+        return ring + slice % RING * SLICE;
+    });
+}
+
+// ---- many rows: some blocks, DEPTH groups of each, stay in the second cache, and all rows go by ----
+
+// The groups begin to end of blocks, one block after the other, as tiles read them; those of one block are `stride` apart.
+struct Panel {
+    const uint16_t* values;
+    int64_t stride;
+};
+
+Panel panel_of(const Share& share, const BF16& weights, int64_t block, int64_t, int64_t begin, int64_t) {
+    return {weights.values + ((block - share.begin) * share.groups + begin) * SLICE, share.groups * SLICE};
+}
+
+Panel panel_of(const Share& share, const MXFP4& weights, int64_t block, int64_t blocks, int64_t begin, int64_t end) {
+    const Decode decode;
+    uint16_t *decoded = scratch.take_weights(blocks * (end - begin) * SLICE), *to = decoded;
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t group = begin; group < end; group++, to += SLICE)
+            decode(weights, (block + b - share.begin) * share.groups + group, to);
+    return {decoded, (end - begin) * SLICE};
+}
+
+template <class Weights>
+void run_many(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t first, int rows,
+              const Weights& weights) {
+    const bool whole = share.groups <= DEPTH;
+    const int64_t at_once = std::max<int64_t>(1, PANEL / std::min<int64_t>(share.groups, DEPTH));
+    float* sums = scratch.take_sums(whole ? 2 * TILE * BLOCK : (rows + TILE) * at_once * BLOCK);
+    for (int64_t block = share.begin; block < share.end; block += at_once) {
+        const int64_t blocks = std::min(at_once, share.end - block);
+        for (int64_t begin = 0; begin < share.groups; begin += DEPTH) {
+            const int64_t end = std::min<int64_t>(begin + DEPTH, share.groups);
+            const Panel panel = panel_of(share, weights, block, blocks, begin, end);
+            for (int row = 0; row < rows; row += 2 * TILE) {
+                const Pair pair{tokens + row * share.groups * GROUP, first + row, std::min(2 * TILE, rows - row)};
+                for (int64_t b = 0; b < blocks; b++)
+                    run_pair(share, tiles, pair, block + b, begin, end,
+                             [from = panel.values + b * panel.stride - begin * SLICE](int64_t group) {
+                                 return from + group * SLICE;
+                             },
+                             whole ? sums : sums + (row * blocks + b * 2 * TILE) * BLOCK);
+            }
+        }
     }
 }
 
-template <class At>
-void run_share(const Share& share, Tiles& tiles, const At& at) {
+// weights: of the share's first block on
+template <class Weights>
+void run_share(const Share& share, Tiles& tiles, const Weights& weights) {
     for (int64_t first = 0; first < share.count; first += PANEL_ROWS) {
         const int rows = int(std::min<int64_t>(PANEL_ROWS, share.count - first));
         uint16_t* tokens = scratch.take_tokens(rows * share.groups * GROUP);
         for (int row = 0; row < rows; row += TILE)
             share.rows.to_tiles(share.first + first + row, std::min(TILE, rows - row), share.groups,
                                 tokens + row * share.groups * GROUP);
-        for (int64_t block = share.begin; block < share.end; block++)
-            run_block(share, tiles, tokens, first, rows, block, at(block));
+        if (rows <= 2 * TILE) {
+            run_few(share, tiles, Pair{tokens, first, rows}, weights);
+        } else {
+            run_many(share, tiles, tokens, first, rows, weights);
+        }
     }
 }
 
@@ -355,16 +441,12 @@ extern "C" void megamoe_products(const uint16_t* x, int64_t x_stride, const int6
             if (!counts[expert]) continue;
             const Share share{{x, x_stride, k, source}, {out, out_stride, n, goes, wide != 0}, first, counts[expert],
                               blocks * part / shares, blocks * (part + 1) / shares, groups};
+            const int64_t slice = share.begin * groups;
             const uint8_t* at = packed + expert * packed_bytes;
             if (scales) {
-                const uint8_t* scale = scales + expert * scales_bytes;
-                run_share(share, tiles, [=](int64_t b) {
-                    return MXFP4{at + b * groups * SLICE / 2, scale + b * groups * BLOCK};
-                });
+                run_share(share, tiles, MXFP4{at + slice * SLICE / 2, scales + expert * scales_bytes + slice * BLOCK});
             } else {
-                run_share(share, tiles, [=](int64_t b) {
-                    return BF16{reinterpret_cast<const uint16_t*>(at) + b * groups * SLICE};
-                });
+                run_share(share, tiles, BF16{reinterpret_cast<const uint16_t*>(at) + slice * SLICE});
             }
         }
     }

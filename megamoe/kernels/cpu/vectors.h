@@ -29,6 +29,13 @@ inline uint32_t as_bits(float value) {
     return bits;
 }
 
+// Has the memory bring what is read later. GCC takes a function that does nothing else for one that does nothing.
+#if defined(__GNUC__)
+#define MEGAMOE_PREFETCH(from) __builtin_prefetch(from)
+#else
+#define MEGAMOE_PREFETCH(from)
+#endif
+
 inline float from_bf16(uint16_t bits) { return as_float(uint32_t(bits) << 16); }
 
 // Round to nearest, ties to even; every NaN becomes 0x7FC0.

@@ -1,0 +1,70 @@
+"""megamoe convert: a checkpoint with its experts in another format, going on where it was cut off."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from megamoe.launch.terminal import Format, exit_codes, progress, stdout
+
+if TYPE_CHECKING:
+    from megamoe.model.loading.convert import Conversion
+
+
+class Experts(str, Enum):
+    """Formats of experts that a checkpoint can be written in."""
+
+    mxfp4 = "mxfp4"
+    bf16 = "bf16"
+
+
+class Scales(str, Enum):
+    """How a block's scale is found."""
+
+    contract = "contract"
+    best = "best"
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint: config.json and safetensors.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; after an interruption, the one that was begun.")],
+    experts: Annotated[Experts, typer.Option(help="Format of the routed experts; all else is copied.")],
+    scales: Annotated[
+        Scales, typer.Option(help="mxfp4: the contract's scale, or the better of it and half of it for each block.")
+    ] = Scales.contract,
+    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+) -> None:
+    """Write a checkpoint with its experts in MXFP4 or BF16, as megamoe.model.load() reads it."""
+    with exit_codes():
+        with progress() as bar:
+            task = bar.add_task("looking through the checkpoint", total=None)
+            from megamoe.model.loading.convert import convert as convert_checkpoint  # brings torch and transformers
+
+            def show(done: int, total: int) -> None:
+                bar.update(task, description=f"read {done / 1e9:.2f} of {total / 1e9:.2f} GB", completed=done, total=total)
+
+            done = convert_checkpoint(source, target, experts=experts.value, scales=scales.value, progress=show)
+        if output is Format.json:
+            sys.stdout.write(json.dumps(done.as_dict(), indent=2) + "\n")
+        else:
+            _print(done)
+
+
+def _print(done: Conversion) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
+    table.add_row("written", f"{done.target}: {done.bytes_written / 1e9:.2f} GB")
+    kept = f", {done.shards_kept} of them kept from an earlier run" if done.shards_kept else ""
+    table.add_row("shards", f"{done.shards}{kept}")
+    table.add_row("read", f"{done.bytes_read / 1e9:.2f} GB")
+    table.add_row("converted", f"{done.tensors_converted} tensors to {done.experts}")
+    if done.quantization_error:
+        errors = done.quantization_error.values()
+        table.add_row("rounded by", f"{min(errors):.2%} to {max(errors):.2%} of a shard's experts (scales {done.scales})")
+    stdout.print(table)

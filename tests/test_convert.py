@@ -1,0 +1,157 @@
+"""megamoe convert: what it writes loads to the same bits, is whole or not there, and goes on where it was cut off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megamoe.model import load
+from megamoe.model.loading.convert import MANIFEST, convert
+from tests import checkpoints
+from tests.checkpoints import FAMILIES
+from tests.commands import invoked, refused
+from tests.test_loading import batch, folder, logits_of  # noqa: F401 the fixture
+
+pytest.importorskip("transformers")
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(logits_of(a, batch()), logits_of(b, batch()))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "fp8", "sharded"])
+def test_mxfp4_that_was_written_is_mxfp4_that_was_rounded_while_loading(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+) -> None:
+    done = convert(folder / name, tmp_path / "to", experts="mxfp4", scales="best")
+    found, expected = load(tmp_path / "to"), load(folder / name, experts="mxfp4", scales="best")
+    assert set(found.megamoe_report.weight_formats.values()) == {"mxfp4"}
+    assert same(found, expected)
+    assert found.megamoe_report.expert_bytes < 0.3 * load(folder / name).megamoe_report.expert_bytes or name == "fp8"
+    assert done.tensors_converted
+    assert all(0.01 < error < 0.2 for error in done.quantization_error.values())
+
+
+@pytest.mark.parametrize("name", ["native_v4", "gpt_oss_fp4", "fp8"])
+def test_bf16_has_the_values_of_what_was_packed(folder: Path, tmp_path: Path, name: str) -> None:  # noqa: F811
+    convert(folder / name, tmp_path / "to", experts="bf16")
+    assert same(load(tmp_path / "to"), load(folder / name, experts="bf16"))
+
+
+def test_gpt_oss_in_mxfp4_is_what_transformers_reads(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    convert(folder / "gpt_oss", tmp_path / "to", experts="mxfp4")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "to")
+    ours = load(tmp_path / "to", experts="bf16")
+    own = ours.state_dict()["model.layers.0.mlp.experts.layer.experts.down"]
+    assert torch.equal(own, theirs.model.layers[0].mlp.experts.down_proj.detach().mT)
+
+
+def test_dense_tensors_are_copied_and_the_config_says_what_is_there(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    convert(folder / "native_v4", tmp_path / "to", experts="bf16")
+    before, after = (load_file(path / "model.safetensors") for path in (folder / "native_v4", tmp_path / "to"))
+    dense = [name for name in before if ".experts." not in name]
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in dense)
+    assert {tensor.dtype for name, tensor in after.items() if ".experts." in name} == {torch.bfloat16}
+    convert(folder / "mixtral", tmp_path / "packed", experts="mxfp4")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "mxfp4"}
+    assert (tmp_path / "packed" / "generation_config.json").is_file()
+
+
+# ---- cut off, and going on ----
+
+
+class CutOffError(Exception):
+    """In place of a machine that goes down."""
+
+
+def cut_off_after(shards: int, path: Path) -> Any:
+    def progress(done: int, total: int) -> None:  # noqa: ARG001
+        if len(list(path.glob("*.safetensors"))) >= shards:
+            raise CutOffError
+
+    return progress
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in sorted(path.iterdir())}
+
+
+def test_it_goes_on_where_it_was_cut_off(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    source, whole, target = folder / "sharded", tmp_path / "whole", tmp_path / "cut"
+    convert(source, whole, experts="mxfp4")
+    with pytest.raises(CutOffError):
+        convert(source, target, experts="mxfp4", progress=cut_off_after(3, target))
+    assert not (target / "config.json").exists()
+    with pytest.raises(ValueError, match="holds no config.json"):
+        load(target)
+    damaged = sorted(target.glob("*.safetensors"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")  # a shard that the disk lost a byte of
+    done = convert(source, target, experts="mxfp4")
+    assert done.shards_kept == 2
+    assert contents(target) == contents(whole)
+    assert convert(source, target, experts="mxfp4").shards_kept == done.shards
+
+
+def test_the_manifest_has_the_checksum_of_every_shard(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    convert(folder / "sharded", tmp_path / "to", experts="mxfp4")
+    manifest = json.loads((tmp_path / "to" / MANIFEST).read_text())
+    files = sorted((tmp_path / "to").glob("*.safetensors"))
+    assert len(files) > 3
+    assert {file.name for file in files} == set(manifest["shards"])
+    for file in files:
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == manifest["shards"][file.name]["sha256"]
+
+
+# ---- the command, and what it refuses ----
+
+
+def test_the_command_says_what_it_did(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    done = invoked("convert", folder / "mixtral", tmp_path / "a", "--experts", "mxfp4", "--format", "json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["tensors_converted"] == 2 * 5 * 3
+    assert said["bytes_written"] == (tmp_path / "a" / "model.safetensors").stat().st_size
+    table = invoked("convert", folder / "mixtral", tmp_path / "a", "--experts", "mxfp4")
+    assert table.exit_code == 0
+    assert "1, 1 of them kept from an earlier run" in table.stdout
+
+
+def test_a_wrong_request_writes_nothing(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    source, target = folder / "mixtral", tmp_path / "to"
+    assert "is the source itself" in refused("convert", source, source, "--experts", "mxfp4")
+    assert "is no folder" in refused("convert", tmp_path / "none", target, "--experts", "mxfp4")
+    shutil.copytree(source, tmp_path / "broken")
+    file = tmp_path / "broken" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert "is truncated" in refused("convert", tmp_path / "broken", target, "--experts", "mxfp4")
+    checkpoints.write(tmp_path / "odd", "mixtral", intermediate_size=80)
+    assert "no multiple of 32" in refused("convert", tmp_path / "odd", target, "--experts", "mxfp4")
+    assert not target.exists()
+    target.mkdir()
+    (target / "note.txt").write_text("mine")
+    assert "is not empty" in refused("convert", source, target, "--experts", "mxfp4")
+    assert contents(target) == {"note.txt": b"mine"}
+
+
+def test_what_was_begun_otherwise_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    convert(folder / "mixtral", tmp_path / "to", experts="mxfp4")
+    before = contents(tmp_path / "to")
+    said = refused("convert", folder / "mixtral", tmp_path / "to", "--experts", "mxfp4", "--scales", "best")
+    assert "was begun with scales 'contract'" in said
+    assert "from another source" in refused("convert", folder / "qwen3_moe", tmp_path / "to", "--experts", "mxfp4")
+    assert contents(tmp_path / "to") == before
