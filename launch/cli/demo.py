@@ -40,7 +40,7 @@ def demo(
     ] = None,
     question: Annotated[
         str, typer.Option(help='What a model is asked at the end; "" asks nothing.')
-    ] = "What is the capital of France?",
+    ] = "Explain in one sentence why leaves are green.",
     deadline_s: Annotated[float, typer.Option(help="Seconds that a run, and any wait in it, may take.")] = 120.0,
     output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
 ) -> None:
