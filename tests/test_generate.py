@@ -95,7 +95,7 @@ def test_a_batch_is_shared_where_only_attention_joins_tokens(models: Callable[[s
 
 
 def test_attention_of_a_shared_batch_is_the_models_own_but_for_rounding(models: Callable[[str], Any]) -> None:
-    """Past a sliding window of 16 and with sinks; without experts, whose routers turn a rounding into another expert."""
+    """Past a sliding window of 16, with sinks; without experts, since a rounding can send a token to another one."""
     for family in TOGETHER:
         model, (*_, prompt) = models(family), prompts(12)
         tokens, length = list(prompt.token_ids), len(prompt.token_ids)
