@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 
-
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'megamoe.model' has no attribute {name!r}")

@@ -55,15 +55,16 @@ class DenseWeight:
     Held once in BF16 pieces where it is not BF16: as many as its values need, up to three.
     """
 
-    def __init__(self, outputs: int, inputs: int, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = (outputs, inputs), dtype
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        (outputs, inputs), self.dtype = shape, dtype
+        self.shape = (outputs, inputs)
         self._library = chosen()
         self._pieces: list[Tensor] = []
         self._joined: dict[int, Tensor] = {}
 
     @classmethod
     def of(cls, weight: Tensor) -> DenseWeight:
-        made = cls(*weight.shape, weight.dtype)
+        made = cls(tuple(weight.shape), weight.dtype)
         made.put(0, weight)
         return made
 
@@ -217,9 +218,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def _linear(
-    x: Tensor, multiply: Callable[[Tensor, torch.dtype], Tensor], outputs: int, bias: Tensor | None
-) -> Tensor:
+def _linear(x: Tensor, multiply: Callable[[Tensor, torch.dtype], Tensor], outputs: int, bias: Tensor | None) -> Tensor:
     """x [..., K] -> [..., N] in the dtype of x, the bias added before the one rounding."""
     rows = x.detach().reshape(-1, x.shape[-1])
     if bias is None:
@@ -326,7 +325,7 @@ def _in_tiles(func: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """func of x float32, so many values at a time that one thread takes them, filled up to whole vectors."""
     flat = x.contiguous().view(-1)
     whole = torch.nn.functional.pad(flat, (0, -len(flat) % _VECTORS))
-    parts = [func(part, **kwargs) for part in whole.split(_VALUES_AT_ONCE)]
+    parts = [func(part, **kwargs) for part in torch.split(whole, _VALUES_AT_ONCE)]
     return torch.cat(parts)[: len(flat)].view(x.shape)
 
 

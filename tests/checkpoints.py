@@ -80,7 +80,7 @@ FAMILIES = tuple(CONFIGS)
 
 
 def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A model of transformers with random weights of ordinary size, in BF16 values; also where its router has tables."""
+    """A model of transformers with random weights of ordinary size, in BF16 values, also of its routers' tables."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family], **changes})
@@ -139,7 +139,7 @@ def gpt_oss_blocks(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if not name.endswith(("gate_up_proj", "down_proj")):
         return {name: tensor}
     packed = quantize_mxfp4(tensor.mT.contiguous())
-    return {f"{name}_blocks": packed.packed.unflatten(-1, (-1, 16)), f"{name}_scales": packed.scales}
+    return {f"{name}_blocks": torch.unflatten(packed.packed, -1, (-1, 16)), f"{name}_scales": packed.scales}
 
 
 def fp8_blocks(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -48,7 +48,9 @@ def convert(
             from megamoe.model.loading.convert import convert as convert_checkpoint  # brings torch and transformers
 
             def show(done: int, total: int) -> None:
-                bar.update(task, description=f"read {done / 1e9:.2f} of {total / 1e9:.2f} GB", completed=done, total=total)
+                bar.update(
+                    task, description=f"read {done / 1e9:.2f} of {total / 1e9:.2f} GB", completed=done, total=total
+                )
 
             done = convert_checkpoint(source, target, experts=experts.value, scales=scales.value, progress=show)
         if output is Format.json:
@@ -66,5 +68,7 @@ def _print(done: Conversion) -> None:
     table.add_row("converted", f"{done.tensors_converted} tensors to {done.experts}")
     if done.quantization_error:
         errors = done.quantization_error.values()
-        table.add_row("rounded by", f"{min(errors):.2%} to {max(errors):.2%} of a shard's experts (scales {done.scales})")
+        table.add_row(
+            "rounded by", f"{min(errors):.2%} to {max(errors):.2%} of a shard's experts (scales {done.scales})"
+        )
     stdout.print(table)

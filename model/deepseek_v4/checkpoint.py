@@ -101,7 +101,7 @@ class Checkpoint:
         """token_ids [T] int64 -> [T, H] bfloat16; only the rows asked for are read, each once."""
         self._check("embed.weight", (self.config.vocab_size, self.config.hidden_size), "BF16")
         entry = self._files.entries["embed.weight"]
-        unique, where = token_ids.unique(return_inverse=True)
+        unique, where = torch.unique(token_ids, return_inverse=True)
         rows = torch.empty(len(unique), self.config.hidden_size, dtype=torch.bfloat16, device="cpu")
         for row, token in zip(rows, unique.tolist(), strict=True):
             self._files.read(entry, row.unsqueeze(0), first=token, count=1)

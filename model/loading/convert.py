@@ -99,7 +99,7 @@ def convert(
         done = Conversion(str(source), str(target), experts, scales)
         writer = _Writer(files, target, done, progress)
         manifest = writer.begin()
-        shards = _shards(files, stored)
+        shards = _shards(stored)
         done.shards = len(shards)
         for number, (shard, tensors) in enumerate(shards.items(), 1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -122,7 +122,7 @@ def convert(
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """What becomes of an expert tensor. transposed: in BF16 it is [..., inputs, outputs], packed the other way round."""
+    """What becomes of an expert tensor. transposed: in BF16 it is [..., inputs, outputs], in MXFP4 not."""
 
     experts: str
     transposed: bool
@@ -162,7 +162,7 @@ def _has_dense_fp8(stored: dict[str, Stored], of_experts: dict[str, _Change]) ->
     return any(each.encoding is Encoding.fp8 and each.name not in of_experts for each in stored.values())
 
 
-def _shards(files: TensorFiles, stored: dict[str, Stored]) -> dict[str, list[Stored]]:
+def _shards(stored: dict[str, Stored]) -> dict[str, list[Stored]]:
     """Tensors by the file that their values are in, in the order of their bytes."""
     shards: dict[str, list[Stored]] = {}
     for each in stored.values():
@@ -320,7 +320,7 @@ class _Writer:
             for piece in pieces:
                 written = 0
                 for part in piece.parts():
-                    raw = memoryview(part.contiguous().view(-1).view(torch.uint8).numpy())
+                    raw = part.contiguous().view(-1).view(torch.uint8).numpy().data
                     opened.write(raw)
                     digest.update(raw)
                     written += len(raw)
@@ -388,5 +388,3 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     part.replace(file)
-
-

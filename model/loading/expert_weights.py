@@ -74,8 +74,8 @@ class ExpertParameter:
             self._check_rows(structure)
         elif any(each.encoding is Encoding.mxfp4 for each in self.target.stored):
             raise ValueError(
-                f"{self.target.name} is in MXFP4, and transformers rearranges what it is made from, which would have to "
-                "be done to packed values: that is not supported"
+                f"{self.target.name} is in MXFP4, and transformers rearranges what it is made from, which is not "
+                "supported for packed values"
             )
 
     def _check_number(self, sources: list[Stored], experts: int) -> None:
@@ -140,7 +140,8 @@ class ExpertParameter:
     def _of_whole(self, files: TensorFiles, expert: int) -> Tensor:
         if self._whole is None:
             tensors = {
-                pattern: [each.read_dense(files) for each in sources] for pattern, sources in self.target.sources.items()
+                pattern: [each.read_dense(files) for each in sources]
+                for pattern, sources in self.target.sources.items()
             }
             made = self.target.convert(tensors, self.model, self.config)
             self._whole = made[self.target.name]
@@ -185,7 +186,9 @@ class ExpertSource:
         if weight_format == "mxfp4":
             for what, size in (("hidden", self.structure.hidden), ("intermediate", self.structure.intermediate)):
                 if size % BLOCK:
-                    raise ValueError(f"{self.name}: {what} {size} is no multiple of {BLOCK}, which mxfp4 needs: bf16 is not")
+                    raise ValueError(
+                        f"{self.name}: {what} {size} is no multiple of {BLOCK}, which mxfp4 needs: bf16 is not"
+                    )
 
     def format(self, experts: str) -> str:
         """The layer's weight format where `experts` is asked for."""

@@ -39,7 +39,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file. shape: as torch holds it, F4 as bytes. start, size: its bytes, from the file's beginning."""
+    """One tensor of a file. shape: as torch holds it, F4 as bytes. start, size: of its bytes in the file."""
 
     name: str
     file: Path
@@ -104,7 +104,7 @@ class TensorFiles:
         return out
 
     def _fill(self, entry: Entry, out: Tensor, start: int) -> None:
-        view, done = memoryview(out.numpy()), 0
+        view, done = memoryview(out.numpy().data), 0
         descriptor = self._descriptor(entry.file)
         while done < len(view):
             try:

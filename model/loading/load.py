@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import nn
 
 from megamoe.formats import WEIGHT_FORMATS
+from megamoe.kernels.cpu.layout import OUTPUTS
 from megamoe.model.dense import DenseLinear, DenseWeight, FP8Linear, compute_in_fixed_order
 from megamoe.model.experts import RoutedExperts
-from megamoe.kernels.cpu.layout import OUTPUTS
 from megamoe.model.loading.expert_weights import ExpertSource, Weight, expert_source, parameter_names
 from megamoe.model.loading.files import FLOATS, TensorFiles
 from megamoe.model.loading.naming import Target, made_by, name_tensors
@@ -32,7 +32,6 @@ from megamoe.model.loading.skeleton import Block, Skeleton, build, fp8_block, re
 from megamoe.model.loading.stored import Encoding, Stored, scales_to_float, stored_tensors
 from megamoe.model.loading.together import agree_on, run_together
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.placement import Placement
 
 EXPERTS = ("checkpoint", *WEIGHT_FORMATS)
 DENSE = ("checkpoint", "bf16")
@@ -52,7 +51,7 @@ def load(
     progress: Callable[[Progress], None] | None = None,
     **options: Any,
 ) -> Any:
-    """A checkpoint of transformers, or DeepSeek-V4's own, as a transformers model whose experts are spread over a group.
+    """A checkpoint of transformers, or DeepSeek-V4's own, as a transformers model with its experts over a group.
 
     path      a folder: config.json, safetensors and their index; nothing else is opened
     group     torch ProcessGroup or EPGroup; None is one rank. All ranks must call. Dense weights are on every rank, so
@@ -172,11 +171,13 @@ class _Loading:
         self.report = LoadReport()
         self._linears: dict[str, DenseWeight | FP8Linear] = {}
         self._missing = {name: each.layer.experts.missing for name, each in routed.items()}
-        self._kept = sum(len(each.layer.local_experts) for each in routed.values()) - sum(map(len, self._missing.values()))
+        self._kept = sum(len(each.layer.local_experts) for each in routed.values()) - sum(
+            map(len, self._missing.values())
+        )
 
     @classmethod
     def of(cls, path: Path, group: EPGroup, device: torch.device, wish: _Wish, options: dict[str, Any]) -> _Loading:
-        """Looks through everything. ValueError for what cannot be loaded; no weight is read, none is allocated twice."""
+        """Looks through everything. ValueError for what cannot be loaded; no weight is read."""
         block = fp8_block(read_config(path))
         with TensorFiles.open(path) as looked:
             stored = stored_tensors(looked, block)
@@ -190,10 +191,14 @@ class _Loading:
         }
         of_experts = {f"{each.name}.{name}" for each in skeleton.blocks for name in parameter_names(each.structure)}
         _refuse_missing(skeleton, targets)
-        dense = [target for target in naming.targets.values() if not of_experts & set(made_by(target, skeleton.tensors))]
+        dense = [
+            target for target in naming.targets.values() if not of_experts & set(made_by(target, skeleton.tensors))
+        ]
         for target in dense:
             _check_dense(target, skeleton)
-        routed = {each.name: _routed(each, sources[each.name], group, device, wish, options) for each in skeleton.blocks}
+        routed = {
+            each.name: _routed(each, sources[each.name], group, device, wish, options) for each in skeleton.blocks
+        }
         made = cls(files, skeleton, sources, dense, routed, device, wish)
         made.report.unused = naming.unused
         return made
@@ -254,7 +259,9 @@ class _Loading:
             if not self._read_linear(target.name, stored):
                 set_tensor(model, target.name, stored.read_dense(self.files).to(dtypes[target.name]))
             return
-        tensors = {pattern: [each.read_dense(self.files) for each in found] for pattern, found in target.sources.items()}
+        tensors = {
+            pattern: [each.read_dense(self.files) for each in found] for pattern, found in target.sources.items()
+        }
         for name, tensor in target.convert(tensors, model, self.skeleton.config).items():
             expected = tuple(self.skeleton.tensors[name].shape)
             if tuple(tensor.shape) != expected:
@@ -283,7 +290,7 @@ class _Loading:
             return FP8Linear(files.read(stored.values), scales_to_float(files.read(stored.scales)), stored.block)
         if stored.encoding is not Encoding.plain:
             return DenseWeight.of(stored.read_dense(files).to(dtype))
-        held, (outputs, inputs) = DenseWeight(*stored.shape, dtype), stored.shape
+        held, (outputs, inputs) = DenseWeight(stored.shape, dtype), stored.shape
         step = max(OUTPUTS, _CHUNK_BYTES // (inputs * stored.values.torch_dtype.itemsize) // OUTPUTS * OUTPUTS)
         for first in range(0, outputs, step):
             held.put(first, files.read(stored.values, first=first, count=min(step, outputs - first)))
@@ -411,4 +418,3 @@ def _read_generation_config(model: Any, path: Path) -> None:
 def name_modules(model: nn.Module) -> dict[str, RoutedExperts]:
     """The routed experts of a loaded model, by the names of their modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
-

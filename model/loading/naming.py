@@ -47,11 +47,8 @@ class Target:
         """Whether an expert's matrix is its sources' one below the other, nothing else done to them."""
         operations = [] if self.converter is None else self.converter.operations
         return all(
-            isinstance(each, MergeModulelist)
-            and each.dim == 0
-            or isinstance(each, Concatenate)
-            and each.dim == 1
-            and each.num_shards_attribute is None
+            (isinstance(each, MergeModulelist) and each.dim == 0)
+            or (isinstance(each, Concatenate) and each.dim == 1 and each.num_shards_attribute is None)
             for each in operations
         )
 

@@ -39,8 +39,8 @@ class RoundingError:
 def quantize(weight: Tensor, scales: str, error: RoundingError) -> MXFP4:
     """weight [N, K] rounded to MXFP4, which error is told of. ValueError as quantize_mxfp4() raises it.
 
-    scales   "contract": 2^ceil(log2(amax / 6)) per 32, so that nothing is clipped. "best": that or half of it, whichever
-             leaves the smaller sum of squared differences in the block
+    scales   "contract": 2^ceil(log2(amax / 6)) per 32, so that nothing is clipped. "best": of that and its half the one
+             that leaves the smaller sum of squared differences in the block
     """
     wide = weight.to(torch.float32)
     found = quantize_mxfp4(wide)
@@ -55,17 +55,17 @@ def _better(weight: Tensor, first: MXFP4) -> MXFP4:
 
     Values clipped at 6 * half the scale have a block maximum of exactly that, for which the rule finds that scale.
     """
-    blocks = weight.unflatten(-1, (-1, BLOCK))
+    blocks = torch.unflatten(weight, -1, (-1, BLOCK))
     largest = 3.0 * first.scales.view(torch.float8_e8m0fnu).to(torch.float32).unsqueeze(-1)
     second = quantize_mxfp4(torch.minimum(torch.maximum(blocks, -largest), largest).flatten(-2))
     errors = [
-        (dequantize_mxfp4(each, torch.float32).unflatten(-1, (-1, BLOCK)) - blocks).square_().sum(-1)
+        (torch.unflatten(dequantize_mxfp4(each, torch.float32), -1, (-1, BLOCK)) - blocks).square_().sum(-1)
         for each in (first, second)
     ]
     better = errors[1] < errors[0]
     packed = torch.where(
         better.unsqueeze(-1),
-        second.packed.unflatten(-1, (-1, BLOCK // 2)),
-        first.packed.unflatten(-1, (-1, BLOCK // 2)),
+        torch.unflatten(second.packed, -1, (-1, BLOCK // 2)),
+        torch.unflatten(first.packed, -1, (-1, BLOCK // 2)),
     )
     return MXFP4(packed.flatten(-2), torch.where(better, second.scales, first.scales))

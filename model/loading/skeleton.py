@@ -1,4 +1,4 @@
-"""A transformers model without weights, from config.json alone, and what it is made of: routed experts, dense tensors."""
+"""A transformers model without weights, from config.json alone, and its parts: routed experts, dense tensors."""
 
 # K experts per token
 

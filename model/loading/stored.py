@@ -143,7 +143,9 @@ def _with_scales(files: TensorFiles, name: str, values: Entry, scales: Entry, bl
     if values.dtype == "F8_E4M3":
         return _fp8(name, values, scales, block)
     if values.dtype not in ("I8", "U8", "F4"):
-        raise ValueError(f"{values.file}: {values.name} is {values.dtype} and has scales, expected F8_E4M3, I8, U8 or F4")
+        raise ValueError(
+            f"{values.file}: {values.name} is {values.dtype} and has scales, expected F8_E4M3, I8, U8 or F4"
+        )
     if scales.dtype not in ("F8_E8M0", "U8"):
         raise ValueError(f"{scales.file}: {scales.name} is {scales.dtype}, expected F8_E8M0 or U8 beside packed values")
     blocked = values.name.endswith("_blocks")
@@ -164,6 +166,6 @@ def _fp8(name: str, values: Entry, scales: Entry, block: tuple[int, int]) -> Sto
         if scales.shape == expected:
             return Stored(name, values, scales, values.shape, Encoding.fp8, block)
     raise ValueError(
-        f"{scales.file}: {scales.name} is {list(scales.shape)} for {values.name} {list(values.shape)}, expected a scale "
-        f"per {block[0]} x {block[1]} values"
+        f"{scales.file}: {scales.name} is {list(scales.shape)} for {values.name} {list(values.shape)}, expected a "
+        f"scale per {block[0]} x {block[1]} values"
     )

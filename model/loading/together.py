@@ -1,4 +1,4 @@
-"""Ranks that load together: what one finds wrong all raise, before anything is used, and none waits for one that failed."""
+"""Ranks that load together: what one finds wrong all raise, before anything is used, and none waits in vain."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def agree_on(group: EPGroup, what: str, check: Callable[[], str]) -> None:
 
 
 def run_together(
-    group: EPGroup, what: str, work: Callable[[threading.Event], None], progress: Callable[[], tuple[int, int]],
+    group: EPGroup,
+    what: str,
+    work: Callable[[threading.Event], None],
+    progress: Callable[[], tuple[int, int]],
     show: Callable[[Progress], None],
 ) -> None:
     """work(stop) on every rank, each for as long as it takes; returns when all are done.
@@ -89,7 +92,7 @@ def run_together(
 
 def _exchange(
     group: EPGroup, what: str, state: int, read: int, total: int, terms: str, complaint: BaseException | None
-) -> np.ndarray:  # type: ignore[type-arg]
+) -> np.ndarray:
     page = np.zeros(1, _PAGE)
     said = "" if complaint is None else f"{complaint}" if isinstance(complaint, ValueError) else repr(complaint)
     page[0] = (state, read, total, terms.encode(), said.encode()[:1024])
@@ -100,7 +103,7 @@ def _exchange(
     return raw.numpy().view(_PAGE).reshape(-1)
 
 
-def _refuse(group: EPGroup, pages: np.ndarray, own: BaseException | None) -> None:  # type: ignore[type-arg]
+def _refuse(group: EPGroup, pages: np.ndarray, own: BaseException | None) -> None:
     if own is not None:
         raise own
     for rank, page in enumerate(pages):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megamoe.formats import BLOCK, MXFP4, unpack_e2m1
+from megamoe.formats import BLOCK, MXFP4
 
 OUTPUTS = 32
 _BLOCKS_AT_ONCE = 8  # so that what packing needs meanwhile is small
@@ -48,13 +48,24 @@ def pack_mxfp4(weight: MXFP4, order: str = "bytes") -> MXFP4Blocks:
     packed, scales = (weight.packed.new_empty(shape) for shape in shapes)
     for first in range(0, shapes[0][0], _BLOCKS_AT_ONCE):
         rows = slice(first * OUTPUTS, (first + _BLOCKS_AT_ONCE) * OUTPUTS)
-        codes = _pad(unpack_e2m1(weight.packed[rows]), OUTPUTS, 0)
-        codes = codes.view(-1, 2, 4, 4, inputs // 8, 2, 2, 2).permute(_ORDERS[order])
         part = packed[first : first + _BLOCKS_AT_ONCE]
-        torch.bitwise_or(codes[..., 0], codes[..., 1] << 4, out=part.view(codes.shape[:-1]))
+        eights = _pad(weight.packed[rows].clone(memory_format=torch.contiguous_format), OUTPUTS, 0).view(torch.int32)
+        _swap(eights, 4, 0x00F000F0)  # codes 4 a + 2 b + c of eight to 4 a + 2 c + b
+        if order == "words":
+            _swap(eights, 8, 0x0000FF00)  # and to 4 c + 2 a + b
+            part.view(torch.int32).view(-1, inputs // 8, OUTPUTS).copy_(eights.view(-1, OUTPUTS, inputs // 8).mT)
+        else:
+            fours = eights.view(torch.int16).view(-1, 2, 4, 4, inputs // 4).permute(0, 4, 2, 1, 3)
+            part.view(torch.int16).view(fours.shape).copy_(fours)
         block_scales = _pad(weight.scales[rows], OUTPUTS, 0).view(-1, OUTPUTS, inputs // BLOCK)
         scales[first : first + _BLOCKS_AT_ONCE] = block_scales.transpose(1, 2)
     return packed, scales
+
+
+def _swap(words: Tensor, distance: int, low: int) -> None:
+    """In place, the bits of the mask `low` in each word of 32 change places with those `distance` above them."""
+    moved = (words >> distance).bitwise_xor_(words).bitwise_and_(low)
+    words.bitwise_xor_(moved).bitwise_xor_(moved.bitwise_left_shift_(distance))
 
 
 def unpack_mxfp4(packed: Tensor, scales: Tensor, outputs: int, order: str = "bytes") -> MXFP4:
@@ -74,7 +85,9 @@ def pack_bf16(weight: Tensor) -> Tensor:
     """weight [N, K] bfloat16 -> [B, ceil(K/32) * 16, 32, 2]"""
     padded = _pad(_pad(weight, OUTPUTS, 0), BLOCK, 1)
     rows, inputs = padded.shape
-    return padded.view(rows // OUTPUTS, OUTPUTS, inputs // 2, 2).transpose(1, 2).contiguous()
+    # pairs as words of 32: those move three times as fast
+    pairs = padded.contiguous().view(torch.int32).view(rows // OUTPUTS, OUTPUTS, inputs // 2)
+    return pairs.mT.contiguous().view(torch.bfloat16).view(rows // OUTPUTS, inputs // 2, OUTPUTS, 2)
 
 
 def unpack_bf16(blocks: Tensor, outputs: int, inputs: int) -> Tensor:
