@@ -114,7 +114,7 @@ def test_a_truncated_checkpoint_exits_with_2_and_names_the_file(tmp_path: Path) 
     write_checkpoint(path, CONFIG.model_copy(update={"vocab_size": 129_280, "hidden_size": 32}))
     truncate(path)
     said = refused("demo", "--launcher", "spawn", "--ranks", 2, "--question", "", "--checkpoint", path)
-    assert f"{LAYER_1} cannot be read, it may be truncated" in said
+    assert f"{LAYER_1} is truncated: it has " in said
 
 
 def demo_folders(folder: Path) -> list[Path]:
