@@ -277,7 +277,7 @@ class MegaMoE(nn.Module):
         A device is waited for once, for all of it.
         """
         counts = count_rows(topk_ids, self.placement)
-        wrong = any_wrong(self.shape, topk_ids, topk_weights).to(torch.int64)
+        wrong = any_wrong(self.shape, topk_ids, topk_weights)
         found = to_host(torch.cat((counts.flatten(), wrong)), self.group.workspace, "counts")
         pairs, firsts = found[:-1].view(2, -1)
         try:

@@ -97,10 +97,10 @@ def _apart(one: torch.device, other: torch.device) -> bool:
 
 
 def any_wrong(shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """[1] bool, where the ids are: whether check_values() would complain."""
+    """[1] int64, where the ids are: 1 where check_values() would complain."""
     if topk_ids.device.type == "cpu" and _all_right(shape, topk_ids, topk_weights):
-        return torch.zeros(1, dtype=torch.bool, device="cpu")
-    return (_unknown(shape, topk_ids) | _not_finite(topk_ids, topk_weights)).any().unsqueeze(0)
+        return torch.zeros(1, dtype=torch.int64, device="cpu")
+    return (_unknown(shape, topk_ids) | _not_finite(topk_ids, topk_weights)).any().to(torch.int64).unsqueeze(0)
 
 
 def _all_right(shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor) -> bool:

@@ -48,7 +48,7 @@ class Messages:
         """tokens[r]: T of each rank; counts, firsts [P, E] int64: pairs of each rank for each expert, and tokens whose
         first expert on its rank that is.
         """
-        pairs, unique = _by_wave_and_receiver(plan, torch.stack((counts, firsts)))
+        pairs, unique = _by_wave_and_receiver(plan, np.array((counts.numpy(), firsts.numpy())))
         heads: Array = -(-wire.PAIR_BYTES * pairs // wire.row_bytes)
         rows = (heads + unique).transpose(2, 1, 0)  # [receiver, wave, sender]
         flat = rows.reshape(len(tokens), -1)
@@ -69,12 +69,13 @@ class Messages:
         return sizes
 
 
-def _by_wave_and_receiver(plan: WavePlan, by_expert: Tensor) -> Array:
+def _by_wave_and_receiver(plan: WavePlan, by_expert: Array) -> Array:
     """[2, P, E] -> [2, P, W, P]: sums over the experts of each rank's wave, none for a rank's own."""
     upto = np.zeros((*by_expert.shape[:2], by_expert.shape[2] + 1), np.int64)
-    np.cumsum(by_expert.numpy(), 2, out=upto[..., 1:])
+    by_expert.cumsum(2, out=upto[..., 1:])
     bounds, ranks = _bounds(plan)  # [receiver, W + 1]
-    sums: Array = (upto[..., bounds[:, 1:]] - upto[..., bounds[:, :-1]]).swapaxes(2, 3).copy()
+    ends = upto[..., bounds.T]  # [2, P, W + 1, P]
+    sums: Array = ends[..., 1:, :] - ends[..., :-1, :]
     sums[:, ranks, :, ranks] = 0
     return sums
 
