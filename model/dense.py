@@ -78,8 +78,8 @@ class DenseWeight:
             if self._library is None:
                 held[first : first + len(rows)] = piece
             else:
-                packed = pack_bf16(piece)
-                held[first // OUTPUTS : first // OUTPUTS + len(packed)] = packed
+                begin = first // OUTPUTS
+                pack_bf16(piece, held[begin : begin + -(-len(rows) // OUTPUTS)])
 
     def _empty(self) -> Tensor:
         size = self.shape if self._library is None else bf16_shape(*self.shape)

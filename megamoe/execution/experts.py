@@ -262,20 +262,23 @@ class Experts(nn.Module):
     def _put(self, expert: int, weights: Mapping[str, Tensor | MXFP4], biases: Mapping[str, Tensor]) -> None:
         """Takes one expert's weights, which are in the layer's format, and its biases, if the shape has any."""
         with torch.no_grad():
-            packed = {name: self._packed(matrix, weights[name]) for name, matrix in self.matrices.items()}
             index = expert - self.ids.start
             self._loaded[index] = False  # what an interruption leaves is neither the old expert nor the new one
-            for name, parts in packed.items():
-                self._store(name, index, parts)
+            for name, matrix in self.matrices.items():
+                self._store(name, index, matrix, weights[name])
             for name, bias in biases.items():
-                self._store(_BIASES, index, {name: self.layout.pack_bias(self.matrices[name], bias)})
+                self._stacks[_BIASES][name][index] = self.layout.pack_bias(self.matrices[name], bias)
             if self.packed and isinstance(self.layout, Panels):
-                self._largest_scales[index] = max(int(parts[SCALES].max()) for parts in packed.values())
+                scales = [self._stacks[name][SCALES][index] for name in self.matrices]
+                self._largest_scales[index] = max(int(each.max()) for each in scales)
         self._loaded[index] = True
 
-    def _store(self, name: str, index: int, parts: Mapping[str, Tensor]) -> None:
-        for key, part in parts.items():
-            self._stacks[name][key][index] = part
+    def _store(self, name: str, index: int, matrix: Matrix, weight: Tensor | MXFP4) -> None:
+        """A weight to where it is held."""
+        places = {key: stack[index] for key, stack in self._stacks[name].items()}
+        if self.keep_dequantized:
+            self.format.dense(weight, places.pop(DEQUANTIZED))
+        self.layout.pack_into(matrix, weight, places)
 
     def check(
         self,
@@ -323,11 +326,6 @@ class Experts(nn.Module):
         weight = as_weight(weight, (matrix.outputs, matrix.inputs), what)
         with _about(what):
             return self.format.take(weight)
-
-    def _packed(self, matrix: Matrix, weight: Tensor | MXFP4) -> dict[str, Tensor]:
-        """A weight as it is held."""
-        parts = self.layout.pack(matrix, weight)
-        return {**parts, DEQUANTIZED: self.format.dense(weight)} if self.keep_dequantized else parts
 
     def stack(self, name: str, experts: range) -> MXFP4 | Prepacked | Tensor:
         """gate_up or down of several experts, global ids, as they are held: what a GPU's grouped products take."""

@@ -54,6 +54,11 @@ class Layout(ABC):
     def pack(self, matrix: Matrix, weight: MXFP4 | Tensor) -> dict[str, Tensor]:
         """One expert's weight as it is held."""
 
+    def pack_into(self, matrix: Matrix, weight: MXFP4 | Tensor, places: Mapping[str, Tensor]) -> None:
+        """pack() to where it is held: places as buffers() has them."""
+        for key, part in self.pack(matrix, weight).items():
+            places[key].copy_(part)
+
     @abstractmethod
     def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stacks [e, ...] of what is held, as in Matrix.plain()."""
@@ -139,6 +144,13 @@ class Blocks(Layout):
             return {VALUES: pack_bf16(weight)}
         packed, scales = pack_mxfp4(weight, self.order)
         return {VALUES: packed, SCALES: scales}
+
+    def pack_into(self, matrix: Matrix, weight: MXFP4 | Tensor, places: Mapping[str, Tensor]) -> None:
+        assert isinstance(weight, MXFP4) == matrix.packed
+        if isinstance(weight, MXFP4):
+            pack_mxfp4(weight, self.order, (places[VALUES], places[SCALES]))
+        else:
+            pack_bf16(weight, places[VALUES])
 
     def unpack(self, matrix: Matrix, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not matrix.packed:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP4
 from megamoe.model.experts import RoutedExperts
-from megamoe.model.loading.files import FLOATS, TensorFiles
+from megamoe.model.loading.files import FLOATS, Entry, TensorFiles
 from megamoe.model.loading.naming import Target
 from megamoe.model.loading.quantization import RoundingError, quantize
 from megamoe.model.loading.stored import Encoding, Stored
@@ -32,6 +32,26 @@ class Shapes:
     def get_parameter(self, name: str) -> Tensor:
         assert name == self.name, (name, self.name)
         return torch.empty(self.shape, device="meta")
+
+
+class Buffers:
+    """Memory that is read into again and again: fresh pages cost as much as reading into them.
+
+    Whoever has what was read must be done with it when the same buffers are read into again.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+        self._parts: dict[str, Buffers] = {}
+
+    def part(self, name: str) -> Buffers:
+        return self._parts.setdefault(name, Buffers())
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        held = self._held.get(name)
+        if held is None or held.shape != shape or held.dtype != dtype:
+            held = self._held[name] = torch.empty(shape, dtype=dtype, device="cpu")
+        return held
 
 
 def parameter_names(structure: Structure) -> tuple[str, ...]:
@@ -116,18 +136,20 @@ class ExpertParameter:
         """Bytes in the files, of one expert."""
         return sum(source.size // (1 if own else self.shape[0]) for source, own in self._sources(0))
 
-    def read(self, files: TensorFiles, expert: int) -> Weight:
-        """An expert's matrix or bias in the module's orientation; MXFP4 outputs first."""
+    def read(self, files: TensorFiles, expert: int, buffers: Buffers) -> Weight:
+        """An expert's matrix or bias in the module's orientation, perhaps in buffers; MXFP4 outputs first."""
         if not self.target.by_expert:
             return self._of_whole(files, expert)
         parts = self._sources(expert)
         if self.target.rows_stacked:
-            if {source.encoding for source, _ in parts} == {Encoding.plain}:
-                return _stack_rows(files, parts, expert)
-            found = [source.read(files, None if own else expert) for source, own in parts]
-            if all(isinstance(each, MXFP4) for each in found):
-                packed, scales = ([getattr(each, name) for each in found] for name in ("packed", "scales"))
-                return MXFP4(torch.cat(packed), torch.cat(scales)) if len(found) > 1 else found[0]
+            if len({(source.encoding, source.values.dtype) for source, _ in parts}) == 1:
+                if parts[0][0].encoding is Encoding.plain:
+                    return _stack_rows(files, parts, expert, buffers)
+                if parts[0][0].encoding is Encoding.mxfp4:
+                    packed, scales = (
+                        _stack_bytes(files, parts, expert, buffers, each) for each in ("values", "scales")
+                    )
+                    return MXFP4(packed, scales)
             return torch.cat([source.read_dense(files, None if own else expert) for source, own in parts])
         tensors = {}
         for pattern, sources in self.target.sources.items():
@@ -152,22 +174,39 @@ class ExpertParameter:
         self._whole = None
 
 
-def _stack_rows(files: TensorFiles, parts: list[tuple[Stored, bool]], expert: int) -> Tensor:
-    """Plain matrices read one below the other, into one."""
+def _stack_rows(files: TensorFiles, parts: list[tuple[Stored, bool]], expert: int, buffers: Buffers) -> Tensor:
+    """Plain matrices of one dtype read one below the other, into one."""
     shapes = [source.shape if own else source.shape[1:] for source, own in parts]
-    dtypes = {source.values.torch_dtype for source, _ in parts}
-    if len(dtypes) > 1:
-        return torch.cat([source.read_dense(files, None if own else expert) for source, own in parts])
-    out = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=dtypes.pop(), device="cpu")
+    out = buffers.take("plain", (sum(each[0] for each in shapes), *shapes[0][1:]), parts[0][0].values.torch_dtype)
     begin = 0
     for (source, own), shape in zip(parts, shapes, strict=True):
-        rows = out[begin : begin + shape[0]]
-        if own:
-            files.read(source.values, rows)
-        else:
-            files.read(source.values, rows.unsqueeze(0), first=expert, count=1)
+        _read_one(files, source.values, own, expert, out[begin : begin + shape[0]])
         begin += shape[0]
     return out
+
+
+def _stack_bytes(
+    files: TensorFiles, parts: list[tuple[Stored, bool]], expert: int, buffers: Buffers, which: str
+) -> Tensor:
+    """Values or scales of MXFP4 matrices read one below the other -> uint8 [N, K/2] or [N, K/32]"""
+    shapes = [source.shape if own else source.shape[1:] for source, own in parts]
+    columns = shapes[0][1] // (2 if which == "values" else BLOCK)
+    out = buffers.take(which, (sum(each[0] for each in shapes), columns), torch.uint8)
+    begin = 0
+    for (source, own), shape in zip(parts, shapes, strict=True):
+        entry = source.values if which == "values" else source.scales
+        assert entry is not None
+        _read_one(files, entry, own, expert, out[begin : begin + shape[0]])
+        begin += shape[0]
+    return out
+
+
+def _read_one(files: TensorFiles, entry: Entry, own: bool, expert: int, out: Tensor) -> None:
+    """A tensor that is an expert's own, or the expert's part of a stack."""
+    if own:
+        files.read(entry, out)
+    else:
+        files.read(entry, out, first=expert, count=1)
 
 
 @dataclass(slots=True)
@@ -201,9 +240,11 @@ class ExpertSource:
     def size_of_one(self) -> int:
         return sum(parameter.size_of_one() for parameter in self.parameters.values())
 
-    def read(self, files: TensorFiles, expert: int) -> list[Weight]:
-        """What RoutedExperts.load() takes of an expert, as it is stored."""
-        return [self.parameters[name].read(files, expert) for name in parameter_names(self.structure)]
+    def read(self, files: TensorFiles, expert: int, buffers: Buffers) -> list[Weight]:
+        """What RoutedExperts.load() takes of an expert, as it is stored; perhaps in buffers."""
+        return [
+            self.parameters[name].read(files, expert, buffers.part(name)) for name in parameter_names(self.structure)
+        ]
 
     def put(self, routed: RoutedExperts, expert: int, weights: list[Weight], scales: str) -> None:
         """Takes what read() gave to its place, rounded where the layer's format is another."""

@@ -23,7 +23,7 @@ from megamoe.formats import WEIGHT_FORMATS
 from megamoe.kernels.cpu.layout import OUTPUTS
 from megamoe.model.dense import DenseLinear, DenseWeight, FP8Linear, compute_in_fixed_order
 from megamoe.model.experts import RoutedExperts
-from megamoe.model.loading.expert_weights import ExpertSource, Weight, expert_source, parameter_names
+from megamoe.model.loading.expert_weights import Buffers, ExpertSource, Weight, expert_source, parameter_names
 from megamoe.model.loading.files import FLOATS, TensorFiles
 from megamoe.model.loading.naming import Target, made_by, name_tensors
 from megamoe.model.loading.quantization import RoundingError, check_scales
@@ -227,8 +227,10 @@ class _Loading:
             self.report.dense_bytes = self.files.bytes_read
             with ThreadPoolExecutor(1, "megamoe read ahead") as pool:
                 waiting: deque[tuple[str, int, Future[list[Weight]]]] = deque()
-                for name, expert in self._experts():
-                    waiting.append((name, expert, pool.submit(self.sources[name].read, self.files, expert)))
+                buffers = [Buffers() for _ in range(_AHEAD + 2)]  # one is packed, the others wait or are read into
+                for number, (name, expert) in enumerate(self._experts()):
+                    into = buffers[number % len(buffers)]
+                    waiting.append((name, expert, pool.submit(self.sources[name].read, self.files, expert, into)))
                     if len(waiting) > _AHEAD:
                         self._put(*waiting.popleft())
                     if stop.is_set():

@@ -35,8 +35,8 @@ def bf16_shape(outputs: int, inputs: int) -> tuple[int, ...]:
     return num_blocks(outputs), -(-inputs // BLOCK) * BLOCK // 2, OUTPUTS, 2
 
 
-def pack_mxfp4(weight: MXFP4, order: str = "bytes") -> MXFP4Blocks:
-    """weight [N, K] -> packed uint8 [B, K/4, 64], scales uint8 [B, G, 32].
+def pack_mxfp4(weight: MXFP4, order: str = "bytes", out: MXFP4Blocks | None = None) -> MXFP4Blocks:
+    """weight [N, K] -> packed uint8 [B, K/4, 64], scales uint8 [B, G, 32], in `out` if there is one.
 
     order "bytes": byte 16 l + 8 h + 2 o + j of the 64 belongs to output 16 h + 4 l + o: its low nibble to the 4 values'
     j, its high nibble to their 2 + j.
@@ -45,7 +45,7 @@ def pack_mxfp4(weight: MXFP4, order: str = "bytes") -> MXFP4Blocks:
     """
     outputs, inputs = weight.shape
     shapes = mxfp4_shapes(outputs, inputs)
-    packed, scales = (weight.packed.new_empty(shape) for shape in shapes)
+    packed, scales = out or (weight.packed.new_empty(shapes[0]), weight.packed.new_empty(shapes[1]))
     for first in range(0, shapes[0][0], _BLOCKS_AT_ONCE):
         rows = slice(first * OUTPUTS, (first + _BLOCKS_AT_ONCE) * OUTPUTS)
         part = packed[first : first + _BLOCKS_AT_ONCE]
@@ -81,13 +81,16 @@ def unpack_mxfp4(packed: Tensor, scales: Tensor, outputs: int, order: str = "byt
     return MXFP4(rows[..., :outputs, :].contiguous(), plain[..., :outputs, :].contiguous())
 
 
-def pack_bf16(weight: Tensor) -> Tensor:
-    """weight [N, K] bfloat16 -> [B, ceil(K/32) * 16, 32, 2]"""
+def pack_bf16(weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """weight [N, K] bfloat16 -> [B, ceil(K/32) * 16, 32, 2], in `out` if there is one."""
     padded = _pad(_pad(weight, OUTPUTS, 0), BLOCK, 1)
     rows, inputs = padded.shape
     # pairs as words of 32: those move three times as fast
     pairs = padded.contiguous().view(torch.int32).view(rows // OUTPUTS, OUTPUTS, inputs // 2)
-    return pairs.mT.contiguous().view(torch.bfloat16).view(rows // OUTPUTS, inputs // 2, OUTPUTS, 2)
+    if out is None:
+        out = weight.new_empty(rows // OUTPUTS, inputs // 2, OUTPUTS, 2)
+    out.view(torch.int32).squeeze(-1).copy_(pairs.mT)
+    return out
 
 
 def unpack_bf16(blocks: Tensor, outputs: int, inputs: int) -> Tensor:
