@@ -200,7 +200,7 @@ class MegaMoE(nn.Module):
         rank is lost, and RuntimeError from then on: a group whose call was interrupted is broken.
 
         On a GPU with kernels a rank alone waits for nothing, and a CUDA graph can be captured of the call. Values that
-        are wrong are then told by a later call's ValueError; a token with an id that there is not is NaN meanwhile.
+        are wrong then raise ValueError in a later call; a token with an id that does not exist is NaN meanwhile.
         """
         with self._turn():
             complaint = self._complaint(hidden, topk_ids, topk_weights)

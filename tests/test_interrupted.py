@@ -14,7 +14,7 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import CallRefusedError, PeerError
 from megamoe.parallel.group import EPGroup
-from megamoe.routing.agreement import told
+from megamoe.routing.agreement import fit_text
 from megamoe.shape import MoEShape
 from tests.cases import Batch, make_batch, make_layer, make_weights
 
@@ -150,12 +150,12 @@ def test_an_interrupted_reload_says_what_is_missing(weight_format: str, monkeypa
 
 
 def test_texts_that_do_not_fit_keep_apart() -> None:
-    assert told("layers.0.experts", 16) == b"layers.0.experts"
+    assert fit_text("layers.0.experts", 16) == b"layers.0.experts"
     texts = ["a" * 100, "a" * 99 + "b", "b" + "a" * 99, "a" * 50 + "b" + "a" * 49, "a" * 101, "é" * 60, "a", "a\0"]
-    found = {told(text, 64) for text in texts}
+    found = {fit_text(text, 64) for text in texts}
     assert len(found) == len(texts)
     assert max(map(len, found)) <= 64
-    said = told("model.layers.0." + "x" * 90 + ".experts", 64).decode()
+    said = fit_text("model.layers.0." + "x" * 90 + ".experts", 64).decode()
     assert said.startswith("model.layers.0.")
     assert ".experts #" in said
 

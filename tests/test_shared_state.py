@@ -14,7 +14,7 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.turns import Turns
-from megamoe.routing.agreement import told
+from megamoe.routing.agreement import fit_text
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer, make_weights, oracle
 
@@ -209,9 +209,9 @@ def test_terms_that_do_not_fit_are_told_apart_all_the_same(size: int) -> None:
         "a" * 50 + "b" + "a" * 49,
         "é" * 40,
     ]
-    assert len({told(text, size) for text in texts}) == len(texts)
-    assert all(len(told(text, size)) <= size for text in texts)
-    assert told("layers.0.ffn", size) == b"layers.0.ffn"
+    assert len({fit_text(text, size) for text in texts}) == len(texts)
+    assert all(len(fit_text(text, size)) <= size for text in texts)
+    assert fit_text("layers.0.ffn", size) == b"layers.0.ffn"
 
 
 def other_ends(group: EPGroup, what: str) -> str:

@@ -19,7 +19,7 @@ COMBINE_FORMATS = ("bf16",)
 
 
 def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
-    """What can be told without reading a value. ValueError that names the argument, what was found and expected."""
+    """Checks all but values. Raises ValueError that names the argument, what was found and what was expected."""
     given = {"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):

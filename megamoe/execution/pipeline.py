@@ -101,12 +101,7 @@ class Call:
     """
 
     def __init__(self, parts: Parts, route: Route, counts: Tensor, hidden: Tensor, record: CallRecord) -> None:
-        self._name, self._rank, self._wave_plan, self._messages = (
-            parts.name,
-            parts.group.rank,
-            parts.plan,
-            parts.messages,
-        )
+        self._name, self._rank, self._messages = parts.name, parts.group.rank, parts.messages
         self._transport, self._notes, self._route, self._record = parts.transport, parts.notes, route, record
         self._streams = parts.group.streams_of(hidden.device)
         self.stopwatch = Stopwatch(hidden.device) if hidden.device.type == "cuda" else None
@@ -143,7 +138,7 @@ class Call:
 
     def dispatch(self, wave: int) -> None:
         """Sends this rank's messages of the wave, and opens the way for what comes in and for what will come home."""
-        if self._transport is None or wave >= self._wave_plan.num_waves:
+        if self._transport is None or wave >= len(self._plan.sent):
             return
         plan, streams = self._plan, self._streams
         with streams.messages():

@@ -97,7 +97,7 @@ class Terms:
 
     @property
     def who(self) -> str:
-        """The layer as the ranks compare it: layers of one name are told apart."""
+        """The layer as the ranks compare it: layers of one name have numbers."""
         return self.layer if self.number == 1 else f"{self.layer} (number {self.number} of that name)"
 
 
@@ -161,7 +161,7 @@ def _write_page(
     page["magic"], page["tokens"], page["row_s"] = _MAGIC, part.num_tokens, part.row_s
     for name in _COMPARED:
         value = terms.who if name == "layer" else getattr(terms, name)
-        page[name] = told(value, _PAGE[name].itemsize) if isinstance(value, str) else value
+        page[name] = fit_text(value, _PAGE[name].itemsize) if isinstance(value, str) else value
     page["host"] = _clipped(group.host, 64)
     if complaint is not None:
         page["wrong"], page["complaint"] = 1, _clipped(str(complaint), 200)
@@ -185,11 +185,11 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
     found = []
     for name in _COMPARED:
         values = [_plain(pages[rank][name]) for rank in range(group.size)]
-        said = []
+        groups = []
         for value in dict.fromkeys(values):
-            said.append(f"{value} on {_ranks(group, [rank for rank, other in enumerate(values) if other == value])}")
-        if len(said) > 1:
-            found.append(f"{name} is {', '.join(said)}")
+            groups.append(f"{value} on {_ranks(group, [rank for rank, other in enumerate(values) if other == value])}")
+        if len(groups) > 1:
+            found.append(f"{name} is {', '.join(groups)}")
     if found:
         order = any(each.startswith(("layer is", "call is")) for each in found)
         hint = "; every rank must call the same layers in the same order, from whatever threads" if order else ""
@@ -206,7 +206,7 @@ def _ranks(group: EPGroup, ranks: list[int]) -> str:
     return f"ranks {', '.join(name.removeprefix('rank ') for name in names)}"
 
 
-def told(text: str, size: int) -> bytes:
+def fit_text(text: str, size: int) -> bytes:
     """UTF-8 of at most `size` bytes that is another for another text: what does not fit becomes its ends and a digest.
 
     "layers.0.experts", 16 bytes -> as it is; 100 letters a, 64 bytes -> 22 of them, "...", 22, " #" and 15 hex digits

@@ -1,12 +1,12 @@
 """Waves: which experts travel and compute together. Pure functions of integers.
 
 The plan cuts every rank's experts into waves; sender and receiver must agree on it, so it follows from what all ranks
-know. In which order a rank then computes is its own affair: see planner/schedule.py.
+know. In which order a rank then computes is its own affair: see schedule/schedule.py.
 
-The rule for waves="auto" before anything is known of link and compute (afterwards see planner/pace.py): as many waves
-as keep an average dispatch message at 256 KiB, between 1 and 8, at least one expert a wave, one where a rank is alone.
-Smaller messages do not win back what a wave costs; above 8 waves, head and tail are under an eighth of the transfer
-already, and rank-local rows fill them.
+The rule for waves="auto" before anything is known of link and compute (afterwards see schedule/cost_model.py): as many
+waves as keep an average dispatch message at 256 KiB, between 1 and 8, at least one expert a wave, one where a rank is
+alone. Smaller messages do not win back what a wave costs; above 8 waves, head and tail are under an eighth of the
+transfer already, and rank-local rows fill them.
 """
 
 # P ranks   W waves   e experts of one rank
