@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megamoe.model.private import with_parameters
 from megamoe.activations import CLAMPS, FUNCTIONS, Activation
 from megamoe.kernels.gating import gate_fp64
 
@@ -111,8 +111,7 @@ def check_forward(
 
 def _with_weights(experts: nn.Module, stacks: dict[str, Tensor]) -> nn.Module:
     """A copy of the module that shares nothing but what has no weights, with these ones."""
-    small = copy.copy(experts)
-    small.__dict__["_parameters"] = dict.fromkeys(experts._parameters) | stacks
+    small = with_parameters(experts, stacks)
     small.__dict__.pop("forward", None)
     for name, size in _LAYOUT.items():
         if name in small.__dict__:

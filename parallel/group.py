@@ -19,12 +19,12 @@ from megamoe.parallel.errors import CallRefusedError, PeerError, named
 from megamoe.parallel.health.heartbeat import HeartbeatMonitor
 from megamoe.parallel.health.runs import check_name, list_rank
 from megamoe.parallel.health.status import RAISED, OwnStatus
-from megamoe.parallel.link import measure_link
 from megamoe.parallel.recorder import Notes, Recorder, Recording
 from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
 from megamoe.parallel.streams import Streams
 from megamoe.parallel.transport.all_to_all import AllToAllTransport
 from megamoe.parallel.transport.host import Host, HostTransport
+from megamoe.parallel.transport.link import measure_link
 from megamoe.parallel.transport.pairs import Clock, Label, PairTransport, Transport
 from megamoe.parallel.transport.process_group import (
     backend_for,

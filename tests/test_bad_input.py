@@ -11,11 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from megamoe.activations import Activation
-=======
 from megamoe.execution.checks import any_wrong
->>>>>>> pipeline
 from megamoe.formats import MXFP4, quantize_mxfp4
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE

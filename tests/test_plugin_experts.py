@@ -12,8 +12,8 @@ from megamoe.activations import Activation
 from megamoe.formats import MXFP4, quantize_mxfp4
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import RoutedExperts, Structure
-from megamoe.model.handover import _release
 from megamoe.model.packed import PACKINGS, PackedExperts
+from megamoe.model.private import _release
 from megamoe.parallel.group import EPGroup
 from megamoe.reference import moe
 from tests.cases import make_batch

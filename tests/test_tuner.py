@@ -18,7 +18,7 @@ from megamoe.launch.lab.namespaces import lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.link import measure_link
+from megamoe.parallel.transport.link import measure_link
 from megamoe.routing.agreement import Agreement
 from megamoe.schedule.cost_model import CostModel, Spread, best_waves, play
 from megamoe.schedule.machine import product_row_us

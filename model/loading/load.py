@@ -31,6 +31,7 @@ from megamoe.model.loading.report import LoadReport, Progress, shown
 from megamoe.model.loading.skeleton import Block, Skeleton, build, fp8_block, read_config, set_module, set_tensor
 from megamoe.model.loading.stored import Encoding, Stored, scales_to_float, stored_tensors
 from megamoe.model.loading.together import agree_on, run_together
+from megamoe.model.private import may_be_missing
 from megamoe.parallel.group import EPGroup
 
 EXPERTS = ("checkpoint", *WEIGHT_FORMATS)
@@ -371,7 +372,7 @@ def _refuse_missing(skeleton: Skeleton, targets: dict[str, Target]) -> None:
 
     model = skeleton.model
     tied = getattr(model, "all_tied_weights_keys", {})
-    ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_missing or ()]
+    ignored = [re.compile(each) for each in may_be_missing(model)]
     missing = [
         name
         for name in skeleton.tensors

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from megamoe.model.private import dtype_plan, model_class
 from megamoe.model.structure import Structure, read_structure
 
 CONFIG = "config.json"
@@ -81,7 +82,7 @@ def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
         del config.quantization_config
     dtype = config.dtype or stored_dtype or torch.float32
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    kind = _class_of(config)
+    kind = model_class(config)
     with ExitStack() as stack:
         for context in kind.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
@@ -93,14 +94,6 @@ def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
         raise ValueError(f"{type(model).__name__} has no routed experts")
     tensors = model.state_dict()
     return Skeleton(model, config, blocks, tensors, _dtypes(model, tensors, dtype))
-
-
-def _class_of(config: Any) -> Any:
-    known = AutoModelForCausalLM._model_mapping
-    if type(config) in known:
-        found = known[type(config)]
-        return found[0] if isinstance(found, tuple | list) else found
-    raise ValueError(f"model_type {config.model_type!r} is no language model that transformers knows")
 
 
 def _fill_buffers(model: Any) -> None:
@@ -133,7 +126,7 @@ def _topk(parent: nn.Module, model: Any) -> int:
 
 
 def _dtypes(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    plan = {re.compile(key.replace("*", ".*")): each for key, each in model._get_dtype_plan(dtype).items()}
+    plan = {re.compile(key.replace("*", ".*")): each for key, each in dtype_plan(model, dtype).items()}
     found = {}
     for name, tensor in tensors.items():
         planned = next((each for key, each in plan.items() if key.search(name)), None)
@@ -145,10 +138,8 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     """A parameter without gradients, or a buffer, in place of the one on meta."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
-    if leaf in module._buffers:
-        module._buffers[leaf] = value
-    else:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    is_buffer = any(each == leaf for each, _ in module.named_buffers(recurse=False))
+    setattr(module, leaf, value if is_buffer else nn.Parameter(value, requires_grad=False))
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,0 +1,68 @@
+"""All that models use of torch and transformers that these call private, each with the reason."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def empty(module: nn.Module) -> None:
+    """Takes a module's own parameters, and has FSDP, which would copy them before every call, manage none of it.
+
+    The names stay, with None: transformers misses deleted ones around a call. torch's public reshard() keeps the
+    parameters, and nothing public ends FSDP for one module.
+    """
+    if isinstance(module, FSDPModule):
+        _release(module._get_fsdp_state())
+    for name in list(module._parameters):
+        module._parameters[name] = None
+
+
+def with_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """A shallow copy whose own parameters are plain tensors, None for names that are not given: setattr() would refuse
+    them, and on a shallow copy change the module itself."""
+    copied = copy.copy(module)
+    copied.__dict__["_parameters"] = dict.fromkeys(module._parameters) | tensors
+    return copied
+
+
+def _release(state: Any) -> None:
+    several = hasattr(state, "_fsdp_param_groups")  # torch before 2.13 has one group, or none
+    for group in state._fsdp_param_groups if several else filter(None, [state._fsdp_param_group]):
+        for parameter in group.fsdp_params:
+            parameter.free_unsharded_param()
+            for name in ("sharded_param", "_sharded_param_data", "_unsharded_param"):
+                vars(parameter).pop(name, None)  # hooks of the module keep the object
+    if several:
+        state._fsdp_param_groups.clear()
+    else:
+        state._fsdp_param_group = None
+
+
+def model_class(config: Any) -> Any:
+    """The class of a language model for a configuration. AutoModelForCausalLM, which is public, tells it by making one.
+
+    ValueError where there is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    known = AutoModelForCausalLM._model_mapping
+    if type(config) not in known:
+        raise ValueError(f"model_type {config.model_type!r} is no language model that transformers knows")
+    found = known[type(config)]
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Patterns of names and the dtypes in which transformers keeps such tensors: two lists, which nothing public joins."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    return plan
+
+
+def may_be_missing(model: Any) -> list[str]:
+    """Patterns of tensors that a checkpoint need not have: a class attribute that only from_pretrained() reads."""
+    return list(model._keys_to_ignore_on_load_missing or ())
