@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megamoe.model.private import with_parameters
 from megamoe.activations import CLAMPS, FUNCTIONS, Activation
 from megamoe.kernels.gating import gate_fp64
+from megamoe.model.private import with_parameters
 
 CLOSE = 2e-6  # relative: families compute in FP32 here and there
 _NEAR = 0.25  # below any clamp

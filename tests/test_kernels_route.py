@@ -205,3 +205,14 @@ def test_the_twin_reads_no_value_for_which_a_host_would_wait() -> None:
         "positions": (5, 3),
         "wrong": (1,),
     }
+
+
+def test_weights_whose_sum_is_no_number_are_taken_where_each_that_counts_is() -> None:
+    shape = MoEShape(64, 32, 6, 2)
+    ids, weights = torch.tensor([[0, 1], [5, -1]]), torch.full((2, 2), 3e38)
+    assert not any_wrong(shape, ids, weights), "they overflow together"
+    weights[1, 1] = torch.nan
+    assert not any_wrong(shape, ids, weights), "a masked slot may have any weight"
+    weights[0, 0] = torch.inf
+    assert any_wrong(shape, ids, weights)
+    assert not any_wrong(shape, ids[:0], weights[:0])
