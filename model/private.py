@@ -58,7 +58,7 @@ def model_class(config: Any) -> Any:
 
 
 def dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Patterns of names and the dtypes in which transformers keeps such tensors: two lists that nothing public joins."""
+    """Patterns of names and the dtypes in which transformers keeps such tensors: nothing public joins its two lists."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
     return plan
 
