@@ -119,23 +119,29 @@ struct Alone {
     void times(float*, int64_t, int) const {}
 };
 
+// `count` of a group's values, at most GROUP; inlined, so that where it is known to be GROUP loops have that length.
+template <class Up>
+inline void activate_group(const uint16_t* gates, const Up& up, float weight, int64_t k, int count, const float* table,
+                           bool quantized, uint16_t* out) {
+    float group[GROUP] = {};
+    for (int i = 0; i < count; i++) group[i] = table[gates[k + i]];
+    up.times(group, k, count);
+    for (int i = 0; i < GROUP; i++) group[i] = group[i] * weight;
+    if (quantized) {
+        round_group(group, out + k);
+    } else {
+        uint16_t rounded[GROUP];
+        for (int i = 0; i < GROUP; i++) rounded[i] = to_bf16(group[i]);
+        std::memcpy(out + k, rounded, count * sizeof *rounded);
+    }
+}
+
 template <class Up>
 void activate_row(const uint16_t* gates, const Up& up, float weight, int64_t width, const float* table, bool quantized,
                   uint16_t* out) {
-    for (int64_t k = 0; k < width; k += GROUP) {
-        const int count = int(std::min<int64_t>(GROUP, width - k));
-        float group[GROUP] = {};
-        for (int i = 0; i < count; i++) group[i] = table[gates[k + i]];
-        up.times(group, k, count);
-        for (int i = 0; i < GROUP; i++) group[i] = group[i] * weight;
-        if (quantized) {
-            round_group(group, out + k);
-        } else {
-            uint16_t rounded[GROUP];
-            for (int i = 0; i < GROUP; i++) rounded[i] = to_bf16(group[i]);
-            std::memcpy(out + k, rounded, count * sizeof *rounded);
-        }
-    }
+    int64_t k = 0;
+    for (; k + GROUP <= width; k += GROUP) activate_group(gates, up, weight, k, GROUP, table, quantized, out);
+    if (k < width) activate_group(gates, up, weight, k, int(width - k), table, quantized, out);
 }
 
 void widen_group(const uint16_t* from, float* to) {
