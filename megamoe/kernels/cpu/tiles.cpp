@@ -386,7 +386,8 @@ void run_many(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t 
               const Weights& weights) {
     const bool whole = share.groups <= DEPTH;
     const int64_t at_once = std::max<int64_t>(1, PANEL / std::min<int64_t>(share.groups, DEPTH));
-    float* sums = scratch.take_sums(whole ? 2 * TILE * BLOCK : (rows + TILE) * at_once * BLOCK);
+    const int64_t pairs = (rows + 2 * TILE - 1) / (2 * TILE);
+    float* sums = scratch.take_sums((whole ? 1 : pairs * at_once) * 2 * TILE * BLOCK);
     for (int64_t block = share.begin; block < share.end; block += at_once) {
         const int64_t blocks = std::min(at_once, share.end - block);
         for (int64_t begin = 0; begin < share.groups; begin += DEPTH) {
