@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
@@ -50,15 +51,23 @@ def hand_over(experts: nn.Module, structure: Structure, group: EPGroup | None, t
 def _empty(experts: nn.Module) -> None:
     """Takes the weights from the module, and from FSDP, which would copy them before every call and put them back."""
     if isinstance(experts, FSDPModule):
-        state = experts._get_fsdp_state()
-        for group in state._fsdp_param_groups:
-            for parameter in group.fsdp_params:
-                parameter.free_unsharded_param()
-                for name in ("sharded_param", "_sharded_param_data", "_unsharded_param"):
-                    vars(parameter).pop(name, None)  # hooks of the module keep the object
-        state._fsdp_param_groups.clear()
+        _release(experts._get_fsdp_state())
     for name in list(experts._parameters):
         experts._parameters[name] = None  # deleted names would be missed by what transformers does around a call
+
+
+def _release(state: Any) -> None:
+    """Has FSDP manage nothing of the module any more."""
+    several = hasattr(state, "_fsdp_param_groups")  # torch before 2.13 has one group, or none
+    for group in state._fsdp_param_groups if several else filter(None, [state._fsdp_param_group]):
+        for parameter in group.fsdp_params:
+            parameter.free_unsharded_param()
+            for name in ("sharded_param", "_sharded_param_data", "_unsharded_param"):
+                vars(parameter).pop(name, None)  # hooks of the module keep the object
+    if several:
+        state._fsdp_param_groups.clear()
+    else:
+        state._fsdp_param_group = None
 
 
 def _matrices(experts: nn.Module, structure: Structure, index: int) -> tuple[Weight, Weight]:

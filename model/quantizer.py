@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megamoe.execution.checks import check_formats
 from megamoe.model.handover import run_alone
 from megamoe.model.packed import PACKINGS, PackedExperts
 from megamoe.model.registration import refuse_old
@@ -101,7 +102,7 @@ class PackedExpertsQuantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         for name, module in found:
             experts = module
             if self.method is None:
-                read_structure(module)
+                check_formats(read_structure(module).shape(topk=1), "mxfp4", "mxfp8", "bf16")
                 module.weight_format = "mxfp4"
             else:
                 bias = getattr(module, "down_proj_bias", None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from megamoe.activations import Activation
 from megamoe.formats import MXFP4, quantize_mxfp4
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import RoutedExperts, Structure
+from megamoe.model.handover import _release
 from megamoe.model.packed import PACKINGS, PackedExperts
 from megamoe.parallel.group import EPGroup
 from megamoe.reference import moe
@@ -131,3 +134,16 @@ def test_ranks_without_tokens_stay_in_step(ranks: LocalRanks) -> None:
     batch = make_batch(GPT_OSS.shape(3), 20)
     expected = make(GPT_OSS)(batch.hidden, batch.ids, batch.weights)
     assert all(found is not None and torch.equal(found, expected) for found in ranks.run(in_turns, size=2))
+
+
+@pytest.mark.parametrize("several", [True, False], ids=["several_groups", "one_group"])
+def test_fsdp_of_any_torch_lets_go_of_the_weights(several: bool) -> None:
+    """torch before 2.13 has one group of parameters a module"""
+    parameter = SimpleNamespace(sharded_param=1, _sharded_param_data=2, _unsharded_param=3, kept=4)
+    parameter.free_unsharded_param = lambda: None
+    group = SimpleNamespace(fsdp_params=[parameter])
+    state = SimpleNamespace(_fsdp_param_groups=[group]) if several else SimpleNamespace(_fsdp_param_group=group)
+    _release(state)
+    assert vars(parameter).keys() == {"kept", "free_unsharded_param"}
+    assert not any(vars(state).values())
+    _release(state)
