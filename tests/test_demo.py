@@ -51,12 +51,14 @@ def test_demo_prints_json_alone_with_every_rank_and_identical(checkpoint: Path, 
         started += ["--text", text]
     if launcher != "ray":  # which is what starts ranks where it is installed
         started += ["--launcher", launcher]
+    started += ["--question", ""]
     done = command("demo", *started)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["launcher"] == launcher
     assert report["text"].startswith("notes.txt" if launcher == "spawn" else "Alice")
     assert report["identical"] is True
+    assert report["answer"] is None
     assert [rank["rank"] for rank in report["ranks"]] == list(range(ranks))
     assert sum(rank["tokens"] for rank in report["ranks"]) == report["tokens"] == report["one_rank"]["tokens"] > 1000
     rows = report["tokens"] * report["topk"] * report["layers"]
@@ -72,7 +74,9 @@ def test_demo_prints_json_alone_with_every_rank_and_identical(checkpoint: Path, 
 def test_one_token_on_four_ranks_is_said_to_be_identical_in_a_table(checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "word.txt"
     text.write_text("a")
-    done = invoked("demo", "--launcher", "spawn", "--ranks", 4, "--text", text, "--checkpoint", checkpoint)
+    done = invoked(
+        "demo", "--launcher", "spawn", "--ranks", 4, "--text", text, "--checkpoint", checkpoint, "--question", ""
+    )
     assert done.exit_code == 0, done.output
     assert "word.txt: 1 tokens through " in done.stdout
     assert done.stdout.rstrip().endswith("4 ranks (spawn) against one, every bit of the output: identical")
@@ -109,8 +113,8 @@ def test_a_truncated_checkpoint_exits_with_2_and_names_the_file(tmp_path: Path) 
     path = tmp_path / "checkpoint"
     write_checkpoint(path, CONFIG.model_copy(update={"vocab_size": 129_280, "hidden_size": 32}))
     truncate(path)
-    said = refused("demo", "--launcher", "spawn", "--ranks", 2, "--checkpoint", path)
-    assert f"{LAYER_1} cannot be read, it may be truncated" in said
+    said = refused("demo", "--launcher", "spawn", "--ranks", 2, "--question", "", "--checkpoint", path)
+    assert f"{LAYER_1} is truncated: it has " in said
 
 
 def demo_folders(folder: Path) -> list[Path]:
@@ -145,7 +149,7 @@ def struck(place: Path, launcher: str, moment: str, signal_number: signal.Signal
     """Starts a demo whose temporary folder is the place, and sends it the signal at the moment, twice."""
     # a thread each, for two demos run at a time
     environment = {**os.environ, "TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
-    line = [*COMMAND, "demo", "--launcher", launcher, "--ranks", "2"]
+    line = [*COMMAND, "demo", "--launcher", launcher, "--ranks", "2", "--question", ""]
     demo = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         process = psutil.Process(demo.pid)

@@ -17,6 +17,7 @@ from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_w
 
 if TYPE_CHECKING:
     from megamoe.launch.demo import DemoReport
+    from megamoe.launch.generation.answer import AnswerReport
 
 
 class Launcher(str, Enum):
@@ -37,6 +38,9 @@ def demo(
     launcher: Annotated[
         Launcher | None, typer.Option(help="What starts the ranks; ray where it is installed, else spawn.")
     ] = None,
+    question: Annotated[
+        str, typer.Option(help='What a model is asked at the end; "" asks nothing.')
+    ] = "Explain in one sentence why leaves are green.",
     deadline_s: Annotated[float, typer.Option(help="Seconds that a run, and any wait in it, may take.")] = 120.0,
     output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
 ) -> None:
@@ -47,7 +51,7 @@ def demo(
             from megamoe.launch.demo import Request, run_demo  # brings torch, which --help does not need
 
             compile_kernels(bar)
-            request = Request(ranks, text, parse_waves(waves), checkpoint, deadline_s, _chosen(launcher))
+            request = Request(ranks, text, parse_waves(waves), checkpoint, deadline_s, _chosen(launcher), question)
 
             def show(what: str, done: int, of: int) -> None:
                 bar.update(task, description=what, completed=done, total=of)
@@ -57,7 +61,7 @@ def demo(
             sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
         else:
             _print_demo(report)
-        if not report.identical:
+        if not (report.identical and (report.answer is None or report.answer.identical)):
             raise typer.Exit(1)
 
 
@@ -102,4 +106,24 @@ def _print_demo(report: DemoReport) -> None:
     stdout.print(
         f"{len(report.ranks)} ranks ({report.launcher}) against one, every bit of the output: {verdict}",
         highlight=False,
+    )
+    if report.answer is not None:
+        _print_answer(report.answer, len(report.ranks), report.launcher)
+
+
+def _print_answer(answer: AnswerReport, ranks: int, launcher: str) -> None:
+    verdict = "[bold green]identical[/]" if answer.identical else "[bold red]different[/]"
+    kept = f" (kept in {answer.path})" if answer.path else ""
+    lines = (
+        f"\n{answer.model}{kept}",
+        f"> {answer.question}",
+        f"{answer.text}",
+    )
+    for line in lines:
+        stdout.print(line, highlight=False, markup=False, soft_wrap=True)
+    stdout.print(
+        f"\n{answer.new_tokens} tokens: {answer.tokens_per_s:.1f} a second on {ranks} ranks ({launcher}), "
+        f"{answer.one_rank_tokens_per_s:.1f} on one, every token: {verdict}",
+        highlight=False,
+        soft_wrap=True,
     )

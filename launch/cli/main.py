@@ -34,6 +34,9 @@ COMMANDS = {
     "lab": "lab:app",
     "calibrate": "planner.calibrate:calibrate",
     "timeline": "timeline:timeline",
+    "generate": "models.generate:generate",
+    "tiny": "models.tiny:tiny",
+    "upcycle": "models.upcycle:upcycle",
     "convert": "convert:convert",
 }
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import PicklingError
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from megamoe.launch.requests import IMPORTABLE, check_count, check_seconds, chec
 from megamoe.parallel.health.runs import sweep
 from megamoe.routing.waves import Waves, check_waves
 from megamoe.routing.wire import DISPATCH_FORMATS
+
+if TYPE_CHECKING:
+    from megamoe.launch.cluster.generation import Advance, GenerationJob
 
 T = TypeVar("T")
 LAUNCHERS = ("ray", "spawn")
@@ -252,6 +255,13 @@ class MegaMoECluster:
         """
         check_work(work, args)
         return self._insist(lambda: self._all("run", [(work, *args)] * self.ranks))
+
+    def advance(self, job: GenerationJob, steps: int) -> list[Advance]:
+        """The next steps of a generation on every rank, in order of rank; 0 steps only load the model.
+
+        Where the group had to come back the job begins anew there: the same tokens come again, and then the others.
+        """
+        return self._insist(lambda: self._all("advance", [(job, steps)] * self.ranks))
 
     def health(self, timeout_s: float = 2.0) -> list[RankHealth]:
         """Every rank between batches; one that does not answer in time says so."""

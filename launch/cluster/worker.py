@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from megamoe.parallel.group import EPGroup, init_group
 from megamoe.parallel.health.status import RankStatus
 from megamoe.parallel.streams import make_current
 from megamoe.routing.waves import Waves
+
+if TYPE_CHECKING:
+    from megamoe.launch.cluster.generation import Advance, GenerationJob, GenerationWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Worker:
         self._checkpoint: Checkpoint | None = None
         self._loaded: Load | None = None
         self._model: ExpertStack | None = None
+        self._texts: GenerationWorker | None = None
 
     def info(self) -> WorkerInfo:
         return WorkerInfo(socket.gethostname(), os.getpid(), self.options.device)
@@ -152,6 +156,8 @@ class Worker:
         """Leaves the group, if there is one, and closes the checkpoint. The model stays, for load() to go on with."""
         self._group = self._checkpoint = None
         self._reading.close()
+        if self._texts is not None:
+            self._texts.leave()
         self._membership.close()
         gc.collect()  # a group's parts refer to each other, and its connections are open until the last of them is gone
 
@@ -214,6 +220,15 @@ class Worker:
             hidden = self._checkpoint.embedding(ids).to(self.options.device)  # only these rows of the table are read
             out = self._model(hidden, ids.to(self.options.device))
             return out.cpu(), sum(self._model.calls, CallRecord())
+
+    def advance(self, job: GenerationJob, steps: int) -> Advance:
+        """The next steps of a generation. All ranks of the group must call. Errors as GenerationWorker has them."""
+        if self._texts is None:
+            from megamoe.launch.cluster.generation import GenerationWorker  # here because it brings transformers
+
+            self._texts = GenerationWorker(self.options.device)
+        with self._announced() as group:
+            return self._texts.advance(group, job, steps)
 
 
 def _check_tokens(token_ids: Sequence[int], vocab_size: int) -> None:

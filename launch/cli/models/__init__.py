@@ -1,0 +1,1 @@
+"""Verbs about models: texts from one, and checkpoints made on the spot."""

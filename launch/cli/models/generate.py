@@ -1,0 +1,137 @@
+"""megamoe generate: texts from a model whose experts are spread over ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megamoe.launch.cli.demo import Launcher
+from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress, stderr, stdout
+
+if TYPE_CHECKING:
+    from megamoe.launch.cluster.cluster import Event
+    from megamoe.launch.generation.generate import GenerateReport
+    from megamoe.launch.generation.prompts import Given
+
+
+def generate(
+    model: Annotated[
+        Path, typer.Option(help="Checkpoint: config.json, safetensors and a tokenizer, as transformers has them.")
+    ],
+    text: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='Prompts as lines of JSON: {"id": "a", "text": "..."}, or "messages".')
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Processes that share the experts, and the prompts.")] = 2,
+    launcher: Annotated[Launcher, typer.Option(help="What starts the ranks.")] = Launcher.spawn,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a text at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above it tokens are drawn.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draws from the most likely tokens that make up this much.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draws from so many most likely tokens; 0 from all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws; they do not depend on the ranks.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave out the model's chat template.")] = False,
+    experts: Annotated[str, typer.Option(help="checkpoint, mxfp4 or bf16: how experts are held.")] = "checkpoint",
+    waves: Annotated[str, typer.Option(help='A number, relative sizes such as 1,2,1, or "auto".')] = "auto",
+    check: Annotated[bool, typer.Option("--check", help="Generate again on one rank, and compare the tokens.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or npu; what there is by default.")] = None,
+    deadline_s: Annotated[float, typer.Option(help="Seconds that a rank may be kept waiting in one call.")] = 60.0,
+    restarts: Annotated[int, typer.Option(help="How often the group comes back after a rank is lost.")] = 0,
+    run: Annotated[str | None, typer.Option(help="Name of the run, for megamoe doctor --run.")] = None,
+    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+) -> None:
+    """Generate texts, prompts spread over ranks; no text depends on the others or on the number of ranks."""
+    with exit_codes():
+        given = _given(text, prompts)
+        from megamoe.launch.cluster.recovery import RestartPolicy  # brings torch, which --help does not need
+        from megamoe.launch.devices import present_device
+        from megamoe.launch.generation.generate import GenerateRequest, run_generate
+        from megamoe.model.generation.sampling import Sampling
+
+        request = GenerateRequest(
+            model=model,
+            prompts=tuple(given),
+            ranks=ranks,
+            launcher=launcher.value,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p, top_k, seed),
+            experts=experts,
+            waves=parse_waves(waves),
+            raw=raw,
+            check=check,
+            device=device or present_device(),
+            deadline_s=deadline_s,
+            run=run,
+            policy=RestartPolicy(restarts),
+        )
+        with progress() as bar:
+            task = bar.add_task("starting", total=None)
+            compile_kernels(bar)
+            writer = _Writer(given) if output is Format.table else None
+
+            def on_text(prompt: str, more: str, done: bool) -> None:
+                bar.stop()  # from here on the text shows how far it is
+                if writer is not None:
+                    writer.write(prompt, more, done)
+
+            report = run_generate(request, on_text, _say, lambda what: bar.update(task, description=what))
+        if output is Format.json:
+            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+        else:
+            _print_figures(report)
+        if report.identical is False:
+            raise typer.Exit(1)
+
+
+def _given(text: list[str] | None, prompts: Path | None) -> list[Given]:
+    from megamoe.launch.generation.prompts import Given, read_prompts
+
+    if (not text) == (prompts is None):
+        raise ValueError("give prompts with --text, or a file of them with --prompts")
+    if prompts is not None:
+        return read_prompts(prompts)
+    assert text is not None
+    if not all(each for each in text):
+        raise ValueError("--text is empty")
+    return [Given(str(number), each) for number, each in enumerate(text, 1)]
+
+
+class _Writer:
+    """Texts on stdout as they come, each under its prompt's id where there are several."""
+
+    def __init__(self, given: list[Given]) -> None:
+        self._several = len(given) > 1
+        self._open = ""
+
+    def write(self, prompt: str, more: str, done: bool) -> None:
+        if self._several and prompt != self._open:
+            sys.stdout.write(f"[{prompt}] ")
+        self._open = prompt
+        sys.stdout.write(more + ("\n" if done else ""))
+        sys.stdout.flush()
+
+
+def _print_figures(report: GenerateReport) -> None:
+    """What the texts took, in a line."""
+    each = f", {report.tpot_ms:.0f} ms a token after that" if report.tpot_ms is not None else ""
+    hidden = f", {report.hidden_percent:.0f} % of communication hidden" if report.hidden_percent is not None else ""
+    stdout.print(
+        f"{report.new_tokens} tokens on {report.ranks} ranks ({report.launcher}): {report.tokens_per_s:.1f} tokens/s, "
+        f"first after {report.ttft_ms:.0f} ms{each}{hidden}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if report.identical is not None:
+        verdict = "[bold green]identical[/]" if report.identical else "[bold red]different[/]"
+        stdout.print(
+            f"one rank: {report.one_rank_tokens_per_s:.1f} tokens/s, every token: {verdict}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _say(event: Event) -> None:
+    stderr.print(f"{event.at_s:7.1f} s  {event.kind}: {event.what}", highlight=False, markup=False, soft_wrap=True)

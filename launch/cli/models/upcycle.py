@@ -1,0 +1,51 @@
+"""megamoe upcycle: a mixture of experts made of a dense model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megamoe.launch.terminal import Format, exit_codes, progress, stdout
+
+
+def upcycle(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder of a dense transformers model, a GGUF file, or smollm2.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    experts_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "mxfp4",
+    num_experts: Annotated[int, typer.Option(help="Copies of each MLP.")] = 8,
+    topk: Annotated[int, typer.Option(help="Experts of a token.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the routers, which are random.")] = 0,
+    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+) -> None:
+    """Make a mixture of experts of a dense model: the experts are copies of its MLPs, so it says what that one says."""
+    with exit_codes():
+        with progress() as bar:
+            task = bar.add_task("reading the dense model", total=None)
+            from megamoe.model.making.upcycle import upcycle as make  # brings transformers, which --help does not need
+
+            report = make(
+                source,
+                destination,
+                experts_format=experts_format,
+                num_experts=num_experts,
+                topk=topk,
+                seed=seed,
+                progress=lambda what, done, of: bar.update(task, description=what, completed=done, total=of),
+            )
+        if output is Format.json:
+            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+            return
+        stdout.print(
+            f"{report.path}: {report.num_layers} layers of {report.num_experts} experts, {report.hidden} x "
+            f"{report.intermediate}, top-{report.topk}; {report.expert_parameters / 1e6:.0f} M expert weights in "
+            f"{report.experts_format}, rounded by {report.rounding_error:.1%}; {report.bytes / 1e6:.0f} MB in all\n"
+            "All experts of a layer are copies of the dense model's MLP: until they are trained, this is that model",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,1 @@
+"""Texts from models on ranks that are started for them."""

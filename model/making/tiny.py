@@ -1,0 +1,232 @@
+"""Tiny random checkpoints with all that is special about a family, for tests and bug reports."""
+
+# N outputs   K inputs   E experts   K experts per token   V vocabulary
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV4Config,
+    GptOssConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
+
+from megamoe.ambient import undisturbed
+from megamoe.formats import quantize_e4m3_blocks, quantize_mxfp4
+from megamoe.model.making.files import new_folder, no_bars
+from megamoe.model.making.tokenizer import VOCABULARY, byte_tokenizer, write_tokenizer
+
+_KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+_STD = 0.1  # of random weights: texts differ, and no activation leaves its range
+
+
+def _common(experts: int = 16) -> dict[str, Any]:
+    """What all families have, under the names that all of them know."""
+    tokenizer = byte_tokenizer()
+    return {
+        "hidden_size": 128,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": _STD,
+        "num_local_experts": experts,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _deepseek_v4() -> PreTrainedConfig:
+    return DeepseekV4Config(
+        **_common(),
+        moe_intermediate_size=64,
+        num_hidden_layers=4,
+        layer_types=[*_KINDS, _KINDS[1]],
+        mlp_layer_types=["hash_moe", "moe", "moe", "moe"],
+        head_dim=64,
+        q_lora_rank=64,
+        o_groups=2,
+        o_lora_rank=32,
+        hc_mult=2,
+        sliding_window=16,
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        index_n_heads=2,
+        index_head_dim=64,
+        index_topk=4,
+    )
+
+
+def _deepseek_v3() -> PreTrainedConfig:
+    common = _common()
+    return DeepseekV3Config(
+        **{key: value for key, value in common.items() if key != "num_local_experts"},
+        n_routed_experts=common["num_local_experts"],
+        intermediate_size=192,
+        moe_intermediate_size=64,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        num_key_value_heads=4,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+    )
+
+
+def _qwen3_moe() -> PreTrainedConfig:
+    common = _common()
+    return Qwen3MoeConfig(
+        **{key: value for key, value in common.items() if key != "num_local_experts"},
+        num_experts=common["num_local_experts"],
+        intermediate_size=192,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        norm_topk_prob=True,
+    )
+
+
+def _mixtral() -> PreTrainedConfig:
+    return MixtralConfig(**_common(8), intermediate_size=96, num_hidden_layers=2, num_key_value_heads=2)
+
+
+def _gpt_oss() -> PreTrainedConfig:
+    return GptOssConfig(
+        **_common(),
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=16,
+    )
+
+
+# ---- as a family's own checkpoints store them ----
+
+Stored = dict[str, Tensor]
+
+
+_NAMES = (  # what transformers writes, and DeepSeek's own names
+    (r"^model\.", ""),
+    (r"^embed_tokens\.", "embed."),
+    (r"^hc_head\.hc_", "hc_head_"),
+    (r"\.attn\.norm\.", ".attn.kv_norm."),
+)
+_FP32 = re.compile(r"(\.attn_sink|\.ape|\.gate\.bias|hc_(attn|ffn|head)_\w+)$")
+
+
+def _native_deepseek_v4(name: str, tensor: Tensor) -> Stored:
+    """Experts in MXFP4, I8 and E8M0; shared experts in E4M3 blocks with E8M0 scales; what is added or mixes in FP32."""
+    for pattern, own in _NAMES:
+        name = re.sub(pattern, own, name)
+    scale = name.replace(".weight", ".scale")
+    if ".ffn.experts." in name:
+        q = quantize_mxfp4(tensor)
+        return {name: q.packed.view(torch.int8), scale: q.scales.view(torch.float8_e8m0fnu)}
+    if ".ffn.shared_experts." in name:
+        values, scales = quantize_e4m3_blocks(tensor.to(torch.float32))
+        return {name: values, scale: scales.view(torch.float8_e8m0fnu)}
+    if name.endswith("tid2eid"):
+        return {name: tensor.to(torch.int32)}
+    return {name: tensor.to(torch.float32) if _FP32.search(name) else tensor}
+
+
+def _native_gpt_oss(name: str, tensor: Tensor) -> Stored:
+    """Experts in MXFP4, [E, N, K/32, 16] and [E, N, K/32], biases beside them."""
+    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return {name: tensor}
+    q = quantize_mxfp4(tensor.mT.contiguous())
+    return {f"{name}_blocks": q.packed.reshape(*q.scales.shape, -1), f"{name}_scales": q.scales}
+
+
+def _as_it_is(name: str, tensor: Tensor) -> Stored:
+    return {name: tensor}
+
+
+_FP8 = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
+_MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+
+# name -> configuration, how its checkpoints store a tensor, and what they add to config.json
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedConfig], Callable[[str, Tensor], Stored], dict[str, Any]]] = {
+    "deepseek-v4-flash": (
+        _deepseek_v4,
+        _native_deepseek_v4,
+        {"quantization_config": _FP8, "expert_dtype": "fp4", "num_hash_layers": 1, "topk_method": "noaux_tc"},
+    ),
+    "deepseek-v3": (_deepseek_v3, _as_it_is, {}),
+    "gpt-oss": (_gpt_oss, _native_gpt_oss, {"quantization_config": _MXFP4}),
+    "mixtral": (_mixtral, _as_it_is, {}),
+    "qwen3-moe": (_qwen3_moe, _as_it_is, {}),
+}
+
+
+def write_tiny(path: Path, like: str, *, seed: int = 0) -> int:
+    """A random checkpoint of a family, with config.json and a tokenizer of bytes -> its parameters.
+
+    The same seed gives the same numbers. ValueError for a family that is not in FAMILIES, and where path is taken.
+    """
+    if like not in FAMILIES:
+        raise ValueError(f"like must be one of {', '.join(FAMILIES)}, got {like!r}")
+    configuration, native, entries = FAMILIES[like]
+    with undisturbed(torch.device("cpu")), new_folder(path) as folder:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(configuration(), dtype=torch.float32)
+            _fill(model)
+        parameters: int = sum(each.numel() for each in model.parameters())
+        with no_bars():
+            model.to(torch.bfloat16).save_pretrained(folder)
+        _store(folder, native, entries)
+        write_tokenizer(folder)
+    return parameters
+
+
+def _fill(model: Any) -> None:
+    """What a fresh model has zeros in, and what a trained one has not: biases, sinks, and the hash table's experts."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("tid2eid"):
+                # K different experts a token: the first of a random order
+                order = torch.rand(len(tensor), model.config.num_local_experts).argsort(-1)
+                tensor.copy_(order[:, : tensor.shape[1]])
+            elif name.endswith(("bias", "sinks")):
+                tensor.copy_(torch.randn(tensor.shape) * _STD)
+
+
+def _store(folder: Path, native: Callable[[str, Tensor], Stored], entries: dict[str, Any]) -> None:
+    file, config = folder / "model.safetensors", folder / "config.json"
+    tensors = {key: part for name, tensor in load_file(file).items() for key, part in native(name, tensor).items()}
+    save_file({key: each.contiguous() for key, each in tensors.items()}, file, {"format": "pt"})
+    config.write_text(json.dumps({**json.loads(config.read_text()), **entries}, indent=1))

@@ -1,0 +1,294 @@
+"""Generation on one rank: attention per sequence, sequences that meet at the experts, sampling, what is refused."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from megamoe.model.generation.forward import (
+    fits_together,
+    forward_alone,
+    forward_together,
+    new_cache,
+    silenced,
+    use_own_attention,
+)
+from megamoe.model.generation.meeting import Meeting
+from megamoe.model.generation.request import GenerationRequest, Prompt, check_fits
+from megamoe.model.generation.sampling import Sampling, choose, draw
+from megamoe.model.generation.sequences import ARGUMENT, OtherAttentionError, SequenceBatch, attend
+from megamoe.model.loading.load import load, load_tokenizer
+from megamoe.model.making.tiny import write_tiny
+from tests.generation_cases import Experts, on_one_rank, prompts
+
+FAMILIES = ("deepseek-v4-flash", "deepseek-v3", "mixtral", "qwen3-moe", "gpt-oss")
+TOGETHER = ("mixtral", "qwen3-moe", "gpt-oss")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Loaded models by family, each made when first asked for."""
+    folder, made = tmp_path_factory.mktemp("models"), dict[str, Any]()
+
+    def get(family: str) -> Any:
+        if family not in made:
+            write_tiny(folder / family, family)
+            made[family] = load(folder / family)
+        return made[family]
+
+    return get
+
+
+# ---- texts ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompts_tokens_do_not_depend_on_its_company(models: Callable[[str], Any], family: str) -> None:
+    model, given = models(family), prompts(5)
+    together = on_one_rank(model, GenerationRequest(given, max_new_tokens=20))
+    assert len({tuple(token.token for token in text) for text in together}) == len(given)
+    for number in (0, 1, 4):
+        (alone,) = on_one_rank(model, GenerationRequest((given[number],), max_new_tokens=20))
+        assert [token.token for token in alone] == [token.token for token in together[number]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_change_no_token(models: Callable[[str], Any], family: str) -> None:
+    model, request = models(family), GenerationRequest(prompts(3), max_new_tokens=8)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = on_one_rank(model, request)
+        torch.set_num_threads(2)
+        assert on_one_rank(model, request) == one
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_apart_texts_are_those_of_transformers_own_loop(models: Callable[[str], Any], family: str) -> None:
+    model, given = models(family), prompts(3)
+    request = GenerationRequest(given, max_new_tokens=12, stop_ids=frozenset({model.config.eos_token_id}))
+    ours = on_one_rank(model, request, together=False)
+    for prompt, text in zip(given, ours, strict=True):
+        ids = torch.tensor([prompt.token_ids])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert theirs[0, len(prompt.token_ids) :].tolist() == [token.token for token in text]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_shared_where_only_attention_joins_tokens(models: Callable[[str], Any], family: str) -> None:
+    model = models(family)
+    experts = [each for each in model.modules() if hasattr(each, "idle")]
+    calls = [each.layer.last_call for each in experts]
+    assert fits_together(model, experts) == (family in TOGETHER)
+    assert calls == [each.layer.last_call for each in experts]  # no rank would wait for another
+
+
+def test_attention_of_a_shared_batch_is_the_models_own_but_for_rounding(models: Callable[[str], Any]) -> None:
+    """Past a sliding window of 16, with sinks; without experts, since a rounding can send a token to another one."""
+    for family in TOGETHER:
+        model, (*_, prompt) = models(family), prompts(12)
+        tokens, length = list(prompt.token_ids), len(prompt.token_ids)
+        assert length > 32
+        with silenced([each for each in model.modules() if hasattr(each, "idle")]):
+            use_own_attention(model, own=True)
+            cache = new_cache(model)
+            ours = [forward_together(model, [part])[0] for part in ((tokens, 0, cache), ([7], length, cache))]
+            use_own_attention(model, own=False)
+            cache = new_cache(model)
+            theirs = [forward_alone(model, *part) for part in ((tokens, 0, cache), ([7], length, cache))]
+        for own, other in zip(ours, theirs, strict=True):
+            assert (own - other).norm() < 0.02 * other.norm()
+
+
+def test_stop_tokens_and_limits_end_texts(models: Callable[[str], Any]) -> None:
+    model, given = models("mixtral"), prompts(4)
+    free = on_one_rank(model, GenerationRequest(given, max_new_tokens=16))
+    stop = free[2][5].token
+    request = GenerationRequest(given, max_new_tokens=16, stop_ids=frozenset({stop}), max_sequences=2)
+    for text, before in zip(on_one_rank(model, request), free, strict=True):
+        until = [token.token for token in before]
+        stops = stop in until
+        until = until[: until.index(stop) + 1] if stops else until
+        assert [token.token for token in text] == until
+        assert [token.finish for token in text] == [""] * (len(until) - 1) + ["stop" if stops else "length"]
+
+
+def test_draws_depend_on_seed_and_prompt_and_not_on_company(models: Callable[[str], Any]) -> None:
+    model, given = models("qwen3-moe"), prompts(4)
+
+    def drawn(given: tuple[Prompt, ...], seed: int) -> list[list[int]]:
+        request = GenerationRequest(given, 12, Sampling(temperature=0.8, top_p=0.9, top_k=50, seed=seed))
+        return [[token.token for token in text] for text in on_one_rank(model, request)]
+
+    all_four = drawn(given, 1)
+    assert drawn(given[2:], 1) == all_four[2:]
+    assert drawn(given, 2) != all_four
+
+
+# ---- attention ----
+
+
+class _Layer(nn.Module):
+    layer_idx = 0
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+    """One sequence in FP64, query by query: [1, q, S, D] -> [1, S, q, D]"""
+    heads, new, total = query.shape[1], query.shape[2], key.shape[2]
+    out = torch.empty(1, new, heads, value.shape[-1], dtype=torch.float64)
+    for head in range(heads):
+        k, v = (states[0, head * key.shape[1] // heads].double() for states in (key, value))
+        for row in range(new):
+            last = total - new + row
+            first = 0 if window is None else max(0, last - window + 1)
+            scores = k[first : last + 1] @ query[0, head, row].double() / math.sqrt(query.shape[-1])
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[head : head + 1].double()))
+            weights = torch.softmax(scores, 0)[: last + 1 - first]
+            out[0, row, head] = weights @ v[first : last + 1]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_each_sequence_attends_to_itself(window: int | None, with_sinks: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    sinks = torch.randn(4, generator=rng) if with_sinks else None
+    caches, kept = [DynamicCache(), DynamicCache(), DynamicCache()], [list[Tensor](), list[Tensor](), list[Tensor]()]
+    for lengths in ([9, 1, 5], [1, 1, 1], [1, 3, 1]):
+        batch = SequenceBatch(caches, lengths)
+        query, key, value = (torch.randn(1, n, sum(lengths), 8, generator=rng) for n in (4, 2, 2))
+        new_key, new_value = batch.update(key, value, 0)
+        out, _ = attend(_Layer(), query, new_key, new_value, None, 8**-0.5, 0.0, window, sinks, **{ARGUMENT: batch})
+        of_each = [torch.split(states, lengths, 2) for states in (query, key, value)]
+        split = zip(*of_each, torch.split(out, lengths, 1), strict=True)
+        for past, (q, k, v, o) in zip(kept, split, strict=True):
+            past.append(torch.stack((k, v)))
+            keys, values = torch.cat(past, 3)
+            torch.testing.assert_close(o.double(), reference(q, keys, values, window, sinks), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_that_was_not_told_whose_tokens_they_are_is_refused() -> None:
+    query, key = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4)
+    with pytest.raises(OtherAttentionError, match="was not told"):
+        attend(_Layer(), query, key, key, None)
+    batch = SequenceBatch([DynamicCache()], [3])
+    batch.update(key, key, 0)
+    with pytest.raises(OtherAttentionError, match="other keys"):
+        attend(_Layer(), query, key.clone(), key, None, **{ARGUMENT: batch})
+
+
+# ---- sequences that meet ----
+
+
+def test_sequences_meet_at_every_experts_once() -> None:
+    layers = [Experts(), Experts()]
+    meeting = Meeting(layers)
+
+    def sequence(rows: int) -> Callable[[], Tensor]:
+        def work() -> Tensor:
+            x = torch.full((rows, 3), float(rows))
+            for layer in layers:
+                x = layer(x, torch.zeros(rows, 1), torch.ones(rows, 1)) + 1
+            return x
+
+        return work
+
+    with meeting.held():
+        found = meeting.run([sequence(rows) for rows in (2, 1, 4)])
+    assert [float(x[0, 0]) for x in found] == [4 * rows + 3 for rows in (2, 1, 4)]
+    assert [len(x) for x in found] == [2, 1, 4]
+    assert [layer.calls for layer in layers] == [[7], [7]]
+    assert layers[0](torch.ones(1, 3), torch.zeros(1, 1), torch.ones(1, 1)).sum() == 6  # as before
+
+
+def test_what_one_sequence_raises_ends_all_and_leaves_no_thread() -> None:
+    layer = Experts()
+    meeting, before = Meeting([layer]), threading.active_count()
+
+    def good() -> Tensor:
+        return layer(torch.ones(1, 3), torch.zeros(1, 1), torch.ones(1, 1))
+
+    def bad() -> Tensor:
+        raise ValueError("of one sequence")
+
+    with meeting.held():
+        with pytest.raises(ValueError, match="of one sequence"):
+            meeting.run([good, bad])
+        with pytest.raises(RuntimeError, match="once each, in order"):
+            meeting.run([good, lambda: torch.ones(1)])
+        with pytest.raises(RuntimeError, match="more than once"):
+            meeting.run([lambda: good() + good()])
+    assert threading.active_count() == before
+
+
+# ---- sampling ----
+
+
+def test_the_most_likely_token_and_of_equal_ones_the_first() -> None:
+    assert choose(torch.tensor([0.0, 3.0, 1.0, 3.0]), Sampling(), "a", 0) == 1
+
+
+def test_draws_have_the_frequencies_of_the_distribution() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    draws = [choose(logits, Sampling(temperature=1.0), "a", index) for index in range(2000)]
+    for token, share in enumerate((0.1, 0.2, 0.3, 0.4)):
+        assert abs(draws.count(token) / 2000 - share) < 0.04
+    assert {choose(logits, Sampling(1.0, top_k=1), "a", index) for index in range(50)} == {3}
+    assert {choose(logits, Sampling(1.0, top_p=0.65), "a", index) for index in range(200)} == {2, 3}
+    assert {choose(logits, Sampling(1.0, top_p=0.1), "a", index) for index in range(50)} == {3}
+    cold = [choose(logits, Sampling(temperature=0.05), "a", index) for index in range(200)]
+    assert cold.count(3) > 190
+    assert draw(0, "a", 1) != draw(0, "b", 1) != draw(1, "b", 1) != draw(1, "b", 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 .* got -1.0"),
+        ({"temperature": math.inf}, "got inf"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_k": -2}, "top_k must be at least 1.* got -2"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Sampling(**arguments)
+
+
+# ---- what is refused ----
+
+
+def test_requests_that_cannot_be_met_are_refused_with_the_numbers(tmp_path: Path) -> None:
+    for arguments, said in (
+        (((),), "no prompts"),
+        (((Prompt("a", ()),),), "prompt a has no tokens"),
+        (((Prompt("a", (1,)), Prompt("a", (2,))),), "two prompts have the id a"),
+        ((prompts(1), 0), "max_new_tokens must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            GenerationRequest(*arguments)
+    request = GenerationRequest((Prompt("a", tuple(range(20))),), max_new_tokens=5)
+    check_fits(request, 20, 25)
+    with pytest.raises(ValueError, match=r"prompt a has 20 tokens.* the 24 that the model takes: at most 4 new"):
+        check_fits(request, 20, 24)
+    with pytest.raises(ValueError, match="the 12 that the model takes: shorten it"):
+        check_fits(request, 20, 12)
+    with pytest.raises(ValueError, match="token 19, outside of the model's vocabulary of 19"):
+        check_fits(request, 19, None)
+    write_tiny(tmp_path / "tiny", "mixtral")
+    (tmp_path / "tiny" / "tokenizer.json").unlink()
+    (tmp_path / "tiny" / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        load_tokenizer(tmp_path / "tiny")

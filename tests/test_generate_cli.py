@@ -1,0 +1,180 @@
+"""megamoe generate: texts in order, what it reports, and what it refuses before any rank is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megamoe.launch.generation.answer import Answering, model_for_answers
+from megamoe.launch.generation.prompts import Given, TextStream, encode, read_prompts
+from megamoe.launch.generation.ranks import OnCluster, Texts
+from megamoe.model.generation.request import GenerationRequest, Prompt, Token
+from megamoe.model.making.smollm2 import INSTALL
+from megamoe.model.making.tiny import write_tiny
+from megamoe.model.making.tokenizer import byte_tokenizer
+from tests.commands import invoked, refused
+from tests.test_demo import command
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("generate") / "mixtral"
+    write_tiny(path, "mixtral")
+    return path
+
+
+# ---- the command ----
+
+
+@pytest.fixture(scope="module")
+def reports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The same prompts under two launchers, as JSON."""
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines = [
+        {"id": "first", "text": "Hello"},
+        {"text": "Experts are split into waves."},
+        {"id": 7, "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    found = {}
+    for launcher, check in (("spawn", ["--check"]), ("torchrun", [])):
+        arguments = ("--model", model, "--prompts", prompts, "--launcher", launcher, "--max-new-tokens", 10, *check)
+        done = command("generate", *arguments, "--format", "json")
+        assert done.returncode == 0, done.stderr
+        found[launcher] = json.loads(done.stdout)
+    return found
+
+
+def test_json_has_every_text_and_what_it_took(reports: dict[str, dict[str, Any]], model: Path) -> None:
+    report = reports["spawn"]
+    assert [prompt["id"] for prompt in report["prompts"]] == ["first", "2", "7"]
+    tokenizer = byte_tokenizer()
+    for prompt in report["prompts"]:
+        assert prompt["finish_reason"] in ("stop", "length")
+        assert len(prompt["token_ids"]) == 10 or prompt["finish_reason"] == "stop"
+        assert tokenizer.decode(prompt["token_ids"], skip_special_tokens=True) == prompt["text"]
+    assert (report["ranks"], report["launcher"], report["identical"]) == (2, "spawn", True)
+    assert report["model"] == str(model)
+    assert report["tokens_per_s"] > 0
+    assert report["ttft_ms"] > 0
+    assert report["tpot_ms"] > 0
+    assert 0 <= report["hidden_percent"] <= 100
+
+
+def test_torchrun_gives_the_same_texts(reports: dict[str, dict[str, Any]]) -> None:
+    assert reports["torchrun"]["prompts"] == reports["spawn"]["prompts"]
+    assert reports["torchrun"]["identical"] is None
+
+
+def test_texts_are_printed_in_order_under_their_prompts(model: Path) -> None:
+    arguments = ("--model", model, "--text", "one", "--text", "two", "--max-new-tokens", 4, "--temperature", 1.5)
+    done = invoked("generate", *arguments, "--ranks", 1, "--raw", "--check")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.index("[1] ") < done.stdout.index("[2] ")
+    assert " tokens on 1 ranks (spawn): " in done.stdout
+    assert done.stdout.rstrip().endswith("every token: identical")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give prompts with --text, or a file of them with --prompts"),
+        (["--text", "a", "--prompts", "{tmp}/prompts"], "give prompts with --text, or a file of them with --prompts"),
+        (["--text", ""], "--text is empty"),
+        (["--prompts", "{tmp}/none"], "none cannot be read: No such file"),
+        (["--prompts", "{tmp}/empty"], 'empty is empty: give a line of JSON for each, such as {"text": "Hello"}'),
+        (["--prompts", "{tmp}/broken"], "broken, line 2 is no JSON: "),
+        (["--prompts", "{tmp}/other"], 'other, line 1 must have a "text" that is not empty, or "messages"'),
+        (["--prompts", "{tmp}/twice"], "twice has the id a twice"),
+        (["--prompts", "{tmp}/binary"], "binary is not UTF-8"),
+        (["--text", "a", "--ranks", 0], "ranks must be at least 1, got 0"),
+        (["--text", "a", "--max-new-tokens", 0], "max_new_tokens must be at least 1, got 0"),
+        (["--text", "a", "--max-new-tokens", 5000], "with 5000 new ones that is more than the 4096 that the model"),
+        (["--text", "a" * 5000], "tokens, and with 128 new ones that is more than the 4096"),
+        (["--text", "a", "--temperature", -1], "temperature must be 0"),
+        (["--text", "a", "--waves", 0], "waves must be"),
+        (["--text", "a", "--launcher", "torchrun", "--restarts", 1], "under torchrun ranks are not restarted"),
+        (["--text", "a", "--model", "{tmp}"], "holds no config.json"),
+        (["--text", "a", "--model", "{tmp}/bare"], "has no tokenizer that can be read"),
+    ],
+)
+def test_a_wrong_request_exits_with_2_and_starts_no_rank(
+    model: Path, tmp_path: Path, arguments: list[object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr("megamoe.launch.generation.generate.MegaMoECluster", started)
+    files = {
+        "empty": "\n\n",
+        "broken": '{"text": "a"}\n{"text":',
+        "other": '{"prompt": "a"}',
+        "twice": '{"id": "a", "text": "a"}\n{"id": "a", "text": "b"}',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((model / "config.json").read_bytes())
+    given = [str(each).format(tmp=tmp_path) for each in arguments]
+    assert said in refused("generate", *(() if "--model" in given else ("--model", model)), *given)
+
+
+# ---- its parts ----
+
+
+def test_a_conversation_needs_a_chat_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    talk = Given("a", ({"role": "user", "content": "Hi"},))
+    (prompt,) = encode([talk], tokenizer)
+    assert tokenizer.decode(prompt.token_ids) == "user: Hi\nassistant: "
+    assert encode([Given("a", "Hi")], tokenizer) == (prompt,)
+    assert encode([Given("a", "Hi")], tokenizer, raw=True) == (Prompt("a", tuple(tokenizer("Hi")["input_ids"])),)
+    with pytest.raises(ValueError, match="prompt a is a conversation"):
+        encode([talk], tokenizer, raw=True)
+    (tmp_path / "file").write_text('{"id": 3, "text": "Hi"}')
+    assert read_prompts(tmp_path / "file") == [Given("3", "Hi")]
+
+
+def test_text_streams_in_order_and_in_whole_letters() -> None:
+    tokenizer = byte_tokenizer()
+    first, second = tokenizer("a\N{ROCKET}b")["input_ids"], tokenizer("cd")["input_ids"]
+    stream = TextStream(tokenizer, 2)
+    assert stream.add(1, second, True) == []
+    assert stream.add(0, first[:3], False) == [(0, "a", False)]
+    assert stream.add(0, first[3:5], False) == [(0, "\N{ROCKET}", False)]
+    assert stream.add(0, first[5:], True) == [(0, "b", True), (1, "cd", True)]
+
+
+def test_tokens_that_come_again_are_taken_once_and_must_be_the_same() -> None:
+    seen: list[Token] = []
+    texts = Texts(GenerationRequest((Prompt("a", (1,)),)), seen.append)
+    tokens = [Token(0, 0, 5), Token(0, 1, 6, "length")]
+    for token in (tokens[0], *tokens):
+        texts.take(token)
+    assert seen == tokens
+    assert texts.token_ids(0) == (5, 6)
+    with pytest.raises(RuntimeError, match="prompt 0 has another token 1 than before the restart"):
+        texts.take(Token(0, 1, 7))
+
+
+def test_without_the_english_model_a_tiny_one_answers_and_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from megamoe.launch.cluster.cluster import MegaMoECluster
+
+    monkeypatch.setattr("megamoe.launch.generation.answer.can_write_english", lambda: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with model_for_answers(lambda *_: None) as (path, model, stays):
+        answering = Answering("Why?", path)
+        with MegaMoECluster(1, launcher="spawn", threads=1) as cluster:
+            texts = answering.on(OnCluster(cluster))
+    report = answering.report(texts, texts, model, stays)
+    assert INSTALL in report.model
+    assert report.new_tokens > 0
+    assert report.path == ""
+    assert not path.exists()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,98 @@
+"""Texts on four ranks are those of one, token for token, also where a rank is killed half way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megamoe.launch.cluster.cluster import MegaMoECluster
+from megamoe.launch.cluster.generation import Advance, GenerationJob, shared
+from megamoe.launch.cluster.recovery import RestartPolicy
+from megamoe.launch.generation.ranks import OnCluster, Texts
+from megamoe.model.generation.request import GenerationRequest, Token
+from megamoe.model.generation.sampling import Sampling
+from megamoe.model.loading.load import load
+from megamoe.model.making.tiny import write_tiny
+from tests.generation_cases import on_one_rank, prompts
+
+SIXTEEN = GenerationRequest(prompts(16), max_new_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("checkpoints")
+    for family in ("mixtral", "deepseek-v4-flash"):
+        write_tiny(path / family, family)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[MegaMoECluster]:
+    """Four ranks, one of which may be lost once."""
+    policy = RestartPolicy(restarts=1, backoff_s=0.0)
+    with MegaMoECluster(4, launcher="spawn", deadline_s=60.0, threads=1, policy=policy) as started:
+        yield started
+
+
+def generated(cluster: MegaMoECluster, job: GenerationJob) -> tuple[list[list[Token]], list[Advance]]:
+    texts = Texts(job.request, lambda _: None)
+    parts = OnCluster(cluster).generate(job, texts)
+    return texts.tokens, parts
+
+
+def test_sixteen_texts_on_four_ranks_are_those_of_one(cluster: MegaMoECluster, folder: Path) -> None:
+    texts, parts = generated(cluster, GenerationJob("sixteen", folder / "mixtral", SIXTEEN))
+    assert [len(text) for text in texts] == [64] * 16
+    assert {token.prompt for token in parts[1].tokens} == {1, 5, 9, 13}
+    assert {part.steps for part in parts} == {65}  # the last finds that all are done
+    share = shared(parts).hidden_percent
+    assert share is not None
+    assert 0 <= share <= 100
+    assert texts == on_one_rank(load(folder / "mixtral"), SIXTEEN)
+
+
+def test_ranks_that_have_finished_stay_in_step(cluster: MegaMoECluster, folder: Path) -> None:
+    """More ranks than prompts, texts that stop early, and DeepSeek-V4, whose sequences meet at the experts."""
+    path = folder / "deepseek-v4-flash"
+    free = on_one_rank(load(path), GenerationRequest(prompts(3, seed=1), max_new_tokens=12))
+    request = GenerationRequest(prompts(3, seed=1), 12, stop_ids=frozenset({free[0][2].token}))
+    expected = on_one_rank(load(path), request)
+    assert len({len(text) for text in expected}) > 1
+    texts, parts = generated(cluster, GenerationJob("v4", path, request))
+    assert texts == expected
+    assert not parts[3].tokens
+
+
+def test_a_rank_that_is_killed_half_way_changes_no_token(cluster: MegaMoECluster, folder: Path) -> None:
+    """Of drawn tokens, whose draws do not depend on who makes them."""
+    request = replace(SIXTEEN, sampling=Sampling(temperature=0.9, top_p=0.95, seed=3))
+    expected = on_one_rank(load(folder / "mixtral"), request)
+    killed: list[int] = []
+
+    def kill(token: Token) -> None:
+        if token.index == 32 and not killed:
+            killed.append(cluster.members[2].pid)
+            cluster.members[2].kill()
+
+    texts = Texts(request, kill)
+    OnCluster(cluster).generate(GenerationJob("killed", folder / "mixtral", request), texts)
+    assert texts.tokens == expected
+    assert killed
+    assert killed[0] != cluster.members[2].pid
+    assert [event.kind for event in cluster.events[-3:]] == ["failed", "replaced", "formed"]
+
+
+def test_a_request_that_does_not_fit_is_refused_and_the_ranks_stay(cluster: MegaMoECluster, folder: Path) -> None:
+    pids = [member.pid for member in cluster.members]
+    long = GenerationRequest(prompts(1), max_new_tokens=5000)
+    with pytest.raises(ValueError, match="the 4096 that the model takes: at most 4095 new tokens fit"):
+        cluster.advance(GenerationJob("long", folder / "mixtral", long), 1)
+    with pytest.raises(ValueError, match="holds no config"):
+        cluster.advance(GenerationJob("nowhere", folder / "nowhere", SIXTEEN), 1)
+    assert [member.pid for member in cluster.members] == pids
+    short = GenerationRequest(prompts(2), max_new_tokens=2)
+    texts, _ = generated(cluster, GenerationJob("short", folder / "mixtral", short))
+    assert [len(text) for text in texts] == [2, 2]
