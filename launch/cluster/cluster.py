@@ -212,9 +212,15 @@ class MegaMoECluster:
     # ---- work ----
 
     def load(
-        self, checkpoint: Path | str, *, waves: Waves = "auto", dispatch_format: str = "mxfp8"
+        self, checkpoint: Path | str, *, waves: Waves = "auto", dispatch_format: str = "mxfp8", whole: bool = False
     ) -> list[LoadReport]:
-        """Every rank reads its own experts, and what every rank needs. ValueError for what is no such checkpoint."""
+        """Every rank reads its own experts, and what every rank needs. ValueError for what is no such checkpoint.
+
+        whole   False reads the expert layers alone of a checkpoint in DeepSeek-V4's format, for forward(); True a model
+                with its attention, of any family that megamoe.model.load() takes, for hidden_states()
+
+        A rank that comes back, or another number of ranks, reads only the experts that it lacks.
+        """
         begun = time.monotonic()
         self._load = None
         if not isinstance(checkpoint, str | Path):
@@ -222,7 +228,7 @@ class MegaMoECluster:
         if dispatch_format not in DISPATCH_FORMATS:
             raise ValueError(f"dispatch_format must be one of {', '.join(DISPATCH_FORMATS)}, got {dispatch_format!r}")
         check_waves(waves)
-        load = Load(Path(checkpoint), waves, dispatch_format)
+        load = Load(Path(checkpoint), waves, dispatch_format, whole)
         reports: list[LoadReport] = self._insist(lambda: self._all("load", [(load,)] * self.ranks))
         self._load, self.loads = load, reports
         self.starting.load_s = time.monotonic() - begun
@@ -237,6 +243,8 @@ class MegaMoECluster:
         """
         if self._load is None:
             raise ValueError("no checkpoint is loaded: load() comes before forward()")
+        if self._load.whole:
+            raise ValueError("a whole model is loaded, which takes prompts: hidden_states() runs them")
         ids = check_tokens(token_ids, self.loads[0].vocab_size)
         self._take_back()
 
@@ -247,6 +255,28 @@ class MegaMoECluster:
         done = self._insist(attempt)
         self.last_calls = [record for _, record in done]
         return torch.cat([hidden for hidden, _ in done])
+
+    def hidden_states(self, prompts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
+        """Prompts, spread over the ranks, each through the whole model alone -> hidden [T, H] of each.
+
+        A prompt's bits depend on neither the others nor the number of ranks. Errors as forward() has them.
+        """
+        if self._load is None or not self._load.whole:
+            raise ValueError("no whole model is loaded: load(whole=True) comes before hidden_states()")
+        ids = [check_tokens(each, self.loads[0].vocab_size) for each in prompts]
+        if not all(ids):
+            raise ValueError(f"prompt {[bool(each) for each in ids].index(False)} has no tokens")
+        self._take_back()
+
+        def attempt() -> list[tuple[list[Tensor], CallRecord]]:
+            size = self.ranks
+            shares = [ids[len(ids) * rank // size : len(ids) * (rank + 1) // size] for rank in range(size)]
+            rounds = max(map(len, shares))
+            return self._all("hidden_states", [(each, rounds) for each in shares])
+
+        done = self._insist(attempt)
+        self.last_calls = [record for _, record in done]
+        return [hidden for found, _ in done for hidden in found]
 
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         """work(group, *args) on every rank, results in order of rank. Runs again where the group had to come back.

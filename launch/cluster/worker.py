@@ -26,6 +26,7 @@ from megamoe.routing.waves import Waves
 
 if TYPE_CHECKING:
     from megamoe.launch.cluster.generation import Advance, GenerationJob, GenerationWorker
+    from megamoe.model.loading.prompts import PromptModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,12 @@ class Rendezvous:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A checkpoint to load, and how its layers are to run."""
+    """A checkpoint to load, and how its layers are to run. whole: with its attention, as a model of transformers."""
 
     checkpoint: Path
     waves: Waves = "auto"
     dispatch_format: str = "mxfp8"
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class Worker:
         self._membership, self._reading = ExitStack(), ExitStack()
         self._checkpoint: Checkpoint | None = None
         self._loaded: Load | None = None
-        self._model: ExpertStack | None = None
+        self._model: ExpertStack | PromptModel | None = None
         self._texts: GenerationWorker | None = None
 
     def info(self) -> WorkerInfo:
@@ -190,6 +192,11 @@ class Worker:
         model, self._model = self._model if load == self._loaded else None, None
         self._loaded = self._checkpoint = None
         self._reading.close()
+        if load.whole:
+            report, self._model = self._load_whole(load, model)
+            self._loaded = load
+            return report
+        assert model is None or isinstance(model, ExpertStack)
         checkpoint = self._reading.enter_context(Checkpoint.open(load.checkpoint))
         if model is not None:
             kept, read = model.regroup(checkpoint, self._group)
@@ -206,13 +213,42 @@ class Worker:
         self._model, self._loaded, self._checkpoint = model, load, checkpoint
         return LoadReport(kept, read, checkpoint.bytes_read, checkpoint.config.vocab_size)
 
+    def _load_whole(self, load: Load, model: ExpertStack | PromptModel | None) -> tuple[LoadReport, PromptModel]:
+        """load() of a model with its attention."""
+        from megamoe.model.loading.prompts import PromptModel  # here because it brings transformers
+
+        assert self._group is not None
+        if isinstance(model, PromptModel):
+            kept, read = model.regroup(self._group)
+            gc.collect()  # the model was the last that knew its old group
+        else:
+            model = PromptModel.load(
+                load.checkpoint,
+                self._group,
+                waves=load.waves,
+                dispatch_format=load.dispatch_format,
+                device=self.options.device,
+            )
+            kept, read = 0, model.num_local_experts
+        return LoadReport(kept, read, model.bytes_read, model.vocab_size), model
+
+    def hidden_states(self, prompts: Sequence[Sequence[int]], rounds: int) -> tuple[list[Tensor], CallRecord]:
+        """This rank's prompts, each alone -> hidden [T, H] of each, what its layers did. As forward() otherwise.
+
+        rounds   the most prompts that any rank has
+        """
+        assert self._model is not None, "load() comes first"
+        assert not isinstance(self._model, ExpertStack), "load(whole=True) comes first"
+        with self._announced():
+            return self._model.forward(prompts, rounds)
+
     def forward(self, token_ids: Sequence[int]) -> tuple[Tensor, CallRecord]:
         """This rank's share of a batch, perhaps of no tokens -> hidden [T, H] bfloat16 on the CPU, what its layers did.
 
         All ranks of the group must call. ValueError for a token that the checkpoint has no embedding of. What one rank
         raises is told to the others, and the group cannot be used after it.
         """
-        assert self._model is not None, "load() comes first"
+        assert isinstance(self._model, ExpertStack), "load() comes first"
         assert self._checkpoint is not None, "load() comes after join()"
         with self._announced():
             _check_tokens(token_ids, self._checkpoint.config.vocab_size)

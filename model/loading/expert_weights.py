@@ -64,9 +64,11 @@ def parameter_names(structure: Structure) -> tuple[str, ...]:
 class ExpertParameter:
     """One of the module's stacked parameters, and where its experts lie.
 
+    name    in the model's state dict
     shape   of the module's parameter, [E, ...]
     """
 
+    name: str
     target: Target
     shape: tuple[int, ...]
     model: Any
@@ -166,7 +168,7 @@ class ExpertParameter:
                 for pattern, sources in self.target.sources.items()
             }
             made = self.target.convert(tensors, self.model, self.config)
-            self._whole = made[self.target.name]
+            self._whole = made[self.name]
         return self._whole[expert]
 
     def forget(self) -> None:
@@ -270,7 +272,7 @@ class ExpertSource:
     def let_go(self) -> None:
         """Of the model, which converters ask for shapes: from now on they are told from what is known of them."""
         for parameter in self.parameters.values():
-            parameter.model = Shapes(parameter.target.name, parameter.shape)
+            parameter.model = Shapes(parameter.name, parameter.shape)
 
 
 def expert_source(
@@ -283,5 +285,5 @@ def expert_source(
         if full not in targets:
             raise ValueError(f"the checkpoint has nothing for {full}")
         shape = tuple(own[full].shape)
-        parameters[each] = ExpertParameter(targets[full], shape, model, model.config)
+        parameters[each] = ExpertParameter(full, targets[full], shape, model, model.config)
     return ExpertSource(name, structure, parameters)

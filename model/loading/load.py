@@ -8,6 +8,7 @@ import gc
 import re
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from torch import nn
 
 from megamoe.formats import WEIGHT_FORMATS
 from megamoe.kernels.cpu.layout import OUTPUTS
+from megamoe.kernels.cpu.library import KernelWarning
 from megamoe.model.dense import DenseLinear, DenseWeight, FP8Linear, compute_in_fixed_order
 from megamoe.model.experts import RoutedExperts
 from megamoe.model.loading.expert_weights import Buffers, ExpertSource, Weight, expert_source, parameter_names
@@ -340,6 +342,11 @@ class _Loading:
             compute_in_fixed_order(model)
         else:
             model.to(self.device)
+            warnings.warn(
+                f"dense products on {self.device} are torch's: a row's bits may depend on its batch",
+                KernelWarning,
+                stacklevel=3,
+            )
         _read_generation_config(model, self.files.path)
         for source in self.sources.values():
             source.let_go()
