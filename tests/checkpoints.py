@@ -84,7 +84,9 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family], **changes})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of what is not drawn below
+        model = AutoModelForCausalLM.from_config(config).eval()
     rng = torch.Generator().manual_seed(seed)
 
     def draw(tensor: Tensor, scale: float) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -96,6 +97,25 @@ def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
     return Skeleton(model, config, blocks, tensors, _dtypes(model, tensors, dtype))
 
 
+<<<<<<< HEAD
+=======
+def _class_of(config: Any) -> Any:
+    """The config's causal language model, else the class of transformers that its architectures name."""
+    known = AutoModelForCausalLM._model_mapping
+    if type(config) in known:
+        found = known[type(config)]
+        return found[0] if isinstance(found, tuple | list) else found
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None and getattr(found, "config_class", None) is type(config):
+            return found
+    raise ValueError(
+        f"model_type {config.model_type!r} is no language model that transformers knows, and architectures "
+        f"{config.architectures} names no class of it"
+    )
+
+
+>>>>>>> loading
 def _fill_buffers(model: Any) -> None:
     """Non-persistent buffers get their values, which no checkpoint has: transformers' own initialisation."""
     for name, buffer in model.named_non_persistent_buffers():
@@ -107,8 +127,9 @@ def _fill_buffers(model: Any) -> None:
 def _blocks(model: nn.Module) -> Iterator[Block]:
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if own.get("down_proj") is not None and own["down_proj"].dim() == 3:
-            parent = model.get_submodule(name.rpartition(".")[0])
+        above, _, leaf = name.rpartition(".")
+        if leaf == "experts" and own.get("down_proj") is not None and own["down_proj"].dim() == 3:
+            parent = model.get_submodule(above)
             yield Block(name, read_structure(module), _topk(parent, model))
 
 
@@ -119,7 +140,7 @@ def _topk(parent: nn.Module, model: Any) -> int:
             if isinstance(getattr(module, key, None), int):
                 return int(getattr(module, key))
     config = model.config.get_text_config()
-    for key in ("num_experts_per_tok", "moe_topk", "top_k", "num_experts_per_token"):
+    for key in ("num_experts_per_tok", "moe_topk", "top_k", "top_k_experts", "num_experts_per_token"):
         if isinstance(getattr(config, key, None), int):
             return int(getattr(config, key))
     raise ValueError(f"{type(parent).__name__}: neither its router nor the config says how many experts a token has")
