@@ -44,17 +44,24 @@ def _release(state: Any) -> None:
 
 
 def model_class(config: Any) -> Any:
-    """The class of a language model for a configuration. AutoModelForCausalLM, which is public, tells it by making one.
+    """The class of a configuration's causal language model, else the one of transformers that its architectures name.
 
-    ValueError where there is none.
+    AutoModelForCausalLM, which is public, tells the first only by making one. ValueError where there is neither.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    known = AutoModelForCausalLM._model_mapping
-    if type(config) not in known:
-        raise ValueError(f"model_type {config.model_type!r} is no language model that transformers knows")
-    found = known[type(config)]
-    return found[0] if isinstance(found, tuple | list) else found
+    known = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) in known:
+        found = known[type(config)]
+        return found[0] if isinstance(found, tuple | list) else found
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None and getattr(found, "config_class", None) is type(config):
+            return found
+    raise ValueError(
+        f"model_type {config.model_type!r} is no language model that transformers knows, and architectures "
+        f"{config.architectures} names no class of it"
+    )
 
 
 def dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -97,25 +96,6 @@ def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
     return Skeleton(model, config, blocks, tensors, _dtypes(model, tensors, dtype))
 
 
-<<<<<<< HEAD
-=======
-def _class_of(config: Any) -> Any:
-    """The config's causal language model, else the class of transformers that its architectures name."""
-    known = AutoModelForCausalLM._model_mapping
-    if type(config) in known:
-        found = known[type(config)]
-        return found[0] if isinstance(found, tuple | list) else found
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if found is not None and getattr(found, "config_class", None) is type(config):
-            return found
-    raise ValueError(
-        f"model_type {config.model_type!r} is no language model that transformers knows, and architectures "
-        f"{config.architectures} names no class of it"
-    )
-
-
->>>>>>> loading
 def _fill_buffers(model: Any) -> None:
     """Non-persistent buffers get their values, which no checkpoint has: transformers' own initialisation."""
     for name, buffer in model.named_non_persistent_buffers():
