@@ -219,11 +219,11 @@ def main() -> None:
                     ratios.append(wall / plain)
                     print(f"  plain read {plain:5.2f} s, load {wall:5.2f} s: {ratios[-1]:.2f} x")
                 for rank, each in enumerate(loads):
-                    beyond = each.peak_bytes - each.bytes_read
+                    grown = each.peak_bytes - each.before_bytes
                     print(
                         f"  rank {rank}: read {each.bytes_read / 1e9:.2f} GB ({each.expert_bytes / 1e9:.2f} experts, "
-                        f"{each.dense_bytes / 1e9:.2f} dense), peak {each.peak_bytes / 1e9:.2f} GB, that is "
-                        f"{beyond / 1e6:.0f} MB more ({each.before_bytes / 1e6:.0f} MB before it loaded)"
+                        f"{each.dense_bytes / 1e9:.2f} dense), grew by {grown / 1e9:.2f} GB at its peak, that is "
+                        f"{(grown - each.bytes_read) / 1e6:+.0f} MB, from {each.before_bytes / 1e6:.0f} MB"
                     )
                 print(f"  median {statistics.median(ratios):.2f} x of a plain read")
                 shutil.rmtree(path)
