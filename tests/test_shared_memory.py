@@ -155,6 +155,7 @@ def test_pages_longer_than_their_place_come_in_parts(ranks: LocalRanks) -> None:
 
 def grows(group: EPGroup) -> list[int]:
     """Bytes in use after many calls of few tokens, and files of shared memory that are open."""
+    gc.collect()  # earlier tests' groups
     layer, batch = make_layer(SHAPE, group), make_batch(SHAPE, 1)
     sizes = []
     for calls in (50, 300):
@@ -181,6 +182,7 @@ def test_calls_of_one_token_take_nothing_more(ranks: LocalRanks) -> None:
 def closes(group: EPGroup) -> list[int]:
     """Mapped segments while a group of one's own is in use, and after it."""
     del group
+    gc.collect()  # earlier tests' groups
     world = dist.new_group([0, 1])
     mine = EPGroup.of(world)
     batch, before = make_batch(SHAPE, 3), mapped()
