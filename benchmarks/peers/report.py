@@ -162,7 +162,8 @@ are noisy: read the ratios, and the spread.
 - torchtitan: RoutedExperts with AllToAllTokenDispatcher, SPMD backend "partial_dtensor"; gloo refuses the default one.
 - deepspeed.moe: MoE with drop_tokens=False, its gate given the routing.
 - deepspeed AutoEP: the layer that AutoEP makes of Qwen3-MoE's block, its router given the routing.
-- megamoe: this project's layer, waves="auto", in three formats."""
+- megamoe: this project's layer, waves="auto", in three formats. Over loopback its ranks share memory; in
+  the lab each is a host of its own and its rows go through gloo, as everybody's do everywhere."""
 
 
 def document(command: str, comparisons: Sequence[Comparison]) -> str:
