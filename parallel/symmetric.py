@@ -2,7 +2,7 @@
 
 A segment is an anonymous file (memfd): it has no name that another program could open, takes no room of /dev/shm, and
 the kernel frees it when the last process that maps it is gone, however that process ended. Pages are taken when they
-are first written, so a segment is as large as the machine's memory and cannot overflow before that does.
+are first written, so a segment can be as large as the machine's memory, which ends first.
 
 A rank writes rows into a region of another rank and then sets a word there to the number of the exchange; the other
 rank waits for the word. Stores must become visible in the order in which they are made: x86-64 promises that, so other
@@ -33,6 +33,7 @@ _TOKEN_BYTES = 16
 REGIONS = ("rows", "results")
 PAGE_BYTES = 16 * 1024  # of one rank's page of an exchange
 MAX_WAVES = 4096
+_ADDRESSES = 2**46
 _SPIN = 200
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
 
@@ -129,16 +130,19 @@ class SymmetricMemory:
     """This rank's segment and those of the ranks that share its host.
 
     peers   segments by rank, this rank's own included, once attach() has found them
+
+    OSError where the system grants no such file, or not the addresses for it.
     """
 
     def __init__(self, rank: int, size: int) -> None:
-        self._layout, self.words, self._rank = Layout(size, memory_bytes()), Words(size), rank
+        self._layout, self.words, self._rank = Layout(size, region_bytes(size)), Words(size), rank
+        self._processes: dict[int, int] = {}
+        self.peers: dict[int, Segment] = {}
         self._file = os.memfd_create("megamoe")
         os.ftruncate(self._file, self._layout.total)
         self.own = Segment(self._file, self._layout)
         self.own.token()[:] = secrets.token_bytes(_TOKEN_BYTES)
-        self.peers = {rank: self.own}
-        self._processes: dict[int, int] = {}
+        self.peers[rank] = self.own
 
     def card(self) -> bytes:
         """What another rank needs to find this segment."""
@@ -159,6 +163,8 @@ class SymmetricMemory:
             if os.fstat(opened).st_size != self._layout.total:
                 return False
             segment = Segment(opened, self._layout)
+        except OSError:  # addresses for it are not granted
+            return False
         finally:
             os.close(opened)
         if bytes(segment.token()).hex() != token:
@@ -207,13 +213,17 @@ class SymmetricMemory:
             self._file = -1
 
     def __del__(self) -> None:
-        if hasattr(self, "_processes"):
+        if hasattr(self, "_file"):
             self.close()
 
 
-def memory_bytes() -> int:
-    """Bytes of one region: the machine's memory, which no rank can have more rows than."""
-    return _aligned(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def region_bytes(size: int) -> int:
+    """Bytes of one region of `size` ranks: the machine's memory, which no rank can have more rows than.
+
+    On a host of very many ranks less: a process maps the regions of all, in half of the addresses that it has.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _aligned(min(memory, _ADDRESSES // (len(REGIONS) * size)))
 
 
 def available() -> bool:

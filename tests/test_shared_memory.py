@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -103,6 +105,50 @@ def test_a_rank_that_cannot_share_is_reached_by_messages(ranks: LocalRanks) -> N
     found = ranks.run(one_will_not, size=3)
     assert [peers for peers, _ in found] == [[1], [0], []]
     assert is_right([out for _, out in found])
+
+
+def nothing_is_granted(group: EPGroup) -> tuple[list[int], list[Tensor]]:
+    def refuses(name: str) -> int:
+        raise OSError(f"no file {name}")
+
+    kept = os.memfd_create
+    if group.rank == 1:
+        os.memfd_create = refuses  # type: ignore[assignment]
+    try:
+        out = outputs(group)
+    finally:
+        os.memfd_create = kept
+    return near(group), out
+
+
+def test_where_a_system_grants_no_memory_rows_go_through_sockets(ranks: LocalRanks) -> None:
+    found = ranks.run(nothing_is_granted, size=3)
+    assert [peers for peers, _ in found] == [[2], [], [0]]
+    assert is_right([out for _, out in found])
+
+
+def addresses(group: EPGroup) -> tuple[list[int], list[Tensor]]:
+    """A process that may have a few GB of addresses."""
+    kept = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    if group.rank == 1:
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, kept[1]))
+    try:
+        out = outputs(group)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, kept)
+    return near(group), out
+
+
+def test_where_addresses_are_limited_rows_go_through_sockets(ranks: LocalRanks) -> None:
+    found = ranks.run(addresses, size=2)
+    assert [peers for peers, _ in found] == [[], []]
+    assert is_right([out for _, out in found])
+
+
+def test_regions_of_many_ranks_fit_into_the_addresses_of_a_process() -> None:
+    for size in (2, 8, 1024):
+        assert size * len(symmetric.REGIONS) * symmetric.region_bytes(size) <= 2**46 + 2**30
 
 
 def by_messages(group: EPGroup) -> tuple[str, list[Tensor]]:

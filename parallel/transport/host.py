@@ -6,6 +6,7 @@ Which ranks share a host they find out in their first exchange.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from megamoe.parallel.symmetric import PAGE_BYTES, REGIONS, SymmetricMemory, available
 from megamoe.parallel.transport.pairs import Label, PairTransfer, PairTransport
 
+_log = logging.getLogger(__name__)
 _CARD_BYTES = 256
 _SLICE_S = 0.01
 _REGION_OF = {"dispatch": "rows", "combine": "results", "link": "rows"}
@@ -158,7 +160,7 @@ class HostTransport:
     def _meet(self, label: Label) -> None:
         """Finds out who shares this rank's memory: two ranks do where each has mapped the other's segment."""
         host, rank = self.host, self.rank
-        memory = SymmetricMemory(rank, self.size) if available() else None
+        memory = _own_memory(rank, self.size)
         cards = self.pairs.gather(_padded(b"" if memory is None else memory.card()), label)
         vote = torch.zeros(self.size, dtype=torch.uint8)
         for peer in range(self.size):
@@ -195,6 +197,16 @@ class HostTransport:
         """As Transport says: waits for memory look every 10 ms."""
         self._aborted = True
         self.pairs.abort()
+
+
+def _own_memory(rank: int, size: int) -> SymmetricMemory | None:
+    if not available():
+        return None
+    try:
+        return SymmetricMemory(rank, size)
+    except OSError as refused:  # a sandbox, or a limit of this process
+        _log.warning("rank %d shares no memory with others of its host, rows go through sockets: %s", rank, refused)
+        return None
 
 
 def _padded(card: bytes) -> Tensor:

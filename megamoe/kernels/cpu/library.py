@@ -198,9 +198,9 @@ class Library:
     def send_once(
         self, tokens: Tensor, segments: tuple[Tensor, Tensor], num_tokens: int, num_ranks: int, num_unique: int
     ) -> tuple[Tensor, Tensor]:
-        """rows._Sending.once(): tokens [n] int64; lengths [J] and (ranks, bases) [2, J] int64 of the segments.
+        """permutation._Sending.once(): tokens [n] int64; lengths [J] and (ranks, bases) [2, J] int64 of the segments.
 
-        -> fresh [num_unique] int64, places [n] int32
+        -> unique [num_unique] int64, places [n] int32
         """
         lengths, of_segments = (each.contiguous() for each in segments)
         seen = tokens.new_full((num_tokens * num_ranks,), -1)

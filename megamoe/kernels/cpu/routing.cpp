@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <vector>
 
-// Rows for each expert, and tokens whose first expert on its rank that is: see slabs.count_rows().
+// Rows for each expert, and tokens whose first expert on its rank that is: see messages.count_rows().
 //   ids [tokens, topk], -1 masks; rank_of [experts]; pairs, firsts [experts], zero before
 extern "C" void megamoe_count_rows(const int64_t* ids, int64_t tokens, int64_t topk, const int64_t* rank_of,
                                    int64_t experts, int64_t* pairs, int64_t* firsts) {
@@ -44,18 +44,18 @@ extern "C" void megamoe_sort_slots(const int64_t* ids, const float* weights, int
 }
 
 // Of the rows that leave, which tokens go along, each once to a rank, and where each row's token lies in the receiver's
-// inbox: see rows._Sending.
-//   lengths, ranks, bases [spans]; seen [tokens * num_ranks], -1 before; fresh: tokens that go along; places [rows]
+// inbox: see permutation._Sending.
+//   lengths, ranks, bases [segments]; seen [tokens * num_ranks], -1 before; unique: tokens that go along; places [rows]
 extern "C" void megamoe_send_once(const int64_t* tokens_of, const int64_t* lengths, const int64_t* ranks,
-                                  const int64_t* bases, int64_t spans, int64_t num_ranks, int64_t* seen,
-                                  int64_t* fresh, int32_t* places) {
+                                  const int64_t* bases, int64_t segments, int64_t num_ranks, int64_t* seen,
+                                  int64_t* unique, int32_t* places) {
     int64_t row = 0, number = 0;
-    for (int64_t span = 0; span < spans; span++)
-        for (const int64_t end = row + lengths[span]; row < end; row++) {
-            int64_t& place = seen[tokens_of[row] * num_ranks + ranks[span]];
+    for (int64_t segment = 0; segment < segments; segment++)
+        for (const int64_t end = row + lengths[segment]; row < end; row++) {
+            int64_t& place = seen[tokens_of[row] * num_ranks + ranks[segment]];
             if (place < 0) {
-                fresh[number++] = tokens_of[row];
-                place = bases[span] + number;
+                unique[number++] = tokens_of[row];
+                place = bases[segment] + number;
             }
             places[row] = int32_t(place);
         }
