@@ -23,6 +23,7 @@ from megamoe.formats.blocks import spread_blocks
 from megamoe.formats.mxfp8 import e4m3_to_bf16
 from megamoe.kernels.cpu.layout import OUTPUTS, bf16_shape, pack_bf16, unpack_bf16
 from megamoe.kernels.cpu.library import Rows, chosen, product_of
+from megamoe.parallel.private import in_functional_transform
 
 _MOST_PIECES = 3  # of 8 bits each, of the 24 that FP32 has
 _ROWS_AT_ONCE = 1024  # outputs of FP8 that are decoded together
@@ -253,7 +254,7 @@ class FixedOrder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # masks are made by vmap, and have no storage
+        if in_functional_transform():  # masks are made by vmap, and have no storage
             return func(*args, **kwargs)
         if func is nn.functional.linear and not kwargs:
             return self._linear(*args)

@@ -150,9 +150,12 @@ def transfer(group: EPGroup, num_bytes: int) -> float:
 def test_both_directions_have_the_bandwidth_asked_for() -> None:
     num_bytes = 5_000_000
     with lab(2, "200mbit") as hosts, LocalRanks(2, threads_per_rank=1, hosts=hosts) as ranks:
-        seconds = max(ranks.run(transfer, num_bytes))
+        passes = [max(ranks.run(transfer, num_bytes)) for _ in range(3)]
     at_once = burst_bytes(200e6)
-    assert 0.95 * (num_bytes - at_once) * 8 / 200e6 < seconds < 1.5 * num_bytes * 8 / 200e6
+    assert 0.95 * (num_bytes - at_once) * 8 / 200e6 < min(passes)
+    assert (
+        min(passes) < 1.5 * num_bytes * 8 / 200e6
+    )  # a busy machine slows a pass down, and none is faster than the link
 
 
 @needs_lab
