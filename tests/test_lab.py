@@ -155,7 +155,7 @@ def test_both_directions_have_the_bandwidth_asked_for() -> None:
     assert 0.95 * (num_bytes - at_once) * 8 / 200e6 < min(passes)
     assert (
         min(passes) < 1.5 * num_bytes * 8 / 200e6
-    )  # a busy machine slows a pass down, and none is faster than the link
+    )  # a busy machine slows a pass down
 
 
 @needs_lab
