@@ -153,9 +153,7 @@ def test_both_directions_have_the_bandwidth_asked_for() -> None:
         passes = [max(ranks.run(transfer, num_bytes)) for _ in range(3)]
     at_once = burst_bytes(200e6)
     assert 0.95 * (num_bytes - at_once) * 8 / 200e6 < min(passes)
-    assert (
-        min(passes) < 1.5 * num_bytes * 8 / 200e6
-    )  # a busy machine slows a pass down
+    assert min(passes) < 1.5 * num_bytes * 8 / 200e6  # a busy machine slows a pass down
 
 
 @needs_lab
