@@ -15,9 +15,9 @@ from rich.text import Text
 from megamoe.launch.terminal import Format, stderr, stdout
 
 Output = Annotated[Format, typer.Option("--format", help="How to print the result.")]
-# words that have a colour, at the beginning of a line or alone in a cell
+# words that have a colour, at the beginning or the end of a line, or alone in a cell
 STYLES = {"HIDDEN": "bold green", "EXPOSED": "bold red", "DOES NOT FIT": "bold red", "MISSES": "bold red"}
-STYLES |= {"ok": "green", "warn": "yellow", "fail": "bold red"}
+STYLES |= {"ok": "green", "warn": "yellow", "fail": "bold red", "identical": "bold green", "different": "bold red"}
 _ROOM = 30  # columns that words should have beside figures; with fewer they stand below them
 
 
@@ -30,11 +30,13 @@ def emit(output: Format, report: object, tables: Callable[[], None]) -> None:
 
 
 def say(line: str) -> None:
-    """A line as it is, however long; a verdict at its beginning in colour."""
+    """A line as it is, however long; a verdict at its beginning or end in colour."""
     text = Text(line)
     for word, style in STYLES.items():
         if line.startswith(word):
             text.stylize(style, 0, len(word))
+        elif line.endswith(f" {word}"):
+            text.stylize(style, len(line) - len(word))
     stdout.print(text, soft_wrap=True)
 
 

@@ -232,15 +232,18 @@ def _linear(x: Tensor, multiply: Callable[[Tensor, torch.dtype], Tensor], output
 # ---- what a model does outside of its linear modules ----
 
 
+# by torch's names of their operands: input, and other or mat2
+_PRODUCTS = {torch.matmul, torch.mm, torch.bmm}
+_PRODUCTS |= {torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm}
 _CASTS = {torch.Tensor.float, torch.Tensor.to, torch.Tensor.type, torch.Tensor.bfloat16}
 
 
 class FixedOrder(TorchFunctionMode):
     """Within, products with a model's weights, and functions of one value, do not depend on how many rows there are.
 
-    What routers do in place of a linear module: F.linear and bmm with a parameter, also one that is cast first, go to
-    DenseWeight; it is packed at the first call. Functions of one value, of which vector code and the scalar code at an
-    array's end round differently, read a table of all BF16 values, or take FP32 in tiles that have no such end.
+    What routers do in place of a linear module: F.linear, matmul, mm and bmm with a parameter, also one that is cast
+    first, go to DenseWeight; it is packed at the first call. Functions of one value, of which vector code and the scalar
+    code at an array's end round differently, read a table of all BF16 values, or take FP32 in tiles that have no end.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -256,10 +259,12 @@ class FixedOrder(TorchFunctionMode):
         kwargs = kwargs or {}
         if in_functional_transform():  # masks are made by vmap, and have no storage
             return func(*args, **kwargs)
-        if func is nn.functional.linear and not kwargs:
-            return self._linear(*args)
-        if func is torch.bmm and len(args) == 2 and not kwargs and self._known(args[1]):
-            return self._bmm(*args)
+        if func is nn.functional.linear:
+            return self._linear(*args, **kwargs)
+        if func in _PRODUCTS:
+            x, weight = _operands(args, kwargs)
+            if weight is not None and self._known(weight) and weight.dim() in (2, 3):
+                return self._linear(x, weight.t()) if weight.dim() == 2 else self._bmm(x, weight)
         if func in _CASTS and args and self._known(args[0]) and args[0].dim() >= 2:
             return self._cast(func, args, kwargs)
         if func in _UNARY and len(args) == 1 and args[0].device.type == "cpu" and not kwargs.get("inplace", False):
@@ -278,17 +283,18 @@ class FixedOrder(TorchFunctionMode):
             self._weights.setdefault(made.untyped_storage().data_ptr(), made)
         return self._casts[key]
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.device.type != "cpu" or weight.dim() != 2 or not x.is_floating_point():
-            return nn.functional.linear(x, weight, bias)
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """torch's names, since a model may give them."""
+        if input.device.type != "cpu" or weight.dim() != 2 or not input.is_floating_point():
+            return nn.functional.linear(input, weight, bias)
         with undisturbed(torch.device("cpu")):
-            return _linear(x, self._held(weight).multiply, len(weight), bias)
+            return _linear(input, self._held(weight).multiply, len(weight), bias)
 
     def _bmm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [G, n, K] by weight [G, K, N]"""
-        with undisturbed(torch.device("cpu")):
-            products = [self._held(w.t()).multiply(rows, x.dtype) for rows, w in zip(x, weight, strict=True)]
-            return torch.stack(products)
+        """x [..., G, n, K], [..., 1, n, K] or [n, K] by weight [G, K, N] -> [..., G, n, N]"""
+        of_each = x if x.dim() > 2 else x[None]
+        rows = of_each.expand(*of_each.shape[:-3], len(weight), *of_each.shape[-2:])
+        return torch.stack([self._linear(each, w.t()) for each, w in zip(rows.unbind(-3), weight, strict=True)], -3)
 
     def _held(self, weight: Tensor) -> DenseWeight:
         if not self._known(weight):
@@ -309,6 +315,13 @@ class FixedOrder(TorchFunctionMode):
             if x.dtype == torch.float32 and x.numel():
                 return _in_tiles(func, x, kwargs)
             return func(x, **kwargs)  # type: ignore[no-any-return]
+
+
+def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Both operands of a product, None for what is not given by a name that is known."""
+    given = {("other" if name == "mat2" else name): value for name, value in kwargs.items()}
+    given |= dict(zip(("input", "other"), args, strict=False))
+    return (given.get("input"), given.get("other")) if set(given) == {"input", "other"} else (None, None)
 
 
 _UNARY = {

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_TOKEN_BYTES = 16
+_TOKEN_BYTES, _WORD_BYTES = 16, 8
 REGIONS = ("rows", "results")
 PAGE_BYTES = 16 * 1024  # of one rank's page of an exchange
 MAX_WAVES = 4096
@@ -44,10 +44,7 @@ class _Timespec(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Where the words of a segment are, by index: word() of what is waited for, from which rank.
-
-    Pages take turns with two places each, since a rank may be one exchange ahead of another.
-    """
+    """Which word of a segment is for what, by index. Pages have two each, since a rank may be one exchange ahead."""
 
     size: int
 
@@ -76,7 +73,7 @@ class Layout:
 
     @property
     def pages(self) -> int:
-        return _aligned(self.words + 4 * Words(self.size).count)
+        return _aligned(self.words + _WORD_BYTES * Words(self.size).count)
 
     def page(self, exchange: int, sender: int) -> int:
         return self.pages + ((exchange % 2) * self.size + sender) * PAGE_BYTES
@@ -101,7 +98,8 @@ class Segment:
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._address = self._bytes.data_ptr() + layout.words
         self._layout = layout
-        self.words = memoryview(self._map)[layout.words : layout.words + 4 * Words(layout.size).count].cast("I")
+        end = layout.words + _WORD_BYTES * Words(layout.size).count
+        self.words = memoryview(self._map)[layout.words : end].cast("Q")
         self.regions = {name: self._region(index) for index, name in enumerate(REGIONS)}
 
     def _region(self, index: int) -> Tensor:
@@ -119,11 +117,11 @@ class Segment:
     def set(self, word: int, value: int) -> None:
         """Sets a word, after all that this thread has written before, and wakes who waits for it."""
         self.words[word] = value
-        _futex(self._address + 4 * word, _FUTEX_WAKE, 2**31 - 1, None)
+        _futex(self._address + _WORD_BYTES * word, _FUTEX_WAKE, 2**31 - 1, None)
 
     def sleep(self, word: int, seen: int, within_s: float) -> None:
         """Returns when the word may no longer be `seen`, or the time has passed."""
-        _futex(self._address + 4 * word, _FUTEX_WAIT, seen, within_s)
+        _futex(self._address + _WORD_BYTES * word, _FUTEX_WAIT, seen % 2**32, within_s)  # the kernel sees its low half
 
 
 class SymmetricMemory:

@@ -7,15 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megamoe.launch.cluster.cluster import MegaMoECluster
 from megamoe.launch.cluster.generation import Advance, GenerationJob, shared
 from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.generation.ranks import OnCluster, Texts
+from megamoe.launch.ranks import LocalRanks
+from megamoe.model.generation.engine import Generation
 from megamoe.model.generation.request import GenerationRequest, Token
 from megamoe.model.generation.sampling import Sampling
 from megamoe.model.loading.load import load
 from megamoe.model.making.tiny import write_tiny
+from megamoe.parallel.errors import PeerError
+from megamoe.parallel.group import EPGroup
 from tests.generation_cases import on_one_rank, prompts
 
 SIXTEEN = GenerationRequest(prompts(16), max_new_tokens=64)
@@ -96,3 +101,25 @@ def test_a_request_that_does_not_fit_is_refused_and_the_ranks_stay(cluster: Mega
     short = GenerationRequest(prompts(2), max_new_tokens=2)
     texts, _ = generated(cluster, GenerationJob("short", folder / "mixtral", short))
     assert [len(text) for text in texts] == [2, 2]
+
+
+def goes_on_alone(group: EPGroup, path: Path) -> list[str]:
+    """Rank 1 makes no step. Rank 0's errors: in the step that waits for it, and in what it calls after that."""
+    model = load(path, group=group)
+    if group.rank == 1:
+        return []
+    impatient = EPGroup.of(dist.group.WORLD, deadline_s=0.5)
+    generation = Generation(model, impatient, GenerationRequest(prompts(1), 4))
+    said = []
+    for error in (PeerError, RuntimeError):
+        with pytest.raises(error) as raised:
+            generation.step()
+        said.append(str(raised.value))
+    return said
+
+
+def test_a_rank_that_makes_no_step_is_named_and_the_group_is_not_used_again(ranks: LocalRanks, folder: Path) -> None:
+    (late, broken), _ = ranks.run(goes_on_alone, folder / "mixtral", size=2)
+    assert "rank 1" in late
+    assert "layer 'generation'" in late
+    assert "the group cannot be used any more" in broken

@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import load, load_tokenizer, regroup
+from megamoe.model.dense import compute_in_fixed_order
 from megamoe.parallel.group import EPGroup
 from tests import checkpoints
 from tests.checkpoints import FAMILIES, VOCABULARY
@@ -363,3 +364,41 @@ def test_a_size_that_fp4_cannot_have_is_refused(tmp_path: Path) -> None:
 def test_a_missing_tokenizer_is_said(folder: Path) -> None:
     with pytest.raises(ValueError, match="has no tokenizer that can be read"):
         load_tokenizer(folder / "mixtral")
+
+
+class Router(nn.Module):
+    """Multiplies a parameter itself."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        self.table = nn.Parameter(torch.randn(24, 7168, generator=rng), requires_grad=False)
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.table)
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, table: nn.functional.linear(x, table),
+    "linear_by_name": lambda x, table: nn.functional.linear(weight=table, input=x),
+    "matmul": lambda x, table: torch.matmul(x, table.T),
+    "operator": lambda x, table: x @ table.t(),
+    "method": lambda x, table: x.matmul(table.T),
+    "mm_by_name": lambda x, table: torch.mm(x, mat2=table.T),
+    "cast_first": lambda x, table: x.float() @ table.float().T,
+    "bmm": lambda x, table: torch.bmm(x[None], table.T[None])[0],
+    "stack": lambda x, table: (x[None, None] @ table.view(2, 12, 7168).mT)[0].transpose(0, 1).flatten(1),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_products_with_a_parameter_keep_the_order(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """At a size at which torch sums in another order for one row than for many."""
+    router = Router(product)
+    x = torch.randn(264, 7168, generator=torch.Generator().manual_seed(1))
+    plain = router(x)
+    compute_in_fixed_order(router)
+    together = router(x)
+    assert torch.equal(torch.cat([router(each[None]) for each in x[:16]]), together[:16])
+    assert torch.allclose(together, plain, atol=1e-2)

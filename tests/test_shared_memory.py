@@ -22,7 +22,9 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel import symmetric
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport import host
 from megamoe.parallel.transport.host import HostTransport
+from megamoe.parallel.transport.pairs import Label, PairTransfer
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer, oracle, split
 from tests.protocol import FAULTS, search
@@ -71,6 +73,45 @@ def test_ranks_of_one_host_share_memory(ranks: LocalRanks) -> None:
     found = ranks.run(all_share, size=3)
     assert [peers for peers, _ in found] == [[1, 2], [0, 2], [0, 1]]
     assert is_right([out for _, out in found])
+
+
+def without_messages(group: EPGroup) -> list[Tensor]:
+    """As outputs(), where nothing can go through sockets once the ranks have met."""
+    transport = group.transport
+    assert isinstance(transport, HostTransport)
+    transport.gather(torch.zeros(8, dtype=torch.uint8), Label("meeting", "counts"))
+
+    def refuses(*_: object) -> PairTransfer:
+        raise AssertionError("rows of the same host went through a socket")
+
+    transport.pairs.expect = refuses  # type: ignore[assignment, method-assign]
+    return outputs(group)
+
+
+def test_rows_of_one_host_touch_no_socket(ranks: LocalRanks) -> None:
+    assert is_right(ranks.run(without_messages, size=2))
+
+
+def more_waves_than_words(group: EPGroup) -> list[Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "MAX_WAVES", 1)
+        return outputs(group)
+
+
+def test_waves_without_a_word_go_through_sockets(ranks: LocalRanks) -> None:
+    assert is_right(ranks.run(more_waves_than_words, size=2))
+
+
+def late_exchanges(group: EPGroup) -> list[Tensor]:
+    """After more exchanges than 32 bits count, of which the kernel sees the low half of a word."""
+    transport = group.transport
+    assert isinstance(transport, HostTransport)
+    transport.host.exchange = 2**32 - 3
+    return outputs(group)
+
+
+def test_exchanges_are_counted_beyond_32_bits(ranks: LocalRanks) -> None:
+    assert is_right(ranks.run(late_exchanges, size=2))
 
 
 def two_hosts(group: EPGroup) -> tuple[list[int], list[Tensor]]:

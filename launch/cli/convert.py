@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from megamoe.launch.terminal import Format, exit_codes, progress, stdout
+from megamoe.launch.output import Output, emit, say
+from megamoe.launch.terminal import Format, exit_codes, progress
 
 if TYPE_CHECKING:
     from megamoe.model.loading.convert import Conversion
@@ -39,7 +36,7 @@ def convert(
     scales: Annotated[
         Scales, typer.Option(help="mxfp4: the contract's scale, or the better of it and half of it for each block.")
     ] = Scales.contract,
-    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+    output: Output = Format.table,
 ) -> None:
     """Write a checkpoint with its experts in MXFP4 or BF16, as megamoe.model.load() reads it."""
     with exit_codes():
@@ -53,22 +50,15 @@ def convert(
                 )
 
             done = convert_checkpoint(source, target, experts=experts.value, scales=scales.value, progress=show)
-        if output is Format.json:
-            sys.stdout.write(json.dumps(done.as_dict(), indent=2) + "\n")
-        else:
-            _print(done)
+        emit(output, done.as_dict(), lambda: _print(done))
 
 
 def _print(done: Conversion) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
-    table.add_row("written", f"{done.target}: {done.bytes_written / 1e9:.2f} GB")
     kept = f", {done.shards_kept} of them kept from an earlier run" if done.shards_kept else ""
-    table.add_row("shards", f"{done.shards}{kept}")
-    table.add_row("read", f"{done.bytes_read / 1e9:.2f} GB")
-    table.add_row("converted", f"{done.tensors_converted} tensors to {done.experts}")
+    say(
+        f"{done.target}: {done.bytes_written / 1e9:.2f} GB in {done.shards} shards{kept}; read "
+        f"{done.bytes_read / 1e9:.2f} GB, {done.tensors_converted} tensors became {done.experts}"
+    )
     if done.quantization_error:
         errors = done.quantization_error.values()
-        table.add_row(
-            "rounded by", f"{min(errors):.2%} to {max(errors):.2%} of a shard's experts (scales {done.scales})"
-        )
-    stdout.print(table)
+        say(f"rounded by {min(errors):.2%} to {max(errors):.2%} of a shard's experts (scales {done.scales})")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress, stderr, stdout
+from megamoe.launch.output import Output, emit, note, say, show
+from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress
 
 if TYPE_CHECKING:
-    from megamoe.launch.demo import DemoReport
+    from megamoe.launch.demo import DemoReport, RankReport
     from megamoe.launch.generation.answer import AnswerReport
 
 
@@ -42,7 +39,7 @@ def demo(
         str, typer.Option(help='What a model is asked at the end; "" asks nothing.')
     ] = "Explain in one sentence why leaves are green.",
     deadline_s: Annotated[float, typer.Option(help="Seconds that a run, and any wait in it, may take.")] = 120.0,
-    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+    output: Output = Format.table,
 ) -> None:
     """Run real text through FP4 experts on several ranks, then on one, and compare every bit."""
     with exit_codes():
@@ -53,14 +50,11 @@ def demo(
             compile_kernels(bar)
             request = Request(ranks, text, parse_waves(waves), checkpoint, deadline_s, _chosen(launcher), question)
 
-            def show(what: str, done: int, of: int) -> None:
+            def follow(what: str, done: int, of: int) -> None:
                 bar.update(task, description=what, completed=done, total=of)
 
-            report = run_demo(request, show)
-        if output is Format.json:
-            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
-        else:
-            _print_demo(report)
+            report = run_demo(request, follow)
+        emit(output, report.as_dict(), lambda: _print_demo(report))
         if not (report.identical and (report.answer is None or report.answer.identical)):
             raise typer.Exit(1)
 
@@ -70,60 +64,39 @@ def _chosen(launcher: Launcher | None) -> str:
         return launcher.value
     if find_spec("ray") is not None:
         return "ray"
-    stderr.print("Ray is not installed (pip install 'megamoe[ray]'), so ranks are started with spawn", highlight=False)
+    note("Ray is not installed (pip install 'megamoe[ray]'), so ranks are started with spawn")
     return "spawn"
 
 
+_COLUMNS = {"rank": ">", "tokens": ">", "experts": ">", "read MB": ".1f", "rows in": ">", "local": ">"}
+_COLUMNS |= {"sent MB": ".2f", "waves": ">", "compute ms": ".1f", "wait ms": ".1f"}
+
+
 def _print_demo(report: DemoReport) -> None:
-    stdout.print(
+    say(
         f"{report.text}: {report.tokens} tokens through {report.layers} layers of {report.num_experts} MXFP4 experts, "
-        f"top-{report.topk}, {report.hidden} x {report.intermediate}",
-        highlight=False,
-        soft_wrap=True,
+        f"top-{report.topk}, {report.hidden} x {report.intermediate}"
     )
-    table = Table(title="one forward", title_justify="left", padding=(0, 0), box=box.SIMPLE_HEAD)
-    headings = ("rank", "tokens", "experts", "read MB", "rows in", "local", "sent MB", "waves", "compute ms", "wait ms")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for rank in (*report.ranks, report.one_rank):
-        alone = rank is report.one_rank
-        if alone:
-            table.add_section()
-        table.add_row(
-            "alone" if alone else str(rank.rank),
-            str(rank.tokens),
-            f"{rank.experts}",
-            f"{rank.read_mb:.1f}",
-            str(rank.rows_received),
-            str(rank.rows_local),
-            f"{rank.bytes_sent / 1e6:.2f}",
-            str(rank.waves),
-            f"{rank.compute_ms:.1f}",
-            f"{rank.waiting_ms:.1f}",
-        )
-    stdout.print(table)
-    verdict = "[bold green]identical[/]" if report.identical else "[bold red]different[/]"
-    stdout.print(
-        f"{len(report.ranks)} ranks ({report.launcher}) against one, every bit of the output: {verdict}",
-        highlight=False,
-    )
+    rows = [_row(str(rank.rank), rank) for rank in report.ranks]
+    show(_COLUMNS, [*rows, (), _row("alone", report.one_rank)], "one forward")
+    verdict = "identical" if report.identical else "different"
+    say(f"{len(report.ranks)} ranks ({report.launcher}) against one, every bit of the output: {verdict}")
     if report.answer is not None:
         _print_answer(report.answer, len(report.ranks), report.launcher)
 
 
+def _row(name: str, rank: RankReport) -> tuple[object, ...]:
+    sent_mb, received = rank.bytes_sent / 1e6, rank.rows_received
+    row = (name, rank.tokens, rank.experts, rank.read_mb, received, rank.rows_local, sent_mb, rank.waves)
+    return (*row, rank.compute_ms, rank.waiting_ms)
+
+
 def _print_answer(answer: AnswerReport, ranks: int, launcher: str) -> None:
-    verdict = "[bold green]identical[/]" if answer.identical else "[bold red]different[/]"
+    verdict = "identical" if answer.identical else "different"
     kept = f" (kept in {answer.path})" if answer.path else ""
-    lines = (
-        f"\n{answer.model}{kept}",
-        f"> {answer.question}",
-        f"{answer.text}",
-    )
-    for line in lines:
-        stdout.print(line, highlight=False, markup=False, soft_wrap=True)
-    stdout.print(
-        f"\n{answer.new_tokens} tokens: {answer.tokens_per_s:.1f} a second on {ranks} ranks ({launcher}), "
-        f"{answer.one_rank_tokens_per_s:.1f} on one, every token: {verdict}",
-        highlight=False,
-        soft_wrap=True,
+    for line in ("", f"{answer.model}{kept}", f"> {answer.question}", answer.text, ""):
+        say(line)
+    say(
+        f"{answer.new_tokens} tokens: {answer.tokens_per_s:.1f} a second on {ranks} ranks ({launcher}), "
+        f"{answer.one_rank_tokens_per_s:.1f} on one, every token: {verdict}"
     )

@@ -31,16 +31,14 @@ Array = npt.NDArray[np.int64]
 @dataclass(frozen=True, slots=True)
 class Messages:
     """Sizes of all messages [sender, wave, receiver], in rows: pairs counts (token, slot) pairs, heads the rows of the
-    pair index, unique the tokens. starts [receiver, wave, sender]: first row in the receiver's inbox. homes [sender,
-    wave, receiver]: first row, among what comes home to the sender, of what the receiver computes. own [P]: pairs that
-    stay on their rank.
+    pair index, unique the tokens. starts [receiver, wave, sender]: first row in the receiver's inbox. own [P]:
+    pairs that stay on their rank.
     """
 
     pairs: Array
     heads: Array
     unique: Array
     starts: Array
-    homes: Array
     own: Array
 
     @classmethod
@@ -53,10 +51,7 @@ class Messages:
         rows = (heads + unique).transpose(2, 1, 0)  # [receiver, wave, sender]
         flat = rows.reshape(len(tokens), -1)
         starts = (flat.cumsum(1) - flat).reshape(rows.shape) + np.asarray(tokens, np.int64)[:, None, None]
-        by_home = pairs.reshape(len(tokens), -1)
-        homes = (by_home.cumsum(1) - by_home).reshape(pairs.shape)
-        own = counts.numpy().sum(1) - by_home.sum(1)
-        return cls(pairs, heads, unique, starts, homes, own)
+        return cls(pairs, heads, unique, starts, counts.numpy().sum(1) - pairs.sum((1, 2)))
 
     def rows(self, sender: int, wave: int) -> list[int]:
         """Rows of the sender's message for each rank."""

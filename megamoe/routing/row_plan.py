@@ -149,7 +149,7 @@ def plan_rows(
         unique=Segments(unique.ravel(), (message_at + heads).ravel()),
         computed=computed,
         inboxes=(_inboxes(messages, wire)[:, None] + messages.starts[:, :, ep_rank]).T,
-        homes=(messages.homes[:, :, ep_rank] + messages.pairs.sum((0, 1))[:, None]).T,
+        homes=_homes(messages)[:, :, ep_rank].T,
         steps=_step_rows(plan, ep_rank, steps, rows),
     )
 
@@ -158,6 +158,14 @@ def _inboxes(messages: Messages, wire: Wire) -> Array:
     """[P] int64: row of each rank's buffer where its inbox begins."""
     records: Array = -(-wire.PAIR_BYTES * messages.own // wire.row_bytes)
     starts: Array = (messages.heads + messages.unique).sum((1, 2)) + records
+    return starts
+
+
+def _homes(messages: Messages) -> Array:
+    """[home, W, rank] int64: row of the home rank's results where those begin that a rank sends it in a wave."""
+    leaving = messages.pairs.sum((0, 1))  # [P] results that go home from each rank, which come first in its buffer
+    by_home = messages.pairs.reshape(len(leaving), -1)
+    starts: Array = (by_home.cumsum(1) - by_home + leaving[:, None]).reshape(messages.pairs.shape)
     return starts
 
 

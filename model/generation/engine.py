@@ -30,6 +30,8 @@ from megamoe.model.generation.sampling import choose
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
 
+_WHAT = "generation"
+
 
 @dataclass(slots=True, eq=False)
 class _Sequence:
@@ -105,7 +107,8 @@ class Generation:
         if self.group.transport is None:
             return bool(self._active)
         page = torch.tensor([len(self._active)], dtype=torch.int64).view(torch.uint8)
-        pages = self.group.transport.gather(page, Label("generation", "counts"))
+        with self.group.turn(_WHAT, self.model.device), self.group.unbroken(_WHAT, self.steps + 1):
+            pages = self.group.transport.gather(page, Label(_WHAT, "counts"))
         return bool(pages.view(torch.int64).sum())
 
     def _together(self) -> Tensor:

@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from megamoe.parallel.symmetric import PAGE_BYTES, REGIONS, SymmetricMemory, available
+from megamoe.parallel.symmetric import MAX_WAVES, PAGE_BYTES, REGIONS, SymmetricMemory, available
 from megamoe.parallel.transport.pairs import Label, PairTransfer, PairTransport
 
 _log = logging.getLogger(__name__)
@@ -111,8 +111,8 @@ class HostTransport:
         self._aborted = False
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> HostTransfer | PairTransfer:
-        host = self.host
-        if not host.near or not host.holds(_REGION_OF[label.phase], receive):
+        host, region = self.host, _REGION_OF.get(label.phase)
+        if region is None or (label.wave or 0) >= MAX_WAVES or not host.holds(region, receive):
             return self.pairs.expect(receive, counts, label)
         pairs = self.pairs.expect(receive, counts, label, host.far) if host.far else None
         return HostTransfer(self, label, counts, pairs)
@@ -131,7 +131,7 @@ class HostTransport:
     def _gather(self, page: Tensor, into: Tensor, label: Label) -> None:
         host, memory = self.host, self.host.memory
         assert memory is not None
-        host.exchange = (host.exchange + 1) % 2**32
+        host.exchange += 1
         far = self._post(page, label) if host.far else None
         word = memory.words.page(host.exchange, self.rank)
         for peer in host.near:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megamoe.launch.cli.demo import Launcher
-from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress, stderr, stdout
+from megamoe.launch.output import Output, emit, note, say
+from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress
 
 if TYPE_CHECKING:
     from megamoe.launch.cluster.cluster import Event
@@ -41,7 +41,7 @@ def generate(
     deadline_s: Annotated[float, typer.Option(help="Seconds that a rank may be kept waiting in one call.")] = 60.0,
     restarts: Annotated[int, typer.Option(help="How often the group comes back after a rank is lost.")] = 0,
     run: Annotated[str | None, typer.Option(help="Name of the run, for megamoe doctor --run.")] = None,
-    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+    output: Output = Format.table,
 ) -> None:
     """Generate texts, prompts spread over ranks; no text depends on the others or on the number of ranks."""
     with exit_codes():
@@ -78,10 +78,7 @@ def generate(
                     writer.write(prompt, more, done)
 
             report = run_generate(request, on_text, _say, lambda what: bar.update(task, description=what))
-        if output is Format.json:
-            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
-        else:
-            _print_figures(report)
+        emit(output, report.as_dict(), lambda: _print_figures(report))
         if report.identical is False:
             raise typer.Exit(1)
 
@@ -118,20 +115,14 @@ def _print_figures(report: GenerateReport) -> None:
     """What the texts took, in a line."""
     each = f", {report.tpot_ms:.0f} ms a token after that" if report.tpot_ms is not None else ""
     hidden = f", {report.hidden_percent:.0f} % of communication hidden" if report.hidden_percent is not None else ""
-    stdout.print(
+    say(
         f"{report.new_tokens} tokens on {report.ranks} ranks ({report.launcher}): {report.tokens_per_s:.1f} tokens/s, "
-        f"first after {report.ttft_ms:.0f} ms{each}{hidden}",
-        highlight=False,
-        soft_wrap=True,
+        f"first after {report.ttft_ms:.0f} ms{each}{hidden}"
     )
     if report.identical is not None:
-        verdict = "[bold green]identical[/]" if report.identical else "[bold red]different[/]"
-        stdout.print(
-            f"one rank: {report.one_rank_tokens_per_s:.1f} tokens/s, every token: {verdict}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        verdict = "identical" if report.identical else "different"
+        say(f"one rank: {report.one_rank_tokens_per_s:.1f} tokens/s, every token: {verdict}")
 
 
 def _say(event: Event) -> None:
-    stderr.print(f"{event.at_s:7.1f} s  {event.kind}: {event.what}", highlight=False, markup=False, soft_wrap=True)
+    note(f"{event.at_s:7.1f} s  {event.kind}: {event.what}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megamoe.launch.terminal import Format, exit_codes, stdout
+from megamoe.launch.output import Output, emit, say
+from megamoe.launch.terminal import Format, exit_codes
 
 
 def tiny(
@@ -18,7 +17,7 @@ def tiny(
         str, typer.Option(help="deepseek-v4-flash, deepseek-v3, gpt-oss, mixtral or qwen3-moe.")
     ] = "deepseek-v4-flash",
     seed: Annotated[int, typer.Option(help="Of the weights: the same seed gives the same checkpoint.")] = 0,
-    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+    output: Output = Format.table,
 ) -> None:
     """Write a small random checkpoint with all that is special about a family, and a tokenizer of bytes, for tests."""
     with exit_codes():
@@ -27,8 +26,5 @@ def tiny(
         parameters = write_tiny(destination, like, seed=seed)
         size = sum(file.stat().st_size for file in destination.iterdir())
         report = {"path": str(destination), "like": like, "seed": seed, "parameters": parameters, "bytes": size}
-        if output is Format.json:
-            sys.stdout.write(json.dumps(report, indent=2) + "\n")
-        else:
-            said = f"{destination}: {parameters / 1e6:.2f} M random parameters shaped like {like}, {size / 1e6:.1f} MB"
-            stdout.print(said, highlight=False, soft_wrap=True)
+        said = f"{destination}: {parameters / 1e6:.2f} M random parameters shaped like {like}, {size / 1e6:.1f} MB"
+        emit(output, report, lambda: say(said))

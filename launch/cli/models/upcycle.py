@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megamoe.launch.terminal import Format, exit_codes, progress, stdout
+from megamoe.launch.output import Output, emit, say
+from megamoe.launch.terminal import Format, exit_codes, progress
+
+if TYPE_CHECKING:
+    from megamoe.model.making.upcycle import UpcycleReport
 
 
 def upcycle(
@@ -21,7 +23,7 @@ def upcycle(
     num_experts: Annotated[int, typer.Option(help="Copies of each MLP.")] = 8,
     topk: Annotated[int, typer.Option(help="Experts of a token.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the routers, which are random.")] = 0,
-    output: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+    output: Output = Format.table,
 ) -> None:
     """Make a mixture of experts of a dense model: the experts are copies of its MLPs, so it says what that one says."""
     with exit_codes():
@@ -38,14 +40,13 @@ def upcycle(
                 seed=seed,
                 progress=lambda what, done, of: bar.update(task, description=what, completed=done, total=of),
             )
-        if output is Format.json:
-            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
-            return
-        stdout.print(
-            f"{report.path}: {report.num_layers} layers of {report.num_experts} experts, {report.hidden} x "
-            f"{report.intermediate}, top-{report.topk}; {report.expert_parameters / 1e6:.0f} M expert weights in "
-            f"{report.experts_format}, rounded by {report.rounding_error:.1%}; {report.bytes / 1e6:.0f} MB in all\n"
-            "All experts of a layer are copies of the dense model's MLP: until they are trained, this is that model",
-            highlight=False,
-            soft_wrap=True,
-        )
+        emit(output, report.as_dict(), lambda: _print(report))
+
+
+def _print(report: UpcycleReport) -> None:
+    say(
+        f"{report.path}: {report.num_layers} layers of {report.num_experts} experts, {report.hidden} x "
+        f"{report.intermediate}, top-{report.topk}; {report.expert_parameters / 1e6:.0f} M expert weights in "
+        f"{report.experts_format}, rounded by {report.rounding_error:.1%}; {report.bytes / 1e6:.0f} MB in all"
+    )
+    say("All experts of a layer are copies of the dense model's MLP: until they are trained, this is that model")
