@@ -128,7 +128,7 @@ def test_the_command_says_what_it_did(folder: Path, tmp_path: Path) -> None:  # 
     assert said["bytes_written"] == (tmp_path / "a" / "model.safetensors").stat().st_size
     table = invoked("convert", folder / "mixtral", tmp_path / "a", "--experts", "mxfp4")
     assert table.exit_code == 0
-    assert "1, 1 of them kept from an earlier run" in table.stdout
+    assert "1 shard, 1 of them kept from an earlier run" in table.stdout
 
 
 def test_a_wrong_request_writes_nothing(folder: Path, tmp_path: Path) -> None:  # noqa: F811

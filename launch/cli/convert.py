@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megamoe.launch.output import Output, emit, say
+from megamoe.launch.output import Output, emit, plural, say
 from megamoe.launch.terminal import Format, exit_codes, progress
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def convert(
 def _print(done: Conversion) -> None:
     kept = f", {done.shards_kept} of them kept from an earlier run" if done.shards_kept else ""
     say(
-        f"{done.target}: {done.bytes_written / 1e9:.2f} GB in {done.shards} shards{kept}; read "
-        f"{done.bytes_read / 1e9:.2f} GB, {done.tensors_converted} tensors became {done.experts}"
+        f"{done.target}: {done.bytes_written / 1e9:.2f} GB in {plural(done.shards, 'shard')}{kept}; read "
+        f"{done.bytes_read / 1e9:.2f} GB, {plural(done.tensors_converted, 'tensor')} became {done.experts}"
     )
     if done.quantization_error:
         errors = done.quantization_error.values()

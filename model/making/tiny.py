@@ -32,26 +32,26 @@ _KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compresse
 _STD = 0.1  # of random weights: texts differ, and no activation leaves its range
 
 
-def _common(experts: int = 16) -> dict[str, Any]:
+def _common(num_experts: int, topk: int) -> dict[str, Any]:
     """What all families have, under the names that all of them know."""
     tokenizer = byte_tokenizer()
     return {
         "hidden_size": 128,
         "vocab_size": VOCABULARY,
         "num_attention_heads": 4,
-        "num_experts_per_tok": 2,
+        "num_experts_per_tok": topk,
         "max_position_embeddings": 4096,
         "initializer_range": _STD,
-        "num_local_experts": experts,
+        "num_local_experts": num_experts,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
 
 
-def _deepseek_v4() -> PreTrainedConfig:
+def _deepseek_v4(num_experts: int, topk: int) -> PreTrainedConfig:
     return DeepseekV4Config(
-        **_common(),
+        **_common(num_experts, topk),
         moe_intermediate_size=64,
         num_hidden_layers=4,
         layer_types=[*_KINDS, _KINDS[1]],
@@ -69,8 +69,8 @@ def _deepseek_v4() -> PreTrainedConfig:
     )
 
 
-def _deepseek_v3() -> PreTrainedConfig:
-    common = _common()
+def _deepseek_v3(num_experts: int, topk: int) -> PreTrainedConfig:
+    common = _common(num_experts, topk)
     return DeepseekV3Config(
         **{key: value for key, value in common.items() if key != "num_local_experts"},
         n_routed_experts=common["num_local_experts"],
@@ -90,8 +90,8 @@ def _deepseek_v3() -> PreTrainedConfig:
     )
 
 
-def _qwen3_moe() -> PreTrainedConfig:
-    common = _common()
+def _qwen3_moe(num_experts: int, topk: int) -> PreTrainedConfig:
+    common = _common(num_experts, topk)
     return Qwen3MoeConfig(
         **{key: value for key, value in common.items() if key != "num_local_experts"},
         num_experts=common["num_local_experts"],
@@ -104,13 +104,13 @@ def _qwen3_moe() -> PreTrainedConfig:
     )
 
 
-def _mixtral() -> PreTrainedConfig:
-    return MixtralConfig(**_common(8), intermediate_size=96, num_hidden_layers=2, num_key_value_heads=2)
+def _mixtral(num_experts: int, topk: int) -> PreTrainedConfig:
+    return MixtralConfig(**_common(num_experts, topk), intermediate_size=96, num_hidden_layers=2, num_key_value_heads=2)
 
 
-def _gpt_oss() -> PreTrainedConfig:
+def _gpt_oss(num_experts: int, topk: int) -> PreTrainedConfig:
     return GptOssConfig(
-        **_common(),
+        **_common(num_experts, topk),
         intermediate_size=96,
         num_hidden_layers=2,
         num_key_value_heads=2,
@@ -179,7 +179,7 @@ _MXFP4 = {
 }
 
 # name -> configuration, how its checkpoints store a tensor, and what they add to config.json
-FAMILIES: dict[str, tuple[Callable[[], PreTrainedConfig], Callable[[str, Tensor], Stored], dict[str, Any]]] = {
+FAMILIES: dict[str, tuple[Callable[[int, int], PreTrainedConfig], Callable[[str, Tensor], Stored], dict[str, Any]]] = {
     "deepseek-v4-flash": (
         _deepseek_v4,
         _native_deepseek_v4,
@@ -192,18 +192,22 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedConfig], Callable[[str, Tensor]
 }
 
 
-def write_tiny(path: Path, like: str, *, seed: int = 0) -> int:
+def write_tiny(path: Path, like: str, *, seed: int = 0, num_experts: int = 16, topk: int = 2) -> int:
     """A random checkpoint of a family, with config.json and a tokenizer of bytes -> its parameters.
 
-    The same seed gives the same numbers. ValueError for a family that is not in FAMILIES, and where path is taken.
+    The same seed gives the same numbers. ValueError for a family that is not in FAMILIES, where path is taken, and for
+    experts that the family cannot have: DeepSeek-V3 has two groups of them.
     """
     if like not in FAMILIES:
         raise ValueError(f"like must be one of {', '.join(FAMILIES)}, got {like!r}")
+    groups = 2 if like == "deepseek-v3" else 1  # a token's experts are of one of them
+    if num_experts % groups or not 1 <= topk <= num_experts // groups:
+        raise ValueError(f"{like} cannot have top-{topk} of {num_experts} experts in {groups} groups")
     configuration, native, entries = FAMILIES[like]
     with undisturbed(torch.device("cpu")), new_folder(path) as folder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(configuration(), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(configuration(num_experts, topk), dtype=torch.float32)
             _fill(model)
         parameters: int = sum(each.numel() for each in model.parameters())
         with no_bars():
