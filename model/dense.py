@@ -242,8 +242,8 @@ class FixedOrder(TorchFunctionMode):
     """Within, products with a model's weights, and functions of one value, do not depend on how many rows there are.
 
     What routers do in place of a linear module: F.linear, matmul, mm and bmm with a parameter, also one that is cast
-    first, go to DenseWeight; it is packed at the first call. Functions of one value, which vector code and the code at an
-    array's end round differently, read a table of all BF16 values, or take FP32 in tiles that have no such end.
+    first, go to DenseWeight; it is packed at the first call. Functions of one value read a table of all BF16 values, or
+    take FP32 in whole vectors: vector code and the code at an array's end round differently.
     """
 
     def __init__(self, model: nn.Module) -> None:
