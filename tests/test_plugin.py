@@ -95,7 +95,7 @@ def test_every_moe_block_agrees_with_the_plain_one(plain_models: dict[str, Plain
     found = repeat_blocks(model, plain.calls)
     bound, weights = (6e-2, "mxfp4") if family in FP4 else (1e-2, "bf16")
     errors = {name: relative_error(found[name], plain.calls[name][2]) for name in plain.calls}
-    print(f"\n{family}: {min(errors.values()):.4f} to {max(errors.values()):.4f}")
+    print(f"\n{family}: {min(errors.values()):.4f} to {max(errors.values()):.4f}")  # noqa: T201
     assert len(errors) == len(layers(model)) > 0
     assert max(errors.values()) < bound, errors
     assert {routed.layer.weight_format for routed in layers(model)} == {weights}
