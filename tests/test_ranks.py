@@ -192,26 +192,28 @@ def test_ranks_go_when_their_parent_is_killed(tmp_path: Path) -> None:
     assert len(gone) == 2
 
 
+def policies() -> dict[int, int]:
+    """Scheduling policy of each of gloo's threads of this process."""
+    found = {}
+    for thread in gloo_threads():
+        with suppress(ProcessLookupError):  # one of an earlier test's group that ends only now
+            found[thread] = os.sched_getscheduler(thread)
+    return found
+
+
 def threads_left(group: EPGroup) -> set[int]:
-    """gloo's threads of groups of earlier tests, which torch keeps while a device mesh of them is known."""
+    """Threads of groups of earlier tests, which torch keeps while a device mesh of them is known."""
     del group
-    return {each for each in gloo_threads() if os.sched_getscheduler(each) == os.SCHED_OTHER}
+    return {thread for thread, policy in policies().items() if policy == os.SCHED_OTHER}
 
 
 def scheduling(group: EPGroup, left: list[set[int]]) -> tuple[list[int], list[int], int]:
     """Policies of gloo's threads as a group leaves them, and after that is undone; and that of the main thread."""
-
-    def policies() -> dict[int, int]:
-        found = {}
-        for thread in gloo_threads() - left[group.rank]:
-            with suppress(ProcessLookupError):  # one of an earlier test's group that ends only now
-                found[thread] = os.sched_getscheduler(thread)
-        return found
-
     assert group.transport is not None
-    calmed = policies()
-    told = calm_gloo_threads(calm=False, others=left[group.rank])
-    undone = policies()
+    others = left[group.rank]
+    calmed = {thread: policy for thread, policy in policies().items() if thread not in others}
+    told = calm_gloo_threads(calm=False, others=others)
+    undone = {thread: policy for thread, policy in policies().items() if thread not in others}
     assert undone.keys() <= calmed.keys()
     assert len(undone) <= told <= len(calmed)
     return [calmed[thread] for thread in undone], list(undone.values()), os.sched_getscheduler(0)
