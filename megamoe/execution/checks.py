@@ -12,10 +12,8 @@ from torch.autograd import forward_ad
 
 from megamoe.ambient import in_a_transform, loses_denormals
 from megamoe.formats import BLOCK, WEIGHT_FORMATS
-from megamoe.routing.wire import DISPATCH_FORMATS
+from megamoe.routing.wire import COMBINE_FORMATS, DISPATCH_FORMATS
 from megamoe.shape import MoEShape
-
-COMBINE_FORMATS = ("bf16",)
 
 
 def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
@@ -152,11 +150,11 @@ def check_formats(shape: MoEShape, weight_format: str, dispatch_format: str, com
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     packed = WEIGHT_FORMATS[weight_format].block > 1
-    blocked = {"hidden": packed or dispatch_format == "mxfp8", "intermediate": packed}
+    blocked = {"hidden": packed or "mxfp8" in (dispatch_format, combine_format), "intermediate": packed}
     for name, needed in blocked.items():
         size = getattr(shape, name)
         if needed and size % BLOCK:
             raise ValueError(
                 f"{name} {size} is not a multiple of {BLOCK}, the block of MXFP4 and MXFP8; "
-                'weight_format="bf16" with dispatch_format="bf16" takes any size'
+                'weight_format="bf16" with dispatch_format="bf16" and combine_format="bf16" takes any size'
             )
