@@ -50,7 +50,7 @@ def round_to_mxfp8(x):
 def decode_mxfp8(codes, exponents):
     """codes uint8 and the scale byte of each, of one shape -> float32, exact.
 
-    code 0x38 (1.0), exponent 128  ->  2.0; code 0x7F, or exponent 255  ->  NaN
+    code 0x38 (1.0), exponent 128  ->  2.0; exponent 255  ->  NaN
     """
     scales = (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
     scales = tl.where(exponents == 255, float("nan"), scales)
