@@ -126,7 +126,9 @@ class MegaMoE(nn.Module):
         self.group.turns.number(self, self.name)  # layers of one name are told apart by the order in which they came
         self._alone = None
         if self.experts.grouped and self.group.size == 1:
-            self._alone = import_module("megamoe.execution.backends.triton_alone").Alone(self.experts, self.combine_format)
+            self._alone = import_module("megamoe.execution.backends.triton_alone").Alone(
+                self.experts, self.combine_format
+            )
 
     def regroup(self, group: EPGroup | dist.ProcessGroup | None) -> list[int]:
         """Goes on in another group, as whichever rank this is there -> global ids of the experts still to be loaded.
@@ -331,5 +333,6 @@ class MegaMoE(nn.Module):
             f"rank {self.group.rank} of {self.group.size}, hidden={self.shape.hidden}, "
             f"intermediate={self.shape.intermediate}, num_experts={self.shape.num_experts}, topk={self.shape.topk}, "
             f"activation={str(self.shape.activation)!r}, bias={self.shape.bias}, "
-            f"weights={self.weight_format}, dispatch={self.dispatch_format}, combine={self.combine_format}, waves={self.waves}"
+            f"weights={self.weight_format}, dispatch={self.dispatch_format}, combine={self.combine_format}, "
+            f"waves={self.waves}"
         )

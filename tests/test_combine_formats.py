@@ -21,7 +21,7 @@ from megamoe.reference import moe, moe_fp64, relative_error, results, round_mxfp
 from megamoe.routing.waves import Waves
 from megamoe.routing.wire import Wire
 from megamoe.shape import MoEShape
-from tests.cases import Batch, make_batch, make_biases, make_layer, make_weights, oracle, split
+from tests.cases import Batch, make_batch, make_layer, make_weights, oracle, split
 
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
 BIASED = MoEShape(64, 32, 5, 2, activation=Activation("relu2", gated=False), bias=True)
@@ -94,28 +94,32 @@ def test_output_is_the_oracles_for_any_ep_size(ranks: LocalRanks, ep_size: int, 
             assert torch.equal(got, expected), (weights, wire, waves)
 
 
+def narrowed(batch: Batch, shape: MoEShape) -> Batch:
+    """As much of a batch as the shape takes, for five experts."""
+    ids, weights = batch.ids[:, : shape.topk] % 5, batch.weights[:, : shape.topk]
+    return Batch(batch.hidden[:, : shape.hidden], ids, weights)
+
+
 def two_hosts(group: EPGroup, batch: Batch) -> list[Tensor]:
     """Ranks 0 and 1 share memory, 2 and 3 do, and between the two go messages."""
-    mine = batch.part(split(len(batch.hidden), group.size)[group.rank])
-    symmetric.host_key, kept = (lambda: f"host{group.rank // 2}"), symmetric.host_key
+    found, kept = [], symmetric.host_key
+    symmetric.host_key = lambda: f"host{group.rank // 2}"
     try:
         fresh = EPGroup.of(torch.distributed.group.WORLD, deadline_s=60.0)
-        layers = [make_layer(shape, fresh, combine_format="mxfp8", waves=2) for shape in (SHAPE, BIASED)]
-        return [layer(hidden_of(layer, mine.hidden), mine.ids[:, : layer.shape.topk] % 5, mine.weights[:, : layer.shape.topk]) for layer in layers]
+        for shape in (SHAPE, BIASED):
+            mine = narrowed(batch, shape).part(split(len(batch.hidden), group.size)[group.rank])
+            layer = make_layer(shape, fresh, combine_format="mxfp8", waves=2)
+            found.append(layer(mine.hidden, mine.ids, mine.weights))
     finally:
         symmetric.host_key = kept
-
-
-def hidden_of(layer: MegaMoE, hidden: Tensor) -> Tensor:
-    return hidden[:, : layer.shape.hidden]
+    return found
 
 
 def test_over_memory_and_messages_and_with_biases_the_bits_are_the_oracles(ranks: LocalRanks) -> None:
     batch = make_batch(SHAPE, TOKENS)
     outputs = ranks.run(two_hosts, batch, size=4)
     for number, shape in enumerate((SHAPE, BIASED)):
-        narrow = Batch(batch.hidden[:, : shape.hidden], batch.ids[:, : shape.topk] % 5, batch.weights[:, : shape.topk])
-        expected = oracle(shape, narrow, "mxfp4", "mxfp8", "mxfp8")
+        expected = oracle(shape, narrowed(batch, shape), "mxfp4", "mxfp8", "mxfp8")
         assert torch.equal(torch.cat([output[number] for output in outputs]), expected)
 
 
@@ -189,7 +193,7 @@ def test_a_result_has_the_bytes_of_its_values_and_its_scales() -> None:
 
 def test_sizes_that_are_no_blocks_are_refused() -> None:
     odd = MoEShape(48, 32, 4, 2)
-    with pytest.raises(ValueError, match="hidden 48 is not a multiple of 32.*combine_format=\"bf16\" takes any size"):
+    with pytest.raises(ValueError, match=r'hidden 48 is not a multiple of 32.*combine_format="bf16" takes any size'):
         MegaMoE(odd, weight_format="bf16", dispatch_format="bf16", combine_format="mxfp8")
     with pytest.raises(ValueError, match="combine_format must be one of bf16, mxfp8, got 'auto'"):
         MegaMoE(replace(odd, hidden=64), combine_format="auto")
@@ -206,5 +210,3 @@ def differ(group: EPGroup) -> str:
 def test_ranks_that_combine_differently_are_told(ranks: LocalRanks) -> None:
     for said in ranks.run(differ, size=3):
         assert "combine_format is bf16 on rank 0, mxfp8 on ranks 1, 2" in said
-
-

@@ -125,7 +125,8 @@ def test_output_is_the_oracles_for_any_ep_size(
         for waves in WAVES:
             assert close(torch.cat([output[weights, wire, str(waves)] for output in outputs]), expected)
         rounded = torch.cat([output[weights, wire, "mxfp8"] for output in outputs])
-        assert relative_error(rounded, oracle(SHAPE, batch, weights, wire, "mxfp8")) < 3e-3  # sums at a tie go either way
+        # a sum beside a tie of E4M3 may go either way
+        assert relative_error(rounded, oracle(SHAPE, batch, weights, wire, "mxfp8")) < 3e-3
 
 
 ROUTINGS = {

@@ -82,6 +82,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def test_every_row_is_listed_once_under_its_token(num_tokens: int, num_rows: int) -> None:
     index = draw_index(num_rows, -1, num_tokens)
     filling = Filling.of(index, num_tokens)
+    assert filling.starts is not None
     starts, rows = filling.starts.tolist(), filling.rows.tolist()
     assert len(starts) == num_tokens + 2
     assert sorted(rows) == list(range(num_rows))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -141,14 +142,21 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, int]) -> 
         raise ValueError(f"{name} must have shape [{expected[0]}, {expected[1]}], got {list(tensor.shape)}")
 
 
+def check_wire(dispatch_format: str, combine_format: str) -> None:
+    """ValueError for formats in which nothing travels."""
+    _check_known("dispatch_format", dispatch_format, DISPATCH_FORMATS)
+    _check_known("combine_format", combine_format, COMBINE_FORMATS)
+
+
+def _check_known(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in (names := tuple(known)):
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+
+
 def check_formats(shape: MoEShape, weight_format: str, dispatch_format: str, combine_format: str) -> None:
-    for name, value, known in (
-        ("weight_format", weight_format, WEIGHT_FORMATS),
-        ("dispatch_format", dispatch_format, DISPATCH_FORMATS),
-        ("combine_format", combine_format, COMBINE_FORMATS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    """ValueError for formats that there are not, and for sizes that theirs cannot hold."""
+    _check_known("weight_format", weight_format, WEIGHT_FORMATS)
+    check_wire(dispatch_format, combine_format)
     packed = WEIGHT_FORMATS[weight_format].block > 1
     blocked = {"hidden": packed or "mxfp8" in (dispatch_format, combine_format), "intermediate": packed}
     for name, needed in blocked.items():

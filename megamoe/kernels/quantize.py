@@ -1,6 +1,7 @@
 """Rows to the wire: BF16 to E4M3 with one UE8M0 scale per 32, each token to all rows that it fills, read once.
 
-Results of experts go home by it likewise, each to its one row. Or to what the experts read, where nothing travels and the chip multiplies BF16: rounded alike, and widened (`layout`).
+Results of experts go home by it likewise, each to its one row. Or to what the experts read, where nothing travels and
+the chip multiplies BF16: rounded alike, and widened (`layout`).
 """
 
 # T tokens   H hidden   R rows   n rows that are filled   G = H / 32 blocks of a row

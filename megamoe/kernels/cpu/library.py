@@ -96,7 +96,7 @@ class Library:
         )
 
     def quantize(self, x: Tensor, out: MXFP8, goes: Tensor | None = None) -> None:
-        """x [n, K] bfloat16 rounded to MXFP8 [., K], row r into row goes[r], goes [n] int64, by default into its own."""
+        """x [n, K] bfloat16 rounded to MXFP8 [., K]; row r to row goes[r], goes [n] int64, by default to its own."""
         codes, scales = out.values, out.scales
         assert x.dtype == torch.bfloat16
         assert x.stride(1) == codes.stride(1) == scales.stride(1) == 1
