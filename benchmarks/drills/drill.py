@@ -132,7 +132,7 @@ def call_until_it_ends(group: EPGroup, plan: Plan, folder: Path) -> Ending | Non
 
 def _at_step(layer: MegaMoE, plan: Plan, folder: Path, blow: Callable[[], None]) -> None:
     """Has the layer's experts strike their own rank at the step of the plan."""
-    experts, lane, steps = layer.experts, plan.lane, iter(range(plan.step + 1))
+    experts, lane, steps = layer.experts, plan.lane, count()
     works: Callable[..., Any] = getattr(experts, lane)
 
     def work(*args: Any) -> Any:

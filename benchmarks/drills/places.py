@@ -2,8 +2,8 @@
 
 What strikes a rank from outside, and what must not be left when all ranks are gone, is the place's. One host has no
 link that could be cut or slowed. There "cut" is a rank whose rows and pages still arrive and whose signals do not: its
-peers wait for words that are never set, while its process and its heartbeat are well. "slow" is a rank that gets a
-fiftieth of its time.
+peers wait for words that are never set, while its process and its heartbeat are well. "slow" is a rank that is stopped
+for all but a five-hundredth of the time, which ends no call within a deadline of 2 s or less.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.host import HostTransport
 
 LINK, SLOW_LINK = "1gbit", "10mbit"
-_STOPPED_S, _RUNS_S = 0.245, 0.005
+_STOPPED_S, _RUNS_S = 0.499, 0.001
 _SHM = Path("/dev/shm")
 
 Blow = Callable[[], AbstractContextManager[object]]
@@ -146,7 +146,7 @@ def on_host(ranks: int) -> Iterator[HostPlace]:
 
 @contextmanager
 def starved(pid: int) -> Iterator[None]:
-    """A process that is stopped for 49 fiftieths of the time, for as long as the block runs."""
+    """A process that is stopped for all but a five-hundredth of the time, for as long as the block runs."""
     over = threading.Event()
 
     def starve() -> None:
