@@ -134,8 +134,8 @@ class HostPlace:
         return ", ".join(f"{what} {which}" for what, which in found.items() if which)
 
     def _is_ours(self, name: str) -> bool:
-        """Other programs of the machine make files too; ours are called so, or have a rank's process id in them."""
-        return "megamoe-drill" in name or bool({int(each) for each in re.findall(r"\d+", name)} & self._pids)
+        """Other programs of the machine make files too; what a rank leaves has its process id in its name."""
+        return bool({int(each) for each in re.findall(r"\d+", name)} & self._pids)
 
 
 @contextmanager
