@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel import symmetric
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.host import HostTransport
-from tests.test_drills import family
 from tests.test_shared_memory import is_right, outputs
 
 pytestmark = pytest.mark.skipif(not symmetric.available(), reason="ranks share memory on Linux and x86-64")
@@ -45,104 +43,42 @@ def plan_of(fault: str) -> Plan:
     return replace(Plan.draw(fault, random.Random(fault), deadline_s=1.5, place="host"), ranks=3, victim=1)
 
 
-@contextmanager
-def three() -> Iterator[list[SpawnHandle]]:
-    with SpawnPool(3, deadline_s=60.0, threads=1) as pool, ThreadPoolExecutor(3) as openers:
-        yield list(openers.map(lambda number: pool.open(number, 60.0), range(3)))
+class Field:
+    """Three ranks for one drill after another."""
+
+    def __init__(self, pool: SpawnPool, place: HostPlace) -> None:
+        self._pool, self.place = pool, place
+        with ThreadPoolExecutor(3) as openers:
+            self.handles = list(openers.map(self._open, range(3)))
+
+    def _open(self, number: int) -> SpawnHandle:
+        return self._pool.open(number, 60.0)
+
+    def bring_back(self, victim: int) -> None:
+        """A rank that was stopped goes on, one that was killed is started anew."""
+        handle = self.handles[victim]
+        if handle.alive:
+            os.kill(handle.pid, signal.SIGCONT)
+        else:
+            self.handles[victim] = self._open(victim)
 
 
 @pytest.fixture(scope="module")
-def field() -> Iterator[tuple[HostPlace, list[SpawnHandle]]]:
-    """Three ranks for one drill after another; nothing of them is left."""
-    before = family()
+def field() -> Iterator[Field]:
+    """Nothing is left of the ranks, which the last drill kills all together."""
     with on_host(3) as place:
-        with three() as handles:
-            yield place, handles
+        with SpawnPool(3, deadline_s=60.0, threads=1) as pool:
+            yield Field(pool, place)
         assert not place.left()
-    assert family() <= before
 
 
-# the one that is stopped does not come back, and the last drill leaves nobody
-ORDER = [fault for fault in FAULTS if fault not in ("stop", "kill")] + ["stop"]
-
-
-@pytest.mark.parametrize("fault", ORDER)
-def test_every_survivor_names_the_rank_that_was_struck(field: tuple[HostPlace, list[SpawnHandle]], fault: str) -> None:
-    place, handles = field
+@pytest.mark.parametrize("fault", [*FAULTS, GROUP])
+def test_every_survivor_names_the_rank_that_was_struck(field: Field, fault: str) -> None:
     plan = plan_of(fault)
-    found = judge(plan, *play(plan, place, handles), left="")
+    found = judge(plan, *play(plan, field.place, field.handles), left="")
     assert found.held, json.dumps(asdict(found), indent=1)
-
-
-@pytest.mark.parametrize("fault", ["kill", GROUP])
-def test_nothing_is_left_where_one_was_killed_or_all_were(fault: str) -> None:
-    before, plan = family(), plan_of(fault)
-    with on_host(3) as place:
-        with three() as handles:
-            struck, endings = play(plan, place, handles)
-        found = judge(plan, struck, endings, place.left())
-    assert found.held, json.dumps(asdict(found), indent=1)
-    assert family() <= before
-
-
-STARTS = """
-import sys, time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from benchmarks.drills.drill import Plan, call_until_it_ends
-from megamoe.launch.cluster.spawn import SpawnPool
-from megamoe.launch.cluster.worker import Rendezvous
-
-if __name__ == "__main__":
-    folder, pool = Path(sys.argv[1]), SpawnPool(2, threads=1)
-    with ThreadPoolExecutor(2) as openers:
-        handles = list(openers.map(lambda number: pool.open(number, 60.0), range(2)))
-    address, port = handles[0].call("open_store").result(60)
-    for joined in [h.call("join", Rendezvous(address, port, 1, rank, 2)) for rank, h in enumerate(handles)]:
-        joined.result(60)
-    plan = Plan("group", 2, 0, 0, "linear1", 0.0, 60.0, "host")
-    for handle in handles:
-        handle.call("run", call_until_it_ends, plan, folder)
-    while len(list(folder.glob("rank-*"))) < 2:
-        time.sleep(0.01)
-    print(*(handle.pid for handle in handles), flush=True)
-    time.sleep(60)
-"""
-
-
-def test_ranks_end_and_leave_nothing_when_who_started_them_is_killed(tmp_path: Path) -> None:
-    script = tmp_path / "starts.py"
-    script.write_text(STARTS)
-    place = HostPlace()
-    root = Path(__file__).parents[1]
-    with subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    ) as starter:
-        assert starter.stdout is not None
-        pids = [int(pid) for pid in starter.stdout.readline().split()]
-        assert len(pids) == 2
-        place.look(pids)
-        held = [os.pidfd_open(pid) for pid in pids]
-        for pid in (starter.pid, *pids):
-            os.kill(pid, signal.SIGKILL)
-    for pidfd in held:
-        assert_ended(pidfd)
-    assert not place.left()
-
-
-def assert_ended(pidfd: int) -> None:
-    """Waits for a process that is not this one's child."""
-    import select
-
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    try:
-        assert poll.poll(20_000), "a rank is there still"
-    finally:
-        os.close(pidfd)
+    if fault != GROUP:
+        field.bring_back(plan.victim)
 
 
 # ---- what is left is found ----
@@ -219,15 +155,16 @@ def test_where_no_memory_is_granted_rows_go_through_sockets_and_a_line_says_so(r
 
 
 SMALL_SHM = """
-import os
-import torch.multiprocessing as mp, torch.distributed as dist, torch, sys
-from megamoe.parallel.group import EPGroup
+import os, subprocess, sys
+import torch
+import torch.distributed as dist
 from benchmarks.drills.places import near
-from tests.cases import make_batch, make_layer, oracle, split
+from megamoe.parallel.group import EPGroup
 from megamoe.shape import MoEShape
+from tests.cases import make_batch, make_layer, split
 
 SHAPE = MoEShape(512, 64, 8, 4)
-TOKENS = 24000  # 48 MB of results on each of two ranks, and as much of tokens
+TOKENS = 24000
 
 def work(rank, place):
     torch.set_num_threads(1)
@@ -236,40 +173,39 @@ def work(rank, place):
     layer = make_layer(SHAPE, group, weight_format="bf16", dispatch_format="bf16")
     batch = make_batch(SHAPE, TOKENS).part(split(TOKENS, 2)[rank])
     layer(batch.hidden, batch.ids, batch.weights)
-    assert near(group) == 1
-    print("shared", layer.last_call.bytes_sent, flush=True)
-    dist.destroy_process_group()
+    print("shared", near(group), layer.last_call.bytes_sent, flush=True)
+    os._exit(0)
 
-if __name__ == "__main__":
+for number, options in enumerate(("size=64m", "ro,size=4k")):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", "/dev/shm"], check=True)
     room = os.statvfs("/dev/shm")
     print("room", room.f_frsize * room.f_blocks, flush=True)
-    mp.spawn(work, (sys.argv[1],), nprocs=2)
+    ranks = [os.fork() or work(rank, f"{sys.argv[1]}-{number}") for rank in range(2)]
+    for pid in ranks:
+        assert os.waitpid(pid, 0)[1] == 0, options
 """
 
 
-@pytest.mark.parametrize("size", ["64m", "none"])
-def test_shared_memory_needs_no_room_of_dev_shm(tmp_path: Path, size: str) -> None:
-    """In a mount namespace of its own, where /dev/shm has 64 MB as in a container, or is read-only and empty."""
+def test_shared_memory_needs_no_room_in_dev_shm(tmp_path: Path) -> None:
+    """In a mount namespace of its own, where /dev/shm has 64 MB as in a container, then is read-only and empty."""
     script = tmp_path / "small_shm.py"
     script.write_text(SMALL_SHM)
-    options = "size=64m" if size == "64m" else "ro,size=4k"
-    command = f"mount -t tmpfs -o {options} tmpfs /dev/shm && exec {sys.executable} {script} {tmp_path / 'store'}"
-    root = Path(__file__).parents[1]
     try:
         subprocess.run(["unshare", "--mount", "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no mount namespace of one's own here")
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", command],
-        env={**os.environ, "PYTHONPATH": str(root)},
+        ["unshare", "--mount", sys.executable, str(script), str(tmp_path / "store")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    room = next(int(value) for name, value in lines if name == "room")
-    sent = [int(value) for name, value in lines if name == "shared"]
-    assert room <= 64 << 20
-    assert len(sent) == 2
-    assert sum(sent) > room
+    assert [name for name, *_ in lines] == ["room", "shared", "shared"] * 2
+    for begin in (0, 3):
+        (_, room), *ranks = lines[begin : begin + 3]
+        assert int(room) <= 64 << 20
+        assert [near for _, near, _ in ranks] == ["1", "1"]
+        assert sum(int(sent) for *_, sent in ranks) > int(room)

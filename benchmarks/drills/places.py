@@ -126,7 +126,7 @@ class HostPlace:
     def left(self) -> str:
         """Processes, segments that anyone still maps, sockets, and files in /dev/shm and for temporary use."""
         found = {
-            "processes": sorted(pid for pid in self._pids if Path(f"/proc/{pid}").exists()),
+            "processes": sorted(filter(_runs, self._pids)),
             "segments": sorted(self._segments & set().union(*map(segments_of, _all_processes()))),
             "sockets": sorted(self._sockets & _open_sockets()),
             "files": sorted(name for name in _listed() - self._files if self._is_ours(name)),
@@ -180,6 +180,14 @@ def lose_signals(group: EPGroup) -> None:
     for peer in transport.host.near:
         segment = transport.host.memory.peers[peer]
         segment.set = lambda word, value: None  # type: ignore[method-assign]  # noqa: ARG005
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there that holds anything: one that has ended may wait for its parent to ask after it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def segments_of(pid: int) -> set[str]:
