@@ -57,13 +57,14 @@ def test_the_error_is_the_stated_one(weights: str) -> None:
     assert 0.02 < error < 0.03
 
 
-def test_a_value_is_off_by_a_sixteenth_or_by_two_millionths_of_its_block_at_most() -> None:
+def test_a_value_is_off_by_a_seventeenth_or_by_four_millionths_of_its_block_at_most() -> None:
     rng = torch.Generator().manual_seed(5)
     values = (torch.randn(400, 32, generator=rng) * torch.randint(-14, 8, (400, 32), generator=rng).exp2()).bfloat16()
     off = (round_mxfp8(values).double() - values.double()).abs()
     most = values.double().abs().amax(-1, keepdim=True).clamp_min(1e-4)
-    assert bool((off <= torch.maximum(values.double().abs() / 16, most * 2.0**-17.8)).all())
-    assert bool((off > values.double().abs() / 17).any())
+    assert bool((off <= torch.maximum(values.double().abs() / 17, most * 2.0**-17.8)).all())
+    large = values.double().abs() > most / 1000
+    assert bool((off > values.double().abs() / 17.5)[large].any())
 
 
 # ---- any ranks ----
