@@ -37,6 +37,7 @@ GROUP = "group"  # all ranks are killed at once: there is nobody left to name an
 GONE = ("kill", "stop", GROUP)  # of these a victim says nothing
 CALLS = 2  # whole calls before a rank may be struck
 AFTER_S, AFTER_KILL_S = 2.0, 3.0
+_START_S = 180.0  # that a process may take until it answers, on a machine that is busy
 
 
 class DrillError(Exception):
@@ -185,7 +186,7 @@ class Field:
             self.handles = list(openers.map(self._open, range(size)))
 
     def _open(self, number: int) -> SpawnHandle:
-        return self._pool.open(number, 60.0)
+        return self._pool.open(number, _START_S)
 
     def drill(self, plan: Plan) -> Drill:
         """Of the first ranks; what is left is known only where all were killed, and once the pool is closed."""
@@ -217,7 +218,7 @@ def drill(plan: Plan) -> Drill:
         handles = SpawnPool(plan.ranks, deadline_s=60.0, threads=1, hosts=place.hosts)
         try:
             with ThreadPoolExecutor(plan.ranks) as openers:
-                opened = list(openers.map(lambda number: handles.open(number, 60.0), range(plan.ranks)))
+                opened = list(openers.map(lambda number: handles.open(number, _START_S), range(plan.ranks)))
             struck, endings = play(plan, place, opened)
         finally:
             handles.close()
