@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from time import perf_counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,12 +29,15 @@ from megamoe.execution.checks import (
 )
 from megamoe.execution.experts import Experts, Weight
 from megamoe.execution.pipeline import Call, CallRecord, Parts
+from megamoe.execution.small_call import Input, SmallCalls, library_of
 from megamoe.execution.stacks import load_stacks, shortened
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
-from megamoe.parallel.recorder import Notes
-from megamoe.parallel.streams import on_device
-from megamoe.routing.agreement import Part, Terms, agree, exact
+from megamoe.parallel.recorder import Notes, now_ns
+from megamoe.parallel.streams import Stopwatch, on_device
+from megamoe.parallel.symmetric import Place
+from megamoe.parallel.transport.host import HostTransport
+from megamoe.routing.agreement import Agreement, Page, Part, SmallAgreement, Terms, agree, exact
 from megamoe.routing.messages import Messages, count_rows
 from megamoe.routing.permutation import route_rows
 from megamoe.routing.segments import to_host
@@ -121,7 +126,10 @@ class MegaMoE(nn.Module):
         )
         self.last_call = CallRecord()
         self._num_calls = 0
-        self.group.turns.number(self, self.name)  # layers of one name are told apart by the order in which they came
+        self._number = self.group.turns.number(self, self.name)  # layers of one name are told apart by their order
+        self._page = Page(self._terms(self._number), self.group.host)
+        library = library_of(self.experts, self.waves, self.combine_format)
+        self._small = None if library is None else SmallCalls(self.name, self.group, self.experts, library)
         self._alone = None
         if self.experts.grouped and self.group.size == 1:
             self._alone = import_module("megamoe.execution.backends.triton_alone").Alone(self.experts)
@@ -210,23 +218,37 @@ class MegaMoE(nn.Module):
                 return self._compute(hidden, topk_ids, topk_weights, complaint)
 
     def _compute(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None) -> Tensor:
-        """The call, wave by wave."""
+        """The call: in one step where all ranks bring few tokens to memory that they share, else wave by wave."""
         record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
         unbroken = self.group.unbroken(self.name, self._num_calls + 1)
         with notes.lane("call"), unbroken, record.timing("total_s"):
-            call = self._open(hidden, topk_ids, topk_weights, complaint, record, notes)
-            for wave in range(LOOKAHEAD):
-                call.dispatch(wave)
-            for step in call.steps:
-                if step.arrived:
-                    call.dispatch(step.wave + LOOKAHEAD)
-                call.compute(step)
-                if step.arrived:
-                    call.combine(step.wave)
-            out = call.reduce()
+            given = hidden, topk_ids, topk_weights
+            if complaint is None:
+                hidden = hidden.to(torch.bfloat16).contiguous()
+                given = hidden, topk_ids.contiguous(), topk_weights.contiguous()
+            begun_ns = now_ns()
+            agreed = self._agree(given, complaint, record)
+            if isinstance(agreed, SmallAgreement):
+                assert self._small is not None
+                out = self._small.compute(hidden, agreed, begun_ns, notes, record)
+                stopwatch = None
+            else:
+                out, stopwatch = self._in_waves(self._open(given, agreed, record, notes))
         self.last_call = record
-        self.tuner.note(record, call.stopwatch)
+        self.tuner.note(record, stopwatch)
         return out
+
+    @staticmethod
+    def _in_waves(call: Call) -> tuple[Tensor, Stopwatch | None]:
+        for wave in range(LOOKAHEAD):
+            call.dispatch(wave)
+        for step in call.steps:
+            if step.arrived:
+                call.dispatch(step.wave + LOOKAHEAD)
+            call.compute(step)
+            if step.arrived:
+                call.combine(step.wave)
+        return call.reduce(), call.stopwatch
 
     def _compute_alone(
         self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None
@@ -242,50 +264,65 @@ class MegaMoE(nn.Module):
             out: Tensor = self._alone.compute(hidden, topk_ids, topk_weights, self.group.workspace, rounds=rounds)
         return out
 
-    def _open(
-        self,
-        hidden: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        complaint: ValueError | None,
-        record: CallRecord,
-        notes: Notes,
-    ) -> Call:
-        """Agrees with all ranks on the call, before any row moves, and lays out this rank's part of it."""
-        tokens, counts, firsts = 0, *torch.zeros(2, self.shape.num_experts, dtype=torch.int64)
-        if complaint is None:
-            counts, firsts, complaint = self._count(topk_ids, topk_weights)
-            tokens = 0 if complaint else len(hidden)
+    def _agree(self, given: Input, complaint: ValueError | None, record: CallRecord) -> Agreement | SmallAgreement:
+        """Agrees with all ranks on the call, before any row moves but those that lie behind a page."""
         self._num_calls += 1
         self.tuner.learn()
+        begun, transport = perf_counter(), self.group.transport
+        place = transport.place(self._page.label) if isinstance(transport, HostTransport) else None
+        placed = perf_counter()
+        part, complaint = self._part(given, complaint, place)
+        packed = perf_counter()
+        agreed = agree(self.group, self._current_page(), self._num_calls, part, complaint, place)
+        record.compute_s += packed - placed
+        record.counts_s += placed - begun + perf_counter() - packed
+        return agreed
+
+    def _part(self, given: Input, complaint: ValueError | None, place: Place | None) -> tuple[Part, ValueError | None]:
+        """What this rank brings, which few tokens are among, and what is wrong with the values of its routing."""
+        row_s, small = self.tuner.row_s, self._small
+        if complaint is None and small is not None and (place is not None or self.group.transport is None):
+            wire = self.tuner.known_wire()
+            if wire is not None and len(given[0]) <= small.most_tokens(wire):
+                part = small.bring(given, wire, place, row_s)
+                if part is not None:
+                    return part, None
+        counts = np.zeros((2, self.shape.num_experts), np.int32)
+        num_tokens = 0
+        if complaint is None:
+            found, complaint = self._count(*given[1:])
+            if complaint is None:
+                num_tokens, counts = len(given[0]), found.to(torch.int32).numpy()
+        return Part(num_tokens, counts, row_s), complaint
+
+    def _open(self, given: Input, agreed: Agreement, record: CallRecord, notes: Notes) -> Call:
+        """Lays out this rank's part of a call by waves."""
+        hidden, topk_ids, topk_weights = given
         with record.timing("counts_s"):
-            agreed = agree(self.group, self._terms(), Part(tokens, counts, firsts, self.tuner.row_s), complaint)
             choice = self.tuner.choose(agreed)
         with record.timing("compute_s"):
             plan = plan_waves(self.placement, choice.waves)
             messages = Messages.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts)
             workspace = self.group.workspace
-            num_rows = int(counts.numpy().sum())
+            num_rows = int(agreed.counts[self.group.rank].numpy().sum())
             route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace)
-            hidden = hidden.to(torch.bfloat16).contiguous()
         parts = Parts(self.name, self.group, self.experts, choice.wire, plan, messages, choice.cost_model, notes)
         return Call(parts, route, agreed.counts, hidden, record)
 
-    def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, ValueError | None]:
-        """Rows for each expert and unique tokens, [E] int64 on the CPU, and what is wrong with the values.
+    def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, ValueError | None]:
+        """Rows for each expert and unique tokens, [2, E] int64 on the CPU, and what is wrong with the values.
 
         A device is waited for once, for all of it.
         """
         counts = count_rows(topk_ids, self.placement)
         wrong = any_wrong(self.shape, topk_ids, topk_weights)
         found = to_host(torch.cat((counts.flatten(), wrong)), self.group.workspace, "counts")
-        pairs, firsts = found[:-1].view(2, -1)
         try:
             if found[-1]:
                 check_values(self.shape, topk_ids, topk_weights)
         except ValueError as complaint:
-            return pairs, firsts, complaint
-        return pairs, firsts, None
+            return found[:-1].view(2, -1), complaint
+        return found[:-1].view(2, -1), None
 
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
         try:
@@ -302,11 +339,17 @@ class MegaMoE(nn.Module):
             return complaint
         return None
 
-    def _terms(self) -> Terms:
+    def _current_page(self) -> Page:
+        """What this rank says of the layer, made anew where layers of its name have gone."""
+        number = self.group.turns.number(self, self.name)
+        if number != self._number:
+            self._number, self._page = number, Page(self._terms(number), self.group.host)
+        return self._page
+
+    def _terms(self, number: int) -> Terms:
         return Terms(
             layer=self.name,
-            number=self.group.turns.number(self, self.name),
-            call=self._num_calls,
+            number=number,
             hidden=self.shape.hidden,
             intermediate=self.shape.intermediate,
             num_experts=self.shape.num_experts,

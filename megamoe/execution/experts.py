@@ -339,6 +339,10 @@ class Experts(nn.Module):
         sizes = held.matrix.outputs, held.matrix.inputs
         return Prepacked(values, held.stacks[SCALES], *sizes, small_scales=largest <= LARGEST_SMALL_SCALE)
 
+    def held(self, name: str) -> Held:
+        """gate_up or down of all experts of this rank."""
+        return Held(self.matrices[name], self._stacks[name])
+
     def _held(self, name: str, experts: range) -> Held:
         part = slice(experts.start - self.ids.start, experts.stop - self.ids.start)
         return Held(self.matrices[name], {key: stack[part] for key, stack in self._stacks[name].items()})
