@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from importlib import import_module
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,6 +47,14 @@ from megamoe.shape import MoEShape
 
 if TYPE_CHECKING:
     from megamoe.catalog import Machine
+
+
+@dataclass(slots=True)
+class _Calls:
+    """A layer's calls in its group: how many, and the latest. Apart, since a module is slow to be written to."""
+
+    number: int = 0
+    last: CallRecord = field(default_factory=CallRecord)
 
 
 class MegaMoE(nn.Module):
@@ -124,8 +132,7 @@ class MegaMoE(nn.Module):
             overlap=self.overlap,
             machine=self.machine,
         )
-        self.last_call = CallRecord()
-        self._num_calls = 0
+        self._calls = _Calls()
         self._number = self.group.turns.number(self, self.name)  # layers of one name are told apart by their order
         self._page = Page(self._terms(self._number), self.group.host)
         library = library_of(self.experts, self.waves, self.combine_format)
@@ -150,6 +157,11 @@ class MegaMoE(nn.Module):
             self.group, self.placement = new, placement
             self._begin()
         return self.experts.missing
+
+    @property
+    def last_call(self) -> CallRecord:
+        """What the latest call did on this rank."""
+        return self._calls.last
 
     @property
     def local_experts(self) -> range:
@@ -189,15 +201,9 @@ class MegaMoE(nn.Module):
         with self._turn(), undisturbed(self.device):
             load_stacks(self.experts, self.shape.num_experts, gate_up, down, gate_up_bias, down_bias)
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _turn(self) -> _Turn:
         """The group's turn, of the group that this layer is in once it has it."""
-        while True:
-            group = self.group
-            with group.turn(self.name, self.device):
-                if group is self.group:
-                    yield
-                    return
+        return _Turn(self)
 
     @eager
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -219,14 +225,15 @@ class MegaMoE(nn.Module):
 
     def _compute(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None) -> Tensor:
         """The call: in one step where all ranks bring few tokens to memory that they share, else wave by wave."""
-        record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
-        unbroken = self.group.unbroken(self.name, self._num_calls + 1)
-        with notes.lane("call"), unbroken, record.timing("total_s"):
+        calls, group = self._calls, self.group
+        record, notes = CallRecord(), group.notes(self.name, calls.number + 1)
+        unbroken = group.unbroken(self.name, calls.number + 1)
+        with notes.lane("call"), unbroken:
+            begun_ns = now_ns()
             given = hidden, topk_ids, topk_weights
             if complaint is None:
                 hidden = hidden.to(torch.bfloat16).contiguous()
                 given = hidden, topk_ids.contiguous(), topk_weights.contiguous()
-            begun_ns = now_ns()
             agreed = self._agree(given, complaint, record)
             if isinstance(agreed, SmallAgreement):
                 assert self._small is not None
@@ -234,7 +241,8 @@ class MegaMoE(nn.Module):
                 stopwatch = None
             else:
                 out, stopwatch = self._in_waves(self._open(given, agreed, record, notes))
-        self.last_call = record
+            record.total_s = (now_ns() - begun_ns) / 1e9
+        self._calls.last = record
         self.tuner.note(record, stopwatch)
         return out
 
@@ -257,8 +265,8 @@ class MegaMoE(nn.Module):
         assert self._alone is not None
         if complaint is not None:
             raise complaint
-        self._num_calls += 1
-        self.last_call = CallRecord(tokens=len(hidden), waves=1)
+        self._calls.number += 1
+        self._calls.last = CallRecord(tokens=len(hidden), waves=1)
         hidden, rounds = hidden.to(torch.bfloat16).contiguous(), self.tuner.choose_format() == "mxfp8"
         with self.last_call.timing("total_s"):
             out: Tensor = self._alone.compute(hidden, topk_ids, topk_weights, self.group.workspace, rounds=rounds)
@@ -266,14 +274,14 @@ class MegaMoE(nn.Module):
 
     def _agree(self, given: Input, complaint: ValueError | None, record: CallRecord) -> Agreement | SmallAgreement:
         """Agrees with all ranks on the call, before any row moves but those that lie behind a page."""
-        self._num_calls += 1
+        self._calls.number += 1
         self.tuner.learn()
         begun, transport = perf_counter(), self.group.transport
         place = transport.place(self._page.label) if isinstance(transport, HostTransport) else None
         placed = perf_counter()
         part, complaint = self._part(given, complaint, place)
         packed = perf_counter()
-        agreed = agree(self.group, self._current_page(), self._num_calls, part, complaint, place)
+        agreed = agree(self.group, self._current_page(), self._calls.number, part, complaint, place)
         record.compute_s += packed - placed
         record.counts_s += placed - begun + perf_counter() - packed
         return agreed
@@ -283,8 +291,8 @@ class MegaMoE(nn.Module):
         row_s, small = self.tuner.row_s, self._small
         if complaint is None and small is not None and (place is not None or self.group.transport is None):
             wire = self.tuner.known_wire()
-            if wire is not None and len(given[0]) <= small.most_tokens(wire):
-                part = small.bring(given, wire, place, row_s)
+            if wire is not None and small.takes(len(given[0]), wire):
+                part = small.bring(given, place, row_s)
                 if part is not None:
                     return part, None
         counts = np.zeros((2, self.shape.num_experts), np.int32)
@@ -332,7 +340,7 @@ class MegaMoE(nn.Module):
             check_input(self.shape, self.device, hidden, topk_ids, topk_weights)
             if self._alone is not None:
                 self._alone.refuse(self.name)
-            if self.experts.missing:
+            if not self.experts.whole:
                 missing = shortened(self.experts.missing)
                 raise ValueError(f"layer {self.name!r} has no weights for experts {missing}: load them first")
         except ValueError as complaint:
@@ -374,3 +382,27 @@ class MegaMoE(nn.Module):
             f"activation={str(self.shape.activation)!r}, bias={self.shape.bias}, "
             f"weights={self.weight_format}, dispatch={self.dispatch_format}, waves={self.waves}"
         )
+
+
+class _Turn:
+    """The turn of the group that a layer is in once it has it."""
+
+    def __init__(self, layer: MegaMoE) -> None:
+        self._layer = layer
+
+    def __enter__(self) -> None:
+        while True:
+            group = self._layer.group
+            turn = group.turn(self._layer.name, self._layer.device)
+            try:
+                turn.__enter__()
+                if group is self._layer.group:
+                    self._turn: AbstractContextManager[None] = turn
+                    return
+            except BaseException:  # Ctrl-C, which may come when the turn has been taken
+                turn.__exit__(None, None, None)
+                raise
+            turn.__exit__(None, None, None)
+
+    def __exit__(self, *raised: Any) -> None:
+        self._turn.__exit__(*raised)

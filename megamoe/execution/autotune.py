@@ -124,6 +124,8 @@ class Tuner:
 
     def known_wire(self) -> Wire | None:
         """The wire of a call, where nothing has to be measured for it, on all ranks alike."""
+        if self._wire is not None:
+            return self._wire
         if self.dispatch_format is None and not self._experts.packed and self._group.transport is not None:
             return None
         return self._wire_of(self.choose_format())

@@ -229,6 +229,11 @@ class Experts(nn.Module):
         return self.products.decode_rows if decodes else self.products.read_rows
 
     @property
+    def whole(self) -> bool:
+        """Whether no expert is missing."""
+        return all(self._loaded)
+
+    @property
     def missing(self) -> list[int]:
         """Global ids of experts without weights yet."""
         return [expert for expert, loaded in zip(self.ids, self._loaded, strict=True) if not loaded]

@@ -221,12 +221,12 @@ class Library:
         )
         return unique, places
 
-    def few_tokens(self, step: str, call: ctypes.Structure) -> object:
+    def few_tokens(self, step: str, call: int) -> object:
         """A step of a call of few tokens, see execution/small_call.py: "bring", "route", "compute" or "reduce".
 
-        call: megamoe_few of routing.cpp. "bring" returns whether ids and weights are right.
+        call: address of megamoe_few of routing.cpp. "bring" returns whether ids and weights are right.
         """
-        return self._functions[f"few_{step}"](ctypes.addressof(call))
+        return self._functions[f"few_{step}"](call)
 
     def read(self, stack: Tensor) -> None:
         """Reads a tensor's memory on one core and does nothing else: what benchmarks hold products against."""
