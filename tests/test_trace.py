@@ -117,8 +117,7 @@ def stalls(group: EPGroup) -> str:
     batch, layer = make_batch(SHAPE, 50), make_layer(SHAPE, EPGroup.of(dist.group.WORLD, deadline_s=1.5))
     if group.rank == 1:
         layer = make_layer(SHAPE, EPGroup.of(dist.group.WORLD, deadline_s=30))
-        monkey(layer, lambda: time.sleep(3))
-        with pytest.raises(RuntimeError):
+        with monkey(layer, lambda: time.sleep(3)), pytest.raises(RuntimeError):
             layer(batch.hidden, batch.ids, batch.weights)
         return ""
     with record(layer.group), pytest.raises(PeerError) as lost:

@@ -139,7 +139,7 @@ class SmallCalls:
         notes.work(_STAGES[0], 0)
         computed_ns = now_ns()
         if num_rows:
-            library.few_tokens("compute", self._address)
+            self.run_experts()
         waited = perf_counter()
         combined_ns = now_ns(), self._exchange_results()
         ended = perf_counter()
@@ -189,6 +189,10 @@ class SmallCalls:
         few.linear1 = few.x + tokens
         few.activated = few.linear1 + linear1
         few.sums = few.activated + activated
+
+    def run_experts(self) -> None:
+        """Both products and the activation of all rows that were routed."""
+        self._library.few_tokens("compute", self._address)
 
     def _exchange_results(self) -> int:
         """Says that this rank's results are there, and waits for those of ranks that have some of its slots -> when."""
