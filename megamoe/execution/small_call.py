@@ -212,6 +212,7 @@ class SmallCalls:
         rank, size = self._group.rank, self._group.size
         record.tokens, record.waves, record.rows_local = self._tokens[rank], 1, owed[rank]
         record.rows_sent, record.rows_received = sum(owed) - owed[rank], num_rows - owed[rank]
+        record.small = True
         record.dispatch_bytes = (size - 1) * record.tokens * self._token_bytes
         record.combine_bytes = record.rows_received * 2 * self._few.width
 
