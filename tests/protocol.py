@@ -4,8 +4,8 @@ A rank's call is: write what it brings into a place of its own segment, set its 
 and read all places. Then, in a call by waves, put rows into each peer's segment, set the word; wait for all rows; read
 them. In a small call leave results in its own segment, set the word in each peer's; wait for their words, and read the
 results where they lie. A call may also end after the pages, as when no token is routed. What memory holds is the number
-of the call that wrote it, so what is of another call is found by its number. Faults can be seeded, to see that the search
-finds them.
+of the call that wrote it, so what is of another call is found by its number. Faults can be seeded, to see that they
+are found.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _Model:
         self.begin: State = ((0,) * size, (0,) * len(places))
 
     def step(self, state: State, rank: int) -> State | str | None:
-        """A rank's next step, at once and for all to see: None where it must wait, words where it read what is wrong."""
+        """A rank's next step, at once and for all to see; None where it must wait, words where it read wrongly."""
         at, memory = state
         if at[rank] == len(self.programs[rank]):
             return None

@@ -96,7 +96,7 @@ def recorded_of(
 def what_is_left(group: EPGroup) -> tuple[list[str], list[str], bool]:
     """Threads of a recorder while it works and after it, and whether a group that is not recorded notes anything."""
     batch = make_batch(SHAPE, 20)
-    layer = make_layer(SHAPE, group)
+    layer = make_layer(SHAPE, group, waves=2)
     with record(group):
         layer(batch.hidden, batch.ids, batch.weights)
         with pytest.raises(RuntimeError, match="recorded already"), record(group):
