@@ -35,7 +35,8 @@ REGIONS = ("rows", "results")
 PLACE_BYTES = 1024 * 1024  # of what a rank brings to an exchange; of a small call's page and tokens, too
 MAX_WAVES = 4096
 _ADDRESSES = 2**46
-_SPIN_S = 50e-6  # what falling asleep and being woken costs, about
+_SPIN_S = 50e-6  # what falling asleep and being woken costs, about, where each rank has a core
+_SHORT_SPIN_S = 5e-6  # where ranks share cores, and the one that is waited for may want this one
 _LOOKS = 20  # between looks at the clock
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
 
@@ -144,6 +145,7 @@ class SymmetricMemory:
 
     def __init__(self, rank: int, size: int) -> None:
         self._layout, self.words, self._rank = Layout(size, region_bytes(size)), Words(size), rank
+        self._spin_s = _SHORT_SPIN_S
         self._processes: dict[int, int] = {}
         self.peers: dict[int, Segment] = {}
         self._file = os.memfd_create("megamoe")
@@ -185,6 +187,8 @@ class SymmetricMemory:
         os.close(self._file)
         self._file = -1
         self.peers = {rank: segment for rank, segment in self.peers.items() if rank in ranks or rank == self._rank}
+        if len(self.peers) <= len(os.sched_getaffinity(0)):
+            self._spin_s = _SPIN_S
 
     def gone(self, rank: int) -> bool:
         """Whether the process of a rank has ended."""
@@ -196,18 +200,17 @@ class SymmetricMemory:
         """Waits for a word of this rank's segment -> whether it has come to that value in that time.
 
         spin: look at it for some microseconds before sleeping, which a thread beside the call's own must not do.
-        Between looks a core that others wait for is theirs.
+        It then sleeps: to yield the core instead would let all who want it go first, however short the wait.
         """
         words = self.own.words
         if words[word] == value:
             return True
         now = time.monotonic()
-        end, spin_end = now + within_s, now + _SPIN_S
+        end, spin_end = now + within_s, now + self._spin_s
         while spin and now < spin_end:
             for _ in range(_LOOKS):
                 if words[word] == value:
                     return True
-            os.sched_yield()  # another rank may wait for this core
             now = time.monotonic()
         while (seen := words[word]) != value:
             left = end - time.monotonic()
