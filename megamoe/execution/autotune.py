@@ -75,6 +75,7 @@ class Tuner:
         self._remote = (np.arange(group.size)[:, None] != np.array(self._placement.ranks(), np.int64)).astype(np.int64)
         self._settled: dict[int, list[int]] = {}
         self._machine = machine
+        self._wire: Wire | None = None
         self._measured_row_s = 0.0
         self._last: tuple[CallRecord, Stopwatch | None] | None = None
         self._expected_row_s = 0.0 if machine is None else _row_s(experts, machine)
@@ -109,12 +110,7 @@ class Tuner:
 
     def choose(self, agreed: Agreement) -> Choice:
         """Waves, wire and cost model of a call. All ranks come to the same; the link is measured when first needed."""
-        wire = Wire(
-            self.choose_format(),
-            self._experts.shape.hidden,
-            round_on_arrival=self._experts.format.activations == "mxfp8",
-            combine_format=self._combine_format,
-        )
+        wire = self._wire_of(self.choose_format())
         rows = sum(agreed.tokens) * self._experts.shape.topk / len(agreed.tokens)
         out_bytes = self._out_bytes(wire, agreed)
         first_guess = auto_waves(self._placement, rows, out_bytes)
@@ -127,6 +123,25 @@ class Tuner:
         if first_guess > 1 and agreed.row_s:
             return Choice(self._settle(rows, cost_model), wire, cost_model)
         return Choice(first_guess, wire, cost_model)
+
+    def known_wire(self) -> Wire | None:
+        """The wire of a call, where nothing has to be measured for it, on all ranks alike."""
+        if self._wire is not None:
+            return self._wire
+        if self.dispatch_format is None and not self._experts.packed and self._group.transport is not None:
+            return None
+        return self._wire_of(self.choose_format())
+
+    def _wire_of(self, dispatch_format: str) -> Wire:
+        if self._wire is None:
+            rounds = self._experts.format.activations == "mxfp8"
+            self._wire = Wire(
+                dispatch_format,
+                self._experts.shape.hidden,
+                round_on_arrival=rounds,
+                combine_format=self._combine_format,
+            )
+        return self._wire
 
     def choose_format(self) -> str:
         """Once for good, so that bits do not change between calls: with bf16 weights the wire's rounding shows in them.
