@@ -27,7 +27,7 @@ _ROUNDS = 3  # the order of steps depends on the constants that are fitted, a li
 _COMPUTE = ("product_gflops", "weight_ns", "decode_ns", "value_ns", "round_ns", "call_us")
 _REWEIGHTED = 8
 _NEAR = 0.03  # a run this far off counts in full; one that something disturbed, less
-_BYTE_NS = [0.1 * step for step in range(31)]
+_BYTE_NS = [0.1 * step for step in range(31)] + [3.0 + 0.25 * step for step in range(1, 21)]
 _WAVES_US = [50.0 * step for step in range(11)]  # more than sweeps of the number of waves ever showed
 _BURSTS_US = [500.0 * step for step in range(17)]
 
@@ -108,10 +108,9 @@ def _fit_compute(reports: Sequence[dict[str, Any]], machine: Machine) -> dict[st
         rows.append([crowd * each for each in (*(each / 1e6 for each in nanoseconds), 1e-3)])
         measured.append(float(report["compute_ms"]))
     found = dict(zip(_COMPUTE, nonnegative(np.array(rows), np.array(measured)), strict=True))
-    per_flop = found.pop("product_gflops")
-    kept = {} if per_flop <= 0 else {"product_gflops": 1 / per_flop}
+    products = {"product_gflops": 1 / max(found.pop("product_gflops"), 1e-6)}  # too fast to show: no time at all
     absent = {key for key, packed in (("weight_ns", False), ("decode_ns", True)) if not _any(reports, packed)}
-    return kept | {key: value for key, value in found.items() if key not in absent}
+    return products | {key: value for key, value in found.items() if key not in absent}
 
 
 def _any(reports: Sequence[dict[str, Any]], packed: bool) -> bool:
