@@ -28,7 +28,7 @@ MOST = {"num_experts": 2**16, "layers": 10_000}  # a plan goes through them one 
 class Entry(BaseModel):
     """Base of everything in the catalog: frozen, and a key that it does not know is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)  # a plan builds the kinds that it reads
 
 
 class Figure(Entry):
