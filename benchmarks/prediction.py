@@ -40,7 +40,9 @@ def main() -> None:
 
 def compare(asked: argparse.Namespace) -> int:
     """Prints a row for every workload; 1 where one is off by more than asked, else 0."""
-    print(f"{processor()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}", flush=True)
+    print(
+        f"{processor()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}", flush=True
+    )
     print("link       tokens  weights  waves  compute  commun.  measured (min to max)      predicted   off", flush=True)
     worst, by = 0.0, ""
     rows = product(asked.links.split(","), map(int, asked.tokens_per_rank.split(",")), asked.weight_formats.split(","))

@@ -190,6 +190,7 @@ MODELS = {
     "deepseek-v3": (7168, 2048, 61, 3, 256, 8, 1),
     "deepseek-v3.2": (7168, 2048, 61, 3, 256, 8, 1),
     "deepseek-v4-flash": (4096, 2048, 43, 0, 256, 6, 1),
+    "deepseek-v4.1-flash": (5120, 2304, 40, 0, 384, 6, 1),
     "deepseek-v4-pro": (7168, 3072, 61, 0, 384, 6, 1),
     "kimi-k2": (7168, 2048, 61, 1, 384, 8, 1),
     "kimi-k2.5": (7168, 2048, 61, 1, 384, 8, 1),
@@ -315,12 +316,12 @@ def test_an_expert_without_a_gate_has_two_matrices_of_the_width_that_travels() -
 @pytest.mark.parametrize(
     ("load", "name", "message"),
     [
-        (load_hardware, "gb20", r"^no hardware is called 'gb20'; the nearest are gb200, b200, gb300$"),
+        (load_hardware, "gb20", r"^no hardware is called 'gb20'; the nearest are gb200, dgx-spark, b200$"),
         (load_hardware, "gh100", r"^no hardware is called 'gh100'; the nearest are h100, "),
         (load_model, "deepseek-v4", r"^no model is called 'deepseek-v4'; the nearest are .*deepseek-v4-pro"),
         (load_model, "moonshotai/Kimi-K4", r"the nearest are kimi-k3, kimi-k2.5, kimi-k2$"),
         (load_profile, "hoper", r"^no profile is called 'hoper'; the nearest is hopper$"),
-        (load_hardware, "zzzz", r"^no hardware is called 'zzzz'; there is a100, ascend-910b, .*tpu7x$"),
+        (load_hardware, "zzzz", r"^no hardware is called 'zzzz'; there is a100, a100-pcie, ascend-910b, .*xeon-6$"),
         (load_hardware, "mine.yaml", r"^there is no file mine.yaml$"),
         (load_model, "some/config.json", r"^there is no file some/config.json$"),
     ],

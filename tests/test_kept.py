@@ -38,9 +38,7 @@ def test_what_was_kept_is_found_for_its_setting_alone() -> None:
     assert [path.suffix for path in SETTING.path.parent.iterdir()] == [".json"], "nothing half written stays"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"machine": 1}', "\0", '{"setting": {}, "machine": {}}'], ids=repr
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": 1}', "\0", '{"setting": {}, "machine": {}}'], ids=repr)
 def test_a_damaged_file_counts_as_none_and_is_replaced(text: str) -> None:
     kept.keep(SETTING, CPU)
     SETTING.path.write_text(text)
@@ -107,7 +105,9 @@ def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
     for taken, times in ((0.5, 2), (0.0, 1)):
         measured, said = [], []
         monkeypatch.setattr(probe, "disturbed", lambda _, taken=taken: taken)
-        monkeypatch.setattr(ranks, "run", lambda work, measured=measured: measured.append(work) or as_measured(CPU, 0.1))
+        monkeypatch.setattr(
+            ranks, "run", lambda work, measured=measured: measured.append(work) or as_measured(CPU, 0.1)
+        )
         titles = [probe.machine_here(ranks, 0.1, said.append).title for _ in range(2)]
         assert len(measured) == len(said) == times
         assert ["not kept" in title for title in titles] == [taken > 0] * 2

@@ -47,7 +47,7 @@ def test_a_format_that_nobody_knows_is_named() -> None:
 
 # ---- boxes without a scale-up link ----
 
-PCIE = [name for name in names("hardware") if load_hardware(name).scaleup == "pcie"]
+PCIE = [name for name in names("hardware") if load_hardware(name).joined_by == "pcie"]
 
 
 def test_the_catalog_knows_boxes_whose_cards_meet_at_the_host_bridge() -> None:

@@ -44,7 +44,8 @@ def bench(
         typer.Option(help="Record a serial and an overlapped call, for Perfetto and megamoe timeline."),
     ] = None,
     machine: Annotated[
-        str | None, typer.Option(help="Profile to predict by, such as megamoe calibrate writes; without, this machine's.")
+        str | None,
+        typer.Option(help="Profile to predict by, such as megamoe calibrate writes; without, this machine's."),
     ] = None,
     predict: Annotated[
         bool, typer.Option(help="Predict the run; a machine's constants are measured once, in two seconds, and kept.")

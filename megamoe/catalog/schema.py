@@ -62,7 +62,7 @@ class Hardware(Entry):
     """One kind of device and the machine it comes in; a figure that nobody gave is None.
 
     `announced` marks devices of which no measurement is published. In a machine whose devices are joined pair by pair,
-    `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has. `scaleup: pcie` says that there is no
+    `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has. `joined_by: pcie` says that there is no
     scale-up link: the devices of a host reach each other over its PCIe bridge, and `scaleup_gb_s` is a device's share of
     that. `sms` counts SMs or compute units.
     """
@@ -72,7 +72,7 @@ class Hardware(Entry):
     profile: str
     aliases: tuple[str, ...] = ()
     announced: bool = False
-    scaleup: Literal["link", "pcie"] = "link"
+    joined_by: Literal["link", "pcie"] = "link"
     note: str = ""
     bf16_tflops: Figure | None = None
     fp8_tflops: Figure | None = None
@@ -112,7 +112,7 @@ class Hardware(Entry):
     @property
     def tier_names(self) -> dict[str, str]:
         """What its tiers of links are called: "scale-up" is the host bridge where PCIe is all there is."""
-        return {"scale-up": "scale-up" if self.scaleup == "link" else "host bridge", "nic": "nic"}
+        return {"scale-up": "scale-up" if self.joined_by == "link" else "host bridge", "nic": "nic"}
 
     @property
     def formats(self) -> list[str]:

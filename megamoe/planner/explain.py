@@ -183,7 +183,13 @@ def _link_terms(planned: Plan) -> list[Term]:
     shared = f"{_g(slowest.f_remote)} x {_g(fuller)} / ({rate} x 1000)"
     formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion)"
     terms = [
-        Term(f"link, {request.hardware.tier_names[slowest.name]}: {name}", formula, f"{_g(layer.rows)} x {_g(each)} x {shared}", us, "us")
+        Term(
+            f"link, {request.hardware.tier_names[slowest.name]}: {name}",
+            formula,
+            f"{_g(layer.rows)} x {_g(each)} x {shared}",
+            us,
+            "us",
+        )
         for name, each, us in (("dispatch", there, layer.dispatch_us), ("combine", back, layer.combine_us))
     ]
     both = f"{_g(layer.dispatch_us)} + {_g(layer.combine_us)}"
