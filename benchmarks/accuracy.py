@@ -130,8 +130,8 @@ def _serving() -> Iterator[str]:
 def _guides() -> Iterator[str]:
     found = guides()
     yield "## The same decode runs in two editions of one guide\n"
-    yield "DeepSeek-V4 on 16 Ascend 950DT, `cann-recipes-infer`: ms per token in the guide of April 2026, whose rows the"
-    yield "table above has and 11 of which fitted two constants, and in that of 2026-08-07, whose Flash runs are"
+    yield "DeepSeek-V4 on 16 Ascend 950DT, `cann-recipes-infer`: ms per token in the guide of April 2026, whose rows"
+    yield "the table above has and 11 of which fitted two constants, and in that of 2026-08-07, whose Flash runs are"
     yield "faster. Nothing was fitted to August's: the planner stands where April's runs put it.\n"
     yield "| what | April | August | planned | error, April | error, August |"
     yield "|---|---|---|---|---|---|"

@@ -1,6 +1,6 @@
 """The planner's prediction beside the measured layer on a machine without a profile, at several link rates.
 
-python benchmarks/prediction.py                  # root and iproute2; three minutes; measures the machine's constants first
+python benchmarks/prediction.py      # root and iproute2; three minutes; measures the machine's constants first
 python benchmarks/prediction.py --repeats 5 --links 1gbit
 
 The constants come from one probe at the first rate, in a cache folder of this run's own, and hold for all rows: nothing
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from itertools import product
-from pathlib import Path
 
 from megamoe.catalog import figures
 from megamoe.launch.bench.bench import BenchRequest, run_bench
@@ -55,12 +54,10 @@ def compare(asked: argparse.Namespace) -> int:
         by = found.predicted_by or ""
         off = found.predicted_ms / found.overlapped_ms - 1
         worst = max(worst, abs(off))
-        measured = f"{found.overlapped_ms:.1f} ({found.overlapped_ms_min:.1f} to {found.overlapped_ms_max:.1f})"
+        took = f"{found.overlapped_ms:.1f} ({found.overlapped_ms_min:.1f} to {found.overlapped_ms_max:.1f})"
         parts = f"{found.compute_ms:>7.1f}  {found.communication_ms:>7.1f}"
-        print(
-            f"{link:<10} {tokens:>6}  {weights:<7}  {found.waves:>5}  {parts}  {measured:<26} {found.predicted_ms:>8.1f}  {off:+.0%}",
-            flush=True,
-        )
+        asked_for = f"{link:<10} {tokens:>6}  {weights:<7}  {found.waves:>5}"
+        print(f"{asked_for}  {parts}  {took:<26} {found.predicted_ms:>8.1f}  {off:+.0%}", flush=True)
     print(f"\nlargest error {worst:.0%}; by {by}")
     kept = find(setting_here(2, 1, shaped=True))
     if kept is not None:

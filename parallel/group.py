@@ -112,7 +112,7 @@ class EPGroup:
         return self.links[0]
 
     def wave_cost(self, layer: str, own_s: float) -> float:
-        """Seconds that a wave takes beside its rows, the most of all ranks'; all must ask when it is first asked for."""
+        """Seconds that a wave takes beside its rows, the most of all ranks'; when first asked for, all must ask."""
         assert self.transport is not None, "a rank alone has no waves"
         if not self.wave_costs:
             page = torch.tensor([own_s], dtype=torch.float64).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Constants of this machine: kept whole, found again, refused where they are another's; the probe that measures them."""
+"""Constants of this machine: kept whole, found again, refused where they are another's; the probe that finds them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
 ) -> None:
     monkeypatch.setattr(probe, "calibrate", lambda *_, **__: CPU)
     for taken, times in ((0.5, 2), (0.0, 1)):
-        measured, said = [], []
+        measured: list[object] = []
+        said: list[str] = []
         monkeypatch.setattr(probe, "disturbed", lambda _, taken=taken: taken)
         monkeypatch.setattr(
             ranks, "run", lambda work, measured=measured: measured.append(work) or as_measured(CPU, 0.1)

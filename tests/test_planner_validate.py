@@ -112,7 +112,8 @@ def test_august_stands_beside_april_and_changes_none_of_its_rows() -> None:
     april = {each.what: 1e3 * each.conditions["batch_per_device"] / each.tokens_per_s_per_device for each in RESULTS}
     assert [each.april_ms for each in found] == [april[each.what] for each in found]
     flash = next(each for each in found if "batch 1536" in each.what)
-    assert (flash.april_ms, flash.august_ms) == (pytest.approx(20.33), 16.46)
+    assert flash.april_ms == pytest.approx(20.33)
+    assert flash.august_ms == 16.46
     assert median_of(found, "august_pct") < 10
     assert all(each.august_ms <= each.april_ms * 1.001 for each in found)
 

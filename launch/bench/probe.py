@@ -1,4 +1,4 @@
-"""A machine's constants, measured on the spot: small layers on the ranks that are there, and the fit of megamoe calibrate.
+"""A machine's constants, measured on the spot: small layers on the ranks that are there, fitted as calibrate does it.
 
 Eight workloads of two seconds together on an idle machine: both formats of weights, few rows and many, one wave and
 several, three sizes of experts. Each is timed overlapped, computing alone and communicating alone, as the benchmark
@@ -51,7 +51,7 @@ class Small:
         return Run(ranks, link_gb_s, *sizes, self.weight_format, "mxfp8", self.waves, threads_per_rank)
 
 
-SMALL = (
+SMALL: tuple[Small, ...] = (
     Small("bf16", 768, 1024, 512, 4),
     Small("bf16", 128, 1024, 512, 1),
     Small("bf16", 512, 512, 1024, 1),
@@ -133,7 +133,7 @@ class _Workload:
             name: MegaMoE(
                 shape,
                 replace(group, transport=transport),
-                weight_format=small.weight_format,  # type: ignore[arg-type]
+                weight_format=small.weight_format,
                 dispatch_format="mxfp8",
                 waves=small.waves,
                 name=f"probe {name}",

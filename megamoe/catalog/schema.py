@@ -63,8 +63,8 @@ class Hardware(Entry):
 
     `announced` marks devices of which no measurement is published. In a machine whose devices are joined pair by pair,
     `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has. `joined_by: pcie` says that there is no
-    scale-up link: the devices of a host reach each other over its PCIe bridge, and `scaleup_gb_s` is a device's share of
-    that. `sms` counts SMs or compute units.
+    scale-up link: the devices of a host reach each other over its PCIe bridge, of which `scaleup_gb_s` is a device's
+    share. `sms` counts SMs or compute units.
     """
 
     name: str

@@ -2,8 +2,8 @@
 
 Both follow from the measured link of the group, measured once, and from the compute of the layer's own calls, of which
 the slowest rank's counts. What a wave costs is the machine's: of the profile that was handed in, else of what
-`megamoe bench` measured of this machine and kept, else of the profile that ships; the most of all ranks'. Until compute is
-measured, a profile of this machine says what it is; without one the first calls go by rules that need neither.
+`megamoe bench` measured of this machine and kept, else of the profile that ships; the most of all ranks'. Until compute
+is measured, a profile of this machine says what it is; without one the first calls go by rules that need neither.
 """
 
 # T tokens of this rank   H hidden   K experts per token   R rows that a rank computes on average

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from megamoe.planner.validation.published import RESULTS, Result
 from megamoe.planner.serving.serving import serve
+from megamoe.planner.validation.published import RESULTS, Result
 
 K = 1024
 # model, sequences of all chips, MTP, context -> ms per token, tokens per second and chip
@@ -68,4 +68,4 @@ def _key(result: Result) -> tuple[str, int, int, int]:
 
 def median_of(found: list[Edition], error: Literal["april_pct", "august_pct"]) -> float:
     """Percent, whatever the sign."""
-    return median(abs(getattr(each, error)) for each in found)
+    return median(abs(float(getattr(each, error))) for each in found)
