@@ -111,7 +111,7 @@ def predict_run(
     wire = dispatch_format or request.dispatch_format
     asked = {each.name: getattr(request, each.name) for each in fields(Run) if hasattr(request, each.name)}
     asked |= {"dispatch_format": "mxfp8" if wire == "auto" else wire, "waves": waves}
-    return predict(Run(**asked, link_gb_s=request.link_gb_s), machine)
+    return predict(Run(**asked), machine)
 
 
 @dataclass(frozen=True, slots=True)
