@@ -15,7 +15,7 @@ from megamoe.launch.bench import probe
 from megamoe.launch.ranks import LocalRanks
 from megamoe.schedule import kept
 from megamoe.schedule.kept import Setting
-from megamoe.schedule.machine import predict
+from megamoe.schedule.machine import intervals, predict
 from tests.test_planner_machine import machine
 
 SETTING = Setting("a CPU", 2, "fma", "0.1", 1, 2, shaped=True)
@@ -82,9 +82,11 @@ def as_measured(behind: Any, link_gb_s: float) -> list[list[dict[str, float]]]:
     """What two ranks would find of SMALL on a machine that does exactly as predicted."""
     found = []
     for small in probe.SMALL:
-        said = predict(small.run(2, link_gb_s, 1), behind)
-        times = {key: value for key, value in asdict(said).items() if key.endswith("_ms")}
-        found.append(times | {"wall_ms": said.compute_ms})
+        run = small.run(2, link_gb_s, 1)
+        said = asdict(predict(run, behind))
+        said["compute_ms"] += len(intervals(run, behind, run.waves)) * behind.wave_us.value / 1e3
+        times = {key: value for key, value in said.items() if key.endswith("_ms")}
+        found.append(times | {"wall_ms": said["compute_ms"]})
     return [found, found]
 
 
@@ -101,7 +103,7 @@ def test_the_fit_predicts_larger_layers_than_it_saw(behind: Any) -> None:
 def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
     ranks: LocalRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "calibrate", lambda *_, **__: CPU)
+    monkeypatch.setattr(probe, "fitted", lambda *_: CPU)
     for taken, times in ((0.5, 2), (0.0, 1)):
         measured: list[object] = []
         said: list[str] = []

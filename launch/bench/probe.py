@@ -1,8 +1,10 @@
-"""A machine's constants, measured on the spot: small layers on the ranks that are there, fitted as calibrate does it.
+"""A machine's constants, measured on the spot by small layers on the ranks that are there, in two seconds.
 
-Eight workloads of two seconds together on an idle machine: both formats of weights, few rows and many, one wave and
-several, three sizes of experts. Each is timed overlapped, computing alone and communicating alone, as the benchmark
-does; values are random, since no time depends on them.
+Ten workloads: both formats of weights, few rows and many, one wave and several, experts of three sizes. Each is timed
+overlapped, computing alone and communicating alone, as the benchmark does; no time depends on values. Compute is a sum
+of amounts times constants, an interval of work one of them: least squares, no constant below zero. What a byte costs
+the core that computes is the value that leaves the least error of the overlapped times. What a shaped link makes of its
+rate is tc's and not the machine's: it is taken from the profile that ships.
 """
 
 # H hidden   I intermediate   E experts of all ranks
@@ -12,22 +14,24 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from math import log
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
-from megamoe.catalog import Machine, load_machine
+from megamoe.catalog import Figure, Machine, load_machine
 from megamoe.execution.products import products_of
 from megamoe.formats import MXFP4
 from megamoe.launch.bench.replay import Replay, StillTransport, together
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.planner.validation.calibrate import calibrate
+from megamoe.planner.validation.calibrate import nonnegative
 from megamoe.schedule.kept import Setting, find, keep
-from megamoe.schedule.machine import Run
+from megamoe.schedule.machine import Amounts, Run, communication_us, intervals, predict
 from megamoe.shape import MoEShape
 
 REPEATS = 3
@@ -52,15 +56,20 @@ class Small:
 
 
 SMALL: tuple[Small, ...] = (
+    Small("bf16", 768, 1024, 512, 1),
     Small("bf16", 768, 1024, 512, 4),
     Small("bf16", 128, 1024, 512, 1),
-    Small("bf16", 512, 512, 1024, 1),
+    Small("bf16", 512, 512, 1024, 4),
     Small("bf16", 512, 1024, 1024, 2),
     Small("mxfp4", 768, 1024, 512, 1),
-    Small("mxfp4", 128, 1024, 512, 4),
+    Small("mxfp4", 768, 1024, 512, 4),
+    Small("mxfp4", 128, 1024, 512, 1),
     Small("mxfp4", 512, 512, 1024, 4),
-    Small("mxfp4", 512, 1024, 1024, 1),
+    Small("mxfp4", 512, 1024, 1024, 2),
 )
+_COMPUTE = ("product_gflops", "weight_ns", "decode_ns", "value_ns", "round_ns", "call_us", "wave_us")
+_FASTEST_GFLOPS = 1e6  # products too fast to show
+_BYTE_NS = [0.1 * step for step in range(81)]
 
 
 def machine_here(
@@ -91,14 +100,66 @@ def setting_here(ranks: int, threads_per_rank: int, *, shaped: bool) -> Setting:
 
 def fitted(found: list[list[dict[str, float]]], setting: Setting, link_gb_s: float | None) -> Machine:
     """The machine behind what each rank measured of SMALL; a workload takes as long as its slowest rank."""
-    reports: list[dict[str, Any]] = []
-    for small, times in zip(SMALL, zip(*found, strict=True), strict=True):
-        slowest = {name: max(each[name] for each in times) for name in times[0]}
-        reports.append({**asdict(small.run(setting.ranks, link_gb_s, setting.threads_per_rank)), **slowest})
+    runs = [small.run(setting.ranks, link_gb_s, setting.threads_per_rank) for small in SMALL]
+    slowest = [{name: max(each[name] for each in times) for name in times[0]} for times in zip(*found, strict=True)]
     today = datetime.date.today().isoformat()
     source = f"megamoe bench on {setting.cpu}, {setting.kernels}, {today}"
-    machine = calibrate(reports, load_machine("cpu"), name="here", cores=setting.cores, source=source)
-    return machine.model_copy(update={"title": f"this machine, measured {today}"})
+    machine = load_machine("cpu").model_copy(
+        update={
+            "name": "here",
+            "title": f"this machine, measured {today}",
+            "fitted": source,
+            "cores": setting.cores,
+            "threads_per_rank": setting.threads_per_rank,
+        }
+    )
+
+    def having(**values: float) -> Machine:
+        figures = {
+            key: Figure(value=float(f"{each:.4g}"), tag="measured", source=source) for key, each in values.items()
+        }
+        return machine.model_copy(update=figures)
+
+    machine = having(**_compute(runs, [each["compute_ms"] for each in slowest], machine))
+    if setting.ranks > 1:
+        machine = having(**_link(runs, [each["communication_ms"] for each in slowest], machine))
+    overlapped = [each["overlapped_ms"] for each in slowest]
+
+    def off(machine: Machine) -> float:
+        predicted = (predict(run, machine).overlapped_ms for run in runs)
+        return sum(abs(log(ms / measured)) for ms, measured in zip(predicted, overlapped, strict=True))
+
+    return min((having(byte_ns=byte_ns) for byte_ns in _BYTE_NS), key=off)
+
+
+def _compute(runs: list[Run], measured: list[float], machine: Machine) -> dict[str, float]:
+    """The constants of computing alone, from milliseconds."""
+    rows = []
+    for run in runs:
+        steps = intervals(run, machine, run.waves)
+        amounts = Amounts.of(run, sum(experts for _, experts in steps))
+        weights = (0.0, amounts.weights) if run.packed else (amounts.weights, 0.0)
+        amount = (amounts.flops, *weights, amounts.values, amounts.rounded, 1e3, 1e3 * len(steps))
+        crowd = max(1.0, run.ranks * run.threads_per_rank / machine.cores)
+        rows.append([each * crowd / 1e6 for each in amount])
+    found = dict(zip(_COMPUTE, nonnegative(np.array(rows), np.array(measured)), strict=True))
+    found["product_gflops"] = min(_FASTEST_GFLOPS, 1 / max(found["product_gflops"], 1e-12))
+    return found
+
+
+def _link(runs: list[Run], measured: list[float], machine: Machine) -> dict[str, float]:
+    """What a message takes, and over loopback a byte, from milliseconds of communicating alone."""
+    messages = [1 + 2 * run.waves for run in runs]
+    if runs[0].link_gb_s is not None:
+        bare = machine.model_copy(update={"exchange_us": machine.exchange_us.model_copy(update={"value": 0.0})})
+        beyond = [1e3 * ms - communication_us(run, bare, run.waves) for run, ms in zip(runs, measured, strict=True)]
+        return {"exchange_us": max(0.0, median(us / number for us, number in zip(beyond, messages, strict=True)))}
+    rows = [
+        [(run.dispatch_bytes + run.combine_bytes) / 1e6, number / 1e3]
+        for run, number in zip(runs, messages, strict=True)
+    ]
+    byte, message = nonnegative(np.array(rows), np.array(measured))
+    return {"exchange_us": message} | ({"loopback_gb_s": 1 / byte} if byte > 0 else {})
 
 
 def disturbed(found: list[list[dict[str, float]]]) -> float:

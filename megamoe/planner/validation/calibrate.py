@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megamoe.catalog.schema import Figure, Machine
-from megamoe.schedule.machine import Amounts, Predicted, Run, _steps, predict
+from megamoe.schedule.machine import Amounts, Predicted, Run, intervals, predict
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +27,7 @@ _ROUNDS = 3  # the order of steps depends on the constants that are fitted, a li
 _COMPUTE = ("product_gflops", "weight_ns", "decode_ns", "value_ns", "round_ns", "call_us")
 _REWEIGHTED = 8
 _NEAR = 0.03  # a run this far off counts in full; one that something disturbed, less
-_BYTE_NS = [0.1 * step for step in range(31)] + [3.0 + 0.25 * step for step in range(1, 21)]
+_BYTE_NS = [0.1 * step for step in range(31)]
 _WAVES_US = [50.0 * step for step in range(11)]  # more than sweeps of the number of waves ever showed
 _BURSTS_US = [500.0 * step for step in range(17)]
 
@@ -101,16 +101,17 @@ def _fit_compute(reports: Sequence[dict[str, Any]], machine: Machine) -> dict[st
     for report in reports:
         run = Run.of(report)
         crowd = max(1.0, run.ranks * run.threads_per_rank / machine.cores)
-        steps = _steps(run, machine, run.waves or 1)
+        steps = intervals(run, machine, run.waves or 1)
         amounts = Amounts.of(run, sum(experts for _, experts in steps))
         weights = (0.0, amounts.weights) if run.packed else (amounts.weights, 0.0)
         nanoseconds = (amounts.flops, *weights, amounts.values, amounts.rounded)
         rows.append([crowd * each for each in (*(each / 1e6 for each in nanoseconds), 1e-3)])
         measured.append(float(report["compute_ms"]))
     found = dict(zip(_COMPUTE, nonnegative(np.array(rows), np.array(measured)), strict=True))
-    products = {"product_gflops": 1 / max(found.pop("product_gflops"), 1e-6)}  # too fast to show: no time at all
+    per_flop = found.pop("product_gflops")
+    kept = {} if per_flop <= 0 else {"product_gflops": 1 / per_flop}
     absent = {key for key, packed in (("weight_ns", False), ("decode_ns", True)) if not _any(reports, packed)}
-    return products | {key: value for key, value in found.items() if key not in absent}
+    return kept | {key: value for key, value in found.items() if key not in absent}
 
 
 def _any(reports: Sequence[dict[str, Any]], packed: bool) -> bool:
