@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.catalog import Hardware, Model, Profile, find_profile, load_hardware, load_model
-from megamoe.planner.search import recommend as recommend_module
 from megamoe.planner.search.recommend import QUEUE, UTILIZATION, Load, Recommendation, recommend
 from megamoe.planner.search.search import SearchResult, Space, Targets, search
 from megamoe.planner.serving.deployment import Deployment
-from megamoe.planner.serving.serving import Serving, serve
+from megamoe.planner.serving.memory import memory
+from megamoe.planner.serving.serving import Serving, measure, serve
 from megamoe.planner.serving.step import Costs
 
 SMALL = Space(
@@ -186,8 +186,8 @@ def test_a_recommendation_measures_few_of_its_deployments(monkeypatch: pytest.Mo
 
         return counted_work
 
-    monkeypatch.setattr(recommend_module, "memory", counting("tried", recommend_module.memory))
-    monkeypatch.setattr(recommend_module, "measure", counting("measured", recommend_module.measure))
+    monkeypatch.setattr("megamoe.planner.search.recommend.memory", counting("tried", memory))
+    monkeypatch.setattr("megamoe.planner.search.recommend.measure", counting("measured", measure))
     monkeypatch.setattr(Costs, "piece", counting("pieces", Costs.piece))
     found = recommend(*subject(), LOAD)
     assert counted["tried"] > 15_000
