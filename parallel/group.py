@@ -58,6 +58,7 @@ class EPGroup:
     links            at most one: bytes per second that each rank can send while it receives as many, once measured
     status      where this rank is, noted as it goes
     heartbeats          at most one: tells the others, and knows where they are; a group of init_group() has it
+    wave_costs       at most one: seconds that a wave takes beside its rows on the slowest rank, once it is agreed on
     broken           why the group cannot be used any more, empty while it can; always, where a rank is alone
     turns            whose turn it is to call, and which layers there are
     recorders        at most one: takes notes of every call of the group's layers
@@ -75,6 +76,7 @@ class EPGroup:
     host: str = field(default_factory=socket.gethostname)
     hosts: dict[int, str] = field(default_factory=dict)
     links: list[float] = field(default_factory=list)
+    wave_costs: list[float] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
     own_status: OwnStatus = field(default_factory=OwnStatus)
@@ -109,6 +111,15 @@ class EPGroup:
             self.links.append(measure_link(self.transport, self.rank, self.size, layer, device, self.workspace))
             _log.info("rank %d: the link carries %.3g GB/s one way", self.rank, self.links[0] / 1e9)
         return self.links[0]
+
+    def wave_cost(self, layer: str, own_s: float) -> float:
+        """Seconds that a wave takes beside its rows, the most of all ranks'; when first asked for, all must ask."""
+        assert self.transport is not None, "a rank alone has no waves"
+        if not self.wave_costs:
+            page = torch.tensor([own_s], dtype=torch.float64).view(torch.uint8)
+            pages = self.transport.gather(page, Label(layer, "link"))
+            self.wave_costs.append(float(pages.view(torch.float64).max()))
+        return self.wave_costs[0]
 
     def notes(self, layer: str, call: int) -> Notes:
         """Where a call notes what it does: the group's status, and the recorder if there is one."""
