@@ -68,8 +68,8 @@ class MegaMoE(nn.Module):
                       the format where bits must not depend on the link
     combine_format    "bf16", or "mxfp8" (H + H/32 bytes a row): every expert's result is rounded once more, which is an
                       error of 2.6 % at the root mean square, for links that are too slow otherwise
-    waves             "auto", a number, or relative sizes of uneven waves; the bits are the same. "auto" on CPUs has ranks
-                      that share a host's memory and bring few tokens do without waves: see last_call.small
+    waves             "auto", a number, or relative sizes of uneven waves; the bits are the same. "auto" on CPUs has
+                      ranks that share a host's memory and bring few tokens do without waves: see last_call.small
     device            where the weights are and the tokens must be; the CPU by default
     name              how errors call this layer; must be the same on all ranks
     overlap           False runs one wave, and nothing at the same time: the serial layer that overlap is held against
