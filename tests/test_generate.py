@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from megamoe.model.generation.forward import (
     fits_together,
@@ -24,13 +23,13 @@ from megamoe.model.generation.forward import (
 from megamoe.model.generation.meeting import Meeting
 from megamoe.model.generation.request import GenerationRequest, Prompt, check_fits
 from megamoe.model.generation.sampling import Sampling, choose, draw
-from megamoe.model.generation.sequences import ARGUMENT, OtherAttentionError, SequenceBatch, attend
+from megamoe.model.generation.sequences import ARGUMENT, OtherAttentionError, SequenceBatch, SequenceCache, attend
 from megamoe.model.loading.load import load, load_tokenizer
 from megamoe.model.making.tiny import write_tiny
 from tests.generation_cases import Experts, on_one_rank, prompts
 
 FAMILIES = ("deepseek-v4-flash", "deepseek-v3", "mixtral", "qwen3-moe", "gpt-oss")
-TOGETHER = ("mixtral", "qwen3-moe", "gpt-oss")
+TOGETHER = ("deepseek-v3", "mixtral", "qwen3-moe", "gpt-oss")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def test_attention_of_a_shared_batch_is_the_models_own_but_for_rounding(models: 
         assert length > 32
         with silenced([each for each in model.modules() if hasattr(each, "idle")]):
             use_own_attention(model, own=True)
-            cache = new_cache(model)
+            cache: Any = SequenceCache()
             ours = [forward_together(model, [part])[0] for part in ((tokens, 0, cache), ([7], length, cache))]
             use_own_attention(model, own=False)
             cache = new_cache(model)
@@ -165,8 +164,8 @@ def reference(query: Tensor, key: Tensor, value: Tensor, window: int | None, sin
 def test_each_sequence_attends_to_itself(window: int | None, with_sinks: bool) -> None:
     rng = torch.Generator().manual_seed(0)
     sinks = torch.randn(4, generator=rng) if with_sinks else None
-    caches, kept = [DynamicCache(), DynamicCache(), DynamicCache()], [list[Tensor](), list[Tensor](), list[Tensor]()]
-    for lengths in ([9, 1, 5], [1, 1, 1], [1, 3, 1]):
+    caches, kept = [SequenceCache() for _ in range(3)], [list[Tensor](), list[Tensor](), list[Tensor]()]
+    for lengths in ([9, 1, 5], [1, 1, 1], [1, 3, 1], [70, 1, 2], *([1, 1, 1] for _ in range(70))):  # past what fits
         batch = SequenceBatch(caches, lengths)
         query, key, value = (torch.randn(1, n, sum(lengths), 8, generator=rng) for n in (4, 2, 2))
         new_key, new_value = batch.update(key, value, 0)
@@ -183,10 +182,24 @@ def test_attention_that_was_not_told_whose_tokens_they_are_is_refused() -> None:
     query, key = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4)
     with pytest.raises(OtherAttentionError, match="was not told"):
         attend(_Layer(), query, key, key, None)
-    batch = SequenceBatch([DynamicCache()], [3])
+    batch = SequenceBatch([SequenceCache()], [3])
+    with pytest.raises(OtherAttentionError, match="other tokens"):  # that were not cached
+        attend(_Layer(), query, key, key, None, **{ARGUMENT: batch})
     batch.update(key, key, 0)
-    with pytest.raises(OtherAttentionError, match="other keys"):
-        attend(_Layer(), query, key.clone(), key, None, **{ARGUMENT: batch})
+    with pytest.raises(OtherAttentionError, match="other tokens"):  # more than those
+        attend(_Layer(), query, torch.cat((key, key), 2), torch.cat((key, key), 2), None, **{ARGUMENT: batch})
+
+
+def test_a_window_keeps_what_it_holds_and_no_more() -> None:
+    cache, keys = SequenceCache(), torch.arange(400.0).view(1, 400, 1)
+    sizes = []
+    for first, last in ((0, 90), (90, 91), (91, 99), *((at, at + 1) for at in range(99, 400))):
+        new = keys[:, first:last]
+        found, _ = cache.append(0, new, new, 16)
+        assert torch.equal(found, keys[:, max(0, first - 15) : last])
+        sizes.append(cache.layers[0]._stacks[0].shape[1])
+    assert max(sizes) <= 200
+    assert sizes[-1] < 100
 
 
 # ---- sequences that meet ----

@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from megamoe.model.generation.sequences import ARGUMENT, IMPLEMENTATION, OtherAttentionError, SequenceBatch
+from megamoe.model.generation.sequences import (
+    ARGUMENT,
+    IMPLEMENTATION,
+    OtherAttentionError,
+    SequenceBatch,
+    SequenceCache,
+)
 
 _PLAIN = {"full_attention", "sliding_attention"}  # layers whose only state is keys and values
 _PROBES = ([3, 1, 2, 2, 1], [2, 3, 1])  # tokens that any vocabulary has
 _TOLERANCE = 0.2  # relative, between attention here and the model's own in BF16, through all layers
 
-Part = tuple[list[int], int, DynamicCache]  # new tokens, how many came before, cache
+Part = tuple[list[int], int, SequenceCache]  # new tokens, how many came before, cache
 
 
 def forward_together(model: Any, parts: Sequence[Part]) -> Tensor:
@@ -97,7 +103,7 @@ def fits_together(model: Any, experts: Sequence[nn.Module]) -> bool:
 
 def _probed(model: Any, probes: Sequence[list[int]]) -> list[Tensor]:
     """Logits [2, V] of each: after its tokens, and after one more."""
-    caches = [new_cache(model) for _ in probes]
+    caches = [SequenceCache() for _ in probes]
     first = forward_together(model, [(probe, 0, cache) for probe, cache in zip(probes, caches, strict=True)])
     second = forward_together(model, [([1], len(probe), cache) for probe, cache in zip(probes, caches, strict=True)])
     return list(torch.stack((first, second), 1))
