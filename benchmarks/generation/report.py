@@ -170,9 +170,8 @@ is what suits transformers best: it pads others. First tokens differ where two a
 
 def document(command: str, model: str, comparisons: Sequence[Comparison]) -> str:
     """The Markdown page of a run."""
-    packages = ", ".join(
-        f"{name} {version}" for name, version in versions().items() if name in ("torch", "transformers")
-    )
-    head = f"# Generation beside transformers\n\n`{command}`, {datetime.date.today().isoformat()}, {machine()}; {packages}."
+    found = versions()
+    packages = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers"))
+    head = f"# Generation beside transformers\n\n`{command}`, {datetime.date.today()}, {machine()}; {packages}."
     tables = [f"## {each.workload.title}\n\n{each.repeats} rounds.\n\n{each.table()}".rstrip() for each in comparisons]
     return f"{head}\n\nThe model: {model}.\n\n{PROSE}\n\n" + "\n\n".join(tables) + "\n"

@@ -24,6 +24,7 @@ from megamoe.model.generation.forward import (
     use_own_attention,
 )
 from megamoe.model.generation.meeting import Meeting
+from megamoe.model.generation.places import find_places
 from megamoe.model.generation.request import LENGTH, STOP, GenerationRequest, Token, check_fits
 from megamoe.model.generation.sampling import choose
 from megamoe.model.generation.sequences import SequenceCache
@@ -70,8 +71,8 @@ class Generation:
         if not self.experts:
             raise ValueError(f"{type(model).__name__} has no experts that ranks share")
         self.together = fits_together(model, self.experts) if together is None else together
-        self._meeting = Meeting(self.experts)
         use_own_attention(model, self.together)
+        self._meeting = Meeting([] if self.together else find_places(model, self.experts))
         mine = range(self.group.rank, len(request.prompts), self.group.size)
         self._queue, self._active = deque(mine), list[_Sequence]()
         self.steps, self.done = 0, False
