@@ -80,9 +80,8 @@ class PackedExpertsQuantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         checkpoint = quantization_config.checkpoint
         self.method = None if checkpoint is None else checkpoint["quant_method"]
         self.packing = None if checkpoint is None else packing_of(checkpoint)
-        if self.method == "mxfp4":
-            packing = packing_of(checkpoint)
-            suffixes = (packing.values, packing.scales)
+        if self.method == "mxfp4" and self.packing is not None:
+            suffixes = (self.packing.values, self.packing.scales)
             names = ("gate_up_proj", "up_proj", "down_proj")
             self.serialized_names = {name: [name + suffix for suffix in suffixes] for name in names}
 

@@ -296,7 +296,7 @@ def test_v4_meets_at_its_blocks_and_at_what_is_dense_in_its_attention(models: Ca
     for name in ("self_attn.q_b_proj", "self_attn.o_a_proj", "self_attn.compressor.indexer.q_b_proj", "attn_hc"):
         assert f"model.layers.1.{name}" in found
     assert not any(name.endswith(("self_attn", "compressor", "compressor.kv_norm", "layers.1")) for name in found)
-    assert all(each.module.forward.__func__ is type(each.module).forward for each in places if not each.all)
+    assert not any("forward" in vars(each.module) for each in places)  # as it was
     model.megamoe_loading, loaded = None, model.megamoe_loading  # not ours: bits are promised of experts alone
     try:
         assert [each.module for each in find_places(model, experts)] == experts

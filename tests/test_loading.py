@@ -348,7 +348,11 @@ def calls_meanwhile(group: EPGroup, path: Path) -> tuple[Tensor, Tensor, bool]:
     """A layer's output before and during a load of the same group, and whether the call came after all was read."""
     routed = next(iter(name_modules(load(path, group=group)).values()))
     rng = torch.Generator().manual_seed(1)
-    given = torch.randn(5, 64, generator=rng).bfloat16(), torch.arange(10).view(5, 2) % 5, torch.rand(5, 2, generator=rng)
+    given = (
+        torch.randn(5, 64, generator=rng).bfloat16(),
+        torch.arange(10).view(5, 2) % 5,
+        torch.rand(5, 2, generator=rng),
+    )
     before, found, order = routed(*given), list[Tensor](), list[str]()
 
     def call() -> None:

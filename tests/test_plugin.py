@@ -321,7 +321,7 @@ def answer_fp8(group: EPGroup, path: Path) -> tuple[set[torch.dtype], Tensor, st
     ],
 )
 def test_fp8_experts_are_read_as_they_are_and_computed_as_load_has_them(
-    ranks: LocalRanks, tmp_path: Path, family: str, sizes: dict[str, int]
+    ranks: LocalRanks, tmp_path: Path, family: str, sizes: dict[str, Any]
 ) -> None:
     quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     path = checkpoints.write(tmp_path / family, family, **sizes)

@@ -55,7 +55,7 @@ class Contender:
     def on_rank(self, rank: int, size: int, store: Store, path: Path) -> Iterator[Writer]:
         """The model, in a group of ranks as its library's users start one."""
         with _our_group(rank, size, store) if self.ours else _plain_group(rank, size, store) as group:
-            yield _OurWriter(path, group, self.options) if self.ours else _Transformers(path, size, self.options)
+            yield OurWriter(path, group, self.options) if self.ours else TransformersWriter(path, size, self.options)
 
 
 def _transformers(name: str, experts: str, **sizes: Any) -> Contender:
@@ -101,7 +101,7 @@ def _plain_group(rank: int, size: int, store: Store) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class _OurWriter(Writer):
+class OurWriter(Writer):
     """megamoe.model.load() and its generation: prompts spread over ranks, in step."""
 
     def __init__(self, path: Path, group: Any, options: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ class _OurWriter(Writer):
         return Passage(prefill_s, last, texts)
 
 
-class _Transformers(Writer):
+class TransformersWriter(Writer):
     """from_pretrained() with a distributed_config, and generate()."""
 
     def __init__(self, path: Path, size: int, options: dict[str, Any]) -> None:

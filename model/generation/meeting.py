@@ -239,7 +239,7 @@ def join(calls: Sequence[Call], axis: int) -> Call | None:
 def split(out: Any, lengths: Sequence[int], axis: int) -> list[Any]:
     """What a module gave for all, a part for each: tensors of tokens, tuples of such, or None."""
     if isinstance(out, Tensor):
-        return [part.contiguous() for part in out.split(list(lengths), axis)]
+        return [part.contiguous() for part in torch.split(out, list(lengths), axis)]
     if isinstance(out, tuple):
         return list(zip(*(split(each, lengths, axis) for each in out), strict=True))
     assert out is None, type(out)

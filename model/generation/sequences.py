@@ -92,7 +92,8 @@ class SequenceBatch(DynamicCache):  # type: ignore[misc]
             raise OtherAttentionError("attention sees other tokens than those that are cached")
         self._updated.remove(layer)
         keys, values = (torch.split(states[0], self.lengths, dim=1) for states in (key, value))
-        return [cache.append(layer, *new, window) for cache, *new in zip(self.caches, keys, values, strict=True)]
+        new = zip(self.caches, keys, values, strict=True)
+        return [cache.append(layer, new_key, new_value, window) for cache, new_key, new_value in new]
 
 
 @contextmanager

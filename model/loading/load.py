@@ -69,8 +69,9 @@ def load(
     Only this rank's experts are read, and each goes straight to its place. On a CPU linear modules and routers compute
     with the package's kernels, so that a row's bits depend on neither its batch nor the number of ranks; on another
     device they are torch's, which promises no such thing. The result is for inference: it has no gradients.
-    Calls of the group's layers by other threads wait until all is read. model.megamoe_report says what was read. ValueError, on every rank alike, for a checkpoint that is incomplete,
-    truncated or contradicts its config, and for an architecture that does not fit; PeerError where a rank is lost.
+    model.megamoe_report says what was read. Calls of the group's layers by other threads wait until all is. ValueError,
+    on every rank alike, for a checkpoint that is incomplete, truncated or contradicts its config, and for an
+    architecture that does not fit; PeerError where a rank is lost; RuntimeError where one calls a layer meanwhile.
     """
     device = torch.device(device)
     ranks = EPGroup.of(group, device)

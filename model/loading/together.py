@@ -14,7 +14,9 @@ from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
 
 _MAGIC = 0x4D4D4C31  # "MML1": a page of loading and of nothing else
-_PAGE = np.dtype([("magic", "<u4"), ("state", "<u4"), ("read", "<i8"), ("total", "<i8"), ("terms", "S64"), ("complaint", "S1024")])
+_PAGE = np.dtype(
+    [("magic", "<u4"), ("state", "<u4"), ("read", "<i8"), ("total", "<i8"), ("terms", "S64"), ("complaint", "S1024")]
+)
 _WORKING, _DONE, _FAILED = 0, 1, 2
 _TURN_S = 0.1
 
