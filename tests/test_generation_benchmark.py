@@ -42,7 +42,7 @@ def test_all_contenders_write_with_one_model(ranks: LocalRanks, tmp_path: Path) 
             assert sum(ours[number][0] == text[0] for number, text in theirs.items()) >= 2, name
 
 
-def test_the_table_follows_from_the_times(tmp_path: Path) -> None:
+def test_the_table_follows_from_the_times() -> None:
     workload = Workload((10, 10), 5, 2, None)
     slow, fast, *_, bf16, fp4 = (Series(contender) for contender in CONTENDERS)
     for repeat in (1, 2, 3):
