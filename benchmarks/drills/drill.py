@@ -191,7 +191,11 @@ class Field:
     def drill(self, plan: Plan) -> Drill:
         """Of the first ranks; what is left is known only where all were killed, and once the pool is closed."""
         struck, endings = play(plan, self.place, self.handles[: plan.ranks])
-        left = self.place.left() if plan.fault == GROUP and plan.ranks == len(self.handles) else ""
+        left = ""
+        if plan.fault == GROUP and plan.ranks == len(self.handles):
+            for handle in self.handles:
+                handle.kill()  # returns when the process is gone
+            left = self.place.left()
         for rank in range(plan.ranks):
             if plan.fault == GROUP or (plan.fault == "kill" and rank == plan.victim):
                 self.handles[rank] = self._open(rank)
