@@ -33,6 +33,7 @@ from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Notes
 from megamoe.parallel.streams import on_device
 from megamoe.routing.agreement import Part, Terms, agree, exact
+from megamoe.routing.landing import land
 from megamoe.routing.messages import Messages, count_rows
 from megamoe.routing.permutation import route_rows
 from megamoe.routing.segments import to_host
@@ -253,22 +254,26 @@ class MegaMoE(nn.Module):
     ) -> Call:
         """Agrees with all ranks on the call, before any row moves, and lays out this rank's part of it."""
         tokens, counts, firsts = 0, *torch.zeros(2, self.shape.num_experts, dtype=torch.int64)
+        nodes, landing = self.group.nodes(self.name), None
         if complaint is None:
             counts, firsts, complaint = self._count(topk_ids, topk_weights)
             tokens = 0 if complaint else len(hidden)
+        if nodes:
+            landing = land(topk_ids if tokens else topk_ids.new_zeros(0, 1), self.placement, nodes, self.group.rank)
         self._num_calls += 1
         self.tuner.learn()
         with record.timing("counts_s"):
-            agreed = agree(self.group, self._terms(), Part(tokens, counts, firsts, self.tuner.row_s), complaint)
+            part = Part(tokens, counts, firsts, self.tuner.row_s, landing.counts if landing else None)
+            agreed = agree(self.group, self._terms(), part, complaint)
             choice = self.tuner.choose(agreed)
         with record.timing("compute_s"):
             plan = plan_waves(self.placement, choice.waves)
-            messages = Messages.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts)
+            messages = Messages.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts, agreed.landed)
             workspace = self.group.workspace
             num_rows = int(counts.numpy().sum())
-            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace)
+            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace, landing)
             hidden = hidden.to(torch.bfloat16).contiguous()
-        parts = Parts(self.name, self.group, self.experts, choice.wire, plan, messages, choice.cost_model, notes)
+        parts = Parts(self.name, self.group, self.experts, choice.wire, plan, messages, choice.cost_model, notes, nodes)
         return Call(parts, route, agreed.counts, hidden, record)
 
     def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, ValueError | None]:
@@ -313,6 +318,7 @@ class MegaMoE(nn.Module):
             topk=self.shape.topk,
             activation=str(self.shape.activation),
             bias=self.shape.bias,
+            node_limited=self.group.node_limited,
             weight_format=self.weight_format,
             dispatch_format=self.dispatch_format,
             combine_format=self.combine_format,

@@ -18,7 +18,7 @@ from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
 
-PAGE_COUNTS = 384  # counts that a page holds, two for each expert; more follow in a second message
+PAGE_COUNTS = 384  # counts that a page holds, two or three for each expert; more follow in a second message
 _PAGE = np.dtype(
     [
         ("magic", "<u4"),
@@ -30,6 +30,7 @@ _PAGE = np.dtype(
         ("num_experts", "<i8"),
         ("topk", "<i8"),
         ("bias", "<i8"),
+        ("node_limited", "<i8"),
         ("call", "<i8"),
         ("activation", "S64"),
         ("weight_format", "S16"),
@@ -51,7 +52,7 @@ def _offset(name: str) -> int:
     return int(fields[name][1])
 
 
-_MAGIC = 0x4D4D0005  # "MM", and the version of this layout and the wire's
+_MAGIC = 0x4D4D0006  # "MM", and the version of this layout and the wire's
 _COMPARED = (
     "layer",
     "call",
@@ -61,6 +62,7 @@ _COMPARED = (
     "topk",
     "activation",
     "bias",
+    "node_limited",
     "weight_format",
     "dispatch_format",
     "combine_format",
@@ -76,6 +78,7 @@ class Terms:
     """What all ranks must be called with alike.
 
     activation: the experts', in words; bias: whether they add biases
+    node_limited: whether a token may go to a host once for all of its ranks
     arithmetic: how experts are summed where they are, as Experts.arithmetic has it
     layer, number: the layer's name, and which it is of the layers of that name that share the group, from 1
     """
@@ -89,6 +92,7 @@ class Terms:
     topk: int
     activation: str
     bias: bool
+    node_limited: bool
     weight_format: str
     dispatch_format: str
     combine_format: str
@@ -107,22 +111,25 @@ class Agreement:
 
     firsts [P, E] int64: tokens whose first expert on its rank that is
     row_s: seconds that the slowest rank takes to compute a row, 0 where not all know yet
+    landed [P, E] int64: tokens that land on its rank for its sake, where dispatch may be node-limited
     """
 
     tokens: list[int]
     counts: Tensor
     firsts: Tensor
     row_s: float
+    landed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank brings: num_tokens T; counts and firsts [E] int64 on the CPU and row_s as in Agreement."""
+    """What one rank brings: num_tokens T; counts, firsts, landed [E] int64 on the CPU and row_s as in Agreement."""
 
     num_tokens: int
     counts: Tensor
     firsts: Tensor
     row_s: float
+    landed: Tensor | None = None
 
 
 def agree(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None) -> Agreement:
@@ -135,7 +142,7 @@ def agree(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None
         if complaint is not None:
             raise complaint
         return Agreement([part.num_tokens], part.counts.unsqueeze(0), part.firsts.unsqueeze(0), part.row_s)
-    counts = torch.cat((part.counts, part.firsts))
+    counts = torch.cat((part.counts, part.firsts, *([] if part.landed is None else [part.landed])))
     page = _write_page(group, terms, part, counts, complaint)
     raw = group.transport.gather(torch.from_numpy(page.view(np.uint8)), Label(terms.layer, "counts"))
     pages: npt.NDArray[np.void] = raw.numpy().view(_PAGE).reshape(-1)
@@ -150,8 +157,8 @@ def agree(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None
         rest = counts[PAGE_COUNTS:].to(torch.int32).contiguous().view(torch.uint8)
         more = group.transport.gather(rest, Label(terms.layer, "more counts"))
         both = torch.cat((both, more.view(torch.int32).to(torch.int64)), 1)
-    rows, firsts = both.tensor_split(2, 1)
-    return Agreement(tokens, rows, firsts, row_s)
+    rows, firsts, *landed = both.tensor_split(len(counts) // terms.num_experts, 1)
+    return Agreement(tokens, rows, firsts, row_s, landed[0] if landed else None)
 
 
 def _write_page(
