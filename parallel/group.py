@@ -116,6 +116,12 @@ class EPGroup:
         found: tuple[int, ...] = getattr(self.transport, "nodes", _no_nodes)(layer)
         return found if self.node_limited else ()
 
+    @property
+    def far(self) -> list[int]:
+        """Ranks that this one shares no memory with."""
+        host = getattr(self.transport, "host", None)
+        return [rank for rank in range(self.size) if rank != self.rank and (host is None or rank not in host.near)]
+
     def notes(self, layer: str, call: int) -> Notes:
         """Where a call notes what it does: the group's status, and the recorder if there is one."""
         if self.recorders:

@@ -39,6 +39,8 @@ from megamoe.schedule.schedule import Step, schedule
 class CallRecord:
     """What one call of the layer did on this rank. Seconds are host time; bytes are those that left this rank.
 
+    far_bytes are those for ranks that it shares no memory with; tokens_fetched counts tokens from other hosts that it
+    read from a rank of its own, on which they landed.
     Where a GPU's kernels compute, compute_s is the GPU's time, known once the next call has begun, and a rank alone
     notes its tokens and nothing else.
     """
@@ -50,6 +52,8 @@ class CallRecord:
     rows_received: int = 0
     dispatch_bytes: int = 0
     combine_bytes: int = 0
+    far_bytes: int = 0
+    tokens_fetched: int = 0
     counts_s: float = 0.0
     compute_s: float = 0.0
     waiting_s: float = 0.0
@@ -248,3 +252,7 @@ class Call:
         record.rows_received = plan.going_home[-1].stop
         record.dispatch_bytes = plan.sent[-1].stop * parts.wire.row_bytes
         record.combine_bytes = record.rows_received * 2 * hidden.shape[1]
+        messages, rank, far = parts.messages, self._rank, parts.group.far
+        record.far_bytes = int((messages.heads + messages.unique)[rank][:, far].sum()) * parts.wire.row_bytes
+        record.far_bytes += int(messages.pairs[far, :, rank].sum()) * 2 * hidden.shape[1]
+        record.tokens_fetched = int(messages.fetched[:, :, rank].sum())

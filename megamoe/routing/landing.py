@@ -1,12 +1,12 @@
 """Node-limited dispatch: a token goes once to each other host, and the ranks of that host fetch it where it landed.
 
 It lands on the rank that has its first expert on the host, and each other rank of the host that has one of its experts
-copies it from there through the memory that they share. On the sender's own host each rank gets it for itself, by memory.
+copies it from there through the memory that they share. On the sender's own host each rank gets its own copy.
 
 Which expert is a token's first must be known before waves are chosen. Expert i of the n on its rank ends (2i + 1)/2n of
 the way through that rank's experts, halves rounded, and a wave is the same part of every rank's experts (waves.py). So
 the expert with the least such part on a host is in the first wave in which any rank of that host needs the token,
-whatever waves are chosen. Of several experts with the same part the one on the next rank after the sender counts.
+whatever waves are chosen. Of several experts with the same part senders take turns in which one counts.
 """
 
 # P ranks   E experts in all   T tokens of this rank   K experts per token
@@ -76,7 +76,7 @@ def _order(placement: Placement, nodes: tuple[int, ...], ep_rank: int) -> _Order
     ranked = []
     for rank in range(size):
         ids = placement.experts(rank)
-        ranked += [(Fraction(2 * i + 1, len(ids)), (rank - ep_rank) % size, expert) for i, expert in enumerate(ids)]
+        ranked += [(Fraction(2 * i + 1, len(ids)), (rank + ep_rank) % size, expert) for i, expert in enumerate(ids)]
     experts = [expert for *_, expert in sorted(ranked)]
     places = torch.empty(len(experts) + 1, dtype=torch.int64)
     places[torch.tensor([*experts, -1])] = torch.arange(len(experts) + 1)
