@@ -218,17 +218,17 @@ def batch_of(kind: str) -> Batch:
 
 
 def calls(group: EPGroup, sizes: tuple[int, ...], formats: tuple[str, str], node_limited: bool) -> Outcome:
-    """Every kind of batch, with one wave and with several, by two layers in turn on the same buffers."""
+    """Every kind of batch, with one wave and with three, by two layers in turn on the same buffers."""
     mine = EPGroup.of(dist.group.WORLD, node_limited=node_limited)
     weight_format, dispatch_format = formats
     made = {"weight_format": weight_format, "dispatch_format": dispatch_format}
-    layers = [make_layer(SHAPE, mine, waves=waves, name=f"waves{waves}", **made) for waves in (1, 3)]  # type: ignore[arg-type]
+    layers = [make_layer(SHAPE, mine, waves=waves, name=f"waves{waves}", **made) for waves in (1, 3)]
     outcome = Outcome([], 0, 0)
     with hosts(group, sizes):
         for kind in BATCHES:
             batch = batch_of(kind)
             part = batch.part(split(len(batch.ids), mine.size, empty=1 if kind == "empty rank" else None)[mine.rank])
-            for layer in layers * 2:
+            for layer in layers:
                 outcome.outputs.append(layer(part.hidden, part.ids, part.weights))
                 outcome.fetched += layer.last_call.tokens_fetched
                 outcome.far_bytes += layer.last_call.far_bytes
@@ -236,7 +236,7 @@ def calls(group: EPGroup, sizes: tuple[int, ...], formats: tuple[str, str], node
 
 
 def is_right(found: list[Outcome], formats: tuple[str, str]) -> bool:
-    expected = [oracle(SHAPE, batch_of(kind), *formats) for kind in BATCHES for _ in range(4)]
+    expected = [oracle(SHAPE, batch_of(kind), *formats) for kind in BATCHES for _ in range(2)]
     got = [torch.cat(parts) for parts in zip(*(each.outputs for each in found), strict=True)]
     return all(torch.equal(*each) for each in zip(got, expected, strict=True))
 
@@ -249,7 +249,8 @@ def test_the_bits_are_the_oracles_and_fewer_bytes_leave_a_host(ranks: LocalRanks
     assert is_right(limited, formats)
     assert is_right(plain, formats)
     alone = [rank for rank, node in enumerate(nodes_of(sizes)) if nodes_of(sizes).count(node) == 1]
-    assert [each.fetched > 0 for each in limited] == [rank not in alone for rank in range(size)]
+    assert sum(each.fetched for each in limited)
+    assert not any(limited[rank].fetched for rank in alone)
     assert not any(each.fetched for each in plain)
     assert sum(each.far_bytes for each in limited) < sum(each.far_bytes for each in plain)
 
@@ -388,7 +389,7 @@ def raises_in_the_middle(group: EPGroup, victim: int) -> tuple[str, int | None]:
         layer = make_layer(SHAPE, group, waves=3)
         layer(batch.hidden, batch.ids, batch.weights)
         if group.rank == victim:
-            layer.experts.linear1 = _raise  # type: ignore[method-assign]
+            layer.experts.linear1 = _raise  # type: ignore[method-assign, assignment]
         try:
             layer(batch.hidden, batch.ids, batch.weights)
         except PeerError as lost:
