@@ -47,6 +47,8 @@ TRACED = "traced"  # the overlapped layer with a recorder in place
 class BenchRequest:
     """A workload, its ranks and their links. link None leaves the ranks on loopback, unshaped.
 
+    ranks_per_host ranks share a link and memory; node_limited: a token then goes once to each other host.
+
     machine: the profile by which the run is predicted, a name of the catalog or a file that megamoe calibrate wrote;
     None takes the one that ships where it was made with as many threads a rank.
     """
@@ -54,6 +56,8 @@ class BenchRequest:
     ranks: int = 2
     link: str | None = None
     latency_ms: float = 0.0
+    ranks_per_host: int = 1
+    node_limited: bool = True
     tokens_per_rank: int = 1024
     hidden: int = 1024
     intermediate: int = 512
@@ -70,7 +74,7 @@ class BenchRequest:
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "threads_per_rank", "repeats"):
+        for name in ("ranks", "ranks_per_host", "threads_per_rank", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tokens_per_rank < 0:
@@ -79,6 +83,8 @@ class BenchRequest:
             parse_rate(self.link)
         elif self.latency_ms:
             raise ValueError(f"latency_ms {self.latency_ms} needs a link to delay, such as 1gbit")
+        elif self.ranks_per_host > 1:
+            raise ValueError(f"ranks_per_host {self.ranks_per_host} needs a link between hosts, such as 1gbit")
         check_waves(self.waves)
         check_formats(self.shape, self.weight_format, self.dispatch_format, "bf16")
         predict_run(self)
@@ -130,6 +136,8 @@ class BenchReport:
     ranks: int
     link_gb_s: float | None
     latency_ms: float
+    ranks_per_host: int
+    node_limited: bool
     tokens_per_rank: int
     hidden: int
     intermediate: int
@@ -209,8 +217,11 @@ def sweep_waves(request: BenchRequest) -> list[BenchRequest]:
 
 @contextmanager
 def _hosts(request: BenchRequest) -> Iterator[Sequence[Host] | None]:
-    holder = nullcontext() if request.link is None else lab(request.ranks, request.link, latency_ms=request.latency_ms)
-    with holder as hosts:
+    if request.link is None:
+        yield None
+        return
+    shared = {"latency_ms": request.latency_ms, "ranks_per_host": request.ranks_per_host}
+    with lab(request.ranks, request.link, **shared) as hosts:  # type: ignore[arg-type]
         yield hosts
 
 
@@ -233,7 +244,7 @@ def make_expert_weights(shape: MoEShape) -> tuple[Tensor, Tensor]:
 
 def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     """A rank's part: the four measures in turn, after one round to warm up, each begun by all ranks together."""
-    shape = request.shape
+    shape, group = request.shape, replace(group, node_limited=request.node_limited)
     gate_up, down = make_expert_weights(shape)
     batch = make_workload(shape, group.rank, request.tokens_per_rank)
     formats = {"weight_format": request.weight_format, "dispatch_format": request.dispatch_format}
