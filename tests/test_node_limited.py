@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamoe.launch.bench.bench import BenchRequest, run_bench
+from megamoe.launch.lab.counters import sent_bytes
+from megamoe.launch.lab.namespaces import INTERFACE, lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel import symmetric
 from megamoe.parallel.errors import CallRefusedError, PeerError
@@ -32,6 +35,7 @@ from megamoe.schedule.schedule import Step
 from megamoe.shape import MoEShape
 from tests.cases import Batch, make_batch, make_layer, oracle, split
 from tests.protocol_hosts import FAULTS, Case, search, walk
+from tests.test_lab import needs_lab
 
 shares = pytest.mark.skipif(not symmetric.available(), reason="ranks share memory on Linux and x86-64")
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
@@ -356,6 +360,58 @@ def test_where_a_wave_has_no_word_every_rank_gets_its_own_tokens(ranks: LocalRan
 )
 def test_ranks_of_one_host_share_with_one_another_and_nobody_else(votes: list[list[int]], nodes: tuple[int]) -> None:
     assert host._nodes(torch.tensor(votes).bool()) == nodes
+
+
+# ---- ranks of a lab that share hosts ----
+
+
+def over_links(group: EPGroup) -> tuple[list[int], Outcome, list[int]]:
+    """Calls in a lab, and what has left this rank's host meanwhile."""
+    batch = make_batch(SHAPE, 8 * TOKENS).part(split(8 * TOKENS, group.size)[group.rank])
+    layer, outcome, sent = make_layer(SHAPE, group, waves=2), Outcome([], 0, 0), []
+    assert group.transport is not None
+    for _ in range(3):
+        outcome.outputs.append(layer(batch.hidden, batch.ids, batch.weights))
+        outcome.fetched += layer.last_call.tokens_fetched
+        outcome.far_bytes = layer.last_call.far_bytes
+        group.transport.gather(torch.zeros(1, dtype=torch.uint8), Label("bench", "counts"))
+        sent.append(sent_bytes(INTERFACE))
+    return group.far, outcome, sent
+
+
+@needs_lab
+@shares
+def test_in_the_lab_what_the_layer_counts_is_what_leaves_a_host() -> None:
+    with lab(3, "1gbit", ranks_per_host=2) as hosts, LocalRanks(3, threads_per_rank=1, hosts=hosts) as ranks:
+        found = ranks.run(over_links)
+    assert [far for far, *_ in found] == [[2], [2], [0, 1]]
+    expected = oracle(SHAPE, make_batch(SHAPE, 8 * TOKENS), "mxfp4", "mxfp8")
+    for parts in zip(*(outcome.outputs for _, outcome, _ in found), strict=True):
+        assert torch.equal(torch.cat(parts), expected)
+    assert found[0][1].fetched
+    assert found[1][1].fetched
+    for members in ([0, 1], [2]):
+        counted = sum(found[rank][1].far_bytes for rank in members)
+        *_, before, after = found[members[0]][2]
+        assert counted < after - before < 1.2 * counted + 20_000  # headers, two exchanges of pages and heartbeats
+
+
+def test_an_interface_that_there_is_not_is_named() -> None:
+    with pytest.raises(ValueError, match="there is no interface called 'nothing0'"):
+        sent_bytes("nothing0")
+
+
+@needs_lab
+@shares
+def test_the_bench_measures_hosts_of_two_ranks_with_and_without() -> None:
+    sizes = {"tokens_per_rank": 32, "hidden": 128, "intermediate": 64, "num_experts": 6, "topk": 3}
+    request = BenchRequest(ranks=3, link="1gbit", ranks_per_host=2, waves=2, repeats=1, **sizes)  # type: ignore[arg-type]
+    limited, plain = (run_bench(replace(request, node_limited=each)) for each in (True, False))
+    assert limited.identical
+    assert plain.identical
+    assert (limited.ranks_per_host, limited.node_limited, plain.node_limited) == (2, True, False)
+    assert limited.bytes_sent_per_rank < plain.bytes_sent_per_rank
+    assert limited.predicted_ms is not None
 
 
 # ---- what does not come ----
