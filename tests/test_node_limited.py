@@ -404,14 +404,15 @@ def test_an_interface_that_there_is_not_is_named() -> None:
 @needs_lab
 @shares
 def test_the_bench_measures_hosts_of_two_ranks_with_and_without() -> None:
-    sizes = {"tokens_per_rank": 32, "hidden": 128, "intermediate": 64, "num_experts": 6, "topk": 3}
-    request = BenchRequest(ranks=3, link="1gbit", ranks_per_host=2, waves=2, repeats=1, **sizes)  # type: ignore[arg-type]
+    sizes = {"tokens_per_rank": 32, "hidden": 128, "intermediate": 64, "num_experts": 8, "topk": 3}
+    request = BenchRequest(ranks=4, link="1gbit", ranks_per_host=2, waves=2, repeats=1, **sizes)  # type: ignore[arg-type]
     limited, plain = (run_bench(replace(request, node_limited=each)) for each in (True, False))
     assert limited.identical
     assert plain.identical
     assert (limited.ranks_per_host, limited.node_limited, plain.node_limited) == (2, True, False)
-    assert limited.bytes_sent_per_rank < plain.bytes_sent_per_rank
-    assert limited.predicted_ms is not None
+    assert limited.link_bytes_per_host is not None
+    assert plain.link_bytes_per_host is not None
+    assert limited.link_bytes_per_host < plain.link_bytes_per_host
 
 
 # ---- what does not come ----

@@ -118,6 +118,7 @@ class RankTimes:
     times: dict[str, list[float]]
     waves: int
     bytes_sent: int
+    far_bytes: int
     rows_computed: int
     dispatch_format: str
     identical: bool | None
@@ -130,7 +131,8 @@ class BenchReport:
 
     traced_ms is the overlapped layer while it is recorded, trace_cost the median over repeats of how much longer that
     took than without, as a share; hidden_percent is the share of communication that hid. predicted_ms is what the
-    planner says of the overlapped layer, None where it cannot.
+    planner says of the overlapped layer, None where it cannot. link_bytes_per_host: what the ranks of a host send over
+    its link in a call, of the host that sends most; None without links.
     """
 
     ranks: int
@@ -170,6 +172,7 @@ class BenchReport:
     efficiency: float
     predicted_ms: float | None
     bytes_sent_per_rank: int
+    link_bytes_per_host: int | None
     flops_per_rank: int
     identical: bool | None
     repeats: int
@@ -197,6 +200,11 @@ def run_traced(
     recordings = [rank.recording for rank in found if rank.recording is not None]
     timeline = _typical(Timeline.merge(recordings)) if recordings else None
     return _report(request, found, timeline), timeline
+
+
+def _most_of_a_host(request: BenchRequest, found: list[RankTimes]) -> int:
+    firsts = range(0, request.ranks, request.ranks_per_host)
+    return max(sum(rank.far_bytes for rank in found[first : first + request.ranks_per_host]) for first in firsts)
 
 
 def _typical(timeline: Timeline) -> Timeline:
@@ -301,7 +309,8 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
                     times[name].append((time.perf_counter() - begun) * 1e3)
     record = layer.last_call
     rows = record.rows_received + record.rows_local
-    return RankTimes(times, record.waves, record.bytes_sent, rows, formats["dispatch_format"], identical, recording)
+    sent = (record.bytes_sent, record.far_bytes)
+    return RankTimes(times, record.waves, *sent, rows, formats["dispatch_format"], identical, recording)
 
 
 def _in_turn(names: list[str], repeat: int) -> list[str]:
@@ -351,5 +360,6 @@ def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | 
         efficiency=limit / middle["overlapped"],
         predicted_ms=predicted.overlapped_ms if predicted else None,
         bytes_sent_per_rank=max(rank.bytes_sent for rank in found),
+        link_bytes_per_host=_most_of_a_host(request, found) if request.link else None,
         flops_per_rank=6 * request.hidden * request.intermediate * max(rank.rows_computed for rank in found),
     )

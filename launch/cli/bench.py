@@ -139,6 +139,9 @@ def _print_bench(report: BenchReport) -> None:
         f"speedup over serial {report.speedup:.2f}, efficiency {report.efficiency:.2f}, exposed "
         f"{report.exposed_ms:.1f} ms, {report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}"
     )
+    if report.ranks_per_host > 1:
+        assert report.link_bytes_per_host is not None
+        say(f"{report.link_bytes_per_host / 1e6:.2f} MB over the link of a host")
     if report.predicted_ms is not None:
         off = report.predicted_ms / report.overlapped_ms - 1
         say(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%}")
