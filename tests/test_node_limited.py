@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import pytest
@@ -31,6 +31,7 @@ from megamoe.routing.permutation import route_rows
 from megamoe.routing.row_plan import RankRows, plan_rows
 from megamoe.routing.waves import WavePlan, plan_waves
 from megamoe.routing.wire import Wire
+from megamoe.schedule.machine import Run
 from megamoe.schedule.schedule import Step
 from megamoe.shape import MoEShape
 from tests.cases import Batch, make_batch, make_layer, oracle, split
@@ -87,8 +88,9 @@ def test_tokens_of_the_docstring() -> None:
 @pytest.mark.parametrize("waves", [1, 2, 4, (1, 3, 2)], ids=str)
 @pytest.mark.parametrize("sizes", [(2, 2), (2, 1), (1, 3), (3, 2), (1, 1, 2), (4, 4)], ids=str)
 def test_every_row_finds_its_token_and_no_token_goes_to_a_host_twice(
-    sizes: tuple[int, ...], waves: int | tuple[int, ...]
+    sizes: tuple[int, ...], waves: int | tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("megamoe.routing.messages.LEAST_SAVED_BYTES", 1)
     sweep = ((12, 4, 0), (9, 3, 1), (24, 8, 2))
     fetched = [check_inboxes(num_experts, topk, nodes_of(sizes), waves, seed) for num_experts, topk, seed in sweep]
     assert any(fetched)
@@ -192,13 +194,12 @@ def check_slices(plan: WavePlan, rank: int, counts: Tensor, messages: Messages, 
 
 @contextmanager
 def hosts(group: EPGroup, sizes: tuple[int, ...]) -> Iterator[None]:
-    """Ranks of this machine take themselves for hosts of so many ranks, if they have not met yet."""
+    """Ranks of this machine take themselves for hosts of so many ranks, if they have not met yet, and save any byte."""
     node = nodes_of(sizes)[group.rank]
-    symmetric.host_key, kept = (lambda: f"host{node}"), symmetric.host_key
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(symmetric, "host_key", lambda: f"host{node}")
+        patch.setattr("megamoe.routing.messages.LEAST_SAVED_BYTES", 1)
         yield
-    finally:
-        symmetric.host_key = kept
 
 
 @dataclass
@@ -294,6 +295,22 @@ def test_a_recorded_call_has_the_same_bits_and_notes_what_came_through_sockets(r
     assert noted == sum(each.far_bytes for each in found)
 
 
+def saves_little(group: EPGroup) -> tuple[int, Tensor]:
+    batch = make_batch(SHAPE, TOKENS).part(split(TOKENS, 4)[group.rank])
+    with hosts(group, (2, 2)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megamoe.routing.messages.LEAST_SAVED_BYTES", 16 * 1024)
+        layer = make_layer(SHAPE, group)
+        out = layer(batch.hidden, batch.ids, batch.weights)
+    return layer.last_call.tokens_fetched, out
+
+
+@shares
+def test_where_little_is_saved_every_rank_gets_its_own_tokens(ranks: LocalRanks) -> None:
+    found = ranks.run(saves_little)
+    assert [fetched for fetched, _ in found] == [0] * 4
+    assert torch.equal(torch.cat([out for _, out in found]), oracle(SHAPE, make_batch(SHAPE, TOKENS), "mxfp4", "mxfp8"))
+
+
 def disagrees(group: EPGroup) -> str:
     mine = EPGroup.of(dist.group.WORLD, node_limited=group.rank != 1)
     batch = make_batch(SHAPE, 5)
@@ -370,12 +387,14 @@ def over_links(group: EPGroup) -> tuple[list[int], Outcome, list[int]]:
     batch = make_batch(SHAPE, 8 * TOKENS).part(split(8 * TOKENS, group.size)[group.rank])
     layer, outcome, sent = make_layer(SHAPE, group, waves=2), Outcome([], 0, 0), []
     assert group.transport is not None
-    for _ in range(3):
-        outcome.outputs.append(layer(batch.hidden, batch.ids, batch.weights))
-        outcome.fetched += layer.last_call.tokens_fetched
-        outcome.far_bytes = layer.last_call.far_bytes
-        group.transport.gather(torch.zeros(1, dtype=torch.uint8), Label("bench", "counts"))
-        sent.append(sent_bytes(INTERFACE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megamoe.routing.messages.LEAST_SAVED_BYTES", 1)
+        for _ in range(3):
+            outcome.outputs.append(layer(batch.hidden, batch.ids, batch.weights))
+            outcome.fetched += layer.last_call.tokens_fetched
+            outcome.far_bytes = layer.last_call.far_bytes
+            group.transport.gather(torch.zeros(1, dtype=torch.uint8), Label("bench", "counts"))
+            sent.append(sent_bytes(INTERFACE))
     return group.far, outcome, sent
 
 
@@ -403,16 +422,15 @@ def test_an_interface_that_there_is_not_is_named() -> None:
 
 @needs_lab
 @shares
-def test_the_bench_measures_hosts_of_two_ranks_with_and_without() -> None:
-    sizes = {"tokens_per_rank": 32, "hidden": 128, "intermediate": 64, "num_experts": 8, "topk": 3}
-    request = BenchRequest(ranks=4, link="1gbit", ranks_per_host=2, waves=2, repeats=1, **sizes)  # type: ignore[arg-type]
-    limited, plain = (run_bench(replace(request, node_limited=each)) for each in (True, False))
-    assert limited.identical
-    assert plain.identical
-    assert (limited.ranks_per_host, limited.node_limited, plain.node_limited) == (2, True, False)
-    assert limited.link_bytes_per_host is not None
-    assert plain.link_bytes_per_host is not None
-    assert limited.link_bytes_per_host < plain.link_bytes_per_host
+def test_the_bench_counts_what_the_planner_says() -> None:
+    sizes = {"tokens_per_rank": 256, "hidden": 512, "intermediate": 64, "num_experts": 8, "topk": 3}
+    request = BenchRequest(ranks=4, link="1gbit", ranks_per_host=2, waves=1, repeats=1, **sizes)  # type: ignore[arg-type]
+    report = run_bench(request)
+    assert report.identical
+    limited, plain = (Run.of({**report.as_dict(), "node_limited": each}) for each in (True, False))
+    planned, each_rank = (run.link_dispatch_bytes + run.link_combine_bytes for run in (limited, plain))
+    assert report.link_bytes_per_host == pytest.approx(planned, rel=0.05)
+    assert each_rank > 1.08 * planned
 
 
 # ---- what does not come ----
@@ -425,18 +443,19 @@ def lander_does_nothing(group: EPGroup) -> tuple[int, str]:
     with hosts(group, (2, 1)):
         assert mine.nodes("moe") == (0, 0, 2)
     mine.transport.gather(torch.zeros(8, dtype=torch.uint8), Label("moe", "counts"))
-    landings = mine.transport.landings("moe")
-    if group.rank:
-        return -1, ""
-    with pytest.raises(PeerError) as late:
-        landings.wait(0, 2, 1)
-    return late.value.rank, late.value.reason
+    landings, said = mine.transport.landings("moe"), (-1, "")
+    if group.rank == 0:
+        with pytest.raises(PeerError) as late:
+            landings.wait(0, 2, 1)
+        said = late.value.rank, late.value.reason
+    assert group.transport is not None
+    group.transport.gather(torch.zeros(8, dtype=torch.uint8), Label("moe", "counts"))  # nobody leaves before
+    return said
 
 
 @shares
-def test_a_rank_at_which_nothing_lands_is_named_at_the_deadline() -> None:
-    with LocalRanks(3, threads_per_rank=1) as ranks:
-        (rank, reason), *_ = ranks.run(lander_does_nothing)
+def test_a_rank_at_which_nothing_lands_is_named_at_the_deadline(ranks: LocalRanks) -> None:
+    (rank, reason), *_ = ranks.run(lander_does_nothing, size=3)
     assert (rank, reason) == (1, "rank 2's rows did not come to it in time")
 
 
