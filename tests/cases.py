@@ -75,7 +75,9 @@ def split(num_tokens: int, num_ranks: int, *, empty: int | None = None) -> list[
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def oracle(shape: MoEShape, batch: Batch, weight_format: str, dispatch_format: str) -> Tensor:
+def oracle(
+    shape: MoEShape, batch: Batch, weight_format: str, dispatch_format: str, combine_format: str = "bf16"
+) -> Tensor:
     gate_up, down = make_weights(shape)
     return moe(
         shape,
@@ -87,6 +89,7 @@ def oracle(shape: MoEShape, batch: Batch, weight_format: str, dispatch_format: s
         **make_biases(shape),
         weight_format=weight_format,
         dispatch_format=dispatch_format,
+        combine_format=combine_format,
     )
 
 
@@ -96,9 +99,18 @@ def make_layer(
     *,
     weight_format: str = "mxfp4",
     dispatch_format: str = "mxfp8",
+    combine_format: str = "bf16",
     waves: Waves = "auto",
     name: str = "moe",
 ) -> MegaMoE:
-    layer = MegaMoE(shape, group, weight_format=weight_format, dispatch_format=dispatch_format, waves=waves, name=name)
+    layer = MegaMoE(
+        shape,
+        group,
+        weight_format=weight_format,
+        dispatch_format=dispatch_format,
+        combine_format=combine_format,
+        waves=waves,
+        name=name,
+    )
     layer.load_experts(*make_weights(shape), **make_biases(shape))
     return layer

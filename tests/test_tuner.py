@@ -79,7 +79,16 @@ def tuner(
     weight_format = "mxfp4" if packed else "bf16"
     experts = Experts(MoEShape(1024, 512, 16, 4), range(8), weight_format=weight_format, device=torch.device("meta"))
     experts.device = torch.device("cpu")  # whose waves have a cost, but without memory for the weights
-    return Tuner("moe", group, experts, waves="auto", dispatch_format=dispatch_format, overlap=True, machine=machine)
+    return Tuner(
+        "moe",
+        group,
+        experts,
+        waves="auto",
+        dispatch_format=dispatch_format,
+        combine_format="bf16",
+        overlap=True,
+        machine=machine,
+    )
 
 
 def agreed(row_s: float, tokens: int = 2048, size: int = 2) -> Agreement:

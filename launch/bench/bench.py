@@ -65,6 +65,7 @@ class BenchRequest:
     topk: int = 4
     weight_format: str = "mxfp4"
     dispatch_format: str = "mxfp8"
+    combine_format: str = "bf16"
     waves: Waves = "auto"
     threads_per_rank: int = 1
     repeats: int = 9
@@ -86,7 +87,7 @@ class BenchRequest:
         elif self.ranks_per_host > 1:
             raise ValueError(f"ranks_per_host {self.ranks_per_host} needs a link between hosts, such as 1gbit")
         check_waves(self.waves)
-        check_formats(self.shape, self.weight_format, self.dispatch_format, "bf16")
+        check_formats(self.shape, self.weight_format, self.dispatch_format, self.combine_format)
         predict_run(self)
 
     @property
@@ -147,6 +148,7 @@ class BenchReport:
     topk: int
     weight_format: str
     dispatch_format: str
+    combine_format: str
     waves: int
     threads_per_rank: int
     serial_ms: float
@@ -255,10 +257,10 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     shape, group = request.shape, replace(group, node_limited=request.node_limited)
     gate_up, down = make_expert_weights(shape)
     batch = make_workload(shape, group.rank, request.tokens_per_rank)
-    formats = {"weight_format": request.weight_format, "dispatch_format": request.dispatch_format}
+    formats = {name: getattr(request, name) for name in ("weight_format", "dispatch_format", "combine_format")}
 
     def make_layer(group: EPGroup, name: str, waves: Waves = 1, overlap: bool = True) -> MegaMoE:
-        return MegaMoE(shape, group, waves=waves, overlap=overlap, name=name, **formats)  # type: ignore[arg-type]
+        return MegaMoE(shape, group, waves=waves, overlap=overlap, name=name, **formats)
 
     layer = make_layer(group, "overlapped", request.waves)
     layer.load_experts(gate_up, down)
@@ -276,12 +278,7 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     identical = None
     if request.check:
         hidden, ids, weights = batch
-        weight_format, dispatch_format = formats["weight_format"], formats["dispatch_format"]
-        expected = moe(
-            *(shape, hidden, ids, weights, gate_up, down),
-            weight_format=weight_format,
-            dispatch_format=dispatch_format,
-        )
+        expected = moe(shape, hidden, ids, weights, gate_up, down, **formats)
         identical = all(torch.equal(output, expected) for output in outputs)
     del gate_up, down
     measures: dict[str, Callable[[], object]] = {

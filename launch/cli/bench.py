@@ -38,6 +38,7 @@ def bench(
     topk: Annotated[int | None, typer.Option(help="Experts per token; 4 without a preset.")] = None,
     weight_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "mxfp4",
     dispatch_format: Annotated[str, typer.Option(help="mxfp8, bf16, or auto.")] = "mxfp8",
+    combine_format: Annotated[str, typer.Option(help="bf16 or mxfp8: how results travel home.")] = "bf16",
     waves: Annotated[
         str, typer.Option(help='"auto", a number, relative sizes such as 1,2,1, or "sweep" for a row of each.')
     ] = "auto",
@@ -75,6 +76,7 @@ def bench(
                 tokens_per_rank=tokens_per_rank,
                 weight_format=weight_format,
                 dispatch_format=dispatch_format,
+                combine_format=combine_format,
                 waves="auto" if waves == "sweep" else parse_waves(waves),
                 threads_per_rank=threads_per_rank,
                 repeats=repeats,
@@ -123,7 +125,7 @@ def _workload(report: BenchReport) -> str:
     if report.ranks_per_host > 1:
         ranks += f", {report.ranks_per_host} a host{'' if report.node_limited else ' and not node-limited'}"
     tokens = f"{ranks}, {link}, {report.tokens_per_rank} tokens a rank"
-    return f"{tokens}, {experts}, top-{report.topk}, {report.dispatch_format} wire"
+    return f"{tokens}, {experts}, top-{report.topk}, {report.dispatch_format} there, {report.combine_format} back"
 
 
 def _print_bench(report: BenchReport) -> None:

@@ -62,6 +62,7 @@ class Tuner:
         *,
         waves: Waves,
         dispatch_format: str,
+        combine_format: str,
         overlap: bool,
         machine: Machine | None = None,
     ) -> None:
@@ -69,6 +70,7 @@ class Tuner:
         self._waves, self._overlap = waves, overlap
         self._placement = Placement(experts.shape.num_experts, group.size)
         self.dispatch_format = None if dispatch_format == "auto" else dispatch_format
+        self._combine_format = combine_format
         # [P, E]: 1 where an expert is on another rank
         self._remote = (np.arange(group.size)[:, None] != np.array(self._placement.ranks(), np.int64)).astype(np.int64)
         self._settled: dict[int, list[int]] = {}
@@ -111,13 +113,14 @@ class Tuner:
             self.choose_format(),
             self._experts.shape.hidden,
             round_on_arrival=self._experts.format.activations == "mxfp8",
+            combine_format=self._combine_format,
         )
         rows = sum(agreed.tokens) * self._experts.shape.topk / len(agreed.tokens)
         out_bytes = self._out_bytes(wire, agreed)
         first_guess = auto_waves(self._placement, rows, out_bytes)
         if self._waves == "auto" and first_guess > 1:
             self._group.link(self._name, self._experts.device)
-        cost_model = self._cost_model(out_bytes, agreed.row_s)
+        cost_model = self._cost_model(out_bytes, wire.result_bytes, agreed.row_s)
         if self._waves != "auto":
             assert not isinstance(self._waves, str)
             return Choice(self._waves, wire, cost_model)
@@ -145,8 +148,8 @@ class Tuner:
         rows, tokens = (int(np.vdot(each.numpy(), self._remote)) for each in (agreed.counts, agreed.firsts))
         return wire.PAIR_BYTES + wire.row_bytes * tokens / max(rows, 1)
 
-    def _cost_model(self, out_bytes: float, row_s: float) -> CostModel:
-        home_bytes, decode_rows = 2 * self._experts.shape.hidden, self._experts.decode_rows
+    def _cost_model(self, out_bytes: float, home_bytes: float, row_s: float) -> CostModel:
+        decode_rows = self._experts.decode_rows
         if not self._overlap:
             return CostModel(1.0, 0.0, 0.0, 0.0, decode_rows)
         if not self._group.links or not row_s:

@@ -358,9 +358,9 @@ class Experts(nn.Module):
         return activate(gate_up, weights, self.tables, quantized=self.format.activations == "mxfp8", out=hidden)
 
     def linear2(
-        self, rows: Rows, experts: range, weights: Tensor, out: Tensor, goes: Tensor, workspace: Workspace
+        self, rows: Rows, experts: range, weights: Tensor, out: Tensor, goes: Tensor | None, workspace: Workspace
     ) -> Tensor:
-        """rows of hidden [n, I] bfloat16 into out [n, H] bfloat16, row r into out[goes[r]]; goes [n] int64.
+        """rows of hidden [n, I] bfloat16 into out [n, H] bfloat16, row r into out[goes[r]]; goes [n] int64, None for r.
 
         weights [n] float32, by which a bias is multiplied; hidden has its own in it
         """

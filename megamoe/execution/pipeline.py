@@ -131,7 +131,8 @@ class Call:
             self._rows = workspace.take("rows", (self._plan.num_rows, wire.row_bytes), hidden, torch.uint8)
             self._records = self._rows.view(torch.int32).view(-1, 2)
             self._fetching = parts.fetching(self._plan, self._rows)
-            self._results = workspace.take("results", (self._plan.num_results, hidden.shape[1]), hidden)
+            size, dtype = wire.result_rows(self._plan.num_results)
+            self._results, self._wire = workspace.take("results", size, hidden, dtype), wire
             self._results[-1].zero_()  # what a masked slot adds
             buffers = CallBuffers(self._rows, self._plan.own)
             self._backend = backend_of(parts.experts)(parts.experts, wire, workspace, buffers)
@@ -199,7 +200,7 @@ class Call:
             with lane("activation", step.wave, num_rows):
                 hidden = backend.activate(hidden, rows)
             with lane("linear-2", step.wave, num_rows):
-                backend.grouped_linear2(hidden, rows, self._results)
+                backend.grouped_linear2(hidden, rows, self._wire.results(self._results))
 
     def _read(self, work: StepRows, arrived: slice | None) -> RowsByExpert:
         """Rows of a step, once the tokens among which they are have been decoded: this rank's own in the first step."""
@@ -233,7 +234,7 @@ class Call:
             for transfer in self._combines.values():
                 transfer.wait()
         with self._computing(), self._notes.lane("reduce", rows=self._route.num_rows):
-            out = reduce_slots(self._results[self._plan.reduced], self._route.positions)
+            out = reduce_slots(self._wire.results(self._results[self._plan.reduced]), self._route.positions)
         with self._record.timing("waiting_s"):
             for transfer in (*self._dispatches.values(), *self._combines.values()):
                 transfer.finish()
@@ -251,8 +252,8 @@ class Call:
         record.rows_sent = self._route.num_rows - record.rows_local
         record.rows_received = plan.going_home[-1].stop
         record.dispatch_bytes = plan.sent[-1].stop * parts.wire.row_bytes
-        record.combine_bytes = record.rows_received * 2 * hidden.shape[1]
+        record.combine_bytes = record.rows_received * parts.wire.result_bytes
         messages, rank, far = parts.messages, self._rank, parts.group.far
         record.far_bytes = int((messages.heads + messages.unique)[rank][:, far].sum()) * parts.wire.row_bytes
-        record.far_bytes += int(messages.pairs[far, :, rank].sum()) * 2 * hidden.shape[1]
+        record.far_bytes += int(messages.pairs[far, :, rank].sum()) * parts.wire.result_bytes
         record.tokens_fetched = int(messages.fetched[:, :, rank].sum())

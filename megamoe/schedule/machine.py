@@ -5,7 +5,7 @@ Of one rank, on a core that it may share:
     products    6HI flops a row                                  / product_gflops
     weights     3HI values an expert that is made ready          * weight_ns, or decode_ns with mxfp4
     values      2H + 2I values a row: gathered, activated, sent  * value_ns
-    rounding    H a token and H + I a row, where MXFP8 is used   * round_ns
+    rounding    H a token and H + I a row, where MXFP8 is used, and 2H a row where results are MXFP8 * round_ns
     a call                                                       call_us
 
 The waves are then played as the layer runs them (schedule.py, cost_model.py), over a link of a nominal rate. Every byte
@@ -38,6 +38,7 @@ class Run:
     """A layer on a machine: keys of `megamoe bench --format json`. waves 0 is "auto", link_gb_s None is loopback.
 
     With a link ranks_per_host ranks share it, and memory; node_limited: a token then goes once to each other host.
+    Reports that do not say how results travel are of bf16.
     """
 
     ranks: int
@@ -51,13 +52,14 @@ class Run:
     dispatch_format: str
     waves: int
     threads_per_rank: int = 1
+    combine_format: str = "bf16"
     ranks_per_host: int = 1
     node_limited: bool = True
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Run:
         """From a report's keys. ValueError names those that are missing, but for hosts of one rank."""
-        known = {"ranks_per_host": 1, "node_limited": True, **found}
+        known = {"combine_format": "bf16", "ranks_per_host": 1, "node_limited": True, **found}
         missing = [key for key in cls.__slots__ if key not in known]
         if missing:
             raise ValueError(f"no report of megamoe bench --format json: it has no {', '.join(missing)}")
@@ -93,8 +95,8 @@ class Run:
 
     @property
     def combine_bytes(self) -> float:
-        """Sent by a rank: results of other ranks' rows, BF16."""
-        return self.rows * self.f_remote * self.hidden * 2
+        """Sent by a rank: results of other ranks' rows."""
+        return self.rows * self.f_remote * self.hidden * value_bytes(self.combine_format)
 
     @property
     def link_dispatch_bytes(self) -> float:
@@ -116,7 +118,7 @@ class Run:
         """Results that all ranks of a host send home over its link."""
         if self.link_gb_s is None or self.ranks_per_host == 1:
             return self.combine_bytes
-        return min(self.ranks_per_host, self.ranks) * self._far_rows * self.hidden * 2
+        return min(self.ranks_per_host, self.ranks) * self._far_rows * self.hidden * value_bytes(self.combine_format)
 
     @property
     def _far_rows(self) -> float:
@@ -148,6 +150,7 @@ class Amounts:
     def of(cls, run: Run, made_ready: float) -> Amounts:
         per_expert = 3 * run.hidden * run.intermediate
         rounded = run.tokens_per_rank * run.hidden + run.rows * run.hidden if run.rounds else 0.0
+        rounded += 2 * run.rows * run.hidden if run.combine_format == "mxfp8" else 0.0
         return cls(
             flops=2 * per_expert * run.rows,
             weights=made_ready * per_expert,
