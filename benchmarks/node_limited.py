@@ -33,6 +33,7 @@ from megamoe.schedule.machine import Run
 from megamoe.shape import MoEShape
 
 _TOGETHER = Label("bench", "counts")
+FORMATS = (("mxfp8", "bf16"), ("mxfp8", "mxfp8"), ("bf16", "bf16"))  # there and back
 _SETTLING = 6
 _MOST_OFF = 0.06  # headers of TCP and IP are 4.5 % of full packets, and fewer are counted where the kernel joins them
 
@@ -46,6 +47,7 @@ class Request:
     tokens_per_rank: int
     shape: MoEShape
     dispatch_format: str
+    combine_format: str
     repeats: int
 
     @property
@@ -67,6 +69,7 @@ class RankFound:
 def measure(group: EPGroup, request: Request) -> RankFound:
     """A rank's part."""
     shape, formats = request.shape, {"weight_format": "mxfp4", "dispatch_format": request.dispatch_format}
+    formats["combine_format"] = request.combine_format
     gate_up, down = make_expert_weights(shape)
     batch = make_workload(shape, group.rank, request.tokens_per_rank)
     expected = moe(shape, *batch, gate_up, down, **formats)
@@ -139,6 +142,7 @@ def planned_bytes(request: Request, limited: bool) -> float:
         topk=shape.topk,
         weight_format="mxfp4",
         dispatch_format=request.dispatch_format,
+        combine_format=request.combine_format,
         waves=0,
         ranks_per_host=request.ranks_per_host,
         node_limited=limited,
@@ -159,10 +163,8 @@ def main() -> int:
     parser.add_argument("--format", choices=("table", "json"), default="table")
     asked = parser.parse_args()
     shape, told = MoEShape(asked.hidden, asked.intermediate, asked.num_experts, asked.topk), []
-    for dispatch_format in ("mxfp8", "bf16"):
-        request = Request(
-            asked.link, asked.ranks_per_host, asked.tokens_per_rank, shape, dispatch_format, asked.repeats
-        )
+    for formats in FORMATS:
+        request = Request(asked.link, asked.ranks_per_host, asked.tokens_per_rank, shape, *formats, asked.repeats)
         with (
             lab(request.ranks, request.link, ranks_per_host=request.ranks_per_host) as hosts,
             LocalRanks(request.ranks, threads_per_rank=1, deadline_s=300.0, hosts=hosts) as ranks,
@@ -188,14 +190,15 @@ def show(told: list[dict[str, object]]) -> None:
         f"2 hosts of {first['ranks_per_host']} ranks, {first['link']} each, {first['tokens_per_rank']} tokens a rank, "
         f"{_sizes(first['shape'])}, {first['repeats']} calls each in turn; MB that a host sends in a call"
     )
-    columns = ("wire", "dispatch", "median ms", "min", "max", "waves", "MB on link", "planned", "rows alone")
+    columns = ("there, back", "dispatch", "median ms", "min", "max", "waves", "MB on link", "planned", "rows alone")
     print("".join(f"{column:>13}" for column in columns))
     for each in told:
         for name in ("node_limited", "to_each_rank"):
             way: dict[str, float] = each[name]  # type: ignore[assignment]
             times = "".join(f"{way[key]:13.1f}" for key in ("ms", "ms_min", "ms_max"))
             sizes = "".join(f"{way[key]:13.3f}" for key in ("link_mb", "planned_mb", "counted_mb"))
-            print(f"{each['dispatch_format']:>13}{name.replace('_', ' '):>13}{times}{way['waves']:13}{sizes}")
+            wire = f"{each['dispatch_format']}, {each['combine_format']}"
+            print(f"{wire:>13}{name.replace('_', ' '):>13}{times}{way['waves']:13}{sizes}")
         same = "identical to the oracle" if each["identical"] else "DIFFERENT from the oracle"
         print(f"{'':13}{each['ratio']:.3f} times as fast node-limited, median of {each['repeats']} pairs; {same}")
 

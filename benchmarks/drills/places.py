@@ -3,8 +3,7 @@
 What strikes a rank from outside, and what must not be left when all ranks are gone, is the place's. Where ranks share a
 host there is no link that is one rank's to be cut or slowed. There "cut" is a rank whose rows and pages still arrive
 and whose signals do not: its peers wait for words that are never set, while its process and its heartbeat are well.
-"slow" is a rank that is stopped for all but a five-hundredth of the time, which ends no call within a deadline of 2 s or
-less.
+"slow" is a rank that is stopped for all but a five-hundredth of the time, which ends no call within a deadline of 2 s.
 """
 
 from __future__ import annotations
