@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.launch.bench.bench import BenchRequest, run_bench
+from megamoe.launch.bench.bench import BenchRequest, bench_rank
 from megamoe.launch.lab.counters import sent_bytes
 from megamoe.launch.lab.namespaces import INTERFACE, lab
 from megamoe.launch.ranks import LocalRanks
@@ -400,37 +400,32 @@ def over_links(group: EPGroup) -> tuple[list[int], Outcome, list[int]]:
 
 @needs_lab
 @shares
-def test_in_the_lab_what_the_layer_counts_is_what_leaves_a_host() -> None:
-    with lab(3, "1gbit", ranks_per_host=2) as hosts, LocalRanks(3, threads_per_rank=1, hosts=hosts) as ranks:
+def test_in_the_lab_what_leaves_a_host_is_what_the_layer_counts_and_the_planner_says() -> None:
+    sizes = {"tokens_per_rank": 256, "hidden": 512, "intermediate": 64, "num_experts": 8, "topk": 3}
+    request = BenchRequest(ranks=4, link="1gbit", ranks_per_host=2, waves=1, repeats=1, **sizes)  # type: ignore[arg-type]
+    with lab(4, "1gbit", ranks_per_host=2) as hosts, LocalRanks(4, threads_per_rank=1, hosts=hosts) as ranks:
         found = ranks.run(over_links)
-    assert [far for far, *_ in found] == [[2], [2], [0, 1]]
+        times = ranks.run(bench_rank, request)
+    assert [far for far, *_ in found] == [[2, 3], [2, 3], [0, 1], [0, 1]]
     expected = oracle(SHAPE, make_batch(SHAPE, 8 * TOKENS), "mxfp4", "mxfp8")
     for parts in zip(*(outcome.outputs for _, outcome, _ in found), strict=True):
         assert torch.equal(torch.cat(parts), expected)
-    assert found[0][1].fetched
-    assert found[1][1].fetched
-    for members in ([0, 1], [2]):
-        counted = sum(found[rank][1].far_bytes for rank in members)
-        *_, before, after = found[members[0]][2]
-        assert counted < after - before < 1.2 * counted + 20_000  # headers, two exchanges of pages and heartbeats
+    for first in (0, 2):
+        members = [outcome for _, outcome, _ in found[first : first + 2]]
+        assert all(outcome.fetched for outcome in members)
+        counted = sum(outcome.far_bytes for outcome in members)
+        *_, before, after = found[first][2]
+        assert counted < after - before < 1.2 * counted + 30_000  # headers, two exchanges of pages and heartbeats
+    assert all(rank.identical for rank in times)
+    runs = [Run.of({**asdict(request), "link_gb_s": 0.125, "node_limited": each}) for each in (True, False)]
+    planned, to_each = (run.link_dispatch_bytes + run.link_combine_bytes for run in runs)
+    assert sum(rank.far_bytes for rank in times) / 2 == pytest.approx(planned, rel=0.05)
+    assert to_each > 1.08 * planned
 
 
 def test_an_interface_that_there_is_not_is_named() -> None:
     with pytest.raises(ValueError, match="there is no interface called 'nothing0'"):
         sent_bytes("nothing0")
-
-
-@needs_lab
-@shares
-def test_the_bench_counts_what_the_planner_says() -> None:
-    sizes = {"tokens_per_rank": 256, "hidden": 512, "intermediate": 64, "num_experts": 8, "topk": 3}
-    request = BenchRequest(ranks=4, link="1gbit", ranks_per_host=2, waves=1, repeats=1, **sizes)  # type: ignore[arg-type]
-    report = run_bench(request)
-    assert report.identical
-    limited, plain = (Run.of({**report.as_dict(), "node_limited": each}) for each in (True, False))
-    planned, each_rank = (run.link_dispatch_bytes + run.link_combine_bytes for run in (limited, plain))
-    assert report.link_bytes_per_host == pytest.approx(planned, rel=0.05)
-    assert each_rank > 1.08 * planned
 
 
 # ---- what does not come ----
