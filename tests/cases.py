@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -91,6 +95,16 @@ def oracle(
         dispatch_format=dispatch_format,
         combine_format=combine_format,
     )
+
+
+@contextmanager
+def computing(layer: MegaMoE, instead: Callable[..., Any]) -> Iterator[None]:
+    """A block in which this is called when the layer should compute, in a call of few tokens or in one by waves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer.experts, "linear1", instead)
+        if layer._small is not None:
+            patch.setattr(layer._small, "run_experts", instead)
+        yield
 
 
 def make_layer(

@@ -49,8 +49,12 @@ def bench(
         typer.Option(help="Record a serial and an overlapped call, for Perfetto and megamoe timeline."),
     ] = None,
     machine: Annotated[
-        str | None, typer.Option(help="Profile to predict by, such as megamoe calibrate writes; what ships without.")
+        str | None,
+        typer.Option(help="Profile to predict by, such as megamoe calibrate writes; without, this machine's."),
     ] = None,
+    predict: Annotated[
+        bool, typer.Option(help="Predict the run; a machine's constants are measured once, in two seconds, and kept.")
+    ] = True,
     check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
     output: Output = Format.table,
 ) -> None:
@@ -83,6 +87,7 @@ def bench(
                 check=check,
                 trace=trace is not None,
                 machine=machine,
+                predict=predict,
                 **sizes,
             )
             if trace and waves == "sweep":
@@ -94,7 +99,7 @@ def bench(
             reports = []
             for number, each in enumerate(requests):
                 bar.update(task, description=f"{each.waves} waves", completed=number, total=len(requests))
-                report, timeline = run_traced(each)
+                report, timeline = run_traced(each, lambda what: bar.update(task, description=what))
                 reports.append(report)
         if trace and timeline:
             timeline.save(trace)
@@ -146,7 +151,7 @@ def _print_bench(report: BenchReport) -> None:
         say(f"{report.link_bytes_per_host / 1e6:.2f} MB over the link of a host")
     if report.predicted_ms is not None:
         off = report.predicted_ms / report.overlapped_ms - 1
-        say(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%}")
+        say(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%} (by {report.predicted_by})")
     if report.traced_ms is not None:
         hidden = "none" if report.hidden_percent is None else f"{report.hidden_percent:.1f} %"
         say(f"{hidden} of communication hidden; recording cost {report.trace_cost:+.1%}")

@@ -16,9 +16,13 @@ from megamoe.formats import BLOCK, WEIGHT_FORMATS
 from megamoe.routing.wire import COMBINE_FORMATS, DISPATCH_FORMATS
 from megamoe.shape import MoEShape
 
+_TOKENS = (torch.bfloat16, torch.float32)
+
 
 def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
     """Checks all but values. Raises ValueError that names the argument, what was found and what was expected."""
+    if _is_right(shape, device, hidden, topk_ids, topk_weights):
+        return
     given = {"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
@@ -31,7 +35,7 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
     _check_shape("hidden", hidden, ("T", shape.hidden))
     _check_shape("topk_ids", topk_ids, (len(hidden), shape.topk))
     _check_shape("topk_weights", topk_weights, (len(hidden), shape.topk))
-    if hidden.dtype not in (torch.bfloat16, torch.float32):
+    if hidden.dtype not in _TOKENS:
         raise ValueError(f"hidden must be torch.bfloat16 or torch.float32, got {hidden.dtype}")
     if topk_ids.dtype != torch.int64:
         raise ValueError(f"topk_ids must be torch.int64, got {topk_ids.dtype}")
@@ -39,6 +43,23 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
         raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
     for name, tensor in given.items():
         check_gradient(name, tensor)
+
+
+def _is_right(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> bool:
+    """Whether nothing is wrong, in few operations. False where that takes a closer look."""
+    given = hidden, topk_ids, topk_weights
+    if not type(hidden) is type(topk_ids) is type(topk_weights) is Tensor or forward_ad._current_level >= 0:
+        return False
+    if any(each.layout is not torch.strided or each.requires_grad or each.device != device for each in given):
+        return False
+    slots = (len(hidden), shape.topk) if hidden.dim() else ()
+    return (
+        hidden.shape == (*slots[:1], shape.hidden)
+        and topk_ids.shape == topk_weights.shape == slots
+        and hidden.dtype in _TOKENS
+        and topk_ids.dtype == torch.int64
+        and topk_weights.dtype == torch.float32
+    )
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:

@@ -229,6 +229,11 @@ class Experts(nn.Module):
         return self.products.decode_rows if decodes else self.products.read_rows
 
     @property
+    def whole(self) -> bool:
+        """Whether no expert is missing."""
+        return all(self._loaded)
+
+    @property
     def missing(self) -> list[int]:
         """Global ids of experts without weights yet."""
         return [expert for expert, loaded in zip(self.ids, self._loaded, strict=True) if not loaded]
@@ -338,6 +343,10 @@ class Experts(nn.Module):
         largest = max(self._largest_scales, default=0)  # of all experts: no kernel is compiled for some of them
         sizes = held.matrix.outputs, held.matrix.inputs
         return Prepacked(values, held.stacks[SCALES], *sizes, small_scales=largest <= LARGEST_SMALL_SCALE)
+
+    def held(self, name: str) -> Held:
+        """gate_up or down of all experts of this rank."""
+        return Held(self.matrices[name], self._stacks[name])
 
     def _held(self, name: str, experts: range) -> Held:
         part = slice(experts.start - self.ids.start, experts.stop - self.ids.start)

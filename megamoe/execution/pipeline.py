@@ -41,6 +41,8 @@ class CallRecord:
 
     far_bytes are those for ranks that it shares no memory with; tokens_fetched counts tokens from other hosts that it
     read from a rank of its own, on which they landed.
+    small: all ranks brought few tokens, so that one exchange carried them, and there was one wave: see small_call.py
+
     Where a GPU's kernels compute, compute_s is the GPU's time, known once the next call has begun, and a rank alone
     notes its tokens and nothing else.
     """
@@ -58,6 +60,7 @@ class CallRecord:
     compute_s: float = 0.0
     waiting_s: float = 0.0
     total_s: float = 0.0
+    small: bool = False
 
     @property
     def bytes_sent(self) -> int:
@@ -67,7 +70,7 @@ class CallRecord:
     def __add__(self, other: CallRecord) -> CallRecord:
         """Two calls as one: everything is summed, but tokens and waves keep the larger."""
         summed = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        summed |= {name: max(getattr(self, name), getattr(other, name)) for name in ("tokens", "waves")}
+        summed |= {name: max(getattr(self, name), getattr(other, name)) for name in ("tokens", "waves", "small")}
         return CallRecord(**summed)
 
     @contextmanager

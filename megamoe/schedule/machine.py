@@ -178,7 +178,7 @@ def predict(run: Run, machine: Machine) -> Predicted:
         )
     waves = run.waves or choose_waves(run, machine)
     crowd = max(1.0, run.ranks * run.threads_per_rank / machine.cores)
-    steps = _steps(run, machine, waves)
+    steps = intervals(run, machine, waves)
     compute = compute_us(run, machine, sum(experts for _, experts in steps)) * crowd
     alone = communication_us(run, machine, waves)
     serial = compute_us(run, machine, run.spread.experts_per_rank) * crowd + communication_us(run, machine, 1)
@@ -259,7 +259,7 @@ def _cost_model(run: Run, machine: Machine) -> CostModel:
     )
 
 
-def _steps(run: Run, machine: Machine, waves: int) -> list[tuple[Work, int]]:
+def intervals(run: Run, machine: Machine, waves: int) -> list[tuple[Work, int]]:
     """The steps of a rank, each with its share of the rows as time, and how many experts it makes ready."""
     spread, cost_model = run.spread, _cost_model(run, machine)
     per_source = run.rows / spread.experts_per_rank / run.ranks

@@ -45,7 +45,9 @@ class Landings:
         if memory is None or not senders:
             return
         first = memory.words.rows(REGIONS.index(_REGION), wave, 0)
-        incoming = self._transport.pairs.expect(memory.own.place(first, size), [1] * size, self._label(wave), senders)
+        incoming = self._transport.pairs.expect(
+            memory.own.words_from(first, size), [1] * size, self._label(wave), senders
+        )
         self._words.append(incoming)
 
     def send(self, wave: int, receivers: list[int]) -> None:

@@ -36,6 +36,10 @@ _SIGNATURES = {
     "read": (_POINTER, _LONG),
     "count_rows": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER),
     "sort_slots": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER),
+    "few_bring": (_POINTER,),
+    "few_route": (_POINTER,),
+    "few_compute": (_POINTER,),
+    "few_reduce": (_POINTER,),
     "send_once": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER),
 }
 
@@ -63,7 +67,7 @@ class Library:
         self._functions = {}
         for name, types in _SIGNATURES.items():
             function = getattr(loaded, f"megamoe_{name}")
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, _INT if name == "few_bring" else None
             self._functions[name] = function
 
     def __reduce__(self) -> tuple[Callable[[Path], Library], tuple[Path]]:
@@ -226,6 +230,13 @@ class Library:
             *(num_ranks, seen.data_ptr(), unique.data_ptr(), places.data_ptr()),
         )
         return unique, places
+
+    def few_tokens(self, step: str, call: int) -> object:
+        """A step of a call of few tokens, see execution/small_call.py: "bring", "route", "compute" or "reduce".
+
+        call: address of megamoe_few of routing.cpp. "bring" returns whether ids and weights are right.
+        """
+        return self._functions[f"few_{step}"](call)
 
     def read(self, stack: Tensor) -> None:
         """Reads a tensor's memory on one core and does nothing else: what benchmarks hold products against."""
