@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -150,6 +151,20 @@ def test_a_tokens_bytes_by_hand() -> None:
         48 * 1024,
         "2 domains of 8",
     )
+
+
+def test_a_token_goes_once_to_each_other_domain_that_has_one_of_its_experts() -> None:
+    """Against all ways to choose 3 of 12 experts, on 3 domains of 4 experts; results come home one by one."""
+    sizes = ("model.topk=3", "model.hidden=6144", "model.num_experts=12", "hardware.scaleup_domain=4")
+    keys = {**HIDDEN, "set": sizes, "dispatch_format": "bf16"}
+    sent = traffic(answer(question(keys, ep=12, hardware="h100")).plan.request)
+    chosen = list(combinations(range(12), 3))
+    once = sum(len({e // 4 for e in each} - {0}) for each in chosen) / len(chosen)
+    home = sum(e >= 4 for each in chosen for e in each) / len(chosen)
+    assert sent.domains == 3
+    assert sent.node_limited_bytes == pytest.approx((once + home) * 6144 * 2)
+    assert sent.node_limited_bytes < sent.across_domains_bytes
+    assert traffic(answer(question(HIDDEN, ep=8)).plan.request).node_limited_bytes == 0
 
 
 # ---- sweep and sensitivity ----
