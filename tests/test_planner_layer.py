@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.catalog import find_profile, load_hardware, load_model
-from megamoe.planner.layer.cost import Device, Expert, compute_format, dispatch_us, layer_time
+from megamoe.planner.layer.cost import dispatch_us, layer_time
+from megamoe.planner.layer.device import Device, compute_format
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.plan import PlanRequest, plan
 from megamoe.planner.layer.routing import KINDS, RankLoad, Routing, _replicated, busiest
 from megamoe.planner.layer.rule import Rule, hides_tflops, threshold, tiers, transfer_us

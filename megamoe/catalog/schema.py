@@ -75,6 +75,7 @@ class Hardware(Entry):
     fp8_tflops: Figure | None = None
     fp4_tflops: Figure | None = None
     int8_tflops: Figure | None = None
+    sms: Figure | None = None
     memory_gb: Figure
     memory_tb_s: Figure
     scaleup_gb_s: Figure
@@ -97,6 +98,8 @@ class Hardware(Entry):
                 raise ValueError(f"{key} needs way: one-way or both")
             if not link and figure.way is not None:
                 raise ValueError(f"{key} is no link and has no way")
+        if self.sms and self.sms.value != int(self.sms.value):
+            raise ValueError(f"sms counts SMs or compute units, {self.sms.value:g} is no whole number")
         if self.scaleup_domain.value != int(self.scaleup_domain.value):
             raise ValueError(f"scaleup_domain counts devices, {self.scaleup_domain.value:g} is no whole number")
         if not any((self.bf16_tflops, self.fp8_tflops, self.fp4_tflops, self.int8_tflops)):
@@ -271,36 +274,48 @@ class Model(Entry):
 class Profile(Entry):
     """What a kind of device reaches of its peaks and pays on top; `fitted` says from which data. See planner/layer.py.
 
-    compute_efficiency  of the peak, in grouped products       memory_efficiency  of the memory bandwidth
+    feed_ps             an SM, bringing a byte of an operand to its tensor core
+    epilogue_ps         an SM, one value of a tile's result: activation, quantisation, the way home
+    tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
+    memory_efficiency   of the memory bandwidth
     link_efficiency     of the scale-up link, in an all-to-all of up to 8 ranks; (8 / ranks)^link_congestion of it above
     nic_efficiency      of the NIC, likewise
     exchange_us         a dispatch or combine of its own, in no kernel
-    overlap             p of the norm in which compute, memory and link add up within a device
-    tile_rows           rows of an expert are computed in whole tiles of so many
-    fixed_us            a call, whatever it does               barrier_us         for every doubling of ranks
-    staging_us          what is launched before and after      wave_us            for every wave
+    overlap             p of the norm in which compute, memory and link add up within the fused kernel
+    fixed_us            a call of the kernel, whatever it does      barrier_us         for every doubling of ranks
+    expert_us           for every expert of the rank: its counts, its place in the queue
+    graph_us            a module's launches, in a captured graph    staging_us         its kernels around the layer's
+    wave_us             for every wave
+    ll_dispatch_efficiency, ll_combine_efficiency   of the scale-up link, in DeepEP's low-latency kernels
 
     Of the parts of a model beside the experts (planner/serving.py):
     dense_efficiency    of the peak, in projections and MLPs
     attention_efficiency  of the BF16 peak, in attention cores
+    dense_overlap       p of the norm in which compute and memory of a kernel add up
     kernel_us           for every launch that waits for the one before, in a captured graph
     """
 
     name: str
     title: str
     fitted: str
-    compute_efficiency: Figure
+    feed_ps: Figure
+    epilogue_ps: Figure
+    tile_rows: Figure
+    block_rows: Figure
     memory_efficiency: Figure
     link_efficiency: Figure
     link_congestion: Figure
     nic_efficiency: Figure
     exchange_us: Figure
     overlap: Figure
-    tile_rows: Figure
     fixed_us: Figure
+    expert_us: Figure
     barrier_us: Figure
+    graph_us: Figure
     staging_us: Figure
     wave_us: Figure
+    ll_dispatch_efficiency: Figure
+    ll_combine_efficiency: Figure
     dense_efficiency: Figure = Figure(
         value=0.6,
         tag="assumed",
@@ -308,6 +323,9 @@ class Profile(Entry):
     )
     attention_efficiency: Figure = Figure(
         value=0.6, tag="assumed", source="FlashMLA README: 660 of 989 TFLOP/s where compute limits, on H800"
+    )
+    dense_overlap: Figure = Figure(
+        value=3.3, tag="assumed", source="one kernel of large products; not measured here"
     )
     kernel_us: Figure = Figure(
         value=4.0,
@@ -320,8 +338,9 @@ class Profile(Entry):
         for key, figure in figures(self).items():
             if key.endswith("_efficiency") and not 0 < figure.value <= 1:
                 raise ValueError(f"{key} is a share of the peak, above 0 and at most 1, not {figure.value:g}")
-        if self.overlap.value < 1:
-            raise ValueError(f"overlap is 1 (nothing overlaps) or more, not {self.overlap.value:g}")
+        for key in ("overlap", "dense_overlap"):
+            if getattr(self, key).value < 1:
+                raise ValueError(f"{key} is 1 (nothing overlaps) or more, not {getattr(self, key).value:g}")
         return self
 
 

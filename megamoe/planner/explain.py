@@ -8,7 +8,8 @@ The numbers are arithmetic that can be done again: x multiplies, ^ raises to a p
 from __future__ import annotations
 
 from megamoe.planner.answer import Answer
-from megamoe.planner.layer.cost import Device, Expert
+from megamoe.planner.layer.device import Device
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.plan import Plan
 from megamoe.planner.layer.rule import GATED_FLOPS, PLAIN_FLOPS, Rule, tiers
 from megamoe.planner.layer.traffic import traffic

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe.catalog import Hardware, Model, Profile
-from megamoe.planner.layer.cost import Device, Expert, LayerTime, compute_format, layer_time
+from megamoe.planner.layer.cost import LayerTime, layer_time
+from megamoe.planner.layer.device import Device, compute_format
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.rule import Rule, threshold, tiers
+from megamoe.planner.layer.tiles import reached_tflops
 
 TOKENS_PER_RANK = 4096
 _UNSCALED = {"mxfp8": "fp8"}  # the paper counts one byte per value and no scales
@@ -127,7 +130,7 @@ def plan(request: PlanRequest) -> Plan:
         counted.append(Rule(tier.name, device.tflops, tier.gb_s, tier.f_remote, limit))
         inside = min(request.ep, device.scaleup_domain)
         reached = device.link_bytes_s(inside) / 1e9 if scale_up else device.nic_bytes_s / 1e9
-        achieved.append(Rule(tier.name, device.tflops * device.compute_efficiency, reached, tier.f_remote, limit))
+        achieved.append(Rule(tier.name, reached_tflops(expert, device), reached, tier.f_remote, limit))
     return Plan(request, tuple(rules), tuple(counted), tuple(achieved), layer)
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe.catalog import Hardware, Model, Parameters, Profile, parameters
-from megamoe.planner.layer.cost import Device, Expert, LayerTime, compute_format, layer_time
+from megamoe.planner.layer.cost import LayerTime, layer_time
+from megamoe.planner.layer.device import Device, compute_format
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.serving.attention import AttentionCost, attention_cost, draft_attention
 from megamoe.planner.serving.deployment import Deployment, Formats
 from megamoe.planner.serving.flops import attention_costs
@@ -66,7 +68,7 @@ class Costs:
         self.index_tflops = _peak(hardware, {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5}[formats.index]) * attention
         self.bytes_us = self.device.memory_bytes_s * self.device.memory_efficiency / 1e6
         self.kernel_us = profile.kernel_us.value
-        self.power = self.device.overlap
+        self.power = profile.dense_overlap.value
         self._layers: dict[tuple[int, float, str, int], LayerTime] = {}
 
     def layer(self, ep: int, tokens: float, routing: str, redundant: int) -> LayerTime:

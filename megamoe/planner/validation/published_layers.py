@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.catalog import find_profile, load_hardware, load_model
-from megamoe.planner.layer.cost import Device, Expert, dispatch_us
+from megamoe.planner.layer.cost import dispatch_us
+from megamoe.planner.layer.device import Device
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.rule import transfer_us
 from megamoe.planner.validation.validate import Compared, Measured, compare
 

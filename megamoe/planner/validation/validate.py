@@ -16,7 +16,9 @@ from pathlib import Path
 from statistics import median
 
 from megamoe.catalog import Hardware, Model, find_profile, load_hardware, load_model, names
-from megamoe.planner.layer.cost import Device, Expert, compute_format, layer_time
+from megamoe.planner.layer.cost import layer_time
+from megamoe.planner.layer.device import Device, compute_format
+from megamoe.planner.layer.expert import Expert
 
 COLUMNS = (
     "hardware",
