@@ -271,7 +271,86 @@ class Model(Entry):
         return self.routed_hidden or self.hidden
 
 
-class Profile(Entry):
+_FITTED = "fitted to every other row of"
+_LOW_LATENCY = f"{_FITTED} deepep_ll_h100_1node and deepep_ll_gb200_1node; see docs/accuracy.md"
+_NODES = f"{_FITTED} deepep_ll_h100_nodes; see docs/accuracy.md"
+_NORMAL = f"{_FITTED} the DeepEP column of deepgemm_pr383_h200_fp8_flash; see docs/accuracy.md"
+_GROUPED = f"{_FITTED} sglang_grouped_gemm_h100_fp8_decode and _prefill; see docs/accuracy.md"
+
+
+class Staged(Entry):
+    """What separate kernels take, the same on every device that was measured; see planner/layer/staged.py.
+
+    ll_*       DeepEP's low-latency dispatch and combine: a call, for every expert of the model, for every token of an
+               SM, and for a journey between nodes (once, and once more for every doubling of them)
+    normal_*   DeepEP's normal kernels: a journey, and what it reaches of the scale-up link
+    masked_us, contiguous_us     launches and the kernels between grouped products, in a graph and without one
+    host_us    the least that a host takes to launch the latter
+    """
+
+    ll_dispatch_us: Figure = Figure(
+        value=7.5,
+        tag="derived",
+        source=_LOW_LATENCY,
+    )
+    ll_dispatch_expert_us: Figure = Figure(
+        value=0.019,
+        tag="derived",
+        source=_LOW_LATENCY,
+    )
+    ll_dispatch_token_us: Figure = Figure(
+        value=2.45,
+        tag="derived",
+        source=_LOW_LATENCY,
+    )
+    ll_combine_us: Figure = Figure(
+        value=10.4,
+        tag="derived",
+        source=_LOW_LATENCY,
+    )
+    ll_combine_expert_us: Figure = Figure(
+        value=0.012,
+        tag="derived",
+        source=_LOW_LATENCY,
+    )
+    ll_combine_token_us: Figure = Figure(
+        value=0.28,
+        tag="derived",
+        source=_LOW_LATENCY,
+    )
+    ll_node_us: Figure = Figure(
+        value=4.0,
+        tag="derived",
+        source=_NODES,
+    )
+    normal_us: Figure = Figure(
+        value=60.0,
+        tag="derived",
+        source=_NORMAL,
+    )
+    normal_efficiency: Figure = Figure(
+        value=0.7,
+        tag="derived",
+        source=_NORMAL,
+    )
+    masked_us: Figure = Figure(
+        value=18.0,
+        tag="derived",
+        source=_GROUPED,
+    )
+    contiguous_us: Figure = Figure(
+        value=150.0,
+        tag="derived",
+        source=_GROUPED,
+    )
+    host_us: Figure = Figure(
+        value=390.0,
+        tag="derived",
+        source=_GROUPED,
+    )
+
+
+class Profile(Staged):
     """What a kind of device reaches of its peaks and pays on top; `fitted` says from which data. See planner/layer.py.
 
     feed_ps             an SM, bringing a byte of an operand to its tensor core

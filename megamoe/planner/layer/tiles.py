@@ -25,6 +25,7 @@ from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.expert import Expert
 
 COLUMNS = 128  # of a tile: DeepGEMM's
+GROUPED_BLOCKS = (64, 128)  # rows of a tile of grouped products
 _TILE_NORM = 2.0
 
 
@@ -61,7 +62,7 @@ def grouped_us(expert: Expert, device: Device, rows: Sequence[float], number: Se
     for k, n in expert.products:
         across = -(-n // COLUMNS)
         best: tuple[float, int, float] | None = None
-        for block in device.blocks:
+        for block in GROUPED_BLOCKS:
             blocks = sum(math.ceil(each / block) * count for each, count in zip(rows, number, strict=True))
             one = across * tile_us(device, block, k) / device.sms * _whole_waves(blocks * across, device.sms)
             if best is None or blocks * one < best[0]:
