@@ -67,6 +67,8 @@ class Question(BaseModel):
     weight_format: str | None = None
     dispatch_format: str = "mxfp8"
     combine_format: str = "bf16"
+    stack: Literal["fused", "staged", "megamoe"] = "fused"
+    two_batch: bool = False
     phase: Literal["decode", "prefill"] | None = None
     batch: int | None = None
     context: int | None = None

@@ -100,16 +100,18 @@ def layer_time(
     routing: str = "balanced",
     redundant: int = 0,
     waves: int | None = None,
+    most_waves: int = 16,
     staging: bool = True,
 ) -> LayerTime:
-    """Time of one layer. waves None: as many as are best. staging=False: the fused kernel without what feeds it.
+    """Time of one layer. waves None: as many as are best, up to most_waves. staging=False: the fused kernel without what feeds it.
 
     ValueError for sizes that make no sense, or where ranks lie in domains that nothing is known to join.
     """
     _check(expert, ep, tokens_per_rank, redundant, waves)
     drawn = busiest(routing, expert.num_experts, expert.topk, ep, tokens_per_rank, redundant)
+    numbers = [waves] if waves else [each for each in _NUMBERS_OF_WAVES if each <= most_waves]
     last = [
-        max((_core(expert, device, load, ep, tokens_per_rank, waves) for load in ranks), key=lambda c: c.played.total)
+        max((_core(expert, device, load, ep, tokens_per_rank, numbers) for load in ranks), key=lambda c: c.played.total)
         for ranks in drawn
     ]
     hidden_bytes = tokens_per_rank * expert.hidden
@@ -169,7 +171,7 @@ class _Core:
     latency_us: float
 
 
-def _core(expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float, waves: int | None) -> _Core:
+def _core(expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float, waves: list[int]) -> _Core:
     """One rank's waves in microseconds."""
     rows = load.rows
     if not rows:
@@ -211,8 +213,8 @@ def _row_us(expert: Expert, device: Device, ep: int, rows: float, tokens: float)
     return there * slowest * 1e6, back * slowest * 1e6
 
 
-def _play(busy: Busy, there: float, back: float, device: Device, waves: int | None) -> tuple[Played, int]:
-    """The schedule that takes least time, of `waves` waves or of any number.
+def _play(busy: Busy, there: float, back: float, device: Device, waves: list[int]) -> tuple[Played, int]:
+    """The schedule that takes least time, of any of these numbers of waves.
 
     The fused kernel computes a block as soon as the block's rows are there, so that a wave is a share of all rows, not
     of all experts: one expert that most rows want is spread over the waves like the rest.
@@ -220,7 +222,7 @@ def _play(busy: Busy, there: float, back: float, device: Device, waves: int | No
     experts = sum(number for _, _, number in busy)
     rows = sum(count * number for count, _, number in busy)
     time = sum(took * number for _, took, number in busy)
-    numbers = [waves] if waves else [each for each in _NUMBERS_OF_WAVES if each <= experts]
+    numbers = waves if len(waves) == 1 else [each for each in waves if each <= experts] or [1]
     best: tuple[Played, int] | None = None
     for number in numbers if there else numbers[:1]:
         works = [Work(wave, time / number + device.wave_us) for wave in range(number)]

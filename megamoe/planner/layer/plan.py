@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe.catalog import Hardware, Model, Profile
-from megamoe.planner.layer.cost import LayerTime, layer_time
+from megamoe.planner.layer.cost import LayerTime
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.rule import Rule, threshold, tiers
+from megamoe.planner.layer.stacks import Stack, stack_time
 from megamoe.planner.layer.tiles import reached_tflops
 
 TOKENS_PER_RANK = 4096
@@ -30,6 +31,8 @@ class PlanRequest:
     weight_format: str | None = None
     dispatch_format: str = "mxfp8"
     combine_format: str = "bf16"
+    stack: Stack = "fused"
+    two_batch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("ep", "tokens_per_rank"):
@@ -54,7 +57,15 @@ class PlanRequest:
 
     @property
     def compute_format(self) -> str:
+        """This package's own layer multiplies in BF16, whatever its weights are kept in."""
+        if self.stack == "megamoe" and "bf16" in self.hardware.formats:
+            return "bf16"
         return compute_format(self.hardware, self.weight_format or self.model.weight_format, self.dispatch_format)
+
+    @property
+    def serial(self) -> bool:
+        """Whether each stage waits for the one before it, so that nothing can hide."""
+        return self.stack == "staged" and not self.two_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +90,7 @@ class Plan:
 
     @property
     def hidden(self) -> bool:
-        return self.binding is None or self.binding.hidden
+        return self.binding is None or (self.binding.hidden and not self.request.serial)
 
     @property
     def verdict(self) -> str:
@@ -93,8 +104,13 @@ class Plan:
         """
         request, rule = self.request, self.binding
         where = f"{self.verdict.upper()}  {request.model.name} on {request.hardware.name}, EP{request.ep}"
+        if request.stack != "fused":
+            where += f", {request.stack}" + (" with two-batch overlap" if request.two_batch else "")
         if rule is None:
             return f"{where}: nothing leaves the device"
+        if request.serial:
+            us = f"{self.layer.communication_us:.0f} of {self.layer.layer_us:.0f} us"
+            return f"{where}: each stage waits for the one before, {us} are links; two-batch overlap or fused would hide"
         sign = "<=" if rule.hidden else ">"
         over = "" if rule.tier == "scale-up" else f" over the {rule.tier}"
         return (
@@ -108,14 +124,17 @@ def plan(request: PlanRequest) -> Plan:
     device, expert = request.device, request.expert
     found = tiers(request.ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s)
     plain = _UNSCALED.get(expert.dispatch_format, expert.dispatch_format)
-    layer = layer_time(
+    layer = stack_time(
+        request.stack,
         expert,
         device,
+        request.profile,
         ep=request.ep,
         tokens_per_rank=request.tokens_per_rank,
         routing=request.routing,
         redundant=request.redundant,
         waves=request.waves,
+        two_batch=request.two_batch,
     )
     rules, counted, achieved = [], [], []
     for tier in found:

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe.catalog import Hardware, Model, Parameters, Profile, parameters
-from megamoe.planner.layer.cost import LayerTime, layer_time
+from megamoe.planner.layer.cost import LayerTime
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.expert import Expert
+from megamoe.planner.layer.stacks import Stack, stack_time
 from megamoe.planner.serving.attention import AttentionCost, attention_cost, draft_attention
 from megamoe.planner.serving.deployment import Deployment, Formats
 from megamoe.planner.serving.flops import attention_costs
@@ -69,15 +70,25 @@ class Costs:
         self.bytes_us = self.device.memory_bytes_s * self.device.memory_efficiency / 1e6
         self.kernel_us = profile.kernel_us.value
         self.power = profile.dense_overlap.value
-        self._layers: dict[tuple[int, float, str, int], LayerTime] = {}
+        self.profile = profile
+        self.own_device = Device.of(hardware, profile, "bf16") if "bf16" in hardware.formats else self.device
+        self._layers: dict[tuple[int, float, str, int, Stack, bool], LayerTime] = {}
 
-    def layer(self, ep: int, tokens: float, routing: str, redundant: int) -> LayerTime:
-        """The layer model's answer, asked once."""
-        key = (ep, tokens, routing, redundant)
+    def layer(self, d: Deployment, tokens: float) -> LayerTime:
+        """The layer model's answer for so many tokens of a rank, asked once."""
+        key = (d.ep, tokens, d.routing, d.redundant, d.stack, d.two_batch)
         found = self._layers.get(key)
         if found is None:
-            found = layer_time(
-                self.expert, self.device, ep=ep, tokens_per_rank=tokens, routing=routing, redundant=redundant
+            found = stack_time(
+                d.stack,
+                self.expert,
+                self.own_device if d.stack == "megamoe" else self.device,
+                self.profile,
+                ep=d.ep,
+                tokens_per_rank=tokens,
+                routing=d.routing,
+                redundant=d.redundant,
+                two_batch=d.two_batch,
             )
             self._layers[key] = found
         return found
@@ -187,7 +198,7 @@ def _layers(costs: Costs, d: Deployment, tokens: float, times: int) -> list[Piec
 
 def _experts(costs: Costs, d: Deployment, tokens: float, layers: int, times: int, part: str) -> list[Piece]:
     model, count = costs.model, costs.count
-    layer = costs.layer(d.ep, tokens, d.routing, d.redundant)
+    layer = costs.layer(d, tokens)
     router = count.router // model.moe_layers
     kernels = ROUTER_KERNELS + (MHC_KERNELS if costs.streams > 1 else 0)
     compute = 2e-6 * tokens * router / costs.wide_tflops

@@ -14,7 +14,8 @@ from megamoe.planner.layer.cost import dispatch_us
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.rule import transfer_us
-from megamoe.planner.validation.validate import Compared, Measured, compare
+from megamoe.planner.validation.tables import Measured
+from megamoe.planner.validation.validate import Compared, compare
 
 PULL_REQUEST_316 = {
     "deepseek-v4-flash": {1: 56.5, 512: 146.5, 8192: 1283.1, 32768: 4855.5},
@@ -43,7 +44,7 @@ class Figure:
 def pull_request_316() -> list[Compared]:
     """The fused kernel's 8 rows."""
     rows = [
-        Measured("gb200", model, Expert.of(load_model(model)), 8, tokens, "uniform", latency, staging=False)
+        Measured("gb200", model, Expert.of(load_model(model)), 8, tokens, "uniform", latency, "kernel")
         for model, column in PULL_REQUEST_316.items()
         for tokens, latency in column.items()
     ]
