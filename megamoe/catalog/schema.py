@@ -289,62 +289,62 @@ class Staged(Entry):
     """
 
     ll_dispatch_us: Figure = Figure(
-        value=7.5,
+        value=7.82,
         tag="derived",
         source=_LOW_LATENCY,
     )
     ll_dispatch_expert_us: Figure = Figure(
-        value=0.019,
+        value=0.0174,
         tag="derived",
         source=_LOW_LATENCY,
     )
     ll_dispatch_token_us: Figure = Figure(
-        value=2.45,
+        value=2.36,
         tag="derived",
         source=_LOW_LATENCY,
     )
     ll_combine_us: Figure = Figure(
-        value=10.4,
+        value=10.2,
         tag="derived",
         source=_LOW_LATENCY,
     )
     ll_combine_expert_us: Figure = Figure(
-        value=0.012,
+        value=0.0123,
         tag="derived",
         source=_LOW_LATENCY,
     )
     ll_combine_token_us: Figure = Figure(
-        value=0.28,
+        value=0.265,
         tag="derived",
         source=_LOW_LATENCY,
     )
     ll_node_us: Figure = Figure(
-        value=4.0,
+        value=3.43,
         tag="derived",
         source=_NODES,
     )
     normal_us: Figure = Figure(
-        value=60.0,
+        value=0.494,
         tag="derived",
         source=_NORMAL,
     )
     normal_efficiency: Figure = Figure(
-        value=0.7,
+        value=0.487,
         tag="derived",
         source=_NORMAL,
     )
     masked_us: Figure = Figure(
-        value=18.0,
+        value=16,
         tag="derived",
         source=_GROUPED,
     )
     contiguous_us: Figure = Figure(
-        value=150.0,
+        value=180,
         tag="derived",
         source=_GROUPED,
     )
     host_us: Figure = Figure(
-        value=390.0,
+        value=398,
         tag="derived",
         source=_GROUPED,
     )
@@ -364,6 +364,7 @@ class Profile(Staged):
     fixed_us            a call of the kernel, whatever it does      barrier_us         for every doubling of ranks
     expert_us           for every expert of the rank: its counts, its place in the queue
     graph_us            a module's launches, in a captured graph    staging_us         its kernels around the layer's
+    staging_bytes       read and written by them for every value of a token
     wave_us             for every wave
     ll_dispatch_efficiency, ll_combine_efficiency   of the scale-up link, in DeepEP's low-latency kernels
 
@@ -392,6 +393,7 @@ class Profile(Staged):
     barrier_us: Figure
     graph_us: Figure
     staging_us: Figure
+    staging_bytes: Figure
     wave_us: Figure
     ll_dispatch_efficiency: Figure
     ll_combine_efficiency: Figure

@@ -114,14 +114,12 @@ def layer_time(
         max((_core(expert, device, load, ep, tokens_per_rank, numbers) for load in ranks), key=lambda c: c.played.total)
         for ranks in drawn
     ]
-    hidden_bytes = tokens_per_rank * expert.hidden
+    values = tokens_per_rank * expert.hidden
     local = -(-(expert.num_experts + redundant) // ep)
     kernel = device.fixed_us + device.expert_us * local + (device.barrier_us * math.log2(ep) if ep > 1 else 0.0)
-    # tokens read in BF16 and written for dispatch; the sum read and written once more for the routed scale
-    staged = hidden_bytes * (2 + value_bytes(expert.dispatch_format) + 4)
-    stack = device.staging_us + device.memory_us(staged) if staging else 0.0
+    stack = device.staging_us + device.memory_us(values * device.staging_bytes) if staging else 0.0
     graph = device.graph_us if staging else 0.0
-    slots = device.memory_us(hidden_bytes * (expert.topk * value_bytes(expert.combine_format) + 2))
+    slots = device.memory_us(values * (expert.topk * value_bytes(expert.combine_format) + 2))
     core = fmean(each.played.total + each.latency_us for each in last)
     return LayerTime(
         layer_us=kernel + graph + stack + core + slots,

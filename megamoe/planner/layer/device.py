@@ -45,6 +45,7 @@ class Device:
     barrier_us: float
     graph_us: float
     staging_us: float
+    staging_bytes: float
     wave_us: float
     ll_dispatch_efficiency: float
     ll_combine_efficiency: float
@@ -79,6 +80,7 @@ class Device:
             barrier_us=profile.barrier_us.value,
             graph_us=profile.graph_us.value,
             staging_us=profile.staging_us.value,
+            staging_bytes=profile.staging_bytes.value,
             wave_us=profile.wave_us.value,
             ll_dispatch_efficiency=profile.ll_dispatch_efficiency.value,
             ll_combine_efficiency=profile.ll_combine_efficiency.value,

@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Literal
 
 from megamoe.catalog import Profile
 from megamoe.planner.layer.cost import LayerTime
@@ -32,6 +33,7 @@ from megamoe.planner.layer.tiles import grouped_us
 from megamoe.schedule.formats import value_bytes
 from megamoe.schedule.schedule import Work, play
 
+Kernels = Literal["low latency", "normal"]
 LOW_LATENCY_TOKENS = 1024  # of a rank, the most that its buffers are made for in the published tables
 CONTIGUOUS_ROWS = 128  # an expert's rows, padded to whole blocks
 _HEADER_BYTES = 16  # of a row in DeepEP's low-latency message
@@ -141,9 +143,12 @@ def staged_time(
     routing: str = "balanced",
     redundant: int = 0,
     two_batch: bool = False,
+    kernels: Kernels | None = None,
 ) -> LayerTime:
-    """A layer by the faster of the two kinds of kernels that DeepEP has. two_batch: in two halves that overlap."""
-    kinds = [_normal_stages] + ([_low_latency_stages] if tokens_per_rank <= LOW_LATENCY_TOKENS else [])
+    """A layer by one of the two kinds of kernels that DeepEP has, None for the faster. two_batch: in two halves."""
+    kinds: list[Kind] = [_normal_stages] if kernels != "low latency" else []
+    if kernels == "low latency" or (kernels is None and tokens_per_rank <= LOW_LATENCY_TOKENS):
+        kinds.append(_low_latency_stages)
     halves = 2 if two_batch and tokens_per_rank > 1 else 1
     tokens = tokens_per_rank / halves
     loads = [

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import mul
 
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.expert import Expert
@@ -41,19 +42,16 @@ def tile_us(device: Device, block: int, k: int) -> float:
 def products_us(expert: Expert, device: Device, rows: Sequence[float], number: Sequence[int]) -> list[float]:
     """Of one expert of each kind, all tiles in one queue. rows of an expert, and how many experts are like that.
 
-    The size of a tile is the one that takes least.
+    An expert's rows are cut into the tiles that take least: the kernel computes no more of its last one than is there.
+    However few tiles there are, a rank waits for one of each product.
     """
-    best: tuple[float, int, float] | None = None
-    columns = [(k, -(-n // COLUMNS)) for k, n in expert.products]
-    for block in device.blocks:
-        blocks = sum(math.ceil(each / block) * count for each, count in zip(rows, number, strict=True))
-        one = sum(across * tile_us(device, block, k) for k, across in columns) / device.sms
-        uneven = _whole_waves(blocks * sum(across for _, across in columns), device.sms)
-        if best is None or blocks * one * uneven < best[0]:
-            best = blocks * one * uneven, block, one * uneven
-    assert best is not None
-    _, block, one = best
-    return [math.ceil(each / block) * one for each in rows]
+    tiles = [(block, [tile_us(device, block, k) for k, _ in expert.products]) for block in device.blocks]
+    across = [-(-n // COLUMNS) for _, n in expert.products]
+    costs = [(block, sum(map(mul, across, each)) / device.sms) for block, each in tiles]
+    found = [min(math.ceil(each / block) * cost for block, cost in costs) for each in rows]
+    least = min(sum(each) for _, each in tiles)
+    total = sum(map(mul, found, number))
+    return found if total >= least else [each * least / total for each in found]
 
 
 def grouped_us(expert: Expert, device: Device, rows: Sequence[float], number: Sequence[int]) -> list[float]:

@@ -43,12 +43,15 @@ class Figure:
 
 def pull_request_316() -> list[Compared]:
     """The fused kernel's 8 rows."""
-    rows = [
+    return compare(pull_request_316_rows())
+
+
+def pull_request_316_rows() -> list[Measured]:
+    return [
         Measured("gb200", model, Expert.of(load_model(model)), 8, tokens, "uniform", latency, "kernel")
         for model, column in PULL_REQUEST_316.items()
         for tokens, latency in column.items()
     ]
-    return compare(rows)
 
 
 def deepep_dispatch() -> list[Figure]:

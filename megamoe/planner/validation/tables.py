@@ -48,7 +48,10 @@ _OTHER_NAMES = {
     "nodes": ("node_num",),
 }
 _UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6}
-STACKS = ("fused", "kernel", "staged", "staged two-batch", "megamoe", "masked", "contiguous", "dispatch", "combine")
+STACKS = (
+    *("fused", "kernel", "staged", "staged two-batch", "staged low latency", "staged normal", "megamoe"),
+    *("masked", "contiguous", "dispatch", "combine"),
+)
 _PHASES = {"generation": "decode", "decode": "decode", "context": "prefill", "prefill": "prefill"}
 RANKS_OF_A_NODE = 8
 
@@ -58,7 +61,8 @@ class Measured:
     """One measured time. stack: what was timed, of STACKS; nodes: hosts that the ranks lie on (None: not said).
 
     fused        the routed module: staging, kernel, routed scale      kernel       the fused kernel alone
-    staged       DeepEP with grouped products                          megamoe      this package's own layer
+    staged       DeepEP with grouped products, also two-batch, or by the one kind of kernels that is named
+    megamoe      this package's own layer
     masked, contiguous    grouped products of one rank alone           dispatch, combine    DeepEP low latency alone
     Of products alone, tokens_per_rank is a mean and may be a fraction.
     """
@@ -195,7 +199,7 @@ def _stack(reader: _Reader, row: dict[str, str]) -> str:
     if said in ("staged two batch", "two batch"):
         return "staged two-batch"
     if said and said not in STACKS:
-        raise ValueError(f"stack {said!r} is not known; there are {', '.join(STACKS[:5])}")
+        raise ValueError(f"stack {said!r} is not known; there are {', '.join(STACKS[:7])}")
     phase = reader.text(row, "phase").lower()
     if phase and phase not in _PHASES:
         raise ValueError(f"phase {phase!r} is not known; there are {', '.join(_PHASES)}")

@@ -11,7 +11,7 @@ from megamoe.catalog import Hardware, Profile, find_profile
 from megamoe.planner.layer.cost import layer_time
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.routing import RankLoad, busiest
-from megamoe.planner.layer.staged import CONTIGUOUS_ROWS, contiguous_us, low_latency, masked_us
+from megamoe.planner.layer.staged import CONTIGUOUS_ROWS, Kernels, contiguous_us, low_latency, masked_us, staged_time
 from megamoe.planner.layer.stacks import stack_time
 from megamoe.planner.validation.tables import Measured, hardware_of
 
@@ -76,6 +76,9 @@ def planned_us(row: Measured, profile: Profile) -> float:
     given = {"ep": row.ep_size, "tokens_per_rank": row.tokens_per_rank, "routing": row.routing}
     if row.stack == "kernel":
         return layer_time(expert, device, **given, staging=False).layer_us  # type: ignore[arg-type]
+    if row.stack in ("staged normal", "staged low latency"):
+        kernels: Kernels = "normal" if row.stack.endswith("normal") else "low latency"
+        return staged_time(expert, device, profile, **given, kernels=kernels).layer_us  # type: ignore[arg-type]
     stack, two_batch = row.stack.split()[0], row.stack.endswith("two-batch")
     return stack_time(stack, expert, device, profile, two_batch=two_batch, **given).layer_us  # type: ignore[arg-type]
 
