@@ -15,13 +15,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megamoe.catalog import Hardware, Profile, find_profile, load_profile
+from megamoe.catalog import Hardware, Profile, load_profile
 from megamoe.catalog.schema import Figure
 from megamoe.planner.validation.published_layers import pull_request_316_rows
 from megamoe.planner.validation.tables import Measured, hardware_of, read_table
@@ -34,7 +34,7 @@ EXCHANGES = "deepep_ll_h100_1node", "deepep_ll_gb200_1node", "deepep_ll_h100_nod
 # what a table weighs in all, in rows: few rows of another device say as much as many of one
 WEIGHTS = {"pull request 316": 16.0, FUSED[0]: 80.0, FUSED[1]: 40.0, FUSED[2]: 20.0}
 SHARED = ("feed_ps", "epilogue_ps", "memory_efficiency", "fixed_us", "barrier_us", "staging_us")
-CORE = tuple(f"*.{key}" for key in SHARED) + ("blackwell.overlap", "hopper.overlap")
+CORE = (*(f"*.{key}" for key in SHARED), "blackwell.overlap", "hopper.overlap")
 STAGED = ("*.masked_us", "*.contiguous_us", "*.host_us")
 LOW_LATENCY = (
     *("*.ll_dispatch_us", "*.ll_dispatch_expert_us", "*.ll_dispatch_token_us"),
@@ -54,7 +54,7 @@ class Sample:
     weight: float
 
 
-@lru_cache(maxsize=None)
+@cache
 def table(name: str) -> tuple[Measured, ...]:
     """All rows of a table, those of pull request 316 among them."""
     return tuple(pull_request_316_rows() if name == "pull request 316" else read_table(DATA / f"{name}.csv"))
@@ -86,7 +86,7 @@ def samples(names: Sequence[str], without: str = "") -> list[Sample]:
 def profiles(constants: Constants) -> Callable[[Hardware], Profile]:
     """The shipped profiles with these constants in place: "*.feed_ps" in all of them, "hopper.overlap" in one."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def changed(name: str) -> Profile:
         keys = {key.split(".")[1]: value for key, value in constants.items() if key.split(".")[0] in ("*", name)}
         figures = {key: Figure(value=value, tag="derived", source="fitted") for key, value in keys.items()}

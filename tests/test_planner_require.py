@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from megamoe.planner.answer import Answer, answer
-from megamoe.planner.explain import explain, layer_terms, rule_terms, traffic_terms
+from megamoe.planner.explain import explain, rule_terms, traffic_terms
+from megamoe.planner.layer_terms import layer_terms
 from megamoe.planner.layer.require import Requirement, require
 from megamoe.planner.layer.traffic import traffic
 from megamoe.planner.page import page, unit_of

@@ -8,7 +8,8 @@ from statistics import median
 import pytest
 
 from megamoe.planner.validation.published_layers import deepep_dispatch, isca, pull_request_316
-from megamoe.planner.validation.validate import Compared, Errors, compare, quantile, read_table, summary
+from megamoe.planner.validation.tables import read, read_table
+from megamoe.planner.validation.validate import Compared, Errors, compare, quantile, summary
 
 GB200 = Path(__file__).parents[1] / "docs" / "data" / "mega_moe_gb200_deepseek_v4_pro.csv"
 HEADER = "hardware,model,hidden,intermediate,num_experts,topk,ep_size,tokens_per_rank,routing,latency_us\n"

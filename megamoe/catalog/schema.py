@@ -405,9 +405,7 @@ class Profile(Staged):
     attention_efficiency: Figure = Figure(
         value=0.6, tag="assumed", source="FlashMLA README: 660 of 989 TFLOP/s where compute limits, on H800"
     )
-    dense_overlap: Figure = Figure(
-        value=3.3, tag="assumed", source="one kernel of large products; not measured here"
-    )
+    dense_overlap: Figure = Figure(value=3.3, tag="assumed", source="one kernel of large products; not measured here")
     kernel_us: Figure = Figure(
         value=4.0,
         tag="assumed",

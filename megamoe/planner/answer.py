@@ -19,7 +19,19 @@ from megamoe.planner.serving.memory import Memory, memory, smallest_ep
 from megamoe.planner.serving.serving import Serving, costs_of, serve
 
 LAYER_PARTS = (
-    *("fixed_us", "kernel_us", "graph_us", "stack_us", "core_us", "sum_us", "compute_us", "memory_us", "alone_us", "dispatch_us", "combine_us"),
+    *(
+        "fixed_us",
+        "kernel_us",
+        "graph_us",
+        "stack_us",
+        "core_us",
+        "sum_us",
+        "compute_us",
+        "memory_us",
+        "alone_us",
+        "dispatch_us",
+        "combine_us",
+    ),
     *("communication_us", "exposed_us", "head_us", "stalls_us", "tail_us"),
 )
 MEMORY_PARTS = ("experts", "weights", "cache", "activations", "capacity")

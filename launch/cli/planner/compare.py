@@ -21,17 +21,18 @@ class By(str, Enum):
 
     hardware = "hardware"
     model = "model"
+    stack = "stack"
 
 
 @asks
 def compare(
     given: dict[str, Any],
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Devices, or models with --by model.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Devices, models with --by model, or stacks with --by stack.")],
     by: Annotated[By, typer.Option(help="What the names are of.")] = By.hardware,
     ep: Annotated[str | None, typer.Option(help="EP sizes, such as 8,16,32; the best of each by default.")] = None,
     output: Output = Format.table,
 ) -> None:
-    """Plan the same on several devices (or of several models), at one EP size or several, and print a row for each."""
+    """Plan the same on several devices (or of several models, or by several stacks), at one EP size or several, and print a row for each."""
     with exit_codes():
         keys = keys_of(given)
         if keys.get(by.value) is not None:

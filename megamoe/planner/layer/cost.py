@@ -103,7 +103,9 @@ def layer_time(
     most_waves: int = 16,
     staging: bool = True,
 ) -> LayerTime:
-    """Time of one layer. waves None: as many as are best, up to most_waves. staging=False: the fused kernel without what feeds it.
+    """Time of one layer. waves None: as many as are best, up to most_waves.
+
+    staging=False: the fused kernel without the module that feeds it.
 
     ValueError for sizes that make no sense, or where ranks lie in domains that nothing is known to join.
     """

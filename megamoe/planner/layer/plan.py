@@ -110,7 +110,9 @@ class Plan:
             return f"{where}: nothing leaves the device"
         if request.serial:
             us = f"{self.layer.communication_us:.0f} of {self.layer.layer_us:.0f} us"
-            return f"{where}: each stage waits for the one before, {us} are links; two-batch overlap or fused would hide"
+            return (
+                f"{where}: each stage waits for the one before, {us} are links; two-batch overlap or fused would hide"
+            )
         sign = "<=" if rule.hidden else ">"
         over = "" if rule.tier == "scale-up" else f" over the {rule.tier}"
         return (

@@ -71,14 +71,18 @@ def own_time(
     Assumed throughout, nothing of it was run on a GPU: a wave is eight launches, tokens are quantised before the first
     and slots are summed after the last, up to 8 waves. Products run in BF16 (`device` is that format's).
     """
-    launched = replace(
+    return layer_time(
+        expert, launched(device, profile), ep=ep, tokens_per_rank=tokens_per_rank, routing=routing,
+        redundant=redundant, waves=waves, most_waves=_MOST_WAVES, staging=False,
+    )  # fmt: skip
+
+
+def launched(device: Device, profile: Profile) -> Device:
+    """The device with launches in place of what a persistent kernel takes."""
+    return replace(
         device,
         fixed_us=_AROUND * profile.kernel_us.value,
         expert_us=0.0,
         barrier_us=0.0,
         wave_us=_LAUNCHES * profile.kernel_us.value,
     )
-    return layer_time(
-        expert, launched, ep=ep, tokens_per_rank=tokens_per_rank, routing=routing, redundant=redundant, waves=waves,
-        most_waves=_MOST_WAVES, staging=False,
-    )  # fmt: skip

@@ -4,7 +4,8 @@ Low latency (decode): every row by itself, straight to its expert.
 
     dispatch   ll_dispatch_us + experts * ll_dispatch_expert_us + tokens of an SM * ll_dispatch_token_us + link
     combine    the same with its own constants
-    link       rows * bytes * f_remote / (link * ll_*_efficiency); between nodes over the NIC, + ll_node_us + log2(nodes)
+    link       rows * bytes * f_remote / (link * ll_*_efficiency), or over the NIC; between nodes ll_node_us more, and
+               once more for every doubling of them
     products   masked: each of the two a launch, rows of an expert in tiles of 64 or 128
 
 DeepEP gives an expert's group of warps an SM: with 8 experts only 8 SMs send. Normal (prefill): a token goes once to
@@ -21,7 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 from megamoe.catalog import Profile
 from megamoe.planner.layer.cost import LayerTime
@@ -104,7 +105,9 @@ def masked_us(expert: Expert, device: Device, profile: Profile, load: RankLoad) 
     compute = grouped_us(expert, device, rows, number)
     memory = [device.memory_us(expert.weight_bytes + each * _row_bytes(expert)) for each in rows]
     both = [math.hypot(c, m) for c, m in zip(compute, memory, strict=True)]
-    total = [sum(each * count for each, count in zip(values, number, strict=True)) for values in (both, compute, memory)]
+    total = [
+        sum(each * count for each, count in zip(values, number, strict=True)) for values in (both, compute, memory)
+    ]
     return profile.masked_us.value + total[0], total[1], total[2]
 
 
@@ -178,9 +181,7 @@ def _low_latency_stages(
     return _Stages(sent if ep > 1 else Exchange(0.0, 0.0), masked_us(expert, device, profile, load))
 
 
-def _normal_stages(
-    expert: Expert, device: Device, profile: Profile, ep: int, tokens: float, load: RankLoad
-) -> _Stages:
+def _normal_stages(expert: Expert, device: Device, profile: Profile, ep: int, tokens: float, load: RankLoad) -> _Stages:
     sent = normal(expert, device, profile, ep=ep, tokens=tokens, rows=load.rows)
     received = tokens * reached_by(ep, expert.topk) if ep > 1 else tokens
     products = contiguous_us(expert, device, profile, load, received)
@@ -221,4 +222,5 @@ _MEANS = (
 
 
 def _mean(drawn: list[LayerTime]) -> LayerTime:
-    return replace(drawn[0], **{key: fmean(getattr(each, key) for each in drawn) for key in _MEANS})
+    means: dict[str, Any] = {key: fmean(getattr(each, key) for each in drawn) for key in _MEANS}
+    return replace(drawn[0], **means)

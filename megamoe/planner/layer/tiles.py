@@ -75,6 +75,15 @@ def _whole_waves(tiles: float, sms: float) -> float:
     return math.ceil(tiles / sms - 1e-9) * sms / tiles if tiles else 1.0
 
 
+def block_of(expert: Expert, device: Device, rows: float) -> int:
+    """Rows of the tiles that an expert of so many rows is cut into."""
+    across = [(-(-n // COLUMNS), k) for k, n in expert.products]
+    return min(
+        device.blocks,
+        key=lambda block: math.ceil(rows / block) * sum(many * tile_us(device, block, k) for many, k in across),
+    )
+
+
 def reached_tflops(expert: Expert, device: Device) -> float:
     """Of an expert that has many rows: what its products reach, without memory and links."""
     block = max(device.blocks)

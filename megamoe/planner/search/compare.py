@@ -9,7 +9,7 @@ from megamoe.planner.answer import Answer, answer, finite
 from megamoe.planner.layer.traffic import Traffic, traffic
 from megamoe.planner.question import Question, Subject, ask
 
-By = Literal["hardware", "model"]
+By = Literal["hardware", "model", "stack"]
 
 
 @dataclass(frozen=True, slots=True)

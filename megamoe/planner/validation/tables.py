@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -127,6 +127,9 @@ class _Reader:
         return value
 
 
+Reads = Callable[[_Reader, dict[str, str]], Iterator[Measured]]
+
+
 def read(path: Path) -> Table:
     """The rows of a CSV file; ValueError names the file, the line and what is wrong with it."""
     if not path.is_file():
@@ -151,7 +154,7 @@ def read_table(path: Path) -> list[Measured]:
     return read(path).rows
 
 
-def _kind(path: Path, reader: _Reader):  # type: ignore[no-untyped-def]
+def _kind(path: Path, reader: _Reader) -> Reads:
     """What the columns are those of. ValueError names the columns that a table of layers would lack."""
     columns = reader.columns
     if "dispatch_avg_t_us" in columns and "combine_avg_t_us" in columns:
@@ -170,10 +173,10 @@ def _kind(path: Path, reader: _Reader):  # type: ignore[no-untyped-def]
 
 def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
     name, hardware = reader.text(row, "model"), _hardware(reader.text(row, "hardware"))
-    sizes = {key: reader.whole(row, key) for key in ("hidden", "intermediate", "num_experts", "topk")}
+    sizes = [reader.whole(row, key) for key in ("hidden", "intermediate", "num_experts", "topk")]
     model = _known_model(name)
     formats = _formats(reader, row, model)
-    expert = Expert(**sizes, gated=model.gated if model else True, **formats)
+    expert = Expert(*sizes, model.gated if model else True, *formats)
     stack = _stack(reader, row)
     routing = reader.text(row, "routing") or "balanced"
     if stack == "kernel" and routing == "balanced":
@@ -212,19 +215,19 @@ def _stack(reader: _Reader, row: dict[str, str]) -> str:
     return "kernel"
 
 
-def _formats(reader: _Reader, row: dict[str, str], model: Model | None) -> dict[str, str]:
+def _formats(reader: _Reader, row: dict[str, str], model: Model | None) -> list[str]:
     """By column, by variant, by the catalog's model; mxfp4 weights, mxfp8 there and bf16 back where none says it."""
     variant = _variant(reader.text(row, "variant").lower())
     known = {"weight_format": model.weight_format} if model else {}
     fallback = {"weight_format": "mxfp4", "dispatch_format": "mxfp8", "combine_format": "bf16"}
-    found = {}
+    found = []
     for key, assumed in fallback.items():
         value = reader.text(row, key) or variant.get(key) or known.get(key)
         if value is None:
             value = assumed
             reader.assume(f"{key} {assumed}: neither a column nor a variant says it")
         value_bytes(value)
-        found[key] = value
+        found.append(value)
     return found
 
 
@@ -304,7 +307,9 @@ def _known_model(name: str) -> Model | None:
 @lru_cache(maxsize=64)
 def _hardware(name: str) -> str:
     """The catalog's name of a device: "NVIDIA H100 80GB HBM3" -> h100. ValueError names the nearest."""
-    words = [word for word in re.split(r"[\s_,()]+", name.lower()) if word not in ("nvidia", "amd", "huawei", "instinct")]
+    words = [
+        word for word in re.split(r"[\s_,()]+", name.lower()) if word not in ("nvidia", "amd", "huawei", "instinct")
+    ]
     known = set(names("hardware"))
     for number in range(len(words), 0, -1):
         if "-".join(words[:number]) in known:

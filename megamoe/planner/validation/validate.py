@@ -11,8 +11,8 @@ from megamoe.catalog import Hardware, Profile, find_profile
 from megamoe.planner.layer.cost import layer_time
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.routing import RankLoad, busiest
-from megamoe.planner.layer.staged import CONTIGUOUS_ROWS, Kernels, contiguous_us, low_latency, masked_us, staged_time
 from megamoe.planner.layer.stacks import stack_time
+from megamoe.planner.layer.staged import CONTIGUOUS_ROWS, Kernels, contiguous_us, low_latency, masked_us, staged_time
 from megamoe.planner.validation.tables import Measured, hardware_of
 
 Fitted = Callable[[Hardware], Profile]
