@@ -37,8 +37,8 @@ SHARED = ("feed_ps", "epilogue_ps", "memory_efficiency", "fixed_us", "barrier_us
 CORE = (*(f"*.{key}" for key in SHARED), "blackwell.overlap", "hopper.overlap")
 STAGED = ("*.masked_us", "*.contiguous_us", "*.host_us")
 LOW_LATENCY = (
-    *("*.ll_dispatch_us", "*.ll_dispatch_expert_us", "*.ll_dispatch_token_us"),
-    *("*.ll_combine_us", "*.ll_combine_expert_us", "*.ll_combine_token_us", "*.ll_node_us"),
+    *("*.ll_dispatch_us", "*.ll_dispatch_token_us", "*.ll_combine_us", "*.ll_combine_token_us", "*.ll_node_us"),
+    *(f"{name}.ll_{way}_expert_us" for name in ("hopper", "blackwell") for way in ("dispatch", "combine")),
     *(f"{name}.ll_{way}_efficiency" for name in ("hopper", "blackwell") for way in ("dispatch", "combine")),
 )
 NORMAL = ("*.normal_us", "*.normal_efficiency")

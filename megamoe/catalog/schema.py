@@ -281,20 +281,14 @@ _GROUPED = f"{_FITTED} sglang_grouped_gemm_h100_fp8_decode and _prefill; see doc
 class Staged(Entry):
     """What separate kernels take, the same on every device that was measured; see planner/layer/staged.py.
 
-    ll_*       DeepEP's low-latency dispatch and combine: a call, for every expert of the model, for every token of an
-               SM, and for a journey between nodes (once, and once more for every doubling of them)
+    ll_*       DeepEP's low-latency dispatch and combine: a call, for every token of an SM, and for a journey between nodes (once, and once more for every doubling of them)
     normal_*   DeepEP's normal kernels: a journey, and what it reaches of the scale-up link
     masked_us, contiguous_us     launches and the kernels between grouped products, in a graph and without one
     host_us    the least that a host takes to launch the latter
     """
 
     ll_dispatch_us: Figure = Figure(
-        value=7.82,
-        tag="derived",
-        source=_LOW_LATENCY,
-    )
-    ll_dispatch_expert_us: Figure = Figure(
-        value=0.0174,
+        value=7.39,
         tag="derived",
         source=_LOW_LATENCY,
     )
@@ -308,23 +302,18 @@ class Staged(Entry):
         tag="derived",
         source=_LOW_LATENCY,
     )
-    ll_combine_expert_us: Figure = Figure(
-        value=0.0123,
-        tag="derived",
-        source=_LOW_LATENCY,
-    )
     ll_combine_token_us: Figure = Figure(
-        value=0.265,
+        value=0.27,
         tag="derived",
         source=_LOW_LATENCY,
     )
     ll_node_us: Figure = Figure(
-        value=3.43,
+        value=4.07,
         tag="derived",
         source=_NODES,
     )
     normal_us: Figure = Figure(
-        value=0.494,
+        value=0.0669,
         tag="derived",
         source=_NORMAL,
     )
@@ -339,7 +328,7 @@ class Staged(Entry):
         source=_GROUPED,
     )
     contiguous_us: Figure = Figure(
-        value=180,
+        value=182,
         tag="derived",
         source=_GROUPED,
     )
@@ -366,6 +355,7 @@ class Profile(Staged):
     graph_us            a module's launches, in a captured graph    staging_us         its kernels around the layer's
     staging_bytes       read and written by them for every value of a token
     wave_us             for every wave
+    ll_dispatch_expert_us, ll_combine_expert_us     for every expert of the model, in DeepEP's low-latency kernels
     ll_dispatch_efficiency, ll_combine_efficiency   of the scale-up link, in DeepEP's low-latency kernels
 
     Of the parts of a model beside the experts (planner/serving.py):
@@ -395,6 +385,8 @@ class Profile(Staged):
     staging_us: Figure
     staging_bytes: Figure
     wave_us: Figure
+    ll_dispatch_expert_us: Figure
+    ll_combine_expert_us: Figure
     ll_dispatch_efficiency: Figure
     ll_combine_efficiency: Figure
     dense_efficiency: Figure = Figure(

@@ -27,7 +27,7 @@ class By(str, Enum):
 @asks
 def compare(
     given: dict[str, Any],
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Devices, models with --by model, or stacks with --by stack.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Devices, models with --by model, or stacks with --by stack: fused, staged, staged-two-batch, megamoe.")],
     by: Annotated[By, typer.Option(help="What the names are of.")] = By.hardware,
     ep: Annotated[str | None, typer.Option(help="EP sizes, such as 8,16,32; the best of each by default.")] = None,
     output: Output = Format.table,
@@ -94,7 +94,8 @@ def _print_question(answers: list[Answer], by: By) -> None:
     request = answers[0].plan.request
     expert = request.expert
     sizes = f"{expert.num_experts} experts {expert.hidden} x {expert.intermediate}, top-{expert.topk}"
-    said = [f"{request.model.name}: {sizes}" if by is By.hardware else request.hardware.name]
+    said = [f"{request.model.name}: {sizes}"] if by is not By.model else []
+    said += [request.hardware.name] if by is not By.hardware else []
     if all(each.plan.request.tokens_per_rank == request.tokens_per_rank for each in answers):
         said.append(f"{request.tokens_per_rank} tokens a rank")
     say(", ".join([*said, f"{expert.dispatch_format} there, {expert.combine_format} back"]))

@@ -8,8 +8,8 @@ Three kinds of rows, told apart by their columns (other columns are ignored):
     exchange   op_name ll, dispatch_avg_t_us and combine_avg_t_us: DeepEP's low-latency kernels (aiconfigurator), of
                which a line gives two rows
 
-`stack` says what was timed, `nodes` how many hosts of equal size the ranks lie on, `phase` generation (or decode) or
-context (or prefill). A time ends its name with its unit: latency_us, latency_ms, latency_s.
+`stack` says what was timed, `nodes` how many hosts of equal size the ranks lie on; a `phase` (generation, context) tells
+a serving framework's table. A time ends its name with its unit: latency_us, latency_ms, latency_s.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ STACKS = (
     *("fused", "kernel", "staged", "staged two-batch", "staged low latency", "staged normal", "megamoe"),
     *("masked", "contiguous", "dispatch", "combine"),
 )
-_PHASES = {"generation": "decode", "decode": "decode", "context": "prefill", "prefill": "prefill"}
 RANKS_OF_A_NODE = 8
 
 
@@ -196,18 +195,25 @@ def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
     )
 
 
+_SPELLED = (  # what a stack's name holds -> the stack; the first that fits
+    (r"two.?batch|\btbo\b", "staged two-batch"),
+    (r"low.?latency|\bll\b", "staged low latency"),
+    (r"normal|high.?throughput|\bht\b", "staged normal"),
+    (r"staged|deepep|unfused", "staged"),
+    (r"^megamoe$", "megamoe"),
+    (r"kernel", "kernel"),
+    (r"fused|mega.?moe|deepgemm", "fused"),
+)
+
+
 def _stack(reader: _Reader, row: dict[str, str]) -> str:
     """What was timed: as the file says, else a module where a serving framework's phase is named, else the kernel."""
-    said = " ".join(re.split(r"[\s_-]+", reader.text(row, "stack").lower()))
-    if said in ("staged two batch", "two batch"):
-        return "staged two-batch"
-    if said and said not in STACKS:
-        raise ValueError(f"stack {said!r} is not known; there are {', '.join(STACKS[:7])}")
-    phase = reader.text(row, "phase").lower()
-    if phase and phase not in _PHASES:
-        raise ValueError(f"phase {phase!r} is not known; there are {', '.join(_PHASES)}")
+    said, phase = reader.text(row, "stack").lower(), reader.text(row, "phase").lower()
     if said:
-        return said
+        stack = next((stack for pattern, stack in _SPELLED if re.search(pattern, said.replace("_", " "))), None)
+        if stack is None:
+            raise ValueError(f"stack {said!r} is not known; there are {', '.join(STACKS[:7])}")
+        return stack
     if phase and not reader.text(row, "variant"):
         reader.assume("no stack is named, a phase is: the fused module (staging, kernel, routed scale) in a graph")
         return "fused"
