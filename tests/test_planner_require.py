@@ -9,9 +9,9 @@ import pytest
 
 from megamoe.planner.answer import Answer, answer
 from megamoe.planner.explain import explain, rule_terms, traffic_terms
-from megamoe.planner.layer_terms import layer_terms
 from megamoe.planner.layer.require import Requirement, require
 from megamoe.planner.layer.traffic import traffic
+from megamoe.planner.layer_terms import layer_terms
 from megamoe.planner.page import page, unit_of
 from megamoe.planner.question import Question, ask
 from megamoe.planner.search.sensitivity import result_of, sensitivity

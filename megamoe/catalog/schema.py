@@ -281,7 +281,8 @@ _GROUPED = f"{_FITTED} sglang_grouped_gemm_h100_fp8_decode and _prefill; see doc
 class Staged(Entry):
     """What separate kernels take, the same on every device that was measured; see planner/layer/staged.py.
 
-    ll_*       DeepEP's low-latency dispatch and combine: a call, for every token of an SM, and for a journey between nodes (once, and once more for every doubling of them)
+    ll_*       DeepEP's low-latency dispatch and combine: a call, for every token of an SM, and for a journey between
+               nodes (once, and once more for every doubling of them)
     normal_*   DeepEP's normal kernels: a journey, and what it reaches of the scale-up link
     masked_us, contiguous_us     launches and the kernels between grouped products, in a graph and without one
     host_us    the least that a host takes to launch the latter

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from megamoe.planner.answer import Answer
     from megamoe.planner.search.compare import Row
 
+NAMES = "Devices; --by model: models; --by stack: fused, staged, staged-two-batch, megamoe."
+
 
 class By(str, Enum):
     """What the names are of."""
@@ -27,12 +29,18 @@ class By(str, Enum):
 @asks
 def compare(
     given: dict[str, Any],
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Devices, models with --by model, or stacks with --by stack: fused, staged, staged-two-batch, megamoe.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...",
+            help=NAMES,
+        ),
+    ],
     by: Annotated[By, typer.Option(help="What the names are of.")] = By.hardware,
     ep: Annotated[str | None, typer.Option(help="EP sizes, such as 8,16,32; the best of each by default.")] = None,
     output: Output = Format.table,
 ) -> None:
-    """Plan the same on several devices (or of several models, or by several stacks), at one EP size or several, and print a row for each."""
+    """Plan the same on several devices, models or stacks, at one EP size or several, and print a row for each."""
     with exit_codes():
         keys = keys_of(given)
         if keys.get(by.value) is not None:

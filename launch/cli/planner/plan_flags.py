@@ -39,7 +39,9 @@ FLAGS: dict[str, Any] = {
     "dispatch_format": _flag(str | None, "Of rows on their way: mxfp8 (default), fp8, bf16, nvfp4, ...", _LAYER),
     "combine_format": _flag(str | None, "Of rows on their way home: bf16 by default.", _LAYER),
     "stack": _flag(
-        str | None, "What runs the layer: fused (default), staged (DeepEP, grouped products), megamoe (this package).", _LAYER
+        str | None,
+        "Of the layer: fused (default), staged (DeepEP, grouped products), megamoe (this package).",
+        _LAYER,
     ),
     "two_batch": _flag(bool | None, "The staged stack in two halves, the links of one behind the other.", _LAYER),
     "profile": _flag(str | None, "What is reached of the peaks: a name or a file; the hardware's by default.", _LAYER),

@@ -8,8 +8,8 @@ Three kinds of rows, told apart by their columns (other columns are ignored):
     exchange   op_name ll, dispatch_avg_t_us and combine_avg_t_us: DeepEP's low-latency kernels (aiconfigurator), of
                which a line gives two rows
 
-`stack` says what was timed, `nodes` how many hosts of equal size the ranks lie on; a `phase` (generation, context) tells
-a serving framework's table. A time ends its name with its unit: latency_us, latency_ms, latency_s.
+`stack` says what was timed, `nodes` how many hosts of equal size the ranks lie on; a `phase` (generation, context)
+tells a serving framework's table. A time ends its name with its unit: latency_us, latency_ms, latency_s.
 """
 
 from __future__ import annotations
