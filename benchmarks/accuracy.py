@@ -170,7 +170,7 @@ def _parts(name: str, compared: list[Compared]) -> Iterator[str]:
 def _staged() -> Iterator[str]:
     """DeepEP's normal kernels with grouped products, which DeepGEMM timed beside its own."""
     yield "## The staged stack on H200, EP8: DeepEP's normal kernels with grouped products\n"
-    yield "The other column of `docs/data/deepgemm_pr383_h200_fp8_flash.csv`; two constants were fitted to every other"
+    yield "The other column of `docs/data/deepgemm_pr383_h200_fp8_flash.csv`; one constant was fitted to every other"
     yield "row. Launched by the host without a graph, which took longer where its 398 us were fitted.\n"
     yield from ("| tokens per rank | measured us | planned us | error |", "|---|---|---|---|")
     for each in compare(staged_h200()):

@@ -41,7 +41,7 @@ LOW_LATENCY = (
     *(f"{name}.ll_{way}_expert_us" for name in ("hopper", "blackwell") for way in ("dispatch", "combine")),
     *(f"{name}.ll_{way}_efficiency" for name in ("hopper", "blackwell") for way in ("dispatch", "combine")),
 )
-NORMAL = ("*.normal_us", "*.normal_efficiency")
+NORMAL = ("*.normal_efficiency",)
 Constants = dict[str, float]
 _NEAR, _ROUNDS, _STEP = 0.02, 12, 0.02
 
@@ -151,7 +151,7 @@ def staged_h200() -> list[Measured]:
     with (DATA / f"{name}.csv").open(newline="") as file:
         times = [float(line["deepep_ht_us"]) for line in csv.DictReader(file)]
     return [
-        replace(row, latency_us=us, stack="staged normal", routing="balanced")
+        replace(row, latency_us=us, stack="staged normal", drawn=None)
         for row, us in zip(table(name), times, strict=True)
     ]
 

@@ -445,7 +445,7 @@ def test_each_stack_has_its_own_verdict() -> None:
         "megamoe": plan(replace(request, stack="megamoe")),
     }
     assert [found[name].verdict for name in found] == ["hidden", "exposed", "hidden", "hidden"]
-    assert "EP16, staged: each stage waits for the one before" in found["staged"].sentence
+    assert "EP16, staged: each stage waits for the one before, " in found["staged"].sentence
     assert "staged with two-batch overlap: 5556 <= 6144" in found["two"].sentence
     assert found["megamoe"].request.compute_format == "bf16"
     times = {name: each.layer.layer_us for name, each in found.items()}

@@ -155,7 +155,7 @@ def test_stack_variant_and_nodes_are_read(
     path = tmp_path / "table.csv"
     path.write_text(PLAIN + PLAIN_ROW + "," + cells + "\n")
     (row,) = read_table(path)
-    assert (row.stack, row.routing) == (stack, routing)
+    assert (row.stack, row.drawn or row.routing) == (stack, routing)
     assert (row.expert.weight_format, row.expert.dispatch_format, row.expert.combine_format) == formats
     assert compare([row])[0].planned_us > 0
 

@@ -53,7 +53,8 @@ def _print_rules(planned: Plan) -> None:
 def _print_layer(found: Answer) -> None:
     planned, layer = found.plan, found.plan.layer
     request = planned.request
-    title = f"\none layer, {request.stack}: {request.tokens_per_rank} tokens a rank, {request.routing}, "
+    name = "" if request.stack == "fused" else f", {request.stack}"
+    title = f"\none layer{name}: {request.tokens_per_rank} tokens a rank, {request.routing}, "
     title += f"{layer.waves} waves, {layer.rows:,.0f} rows in {layer.experts_touched:.4g} experts"
     parts = (
         ("fixed: kernel, graph, staging", layer.fixed_us),

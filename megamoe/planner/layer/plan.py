@@ -109,10 +109,11 @@ class Plan:
         if rule is None:
             return f"{where}: nothing leaves the device"
         if request.serial:
-            us = f"{self.layer.communication_us:.0f} of {self.layer.layer_us:.0f} us"
-            return (
-                f"{where}: each stage waits for the one before, {us} are links; two-batch overlap or fused would hide"
-            )
+            us = f"{self.layer.communication_us:.0f} of {self.layer.layer_us:.0f} us are links"
+            where += f": each stage waits for the one before, {us}"
+            if rule.hidden:
+                return f"{where}; two-batch overlap or the fused kernel would hide them"
+            return f"{where}, more than overlap would hide"
         sign = "<=" if rule.hidden else ">"
         over = "" if rule.tier == "scale-up" else f" over the {rule.tier}"
         return (

@@ -88,8 +88,7 @@ def normal(expert: Expert, device: Device, profile: Profile, *, ep: int, tokens:
             copies, rate = reached_by(-(-ep // device.scaleup_domain), expert.topk), tier.gb_s * device.nic_efficiency
         slowest = max(slowest, copies * tier.f_remote / rate)
     moved = tokens * skew * slowest * 1e-3
-    fixed = profile.normal_us.value
-    return Exchange(fixed + moved * expert.dispatch_bytes, fixed + moved * expert.combine_bytes)
+    return Exchange(moved * expert.dispatch_bytes, moved * expert.combine_bytes)
 
 
 def reached_by(places: int, topk: int) -> float:

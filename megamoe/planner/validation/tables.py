@@ -63,7 +63,7 @@ class Measured:
     staged       DeepEP with grouped products, also two-batch, or by the one kind of kernels that is named
     megamoe      this package's own layer
     masked, contiguous    grouped products of one rank alone           dispatch, combine    DeepEP low latency alone
-    Of products alone, tokens_per_rank is a mean and may be a fraction.
+    Of products alone, tokens_per_rank is a mean and may be a fraction. drawn: the routing as the planner knows it.
     """
 
     hardware: str
@@ -75,6 +75,7 @@ class Measured:
     latency_us: float
     stack: str = "fused"
     nodes: int | None = None
+    drawn: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +178,11 @@ def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
     formats = _formats(reader, row, model)
     expert = Expert(*sizes, model.gated if model else True, *formats)
     stack = _stack(reader, row)
-    routing = reader.text(row, "routing") or "balanced"
+    routing, drawn = reader.text(row, "routing") or "balanced", None
     if stack == "kernel" and routing == "balanced":
         # the benchmarks of DeepGEMM and FlashInfer draw each token's experts; SGLang's deals them out
         reader.assume("balanced routing of a kernel alone: every expert as likely, drawn by chance (uniform)")
-        routing = "uniform"
+        drawn = "uniform"
     yield Measured(
         hardware,
         name,
@@ -192,6 +193,7 @@ def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
         reader.time_us(row, "latency"),
         stack,
         reader.whole(row, "nodes") if reader.text(row, "nodes") else None,
+        drawn,
     )
 
 
@@ -273,14 +275,21 @@ def _products(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
         weight_format=weights, dispatch_format="bf16" if weights == "bf16" else "mxfp8",
     )  # fmt: skip
     reader.assume("num_tokens of products are those of all ranks; the rank is the one with most rows")
-    routing = reader.text(row, "routing")
+    routing, drawn = reader.text(row, "routing"), None
     if routing in ("uniform", "balanced"):
-        routing = "balanced"
+        drawn = "balanced"
         reader.assume("uniform products: every expert the same; in context whole blocks of 128 rows, of as few experts")
     yield Measured(
-        _hardware(reader.text(row, "hardware")), f"{expert.num_experts} x {expert.hidden} x {width}", expert, ep,
-        tokens / ep, routing, reader.time_us(row, "latency"), "masked" if decode else "contiguous",
-    )  # fmt: skip
+        _hardware(reader.text(row, "hardware")),
+        f"{expert.num_experts} x {expert.hidden} x {width}",
+        expert,
+        ep,
+        tokens / ep,
+        routing,
+        reader.time_us(row, "latency"),
+        "masked" if decode else "contiguous",
+        drawn=drawn,
+    )
 
 
 def _exchange(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:

@@ -73,7 +73,7 @@ def planned_us(row: Measured, profile: Profile) -> float:
         return sent.dispatch_us if row.stack == "dispatch" else sent.combine_us
     if row.stack in ("masked", "contiguous"):
         return fmean(_products_us(row, device, profile, load) for load in _loads(row))
-    given = {"ep": row.ep_size, "tokens_per_rank": row.tokens_per_rank, "routing": row.routing}
+    given = {"ep": row.ep_size, "tokens_per_rank": row.tokens_per_rank, "routing": row.drawn or row.routing}
     if row.stack == "kernel":
         return layer_time(expert, device, **given, staging=False).layer_us  # type: ignore[arg-type]
     if row.stack in ("staged normal", "staged low latency"):
@@ -101,9 +101,10 @@ def _products_us(row: Measured, device: Device, profile: Profile, load: RankLoad
 def _loads(row: Measured) -> list[RankLoad]:
     """The fullest rank of each draw."""
     expert = row.expert
-    drawn = busiest(row.routing, expert.num_experts, expert.topk, row.ep_size, row.tokens_per_rank)
+    routing = row.drawn or row.routing
+    drawn = busiest(routing, expert.num_experts, expert.topk, row.ep_size, row.tokens_per_rank)
     loads = [max(ranks, key=lambda load: load.rows) for ranks in drawn]
-    return [_in_blocks(load) for load in loads] if (row.stack, row.routing) == ("contiguous", "balanced") else loads
+    return [_in_blocks(load) for load in loads] if (row.stack, routing) == ("contiguous", "balanced") else loads
 
 
 def _in_blocks(load: RankLoad) -> RankLoad:
