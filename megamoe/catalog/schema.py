@@ -28,7 +28,7 @@ MOST = {"num_experts": 2**16, "layers": 10_000}  # a plan goes through them one 
 class Entry(BaseModel):
     """Base of everything in the catalog: frozen, and a key that it does not know is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)  # a plan builds the kinds that it reads
 
 
 class Figure(Entry):
@@ -62,7 +62,9 @@ class Hardware(Entry):
     """One kind of device and the machine it comes in; a figure that nobody gave is None.
 
     `announced` marks devices of which no measurement is published. In a machine whose devices are joined pair by pair,
-    `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has.
+    `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has. `joined_by: pcie` says that there is no
+    scale-up link: the devices of a host reach each other over its PCIe bridge, of which `scaleup_gb_s` is a device's
+    share. `sms` counts SMs or compute units.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Hardware(Entry):
     profile: str
     aliases: tuple[str, ...] = ()
     announced: bool = False
+    joined_by: Literal["link", "pcie"] = "link"
     note: str = ""
     bf16_tflops: Figure | None = None
     fp8_tflops: Figure | None = None
@@ -105,6 +108,11 @@ class Hardware(Entry):
         if not any((self.bf16_tflops, self.fp8_tflops, self.fp4_tflops, self.int8_tflops)):
             raise ValueError("no peak is given: one of bf16_tflops, fp8_tflops, fp4_tflops, int8_tflops is needed")
         return self
+
+    @property
+    def tier_names(self) -> dict[str, str]:
+        """What its tiers of links are called: "scale-up" is the host bridge where PCIe is all there is."""
+        return {"scale-up": "scale-up" if self.joined_by == "link" else "host bridge", "nic": "nic"}
 
     @property
     def formats(self) -> list[str]:

@@ -115,7 +115,13 @@ def _link_terms(planned: Plan) -> list[Term]:
     shared = f"{g(slowest.f_remote)} x {g(fuller)} / ({rate} x 1000)"
     formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion)"
     terms = [
-        Term(f"link, {slowest.name}: {name}", formula, f"{g(layer.rows)} x {g(each)} x {shared}", us, "us")
+        Term(
+            f"link, {request.hardware.tier_names[slowest.name]}: {name}",
+            formula,
+            f"{g(layer.rows)} x {g(each)} x {shared}",
+            us,
+            "us",
+        )
         for name, each, us in (("dispatch", there, layer.dispatch_us), ("combine", back, layer.combine_us))
     ]
     both = f"{g(layer.dispatch_us)} + {g(layer.combine_us)}"
