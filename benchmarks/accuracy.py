@@ -31,8 +31,8 @@ V4_EFFICIENCY = {"deepseek-v4-pro": (27, 10), "deepseek-v4-flash": (10, 7)}
 HEAD = """# How wrong the planner is
 
 `python benchmarks/accuracy.py --write docs/accuracy.md` prints this page from the tables in `docs/data` and the figures
-in `megamoe/planner/validation/published*.py`; `megamoe validate` prints the same errors, and `megamoe validate FILE.csv`
-those of a table of your own. An error is 100 * (planned / measured - 1). Everything here is arithmetic: nothing was run
+in `megamoe/planner/validation/published*.py`; `megamoe validate` prints the same errors, and `megamoe validate
+FILE.csv` those of a table of your own. An error is 100 * (planned / measured - 1). Everything here is arithmetic: nothing was run
 on a GPU or NPU by us.
 
 What was fitted to what: `python benchmarks/fit_layer.py` prints the constants. The fused kernel's to the 64 balanced
@@ -186,7 +186,7 @@ def _left_out() -> Iterator[str]:
     found = json.loads((DATA / "layer_fit.json").read_text())
     yield "## One device left out\n"
     yield "Every constant fitted to the other devices' rows alone; all rows of the device that was left out. What only"
-    yield "that device tells of its generation (the overlap of its fused kernel, its links in DeepEP) is the other one's.\n"
+    yield "that device tells of its generation (its fused kernel's overlap, its links in DeepEP) is the other one's.\n"
     yield from ("| without | table | number | median | 95th percentile | largest |", "|---|---|---|---|---|---|")
     for device, tables in found["left_out"].items():
         for name, errors in tables.items():
@@ -223,7 +223,7 @@ def _guides() -> Iterator[str]:
     found = guides()
     yield "## The same decode runs in two editions of one guide\n"
     yield "DeepSeek-V4 on 16 Ascend 950DT, `cann-recipes-infer`: ms per token in the guide of April 2026, whose rows"
-    yield "the table above has and 11 of which fitted two constants, and in that of 2026-08-07, whose Flash runs are"
+    yield "the table above has and 11 of which fitted five constants, and in that of 2026-08-07, whose Flash runs are"
     yield "faster. Nothing was fitted to August's: the planner stands where April's runs put it.\n"
     yield "| what | April | August | planned | error, April | error, August |"
     yield "|---|---|---|---|---|---|"

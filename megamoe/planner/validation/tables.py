@@ -173,10 +173,10 @@ def _kind(path: Path, reader: _Reader) -> Reads:
 
 def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
     name, hardware = reader.text(row, "model"), _hardware(reader.text(row, "hardware"))
-    sizes = [reader.whole(row, key) for key in ("hidden", "intermediate", "num_experts", "topk")]
     model = _known_model(name)
     formats = _formats(reader, row, model)
-    expert = Expert(*sizes, model.gated if model else True, *formats)
+    hidden, width, experts, topk = (reader.whole(row, key) for key in ("hidden", "intermediate", "num_experts", "topk"))
+    expert = Expert(hidden, width, experts, topk, model.gated if model else True, *formats)
     stack = _stack(reader, row)
     routing, drawn = reader.text(row, "routing") or "balanced", None
     if stack == "kernel" and routing == "balanced":
