@@ -26,7 +26,7 @@ from megamoe.model.experts import RoutedExperts
 from megamoe.model.structure import Structure
 from megamoe.parallel import symmetric
 from megamoe.parallel.group import EPGroup
-from megamoe.planner.layer.cost import Expert
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.rule import threshold
 from megamoe.reference import moe, moe_fp64, relative_error, results, round_mxfp8, sum_slots
 from megamoe.routing.waves import Waves
