@@ -17,8 +17,8 @@ class PeerError(RuntimeError):
     phase        "counts", "dispatch", "combine", ...
     layer        name of the layer that waited          wave    its wave, None outside of waves
     waited_s     how long this rank waited              reason  what the transport said
-    condition    "dead", "unreachable", "stopped", "stalled", "raised", "left", "absent", "slow" or "cut off" (this rank
-                 itself); "" where the ranks have no heartbeat and only the transport was heard
+    condition    "dead", "unreachable", "stopped", "stalled", "raised", "left", "absent", "undelivered", "slow" or
+                 "cut off" (this rank itself); "" where the ranks have no heartbeat and only the transport was heard
     meaning      that in words
     picture      a line for every rank: what it was last seen to do, and how long ago
     global_rank  the peer's rank in the whole program, where the group numbers its ranks otherwise; else None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe.parallel.health.diagnosis import PeerStatus, diagnose
+from megamoe.parallel.health.diagnosis import PeerStatus, Verdict, diagnose
 from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKING, RankStatus
 
 
@@ -26,6 +26,25 @@ def outside(rank: int) -> PeerStatus:
 
 def raised(rank: int, complaint: str, peer: int | None = None, age_s: float = 0.1) -> PeerStatus:
     return PeerStatus(rank, f"h{rank}", RankStatus(RAISED, "moe", 3, 1, "linear-1", peer, 9, age_s, complaint), 0.1)
+
+
+def stuck(rank: int, peer: int, calls: int, phase: str, wave: int | None = None, age_s: float = 2.0) -> PeerStatus:
+    position = RankStatus(WAITING, "moe", calls, wave, phase, peer, 9, age_s, calls=calls)
+    return PeerStatus(rank, f"h{rank}", position, 0.1)
+
+
+def between(rank: int, peer: int, calls: int) -> PeerStatus:
+    status = stuck(rank, peer, calls, "counts")
+    assert status.position
+    return replace(status, position=replace(status.position, between=True))
+
+
+def after(rank: int, calls: int, age_s: float = 2.0) -> PeerStatus:
+    return PeerStatus(rank, f"h{rank}", RankStatus(OUTSIDE, "moe", calls, age_s=age_s, calls=calls), 0.1)
+
+
+def far(status: PeerStatus, *answers: tuple[int, float]) -> PeerStatus:
+    return replace(status, answers=answers)
 
 
 def gone(status: PeerStatus) -> PeerStatus:
@@ -91,6 +110,99 @@ CASES = {
     ),
 }
 
+BUSY = PeerStatus(2, "h2", RankStatus(WORKING, "moe", 8, 1, "linear-1", age_s=2.0, calls=8), 0.1)
+# the same, where messages do not arrive: all have begun call 8, and some of them call 9
+CASES |= {
+    "all wait for one that is a call ahead of them": (
+        [stuck(0, 1, 9, "counts"), stuck(1, 0, 8, "combine", 0), stuck(2, 0, 8, "combine", 0)],
+        1,
+        0,
+        "undelivered",
+    ),
+    "one that is a call ahead is waited for, another still works": (
+        [stuck(0, 1, 8, "combine", 0), stuck(1, 2, 9, "counts"), BUSY],
+        1,
+        1,
+        "undelivered",
+    ),
+    "one that is ahead within the call": (
+        [stuck(0, 1, 8, "dispatch", 2), stuck(1, 0, 8, "combine", 1), stuck(2, 1, 8, "dispatch", 2)],
+        1,
+        1,
+        "undelivered",
+    ),
+    "one has ended the call and does other things": (
+        [stuck(0, 1, 8, "combine", 0), after(1, 8), stuck(2, 1, 8, "combine", 0)],
+        1,
+        1,
+        "undelivered",
+    ),
+    "one has ended the call and waits for the others between calls": (
+        [stuck(0, 1, 8, "combine", 0), between(1, 0, 8), stuck(2, 1, 8, "combine", 0)],
+        1,
+        1,
+        "undelivered",
+    ),
+    "answers are late as well, but two miss the same rank's messages": (
+        [
+            far(stuck(0, 2, 8, "combine", 0), (1, 0.06), (2, 0.001)),
+            far(stuck(1, 2, 8, "combine", 0), (2, 0.05)),
+            stuck(2, 0, 9, "counts"),
+        ],
+        2,
+        2,
+        "undelivered",
+    ),
+    "of two, the other is ahead": ([stuck(0, 1, 8, "combine", 0), stuck(1, 0, 9, "counts")], 1, 1, "undelivered"),
+    "of two, this one is ahead": ([stuck(0, 1, 9, "counts"), stuck(1, 0, 8, "combine", 0)], 1, 0, "undelivered"),
+    "of two on a slow link, this one is ahead": (
+        [far(stuck(0, 1, 9, "counts"), (1, 0.05)), stuck(1, 0, 8, "combine", 0)],
+        1,
+        1,
+        "slow",
+    ),
+    "of two, this one has only just gone ahead": (
+        [stuck(0, 1, 9, "counts", age_s=0.3), stuck(1, 0, 8, "combine", 0)],
+        1,
+        1,
+        "slow",
+    ),
+    "one message of a rank behind a slow link is missing": (
+        [
+            far(stuck(0, 2, 9, "counts"), (2, 0.06), (1, 0.001)),
+            far(stuck(1, 2, 9, "counts"), (2, 0.05)),
+            stuck(2, 0, 8, "combine", 1),
+        ],
+        2,
+        2,
+        "slow",
+    ),
+    "each misses the other's, so neither is ahead": (
+        [stuck(0, 1, 8, "combine", 0), stuck(1, 0, 8, "combine", 0), stuck(2, 1, 9, "counts")],
+        1,
+        1,
+        "slow",
+    ),
+    "a wait between calls is no wait in one": (
+        [between(0, 1, 8), stuck(1, 2, 8, "combine", 0), between(2, 1, 8)],
+        1,
+        2,
+        "undelivered",
+    ),
+    "rows that do not leave are not awaited": (
+        [stuck(0, 1, 8, "sending dispatch", 0), stuck(1, 0, 8, "combine", 1), stuck(2, 1, 9, "counts")],
+        1,
+        1,
+        "slow",
+    ),
+    "one that has not called is behind": (
+        [stuck(0, 1, 9, "counts"), after(1, 8), stuck(2, 1, 9, "counts")],
+        1,
+        1,
+        "absent",
+    ),
+}
+
 
 @pytest.mark.parametrize(("statuses", "awaited", "rank", "condition"), CASES.values(), ids=CASES.keys())
 def test_the_rank_to_blame_is_named(statuses: list[PeerStatus], awaited: int, rank: int, condition: str) -> None:
@@ -102,6 +214,91 @@ def test_the_rank_to_blame_is_named(statuses: list[PeerStatus], awaited: int, ra
 def test_a_rank_that_left_is_named_by_those_that_wait_for_it() -> None:
     left = PeerStatus(1, "h1", RankStatus(LEFT, "moe", 2, None, "", None, 9, 1.0), 1.0, closed=True)
     assert diagnose(0, 1, [waits(0, 1), left]).condition == "left"
+
+
+# ---- messages that are lost, played ----
+
+Message = tuple[int, str, int]  # call, phase, wave
+
+
+def waves_of(call: int, num_waves: int) -> list[tuple[str, Message]]:
+    """What a rank does in a call by waves, in order: a message of a kind goes to all others, or comes from them."""
+    steps = [("send", (call, "counts", 0)), ("wait", (call, "counts", 0))]
+    steps += [("send", (call, "dispatch", wave)) for wave in range(min(2, num_waves))]
+    for wave in range(num_waves):
+        steps += [("send", (call, "dispatch", wave + 2))] * (wave + 2 < num_waves)
+        steps += [("wait", (call, "dispatch", wave)), ("send", (call, "combine", wave))]
+    return steps + [("wait", (call, "combine", wave)) for wave in range(num_waves)]
+
+
+def few_of(call: int) -> list[tuple[str, Message]]:
+    """The same of a call of few tokens."""
+    return [(what, (call, phase, 0)) for phase in ("counts", "combine") for what in ("send", "wait")]
+
+
+def played(
+    size: int, victim: int, num_waves: int, lost_from: int, unsent: set[tuple[Message, int, int]]
+) -> list[PeerStatus]:
+    """Where ranks come to rest that call again and again, when all is lost that a victim sends from so many sends on.
+
+    num_waves   0 for calls of few tokens
+    unsent      (message, sender, receiver) of those that have no rows
+    """
+    calls = [waves_of(call, num_waves) if num_waves else few_of(call) for call in range(1, 9)]
+    program = [step for call in calls for step in call]
+    at, arrived, sent = [0] * size, set(unsent), 0
+
+    def missing(rank: int) -> int | None:
+        """The peer for whose message it waits."""
+        message = program[at[rank]][1]
+        peers = ((rank + distance) % size for distance in range(1, size))
+        return next((peer for peer in peers if (message, peer, rank) not in arrived), None)
+
+    moved = True
+    while moved:
+        moved = False
+        for rank in range(size):
+            what, message = program[at[rank]]
+            if what == "send" and not (rank == victim and sent >= lost_from):
+                arrived |= {(message, rank, peer) for peer in range(size)}
+            if what == "send" or missing(rank) is None:
+                sent += what == "send" and rank == victim
+                at[rank], moved = at[rank] + 1, True
+    found = []
+    for rank in range(size):
+        (call, phase, wave), peer = program[at[rank]][1], missing(rank)
+        assert peer is not None
+        found.append(stuck(rank, peer, call, phase, None if phase == "counts" else wave))
+    return found
+
+
+def all_verdicts(statuses: list[PeerStatus]) -> set[Verdict]:
+    positions = [status.position for status in statuses]
+    return {diagnose(rank, position.peer, statuses) for rank, position in enumerate(positions) if position}
+
+
+@pytest.mark.parametrize("num_waves", [0, 1, 2, 5], ids=["few", "waves1", "waves2", "waves5"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_rank_names_the_one_whose_messages_are_lost_wherever_that_begins(size: int, num_waves: int) -> None:
+    of_a_call = sum(what == "send" for what, _ in (waves_of(1, num_waves) if num_waves else few_of(1)))
+    for victim in range(size):
+        for lost_from in range(of_a_call, 3 * of_a_call):
+            statuses = played(size, victim, num_waves, lost_from, set())
+            assert all_verdicts(statuses) == {Verdict(victim, "undelivered", certain=False)}, (victim, lost_from)
+
+
+@given(st.data())
+def test_every_rank_names_it_where_some_ranks_have_no_rows_for_each_other(data: st.DataObject) -> None:
+    size, num_waves = data.draw(st.integers(2, 4)), data.draw(st.integers(0, 4))
+    victim, lost_from = data.draw(st.integers(0, size - 1)), data.draw(st.integers(2, 12))
+    with_rows = [(phase, wave) for phase in ("dispatch", "combine") for wave in range(max(num_waves, 1))]
+    kinds = [(phase, wave, a, b) for phase, wave in with_rows for a in range(size) for b in range(size) if a != b]
+    empty = data.draw(st.sets(st.sampled_from(kinds)))
+    unsent = {((call, phase, wave), a, b) for phase, wave, a, b in empty for call in range(1, 9)}
+    statuses = played(size, victim, num_waves, lost_from, unsent)
+    found = all_verdicts(statuses)
+    assert len(found) == 1, statuses
+    assert found.pop().rank == victim, statuses
 
 
 @st.composite

@@ -37,6 +37,7 @@ GROUP = "group"  # all ranks are killed at once: there is nobody left to name an
 GONE = ("kill", "stop", GROUP)  # of these a victim says nothing
 CALLS = 2  # whole calls before a rank may be struck
 AFTER_S, AFTER_KILL_S = 2.0, 3.0
+_GONE_S = 5.0  # in which nothing may be left any more
 _START_S = 180.0  # that a process may take until it answers, on a machine that is busy
 
 
@@ -160,6 +161,12 @@ def _struck(folder: Path) -> None:
     draft.rename(folder / "struck")
 
 
+def _moment(folder: Path) -> float:
+    """When the blow fell, infinity where the calls ended before it."""
+    file = folder / "struck"
+    return float(file.read_text()) if file.exists() else float("inf")
+
+
 def _idle(group: EPGroup, seconds: float) -> None:
     """Stays in the group and calls nothing, until the others have given up."""
     _until(lambda: group.monitors[0].lost() is not None, seconds)
@@ -183,9 +190,12 @@ class Field:
     """Ranks for one drill after another, each in a group of its own; what a drill did to them is made good after it."""
 
     def __init__(self, pool: SpawnPool, place: Place, size: int) -> None:
-        self._pool, self.place = pool, place
-        with ThreadPoolExecutor(size) as openers:
-            self.handles = list(openers.map(self._open, range(size)))
+        self._pool, self.place, self._size = pool, place, size
+        self.handles = self._open_all()
+
+    def _open_all(self) -> list[SpawnHandle]:
+        with ThreadPoolExecutor(self._size) as openers:
+            return list(openers.map(self._open, range(self._size)))
 
     def _open(self, number: int) -> SpawnHandle:
         return self._pool.open(number, _START_S)
@@ -194,16 +204,25 @@ class Field:
         """Of the first ranks; what is left is known only where all were killed, and once the pool is closed."""
         struck, endings = play(plan, self.place, self.handles[: plan.ranks])
         left = ""
-        if plan.fault == GROUP and plan.ranks == len(self.handles):
-            for handle in self.handles:
-                handle.kill()  # returns when the process is gone
-            left = self.place.left()
+        if plan.fault == GROUP:
+            for handle in self.handles:  # those too that had no part in it: what they hold is of earlier drills
+                handle.kill()  # returns when the process has been reaped
+            left = left_of(self.place)
+            self.handles = self._open_all()
         for rank in range(plan.ranks):
-            if plan.fault == GROUP or (plan.fault == "kill" and rank == plan.victim):
+            if plan.fault == "kill" and rank == plan.victim:
                 self.handles[rank] = self._open(rank)
             elif plan.fault == "stop" and rank == plan.victim:
                 os.kill(self.handles[rank].pid, signal.SIGCONT)
         return judge(plan, struck, endings, left)
+
+
+def left_of(place: Place) -> str:
+    """What is there still of processes that have been reaped: the kernel may take a moment to close what they had."""
+    until = time.monotonic() + _GONE_S
+    while (left := place.left()) and time.monotonic() < until:
+        _pause(0.02)
+    return left
 
 
 def on_one_field(plans: Sequence[Plan]) -> Iterator[Drill]:
@@ -215,7 +234,7 @@ def on_one_field(plans: Sequence[Plan]) -> Iterator[Drill]:
             for plan in plans[:-1]:
                 yield field.drill(plan)
             last = field.drill(plans[-1])
-        yield replace(last, left=", ".join(each for each in (last.left, place.left()) if each))
+        yield replace(last, left=", ".join(each for each in (last.left, left_of(place)) if each))
 
 
 def drill(plan: Plan) -> Drill:
@@ -228,7 +247,7 @@ def drill(plan: Plan) -> Drill:
             struck, endings = play(plan, place, opened)
         finally:
             handles.close()
-        left = place.left()
+        left = left_of(place)
     return judge(plan, struck, endings, left)
 
 
@@ -254,7 +273,7 @@ def play(plan: Plan, place: Place, opened: Sequence[SpawnHandle]) -> tuple[float
             blow = blows.submit(_strike, plan, place, pids, folder, lambda: all(f.done() for f in others))
             wait([f for rank, f in enumerate(asked) if not (rank in struck and plan.fault in GONE)], timeout=until)
             blow.result()
-        return float((folder / "struck").read_text()), [_ending(future) for future in asked]
+        return _moment(folder), [_ending(future) for future in asked]
 
 
 def _strike(plan: Plan, place: Place, pids: Sequence[int], folder: Path, over: Callable[[], bool]) -> None:
@@ -280,7 +299,12 @@ def _ending(future: Future[Any]) -> Ending | None:
 
 
 def judge(plan: Plan, struck: float, endings: list[Ending | None], left: str) -> Drill:
-    """What came of a drill: struck is when the blow fell, endings are by rank, left is what was left behind."""
+    """What came of a drill: struck is when the blow fell, endings are by rank, left is what was left behind.
+
+    Where the calls ended before the blow, which a deadline does that is too short for a busy machine, nothing holds.
+    """
+    if struck == float("inf"):
+        return Drill(plan, 0.0, False, False, left, endings)
     if plan.fault == GROUP:
         return Drill(plan, 0.0, all(ending is None for ending in endings), True, left, endings)
     survivors = [rank for rank in range(plan.ranks) if rank != plan.victim or plan.fault in ("cut", "slow", "raise")]

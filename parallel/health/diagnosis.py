@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKING, RankStatus
 
 DEAD, UNREACHABLE, STOPPED, STALLED = "dead", "unreachable", "stopped", "stalled"
-ABSENT, SLOW, CUT_OFF = "absent", "slow", "cut off"
+ABSENT, UNDELIVERED, SLOW, CUT_OFF = "absent", "undelivered", "slow", "cut off"
 _NEVER_S, _FAR_S = 10.0, 0.005
+_ARRIVES_S = 0.5  # two beats: what is under way for longer is not only told late
 _MEANING = {
     DEAD: "is dead, its process is gone",
     UNREACHABLE: "cannot be reached: its host or its link is down",
@@ -22,6 +23,7 @@ _MEANING = {
     RAISED: "raised",
     LEFT: "has left the group",
     ABSENT: "has not made the call that the others wait in",
+    UNDELIVERED: "has gone on, and others still wait for what it says it has sent before: its messages do not arrive",
     SLOW: "is behind a slow link: ranks wait for each other's rows, and all of them run",
     CUT_OFF: "is this rank, and no other can be reached: it is its own link or host that is down",
 }
@@ -119,40 +121,54 @@ def _heard_by_another(me: int, rank: int, statuses: Sequence[PeerStatus]) -> boo
 
 
 def _follow(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Verdict:
-    """All ranks are there: along what each waits for, to one that waits for nobody."""
+    """All ranks are there: along what each waits for, to one that waits for nobody or has sent what is waited for."""
     at = {status.rank: status for status in statuses}
     passed = {me}
-    rank = awaited
+    waiter, rank = me, awaited
     while rank is not None and rank not in passed:
         passed.add(rank)
         position = at[rank].position
-        if at[rank].silent:
+        if at[rank].silent or _is_missing(at[waiter], at[rank]):
             break
         if position is None or position.state == WORKING:
             return Verdict(rank, STALLED, certain=False)
         if position.state in (OUTSIDE, LEFT):
             return Verdict(rank, ABSENT if position.state == OUTSIDE else LEFT, certain=position.state == LEFT)
-        rank = position.peer
-    return _slowest(me, awaited, statuses)
+        waiter, rank = rank, position.peer
+    return _under_way(me, awaited, statuses)
 
 
-def _slowest(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Verdict:
-    """Ranks wait in a ring, so rows are under way: the rank whose best link is the worst, or that is in most waits.
+def _is_missing(waiter: PeerStatus, sender: PeerStatus) -> bool:
+    """Whether a rank still waits for what the other says it sent a while ago.
 
-    Two ranks cannot tell which end of their link it is: each names the other.
+    The message left before the sender came to where it is; the waiter had not got it when it was last heard.
+    """
+    waits, sent = waiter.position, sender.position
+    if waits is None or sent is None or waits.state != WAITING or waits.peer != sender.rank:
+        return False
+    return sent.is_past(waits) and sent.age_s - waiter.heard_s >= _ARRIVES_S
+
+
+def _under_way(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Verdict:
+    """Messages are under way: the rank whose messages several others miss; else that whose best link is the worst; else
+    that whose messages one other misses; else the one that is in most waits.
+
+    Of one missing message either end may be to blame, and a slow link explains it, but not that several miss the same
+    rank's. Two ranks cannot tell which end of a slow link it is: each names the other.
     """
     ranks = [status.rank for status in statuses]
+    sender, waiters = _most_missed(statuses)
+    if sender is not None and waiters > 1:
+        return Verdict(sender, UNDELIVERED, certain=False)
+    links = _links(statuses)
     if len(ranks) == 2:
-        return Verdict(ranks[1 - ranks.index(me)], SLOW, certain=True)
-    links: dict[frozenset[int], float] = {}
-    for status in statuses:
-        for peer, seconds in (*status.answers, *((peer, _NEVER_S) for peer in status.unheard)):
-            pair = frozenset((status.rank, peer))
-            links[pair] = max(links.get(pair, 0.0), seconds)
-    best = {rank: min((each for pair, each in links.items() if rank in pair), default=0.0) for rank in ranks}
-    worst, second = sorted(ranks, key=lambda rank: -best[rank])[:2]
-    if best[worst] > max(_FAR_S, 3 * best[second]):
-        return Verdict(worst, SLOW, certain=True)
+        far = ranks[1 - ranks.index(me)] if sender is None or max(links.values(), default=0.0) > _FAR_S else None
+    else:
+        far = _farthest(ranks, links)
+    if far is not None:
+        return Verdict(far, SLOW, certain=True)
+    if sender is not None:
+        return Verdict(sender, UNDELIVERED, certain=False)
     waits = [
         (status.rank, status.position.peer)
         for status in statuses
@@ -160,3 +176,28 @@ def _slowest(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Ve
     ]
     in_waits = Counter(rank for pair in waits for rank in pair if rank is not None)
     return Verdict(max(ranks, key=lambda rank: (in_waits[rank], rank == awaited, -rank)), SLOW, certain=False)
+
+
+def _most_missed(statuses: Sequence[PeerStatus]) -> tuple[int | None, int]:
+    """The rank whose messages most others miss, and how many do; None where there is none, or no single one."""
+    missed = Counter(sender.rank for waiter in statuses for sender in statuses if _is_missing(waiter, sender))
+    most = max(missed.values(), default=0)
+    senders = [rank for rank, times in missed.items() if times == most]
+    return (senders[0], most) if len(senders) == 1 else (None, 0)
+
+
+def _links(statuses: Sequence[PeerStatus]) -> dict[frozenset[int], float]:
+    """Seconds that an answer takes between two ranks, as the one says that waits longer for it."""
+    links: dict[frozenset[int], float] = {}
+    for status in statuses:
+        for peer, seconds in (*status.answers, *((peer, _NEVER_S) for peer in status.unheard)):
+            pair = frozenset((status.rank, peer))
+            links[pair] = max(links.get(pair, 0.0), seconds)
+    return links
+
+
+def _farthest(ranks: Sequence[int], links: dict[frozenset[int], float]) -> int | None:
+    """The rank whose best link is by far the worst, None where there is none."""
+    best = {rank: min((each for pair, each in links.items() if rank in pair), default=0.0) for rank in ranks}
+    worst, second = sorted(ranks, key=lambda rank: -best[rank])[:2]
+    return worst if best[worst] > max(_FAR_S, 3 * best[second]) else None

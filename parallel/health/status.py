@@ -9,11 +9,13 @@ from typing import Any
 
 OUTSIDE, WORKING, WAITING, RAISED, LEFT = "outside", "working", "waiting", "raised", "left"
 _LAST = (RAISED, LEFT)
+_WAITS = ("counts", "more counts", "dispatch", "combine")  # of a call, in the order in which every rank makes them
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("state", "layer", "phase", "complaint"), (str,)),
     **dict.fromkeys(("call", "sequence", "calls"), (int,)),
     **dict.fromkeys(("wave", "peer"), (int, type(None))),
     "age_s": (int, float),
+    "between": (bool,),
 }
 
 
@@ -31,6 +33,7 @@ class RankStatus:
     age_s      seconds since it came there
     complaint  what it raised
     calls      of all layers of the group that it has begun; ranks make the same calls in the same order
+    between    whether it waits outside of a call: an exchange of the program, after the last call that it began
     """
 
     state: str = OUTSIDE
@@ -43,6 +46,7 @@ class RankStatus:
     age_s: float = 0.0
     complaint: str = ""
     calls: int = 0
+    between: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,6 +64,27 @@ class RankStatus:
             return None
         found = cls(**known)
         return found if found.peer is None or 0 <= found.peer < size else None
+
+    def is_past(self, other: RankStatus) -> bool:
+        """Whether this rank has come further than where the other waits, and so has sent all that the other waits for.
+
+        A rank sends what belongs to a wait before it waits itself. False where the two cannot be compared.
+        """
+        if self.state in _LAST or not self.calls:
+            return False
+        if self.calls != other.calls:
+            return self.calls > other.calls
+        mine, theirs = self._progress, other._progress
+        return mine is not None and theirs is not None and mine > theirs
+
+    @property
+    def _progress(self) -> tuple[int, int] | None:
+        """How far in its latest call: which wait, of which wave. None where it does not wait, or for something else."""
+        if self.state == OUTSIDE or self.between:
+            return len(_WAITS), 0
+        if self.state == WAITING and self.phase in _WAITS:
+            return _WAITS.index(self.phase), self.wave or 0
+        return None
 
     @property
     def place(self) -> str:
@@ -157,4 +182,7 @@ class OwnStatus:
         if state == WAITING and peer is None:
             peer = self._watched.get((phase, wave))
         age = time.monotonic() - since
-        return RankStatus(state, self._layer, self._call, wave, phase, peer, self._sequence, age, complaint, self.calls)
+        between = state == WAITING and not self._calling
+        return RankStatus(
+            state, self._layer, self._call, wave, phase, peer, self._sequence, age, complaint, self.calls, between
+        )

@@ -166,10 +166,10 @@ class PairTransfer:
 
     def wait(self, within_s: float | None = None) -> None:
         """within_s in place of what is left of the call's deadline"""
-        self._wait_all(self._incoming, within_s)
+        self._wait_all(self._incoming, self._label.phase, within_s)
 
     def finish(self) -> None:
-        self._wait_all(self._outgoing)
+        self._wait_all(self._outgoing, f"sending {self._label.phase}")
 
     def _post(
         self,
@@ -195,18 +195,19 @@ class PairTransfer:
                 except RuntimeError as cause:  # gloo refuses at once on a pair that has failed before
                     raise self._pairs.clock.error(peer, self._label, begun, cause) from cause
 
-    def _wait_all(self, works: list[tuple[int, dist.Work]], within_s: float | None = None) -> None:
+    def _wait_all(self, works: list[tuple[int, dist.Work]], phase: str, within_s: float | None = None) -> None:
+        """phase: as others see it"""
         begun, clock = time.monotonic(), self._pairs.clock
         while works:
             peer, work = works.pop(0)
             self._ended.append(work)  # to let go of one takes a lock that gloo's thread wants now
-            clock.own_status.wait(self._label.phase, self._label.wave, peer)
+            clock.own_status.wait(phase, self._label.wave, peer)
             left = (clock.left_s() if within_s is None else within_s) - (time.monotonic() - begun)
             try:
                 work.wait(timedelta(seconds=max(left, 0.001)))
             except RuntimeError as cause:
                 raise clock.error(peer, self._label, begun, cause) from cause
-        clock.own_status.arrived(self._label.phase, self._label.wave, time.monotonic() - begun)
+        clock.own_status.arrived(phase, self._label.wave, time.monotonic() - begun)
 
 
 class PairTransport:
