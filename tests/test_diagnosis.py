@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megamoe.launch.ranks import LocalRanks
+from megamoe.parallel.group import EPGroup
 from megamoe.parallel.health.diagnosis import PeerStatus, Verdict, diagnose
-from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKING, RankStatus
+from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKING, OwnStatus, RankStatus
+from megamoe.shape import MoEShape
+from tests.cases import make_batch, make_layer
 
 
 def waits(rank: int, peer: int | None, age_s: float = 2.0) -> PeerStatus:
@@ -299,6 +304,50 @@ def test_every_rank_names_it_where_some_ranks_have_no_rows_for_each_other(data: 
     found = all_verdicts(statuses)
     assert len(found) == 1, statuses
     assert found.pop().rank == victim, statuses
+
+
+class Noted(OwnStatus):
+    """Keeps where a rank waits, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[RankStatus] = []
+
+    def wait(self, phase: str, wave: int | None, peer: int | None) -> None:
+        super().wait(phase, wave, peer)
+        self.waits.append(self.position())
+
+
+def waits_of_calls(group: EPGroup, num_tokens: int, shared_memory: bool) -> list[RankStatus]:
+    """Where this rank waits in three calls, the exchanges before the first left out, and in an exchange after each."""
+    shape = MoEShape(hidden=64, intermediate=32, num_experts=8, topk=3)
+    noted = Noted()
+    own = replace(EPGroup.of(dist.group.WORLD, shared_memory=shared_memory), own_status=noted)
+    assert own.clock is not None
+    own.clock.own_status = noted
+    layer, batch = (
+        make_layer(shape, own, waves=4 if num_tokens > 100 else "auto"),
+        make_batch(shape, num_tokens, seed=group.rank),
+    )
+    for number in range(4):
+        if number == 1:
+            noted.waits.clear()
+        layer(batch.hidden, batch.ids, batch.weights)
+        own.wave_costs.clear()
+        own.wave_cost("after the call", 1.0)
+    return noted.waits
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "shared_memory"), [(400, True), (400, False), (5, True)], ids=["waves", "sockets", "few"]
+)
+def test_a_rank_is_never_past_where_it_waits_later(ranks: LocalRanks, num_tokens: int, shared_memory: bool) -> None:
+    for waits in ranks.run(waits_of_calls, num_tokens, shared_memory, size=3):
+        assert {wait.phase for wait in waits if not wait.phase.startswith("sending")} >= {"counts", "combine"}
+        assert sum(wait.between for wait in waits) >= 3
+        backwards = [(a, b) for n, a in enumerate(waits) for b in waits[n:] if a.is_past(b)]
+        assert not backwards
+        assert any(b.is_past(a) for n, a in enumerate(waits) for b in waits[n:] if a.calls == b.calls)
 
 
 @st.composite

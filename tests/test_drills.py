@@ -12,7 +12,7 @@ from multiprocessing import resource_tracker
 import psutil
 import pytest
 
-from benchmarks.drills.drill import FAULTS, Drill, Ending, Plan, drill, judge, play
+from benchmarks.drills.drill import FAULTS, Drill, Ending, Plan, drill, judge, left_of, play
 from benchmarks.drills.places import LINK, LabPlace
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.lab import faults
@@ -71,6 +71,25 @@ def test_every_survivor_names_the_rank_that_was_struck_within_the_deadline_and_t
     assert found.held, json.dumps(asdict(found), indent=1)
 
 
+class Slow(LabPlace):
+    """Has something left for the first looks."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__([])
+        self.looks = looks
+
+    def left(self) -> str:
+        self.looks -= 1
+        return "sockets ['7']" if self.looks >= 0 else ""
+
+
+def test_what_the_kernel_closes_a_moment_later_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not left_of(Slow(0))
+    assert not left_of(Slow(3))
+    monkeypatch.setattr("benchmarks.drills.drill._GONE_S", 0.0)
+    assert left_of(Slow(3)) == "sockets ['7']"
+
+
 PLAN = Plan("cut", 3, 1, 0, "linear1", 0.0, 1.5)
 NAMED = Ending(101.0, "PeerError", 1, "unreachable", "")
 
@@ -88,8 +107,12 @@ def judged(plan: Plan, *endings: Ending | None, left: str = "") -> Drill:
         judged(PLAN, NAMED, NAMED, NAMED, left="processes [7]"),
         judged(replace(PLAN, fault="raise"), NAMED, NAMED, NAMED),
         judged(replace(PLAN, fault="kill", deadline_s=9.0), replace(NAMED, at=103.1), None, NAMED),
+        judge(PLAN, float("inf"), [NAMED, NAMED, NAMED], ""),
     ],
-    ids=["a wrong name", "too late", "one hangs", "something is left", "its own error is not told", "a kill too late"],
+    ids=[
+        *("a wrong name", "too late", "one hangs", "something is left", "its own error is not told", "a kill too late"),
+        "the calls ended before the blow",
+    ],
 )
 def test_a_drill_that_does_not_hold_is_found_out(found: Drill) -> None:
     assert not found.held

@@ -143,6 +143,18 @@ def test_notes_of_other_threads_are_not_taken() -> None:
     assert where.position().state == OUTSIDE
 
 
+def test_a_wait_outside_of_a_call_is_told_from_one_within() -> None:
+    where = OwnStatus()
+    where.enter("moe", 1)
+    where.wait("counts", None, 1)
+    assert not where.position().between
+    where.leave()
+    where.wait("counts", None, 1)
+    found = where.position()
+    assert found.between
+    assert RankStatus.of(found.as_dict(), 2) == found
+
+
 def test_who_has_the_token_gets_the_picture_and_nobody_else_anything() -> None:
     with monitors(2) as lit:
         lit[1].own_status.enter("moe", 5)
