@@ -48,6 +48,11 @@ def after(rank: int, calls: int, age_s: float = 2.0) -> PeerStatus:
     return PeerStatus(rank, f"h{rank}", RankStatus(OUTSIDE, "moe", calls, age_s=age_s, calls=calls), 0.1)
 
 
+def gave_up(status: PeerStatus, looked_s: float) -> PeerStatus:
+    assert status.position
+    return replace(status, position=replace(status.position, looked_s=looked_s))
+
+
 def far(status: PeerStatus, *answers: tuple[int, float]) -> PeerStatus:
     return replace(status, answers=answers)
 
@@ -168,6 +173,12 @@ CASES |= {
     ),
     "of two, this one has only just gone ahead": (
         [stuck(0, 1, 9, "counts", age_s=0.3), stuck(1, 0, 8, "combine", 0)],
+        1,
+        1,
+        "slow",
+    ),
+    "one waits for what came while it asked who is to blame": (
+        [stuck(0, 1, 8, "combine", 1, 0.6), gave_up(stuck(1, 0, 8, "dispatch", 1), 0.7), stuck(2, 1, 8, "combine", 1)],
         1,
         1,
         "slow",

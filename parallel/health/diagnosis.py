@@ -14,7 +14,7 @@ from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKI
 DEAD, UNREACHABLE, STOPPED, STALLED = "dead", "unreachable", "stopped", "stalled"
 ABSENT, UNDELIVERED, SLOW, CUT_OFF = "absent", "undelivered", "slow", "cut off"
 _NEVER_S, _FAR_S = 10.0, 0.005
-_ARRIVES_S = 0.5  # two beats: what is under way for longer is not only told late
+_ARRIVES_S, _ONE_ARRIVES_S = 0.25, 0.5  # what is under way for longer is missing; where it is one message
 _MEANING = {
     DEAD: "is dead, its process is gone",
     UNREACHABLE: "cannot be reached: its host or its link is down",
@@ -138,15 +138,15 @@ def _follow(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Ver
     return _under_way(me, awaited, statuses)
 
 
-def _is_missing(waiter: PeerStatus, sender: PeerStatus) -> bool:
+def _is_missing(waiter: PeerStatus, sender: PeerStatus, arrives_s: float = _ONE_ARRIVES_S) -> bool:
     """Whether a rank still waits for what the other says it sent a while ago.
 
-    The message left before the sender came to where it is; the waiter had not got it when it was last heard.
+    The message left before the sender came to where it is; the waiter had not got it when it last looked.
     """
     waits, sent = waiter.position, sender.position
     if waits is None or sent is None or waits.state != WAITING or waits.peer != sender.rank:
         return False
-    return sent.is_past(waits) and sent.age_s - waiter.heard_s >= _ARRIVES_S
+    return sent.is_past(waits) and sent.age_s - waiter.heard_s - waits.looked_s >= arrives_s
 
 
 def _under_way(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Verdict:
@@ -157,9 +157,10 @@ def _under_way(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> 
     rank's. Two ranks cannot tell which end of a slow link it is: each names the other.
     """
     ranks = [status.rank for status in statuses]
-    sender, waiters = _most_missed(statuses)
+    sender, waiters = _most_missed(statuses, _ARRIVES_S)
     if sender is not None and waiters > 1:
         return Verdict(sender, UNDELIVERED, certain=False)
+    sender, _ = _most_missed(statuses, _ONE_ARRIVES_S)
     links = _links(statuses)
     if len(ranks) == 2:
         far = ranks[1 - ranks.index(me)] if sender is None or max(links.values(), default=0.0) > _FAR_S else None
@@ -178,9 +179,10 @@ def _under_way(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> 
     return Verdict(max(ranks, key=lambda rank: (in_waits[rank], rank == awaited, -rank)), SLOW, certain=False)
 
 
-def _most_missed(statuses: Sequence[PeerStatus]) -> tuple[int | None, int]:
+def _most_missed(statuses: Sequence[PeerStatus], arrives_s: float) -> tuple[int | None, int]:
     """The rank whose messages most others miss, and how many do; None where there is none, or no single one."""
-    missed = Counter(sender.rank for waiter in statuses for sender in statuses if _is_missing(waiter, sender))
+    pairs = ((waiter, sender) for waiter in statuses for sender in statuses)
+    missed = Counter(sender.rank for waiter, sender in pairs if _is_missing(waiter, sender, arrives_s))
     most = max(missed.values(), default=0)
     senders = [rank for rank, times in missed.items() if times == most]
     return (senders[0], most) if len(senders) == 1 else (None, 0)

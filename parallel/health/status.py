@@ -14,7 +14,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("state", "layer", "phase", "complaint"), (str,)),
     **dict.fromkeys(("call", "sequence", "calls"), (int,)),
     **dict.fromkeys(("wave", "peer"), (int, type(None))),
-    "age_s": (int, float),
+    **dict.fromkeys(("age_s", "looked_s"), (int, float)),
     "between": (bool,),
 }
 
@@ -34,6 +34,7 @@ class RankStatus:
     complaint  what it raised
     calls      of all layers of the group that it has begun; ranks make the same calls in the same order
     between    whether it waits outside of a call: an exchange of the program, after the last call that it began
+    looked_s   seconds since it gave up what it waits for and only asks who is to blame, 0 while it looks for it
     """
 
     state: str = OUTSIDE
@@ -47,6 +48,7 @@ class RankStatus:
     complaint: str = ""
     calls: int = 0
     between: bool = False
+    looked_s: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,6 +121,7 @@ class OwnStatus:
         self._calling, self.waited_s = False, 0.0  # in this call so far
         self._watched: dict[tuple[str, int | None], int | None] = {}  # whom other threads wait for, on its behalf
         self._layer, self._call, self._sequence, self.calls = "", 0, 0, 0
+        self._gave_up = -1, 0.0  # number of the note, and when
         self._now: tuple[str, int | None, str, int | None, float, str] = (OUTSIDE, None, "", None, time.monotonic(), "")
 
     @property
@@ -159,6 +162,10 @@ class OwnStatus:
         else:
             self._note(OUTSIDE, None, "", None)
 
+    def give_up(self) -> None:
+        """A wait has failed: this rank looks no more for what it waited for, and has yet to raise."""
+        self._gave_up = self._sequence, time.monotonic()
+
     def leave(self) -> None:
         """The call has ended."""
         self._calling, self.waited_s = False, 0.0
@@ -183,6 +190,7 @@ class OwnStatus:
             peer = self._watched.get((phase, wave))
         age = time.monotonic() - since
         between = state == WAITING and not self._calling
-        return RankStatus(
-            state, self._layer, self._call, wave, phase, peer, self._sequence, age, complaint, self.calls, between
-        )
+        note, gave_up = self._gave_up
+        looked = time.monotonic() - gave_up if note == self._sequence else 0.0
+        said = state, self._layer, self._call, wave, phase, peer, self._sequence, age, complaint, self.calls
+        return RankStatus(*said, between, looked)

@@ -97,6 +97,7 @@ class Clock:
         if not self.monitors:
             known = self.global_ranks[peer] if self.global_ranks else None
             return PeerError(peer, self.hosts.get(peer, "unknown host"), *where, global_rank=known)
+        self.own_status.give_up()
         verdict, statuses = self.monitors[0].judge(peer)
         return PeerError(
             verdict.rank,
