@@ -2,10 +2,10 @@
 
     python -m benchmarks.combine
 
-Relative errors ||a - b|| / ||b|| of the layer's output. "of the combine": against the sum of the same results unrounded.
-"of the layer": against every product in FP64 of operands that are rounded as the contract rounds them. "of all": against
-FP64 with weights and tokens that are rounded nowhere, what quantising a trained BF16 model comes to. Random data is the
-worst case of the last: weights of a model that was trained in MXFP4 lose nothing.
+Relative errors ||a - b|| / ||b|| of the layer's output. "of the combine": against the sum of the same results
+unrounded. "of the layer": against every product in FP64 of operands that are rounded as the contract rounds them. "of
+all": against FP64 with weights and tokens that are rounded nowhere, what quantising a model that was trained in BF16
+comes to; weights that were trained in MXFP4 lose nothing.
 """
 
 from __future__ import annotations
@@ -70,12 +70,10 @@ def main() -> None:
     parser.add_argument("--topk", type=int, default=6)
     options = parser.parse_args()
     shape = MoEShape(options.hidden, options.intermediate, options.num_experts, options.topk)
-    print(
-        f"{options.tokens} tokens, {shape.num_experts} experts {shape.hidden} x {shape.intermediate}, top-{shape.topk}"
-    )
-    print(
-        f"{'weights':8} {'combine':8} {'bytes a value':>13} {'of the combine':>15} {'of the layer':>13} {'of all':>8}"
-    )
+    experts = f"{shape.num_experts} experts {shape.hidden} x {shape.intermediate}, top-{shape.topk}"
+    print(f"{options.tokens} tokens, {experts}; relative error")
+    against = f"{'of the combine':>15} {'of the layer':>13} {'of all':>8}"
+    print(f"{'weights':8} {'combine':8} {'bytes a value':>13} {against}")
     for weight_format in ("mxfp4", "bf16"):
         for name, found in errors(shape, weight_format, options.tokens).items():
             combine, layer, everything = (f"{each:.2%}" for each in found)

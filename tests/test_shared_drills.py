@@ -12,21 +12,19 @@ import mmap
 import os
 import random
 import resource
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
-from benchmarks.drills.drill import FAULTS, GROUP, Plan, judge, play
+from benchmarks.drills.drill import FAULTS, GROUP, Field, Plan
 from benchmarks.drills.places import HostPlace, on_host, segments_of
-from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
+from megamoe.launch.cluster.spawn import SpawnPool
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel import symmetric
 from megamoe.parallel.group import EPGroup
@@ -43,42 +41,19 @@ def plan_of(fault: str) -> Plan:
     return replace(Plan.draw(fault, random.Random(fault), deadline_s=1.5, place="host"), ranks=3, victim=1)
 
 
-class Field:
-    """Three ranks for one drill after another."""
-
-    def __init__(self, pool: SpawnPool, place: HostPlace) -> None:
-        self._pool, self.place = pool, place
-        with ThreadPoolExecutor(3) as openers:
-            self.handles = list(openers.map(self._open, range(3)))
-
-    def _open(self, number: int) -> SpawnHandle:
-        return self._pool.open(number, 60.0)
-
-    def bring_back(self, victim: int) -> None:
-        """A rank that was stopped goes on, one that was killed is started anew."""
-        handle = self.handles[victim]
-        if handle.alive:
-            os.kill(handle.pid, signal.SIGCONT)
-        else:
-            self.handles[victim] = self._open(victim)
-
-
 @pytest.fixture(scope="module")
 def field() -> Iterator[Field]:
     """Nothing is left of the ranks, which the last drill kills all together."""
     with on_host(3) as place:
         with SpawnPool(3, deadline_s=60.0, threads=1) as pool:
-            yield Field(pool, place)
+            yield Field(pool, place, 3)
         assert not place.left()
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, GROUP])
 def test_every_survivor_names_the_rank_that_was_struck(field: Field, fault: str) -> None:
-    plan = plan_of(fault)
-    found = judge(plan, *play(plan, field.place, field.handles), left="")
+    found = field.drill(plan_of(fault))
     assert found.held, json.dumps(asdict(found), indent=1)
-    if fault != GROUP:
-        field.bring_back(plan.victim)
 
 
 # ---- what is left is found ----

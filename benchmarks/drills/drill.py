@@ -7,12 +7,14 @@ nothing may be left behind. Where the ranks are, and what strikes them from outs
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ GROUP = "group"  # all ranks are killed at once: there is nobody left to name an
 GONE = ("kill", "stop", GROUP)  # of these a victim says nothing
 CALLS = 2  # whole calls before a rank may be struck
 AFTER_S, AFTER_KILL_S = 2.0, 3.0
+_START_S = 180.0  # that a process may take until it answers, on a machine that is busy
 
 
 class DrillError(Exception):
@@ -59,7 +62,7 @@ class Plan:
 
     @classmethod
     def draw(cls, fault: str, rng: random.Random, deadline_s: float, place: str = "lab") -> Plan:
-        ranks = rng.randint(2, 4)
+        ranks = 4 if place == "hosts" else rng.randint(2, 4)
         victim, step = rng.randrange(ranks), rng.randrange(40)
         return cls(fault, ranks, victim, step, rng.choice(LANES), rng.uniform(0.0, 0.6), deadline_s, place)
 
@@ -116,9 +119,11 @@ def call_until_it_ends(group: EPGroup, plan: Plan, folder: Path) -> Ending | Non
                 (folder / f"rank-{group.rank}").touch()
                 if plan.place == "host":
                     assert near(group) == group.size - 1, "ranks of one host must share its memory here"
+                if plan.place == "hosts":
+                    assert layer.last_call.tokens_fetched, "a token must go to a host once here"
                 if mine and plan.fault == "raise":
                     _at_step(layer, plan, folder, _raise)
-                if mine and plan.fault == "cut" and plan.place == "host":
+                if mine and plan.fault == "cut" and plan.place != "lab":
                     _at_step(layer, plan, folder, lambda: lose_signals(group))
             if mine and plan.fault == "absent" and calls == CALLS + plan.step // 10:
                 _struck(folder)
@@ -174,13 +179,52 @@ def _pause(seconds: float) -> None:
     wait([Future[None]()], timeout=seconds)
 
 
+class Field:
+    """Ranks for one drill after another, each in a group of its own; what a drill did to them is made good after it."""
+
+    def __init__(self, pool: SpawnPool, place: Place, size: int) -> None:
+        self._pool, self.place = pool, place
+        with ThreadPoolExecutor(size) as openers:
+            self.handles = list(openers.map(self._open, range(size)))
+
+    def _open(self, number: int) -> SpawnHandle:
+        return self._pool.open(number, _START_S)
+
+    def drill(self, plan: Plan) -> Drill:
+        """Of the first ranks; what is left is known only where all were killed, and once the pool is closed."""
+        struck, endings = play(plan, self.place, self.handles[: plan.ranks])
+        left = ""
+        if plan.fault == GROUP and plan.ranks == len(self.handles):
+            for handle in self.handles:
+                handle.kill()  # returns when the process is gone
+            left = self.place.left()
+        for rank in range(plan.ranks):
+            if plan.fault == GROUP or (plan.fault == "kill" and rank == plan.victim):
+                self.handles[rank] = self._open(rank)
+            elif plan.fault == "stop" and rank == plan.victim:
+                os.kill(self.handles[rank].pid, signal.SIGCONT)
+        return judge(plan, struck, endings, left)
+
+
+def on_one_field(plans: Sequence[Plan]) -> Iterator[Drill]:
+    """Drills of ranks of this host, one after another on the same processes; the last one says what is left of all."""
+    size = max(plan.ranks for plan in plans)
+    with PLACES["host"](size) as place:
+        with SpawnPool(size, deadline_s=60.0, threads=1) as pool:
+            field = Field(pool, place, size)
+            for plan in plans[:-1]:
+                yield field.drill(plan)
+            last = field.drill(plans[-1])
+        yield replace(last, left=", ".join(each for each in (last.left, place.left()) if each))
+
+
 def drill(plan: Plan) -> Drill:
-    """Runs one in the place of the plan, and takes everything down."""
+    """Runs one in the place of the plan, on processes of its own, and takes everything down."""
     with PLACES[plan.place](plan.ranks) as place:
         handles = SpawnPool(plan.ranks, deadline_s=60.0, threads=1, hosts=place.hosts)
         try:
             with ThreadPoolExecutor(plan.ranks) as openers:
-                opened = list(openers.map(lambda number: handles.open(number, 60.0), range(plan.ranks)))
+                opened = list(openers.map(lambda number: handles.open(number, _START_S), range(plan.ranks)))
             struck, endings = play(plan, place, opened)
         finally:
             handles.close()
@@ -251,4 +295,6 @@ def judge(plan: Plan, struck: float, endings: list[Ending | None], left: str) ->
             right = (0, 1)  # two ranks cannot tell which end of their link it is
         named &= ending is not None and ending.named in right
     bound = AFTER_KILL_S if plan.fault == "kill" else plan.deadline_s + AFTER_S
+    if plan.fault == "slow" and plan.place == "host":  # the call that was under way may still end
+        bound += plan.deadline_s
     return Drill(plan, max(took), named, max(took) <= bound, left, endings)

@@ -74,7 +74,7 @@ class RuleRequest:
     def bench(self, intermediate: int, link: str | None = None) -> BenchRequest:
         """The workload with experts of one size over one link. ValueError where it does not fit."""
         shared = {name: value for name, value in asdict(self).items() if name not in ("intermediate", "points")}
-        return BenchRequest(**shared, intermediate=intermediate, link=link)
+        return BenchRequest(**shared, intermediate=intermediate, link=link, predict=False)
 
     @property
     def f_remote(self) -> float:

@@ -1,9 +1,9 @@
 """What a layer decides for itself, on all ranks alike: waves="auto" and dispatch_format="auto".
 
 Both follow from the measured link of the group, measured once, and from the compute of the layer's own calls, of which
-the slowest rank's counts. What a wave costs is the machine's: of the profile that
-was handed in, or of the one that ships. Until compute is measured, a profile that was handed in says what it is;
-without one the first calls go by rules that need neither.
+the slowest rank's counts. What a wave costs is the machine's: of the profile that was handed in, else of what
+`megamoe bench` measured of this machine and kept, else of the profile that ships; the most of all ranks'. Until compute
+is measured, a profile of this machine says what it is; without one the first calls go by rules that need neither.
 """
 
 # T tokens of this rank   H hidden   K experts per token   R rows that a rank computes on average
@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from megamoe.execution.experts import Experts
 from megamoe.execution.pipeline import CallRecord
@@ -26,6 +27,7 @@ from megamoe.routing.agreement import Agreement
 from megamoe.routing.waves import Waves, auto_waves
 from megamoe.routing.wire import Wire
 from megamoe.schedule.cost_model import CostModel, Spread, best_waves
+from megamoe.schedule.kept import Setting, find
 
 if TYPE_CHECKING:
     from megamoe.catalog import Machine
@@ -74,16 +76,29 @@ class Tuner:
         # [P, E]: 1 where an expert is on another rank
         self._remote = (np.arange(group.size)[:, None] != np.array(self._placement.ranks(), np.int64)).astype(np.int64)
         self._settled: dict[int, list[int]] = {}
-        self._machine = machine
         self._wire: Wire | None = None
+        self._given = machine
         self._measured_row_s = 0.0
         self._last: tuple[CallRecord, Stopwatch | None] | None = None
-        self._expected_row_s = 0.0 if machine is None else _row_s(experts, machine)
+
+    @cached_property
+    def _machine(self) -> Machine | None:
+        """The profile that was handed in, else this machine's where it was measured and waves are to be chosen."""
+        chooses = self._waves == "auto" and self._group.size > 1 and self._experts.device.type == "cpu"
+        if self._given is not None or not chooses:
+            return self._given
+        here = (self._experts.products.path, torch.get_num_threads(), self._group.size)
+        settings = (Setting.here(*here, shaped=shaped) for shaped in (True, False))
+        return next(filter(None, map(find, settings)), None)
 
     @cached_property
     def _wave_s(self) -> float:
         """Seconds that a wave takes beside its rows. Profiles are read when waves are first weighed."""
         return _wave_s(self._experts.device.type, self._machine)
+
+    @cached_property
+    def _expected_row_s(self) -> float:
+        return 0.0 if self._machine is None else _row_s(self._experts, self._machine)
 
     @property
     def row_s(self) -> float:
@@ -116,6 +131,8 @@ class Tuner:
         first_guess = auto_waves(self._placement, rows, out_bytes)
         if self._waves == "auto" and first_guess > 1:
             self._group.link(self._name, self._experts.device)
+            if self._given is None:  # which all ranks know of each other: their terms say so
+                self._group.wave_cost(self._name, self._wave_s)
         cost_model = self._cost_model(out_bytes, wire.result_bytes, agreed.row_s)
         if self._waves != "auto":
             assert not isinstance(self._waves, str)
@@ -159,8 +176,9 @@ class Tuner:
         return self.dispatch_format
 
     def _out_bytes(self, wire: Wire, agreed: Agreement) -> float:
-        """Bytes that a row has sent with it on average: a token goes to a rank once for all of its rows there."""
-        rows, tokens = (int(np.vdot(each.numpy(), self._remote)) for each in (agreed.counts, agreed.firsts))
+        """Bytes that a row has sent with it on average: a token goes once for all of its rows."""
+        sent = agreed.firsts if agreed.landed is None else agreed.landed  # to a rank or to a host once
+        rows, tokens = (int(np.vdot(each.numpy(), self._remote)) for each in (agreed.counts, sent))
         return wire.PAIR_BYTES + wire.row_bytes * tokens / max(rows, 1)
 
     def _cost_model(self, out_bytes: float, home_bytes: float, row_s: float) -> CostModel:
@@ -171,7 +189,9 @@ class Tuner:
             f_remote = 1 - 1 / self._group.size
             return CostModel.balanced(out_bytes, home_bytes, f_remote, decode_rows)
         link = self._group.links[0]
-        return CostModel(row_s, out_bytes / link, home_bytes / link, self._wave_s, decode_rows)
+        agreed = None if self._given is not None else next(iter(self._group.wave_costs), None)
+        wave_s = self._wave_s if agreed is None else agreed
+        return CostModel(row_s, out_bytes / link, home_bytes / link, wave_s, decode_rows)
 
     def _settle(self, rows: float, cost_model: CostModel) -> int:
         """The best number of waves, decided anew for the first calls of about that size and kept from then on."""
