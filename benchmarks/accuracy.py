@@ -32,8 +32,8 @@ HEAD = """# How wrong the planner is
 
 `python benchmarks/accuracy.py --write docs/accuracy.md` prints this page from the tables in `docs/data` and the figures
 in `megamoe/planner/validation/published*.py`; `megamoe validate` prints the same errors, and `megamoe validate
-FILE.csv` those of a table of your own. An error is 100 * (planned / measured - 1). Everything here is arithmetic: nothing was run
-on a GPU or NPU by us.
+FILE.csv` those of a table of your own. An error is 100 * (planned / measured - 1). Everything here is arithmetic:
+nothing was run on a GPU or NPU by us.
 
 What was fitted to what: `python benchmarks/fit_layer.py` prints the constants. The fused kernel's to the 64 balanced
 rows of the first table, the 8 of DeepGEMM's pull request 316, and every other row of FlashInfer's and of the H200
