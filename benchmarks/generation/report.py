@@ -89,7 +89,7 @@ class Comparison:
         if other is None or not getattr(series, what):
             return None
         pairs = zip(getattr(series, what), getattr(other, what), strict=True)
-        return median(ours / theirs for ours, theirs in pairs)
+        return float(median(ours / theirs for ours, theirs in pairs))
 
     @property
     def failed(self) -> bool:

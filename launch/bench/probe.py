@@ -1,10 +1,10 @@
 """A machine's constants, measured on the spot by small layers on the ranks that are there, in two seconds.
 
-Eleven workloads: both formats of weights and of the wire, few rows and many, one wave and several, three sizes. Each is timed
-overlapped, computing alone and communicating alone, as the benchmark does; no time depends on values. Compute is a sum
-of amounts times constants, an interval of work one of them: least squares, no constant below zero. What a byte costs
-the core that computes is the value that leaves the least error of the overlapped times. What a shaped link makes of its
-rate is tc's and not the machine's: it is taken from the profile that ships.
+Eleven workloads: both formats of weights and of the wire, few rows and many, one wave and several, three sizes. Each
+is timed overlapped, computing alone and communicating alone, as the benchmark does; no time depends on values.
+Compute is a sum of amounts times constants, an interval of work one of them: least squares, no constant below zero.
+What a byte costs the core that computes is the value that leaves the least error of the overlapped times. What a
+shaped link makes of its rate is tc's and not the machine's: it is taken from the profile that ships.
 """
 
 # H hidden   I intermediate   E experts of all ranks

@@ -81,11 +81,11 @@ def traffic_terms(planned: Plan) -> list[Term]:
                 f"{whole} x (1 - {sent.domain} / {sent.ep})", sent.across_domains_bytes, "bytes",
             )
         )  # fmt: skip
-        there, back = f"{_g(expert.dispatch_bytes)}", f"{expert.topk} x {_g(expert.combine_bytes)}"
+        there, back = f"{g(expert.dispatch_bytes)}", f"{expert.topk} x {g(expert.combine_bytes)}"
         terms.append(
             Term(
                 "a token's bytes, node-limited", "(P/G - 1) found h b_dispatch + k h b_combine (1 - G/P)",
-                f"({sent.ep} / {sent.domain} - 1) x {_g(sent.found_in_domain)} x {there} + "
+                f"({sent.ep} / {sent.domain} - 1) x {g(sent.found_in_domain)} x {there} + "
                 f"{back} x (1 - {sent.domain} / {sent.ep})", sent.node_limited_bytes, "bytes",
             )
         )  # fmt: skip
