@@ -1,0 +1,67 @@
+"""Counters between the programs of a kernel and between ranks: set and awaited by atomics, within a deadline.
+
+Triton 3.6 gives loads and stores neither order nor scope, so every counter is read and written by atomics, and what a
+counter tells of is written by plain stores before a barrier of the block. A release at the scope of the system covers
+what all threads of the block stored before the barrier (PTX ISA, "Memory Consistency Model"; AMDGPU's likewise).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+from triton.language.extra.hip import memrealtime
+
+
+@triton.jit
+def at(base, offset, TYPE: tl.constexpr):
+    """Pointers of a type to `offset` bytes beyond an address, int64 of any shape."""
+    return (base + offset).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def now_ns(clock, CLOCK: tl.constexpr):
+    """Nanoseconds of the chip's clock; in Triton's interpreter those that a thread of the host writes to `clock`."""
+    if CLOCK == "cuda":
+        return globaltimer()
+    elif CLOCK == "hip":  # noqa: RET505  Triton compiles what follows a return
+        return memrealtime() * 10  # 100 MHz
+    else:
+        return tl.load(clock, volatile=True)
+
+
+@triton.jit
+def add(counter, amount, SCOPE: tl.constexpr):
+    """Adds to a counter, or to several, after all that this block has stored."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, amount, sem="release", scope=SCOPE)
+
+
+@triton.jit
+def wait_for(counter, least, end_ns, stuck, clock, CLOCK: tl.constexpr):
+    """Waits for a counter of this rank to come to `least`; where it does not until end_ns, sets `stuck` and goes on.
+
+    What comes after reads memory that is there, and garbage: the host learns of it and drops the call's output.
+    """
+    seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    while (seen < least) & (now_ns(clock, CLOCK) < end_ns):
+        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    if seen < least:
+        tl.store(stuck, 1)
+    tl.debug_barrier()
+
+
+@triton.jit
+def wait_for_all(counters, least, wanted, end_ns, clock, CLOCK: tl.constexpr):
+    """Waits for the wanted ones of counters that peers write, all [N], to come to `least` -> what was seen, which are late.
+
+    counters [3, 8, 5], least [4, 4, 9], wanted [1, 1, 0], nobody writes any more  ->  [3, 8, .], [1, 0, 0]
+    """
+    zeros = tl.zeros(counters.shape, tl.int64)
+    seen = tl.atomic_add(counters, zeros, mask=wanted, sem="acquire", scope="sys")
+    late = wanted & (seen < least)
+    while (tl.max(late.to(tl.int32), 0) > 0) & (now_ns(clock, CLOCK) < end_ns):
+        seen = tl.atomic_add(counters, zeros, mask=wanted, sem="acquire", scope="sys")
+        late = wanted & (seen < least)
+    tl.debug_barrier()
+    return seen, late
