@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,10 +94,21 @@ def interpreting() -> bool:
 def tile_of(table: Table, kind: str, rows_per_expert: int, *, small_scales: bool = True) -> Tile:
     """The tile for so many rows an expert, with MOST_ROWS rows at most; any tile has the same bits."""
     if not small_scales:
-        return LARGE_SCALES
-    few = [tile for _, tile in table[kind] if tile.rows <= MOST_ROWS]
-    wanted = tile_for(table, kind, rows_per_expert, 1)
+        return _roomy(LARGE_SCALES)
+    few = tiles_of_few(table, kind)
+    wanted = _roomy(tile_for(table, kind, rows_per_expert, 1))
     return wanted if wanted in few else few[-1]
+
+
+def tiles_of_few(table: Table, kind: str) -> list[Tile]:
+    """A table's tiles of MOST_ROWS rows at most, or its smallest one."""
+    tiles = [_roomy(tile) for _, tile in table[kind]]
+    return [tile for tile in tiles if tile.rows <= MOST_ROWS] or [min(tiles, key=lambda tile: tile.rows)]
+
+
+def _roomy(tile: Tile) -> Tile:
+    """The tile with eight warps where it has 64 rows: with four its registers do not hold what is around the products."""
+    return replace(tile, num_warps=max(tile.num_warps, 8), programs=1) if tile.rows >= MOST_ROWS else tile
 
 
 def programs_of(device: torch.device, tile: Tile, sharing: int = 1) -> int:
@@ -266,7 +277,7 @@ def builds(target: Target) -> list[Build]:
     """Tiles of few rows, with DeepSeek-V4-Pro's sizes and activation on eight ranks of at most 64 tokens."""
     found = []
     for kind in TABLES[target.name]:
-        tiles = [tile for _, tile in TABLES[target.name][kind] if tile.rows <= MOST_ROWS]
+        tiles = tiles_of_few(TABLES[target.name], kind)
         found += [_build(target, kind, tile, constants_of(SWIGLU.with_limit(10.0))) for tile in tiles]
     return found
 

@@ -17,7 +17,7 @@ WORD = 16  # int64 between two counters of a rank: a line of the cache each
 # counters of `state`, in WORDs, before the ring's: the number of calls done, programs that have left, parts of tokens
 # encoded, experts pushed, counts laid out
 CALLS, LEFT, ENCODED, PUSHED, LAID_OUT, RING = range(6)
-_PULLED_VALUES, _ENCODED_BLOCKS, _REDUCED_COLUMNS, _SLOTS_AT_ONCE = 8192, 8, 512, 256
+_PULLED_VALUES, _ENCODED_BLOCKS, _REDUCED_COLUMNS, _SLOTS_AT_ONCE = 4096, 8, 512, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Layout:
             scales_at=scales,
             results_at=results,
             num_bytes=end,
-            pulled_values=min(max(128, _PULLED_VALUES // rows), _power_of_two(hidden)),
+            pulled_values=min(max(64, _PULLED_VALUES // rows), _power_of_two(hidden)),
             encoded_values=min(_ENCODED_BLOCKS * BLOCK, _power_of_two(hidden)),
             reduced_columns=min(_REDUCED_COLUMNS, _power_of_two(hidden)),
             slots_at_once=min(_SLOTS_AT_ONCE, _power_of_two(tokens * topk)),
