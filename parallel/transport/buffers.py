@@ -44,9 +44,7 @@ class SymmetricBuffer:
     held: Sequence[Any] = field(default_factory=tuple)
 
 
-def open_buffer(
-    transport: Transport, rank: int, num_bytes: int, device: torch.device, layer: str
-) -> SymmetricBuffer:
+def open_buffer(transport: Transport, rank: int, num_bytes: int, device: torch.device, layer: str) -> SymmetricBuffer:
     """A buffer for each rank of a transport's group, which all ranks must ask for together.
 
     ValueError, on every rank, where one cannot have it or cannot map a peer's: it says which, and why.
@@ -64,7 +62,9 @@ def exchange_over(transport: Transport, layer: str) -> Exchange:
     """Cards as pages of a transport, with its deadline and its errors."""
 
     def exchange(card: bytes) -> list[bytes]:
-        page = torch.frombuffer(bytearray(len(card).to_bytes(4, "little") + card.ljust(_CARD_BYTES, b"\0")), dtype=torch.uint8)
+        page = torch.frombuffer(
+            bytearray(len(card).to_bytes(4, "little") + card.ljust(_CARD_BYTES, b"\0")), dtype=torch.uint8
+        )
         pages = [bytes(each.numpy()) for each in transport.gather(page, Label(layer, "buffers"))]
         return [each[4 : 4 + int.from_bytes(each[:4], "little")] for each in pages]
 
@@ -86,7 +86,7 @@ def map_files(rank: int, num_bytes: int, exchange: Exchange) -> SymmetricBuffer:
             raise OSError("ranks share memory on Linux on x86-64 alone")
         own = os.memfd_create("megamoe-buffer")
         os.ftruncate(own, num_bytes)
-        card = pickle.dumps((host_key(), os.getpid(), own))
+        card = f"{host_key()} {os.getpid()} {own}".encode()
     except OSError as refused:
         refusal = str(refused)
     maps = []
@@ -109,7 +109,7 @@ def _map_file(card: bytes, num_bytes: int, own: int | None) -> mmap.mmap:
         return mmap.mmap(own, num_bytes)
     if not card:
         raise OSError("it has none to share")
-    key, process, file = pickle.loads(card)
+    key, process, file = card.decode().split()
     if key != host_key():
         raise OSError("it is on another host")
     opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
@@ -123,7 +123,7 @@ def rendezvous_of_torch(
     rank: int, num_bytes: int, device: torch.device, group: dist.ProcessGroup, exchange: Exchange
 ) -> SymmetricBuffer:
     """GPUs of a process group: torch's symmetric memory (not run on a GPU yet). ValueError as in open_buffer()."""
-    import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415  loads CUDA libraries
+    import torch.distributed._symmetric_memory as symmetric  # loads CUDA libraries
 
     refusal, local, handle = "", torch.empty(0, dtype=torch.uint8), None
     try:
@@ -145,33 +145,37 @@ def rendezvous_of_torch(
 
 
 def map_ipc(rank: int, num_bytes: int, device: torch.device, exchange: Exchange) -> SymmetricBuffer:
-    """Processes that share a GPU, which NCCL refuses: CUDA IPC (not run on a GPU yet). ValueError as in open_buffer()."""
+    """Processes on one GPU, which NCCL refuses: CUDA IPC (not run on a GPU yet). ValueError as in open_buffer()."""
     local = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     torch.cuda.synchronize(device)
     refusal, card = "", b""
     try:
-        card = pickle.dumps((host_key(), local.untyped_storage()._share_cuda_()))
+        card = pickle.dumps((host_key(), os.getpid(), local.data_ptr(), local.untyped_storage()._share_cuda_()))  # type: ignore[no-untyped-call]
     except RuntimeError as refused:
         refusal = f"rank {rank} cannot share its memory: {refused}"
-    storages = []
+    addresses, storages = [], []
     for peer, theirs in enumerate(exchange(card)):
         try:
-            storages.append(local.untyped_storage() if peer == rank else _open_ipc(theirs))
+            address, storage = _open_ipc(theirs)
+            addresses.append(address)
+            storages.append(storage)
         except (OSError, RuntimeError) as refused:
             refusal = refusal or f"rank {rank} cannot map the memory of rank {peer}: {refused}"
     _agree(rank, refusal, exchange)
-    addresses = torch.tensor([each.data_ptr() for each in storages], dtype=torch.int64, device=device)
-    return SymmetricBuffer(rank, local, addresses, storages)
+    return SymmetricBuffer(rank, local, torch.tensor(addresses, dtype=torch.int64, device=device), storages)
 
 
-def _open_ipc(card: bytes) -> torch.UntypedStorage:
+def _open_ipc(card: bytes) -> tuple[int, torch.UntypedStorage | None]:
+    """Where a peer's buffer is here, and what holds it: nothing where it is of this process, as of a rank in a thread."""
     if not card:
         raise OSError("it has none to share")
-    key, handle = pickle.loads(card)
+    key, process, address, handle = pickle.loads(card)
     if key != host_key():
         raise OSError("it is on another host")
+    if process == os.getpid():
+        return address, None
     storage: torch.UntypedStorage = torch.UntypedStorage._new_shared_cuda(*handle)
-    return storage
+    return storage.data_ptr(), storage
 
 
 def _agree(rank: int, refusal: str, exchange: Exchange) -> None:

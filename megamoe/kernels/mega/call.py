@@ -7,10 +7,7 @@ A launch waits for nothing, and its sizes follow from the number of tokens alone
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +27,6 @@ from megamoe.kernels.mega.kernel import VARYING, mega_kernel
 from megamoe.kernels.mega.layout import Layout
 from megamoe.parallel.transport.buffers import SymmetricBuffer
 
-_TICK_S = 0.001
 MOST_PROGRAMS = 2  # of a multiprocessor: what the registers leave room for
 MOST_ROWS = 64  # of a block: kernels with larger tiles have no registers left for what is around the products
 
@@ -157,7 +153,6 @@ class MegaKernel:
             "row_weights": self._zeros(ring, torch.float32),
             **self._operand("x", ring, layout.hidden),
             **self._operand("activated", ring, layout.intermediate),
-            "clock": self._zeros(1, torch.int64) if self._device.type == "cpu" else None,
         }
         self._here = torch.zeros(2 * layout.ranks + 2, dtype=torch.int64, pin_memory=self._device.type == "cuda")
 
@@ -170,7 +165,10 @@ class MegaKernel:
     def _operand(self, name: str, rows: int, width: int) -> dict[str, Tensor | None]:
         kind = self.layout.kind
         values = self._zeros(rows * width, torch.uint8 if kind == "mxfp4" else torch.bfloat16)
-        return {name: values, f"{name}_scales": self._zeros(rows * width // BLOCK, torch.uint8) if kind == "mxfp4" else None}
+        return {
+            name: values,
+            f"{name}_scales": self._zeros(rows * width // BLOCK, torch.uint8) if kind == "mxfp4" else None,
+        }
 
     @property
     def memory_bytes(self) -> int:
@@ -184,11 +182,11 @@ class MegaKernel:
         All ranks must call. ValueError, before anything is sent, for more tokens than the layout has room for.
         """
         if len(hidden) > self.layout.tokens:
-            raise ValueError(f"{len(hidden)} tokens are more than the {self.layout.tokens} that a rank may bring to a call")
+            raise ValueError(
+                f"{len(hidden)} tokens are more than the {self.layout.tokens} that a rank may bring to a call"
+            )
         out = hidden.new_empty(len(hidden), self.layout.hidden)
-        clock = self._memory["clock"]
-        with nullcontext() if clock is None else _ticking(clock):
-            mega_kernel[(self.programs,)](**self._arguments(hidden, topk_ids, topk_weights, out, experts))
+        mega_kernel[(self.programs,)](**self._arguments(hidden, topk_ids, topk_weights, out, experts))
         record = self._memory["record"]
         assert record is not None
         self._here.copy_(record, non_blocking=True)
@@ -245,29 +243,8 @@ class MegaKernel:
         if not (record.is_cuda and torch.cuda.is_current_stream_capturing()):
             found = record.tolist()
             self._here.copy_(record.zero_())
-        counts, results = (
-            tuple(rank for rank in range(ranks) if found[part * ranks + rank]) for part in range(2)
-        )
+        counts, results = (tuple(rank for rank in range(ranks) if found[part * ranks + rank]) for part in range(2))
         return Report(counts, results, bool(found[2 * ranks]), bool(found[2 * ranks + 1]))
-
-
-@contextmanager
-def _ticking(clock: Tensor) -> Iterator[None]:
-    """Has a thread write the time to clock [1] int64, in nanoseconds, for a kernel that Triton interprets."""
-    done, ticks = threading.Event(), clock.numpy()
-
-    def tick() -> None:
-        while not done.wait(_TICK_S):
-            ticks[0] = time.monotonic_ns()
-
-    ticks[0] = time.monotonic_ns()
-    thread = threading.Thread(target=tick, name="megamoe-clock", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 # ---- what is compiled ahead ----
@@ -318,7 +295,7 @@ def _build(target: Target, kind: str, tile: Tile, activation: dict[str, Any]) ->
         **dict.fromkeys(("x_scales", "activated_scales"), x_scales),
         **dict.fromkeys(("w1", "w2"), w),
         **dict.fromkeys(("w1_scales", "w2_scales"), w_scales),
-        **dict.fromkeys(("bias1", "bias2", "clock"), None),
+        **dict.fromkeys(("bias1", "bias2"), None),
         **dict.fromkeys(VARYING, "i32"),
     }
     constants = {

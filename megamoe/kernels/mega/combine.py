@@ -36,9 +36,10 @@ def reduce_part(task, topk_ids, out, own, L: tl.constexpr):
 
     A masked slot adds nothing; an id that is no expert makes the token NaN.
     """
+    COLUMNS: tl.constexpr = L.reduced_columns
     token, part = tl.cast(task // L.reduces, tl.int64), task % L.reduces
     columns = part * L.reduced_columns + tl.arange(0, L.reduced_columns)
-    total = tl.zeros((L.reduced_columns,), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
     for k in range(L.topk):
         slot = token * L.topk + k
         expert = tl.load(topk_ids + slot)

@@ -37,21 +37,22 @@ def push_slots(task, topk_ids, topk_weights, owners, places, bases, rank, num_sl
     expert's place there, its number of rows
         topk_ids [[1, 0], [1, 2]], experts 1 and 2 on rank 3: task 2 puts slot 3 behind slots 0 and 2  ->  3, 1, 1
     """
+    AT_ONCE: tl.constexpr = L.slots_at_once
     expert = tl.minimum(task, L.num_experts - 1)
     owner = tl.where(task < L.num_experts, tl.load(owners + expert), task - L.num_experts)
     place = tl.where(task < L.num_experts, tl.load(places + expert), L.most_experts)
     num_read = tl.where(task < L.num_experts, num_slots, 0)
     base = tl.load(bases + owner) + rank * (4 * L.tokens * L.topk)
-    before = tl.zeros((L.slots_at_once,), tl.int32)
-    for start in range(0, num_read, L.slots_at_once):
-        slots = start + tl.arange(0, L.slots_at_once)
+    before = tl.zeros((AT_ONCE,), tl.int32)
+    for start in range(0, num_read, AT_ONCE):
+        slots = start + tl.arange(0, AT_ONCE)
         ids = tl.load(topk_ids + slots, mask=slots < num_read, other=-1)
         known = (ids >= 0) & (ids < L.num_experts)
         theirs = known & (tl.load(owners + ids, mask=known, other=-1) == owner)
         before += (theirs & (tl.load(places + ids, mask=theirs, other=L.most_experts) < place)).to(tl.int32)
     first, count = tl.sum(before, 0), 0
-    for start in range(0, num_read, L.slots_at_once):
-        slots = start + tl.arange(0, L.slots_at_once)
+    for start in range(0, num_read, AT_ONCE):
+        slots = start + tl.arange(0, AT_ONCE)
         mine = tl.load(topk_ids + slots, mask=slots < num_read, other=-1) == task
         found = tl.cumsum(mine.to(tl.int32), 0)
         where = first + count + found - 1
@@ -65,9 +66,10 @@ def push_slots(task, topk_ids, topk_weights, owners, places, bases, rank, num_sl
 @triton.jit
 def find_wrong(topk_ids, topk_weights, num_slots, wrong, L: tl.constexpr):
     """Sets `wrong` where an id is neither -1 nor an expert, or the weight of an expert is not finite."""
-    bad = tl.zeros((L.slots_at_once,), tl.int32)
-    for start in range(0, num_slots, L.slots_at_once):
-        slots = start + tl.arange(0, L.slots_at_once)
+    AT_ONCE: tl.constexpr = L.slots_at_once
+    bad = tl.zeros((AT_ONCE,), tl.int32)
+    for start in range(0, num_slots, AT_ONCE):
+        slots = start + tl.arange(0, AT_ONCE)
         ids = tl.load(topk_ids + slots, mask=slots < num_slots, other=-1)
         bits = tl.load(topk_weights + slots, mask=slots < num_slots, other=0.0).to(tl.int32, bitcast=True)
         infinite = ((bits & 0x7FFFFFFF) >= 0x7F800000) & (ids >= 0)  # or NaN
@@ -77,23 +79,24 @@ def find_wrong(topk_ids, topk_weights, num_slots, wrong, L: tl.constexpr):
 
 
 @triton.jit
-def lay_out_lists(own, scratch, record, rank, call, num_local, end_ns, clock, L: tl.constexpr, CLOCK: tl.constexpr):
+def lay_out_lists(own, scratch, record, rank, call, num_local, end_ns, L: tl.constexpr, CLOCK: tl.constexpr):
     """Waits for the counts of all ranks, then notes where each rank's rows of each expert lie, and the experts' totals.
 
     Ranks follow each other from this one on, so that not all owners begin to pull from the same rank. A rank whose counts
     do not come is noted in record[rank], and has no rows.
         counts [[2, 1], [0, 3]] of ranks 0 and 1, on rank 1: counts [[0, 3], [2, 1]], starts [[0, 0], [0, 2]], totals [2, 4]
     """
-    experts = tl.arange(0, L.width)
+    WIDTH: tl.constexpr = L.width
+    experts = tl.arange(0, WIDTH)
     has_rows = experts < num_local
     wanted = has_rows | (experts == L.most_experts)
-    least = tl.zeros((L.width,), tl.int64) + (call << 32)
-    totals = tl.zeros((L.width,), tl.int32)
+    least = tl.zeros((WIDTH,), tl.int64) + (call << 32)
+    totals = tl.zeros((WIDTH,), tl.int32)
     for turn in range(L.ranks):
         source = (rank + turn) % L.ranks
         row = (call % 2) * L.ranks + source
         words = at(own, L.counts_at, tl.int64) + row * (L.most_experts + 1) + experts
-        seen, late = wait_for_all(words, least, wanted, end_ns, clock, CLOCK)
+        seen, late = wait_for_all(words, least, wanted, end_ns, CLOCK)
         counts = tl.where(has_rows & (seen >= least), seen & 0x7FFFFFFF, 0).to(tl.int32)
         if tl.max(late.to(tl.int32), 0) > 0:
             tl.store(record + source, call)
@@ -124,7 +127,9 @@ def pull_part(
     Rows `skipped` to skipped + num_rows of the expert, which has those of this rank first, then the next rank's
         counts of the expert [2, 3], skipped 0, 4 rows: rows 0, 1 of this rank's list, 0, 1 of the next one's
     """
-    rows = tl.arange(0, L.rows)
+    ROWS: tl.constexpr = L.rows
+    VALUES: tl.constexpr = L.pulled_values
+    rows = tl.arange(0, ROWS)
     has_row = rows < num_rows
     numbers = skipped + tl.minimum(rows, num_rows - 1)
     turns = tl.arange(0, L.peers)
@@ -159,13 +164,13 @@ def pull_part(
             places_of_scales = places.to(tl.int64)[:, None] * (L.hidden // 32) + blocks[None, :]
             tl.store(x_scales + places_of_scales, exponents, mask=has_block)
         else:
-            codes = tl.reshape(codes, (L.rows * BLOCKS, 32))
-            exponents = tl.reshape(exponents, (L.rows * BLOCKS,))
+            codes = tl.reshape(codes, (ROWS * BLOCKS, 32))
+            exponents = tl.reshape(exponents, (ROWS * BLOCKS,))
             if L.kind == "wide":
                 values = widen_block(codes, exponents)
             else:
                 values = dequantize_block(codes, exponents)
-            tl.store(x + out, tl.reshape(values, (L.rows, L.pulled_values)), mask=wanted)
+            tl.store(x + out, tl.reshape(values, (ROWS, VALUES)), mask=wanted)
     else:
         pointers = tl.multiple_of(at(homes, L.tokens_at + tokens * (2 * L.hidden), tl.bfloat16), 32)
         tl.store(x + out, tl.load(pointers[:, None] + columns[None, :], mask=wanted, other=0.0), mask=wanted)

@@ -72,7 +72,6 @@ def mega_kernel(
     w2,
     w2_scales,
     bias2,
-    clock,
     rank,
     num_tokens,
     num_local,
@@ -99,7 +98,15 @@ def mega_kernel(
     ranks' buffers; record [2 P + 2] int64: set to the number of the call for ranks whose counts, and whose results, did
     not come, then to 1 where a program of this rank was not done in time, and where a value was wrong
     """
-    own, end_ns = tl.load(bases + rank), now_ns(clock, CLOCK) + deadline_ms.to(tl.int64) * 1000000
+    ROWS: tl.constexpr = L.rows  # Triton 3.6 takes no attribute for an argument
+    COLUMNS: tl.constexpr = L.columns
+    WIDTH: tl.constexpr = L.width
+    PEERS: tl.constexpr = L.peers
+    HIDDEN: tl.constexpr = L.hidden
+    INTERMEDIATE: tl.constexpr = L.intermediate
+    LINEAR1_ROWS: tl.constexpr = L.linear1_rows
+    PUSHES: tl.constexpr = L.num_experts + L.ranks
+    own, end_ns = tl.load(bases + rank), now_ns(CLOCK) + deadline_ms.to(tl.int64) * 1000000
     call, num_slots = tl.load(state + _CALLS) + 1, num_tokens * L.topk
     stuck, wrong = record + 2 * L.ranks, record + 2 * L.ranks + 1
 
@@ -110,8 +117,8 @@ def mega_kernel(
     if _first(dealt, num_programs) == 0:
         find_wrong(topk_ids, topk_weights, num_slots, wrong, L)
 
-    wait_for(state + _ENCODED, dealt, end_ns, stuck, clock, CLOCK)
-    for task in range(_first(dealt, num_programs), L.num_experts + L.ranks, num_programs):
+    wait_for(state + _ENCODED, dealt, end_ns, stuck, CLOCK)
+    for task in range(_first(dealt, num_programs), PUSHES, num_programs):
         owner, place, count = push_slots(task, topk_ids, topk_weights, owners, places, bases, rank, num_slots, L)
         tl.atomic_add(state + L.expected_word + owner, tl.cast(count * L.tiles2, tl.int64), sem="relaxed", scope="gpu")
         row = (call % 2) * L.ranks + rank
@@ -119,15 +126,15 @@ def mega_kernel(
         tl.debug_barrier()
         tl.atomic_xchg(word, (call << 32) + count, sem="release", scope="sys")
         add(state + _PUSHED, 1, "gpu")
-    dealt += L.num_experts + L.ranks
+    dealt += PUSHES
 
     if _first(dealt, num_programs) == 0:
-        lay_out_lists(own, scratch, record, rank, call, num_local, end_ns, clock, L, CLOCK)
+        lay_out_lists(own, scratch, record, rank, call, num_local, end_ns, L, CLOCK)
         add(state + _LAID_OUT, 1, "gpu")
     dealt += 1
-    wait_for(state + _LAID_OUT, 1, end_ns, stuck, clock, CLOCK)
+    wait_for(state + _LAID_OUT, 1, end_ns, stuck, CLOCK)
 
-    counts, row_ends, block_ends = lay_out(scratch + L.totals_place, num_local, 1, L.rows, L.width)
+    counts, row_ends, block_ends = lay_out(scratch + L.totals_place, num_local, 1, ROWS, WIDTH)
     num_blocks = tl.max(block_ends, 0)
     for wave in range(0, (num_blocks + L.wave - 1) // L.wave + 1):
         first = wave * L.wave
@@ -135,7 +142,7 @@ def mega_kernel(
         for task in range(_first(dealt, num_programs), pulled * L.pulls, num_programs):
             expert, skipped, num_rows, slot, turn = _block(first + task % pulled, counts, block_ends, L)
             done2 = state + L.linear2_word + slot * _WORD
-            wait_for(done2, turn * L.tiles2, end_ns, stuck, clock, CLOCK)
+            wait_for(done2, turn * L.tiles2, end_ns, stuck, CLOCK)
             pull_part(
                 task // pulled, slot, expert, skipped, num_rows, bases, own, scratch, row_weights, x, x_scales, rank, L
             )
@@ -147,7 +154,7 @@ def mega_kernel(
         for task in range(_first(dealt, num_programs), ready * L.tiles1, num_programs):
             expert, skipped, num_rows, slot, turn = _block(first + task % ready, counts, block_ends, L)
             pulled1 = state + L.pulled_word + slot * _WORD
-            wait_for(pulled1, (turn + 1) * L.pulls, end_ns, stuck, clock, CLOCK)
+            wait_for(pulled1, (turn + 1) * L.pulls, end_ns, stuck, CLOCK)
             linear1_tile(
                 x,
                 x_scales,
@@ -159,13 +166,13 @@ def mega_kernel(
                 activated,
                 activated_scales,
                 expert,
-                slot * L.rows,
+                slot * ROWS,
                 num_rows,
                 task // ready,
-                L.hidden,
-                L.hidden // 32,
-                L.hidden,
-                L.linear1_rows,
+                HIDDEN,
+                HIDDEN // 32,
+                HIDDEN,
+                LINEAR1_ROWS,
                 OPERAND,
                 SMALL_SCALES,
                 FUNCTION,
@@ -175,8 +182,8 @@ def mega_kernel(
                 LIMIT,
                 UP_LIMIT,
                 CLAMP,
-                L.rows,
-                L.columns,
+                ROWS,
+                COLUMNS,
                 DEPTH,
             )
             add(state + L.linear1_word + slot * _WORD, 1, "gpu")
@@ -184,7 +191,7 @@ def mega_kernel(
         for task in range(_first(dealt, num_programs), ready * L.tiles2, num_programs):
             expert, skipped, num_rows, slot, turn = _block(first + task % ready, counts, block_ends, L)
             done1 = state + L.linear1_word + slot * _WORD
-            wait_for(done1, (turn + 1) * L.tiles1, end_ns, stuck, clock, CLOCK)
+            wait_for(done1, (turn + 1) * L.tiles1, end_ns, stuck, CLOCK)
             total = linear2_tile(
                 activated,
                 activated_scales,
@@ -194,17 +201,17 @@ def mega_kernel(
                 None,
                 row_weights,
                 expert,
-                slot * L.rows,
+                slot * ROWS,
                 num_rows,
                 task // ready,
-                L.intermediate,
-                L.intermediate // 32,
-                L.intermediate,
-                L.hidden,
+                INTERMEDIATE,
+                INTERMEDIATE // 32,
+                INTERMEDIATE,
+                HIDDEN,
                 OPERAND,
                 SMALL_SCALES,
-                L.rows,
-                L.columns,
+                ROWS,
+                COLUMNS,
                 DEPTH,
             )
             push_results(round_to_bf16(tl.trans(total)), slot, num_rows, task // ready, bases, scratch, rank, L)
@@ -214,12 +221,12 @@ def mega_kernel(
     num_reduces = num_tokens * L.reduces
     begin = _first(dealt, num_programs)
     if begin < num_reduces:
-        wait_for(state + _PUSHED, L.num_experts + L.ranks, end_ns, stuck, clock, CLOCK)
-        ranks = tl.arange(0, L.peers)
+        wait_for(state + _PUSHED, PUSHES, end_ns, stuck, CLOCK)
+        ranks = tl.arange(0, PEERS)
         expected = tl.load(state + L.expected_word + ranks, mask=ranks < L.ranks, other=0)
         arrived = at(own, L.arrived_at, tl.int64) + ranks
-        seen, late = wait_for_all(arrived, expected, ranks < L.ranks, end_ns, clock, CLOCK)
-        tl.store(record + L.ranks + ranks, tl.zeros((L.peers,), tl.int64) + call, mask=late)
+        seen, late = wait_for_all(arrived, expected, ranks < L.ranks, end_ns, CLOCK)
+        tl.store(record + L.ranks + ranks, tl.zeros((PEERS,), tl.int64) + call, mask=late)
     for task in range(begin, num_reduces, num_programs):
         reduce_part(task, topk_ids, out, own, L)
 
@@ -232,6 +239,7 @@ def _leave(state, own, call, num_programs, L: tl.constexpr):
 
     Peers add to `arrived` for rows of this rank alone, all of which have come, or those of its next call.
     """
+    PEERS: tl.constexpr = L.peers
     tl.debug_barrier()
     left = tl.atomic_add(state + _LEFT, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
@@ -241,5 +249,5 @@ def _leave(state, own, call, num_programs, L: tl.constexpr):
             tl.store(state + words, tl.zeros((1024,), tl.int64), mask=words < L.state_words)
         ranks = tl.arange(0, L.peers)
         arrived = at(own, L.arrived_at, tl.int64) + ranks
-        tl.store(arrived, tl.zeros((L.peers,), tl.int64), mask=ranks < L.ranks)
+        tl.store(arrived, tl.zeros((PEERS,), tl.int64), mask=ranks < L.ranks)
         tl.store(state + _CALLS, call)
