@@ -272,6 +272,8 @@ class MegaMoE(nn.Module):
     ) -> Tensor:
         """The call as one kernel, for which the host does not wait: see triton_fused.py."""
         assert self._fused is not None
+        if self._num_calls and self.experts.missing:  # a rank that computes rows of others must not take part
+            raise complaint or ValueError(f"layer {self.name!r} has experts without weights")
         self._num_calls += 1
         record = CallRecord(tokens=0 if complaint else len(hidden), waves=1)
         if complaint is None:
@@ -279,6 +281,7 @@ class MegaMoE(nn.Module):
         with self.group.unbroken(self.name, self._num_calls), record.timing("total_s"):
             out: Tensor = self._fused.compute(hidden, topk_ids, topk_weights, complaint)
         self.last_call = record
+        self._fused.complain()
         return out
 
     def _open(
@@ -334,6 +337,8 @@ class MegaMoE(nn.Module):
             check_input(self.shape, self.device, hidden, topk_ids, topk_weights)
             if self._alone is not None:
                 self._alone.refuse(self.name)
+            if self._fused is not None:
+                self._fused.check_size(len(hidden))
             if self.experts.missing:
                 missing = shortened(self.experts.missing)
                 raise ValueError(f"layer {self.name!r} has no weights for experts {missing}: load them first")

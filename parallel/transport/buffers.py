@@ -65,7 +65,7 @@ def exchange_over(transport: Transport, layer: str) -> Exchange:
         page = torch.frombuffer(
             bytearray(len(card).to_bytes(4, "little") + card.ljust(_CARD_BYTES, b"\0")), dtype=torch.uint8
         )
-        pages = [bytes(each.numpy()) for each in transport.gather(page, Label(layer, "buffers"))]
+        pages = [bytes(each.numpy()) for each in transport.gather(page, Label(layer, "counts"))]
         return [each[4 : 4 + int.from_bytes(each[:4], "little")] for each in pages]
 
     return exchange

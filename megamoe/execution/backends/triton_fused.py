@@ -71,49 +71,58 @@ class Fused:
         owners = tuple(placement.ranks())
         self._terms = Terms(layer, tokens, experts.weight_format, wire, str(experts.shape), owners)
         self._kernel: MegaKernel | None = None
+        self._complaints: list[ValueError] = []
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of symmetric buffer and ring, 0 before the first call."""
         return 0 if self._kernel is None else self._kernel.memory_bytes
 
-    def compute(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None) -> Tensor:
+    def compute(
+        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None
+    ) -> Tensor:
         """hidden [T, H] bfloat16, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
 
-        A rank with a complaint takes part without tokens, so that nobody waits for it, and raises it; in the first call
-        all ranks raise it. PeerError, ValueError for what was wrong in an earlier call. RuntimeError where a group is
-        broken.
+        A rank with a complaint takes part without tokens, so that nobody waits for it, and complain() raises it then; in
+        the first call all ranks raise it. PeerError where a rank was not there in time, in this call or an earlier one.
         """
-        if complaint is None and len(hidden) > self._tokens:
-            complaint = ValueError(
-                f"layer {self._layer!r} has transport='fused' for max_tokens_per_rank {self._tokens}, got {len(hidden)} "
-                "tokens: make it for more"
-            )
         kernel = self._kernel or self._open(complaint)
-        self.refuse(kernel)
+        self._look(kernel)
         if complaint is not None:
-            if self._experts.missing:
-                raise complaint
+            self._complaints.append(complaint)
             hidden, topk_ids, topk_weights = self._nothing()
         out = kernel.launch(hidden, topk_ids, topk_weights, self._weights())
-        if complaint is not None:
-            raise complaint
         if hidden.device.type == "cpu":
-            self.refuse(kernel)
+            self._look(kernel)
         return out
 
-    def refuse(self, kernel: MegaKernel) -> None:
-        """Raises what calls were found to have gone wrong, as far as the device has come."""
+    def check_size(self, num_tokens: int) -> None:
+        """ValueError for more tokens than there is room for."""
+        if num_tokens > self._tokens:
+            raise ValueError(
+                f"layer {self._layer!r} has transport='fused' for max_tokens_per_rank {self._tokens}, got {num_tokens} "
+                "tokens: make it for more"
+            )
+
+    def complain(self) -> None:
+        """Raises what is wrong with this rank's input, of this call or, on a GPU, of an earlier one."""
+        if self._complaints:
+            complaints, self._complaints = self._complaints, []
+            raise complaints[0]
+
+    def _look(self, kernel: MegaKernel) -> None:
+        """PeerError where the device found a rank late; keeps what it found wrong in values."""
         report = kernel.take()
-        if report is None:
-            return
-        if report.broken:
+        if report is not None and report.broken:
             raise self._lost(report)
-        num_experts = self._experts.shape.num_experts
-        raise ValueError(
-            f"a call of layer {self._layer!r} had topk_ids outside of [0, {num_experts}) that were not -1, or "
-            "topk_weights that were not finite; tokens with such ids became NaN"
-        )
+        if report is not None:
+            num_experts = self._experts.shape.num_experts
+            self._complaints.append(
+                ValueError(
+                    f"a call of layer {self._layer!r} had topk_ids outside of [0, {num_experts}) that were not -1, or "
+                    "topk_weights that were not finite; tokens with such ids became NaN"
+                )
+            )
 
     def _lost(self, report: Report) -> PeerError:
         group = self._group
