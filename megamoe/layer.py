@@ -67,8 +67,8 @@ class MegaMoE(nn.Module):
                       ranks must sum alike; "auto" takes the CPU's best
     machine           what `megamoe calibrate` found of this machine, for waves="auto"; None is what ships
     deadline_s        seconds that a call may be kept waiting, where group is not an EPGroup that has its own
-    transport         "auto" is the group's; "fused" makes a call one kernel on every rank, over memory that all map, for
-                      few tokens on a device with Triton kernels: see docs/mega_kernel.md
+    transport         "auto" is the group's; "fused" makes a call one kernel on every rank, over memory that all map,
+                      for few tokens on a device with Triton kernels: see docs/mega_kernel.md
     max_tokens_per_rank   most tokens of a rank in a call, for transport="fused", whose buffers have a fixed size
 
     The output of a token is bitwise the same for any number of ranks, any waves and any other tokens in the

@@ -147,7 +147,9 @@ class _Machine:
         self.index = {place: number for number, place in enumerate(sorted(places))}
         counters = ("encoded", "laid out", "pulled", "done", "left", "arrived")
         self.cleared = {
-            rank: [number for (name, owner), number in self.index.items() if owner == rank and name.startswith(counters)]
+            rank: [
+                number for (name, owner), number in self.index.items() if owner == rank and name.startswith(counters)
+            ]
             for rank in range(model.ranks)
         }
         if fault == "not cleared":

@@ -1,4 +1,4 @@
-"""The mega-kernel in Triton's interpreter, a process for each rank: the staged kernels' bits, and ranks that never come."""
+"""The mega-kernel in Triton's interpreter, a process for each rank: the staged bits, and ranks that never come."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check(case: Case, calls: list[list[Batch]]) -> None:
 
 @interpreted
 def test_three_calls_on_two_ranks_have_the_staged_kernels_bits() -> None:
-    """Uneven ranks with masked slots; an empty rank while all tokens are on one expert, 40 rows in a ring of 32; one token."""
+    """Uneven ranks, masked slots; an empty rank while all are on one expert, 40 rows in a ring of 32; one token."""
     uneven = [batch_of(TWO, 7, 0), batch_of(TWO, 3, 1)]
     crowded = [batch_of(TWO, 20, 2, experts=(2,), mask=False), batch_of(TWO, 0, 3)]
     check(TWO, [uneven, crowded, [batch_of(TWO, 1, 4), batch_of(TWO, 1, 5)]])

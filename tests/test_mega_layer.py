@@ -1,4 +1,4 @@
-"""transport="fused": the layer as one kernel on every rank, in Triton's interpreter; what it refuses, and who is named."""
+"""transport="fused": the layer as one kernel on every rank, interpreted; what it refuses, and who is named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from megamoe.layer import MegaMoE
-from megamoe.parallel.errors import CallRefusedError, PeerError
 from megamoe.parallel.group import EPGroup, init_group
 from megamoe.parallel.transport.buffers import Exchange
 from megamoe.shape import MoEShape
@@ -55,7 +54,7 @@ def said_by(layer: MegaMoE, batch: Batch) -> str:
 
 
 def serve(rank: int, exchange: Exchange, folder: str) -> tuple[list[Tensor], list[str]]:
-    """A life of two ranks: a refused first call, calls that are right, wrong ones of rank 1 alone, and rank 1 that ends."""
+    """Two ranks: a refused first call, calls that are right, a wrong one of rank 1 alone, and rank 1 ends."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     outputs, said = [], []
     store = dist.FileStore(str(Path(folder) / "store"), 2)
@@ -106,7 +105,9 @@ def test_a_rank_alone_runs_the_kernel_too_and_reports_wrong_values_once() -> Non
     assert torch.equal(layer(batch.hidden, batch.ids, batch.weights), expected)
     ids = batch.ids.clone()
     ids[1, 0] = 3
-    assert "a call of layer 'moe' had topk_ids outside of [0, 3)" in said_by(layer, Batch(batch.hidden, ids, batch.weights))
+    assert "a call of layer 'moe' had topk_ids outside of [0, 3)" in said_by(
+        layer, Batch(batch.hidden, ids, batch.weights)
+    )
     assert torch.equal(layer(batch.hidden, batch.ids, batch.weights), expected)
     nothing = Batch(batch.hidden[:0], batch.ids[:0], batch.weights[:0])
     assert layer(nothing.hidden, nothing.ids, nothing.weights).shape == (0, 64)

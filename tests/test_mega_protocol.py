@@ -1,4 +1,4 @@
-"""The mega-kernel's counters in all orders of their steps: nothing is read too early or too late, and nobody waits for ever."""
+"""The mega-kernel's counters in all orders of their steps: nothing read too early or late, nobody waits for ever."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def map_ipc(rank: int, num_bytes: int, device: torch.device, exchange: Exchange)
 
 
 def _open_ipc(card: bytes) -> tuple[int, torch.UntypedStorage | None]:
-    """Where a peer's buffer is here, and what holds it: nothing where it is of this process, as of a rank in a thread."""
+    """Where a peer's buffer is here, and what holds it: nothing where it is of this process, a rank's in a thread."""
     if not card:
         raise OSError("it has none to share")
     key, process, address, handle = pickle.loads(card)

@@ -78,13 +78,11 @@ class Fused:
         """Bytes of symmetric buffer and ring, 0 before the first call."""
         return 0 if self._kernel is None else self._kernel.memory_bytes
 
-    def compute(
-        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None
-    ) -> Tensor:
+    def compute(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None) -> Tensor:
         """hidden [T, H] bfloat16, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
 
-        A rank with a complaint takes part without tokens, so that nobody waits for it, and complain() raises it then; in
-        the first call all ranks raise it. PeerError where a rank was not there in time, in this call or an earlier one.
+        A rank with a complaint takes part without tokens, so that nobody waits for it, and complain() raises it then;
+        in the first call all ranks raise it. PeerError where a rank was not there in time, in this call or an earlier one.
         """
         kernel = self._kernel or self._open(complaint)
         self._look(kernel)
@@ -141,16 +139,16 @@ class Fused:
     # ---- once ----
 
     def _open(self, complaint: ValueError | None) -> MegaKernel:
-        """Agrees with all ranks on sizes, maps their memory, and compiles. CallRefusedError on all where one complains."""
+        """Agrees with all ranks on sizes, maps their memory, compiles. CallRefusedError on all where one complains."""
         group, experts = self._group, self._experts
         exchange = _alone if group.transport is None else exchange_over(group.transport, self._layer)
         group.hosts.update(enumerate(each.decode() for each in exchange(group.host.encode())))
         self._refuse_together(exchange, "" if complaint is None else str(complaint))
-        tile = self._tile()
+        tile = self.tile()
         self._compare(exchange, f"{self._terms}, {tile.columns} columns a tile")
         devices = exchange(_identity(experts.device, group).encode())
         sharing = devices.count(devices[group.rank])
-        layout = self._lay_out(tile, programs_of(experts.device, tile, sharing))
+        layout = self.lay_out(tile, programs_of(experts.device, tile, sharing), group.size)
         key = (layout, tile, tuple(self._terms.owners))
         kernels = group.workspace.kernels
         if key not in kernels:
@@ -175,8 +173,8 @@ class Fused:
         for rank, theirs in enumerate(exchange(digest)):
             if theirs != digest:
                 raise CallRefusedError(
-                    f"{group.named(rank)} has other terms than {group.named(group.rank)}, whose are {mine}: make the layer "
-                    "alike on all ranks"
+                    f"{group.named(rank)} has other terms than {group.named(group.rank)}, whose are {mine}: make the "
+                    "layer alike on all ranks"
                 )
 
     def _buffer(self, num_bytes: int) -> SymmetricBuffer:
@@ -191,18 +189,19 @@ class Fused:
             return "bf16"
         return "wide" if reads_wide(self._experts.device) else "mxfp4"
 
-    def _tile(self) -> Tile:
+    def tile(self) -> Tile:
+        """The tile for as many tokens as ranks may bring."""
         shape = self._experts.shape
         rows = -(-self._tokens * self._group.size * shape.topk // shape.num_experts)
         return tile_of(table_of(self._experts.device), self._kind, rows, small_scales=self._weights().small_scales)
 
-    def _lay_out(self, tile: Tile, programs: int) -> Layout:
-        """A wave has two tiles of Linear-1 for each program, and four blocks at least."""
+    def lay_out(self, tile: Tile, programs: int, ranks: int) -> Layout:
+        """Sizes of all ranks. A wave has two tiles of Linear-1 for each program, and four blocks at least."""
         shape, owners = self._experts.shape, self._terms.owners
         return Layout.of(
-            ranks=self._group.size,
+            ranks=ranks,
             num_experts=shape.num_experts,
-            most_experts=max(owners.count(rank) for rank in range(self._group.size)),
+            most_experts=max(owners.count(rank) for rank in range(ranks)),
             topk=shape.topk,
             tokens=self._tokens,
             hidden=shape.hidden,

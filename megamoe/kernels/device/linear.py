@@ -48,8 +48,8 @@ def linear1_tile(
 ):
     """Rows first_row to first_row + num_rows of the expert's products, activated and times their weights, into out.
 
-    x and source as in tile_product(); weights [R] float32; out [R, I], rounded as the contract says. GATED, N is 2I, and
-    a tile of COLUMNS has COLUMNS / 2 of out's columns. A bias is added to the FP32 sum.
+    x and source as in tile_product(); weights [R] float32; out [R, I], rounded as the contract says. GATED, N is 2I,
+    and a tile of COLUMNS has COLUMNS / 2 of out's columns. A bias is added to the FP32 sum.
         silu, K 32, a row of x all 1; of w the even rows all 0.5, the odd ones all 1; all scales 1: gates 16, ups 32;
         LIMIT 10: 10 and 10; weight 0.25  ->  10 / (1 + e^-10) * 10 * 0.25 = 24.999, between E4M3's 24 and 26: 24
     """
@@ -125,7 +125,7 @@ def linear2_tile(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """[COLUMNS, ROWS] float32: the products of rows first_row to first_row + num_rows, to be rounded; the rest is nobody's.
+    """[COLUMNS, ROWS] float32: products of rows first_row to first_row + num_rows, to be rounded; others are nobody's.
 
     A bias, times the row's weight, is added to the FP32 sum; weights are read for nothing else.
         K 32, a row of x all 1 with scale 1, w all 0.5 with scale 1  ->  32 * 1 * 0.5 = 16 in all columns

@@ -20,7 +20,6 @@ from megamoe.activations import SWIGLU, Activation
 from megamoe.formats import BLOCK, MXFP4
 from megamoe.kernels.chips.targets import OPTIONS, Build, Target, chip_of
 from megamoe.kernels.chips.tiles import INSTRUCTIONS, LARGE_SCALES, TABLES, Table, Tile, tile_for
-from megamoe.kernels.chips.tuned import table_of
 from megamoe.kernels.device.activation import constants_of
 from megamoe.kernels.layout import Prepacked
 from megamoe.kernels.mega.kernel import VARYING, mega_kernel
@@ -103,7 +102,7 @@ def tiles_of_few(table: Table, kind: str) -> list[Tile]:
 
 
 def _roomy(tile: Tile) -> Tile:
-    """The tile with eight warps where it has 64 rows: with four its registers do not hold what is around the products."""
+    """The tile, with eight warps where it has 64 rows: the registers of four do not hold what is around products."""
     return replace(tile, num_warps=max(tile.num_warps, 8), programs=1) if tile.rows >= MOST_ROWS else tile
 
 

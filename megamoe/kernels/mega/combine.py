@@ -32,7 +32,7 @@ def push_results(results, slot_of_ring, num_rows, column_tile, bases, scratch, r
 
 @triton.jit
 def reduce_part(task, topk_ids, out, own, L: tl.constexpr):
-    """A part of a token's columns: its slots in ascending order in FP32 from zero, rounded once, as reduce_slots() does.
+    """A part of a token's columns: its slots in ascending order in FP32 from zero, rounded once, as in reduce_slots().
 
     A masked slot adds nothing; an id that is no expert makes the token NaN.
     """

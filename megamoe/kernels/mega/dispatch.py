@@ -82,9 +82,10 @@ def find_wrong(topk_ids, topk_weights, num_slots, wrong, L: tl.constexpr):
 def lay_out_lists(own, scratch, record, rank, call, num_local, end_ns, L: tl.constexpr, CLOCK: tl.constexpr):
     """Waits for the counts of all ranks, then notes where each rank's rows of each expert lie, and the experts' totals.
 
-    Ranks follow each other from this one on, so that not all owners begin to pull from the same rank. A rank whose counts
-    do not come is noted in record[rank], and has no rows.
-        counts [[2, 1], [0, 3]] of ranks 0 and 1, on rank 1: counts [[0, 3], [2, 1]], starts [[0, 0], [0, 2]], totals [2, 4]
+    Ranks follow each other from this one on, so that not all owners begin to pull from the same rank. A rank whose
+    counts do not come is noted in record[rank], and has no rows.
+        counts [[2, 1], [0, 3]] of ranks 0 and 1, on rank 1:
+        counts [[0, 3], [2, 1]], starts [[0, 0], [0, 2]], totals [2, 4]
     """
     WIDTH: tl.constexpr = L.width
     experts = tl.arange(0, WIDTH)
@@ -166,7 +167,7 @@ def pull_part(
         else:
             codes = tl.reshape(codes, (ROWS * BLOCKS, 32))
             exponents = tl.reshape(exponents, (ROWS * BLOCKS,))
-            if L.kind == "wide":
+            if L.kind == "wide":  # noqa: SIM108
                 values = widen_block(codes, exponents)
             else:
                 values = dequantize_block(codes, exponents)

@@ -1,4 +1,4 @@
-"""The kernel: a persistent grid whose programs take the tasks of a call in one order, which no wait can close to a ring.
+"""The kernel: a persistent grid whose programs take the tasks of a call in one order, so that no waits form a ring.
 
 Tasks come in stretches, and the programs take those of a stretch in turns: encode, push, lay out; then for each wave
 pull the next one, Linear-1, Linear-2; then reduce. A task waits for tasks of earlier stretches alone, of its own rank
@@ -93,7 +93,7 @@ def mega_kernel(
 ):
     """One call of one rank: `Layout` says where everything lies.
 
-    hidden [T, H] bfloat16, hidden_stride apart; topk_ids [T, K] int64; topk_weights [T, K] float32; out [T, H] bfloat16;
+    hidden [T, H] bfloat16, hidden_stride apart; topk_ids [T, K] int64; topk_weights [T, K] float32; out as hidden;
     owners and places [E] int32: each expert's rank, and which of that rank's it is; bases [P] int64: addresses of all
     ranks' buffers; record [2 P + 2] int64: set to the number of the call for ranks whose counts, and whose results, did
     not come, then to 1 where a program of this rank was not done in time, and where a value was wrong
@@ -134,9 +134,9 @@ def mega_kernel(
     dealt += 1
     wait_for(state + _LAID_OUT, 1, end_ns, stuck, CLOCK)
 
-    counts, row_ends, block_ends = lay_out(scratch + L.totals_place, num_local, 1, ROWS, WIDTH)
+    counts, _row_ends, block_ends = lay_out(scratch + L.totals_place, num_local, 1, ROWS, WIDTH)
     num_blocks = tl.max(block_ends, 0)
-    for wave in range(0, (num_blocks + L.wave - 1) // L.wave + 1):
+    for wave in range((num_blocks + L.wave - 1) // L.wave + 1):
         first = wave * L.wave
         pulled = tl.maximum(tl.minimum(num_blocks - first, L.wave), 0)
         for task in range(_first(dealt, num_programs), pulled * L.pulls, num_programs):
@@ -225,7 +225,7 @@ def mega_kernel(
         ranks = tl.arange(0, PEERS)
         expected = tl.load(state + L.expected_word + ranks, mask=ranks < L.ranks, other=0)
         arrived = at(own, L.arrived_at, tl.int64) + ranks
-        seen, late = wait_for_all(arrived, expected, ranks < L.ranks, end_ns, CLOCK)
+        _seen, late = wait_for_all(arrived, expected, ranks < L.ranks, end_ns, CLOCK)
         tl.store(record + L.ranks + ranks, tl.zeros((PEERS,), tl.int64) + call, mask=late)
     for task in range(begin, num_reduces, num_programs):
         reduce_part(task, topk_ids, out, own, L)

@@ -35,11 +35,11 @@ class Layout:
     scales      uint8 [T][H / 32]     of tokens of MXFP8
     results     bfloat16 [T K][H]     row token * K + k: what expert topk_ids[token, k] made of the token
 
-    In memory of this rank's own: `state` int64, counters WORD apart: calls, programs that left, parts of tokens encoded,
-    experts pushed, counts laid out, then [3][ring] of the ring's blocks pulled, done by Linear-1, done by Linear-2, then
-    [P] rows times column tiles that are expected of each owner; `scratch` int32: counts [P][width] and starts [P][width]
-    of the lists, from this rank on round the ranks, rows of each expert [width], then rank and slot of each row of
-    the ring; the ring's weights, rows and activated rows.
+    In memory of this rank's own: `state` int64, counters WORD apart: calls, programs that left, parts of tokens
+    encoded, experts pushed, counts laid out, then [3][ring] of the ring's blocks pulled, done by Linear-1, done by
+    Linear-2, then [P] rows times column tiles that are expected of each owner; `scratch` int32: counts [P][width] and
+    starts [P][width] of the lists, from this rank on round the ranks, rows of each expert [width], then rank and slot
+    of each row of the ring; the ring's weights, rows and activated rows.
 
     rows     of a block, the tile's    columns   of a tile    wave   blocks of a wave; the ring has two waves
     kind     of the products, as in `tiles`         wire     "mxfp8" or "bf16"

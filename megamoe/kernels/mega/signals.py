@@ -29,7 +29,8 @@ def host_time_ns() -> int:
     return time.monotonic_ns()
 
 
-host_time_ns.__triton_builtin__ = True  # type: ignore[attr-defined]  the compiler looks at it and never comes to it
+# the compiler asks what the function is, and never comes to where it is called
+host_time_ns.__triton_builtin__ = True  # type: ignore[attr-defined]
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def wait_for(counter, least, end_ns, stuck, CLOCK: tl.constexpr):
 
 @triton.jit
 def wait_for_all(counters, least, wanted, end_ns, CLOCK: tl.constexpr):
-    """Waits for the wanted ones of counters that peers write, all [N], to come to `least` -> what they are, which are late.
+    """Waits for the wanted ones of counters that peers write, [N], to come to `least` -> their values, which are late.
 
     counters [3, 8, 5], least [4, 4, 9], wanted [1, 1, 0], nobody writes any more  ->  [3, 8, .], [1, 0, 0]
     """
