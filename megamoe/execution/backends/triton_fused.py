@@ -82,7 +82,7 @@ class Fused:
         """hidden [T, H] bfloat16, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
 
         A rank with a complaint takes part without tokens, so that nobody waits for it, and complain() raises it then;
-        in the first call all ranks raise it. PeerError where a rank was not there in time, in this call or an earlier one.
+        in the first call all ranks raise it. PeerError where a rank was not there in time, now or in an earlier call.
         """
         kernel = self._kernel or self._open(complaint)
         self._look(kernel)
