@@ -91,7 +91,8 @@ def test_a_rank_that_cannot_share_is_named_on_every_rank() -> None:
 def test_torch_finds_the_addresses_of_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     buffers = [torch.full((BYTES,), 7, dtype=torch.uint8) for _ in range(SIZE)]
     handle = SimpleNamespace(buffer_ptrs=[each.data_ptr() - 16 for each in buffers], offset=16)
-    waited, taken = [], iter(buffers)
+    waited: list[torch.device] = []
+    taken = iter(buffers)
     symmetric = import_module("torch.distributed._symmetric_memory")
     monkeypatch.setattr(symmetric, "empty", lambda size, dtype, device: next(taken))  # noqa: ARG005
     monkeypatch.setattr(symmetric, "rendezvous", lambda *_: handle)
