@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamoe.parallel.private import open_storage, share_storage, symmetric_memory
 from megamoe.parallel.symmetric import available, host_key
 from megamoe.parallel.transport.pairs import Label, Transport
 
@@ -123,8 +124,7 @@ def rendezvous_of_torch(
     rank: int, num_bytes: int, device: torch.device, group: dist.ProcessGroup, exchange: Exchange
 ) -> SymmetricBuffer:
     """GPUs of a process group: torch's symmetric memory (not run on a GPU yet). ValueError as in open_buffer()."""
-    import torch.distributed._symmetric_memory as symmetric  # loads CUDA libraries
-
+    symmetric = symmetric_memory()
     refusal, local, handle = "", torch.empty(0, dtype=torch.uint8), None
     try:
         local = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -150,7 +150,7 @@ def map_ipc(rank: int, num_bytes: int, device: torch.device, exchange: Exchange)
     torch.cuda.synchronize(device)
     refusal, card = "", b""
     try:
-        card = pickle.dumps((host_key(), os.getpid(), local.data_ptr(), local.untyped_storage()._share_cuda_()))  # type: ignore[no-untyped-call]
+        card = pickle.dumps((host_key(), os.getpid(), local.data_ptr(), share_storage(local.untyped_storage())))
     except RuntimeError as refused:
         refusal = f"rank {rank} cannot share its memory: {refused}"
     addresses, storages = [], []
@@ -174,7 +174,7 @@ def _open_ipc(card: bytes) -> tuple[int, torch.UntypedStorage | None]:
         raise OSError("it is on another host")
     if process == os.getpid():
         return address, None
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared_cuda(*handle)
+    storage = open_storage(handle)
     return storage.data_ptr(), storage
 
 

@@ -1,6 +1,4 @@
-"""What one tile of an expert's Linear-1 and Linear-2 computes: the staged kernels and the mega-kernel share it, and so
-have the same bits.
-"""
+"""What a tile of an expert's Linear-1 and Linear-2 computes, for the staged kernels and the mega-kernel alike."""
 
 # K the summed dimension   N rows of an expert's weight   I intermediate
 
