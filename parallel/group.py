@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import TracebackType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,10 +58,12 @@ class EPGroup:
     links            at most one: bytes per second that each rank can send while it receives as many, once measured
     status      where this rank is, noted as it goes
     heartbeats          at most one: tells the others, and knows where they are; a group of init_group() has it
+    wave_costs       at most one: seconds that a wave takes beside its rows on the slowest rank, once it is agreed on
     broken           why the group cannot be used any more, empty while it can; always, where a rank is alone
     turns            whose turn it is to call, and which layers there are
     recorders        at most one: takes notes of every call of the group's layers
     streams          of each device that its layers are on: where messages are queued
+    node_limited     whether a token goes once to each other host, where ranks of a host share memory
 
     Calls of a group take turns: see turns.py. EPGroups of one process group share turns and broken, since they share
     its messages; give all layers of a model the same one, and they share buffers too.
@@ -74,6 +77,7 @@ class EPGroup:
     host: str = field(default_factory=socket.gethostname)
     hosts: dict[int, str] = field(default_factory=dict)
     links: list[float] = field(default_factory=list)
+    wave_costs: list[float] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
     own_status: OwnStatus = field(default_factory=OwnStatus)
@@ -81,6 +85,7 @@ class EPGroup:
     workspace: Workspace = field(default_factory=Workspace)
     recorders: list[Recorder] = field(default_factory=list)
     streams: dict[torch.device, Streams] = field(default_factory=dict)
+    node_limited: bool = True
 
     def streams_of(self, device: torch.device) -> Streams:
         """The device's streams, made when first asked for."""
@@ -109,6 +114,26 @@ class EPGroup:
             _log.info("rank %d: the link carries %.3g GB/s one way", self.rank, self.links[0] / 1e9)
         return self.links[0]
 
+    def nodes(self, layer: str) -> tuple[int, ...]:
+        """Of each rank the lowest rank of its host, where a token goes to a host once, else (). All ranks must ask."""
+        found: tuple[int, ...] = getattr(self.transport, "nodes", _no_nodes)(layer)
+        return found if self.node_limited else ()
+
+    @property
+    def far(self) -> list[int]:
+        """Ranks that this one shares no memory with."""
+        host = getattr(self.transport, "host", None)
+        return [rank for rank in range(self.size) if rank != self.rank and (host is None or rank not in host.near)]
+
+    def wave_cost(self, layer: str, own_s: float) -> float:
+        """Seconds that a wave takes beside its rows, the most of all ranks'; when first asked for, all must ask."""
+        assert self.transport is not None, "a rank alone has no waves"
+        if not self.wave_costs:
+            page = torch.tensor([own_s], dtype=torch.float64).view(torch.uint8)
+            pages = self.transport.gather(page, Label(layer, "link"))
+            self.wave_costs.append(float(pages.view(torch.float64).max()))
+        return self.wave_costs[0]
+
     def notes(self, layer: str, call: int) -> Notes:
         """Where a call notes what it does: the group's status, and the recorder if there is one."""
         if self.recorders:
@@ -120,29 +145,23 @@ class EPGroup:
         """This group's turn for the block: see Turns.take()."""
         return self.turns.take(f"layer {layer!r}", device, self.deadline_s)
 
-    @contextmanager
-    def unbroken(self, layer: str, call: int) -> Iterator[None]:
+    def unbroken(self, layer: str, call: int) -> _Unbroken:
         """A call's exchange. What interrupts it breaks the group: its messages may still be on their way.
 
         CallRefusedError is what all ranks raise together before any row has moved, and breaks nothing. Nor does
         anything where a rank is alone, which has no messages. RuntimeError where the group is broken already; PeerError
         where a peer is known to be lost.
         """
-        if self.broken:
-            raise RuntimeError(f"the group cannot be used any more, an earlier call was interrupted: {self.broken[0]}")
-        try:
-            self.own_status.enter(layer, call)
-            self._refuse_lost(layer)
-            yield
-        except BaseException as interruption:
-            if self.size == 1 or isinstance(interruption, CallRefusedError):
-                self.own_status.leave()
-                raise
-            self.broken.append(f"{type(interruption).__name__}: {str(interruption).partition(chr(10))[0]}")
-            _log.info("rank %d: the group cannot be used any more: %s", self.rank, self.broken[0])
-            self.announce(interruption)
-            raise
-        self.own_status.leave()
+        return _Unbroken(self, layer, call)
+
+    def _interrupted(self, interruption: BaseException) -> None:
+        """A call ends in an exception."""
+        if self.size == 1 or isinstance(interruption, CallRefusedError):
+            self.own_status.leave()
+            return
+        self.broken.append(f"{type(interruption).__name__}: {str(interruption).partition(chr(10))[0]}")
+        _log.info("rank %d: the group cannot be used any more: %s", self.rank, self.broken[0])
+        self.announce(interruption)
 
     def _refuse_lost(self, layer: str) -> None:
         lost = self.monitors[0].lost() if self.monitors else None
@@ -173,13 +192,16 @@ class EPGroup:
         *,
         deadline_s: float = DEADLINE_S,
         shared_memory: bool = True,
+        node_limited: bool = True,
     ) -> EPGroup:
         """Wraps a torch process group for layers on a device, by default the CPU. None is one rank; an EPGroup is
         returned as it is.
 
         What the group has for the layer's device decides: gloo gets point-to-point pairs, and memory between ranks
-        that share a host where shared_memory is True on both; every other backend all-to-all. The group stays its
-        owner's: no thread, setting or deadline of it is changed, and nothing of it is ended.
+        that share a host where shared_memory is True on both; every other backend all-to-all. Where ranks share memory
+        on a host, and there are other hosts, a token goes once to each of those: node_limited=False, on all ranks,
+        sends it to each rank that needs it instead. The group stays its owner's: no thread, setting or deadline of it
+        is changed, and nothing of it is ended.
         ValueError for anything else, for a group that this rank is not in, and for one without a backend for
         the device.
         """
@@ -214,7 +236,34 @@ class EPGroup:
             workspace=Workspace(shared.host.regions if shared_memory else None),
             broken=shared.broken,
             turns=shared.turns,
+            node_limited=node_limited,
         )
+
+
+class _Unbroken:
+    """EPGroup.unbroken() as a block. A class, since a generator costs a call of few tokens several times as much."""
+
+    def __init__(self, group: EPGroup, layer: str, call: int) -> None:
+        self._group, self._layer, self._call = group, layer, call
+
+    def __enter__(self) -> None:
+        group = self._group
+        if group.broken:
+            raise RuntimeError(f"the group cannot be used any more, an earlier call was interrupted: {group.broken[0]}")
+        try:
+            group.own_status.enter(self._layer, self._call)
+            group._refuse_lost(self._layer)
+        except BaseException as interruption:
+            group._interrupted(interruption)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if raised is None:
+            self._group.own_status.leave()
+        else:
+            self._group._interrupted(raised)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -241,6 +290,7 @@ def init_group(
     run: str | None = None,
     deadline_s: float = DEADLINE_S,
     shared_memory: bool = True,
+    node_limited: bool = True,
 ) -> Iterator[EPGroup]:
     """Starts torch.distributed for this rank with the backend of its device type, and ends it on the way out.
 
@@ -248,7 +298,8 @@ def init_group(
     torchrun). deadline_s bounds the rendezvous, every collective and every wait. Every rank has a heartbeat monitor,
     which listens on address, by default the one that this rank reaches the store's host from. Under the name of a
     run, `megamoe doctor --run` finds the ranks of this machine. ValueError for an unknown device type or a rank outside
-    of [0, size). shared_memory is that of EPGroup.of().
+    of [0, size). shared_memory and
+    node_limited are those of EPGroup.of().
     """
     device = torch.device(device)
     if device.type not in BACKENDS:
@@ -269,7 +320,7 @@ def init_group(
     world = _start(device, store, rank, size, deadline_s)
     group: EPGroup | None = None
     try:
-        group = EPGroup.of(world, device, deadline_s=deadline_s, shared_memory=shared_memory)
+        group = EPGroup.of(world, device, deadline_s=deadline_s, shared_memory=shared_memory, node_limited=node_limited)
         if size == 1:
             yield group
             return
@@ -341,6 +392,12 @@ def _forget_failed_start() -> None:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     dist.destroy_process_group()
+
+
+def _no_nodes(layer: str) -> tuple[int, ...]:
+    """Of a transport that knows nothing of hosts."""
+    del layer
+    return ()
 
 
 def _nothing() -> None:

@@ -20,17 +20,17 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from megamoe.catalog import load_machine
+from megamoe.catalog import Machine, load_machine
 from megamoe.execution.checks import check_formats
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
-from megamoe.launch.bench.replay import Replay, StillTransport
+from megamoe.launch.bench.probe import machine_here
+from megamoe.launch.bench.replay import Replay, StillTransport, together
 from megamoe.launch.lab.namespaces import Host, lab, parse_rate
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Recording
-from megamoe.parallel.transport.pairs import Label
 from megamoe.reference import moe
 from megamoe.routing.waves import Waves, check_waves
 from megamoe.schedule.machine import Predicted, Run, predict
@@ -47,13 +47,18 @@ TRACED = "traced"  # the overlapped layer with a recorder in place
 class BenchRequest:
     """A workload, its ranks and their links. link None leaves the ranks on loopback, unshaped.
 
+    ranks_per_host ranks share a link and memory; node_limited: a token then goes once to each other host.
+
     machine: the profile by which the run is predicted, a name of the catalog or a file that megamoe calibrate wrote;
-    None takes the one that ships where it was made with as many threads a rank.
+    None takes this machine's constants, which are measured before the run where they are not kept from an earlier one.
+    predict: whether the run is predicted at all.
     """
 
     ranks: int = 2
     link: str | None = None
     latency_ms: float = 0.0
+    ranks_per_host: int = 1
+    node_limited: bool = True
     tokens_per_rank: int = 1024
     hidden: int = 1024
     intermediate: int = 512
@@ -61,16 +66,18 @@ class BenchRequest:
     topk: int = 4
     weight_format: str = "mxfp4"
     dispatch_format: str = "mxfp8"
+    combine_format: str = "bf16"
     waves: Waves = "auto"
     threads_per_rank: int = 1
     repeats: int = 9
     check: bool = True
     trace: bool = False
     machine: str | None = None
+    predict: bool = True
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "threads_per_rank", "repeats"):
+        for name in ("ranks", "ranks_per_host", "threads_per_rank", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tokens_per_rank < 0:
@@ -79,30 +86,39 @@ class BenchRequest:
             parse_rate(self.link)
         elif self.latency_ms:
             raise ValueError(f"latency_ms {self.latency_ms} needs a link to delay, such as 1gbit")
+        elif self.ranks_per_host > 1:
+            raise ValueError(f"ranks_per_host {self.ranks_per_host} needs a link between hosts, such as 1gbit")
         check_waves(self.waves)
-        check_formats(self.shape, self.weight_format, self.dispatch_format, "bf16")
-        predict_run(self)
+        check_formats(self.shape, self.weight_format, self.dispatch_format, self.combine_format)
+        if self.machine is not None:
+            predict_run(self, load_machine(self.machine))
 
     @property
     def shape(self) -> MoEShape:
         """Sizes of the layer."""
         return MoEShape(self.hidden, self.intermediate, self.num_experts, self.topk, 10.0)
 
+    @property
+    def link_gb_s(self) -> float | None:
+        """Gigabytes a second of a link, one way."""
+        return parse_rate(self.link) / 8e9 if self.link else None
 
-def predict_run(request: BenchRequest, waves: int = 0, dispatch_format: str | None = None) -> Predicted | None:
-    """What the machine's profile says of a request; None where nobody can say: other threads, delayed links.
+
+def predict_run(
+    request: BenchRequest, machine: Machine, waves: int = 0, dispatch_format: str | None = None
+) -> Predicted | None:
+    """What a machine's constants say of a request; None where nobody can say: delayed links.
 
     waves and dispatch_format: as they turned out, where the layer decides. Uneven waves count by their number.
     """
-    machine = load_machine(request.machine or "cpu")
-    if request.latency_ms or (request.machine is None and request.threads_per_rank != machine.threads_per_rank):
+    if request.latency_ms:
         return None
     if not waves and request.waves != "auto":
         waves = request.waves if isinstance(request.waves, int) else len(request.waves)
     wire = dispatch_format or request.dispatch_format
     asked = {each.name: getattr(request, each.name) for each in fields(Run) if hasattr(request, each.name)}
     asked |= {"dispatch_format": "mxfp8" if wire == "auto" else wire, "waves": waves}
-    return predict(Run(**asked, link_gb_s=parse_rate(request.link) / 8e9 if request.link else None), machine)
+    return predict(Run(**asked), machine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +128,7 @@ class RankTimes:
     times: dict[str, list[float]]
     waves: int
     bytes_sent: int
+    far_bytes: int
     rows_computed: int
     dispatch_format: str
     identical: bool | None
@@ -124,12 +141,16 @@ class BenchReport:
 
     traced_ms is the overlapped layer while it is recorded, trace_cost the median over repeats of how much longer that
     took than without, as a share; hidden_percent is the share of communication that hid. predicted_ms is what the
-    planner says of the overlapped layer, None where it cannot.
+    planner says of the overlapped layer, None where it cannot, and predicted_by whose constants it took.
+    link_bytes_per_host: what the ranks of a host send over its link in a call, of the host that sends most; None
+    without links.
     """
 
     ranks: int
     link_gb_s: float | None
     latency_ms: float
+    ranks_per_host: int
+    node_limited: bool
     tokens_per_rank: int
     hidden: int
     intermediate: int
@@ -137,6 +158,7 @@ class BenchReport:
     topk: int
     weight_format: str
     dispatch_format: str
+    combine_format: str
     waves: int
     threads_per_rank: int
     serial_ms: float
@@ -161,7 +183,9 @@ class BenchReport:
     speedup: float
     efficiency: float
     predicted_ms: float | None
+    predicted_by: str | None
     bytes_sent_per_rank: int
+    link_bytes_per_host: int | None
     flops_per_rank: int
     identical: bool | None
     repeats: int
@@ -184,11 +208,26 @@ def run_traced(
         with LocalRanks(
             request.ranks, threads_per_rank=request.threads_per_rank, deadline_s=request.deadline_s, hosts=hosts
         ) as ranks:
+            machine = _machine(request, ranks, progress)
             progress("running")
             found = ranks.run(bench_rank, request)
     recordings = [rank.recording for rank in found if rank.recording is not None]
     timeline = _typical(Timeline.merge(recordings)) if recordings else None
-    return _report(request, found, timeline), timeline
+    return _report(request, found, timeline, machine), timeline
+
+
+def _machine(request: BenchRequest, ranks: LocalRanks, progress: Callable[[str], None]) -> Machine | None:
+    """By whose constants the run is predicted; None where it is not."""
+    if not request.predict or request.latency_ms:
+        return None
+    if request.machine is not None:
+        return load_machine(request.machine)
+    return machine_here(ranks, request.link_gb_s, progress)
+
+
+def _most_of_a_host(request: BenchRequest, found: list[RankTimes]) -> int:
+    firsts = range(0, request.ranks, request.ranks_per_host)
+    return max(sum(rank.far_bytes for rank in found[first : first + request.ranks_per_host]) for first in firsts)
 
 
 def _typical(timeline: Timeline) -> Timeline:
@@ -209,8 +248,11 @@ def sweep_waves(request: BenchRequest) -> list[BenchRequest]:
 
 @contextmanager
 def _hosts(request: BenchRequest) -> Iterator[Sequence[Host] | None]:
-    holder = nullcontext() if request.link is None else lab(request.ranks, request.link, latency_ms=request.latency_ms)
-    with holder as hosts:
+    if request.link is None:
+        yield None
+        return
+    shared = {"latency_ms": request.latency_ms, "ranks_per_host": request.ranks_per_host}
+    with lab(request.ranks, request.link, **shared) as hosts:  # type: ignore[arg-type]
         yield hosts
 
 
@@ -233,13 +275,13 @@ def make_expert_weights(shape: MoEShape) -> tuple[Tensor, Tensor]:
 
 def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     """A rank's part: the four measures in turn, after one round to warm up, each begun by all ranks together."""
-    shape = request.shape
+    shape, group = request.shape, replace(group, node_limited=request.node_limited)
     gate_up, down = make_expert_weights(shape)
     batch = make_workload(shape, group.rank, request.tokens_per_rank)
-    formats = {"weight_format": request.weight_format, "dispatch_format": request.dispatch_format}
+    formats = {name: getattr(request, name) for name in ("weight_format", "dispatch_format", "combine_format")}
 
     def make_layer(group: EPGroup, name: str, waves: Waves = 1, overlap: bool = True) -> MegaMoE:
-        return MegaMoE(shape, group, waves=waves, overlap=overlap, name=name, **formats)  # type: ignore[arg-type]
+        return MegaMoE(shape, group, waves=waves, overlap=overlap, name=name, **formats)
 
     layer = make_layer(group, "overlapped", request.waves)
     layer.load_experts(gate_up, down)
@@ -257,12 +299,7 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     identical = None
     if request.check:
         hidden, ids, weights = batch
-        weight_format, dispatch_format = formats["weight_format"], formats["dispatch_format"]
-        expected = moe(
-            *(shape, hidden, ids, weights, gate_up, down),
-            weight_format=weight_format,
-            dispatch_format=dispatch_format,
-        )
+        expected = moe(shape, hidden, ids, weights, gate_up, down, **formats)
         identical = all(torch.equal(output, expected) for output in outputs)
     del gate_up, down
     measures: dict[str, Callable[[], object]] = {
@@ -275,7 +312,7 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     if recording:
         with group.record(recording):
             for _ in range(SERIAL_TRACES):
-                _together(group)
+                together(group)
                 serial(*batch)
         measures = {"serial": measures["serial"], TRACED: measures["overlapped"], **measures}
     times: dict[str, list[float]] = {name: [] for name in measures}
@@ -283,14 +320,15 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
         for name in _in_turn(list(measures), repeat):
             measure = measures[name]
             with group.record(recording) if recording and name == TRACED else nullcontext():
-                _together(group)
+                together(group)
                 begun = time.perf_counter()
                 measure()
                 if repeat:
                     times[name].append((time.perf_counter() - begun) * 1e3)
     record = layer.last_call
     rows = record.rows_received + record.rows_local
-    return RankTimes(times, record.waves, record.bytes_sent, rows, formats["dispatch_format"], identical, recording)
+    sent = (record.bytes_sent, record.far_bytes)
+    return RankTimes(times, record.waves, *sent, rows, formats["dispatch_format"], identical, recording)
 
 
 def _in_turn(names: list[str], repeat: int) -> list[str]:
@@ -301,13 +339,9 @@ def _in_turn(names: list[str], repeat: int) -> list[str]:
     return names
 
 
-def _together(group: EPGroup) -> None:
-    """Returns when all ranks have come here."""
-    if group.transport is not None:
-        group.transport.gather(torch.zeros(1, dtype=torch.uint8), Label("bench", "counts"))
-
-
-def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | None) -> BenchReport:
+def _report(
+    request: BenchRequest, found: list[RankTimes], timeline: Timeline | None, machine: Machine | None
+) -> BenchReport:
     """A repeat takes as long as its slowest rank; medians over repeats."""
     slowest = {
         name: [max(times) for times in zip(*(rank.times[name] for rank in found), strict=True)]
@@ -321,10 +355,9 @@ def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | 
     costs = [traced / untraced - 1 for traced, untraced in pairs]
     overlapped = [run for run in timeline.runs() if run.layer == "overlapped"] if timeline else []
     limit = max(middle["compute"], middle["communication"])
-    predicted = predict_run(request, found[0].waves, found[0].dispatch_format)
+    predicted = predict_run(request, machine, found[0].waves, found[0].dispatch_format) if machine else None
     asked = {f.name: getattr(request, f.name) for f in fields(BenchReport) if hasattr(request, f.name)}
     asked |= {
-        "link_gb_s": parse_rate(request.link) / 8e9 if request.link else None,
         "waves": found[0].waves,
         "dispatch_format": found[0].dispatch_format,
         "identical": all(rank.identical for rank in found) if request.check else None,
@@ -339,6 +372,8 @@ def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | 
         speedup=middle["serial"] / middle["overlapped"],
         efficiency=limit / middle["overlapped"],
         predicted_ms=predicted.overlapped_ms if predicted else None,
+        predicted_by=machine.title if machine and predicted else None,
         bytes_sent_per_rank=max(rank.bytes_sent for rank in found),
+        link_bytes_per_host=_most_of_a_host(request, found) if request.link else None,
         flops_per_rank=6 * request.hidden * request.intermediate * max(rank.rows_computed for rank in found),
     )

@@ -24,6 +24,10 @@ def bench(
     ranks: Annotated[int, typer.Option(help="Processes, each a rank.")] = 2,
     link: Annotated[str | None, typer.Option(help="Rate of every rank's link, such as 1gbit; needs root.")] = None,
     latency_ms: Annotated[float, typer.Option(help="Delay of every link, one way.")] = 0.0,
+    ranks_per_host: Annotated[int, typer.Option(help="Ranks that share a link, and memory.")] = 1,
+    node_limited: Annotated[
+        bool, typer.Option(help="Send a token once to each other host, where ranks share one.")
+    ] = True,
     preset: Annotated[
         str | None, typer.Option(help="A model's sizes, such as deepseek-v4-flash/16; sizes that are given too win.")
     ] = None,
@@ -34,6 +38,7 @@ def bench(
     topk: Annotated[int | None, typer.Option(help="Experts per token; 4 without a preset.")] = None,
     weight_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "mxfp4",
     dispatch_format: Annotated[str, typer.Option(help="mxfp8, bf16, or auto.")] = "mxfp8",
+    combine_format: Annotated[str, typer.Option(help="bf16 or mxfp8: how results travel home.")] = "bf16",
     waves: Annotated[
         str, typer.Option(help='"auto", a number, relative sizes such as 1,2,1, or "sweep" for a row of each.')
     ] = "auto",
@@ -44,8 +49,12 @@ def bench(
         typer.Option(help="Record a serial and an overlapped call, for Perfetto and megamoe timeline."),
     ] = None,
     machine: Annotated[
-        str | None, typer.Option(help="Profile to predict by, such as megamoe calibrate writes; what ships without.")
+        str | None,
+        typer.Option(help="Profile to predict by, such as megamoe calibrate writes; without, this machine's."),
     ] = None,
+    predict: Annotated[
+        bool, typer.Option(help="Predict the run; a machine's constants are measured once, in two seconds, and kept.")
+    ] = True,
     check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
     output: Output = Format.table,
 ) -> None:
@@ -66,15 +75,19 @@ def bench(
                 ranks=ranks,
                 link=link,
                 latency_ms=latency_ms,
+                ranks_per_host=ranks_per_host,
+                node_limited=node_limited,
                 tokens_per_rank=tokens_per_rank,
                 weight_format=weight_format,
                 dispatch_format=dispatch_format,
+                combine_format=combine_format,
                 waves="auto" if waves == "sweep" else parse_waves(waves),
                 threads_per_rank=threads_per_rank,
                 repeats=repeats,
                 check=check,
                 trace=trace is not None,
                 machine=machine,
+                predict=predict,
                 **sizes,
             )
             if trace and waves == "sweep":
@@ -86,7 +99,7 @@ def bench(
             reports = []
             for number, each in enumerate(requests):
                 bar.update(task, description=f"{each.waves} waves", completed=number, total=len(requests))
-                report, timeline = run_traced(each)
+                report, timeline = run_traced(each, lambda what: bar.update(task, description=what))
                 reports.append(report)
         if trace and timeline:
             timeline.save(trace)
@@ -113,8 +126,11 @@ def _print_sweep(reports: list[BenchReport]) -> None:
 def _workload(report: BenchReport) -> str:
     link = f"{report.link_gb_s * 8:g} Gbit/s links" if report.link_gb_s else "loopback"
     experts = f"{report.num_experts} experts {report.hidden} x {report.intermediate} {report.weight_format}"
-    tokens = f"{report.ranks} ranks, {link}, {report.tokens_per_rank} tokens a rank"
-    return f"{tokens}, {experts}, top-{report.topk}, {report.dispatch_format} wire"
+    ranks = f"{report.ranks} ranks"
+    if report.ranks_per_host > 1:
+        ranks += f", {report.ranks_per_host} a host{'' if report.node_limited else ' and not node-limited'}"
+    tokens = f"{ranks}, {link}, {report.tokens_per_rank} tokens a rank"
+    return f"{tokens}, {experts}, top-{report.topk}, {report.dispatch_format} there, {report.combine_format} back"
 
 
 def _print_bench(report: BenchReport) -> None:
@@ -130,9 +146,12 @@ def _print_bench(report: BenchReport) -> None:
         f"speedup over serial {report.speedup:.2f}, efficiency {report.efficiency:.2f}, exposed "
         f"{report.exposed_ms:.1f} ms, {report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}"
     )
+    if report.ranks_per_host > 1:
+        assert report.link_bytes_per_host is not None
+        say(f"{report.link_bytes_per_host / 1e6:.2f} MB over the link of a host")
     if report.predicted_ms is not None:
         off = report.predicted_ms / report.overlapped_ms - 1
-        say(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%}")
+        say(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%} (by {report.predicted_by})")
     if report.traced_ms is not None:
         hidden = "none" if report.hidden_percent is None else f"{report.hidden_percent:.1f} %"
         say(f"{hidden} of communication hidden; recording cost {report.trace_cost:+.1%}")

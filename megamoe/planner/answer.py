@@ -19,7 +19,19 @@ from megamoe.planner.serving.memory import Memory, memory, smallest_ep
 from megamoe.planner.serving.serving import Serving, costs_of, serve
 
 LAYER_PARTS = (
-    *("fixed_us", "core_us", "sum_us", "compute_us", "memory_us", "alone_us", "dispatch_us", "combine_us"),
+    *(
+        "fixed_us",
+        "kernel_us",
+        "graph_us",
+        "stack_us",
+        "core_us",
+        "sum_us",
+        "compute_us",
+        "memory_us",
+        "alone_us",
+        "dispatch_us",
+        "combine_us",
+    ),
     *("communication_us", "exposed_us", "head_us", "stalls_us", "tail_us"),
 )
 MEMORY_PARTS = ("experts", "weights", "cache", "activations", "capacity")
@@ -106,14 +118,19 @@ class Answer:
                 "margin": rule and rule.margin,
                 "required_link_gb_s": rule.required_gb_s if rule else 0.0,
                 "link_gb_s": rule and rule.gb_s,
-                "binding_tier": rule and rule.tier,
+                "binding_tier": rule and request.hardware.tier_names[rule.tier],
                 "hides_tflops_per_gb_s": hides_tflops(request.expert.intermediate, request.expert.gated),
                 "compute_format": request.compute_format,
                 "weight_format": request.weight_format or request.model.weight_format,
                 "dispatch_format": request.dispatch_format,
                 "combine_format": request.combine_format,
-                "rules": [{"count": count, **rule_dict(each)} for count, each in counts(self.plan)],
+                "rules": [
+                    {"count": count, **rule_dict(each), "tier": request.hardware.tier_names[each.tier]}
+                    for count, each in counts(self.plan)
+                ],
                 "tokens_per_rank": request.tokens_per_rank,
+                "stack": request.stack,
+                "two_batch": request.two_batch,
                 "routing": request.routing,
                 "redundant": request.redundant,
                 **self._traffic(),
@@ -135,6 +152,7 @@ class Answer:
             "domains": sent.domains,
             "token_bytes_across_devices": sent.across_devices_bytes,
             "token_bytes_across_domains": sent.across_domains_bytes,
+            "token_bytes_node_limited": sent.node_limited_bytes,
         }
 
     def _layer(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megamoe.execution.experts import Experts
 from megamoe.execution.ops import has_kernels
+from megamoe.formats import BLOCK
 from megamoe.kernels.chips.targets import reads_wide
 from megamoe.kernels.chips.tiles import Tile
 from megamoe.kernels.chips.tuned import table_of
@@ -29,12 +30,17 @@ from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.transport.buffers import Exchange, SymmetricBuffer, exchange_over, open_buffer, virtual_buffers
 from megamoe.parallel.transport.pairs import Label
+from megamoe.shape import MoEShape
 
 _MOST_CARD = 900  # bytes of a complaint that ranks tell each other
 
 
-def check_fused(device: torch.device) -> None:
-    """ValueError where transport="fused" cannot run on a device."""
+def check_fused(device: torch.device, shape: MoEShape, combine_format: str) -> None:
+    """ValueError where transport="fused" cannot run on a device, or a layer."""
+    if combine_format != "bf16":
+        raise ValueError(f"transport='fused' has combine_format='bf16' alone, got {combine_format!r}")
+    if shape.hidden % BLOCK:
+        raise ValueError(f"transport='fused' needs a hidden size that {BLOCK} divides, got {shape.hidden}")
     if device.type == "cpu" and not interpreting():
         raise ValueError(
             "transport='fused' runs on a CPU in Triton's interpreter alone: set TRITON_INTERPRET=1 before the program "
@@ -72,6 +78,11 @@ class Fused:
         self._terms = Terms(layer, tokens, experts.weight_format, wire, str(experts.shape), owners)
         self._kernel: MegaKernel | None = None
         self._complaints: list[ValueError] = []
+
+    @property
+    def opened(self) -> bool:
+        """Whether ranks have met and mapped each other's memory."""
+        return self._kernel is not None
 
     @property
     def memory_bytes(self) -> int:
