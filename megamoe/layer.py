@@ -394,6 +394,8 @@ class MegaMoE(nn.Module):
             check_input(self.shape, self.device, hidden, topk_ids, topk_weights)
             if self._alone is not None:
                 self._alone.refuse(self.name)
+            if self._fused is not None:
+                self._fused.check_size(len(hidden))
             if not self.experts.whole:
                 missing = shortened(self.experts.missing)
                 raise ValueError(f"layer {self.name!r} has no weights for experts {missing}: load them first")
