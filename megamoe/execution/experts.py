@@ -44,7 +44,8 @@ class Experts(nn.Module):
 
     Without a gate 2I is I. In memory they lie as the device's products read them. keep_dequantized=True also keeps a
     BF16 copy of mxfp4 weights where torch multiplies, 3 * H * I * 2 bytes an expert with a gate; kernels decode on the
-    way, so there it is refused.
+    way, so there it is refused. interpreted=True holds them as on a device with Triton kernels, for kernels that Triton
+    interprets.
     """
 
     def __init__(
@@ -56,12 +57,13 @@ class Experts(nn.Module):
         device: torch.device,
         keep_dequantized: bool = False,
         arithmetic: str = "auto",
+        interpreted: bool = False,
     ) -> None:
         super().__init__()
         self.shape, self.ids, self.weight_format, self.device = shape, ids, weight_format, device
         self.format = WEIGHT_FORMATS[weight_format]
         self.packed = weight_format == "mxfp4"  # which GPUs' kernels read in ways of its own
-        self.grouped = has_kernels(device) and self.format.kernels
+        self.grouped = (interpreted or has_kernels(device)) and self.format.kernels
         self.products = products_of(device, arithmetic, kernels=self.format.kernels)
         self.layout = self.products.layout
         if self.grouped:
