@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,8 @@ class MegaMoE(nn.Module):
     batch, on one device type. last_call holds the CallRecord of the latest call.
     """
 
+    experts_type: ClassVar[type[Experts]] = Experts
+
     def __init__(
         self,
         shape: MoEShape,
@@ -98,7 +100,7 @@ class MegaMoE(nn.Module):
         self.placement = Placement(shape.num_experts, self.group.size)
         self.machine = machine
         with undisturbed(self.device):
-            self.experts = Experts(
+            self.experts = self.experts_type(
                 shape,
                 self.placement.experts(self.group.rank),
                 weight_format=weight_format,
@@ -268,8 +270,10 @@ class MegaMoE(nn.Module):
             num_rows = int(counts.numpy().sum())
             route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace)
             hidden = hidden.to(torch.bfloat16).contiguous()
-        parts = Parts(self.name, self.group, self.experts, choice.wire, plan, messages, choice.cost_model, notes)
-        return Call(parts, route, agreed.counts, hidden, record)
+        parts = Parts(
+            self.name, self.group, self.experts, choice.wire, plan, messages, agreed, choice.cost_model, notes
+        )
+        return Call(parts, route, hidden, record)
 
     def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, ValueError | None]:
         """Rows for each expert and unique tokens, [E] int64 on the CPU, and what is wrong with the values.

@@ -1,0 +1,188 @@
+"""This rank's experts as training holds them: packed for the products of both passes, derived from master weights."""
+
+# e experts of this rank   H hidden   I intermediate   n rows   N outputs   K inputs
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.execution.experts import HELD, Experts, Weight
+from megamoe.execution.products import Held
+from megamoe.execution.weights import Matrix
+from megamoe.formats import MXFP4, WEIGHT_FORMATS, dequantize_mxfp4
+from megamoe.kernels.cpu.library import Rows
+from megamoe.parallel.workspace import Workspace
+
+_BF16 = WEIGHT_FORMATS["bf16"]
+
+
+class TrainableExperts(Experts):
+    """Experts whose weights are packed twice: for the forward as ever, and transposed in BF16 for data gradients.
+
+    Both come from master weights, which are parameters: gate_up [e, 2I, H], down [e, H, I], and in FP32 gate_up_bias
+    [e, 2I] and down_bias [e, H] where the shape has biases. A state dict has these and `held`, which says whose they
+    are. The transposed ones take 2 bytes a weight and are exactly the values that the forward multiplies by.
+    """
+
+    captured: list[Tensor] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.grouped:
+            raise ValueError(
+                f"training on {self.device} is not supported: it runs on CPUs and on devices where torch multiplies; "
+                'make the layer with device="cpu"'
+            )
+        self._backward = {
+            name: Matrix(f"{name}, transposed", matrix.inputs, matrix.outputs, _BF16)
+            for name, matrix in self.matrices.items()
+        }
+        self._transposed = {
+            name: {
+                key: torch.empty(len(self.ids), *size, dtype=dtype, device=self.device)
+                for key, (size, dtype) in self.layout.buffers(matrix).items()
+            }
+            for name, matrix in self._backward.items()
+        }
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the packed weights of both passes; master weights are the layer's."""
+        stacks = [stack for held in self._transposed.values() for stack in held.values()]
+        return super().memory_bytes + sum(stack.numel() * stack.element_size() for stack in stacks)
+
+    def _put(self, expert: int, weights: Any, biases: Any) -> None:
+        super()._put(expert, weights, biases)
+        index = expert - self.ids.start
+        for name, matrix in self._backward.items():
+            places = {key: stack[index] for key, stack in self._transposed[name].items()}
+            self.layout.pack_into(matrix, self.format.dense(weights[name]).T, places)
+
+    def regroup(self, ids: range) -> None:
+        """ValueError where experts would move: optimisers hold the parameters."""
+        if ids != self.ids:
+            raise ValueError("a layer that trains cannot regroup: save it, and load what was saved in the new group")
+        super().regroup(ids)
+
+    # ---- master weights ----
+
+    def make_masters(self, dtype: torch.dtype, seed: int) -> None:
+        """The parameters, with first values that depend on the seed and an expert's global id."""
+        for name, matrix in self.matrices.items():
+            sizes = len(self.ids), matrix.outputs, matrix.inputs
+            setattr(self, name, nn.Parameter(torch.empty(*sizes, dtype=dtype, device=self.device)))
+        for name, matrix in self.matrices.items():
+            bias = torch.zeros(len(self.ids), matrix.outputs, dtype=torch.float32, device=self.device)
+            self.register_parameter(f"{name}_bias", nn.Parameter(bias) if self.shape.bias else None)
+        self._quantized: tuple[tuple[int, int], ...] = ()
+        self.reset_parameters(seed)
+
+    @property
+    def masters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters: gate_up, down, and the biases where there are any."""
+        return tuple(self.parameters())
+
+    def reset_parameters(self, seed: int) -> None:
+        """See TrainableMoE."""
+        with torch.no_grad():
+            for index, expert in enumerate(self.ids):
+                generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + expert)
+                for stack in self.masters[:2]:
+                    bound = stack.shape[2] ** -0.5
+                    values = torch.empty(stack.shape[1:], dtype=torch.float32, device="cpu")
+                    stack[index] = values.uniform_(-bound, bound, generator=generator)
+            for bias in self.masters[2:]:
+                bias.zero_()
+
+    def load(
+        self,
+        expert: int,
+        gate_up: Weight,
+        down: Weight,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        """Experts.load() into the master weights, in whatever precision they come."""
+        self.check(expert, gate_up, down, gate_up_bias, down_bias)
+        index, given = expert - self.ids.start, (gate_up, down, gate_up_bias, down_bias)
+        with torch.no_grad():
+            for master, each in zip(self.masters, given, strict=False):
+                weight = MXFP4.from_bytes(*each) if isinstance(each, tuple) else each
+                assert weight is not None
+                master[index] = dequantize_mxfp4(weight, torch.float32) if isinstance(weight, MXFP4) else weight
+
+    def quantize(self) -> None:
+        """Packs all experts anew from the master weights."""
+        for index, expert in enumerate(self.ids):
+            super().load(expert, *(master.detach()[index] for master in self.masters))
+        self._quantized = self._state()
+
+    def quantize_what_changed(self) -> None:
+        """quantize() where a master weight is another tensor, or was changed in place, since the last time."""
+        if self._quantized != self._state():
+            self.quantize()
+
+    def _state(self) -> tuple[tuple[int, int], ...]:
+        return tuple((master.data_ptr(), master._version) for master in self.masters)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        destination[prefix + HELD] = self._whose
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        held = {key: state_dict[key] for key in state_dict if key == prefix + HELD}
+        whose = held.get(prefix + HELD, self._whose)
+        if whose.tolist() != self._whose.tolist():
+            error_msgs.append(self._strangers(prefix, whose))
+            return
+        if not held:
+            missing_keys.append(prefix + HELD)
+        rest = {key: value for key, value in state_dict.items() if key not in held}
+        nn.Module._load_from_state_dict(
+            self, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    # ---- rows sorted by expert ----
+
+    def linear1(self, rows: Rows, experts: range, workspace: Workspace) -> Tensor:
+        """Experts.linear1(), a copy of which is kept while `captured` is a list."""
+        found = super().linear1(rows, experts, workspace)
+        if self.captured is not None:
+            self.captured.append(found.clone())
+        return found
+
+    def recompute_linear1(self, rows: Rows, experts: range, out: Tensor, workspace: Workspace) -> None:
+        """linear1() into out [n, 2I] bfloat16."""
+        self._multiply("gate_up", rows, experts, out, workspace)
+
+    def data_gradient(self, name: str, rows: Rows, experts: range, out: Tensor, goes: Tensor | None = None) -> None:
+        """Rows [., N] bfloat16 by the matrix that the forward multiplied by, not transposed: into out [., K].
+
+        out is bfloat16 or float32; row r goes to row goes[r] of it
+        """
+        part = slice(experts.start - self.ids.start, experts.stop - self.ids.start)
+        held = Held(self._backward[name], {key: stack[part] for key, stack in self._transposed[name].items()})
+        self.products.multiply(rows, held, out, goes)
+
+    def weight_gradient(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """left [n, N], right [n, K] bfloat16, rows of one expert in the order of the global batch -> out [N, K].
+
+        A product whose sum runs over the rows: for each output in the order in which the device's products sum.
+        """
+        matrix = Matrix("rows", right.shape[1], len(right), _BF16)
+        packed = {key: each.unsqueeze(0) for key, each in self.layout.pack(matrix, right.T).items()}
+        counts = torch.tensor([left.shape[1]], dtype=torch.int64, device="cpu")
+        columns = left.new_empty(left.shape[1], len(left)).copy_(left.T)
+        self.products.multiply(Rows(columns, counts), Held(matrix, packed), out)
