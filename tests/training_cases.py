@@ -11,9 +11,7 @@ from megamoe.parallel.group import EPGroup
 from megamoe.shape import MoEShape
 from megamoe.training import TrainableMoE
 from megamoe.training.reference import Gradients, Problem
-from tests.cases import Batch, make_batch, make_biases, make_weights, split
-
-NAMES = ("gate_up", "down", "gate_up_bias", "down_bias")
+from tests.cases import Batch, make_biases, make_weights, split
 
 
 def make_trainable(shape: MoEShape, group: EPGroup | None = None, **options: Any) -> TrainableMoE:
@@ -22,9 +20,10 @@ def make_trainable(shape: MoEShape, group: EPGroup | None = None, **options: Any
     return layer
 
 
-def make_problem(shape: MoEShape, batch: Batch, **formats: str) -> Problem:
+def make_problem(shape: MoEShape, batch: Batch, **formats: Any) -> Problem:
     gate_up, down = make_weights(shape)
-    return Problem(shape, batch.hidden, batch.ids, batch.weights, gate_up, down, **make_biases(shape), **formats)
+    given: dict[str, Any] = {**make_biases(shape), **formats}
+    return Problem(shape, batch.hidden, batch.ids, batch.weights, gate_up, down, **given)
 
 
 def make_gradient(batch: Batch, seed: int = 5) -> Tensor:
@@ -62,16 +61,3 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def differences(found: dict[str, Tensor], expected: Gradients) -> list[str]:
     """Names of gradients that are not the same to the bit."""
     return [name for name, each in found.items() if not torch.equal(each, getattr(expected, name))]
-
-
-__all__ = [
-    "NAMES",
-    "backward",
-    "backward_on_ranks",
-    "differences",
-    "joined",
-    "make_batch",
-    "make_gradient",
-    "make_problem",
-    "make_trainable",
-]

@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from megamoe.execution.experts import HELD, Experts, Weight
 from megamoe.execution.products import Held
@@ -27,6 +30,10 @@ class TrainableExperts(Experts):
     are. The transposed ones take 2 bytes a weight and are exactly the values that the forward multiplies by.
     """
 
+    gate_up: nn.Parameter
+    down: nn.Parameter
+    gate_up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
     captured: list[Tensor] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,6 +85,7 @@ class TrainableExperts(Experts):
             bias = torch.zeros(len(self.ids), matrix.outputs, dtype=torch.float32, device=self.device)
             self.register_parameter(f"{name}_bias", nn.Parameter(bias) if self.shape.bias else None)
         self._quantized: tuple[tuple[int, int], ...] = ()
+        _watch(self)
         self.reset_parameters(seed)
 
     @property
@@ -121,9 +129,13 @@ class TrainableExperts(Experts):
         self._quantized = self._state()
 
     def quantize_what_changed(self) -> None:
-        """quantize() where a master weight is another tensor, or was changed in place, since the last time."""
+        """quantize() where a master weight is another tensor, was changed in place or stepped, since the last time."""
         if self._quantized != self._state():
             self.quantize()
+
+    def has_stepped(self) -> None:
+        """An optimiser has changed master weights, perhaps without torch counting it."""
+        self._quantized = ()
 
     def _state(self) -> tuple[tuple[int, int], ...]:
         return tuple((master.data_ptr(), master._version) for master in self.masters)
@@ -186,3 +198,24 @@ class TrainableExperts(Experts):
         counts = torch.tensor([left.shape[1]], dtype=torch.int64, device="cpu")
         columns = left.new_empty(left.shape[1], len(left)).copy_(left.T)
         self.products.multiply(Rows(columns, counts), Held(matrix, packed), out)
+
+
+# ---- steps of optimisers: a fused one changes weights without torch counting it ----
+
+_living: WeakSet[TrainableExperts] = WeakSet()
+_hooks: list[RemovableHandle] = []
+
+
+def _watch(experts: TrainableExperts) -> None:
+    """Has the experts know of every step that an optimiser of torch makes with one of their parameters."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+    _living.add(experts)
+
+
+def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    del args, kwargs
+    stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for experts in _living:
+        if any(id(master) in stepped for master in experts.masters):
+            experts.has_stepped()

@@ -47,8 +47,8 @@ class TrainableMoE(MegaMoE):
     experts.gate_up [e, 2I, H] and experts.down [e, H, I] of master_dtype are this rank's experts (gate_up [e, I, H]
     without a gate); experts.gate_up_bias [e, 2I] and experts.down_bias [e, H], FP32, where the shape has biases. What
     the forward multiplies by is made from them, in one pass, before the first forward after they changed: torch counts
-    in-place changes. quantize() does so at once, and is needed after changes that torch does not count, through
-    `.data`. Rounding passes gradients straight through to the master weights.
+    in-place changes, and tells of its optimisers' steps. quantize() does so at once, and is needed after changes that
+    neither shows, through `.data`. Rounding passes gradients straight through to the master weights.
 
     In addition to MegaMoE's arguments:
     master_dtype      torch.float32 or torch.bfloat16
