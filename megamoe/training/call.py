@@ -26,7 +26,7 @@ from megamoe.routing.row_plan import RankRows, StepRows, plan_rows
 from megamoe.routing.waves import WavePlan
 from megamoe.routing.wire import Wire, pair_records, read_records
 from megamoe.training.derivatives import activate_backward, sum_in_lanes
-from megamoe.training.experts import TrainableExperts
+from megamoe.training.experts import Picked, TrainableExperts
 from megamoe.training.kept import Kept, in_batch_order, whole_waves
 from megamoe.training.wire import GradientWire, HomeWire
 
@@ -287,18 +287,18 @@ class BackwardCall:
                 if each is not None:
                     each[index] = 0
             return
-        incoming = self._gradients.index_select(0, self._gradient_rows[rows])
-        of_linear1 = self._linear1[rows]
+        gradients = Picked(self._gradients, self._gradient_rows[rows])
+        own = torch.arange(rows.start, rows.stop)
         if found.down is not None:
-            self._experts.weight_gradient(incoming, self._activated[rows], found.down[index])
+            self._experts.weight_gradient(gradients, Picked(self._activated, own), found.down[index])
         if found.gate_up is not None:
-            tokens = self._tokens.index_select(0, self._token_sources(rows))
-            self._experts.weight_gradient(of_linear1, tokens, found.gate_up[index])
+            tokens = Picked(self._tokens, self._token_sources(rows))
+            self._experts.weight_gradient(Picked(self._linear1, own), tokens, found.gate_up[index])
         if found.gate_up_bias is not None:
-            found.gate_up_bias[index] = sum_in_lanes(of_linear1.to(torch.float32), 0)
+            found.gate_up_bias[index] = sum_in_lanes(self._linear1[rows].to(torch.float32), 0)
         if found.down_bias is not None:
-            weighted = incoming.to(torch.float32) * self._weights[rows].unsqueeze(-1)
-            found.down_bias[index] = sum_in_lanes(weighted, 0)
+            wide = self._gradients.index_select(0, gradients.rows).to(torch.float32)
+            found.down_bias[index] = sum_in_lanes(wide * self._weights[rows].unsqueeze(-1), 0)
 
     def reduce(self) -> tuple[Tensor, Tensor]:
         """Once all results are home -> gradients of tokens [T, H] bfloat16 and of top-k weights [T, K] float32"""

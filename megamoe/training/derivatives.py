@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megamoe.activations import Activation
 from megamoe.formats import BLOCK, chunks, dequantize_mxfp8, quantize_mxfp8
+from megamoe.kernels.cpu.library import chosen
 from megamoe.kernels.gating import Tables, gate_fp64, up_factor
 
 LANES = BLOCK
@@ -71,6 +72,12 @@ def activate_backward(
     """
     of_weights = weights.new_empty(len(weights))
     derivatives = derivatives_of(tables.activation, linear1.device)
+    library = chosen() if linear1.device.type == "cpu" else None
+    if library is not None:
+        all_tables = tables, derivatives.gate, derivatives.up
+        out = {"activated": activated, "of_weights": of_weights}
+        library.activate_backward(linear1, weights, gradient, all_tables, quantized=quantized, **out)
+        return of_weights
     for rows in chunks(len(linear1), linear1.shape[1]):
         part, weight, incoming = linear1[rows], weights[rows].unsqueeze(-1), gradient[rows]
         gate, up = part.chunk(2, -1) if tables.activation.gated else (part, None)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -13,9 +14,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from megamoe.execution.experts import HELD, Experts, Weight
-from megamoe.execution.products import Held
+from megamoe.execution.products import Held, KernelProducts
 from megamoe.execution.weights import Matrix
-from megamoe.formats import MXFP4, WEIGHT_FORMATS, dequantize_mxfp4
+from megamoe.formats import BLOCK, MXFP4, VALUES, WEIGHT_FORMATS, dequantize_mxfp4
 from megamoe.kernels.cpu.library import Rows
 from megamoe.parallel.workspace import Workspace
 
@@ -188,16 +189,32 @@ class TrainableExperts(Experts):
         held = Held(self._backward[name], {key: stack[part] for key, stack in self._transposed[name].items()})
         self.products.multiply(rows, held, out, goes)
 
-    def weight_gradient(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        """left [n, N], right [n, K] bfloat16, rows of one expert in the order of the global batch -> out [N, K].
+    def weight_gradient(self, left: Picked, right: Picked, out: Tensor) -> None:
+        """Rows [n, N] and [n, K] of one expert in the order of the global batch -> their product over rows, out [N, K].
 
-        A product whose sum runs over the rows: for each output in the order in which the device's products sum.
+        For each output the rows are summed in the order in which the device's products sum over K.
         """
-        matrix = Matrix("rows", right.shape[1], len(right), _BF16)
-        packed = {key: each.unsqueeze(0) for key, each in self.layout.pack(matrix, right.T).items()}
-        counts = torch.tensor([left.shape[1]], dtype=torch.int64, device="cpu")
-        columns = left.new_empty(left.shape[1], len(left)).copy_(left.T)
-        self.products.multiply(Rows(columns, counts), Held(matrix, packed), out)
+        num_rows, inputs = len(right.rows), right.x.shape[1]
+        matrix = Matrix("rows", inputs, num_rows, _BF16)
+        counts = torch.tensor([left.x.shape[1]], dtype=torch.int64, device="cpu")
+        if isinstance(self.products, KernelProducts):
+            pitch = -(-num_rows // BLOCK) * BLOCK
+            columns = left.x.new_empty(left.x.shape[1], pitch)
+            packed = right.x.new_empty(1, -(-inputs // BLOCK), pitch // 2, BLOCK, 2)
+            self.products.library.turn_rows(left.x, left.rows, columns)
+            self.products.library.pack_rows(right.x, right.rows, packed[0])
+            self.products.multiply(Rows(columns, counts), Held(matrix, {VALUES: packed}), out)
+            return
+        columns, turned = left.x[left.rows].T.contiguous(), right.x[right.rows].T.contiguous()
+        self.products.multiply(Rows(columns, counts), Held(matrix, {VALUES: turned.unsqueeze(0)}), out)
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """Some rows of x [., N] bfloat16: rows [n] int64, which of them, in order."""
+
+    x: Tensor
+    rows: Tensor
 
 
 # ---- steps of optimisers: a fused one changes weights without torch counting it ----
