@@ -40,7 +40,7 @@ def twenty_steps(group: EPGroup, options: dict[str, Any]) -> list[Tensor]:
     return [each.detach().clone() for each in layer.parameters()]
 
 
-TRAINED = {
+TRAINED: dict[str, list[dict[str, Any]]] = {
     "mxfp4": [{"waves": 1}, {"waves": 1}, {"waves": 3}, {"waves": "auto"}],
     "bf16": [{"weight_format": "bf16", "dispatch_format": "bf16", "master_dtype": torch.bfloat16}] * 2,
 }
@@ -71,7 +71,7 @@ def two_layers(group: EPGroup, wrap: str) -> dict[str, Tensor]:
     x = hidden
     for layer in layers:
         x = chain(layer, x) if wrap == "none" else checkpoint(chain, layer, x, use_reentrant=wrap == "reentrant")
-    x.backward(gradient)
+    torch.autograd.backward(x, gradient)
     found = {"hidden": hidden.grad, "topk_weights": weights.grad}
     found |= {f"{layer.name} {key}": each.grad for layer in layers for key, each in layer.named_parameters()}
     return {key: each for key, each in found.items() if each is not None}
@@ -108,7 +108,7 @@ def partly_frozen(group: EPGroup) -> None:
     layer = make_trainable(SHAPE, group)
     whole = backward(layer, batch, gradient)
     layer.zero_grad()
-    layer.experts.down.requires_grad_(requires_grad=False)
+    layer.experts.down.requires_grad = False
     layer(batch.hidden, batch.ids, batch.weights).backward(gradient)
     assert layer.experts.down.grad is None
     assert layer.experts.gate_up.grad is not None

@@ -43,6 +43,9 @@ def bench(
         Path | None,
         typer.Option(help="Record a serial and an overlapped call, for Perfetto and megamoe timeline."),
     ] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Measure forward and backward of a layer that trains.")
+    ] = False,
     machine: Annotated[
         str | None, typer.Option(help="Profile to predict by, such as megamoe calibrate writes; what ships without.")
     ] = None,
@@ -74,6 +77,7 @@ def bench(
                 repeats=repeats,
                 check=check,
                 trace=trace is not None,
+                backward=backward,
                 machine=machine,
                 **sizes,
             )
@@ -114,7 +118,8 @@ def _workload(report: BenchReport) -> str:
     link = f"{report.link_gb_s * 8:g} Gbit/s links" if report.link_gb_s else "loopback"
     experts = f"{report.num_experts} experts {report.hidden} x {report.intermediate} {report.weight_format}"
     tokens = f"{report.ranks} ranks, {link}, {report.tokens_per_rank} tokens a rank"
-    return f"{tokens}, {experts}, top-{report.topk}, {report.dispatch_format} wire"
+    both = ", forward and backward" if report.backward else ""
+    return f"{tokens}, {experts}, top-{report.topk}, {report.dispatch_format} wire{both}"
 
 
 def _print_bench(report: BenchReport) -> None:

@@ -112,6 +112,7 @@ class BackwardCall:
         self._records = self._rows.view(torch.int32).view(-1, 2)
         self._results = workspace.take("results", (plan.num_results, self._home.row_bytes), hidden, torch.uint8)
         self._results[-1].zero_()  # what a masked slot adds
+        self._note(len(hidden), int(rows.own.sum()))
         order = in_batch_order(rows, self._rank)
         sources, destinations = (each[order] for each in plan.computed.expand())
         self._sources, self._destinations = torch.from_numpy(sources), torch.from_numpy(destinations)
@@ -126,6 +127,13 @@ class BackwardCall:
         self._gradients = self._decoded(parts.wire, parts.wire.gradients(inbox), "backward gradients")
         self._read_own = False
         self._tokens = self._open_tokens(inbox)
+
+    def _note(self, num_tokens: int, num_own: int) -> None:
+        record, plan = self._record, self._plan
+        record.tokens, record.waves, record.rows_local = num_tokens, self._parts.plan.num_waves, num_own
+        record.rows_sent, record.rows_received = self._route.num_rows - num_own, plan.going_home[-1].stop
+        record.dispatch_bytes = plan.sent[-1].stop * self._parts.wire.row_bytes
+        record.combine_bytes = record.rows_received * self._home.row_bytes
 
     def _encode(self, hidden: Tensor, gradient: Tensor) -> None:
         own, wire = self._rows[self._plan.own], self._parts.wire
@@ -238,12 +246,12 @@ class BackwardCall:
         rows, experts, workspace = step.rows, self._experts, self._parts.group.workspace
         counts, goes = torch.from_numpy(step.counts), self._destinations[rows]
         linear1, weights, shape = self._linear1[rows], self._weights[rows], experts.shape
-        with self._lane("linear-2 data", wave, step):
+        with self._lane("linear-2 gradient", wave, step):
             size = (len(linear1), shape.intermediate)
             of_activated = workspace.take("backward of activated", size, linear1, torch.float32)
             incoming = Rows(self._gradients, counts, self._gradient_rows[rows])
             experts.data_gradient("down", incoming, step.experts, of_activated)
-        with self._lane("activation backward", wave, step):
+        with self._lane("activation gradient", wave, step):
             of_weights = activate_backward(
                 linear1,
                 weights,
@@ -255,7 +263,7 @@ class BackwardCall:
             if shape.bias:
                 of_weights += self._of_bias(step)
             self._home.weights(self._results)[goes] = of_weights
-        with self._lane("linear-1 data", wave, step):
+        with self._lane("linear-1 gradient", wave, step):
             by_expert = Rows(linear1, counts)
             if self._home.in_place:
                 experts.data_gradient("gate_up", by_expert, step.experts, self._home.rows(self._results), goes)
@@ -274,7 +282,7 @@ class BackwardCall:
     def weights(self, wave: int) -> None:
         """Gradients of the weights of the wave's experts."""
         step = self._plan.steps[wave]
-        with self._record.timing("compute_s"), self._lane("weight gradients", wave, step):
+        with self._record.timing("compute_s"), self._lane("weight gradient", wave, step):
             start = step.rows.start
             for expert, count in zip(step.experts, step.counts.tolist(), strict=True):
                 self._weights_of(expert - self._experts.ids.start, slice(start, start + count))
