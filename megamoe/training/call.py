@@ -28,6 +28,7 @@ from megamoe.routing.wire import Wire, pair_records, read_records
 from megamoe.training.derivatives import activate_backward, sum_in_lanes
 from megamoe.training.experts import Picked, TrainableExperts
 from megamoe.training.kept import Kept, in_batch_order, whole_waves
+from megamoe.training.pages import empty_like
 from megamoe.training.wire import GradientWire, HomeWire
 
 
@@ -47,7 +48,7 @@ class ExpertGradients:
     def like(cls, masters: Sequence[Tensor], needed: Sequence[bool]) -> ExpertGradients:
         """Room for those that are needed, of two masters or, with biases, four."""
         pairs = zip(masters, needed, strict=True)
-        found = [torch.empty_like(each) if need else None for each, need in pairs]
+        found = [empty_like(each) if need else None for each, need in pairs]
         return cls(*found, *[None] * (4 - len(found)))
 
     def each(self) -> tuple[Tensor | None, ...]:

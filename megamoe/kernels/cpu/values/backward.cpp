@@ -15,37 +15,81 @@ struct Activation {
     float limit, shift;
     bool gated;
 
-    float factor(uint16_t code) const {
-        if (!gated) return 1.0f;
-        if (up) return up[code];
-        const float value = from_bf16(code), below = value > limit ? limit : value;
-        const float clamped = below < -limit ? -limit : below;
-        return shift != 0 ? clamped + shift : clamped;
+    // Factors of `count` values of up and, where there are any, what their derivatives are multiplied by.
+    void read_up(const uint16_t* ups, int count, float* factors, float* slopes) const {
+        if (up) {
+            for (int i = 0; i < count; i++) factors[i] = up[ups[i]];
+        } else {
+            for (int i = 0; i < count; i++) {
+                const float value = from_bf16(ups[i]), below = value > limit ? limit : value;
+                factors[i] = below < -limit ? -limit : below;
+            }
+            if (shift != 0)
+                for (int i = 0; i < count; i++) factors[i] += shift;
+        }
+        if (up_slope)
+            for (int i = 0; i < count; i++) slopes[i] = up_slope[ups[i]];
     }
 };
 
-// `count` of a group's values at most GROUP: gradient [GROUP] float32; lanes gets gradient * p of each.
+// A group's values, `count` of GROUP: tables first, so that the arithmetic is loops over vectors.
+//   lanes gets gradient * p of each, activated p * weight, of_gate and of_up the gradients
 inline void backward_group(const Activation& a, const uint16_t* gates, const uint16_t* ups, float weight,
                            const float* gradient, int count, float* lanes, float* activated, uint16_t* of_gate,
                            uint16_t* of_up) {
-    for (int i = 0; i < count; i++) {
-        const uint16_t gate = gates[i], up = ups[i];
-        const float value = a.gate[gate], slope = a.gate_slope[gate], incoming = gradient[i];
-        const float scaled = incoming * weight;
-        if (a.gated) {
-            const float factor = a.factor(up), product = value * factor;
-            lanes[i] += incoming * product;
-            activated[i] = product * weight;
-            of_gate[i] = to_bf16(scaled * factor * slope);
-            const float through = scaled * value;
-            of_up[i] = to_bf16(a.up_slope ? through * a.up_slope[up] : through);
-        } else {
-            lanes[i] += incoming * value;
-            activated[i] = value * weight;
-            of_gate[i] = to_bf16(scaled * slope);
+    float value[GROUP] = {}, slope[GROUP] = {}, factor[GROUP] = {}, up_slope[GROUP] = {}, incoming[GROUP] = {};
+    std::memcpy(incoming, gradient, count * sizeof *incoming);
+    for (int i = 0; i < count; i++) value[i] = a.gate[gates[i]];
+    for (int i = 0; i < count; i++) slope[i] = a.gate_slope[gates[i]];
+    if (!a.gated) {
+        for (int i = 0; i < count; i++) lanes[i] += incoming[i] * value[i];
+        for (int i = 0; i < GROUP; i++) activated[i] = value[i] * weight;
+        for (int i = 0; i < GROUP; i++) of_gate[i] = to_bf16(incoming[i] * weight * slope[i]);
+        return;
+    }
+    a.read_up(ups, count, factor, up_slope);
+    float product[GROUP], scaled[GROUP], through[GROUP];
+    for (int i = 0; i < GROUP; i++) product[i] = value[i] * factor[i];
+    for (int i = 0; i < GROUP; i++) scaled[i] = incoming[i] * weight;
+    for (int i = 0; i < count; i++) lanes[i] += incoming[i] * product[i];
+    for (int i = 0; i < GROUP; i++) activated[i] = product[i] * weight;
+    for (int i = 0; i < GROUP; i++) of_gate[i] = to_bf16(scaled[i] * factor[i] * slope[i]);
+    for (int i = 0; i < GROUP; i++) through[i] = scaled[i] * value[i];
+    if (a.up_slope)
+        for (int i = 0; i < GROUP; i++) through[i] *= up_slope[i];
+    for (int i = 0; i < GROUP; i++) of_up[i] = to_bf16(through[i]);
+}
+
+// 16 words of each of 16 rows, turned: out[c][p] = in[p][c].
+#if defined(MEGAMOE_AVX512)
+inline void turn_words(const uint32_t (*in)[GROUP], uint32_t* out, int64_t pitch) {
+    __m512i rows[16], half[16];
+    for (int i = 0; i < 16; i++) rows[i] = _mm512_loadu_si512(in[i]);
+    for (int i = 0; i < 16; i += 2) {
+        half[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        half[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(half[i + j], half[i + 2 + j]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(half[i + j], half[i + 2 + j]);
         }
+    // rows[4 g + c] has, in each quarter q, column 4 q + c of the rows 4 g to 4 g + 3
+    for (int c = 0; c < 4; c++) {
+        const __m512i ab = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88), cd = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
+        const __m512i ef = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xDD), gh = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xDD);
+        _mm512_storeu_si512(out + c * pitch, _mm512_shuffle_i32x4(ab, cd, 0x88));
+        _mm512_storeu_si512(out + (4 + c) * pitch, _mm512_shuffle_i32x4(ef, gh, 0x88));
+        _mm512_storeu_si512(out + (8 + c) * pitch, _mm512_shuffle_i32x4(ab, cd, 0xDD));
+        _mm512_storeu_si512(out + (12 + c) * pitch, _mm512_shuffle_i32x4(ef, gh, 0xDD));
     }
 }
+#else
+inline void turn_words(const uint32_t (*in)[GROUP], uint32_t* out, int64_t pitch) {
+    for (int c = 0; c < 16; c++)
+        for (int p = 0; p < 16; p++) out[c * pitch + p] = in[p][c];
+}
+#endif
 
 // out[c][r] = from[source[r]][c] for GROUP columns and GROUP rows; rows beyond `rows` are zeros.
 void turn_tile(const uint16_t* from, int64_t stride, const int64_t* source, int64_t first, int64_t rows, int columns,
@@ -56,13 +100,17 @@ void turn_tile(const uint16_t* from, int64_t stride, const int64_t* source, int6
         if (r >= rows) break;
         const uint16_t* even = from + (source ? source[r] : r) * stride;
         const uint16_t* odd = r + 1 < rows ? from + (source ? source[r + 1] : r + 1) * stride : nullptr;
-        for (int c = 0; c < columns; c++) pairs[p][c] = even[c] | (odd ? uint32_t(odd[c]) << 16 : 0);
+        if (odd && columns == GROUP) {
+            for (int c = 0; c < GROUP; c++) pairs[p][c] = even[c] | uint32_t(odd[c]) << 16;
+        } else {
+            for (int c = 0; c < columns; c++) pairs[p][c] = even[c] | (odd ? uint32_t(odd[c]) << 16 : 0);
+        }
     }
-    for (int c = 0; c < columns; c++) {
-        alignas(64) uint32_t column[GROUP / 2];
-        for (int p = 0; p < GROUP / 2; p++) column[p] = pairs[p][c];
-        std::memcpy(out + c * pitch + first, column, sizeof column);
-    }
+    alignas(64) uint32_t turned[GROUP][GROUP / 2];
+    turn_words(pairs, turned[0], GROUP / 2);
+    for (int p = 0; p < GROUP / 2; p++) std::copy(pairs[p] + GROUP / 2, pairs[p] + GROUP, pairs[p]);
+    turn_words(pairs, turned[GROUP / 2], GROUP / 2);
+    for (int c = 0; c < columns; c++) std::memcpy(out + c * pitch + first, turned[c], sizeof turned[c]);
 }
 
 }  // namespace
