@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -105,9 +106,7 @@ class _Transformers:
     """transformers' experts under their expert-parallel plan, which autograd goes through."""
 
     def __init__(self, kind: str, group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> None:
-        from benchmarks.peers import transformers_ep
-
-        self._peer = getattr(transformers_ep, kind)(group, shape, weights)
+        self._peer = getattr(import_module(f"{HERE}.transformers_ep"), kind)(group, shape, weights)
         for each in self.masters():
             each.requires_grad_()
 
@@ -137,6 +136,7 @@ class _Ours:
             weight_format=formats[0],
             dispatch_format=formats[1],
             master_dtype=torch.bfloat16,
+            saved="activations",  # as autograd keeps them for the peers
             name=" ".join(formats),
         )
         self._layer.load_experts(weights.gate_up, weights.down)

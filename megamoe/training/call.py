@@ -28,7 +28,7 @@ from megamoe.routing.wire import Wire, pair_records, read_records
 from megamoe.training.derivatives import activate_backward, sum_in_lanes
 from megamoe.training.experts import Picked, TrainableExperts
 from megamoe.training.kept import Kept, in_batch_order, whole_waves
-from megamoe.training.pages import empty_like
+from megamoe.training.pages import empty
 from megamoe.training.wire import GradientWire, HomeWire
 
 
@@ -48,7 +48,7 @@ class ExpertGradients:
     def like(cls, masters: Sequence[Tensor], needed: Sequence[bool]) -> ExpertGradients:
         """Room for those that are needed, of two masters or, with biases, four."""
         pairs = zip(masters, needed, strict=True)
-        found = [empty_like(each) if need else None for each, need in pairs]
+        found = [empty(each.shape, each.dtype, each.device) if need else None for each, need in pairs]
         return cls(*found, *[None] * (4 - len(found)))
 
     def each(self) -> tuple[Tensor | None, ...]:
@@ -227,7 +227,7 @@ class BackwardCall:
         out = self._linear1[rows]
         with self._record.timing("compute_s"), self._lane("linear-1", wave, step):
             if len(self._kept.linear1):
-                out.copy_(self._kept.linear1[rows])
+                torch.index_select(self._kept.linear1, 0, self._kept.places[rows], out=out)
                 return
             by_expert = Rows(self._tokens, torch.from_numpy(step.counts), self._token_sources(rows))
             self._experts.recompute_linear1(by_expert, step.experts, out, self._parts.group.workspace)

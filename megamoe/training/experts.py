@@ -35,7 +35,7 @@ class TrainableExperts(Experts):
     down: nn.Parameter
     gate_up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
-    captured: list[Tensor] | None = None
+    captured: Captured | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -170,11 +170,12 @@ class TrainableExperts(Experts):
     # ---- rows sorted by expert ----
 
     def linear1(self, rows: Rows, experts: range, workspace: Workspace) -> Tensor:
-        """Experts.linear1(), a copy of which is kept while `captured` is a list."""
-        found = super().linear1(rows, experts, workspace)
-        if self.captured is not None:
-            self.captured.append(found.clone())
-        return found
+        """Experts.linear1(), into the next rows of `captured` where there is one."""
+        if self.captured is None:
+            return super().linear1(rows, experts, workspace)
+        out = self.captured.take(len(rows.x) if rows.source is None else len(rows.source))
+        self._multiply("gate_up", rows, experts, out, workspace)
+        return out
 
     def recompute_linear1(self, rows: Rows, experts: range, out: Tensor, workspace: Workspace) -> None:
         """linear1() into out [n, 2I] bfloat16."""
@@ -207,6 +208,19 @@ class TrainableExperts(Experts):
             return
         columns, turned = left.x[left.rows].T.contiguous(), right.x[right.rows].T.contiguous()
         self.products.multiply(Rows(columns, counts), Held(matrix, {VALUES: turned.unsqueeze(0)}), out)
+
+
+@dataclass(slots=True)
+class Captured:
+    """Linear-1's results of one forward, step after step: rows [n, 2I] bfloat16, of which `filled` are there."""
+
+    rows: Tensor
+    filled: int = 0
+
+    def take(self, num_rows: int) -> Tensor:
+        """The next num_rows of them."""
+        self.filled += num_rows
+        return self.rows[self.filled - num_rows : self.filled]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -33,7 +34,8 @@ class Apply(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # read before the call takes the group's turn: a checkpoint runs the forward again to get them
         topk_ids, topk_weights, *saved = ctx.saved_tensors
-        kept, hidden = Kept(*saved[:6]), saved[6 + ctx.num_masters :]
+        size = len(fields(Kept))
+        kept, hidden = Kept(*saved[:size]), saved[size + ctx.num_masters :]
         found = ctx.layer.backward_of(
             ctx.origin, kept, topk_ids, topk_weights, gradient, hidden[0] if hidden else None, ctx.needs_input_grad[4:]
         )

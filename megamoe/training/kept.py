@@ -25,6 +25,7 @@ from megamoe.routing.segments import Segments, exclusive_sum
 from megamoe.routing.waves import WavePlan
 from megamoe.routing.wire import read_records
 from megamoe.schedule.schedule import Step
+from megamoe.training.experts import Captured
 
 SAVED = ("tokens", "dispatch-again", "activations")
 
@@ -36,7 +37,8 @@ class Kept:
     rows       [T + U, B] uint8: each token once, this rank's own first; [0, B] where they are dispatched again
     sources    [n] int64: row of each computed row's token, rows by expert in the order of the global batch
     weights    [n] float32
-    linear1    [n, 2I] bfloat16: Linear-1's results; [0, 2I] where they are recomputed
+    linear1    [n, 2I] bfloat16: Linear-1's results in the order of the forward's steps; [0, 2I] where recomputed
+    places     [n] int64: row of linear1 of each row; [0] where they are recomputed
     """
 
     agreed: Tensor
@@ -45,9 +47,10 @@ class Kept:
     sources: Tensor
     weights: Tensor
     linear1: Tensor
+    places: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.agreed, self.num_waves, self.rows, self.sources, self.weights, self.linear1
+        return self.agreed, self.num_waves, self.rows, self.sources, self.weights, self.linear1, self.places
 
     def agreement(self) -> Agreement:
         size = (self.agreed.shape[1] - 1) // 2
@@ -55,10 +58,10 @@ class Kept:
         return Agreement(tokens.flatten().tolist(), counts.contiguous(), firsts.contiguous(), 0.0)
 
 
-def keep(call: Call, workspace: Workspace, num_tokens: int, saved: str, captured: list[Tensor] | None) -> Kept:
+def keep(call: Call, workspace: Workspace, num_tokens: int, saved: str, captured: Captured | None) -> Kept:
     """From a call that has just ended, while its rows are still in the workspace.
 
-    captured: Linear-1's results of each step that had rows, where they are kept
+    captured: Linear-1's results, where they are kept
     """
     parts, rank = call.parts, call.parts.group.rank
     wire, messages, agreed = parts.wire, parts.messages, parts.agreed
@@ -67,7 +70,7 @@ def keep(call: Call, workspace: Workspace, num_tokens: int, saved: str, captured
     if saved == "dispatch-again":
         nothing = torch.empty(0, dtype=torch.int64)
         rows = torch.empty(0, wire.row_bytes, dtype=torch.uint8)
-        return Kept(said, num_waves, rows, nothing, nothing.to(torch.float32), _no_rows(parts.experts))
+        return Kept(said, num_waves, rows, nothing, nothing.to(torch.float32), *_no_rows(parts.experts))
     arrived = RankRows.of(agreed.counts.numpy(), rank, parts.experts.ids)
     row_plan = plan_rows(parts.plan, rank, whole_waves(parts.plan, rank), arrived, messages, wire, num_tokens)
     buffer = workspace.take("rows", (row_plan.num_rows, wire.row_bytes), parts.agreed.counts, torch.uint8)
@@ -78,9 +81,11 @@ def keep(call: Call, workspace: Workspace, num_tokens: int, saved: str, captured
     inbox = buffer[row_plan.own.start :]
     compact = torch.empty(len(inbox), dtype=torch.int64)
     compact[tokens] = torch.arange(len(tokens))
-    linear1 = _no_rows(parts.experts) if captured is None else _by_expert(call, captured, row_plan, order)
+    linear1, found = _no_rows(parts.experts)
+    if captured is not None:
+        linear1, found = captured.rows, _places(call, row_plan, order)
     sources = compact[inbox_rows.to(torch.int64)]
-    return Kept(said, num_waves, inbox.index_select(0, tokens), sources, weights, linear1)
+    return Kept(said, num_waves, inbox.index_select(0, tokens), sources, weights, linear1, found)
 
 
 def whole_waves(plan: WavePlan, rank: int) -> list[Step]:
@@ -101,20 +106,15 @@ def in_batch_order(rows: RankRows, rank: int) -> Array:
     return Segments(lengths[:, columns].ravel(), starts[:, columns].ravel()).expand()
 
 
-def _no_rows(experts: Experts) -> Tensor:
-    return torch.empty(0, experts.shape.linear1_rows, dtype=torch.bfloat16)
+def _no_rows(experts: Experts) -> tuple[Tensor, Tensor]:
+    return torch.empty(0, experts.shape.linear1_rows, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
 
 
-def _by_expert(call: Call, captured: list[Tensor], row_plan: RowPlan, order: Array) -> Tensor:
-    """Rows of all steps in the order of the global batch: a step's rows are found by where their results went."""
-    shape = call.parts.experts.shape
-    if not captured:
-        return _no_rows(call.parts.experts)
-    destinations = torch.from_numpy(row_plan.computed.expand()[1][order])
-    place = torch.empty(row_plan.num_results, dtype=torch.int64)
-    place[destinations] = torch.arange(len(destinations))
-    found = torch.empty(len(destinations), shape.linear1_rows, dtype=torch.bfloat16)
-    return found.index_copy_(0, place[call.destinations], torch.cat(captured))
+def _places(call: Call, row_plan: RowPlan, order: Array) -> Tensor:
+    """[n] int64: which row of all steps each row by expert is, found by where the call wrote its result."""
+    step_rows = torch.empty(row_plan.num_results, dtype=torch.int64)
+    step_rows[call.destinations] = torch.arange(len(order))
+    return step_rows[torch.from_numpy(row_plan.computed.expand()[1][order])]
 
 
 def _token_rows(messages: Messages, rank: int, num_tokens: int) -> Tensor:

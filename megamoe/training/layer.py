@@ -25,9 +25,10 @@ from megamoe.routing.wire import Wire
 from megamoe.schedule.backward import DATA, RECOMPUTE, WEIGHTS, BackwardLoad, schedule_backward
 from megamoe.schedule.schedule import LOOKAHEAD
 from megamoe.training.call import BackwardCall, BackwardParts, ExpertGradients
-from megamoe.training.experts import TrainableExperts
+from megamoe.training.experts import Captured, TrainableExperts
 from megamoe.training.function import Apply
 from megamoe.training.kept import SAVED, Kept, keep
+from megamoe.training.pages import empty
 from megamoe.training.wire import GradientWire, check_gradient_format
 
 MASTER_DTYPES = (torch.float32, torch.bfloat16)
@@ -82,6 +83,7 @@ class TrainableMoE(MegaMoE):
         self.gradient_format, self.saved = gradient_format, saved
         self.last_backward = CallRecord()
         self._latest: Call | None = None
+        self._keeping = False  # whether the forward that runs has a backward
         self.experts.make_masters(master_dtype, seed)
 
     # ---- master weights ----
@@ -116,18 +118,23 @@ class TrainableMoE(MegaMoE):
         with self._turn():
             complaint = self._complaint(hidden, topk_ids, topk_weights)
             with undisturbed(self.device), on_device(self.device):
+                self._keeping = True
                 try:
-                    self.experts.captured = [] if self.saved == "activations" else None
                     out = self._compute(hidden, topk_ids, topk_weights, complaint)
                     assert self._latest is not None
                     kept = keep(self._latest, self.group.workspace, len(hidden), self.saved, self.experts.captured)
                 finally:
                     self._latest = self.experts.captured = None
+                    self._keeping = False
         return out, kept, Origin(self._num_calls, self.group)
 
     def _open(self, *args: Any) -> Call:
-        self._latest = super()._open(*args)
-        return self._latest
+        self._latest = call = super()._open(*args)
+        if self._keeping and self.saved == "activations":
+            own = self.local_experts
+            num_rows = int(call.parts.agreed.counts[:, own.start : own.stop].sum())
+            self.experts.captured = Captured(empty((num_rows, self.shape.linear1_rows), torch.bfloat16, self.device))
+        return call
 
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
         """Quantises what has changed, so that weights which cannot be are a complaint like others."""

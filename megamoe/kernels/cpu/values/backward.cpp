@@ -159,8 +159,8 @@ extern "C" void megamoe_turn_rows(const uint16_t* from, int64_t stride, const in
                                   int64_t width, uint16_t* out, int64_t pitch, int threads) {
     const int workers = int(std::max<int64_t>(1, std::min<int64_t>(threads, rows * width / AT_ONCE)));
 #pragma omp parallel for num_threads(workers) if (workers > 1)
-    for (int64_t c = 0; c < width; c += GROUP)
-        for (int64_t r = 0; r < pitch; r += GROUP)
+    for (int64_t r = 0; r < pitch; r += GROUP)
+        for (int64_t c = 0; c < width; c += GROUP)
             turn_tile(from + c, stride, source, r, rows, int(std::min<int64_t>(GROUP, width - c)), out + c * pitch,
                       pitch);
 }
