@@ -66,7 +66,7 @@ def test_weight_gradients_cover_the_last_way_home() -> None:
     even = BackwardLoad([2.0] * 4, [3.0] * 4, [3.0] * 4, [4.0] * 4, [4.0] * 4)
     assert play_backward(even).total < 1.15 * 32  # compute and link both take 32
     empty: list[float] = [0.0] * 4
-    assert play_backward(BackwardLoad(empty, [6.0] * 4, empty, [4.0] * 4, [4.0] * 4)).total > 1.15 * 32
+    assert play_backward(BackwardLoad(empty, [8.0] * 4, empty, [4.0] * 4, [4.0] * 4)).total > 1.15 * 32
 
 
 # ---- kernels ----
@@ -202,7 +202,7 @@ def test_the_benchmark_measures_a_step_and_holds_it_against_the_oracle() -> None
 def test_peers_that_train_have_the_gradients_of_fp32(pool: Pool) -> None:
     workload = Workload("tiny", (40, 7), shape=MoEShape(hidden=128, intermediate=64, num_experts=6, topk=2))
     present = [peer for peer in TRAINING_PEERS if peer.missing is None]
-    outcomes = pool.get().run(measure_rank, workload, present, 1, True, size=2)
+    outcomes = pool.get().run(measure_rank, workload, present, 1, True, size=2, timeout_s=200.0)
     comparison = compare(workload, TRAINING_PEERS, 1, outcomes)
     assert not comparison.failed
-    assert {row.name for row in comparison.rows if row.error is not None} == {peer.name for peer in present}
+    assert {row.name for row in comparison.rows if row.problem is None} == {peer.name for peer in present}
