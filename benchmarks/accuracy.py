@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megamoe.catalog import figures, load_machine, load_model
 from megamoe.planner.serving.flops import ASSUMPTIONS, efficiency
+from megamoe.planner.validation.ascend_guides import guides, median_of
 from megamoe.planner.validation.calibrate import calibrate, check, median_error
 from megamoe.planner.validation.published import published
 from megamoe.planner.validation.published_layers import deepep_dispatch, isca, pull_request_316
@@ -41,6 +42,7 @@ def lines() -> Iterator[str]:
     yield from _layers()
     yield from _efficiency()
     yield from _serving()
+    yield from _guides()
     yield from _machine()
 
 
@@ -123,6 +125,21 @@ def _serving() -> Iterator[str]:
         numbers = f"{each.published:.0f} | {each.ours:.0f} | {each.error_pct:+.1f} %"
         yield f"| {each.result.what} | {numbers} | {each.result.role} | {each.result.assumed or '-'} |"
     yield ""
+
+
+def _guides() -> Iterator[str]:
+    found = guides()
+    yield "## The same decode runs in two editions of one guide\n"
+    yield "DeepSeek-V4 on 16 Ascend 950DT, `cann-recipes-infer`: ms per token in the guide of April 2026, whose rows"
+    yield "the table above has and 11 of which fitted two constants, and in that of 2026-08-07, whose Flash runs are"
+    yield "faster. Nothing was fitted to August's: the planner stands where April's runs put it.\n"
+    yield "| what | April | August | planned | error, April | error, August |"
+    yield "|---|---|---|---|---|---|"
+    for each in found:
+        times = " | ".join(f"{ms:.2f} ms" for ms in (each.april_ms, each.august_ms, each.planned_ms))
+        yield f"| {each.what} | {times} | {each.april_pct:+.1f} % | {each.august_pct:+.1f} % |"
+    yield f"\nMedian error of tokens per second: {median_of(found, 'april_pct'):.1f} % of April's rows,"
+    yield f"{median_of(found, 'august_pct'):.1f} % of August's.\n"
 
 
 def _machine() -> Iterator[str]:

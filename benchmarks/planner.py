@@ -1,10 +1,14 @@
-"""How long a plan takes from the command's start, and a search of thousands of deployments; torch must stay away.
+"""How long planning takes: a plan and a recommendation from their start, a search of thousands of deployments.
 
 python benchmarks/planner.py
+
+The commands take turns with `megamoe --version`, which starts the same interpreter and the same command line; their
+core time stands beside what went by, since others lengthen the latter alone. torch must stay away.
 """
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import time
@@ -14,19 +18,32 @@ from statistics import median
 from megamoe.catalog import find_profile, load_hardware, load_model
 from megamoe.planner.search.search import search
 
-PLAN = ("plan", "--model", "deepseek-v4-pro", "--hardware", "gb200", "--ep", "16")
+ABOUT = ("--model", "deepseek-v4-pro", "--hardware", "gb200")
+LOAD = ("--requests-per-s", "100", "--input-tokens", "4000", "--output-tokens", "1000")
+COMMANDS = {
+    "--version": ("--version",),
+    "plan": ("plan", *ABOUT, "--ep", "16"),
+    "plan of a workload": ("plan", *ABOUT, "--batch", "64", "--context", "8192"),
+    "recommend": ("recommend", *ABOUT, *LOAD),
+}
 REPEATS = 9
 
 
-def start_up() -> list[float]:
-    """Seconds of the whole command, interpreter and imports included."""
+def start_up() -> dict[str, list[tuple[float, float]]]:
+    """Seconds that went by and of cores, of every command as a whole, interpreter and imports included."""
     command = Path(sys.executable).with_name("megamoe")
-    found = []
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
     for _ in range(REPEATS):
-        begun = time.perf_counter()
-        subprocess.run([command, *PLAN], check=True, capture_output=True, timeout=60)
-        found.append(time.perf_counter() - begun)
+        for name, arguments in COMMANDS.items():
+            begun, before = time.perf_counter(), _children_s()
+            subprocess.run([command, *arguments], check=True, capture_output=True, timeout=60)
+            found[name].append((time.perf_counter() - begun, _children_s() - before))
     return found
+
+
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def searched() -> tuple[int, list[float]]:
@@ -42,8 +59,12 @@ def searched() -> tuple[int, list[float]]:
 
 
 def main() -> None:
-    seconds = start_up()
-    print(f"megamoe {' '.join(PLAN)}: median {median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})")
+    found = start_up()
+    for name, seconds in found.items():
+        by, own = ([each[place] for each in seconds] for place in (0, 1))
+        ratio = median(each[1] / base[1] for each, base in zip(seconds, found["--version"], strict=True))
+        print(f"megamoe {name}: median {median(by):.2f} s ({min(by):.2f}-{max(by):.2f}), {median(own):.2f} s of cores,")
+        print(f"  {ratio:.2f} times --version")
     tried, seconds = searched()
     per_5000 = [each * 5000 / tried for each in seconds]
     print(

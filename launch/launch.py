@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megamoe.execution.checks import check_wire
 from megamoe.launch.cluster.cluster import Event, MegaMoECluster
 from megamoe.launch.cluster.job import (
     JobReport,
@@ -47,6 +48,7 @@ class LaunchRequest:
     text: Path | None = None
     waves: Waves = "auto"
     dispatch_format: str = "mxfp8"
+    combine_format: str = "bf16"
     batch_tokens: int | None = None
     repeat: int = 1
     device: str = "cpu"
@@ -71,6 +73,7 @@ class LaunchRequest:
         if self.run is not None:
             check_name(self.run)
         check_waves(self.waves)
+        check_wire(self.dispatch_format, self.combine_format)
 
 
 def run_launch(
@@ -85,7 +88,12 @@ def run_launch(
         prepared_s = time.monotonic() - begun
         progress(f"starting {request.ranks} ranks", 0, len(jobs))
         with _cluster(request, on_event) as cluster:
-            cluster.load(path, waves=request.waves, dispatch_format=request.dispatch_format)
+            cluster.load(
+                path,
+                waves=request.waves,
+                dispatch_format=request.dispatch_format,
+                combine_format=request.combine_format,
+            )
             report, output = _run(cluster, jobs, progress)
     if request.out is not None:
         save_file({"hidden": output}, request.out)

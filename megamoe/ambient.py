@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from megamoe.parallel.private import in_functional_transform, without_function_modes
+from megamoe.parallel.private import has_function_modes, in_functional_transform, without_function_modes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,16 +25,31 @@ _GRAIN = 65_536  # values for each thread, twice as many as torch needs to give 
 _TINY = sys.float_info.min  # the least normal number of FP64
 
 
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> AbstractContextManager[object]:
     """A block that computes on device, and on the CPU, as in a fresh process, without gradients."""
+    calm = not (
+        torch.is_inference_mode_enabled()
+        or has_function_modes()
+        or torch.is_autocast_enabled("cpu")
+        or (device.type != "cpu" and _autocasts(device.type))
+        or _flushes_denormals()
+    )
+    return torch.no_grad() if calm else _set_right(device)
+
+
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+@contextmanager
+def _set_right(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():  # what stays must not become an inference tensor
             stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(without_function_modes())
         for kind in {device.type, "cpu"}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            if _autocasts(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if _flushes_denormals():
             stack.enter_context(_keeping_denormals())

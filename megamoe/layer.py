@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,12 +29,15 @@ from megamoe.execution.checks import (
 )
 from megamoe.execution.experts import Experts, Weight
 from megamoe.execution.pipeline import Call, CallRecord, Parts
+from megamoe.execution.small_call import Input, SmallCalls, library_of
 from megamoe.execution.stacks import load_stacks, shortened
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
-from megamoe.parallel.recorder import Notes
-from megamoe.parallel.streams import on_device
-from megamoe.routing.agreement import Part, Terms, agree, exact
+from megamoe.parallel.recorder import Notes, now_ns
+from megamoe.parallel.streams import Stopwatch, on_device
+from megamoe.parallel.symmetric import Place
+from megamoe.parallel.transport.host import HostTransport
+from megamoe.routing.agreement import Agreement, Page, Part, SmallAgreement, Terms, agree, exact
 from megamoe.routing.messages import Messages, count_rows
 from megamoe.routing.permutation import route_rows
 from megamoe.routing.segments import to_host
@@ -44,6 +49,14 @@ if TYPE_CHECKING:
     from megamoe.catalog import Machine
 
 
+@dataclass(slots=True)
+class _Calls:
+    """A layer's calls in its group: how many, and the latest. Apart, since a module is slow to be written to."""
+
+    number: int = 0
+    last: CallRecord = field(default_factory=CallRecord)
+
+
 class MegaMoE(nn.Module):
     """Routed experts of a Mixture-of-Experts layer, spread over the ranks of a group.
 
@@ -53,8 +66,10 @@ class MegaMoE(nn.Module):
     dispatch_format   "mxfp8" (H + H/32 bytes a row), "bf16", or "auto"; with mxfp4 weights the bits are the same.
                       With bf16 weights mxfp8 rounds the tokens, and auto does so where the group's link is slow: give
                       the format where bits must not depend on the link
-    combine_format    "bf16"
-    waves             "auto", a number, or relative sizes of uneven waves; the bits are the same
+    combine_format    "bf16", or "mxfp8" (H + H/32 bytes a row): every expert's result is rounded once more, which is an
+                      error of 2.6 % at the root mean square, for links that are too slow otherwise
+    waves             "auto", a number, or relative sizes of uneven waves; the bits are the same. "auto" on CPUs has ranks
+                      that share a host's memory and bring few tokens do without waves: see last_call.small
     device            where the weights are and the tokens must be; the CPU by default
     name              how errors call this layer; must be the same on all ranks
     overlap           False runs one wave, and nothing at the same time: the serial layer that overlap is held against
@@ -118,15 +133,20 @@ class MegaMoE(nn.Module):
             self.experts,
             waves=self.waves,
             dispatch_format=self.dispatch_format,
+            combine_format=self.combine_format,
             overlap=self.overlap,
             machine=self.machine,
         )
-        self.last_call = CallRecord()
-        self._num_calls = 0
-        self.group.turns.number(self, self.name)  # layers of one name are told apart by the order in which they came
+        self._calls = _Calls()
+        self._number = self.group.turns.number(self, self.name)  # layers of one name are told apart by their order
+        self._page = Page(self._terms(self._number), self.group.host)
+        library = library_of(self.experts, self.waves, self.combine_format)
+        self._small = None if library is None else SmallCalls(self.name, self.group, self.experts, library)
         self._alone = None
         if self.experts.grouped and self.group.size == 1:
-            self._alone = import_module("megamoe.execution.backends.triton_alone").Alone(self.experts)
+            self._alone = import_module("megamoe.execution.backends.triton_alone").Alone(
+                self.experts, self.combine_format
+            )
 
     def regroup(self, group: EPGroup | dist.ProcessGroup | None) -> list[int]:
         """Goes on in another group, as whichever rank this is there -> global ids of the experts still to be loaded.
@@ -144,6 +164,11 @@ class MegaMoE(nn.Module):
             self.group, self.placement = new, placement
             self._begin()
         return self.experts.missing
+
+    @property
+    def last_call(self) -> CallRecord:
+        """What the latest call did on this rank."""
+        return self._calls.last
 
     @property
     def local_experts(self) -> range:
@@ -183,15 +208,9 @@ class MegaMoE(nn.Module):
         with self._turn(), undisturbed(self.device):
             load_stacks(self.experts, self.shape.num_experts, gate_up, down, gate_up_bias, down_bias)
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _turn(self) -> _Turn:
         """The group's turn, of the group that this layer is in once it has it."""
-        while True:
-            group = self.group
-            with group.turn(self.name, self.device):
-                if group is self.group:
-                    yield
-                    return
+        return _Turn(self)
 
     @eager
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -212,23 +231,39 @@ class MegaMoE(nn.Module):
                 return self._compute(hidden, topk_ids, topk_weights, complaint)
 
     def _compute(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None) -> Tensor:
-        """The call, wave by wave."""
-        record, notes = CallRecord(), self.group.notes(self.name, self._num_calls + 1)
-        unbroken = self.group.unbroken(self.name, self._num_calls + 1)
-        with notes.lane("call"), unbroken, record.timing("total_s"):
-            call = self._open(hidden, topk_ids, topk_weights, complaint, record, notes)
-            for wave in range(LOOKAHEAD):
-                call.dispatch(wave)
-            for step in call.steps:
-                if step.arrived:
-                    call.dispatch(step.wave + LOOKAHEAD)
-                call.compute(step)
-                if step.arrived:
-                    call.combine(step.wave)
-            out = call.reduce()
-        self.last_call = record
-        self.tuner.note(record, call.stopwatch)
+        """The call: in one step where all ranks bring few tokens to memory that they share, else wave by wave."""
+        calls, group = self._calls, self.group
+        record, notes = CallRecord(), group.notes(self.name, calls.number + 1)
+        unbroken = group.unbroken(self.name, calls.number + 1)
+        with notes.lane("call"), unbroken:
+            begun_ns = now_ns()
+            given = hidden, topk_ids, topk_weights
+            if complaint is None:
+                hidden = hidden.to(torch.bfloat16).contiguous()
+                given = hidden, topk_ids.contiguous(), topk_weights.contiguous()
+            agreed = self._agree(given, complaint, record)
+            if isinstance(agreed, SmallAgreement):
+                assert self._small is not None
+                out = self._small.compute(hidden, agreed, begun_ns, notes, record)
+                stopwatch = None
+            else:
+                out, stopwatch = self._in_waves(self._open(given, agreed, record, notes))
+            record.total_s = (now_ns() - begun_ns) / 1e9
+        self._calls.last = record
+        self.tuner.note(record, stopwatch)
         return out
+
+    @staticmethod
+    def _in_waves(call: Call) -> tuple[Tensor, Stopwatch | None]:
+        for wave in range(LOOKAHEAD):
+            call.dispatch(wave)
+        for step in call.steps:
+            if step.arrived:
+                call.dispatch(step.wave + LOOKAHEAD)
+            call.compute(step)
+            if step.arrived:
+                call.combine(step.wave)
+        return call.reduce(), call.stopwatch
 
     def _compute_alone(
         self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None
@@ -237,59 +272,73 @@ class MegaMoE(nn.Module):
         assert self._alone is not None
         if complaint is not None:
             raise complaint
-        self._num_calls += 1
-        self.last_call = CallRecord(tokens=len(hidden), waves=1)
+        self._calls.number += 1
+        self._calls.last = CallRecord(tokens=len(hidden), waves=1)
         hidden, rounds = hidden.to(torch.bfloat16).contiguous(), self.tuner.choose_format() == "mxfp8"
         with self.last_call.timing("total_s"):
             out: Tensor = self._alone.compute(hidden, topk_ids, topk_weights, self.group.workspace, rounds=rounds)
         return out
 
-    def _open(
-        self,
-        hidden: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        complaint: ValueError | None,
-        record: CallRecord,
-        notes: Notes,
-    ) -> Call:
-        """Agrees with all ranks on the call, before any row moves, and lays out this rank's part of it."""
-        tokens, counts, firsts = 0, *torch.zeros(2, self.shape.num_experts, dtype=torch.int64)
-        if complaint is None:
-            counts, firsts, complaint = self._count(topk_ids, topk_weights)
-            tokens = 0 if complaint else len(hidden)
-        self._num_calls += 1
+    def _agree(self, given: Input, complaint: ValueError | None, record: CallRecord) -> Agreement | SmallAgreement:
+        """Agrees with all ranks on the call, before any row moves but those that lie behind a page."""
+        self._calls.number += 1
         self.tuner.learn()
+        begun, transport = perf_counter(), self.group.transport
+        place = transport.place(self._page.label) if isinstance(transport, HostTransport) else None
+        placed = perf_counter()
+        part, complaint = self._part(given, complaint, place)
+        packed = perf_counter()
+        agreed = agree(self.group, self._current_page(), self._calls.number, part, complaint, place)
+        record.compute_s += packed - placed
+        record.counts_s += placed - begun + perf_counter() - packed
+        return agreed
+
+    def _part(self, given: Input, complaint: ValueError | None, place: Place | None) -> tuple[Part, ValueError | None]:
+        """What this rank brings, which few tokens are among, and what is wrong with the values of its routing."""
+        row_s, small = self.tuner.row_s, self._small
+        if complaint is None and small is not None and (place is not None or self.group.transport is None):
+            wire = self.tuner.known_wire()
+            if wire is not None and small.takes(len(given[0]), wire):
+                part = small.bring(given, place, row_s)
+                if part is not None:
+                    return part, None
+        counts = np.zeros((2, self.shape.num_experts), np.int32)
+        num_tokens = 0
+        if complaint is None:
+            found, complaint = self._count(*given[1:])
+            if complaint is None:
+                num_tokens, counts = len(given[0]), found.to(torch.int32).numpy()
+        return Part(num_tokens, counts, row_s), complaint
+
+    def _open(self, given: Input, agreed: Agreement, record: CallRecord, notes: Notes) -> Call:
+        """Lays out this rank's part of a call by waves."""
+        hidden, topk_ids, topk_weights = given
         with record.timing("counts_s"):
-            agreed = agree(self.group, self._terms(), Part(tokens, counts, firsts, self.tuner.row_s), complaint)
             choice = self.tuner.choose(agreed)
         with record.timing("compute_s"):
             plan = plan_waves(self.placement, choice.waves)
             messages = Messages.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts)
             workspace = self.group.workspace
-            num_rows = int(counts.numpy().sum())
+            num_rows = int(agreed.counts[self.group.rank].numpy().sum())
             route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace)
-            hidden = hidden.to(torch.bfloat16).contiguous()
-        parts = Parts(
-            self.name, self.group, self.experts, choice.wire, plan, messages, agreed, choice.cost_model, notes
-        )
+        of_layer = self.name, self.group, self.experts
+        parts = Parts(*of_layer, choice.wire, plan, messages, agreed, choice.cost_model, notes)
         return Call(parts, route, hidden, record)
 
-    def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, ValueError | None]:
-        """Rows for each expert and unique tokens, [E] int64 on the CPU, and what is wrong with the values.
+    def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, ValueError | None]:
+        """Rows for each expert and unique tokens, [2, E] int64 on the CPU, and what is wrong with the values.
 
         A device is waited for once, for all of it.
         """
         counts = count_rows(topk_ids, self.placement)
         wrong = any_wrong(self.shape, topk_ids, topk_weights)
         found = to_host(torch.cat((counts.flatten(), wrong)), self.group.workspace, "counts")
-        pairs, firsts = found[:-1].view(2, -1)
         try:
             if found[-1]:
                 check_values(self.shape, topk_ids, topk_weights)
         except ValueError as complaint:
-            return pairs, firsts, complaint
-        return pairs, firsts, None
+            return found[:-1].view(2, -1), complaint
+        return found[:-1].view(2, -1), None
 
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
         try:
@@ -299,18 +348,24 @@ class MegaMoE(nn.Module):
             check_input(self.shape, self.device, hidden, topk_ids, topk_weights)
             if self._alone is not None:
                 self._alone.refuse(self.name)
-            if self.experts.missing:
+            if not self.experts.whole:
                 missing = shortened(self.experts.missing)
                 raise ValueError(f"layer {self.name!r} has no weights for experts {missing}: load them first")
         except ValueError as complaint:
             return complaint
         return None
 
-    def _terms(self) -> Terms:
+    def _current_page(self) -> Page:
+        """What this rank says of the layer, made anew where layers of its name have gone."""
+        number = self.group.turns.number(self, self.name)
+        if number != self._number:
+            self._number, self._page = number, Page(self._terms(number), self.group.host)
+        return self._page
+
+    def _terms(self, number: int) -> Terms:
         return Terms(
             layer=self.name,
-            number=self.group.turns.number(self, self.name),
-            call=self._num_calls,
+            number=number,
             hidden=self.shape.hidden,
             intermediate=self.shape.intermediate,
             num_experts=self.shape.num_experts,
@@ -333,5 +388,30 @@ class MegaMoE(nn.Module):
             f"rank {self.group.rank} of {self.group.size}, hidden={self.shape.hidden}, "
             f"intermediate={self.shape.intermediate}, num_experts={self.shape.num_experts}, topk={self.shape.topk}, "
             f"activation={str(self.shape.activation)!r}, bias={self.shape.bias}, "
-            f"weights={self.weight_format}, dispatch={self.dispatch_format}, waves={self.waves}"
+            f"weights={self.weight_format}, dispatch={self.dispatch_format}, combine={self.combine_format}, "
+            f"waves={self.waves}"
         )
+
+
+class _Turn:
+    """The turn of the group that a layer is in once it has it."""
+
+    def __init__(self, layer: MegaMoE) -> None:
+        self._layer = layer
+
+    def __enter__(self) -> None:
+        while True:
+            group = self._layer.group
+            turn = group.turn(self._layer.name, self._layer.device)
+            try:
+                turn.__enter__()
+                if group is self._layer.group:
+                    self._turn: AbstractContextManager[None] = turn
+                    return
+            except BaseException:  # Ctrl-C, which may come when the turn has been taken
+                turn.__exit__(None, None, None)
+                raise
+            turn.__exit__(None, None, None)
+
+    def __exit__(self, *raised: Any) -> None:
+        self._turn.__exit__(*raised)

@@ -8,6 +8,8 @@ against. Source: DeepSeek-V4's expert layer (report, sections 3.1 and 3.3) and t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -29,11 +31,36 @@ def moe(
     down_bias: Tensor | None = None,
     weight_format: str = "mxfp4",
     dispatch_format: str = "mxfp8",
+    combine_format: str = "bf16",
 ) -> Tensor:
     """hidden [T, H], topk_ids [T, K], topk_weights [T, K], gate_up [E, 2I, H], down [E, H, I] -> [T, H] bfloat16
 
     Without a gate gate_up is [E, I, H]. gate_up_bias [E, 2I] and down_bias [E, H], where the shape has biases.
     """
+    slots = results(
+        *(shape, hidden, topk_ids, topk_weights, gate_up, down),
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        weight_format=weight_format,
+        dispatch_format=dispatch_format,
+    )
+    return sum_slots(RESULT_ROUNDING[combine_format](slots))
+
+
+def results(
+    shape: MoEShape,
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    weight_format: str = "mxfp4",
+    dispatch_format: str = "mxfp8",
+) -> Tensor:
+    """moe() up to Linear-2's BF16 rounding: what each expert says to each of its tokens -> [T, K, H] bfloat16."""
     biases = _biases(shape, gate_up_bias, down_bias)
     quantized = WEIGHT_FORMATS[weight_format].activations == "mxfp8"
     tokens = _tokens(hidden, quantized or dispatch_format == "mxfp8")
@@ -45,9 +72,14 @@ def moe(
         activated = activated_fp32(first, weights, shape.activation)  # [n, I]
         activated = round_mxfp8(activated) if quantized else activated.to(torch.bfloat16)
         slots[token, slot] = _product(activated, down[expert], quantized, biases and weights * biases[1][expert])
-    total = torch.zeros(len(tokens), shape.hidden, dtype=torch.float32)
-    for k in range(shape.topk):
-        total = total + slots[:, k].to(torch.float32)
+    return slots
+
+
+def sum_slots(slots: Tensor) -> Tensor:
+    """Slots in ascending order in FP32 from zero, rounded once: [T, K, H] bfloat16 -> [T, H] bfloat16"""
+    total = torch.zeros(len(slots), slots.shape[2], dtype=torch.float32)
+    for slot in slots.unbind(1):
+        total = total + slot.to(torch.float32)
     return total.to(torch.bfloat16)
 
 
@@ -67,6 +99,7 @@ def moe_fp64(
     """The same with every product and sum in FP64, rounding only where the contract quantises -> [T, H] float64.
 
     Those places are the tokens, Linear-1's BF16 result and Linear-2's input: without them the operands would differ.
+    Results are not rounded on their way home, so against this a combine format shows its whole error.
     """
     biases = _biases(shape, gate_up_bias, down_bias)
     quantized = WEIGHT_FORMATS[weight_format].activations == "mxfp8"
@@ -94,6 +127,10 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def round_mxfp8(x: Tensor) -> Tensor:
     """x [..., K] rounded to MXFP8, as bfloat16."""
     return dequantize_mxfp8(quantize_mxfp8(x))
+
+
+# what a combine format makes of results, wherever their experts are
+RESULT_ROUNDING: Mapping[str, Callable[[Tensor], Tensor]] = {"bf16": lambda slots: slots, "mxfp8": round_mxfp8}
 
 
 def _tokens(hidden: Tensor, quantized: bool) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import TracebackType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,6 +58,7 @@ class EPGroup:
     links            at most one: bytes per second that each rank can send while it receives as many, once measured
     status      where this rank is, noted as it goes
     heartbeats          at most one: tells the others, and knows where they are; a group of init_group() has it
+    wave_costs       at most one: seconds that a wave takes beside its rows on the slowest rank, once it is agreed on
     broken           why the group cannot be used any more, empty while it can; always, where a rank is alone
     turns            whose turn it is to call, and which layers there are
     recorders        at most one: takes notes of every call of the group's layers
@@ -74,6 +76,7 @@ class EPGroup:
     host: str = field(default_factory=socket.gethostname)
     hosts: dict[int, str] = field(default_factory=dict)
     links: list[float] = field(default_factory=list)
+    wave_costs: list[float] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
     own_status: OwnStatus = field(default_factory=OwnStatus)
@@ -109,6 +112,15 @@ class EPGroup:
             _log.info("rank %d: the link carries %.3g GB/s one way", self.rank, self.links[0] / 1e9)
         return self.links[0]
 
+    def wave_cost(self, layer: str, own_s: float) -> float:
+        """Seconds that a wave takes beside its rows, the most of all ranks'; when first asked for, all must ask."""
+        assert self.transport is not None, "a rank alone has no waves"
+        if not self.wave_costs:
+            page = torch.tensor([own_s], dtype=torch.float64).view(torch.uint8)
+            pages = self.transport.gather(page, Label(layer, "link"))
+            self.wave_costs.append(float(pages.view(torch.float64).max()))
+        return self.wave_costs[0]
+
     def notes(self, layer: str, call: int) -> Notes:
         """Where a call notes what it does: the group's status, and the recorder if there is one."""
         if self.recorders:
@@ -120,29 +132,23 @@ class EPGroup:
         """This group's turn for the block: see Turns.take()."""
         return self.turns.take(f"layer {layer!r}", device, self.deadline_s)
 
-    @contextmanager
-    def unbroken(self, layer: str, call: int) -> Iterator[None]:
+    def unbroken(self, layer: str, call: int) -> _Unbroken:
         """A call's exchange. What interrupts it breaks the group: its messages may still be on their way.
 
         CallRefusedError is what all ranks raise together before any row has moved, and breaks nothing. Nor does
         anything where a rank is alone, which has no messages. RuntimeError where the group is broken already; PeerError
         where a peer is known to be lost.
         """
-        if self.broken:
-            raise RuntimeError(f"the group cannot be used any more, an earlier call was interrupted: {self.broken[0]}")
-        try:
-            self.own_status.enter(layer, call)
-            self._refuse_lost(layer)
-            yield
-        except BaseException as interruption:
-            if self.size == 1 or isinstance(interruption, CallRefusedError):
-                self.own_status.leave()
-                raise
-            self.broken.append(f"{type(interruption).__name__}: {str(interruption).partition(chr(10))[0]}")
-            _log.info("rank %d: the group cannot be used any more: %s", self.rank, self.broken[0])
-            self.announce(interruption)
-            raise
-        self.own_status.leave()
+        return _Unbroken(self, layer, call)
+
+    def _interrupted(self, interruption: BaseException) -> None:
+        """A call ends in an exception."""
+        if self.size == 1 or isinstance(interruption, CallRefusedError):
+            self.own_status.leave()
+            return
+        self.broken.append(f"{type(interruption).__name__}: {str(interruption).partition(chr(10))[0]}")
+        _log.info("rank %d: the group cannot be used any more: %s", self.rank, self.broken[0])
+        self.announce(interruption)
 
     def _refuse_lost(self, layer: str) -> None:
         lost = self.monitors[0].lost() if self.monitors else None
@@ -215,6 +221,32 @@ class EPGroup:
             broken=shared.broken,
             turns=shared.turns,
         )
+
+
+class _Unbroken:
+    """EPGroup.unbroken() as a block. A class, since a generator costs a call of few tokens several times as much."""
+
+    def __init__(self, group: EPGroup, layer: str, call: int) -> None:
+        self._group, self._layer, self._call = group, layer, call
+
+    def __enter__(self) -> None:
+        group = self._group
+        if group.broken:
+            raise RuntimeError(f"the group cannot be used any more, an earlier call was interrupted: {group.broken[0]}")
+        try:
+            group.own_status.enter(self._layer, self._call)
+            group._refuse_lost(self._layer)
+        except BaseException as interruption:
+            group._interrupted(interruption)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if raised is None:
+            self._group.own_status.leave()
+        else:
+            self._group._interrupted(raised)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

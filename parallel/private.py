@@ -13,12 +13,15 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 
+def has_function_modes() -> bool:
+    """Whether a mode of torch's functions is on; a default device is one, and the only one that torch tells of in
+    public."""
+    return bool(torch._C._len_torch_function_stack())
+
+
 def without_function_modes() -> AbstractContextManager[object]:
-    """A block in which no mode of torch's functions is on; a default device is one. torch tells in public of the
-    default device alone, and ends no mode that it did not begin."""
-    if torch._C._len_torch_function_stack():
-        return torch._C.DisableTorchFunction()
-    return nullcontext()
+    """A block in which no mode of torch's functions is on. torch ends in public no mode that it did not begin."""
+    return torch._C.DisableTorchFunction() if has_function_modes() else nullcontext()
 
 
 def in_functional_transform() -> bool:

@@ -81,6 +81,10 @@ class Notes:
         yield
         self._own_status.arrived(phase, wave, time.monotonic() - begun)
 
+    def work(self, lane: str, wave: int | None = None) -> None:
+        """Work begins; its end is known elsewhere."""
+        self._own_status.work(lane, wave)
+
     def lane(self, lane: str, wave: int | None = None, rows: int = 0) -> AbstractContextManager[None]:
         """A block of work."""
         del rows
@@ -102,7 +106,11 @@ class CallNotes(Notes):
         self._own_status.work(lane, wave)
         begun = now_ns()
         yield
-        self.recorder.recording.spans.append(Span(self._layer, self._call, lane, wave or 0, begun, now_ns(), rows))
+        self.span(lane, wave or 0, begun, now_ns(), rows)
+
+    def span(self, lane: str, wave: int, begin_ns: int, end_ns: int, rows: int) -> None:
+        """Notes an interval of work that has ended."""
+        self.recorder.recording.spans.append(Span(self._layer, self._call, lane, wave, begin_ns, end_ns, rows))
 
     recorder: Recorder
 

@@ -5,7 +5,8 @@ the kernel frees it when the last process that maps it is gone, however that pro
 are first written, so a segment can be as large as the machine's memory, which ends first.
 
 A rank writes rows into a region of another rank and then sets a word there to the number of the exchange; the other
-rank waits for the word. Stores must become visible in the order in which they are made: x86-64 promises that, so other
+rank waits for the word. What is for all, a page, a rank writes into a place of its own segment, where its peers read it
+once the word says so. Stores must become visible in the order in which they are made: x86-64 promises that, so other
 processors exchange messages instead.
 """
 
@@ -31,10 +32,12 @@ from torch import Tensor
 
 _TOKEN_BYTES, _WORD_BYTES = 16, 8
 REGIONS = ("rows", "results")
-PAGE_BYTES = 16 * 1024  # of one rank's page of an exchange
+PLACE_BYTES = 1024 * 1024  # of what a rank brings to an exchange; of a small call's page and tokens, too
 MAX_WAVES = 4096
 _ADDRESSES = 2**46
-_SPIN = 200
+_SPIN_S = 50e-6  # what falling asleep and being woken costs, about, where each rank has a core
+_SHORT_SPIN_S = 5e-6  # where ranks share cores, and the one that is waited for may want this one
+_LOOKS = 20  # between looks at the clock
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
 
 
@@ -71,15 +74,12 @@ class Layout:
     def words(self) -> int:
         return mmap.PAGESIZE
 
-    @property
-    def pages(self) -> int:
-        return _aligned(self.words + _WORD_BYTES * Words(self.size).count)
-
-    def page(self, exchange: int, sender: int) -> int:
-        return self.pages + ((exchange % 2) * self.size + sender) * PAGE_BYTES
+    def place(self, number: int) -> int:
+        """Two, used in turn, since a rank may be one exchange ahead of who reads."""
+        return _aligned(self.words + _WORD_BYTES * Words(self.size).count) + number * PLACE_BYTES
 
     def region(self, index: int) -> int:
-        return _aligned(self.pages + 2 * self.size * PAGE_BYTES) + index * self.region_bytes
+        return self.place(2) + index * self.region_bytes
 
     @property
     def total(self) -> int:
@@ -88,6 +88,19 @@ class Layout:
 
 def _aligned(offset: int) -> int:
     return -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank writes what all are to read: the same memory as a view, and as an address."""
+
+    view: memoryview
+    address: int
+
+    @classmethod
+    def of(cls, memory: Tensor) -> Place:
+        """memory: contiguous, uint8, on the CPU."""
+        return cls(memory.numpy().data, memory.data_ptr())
 
 
 class Segment:
@@ -101,6 +114,8 @@ class Segment:
         end = layout.words + _WORD_BYTES * Words(layout.size).count
         self.words = memoryview(self._map)[layout.words : end].cast("Q")
         self.regions = {name: self._region(index) for index, name in enumerate(REGIONS)}
+        self.addresses = {name: region.data_ptr() for name, region in self.regions.items()}
+        self.places = tuple(Place.of(self._bytes[layout.place(each) :][:PLACE_BYTES]) for each in range(2))
 
     def _region(self, index: int) -> Tensor:
         begin = self._layout.region(index)
@@ -109,10 +124,6 @@ class Segment:
     def token(self) -> memoryview:
         """What tells this group's segments from whatever else a process may have open."""
         return memoryview(self._map)[:_TOKEN_BYTES]
-
-    def page(self, exchange: int, sender: int, num_bytes: int) -> Tensor:
-        begin = self._layout.page(exchange, sender)
-        return self._bytes[begin : begin + num_bytes]
 
     def set(self, word: int, value: int) -> None:
         """Sets a word, after all that this thread has written before, and wakes who waits for it."""
@@ -134,6 +145,7 @@ class SymmetricMemory:
 
     def __init__(self, rank: int, size: int) -> None:
         self._layout, self.words, self._rank = Layout(size, region_bytes(size)), Words(size), rank
+        self._spin_s = _SHORT_SPIN_S
         self._processes: dict[int, int] = {}
         self.peers: dict[int, Segment] = {}
         self._file = os.memfd_create("megamoe")
@@ -175,6 +187,8 @@ class SymmetricMemory:
         os.close(self._file)
         self._file = -1
         self.peers = {rank: segment for rank, segment in self.peers.items() if rank in ranks or rank == self._rank}
+        if len(self.peers) <= len(os.sched_getaffinity(0)):
+            self._spin_s = _SPIN_S
 
     def gone(self, rank: int) -> bool:
         """Whether the process of a rank has ended."""
@@ -186,13 +200,18 @@ class SymmetricMemory:
         """Waits for a word of this rank's segment -> whether it has come to that value in that time.
 
         spin: look at it for some microseconds before sleeping, which a thread beside the call's own must not do.
+        It then sleeps: to yield the core instead would let all who want it go first, however short the wait.
         """
         words = self.own.words
-        for _ in range(_SPIN if spin else 1):
-            if words[word] == value:
-                return True
-        os.sched_yield()
-        end = time.monotonic() + within_s
+        if words[word] == value:
+            return True
+        now = time.monotonic()
+        end, spin_end = now + within_s, now + self._spin_s
+        while spin and now < spin_end:
+            for _ in range(_LOOKS):
+                if words[word] == value:
+                    return True
+            now = time.monotonic()
         while (seen := words[word]) != value:
             left = end - time.monotonic()
             if left <= 0:
@@ -240,9 +259,12 @@ def _futex(address: int, operation: int, value: int, within_s: float | None) -> 
     if within_s is not None:
         whole = int(within_s)
         timeout = ctypes.byref(_Timespec(whole, int((within_s - whole) * 1e9)))
-    done = _LIBC.syscall(_SYS_FUTEX, ctypes.c_void_p(address), operation, ctypes.c_uint32(value), timeout, None, 0)
+    done = _SYSCALL(_SYS_FUTEX, address, operation, value, timeout, None, 0)
     if done < 0 and ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT):
         raise OSError(ctypes.get_errno(), "futex")
 
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
+_SYSCALL = ctypes.CDLL(None, use_errno=True).syscall
+_LONG, _POINTER, _INT, _WORD = ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32
+_SYSCALL.argtypes = (_LONG, _POINTER, _INT, _WORD, _POINTER, _POINTER, _WORD)
+_SYSCALL.restype = ctypes.c_long

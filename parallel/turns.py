@@ -14,8 +14,6 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -59,23 +57,13 @@ class Turns:
     def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
         return type(self), ()
 
-    @contextmanager
-    def take(self, what: str, device: torch.device, deadline_s: float) -> Iterator[None]:
+    def take(self, what: str, device: torch.device, deadline_s: float) -> _Turn:
         """Has the turn for the block, and gives it back however the block ends. what: for errors, "layer 'moe'".
 
         RuntimeError where this thread has the turn already, or waits for it: a signal handler or a hook that calls from
         inside of a call would wait for itself. RuntimeError where one other call keeps it for longer than deadline_s.
         """
-        ticket = _Ticket(what)
-        try:
-            self._wait(ticket, deadline_s)
-            self._follow(device)
-            try:
-                yield
-            finally:
-                self._mark(device)
-        finally:
-            self._leave(ticket)
+        return _Turn(self, what, device, deadline_s)
 
     def _wait(self, ticket: _Ticket, deadline_s: float) -> None:
         with self._changed:
@@ -131,11 +119,35 @@ class Turns:
     def number(self, layer: object, name: str) -> int:
         """Which of the living layers of that name it is, from 1, in the order in which this was first asked."""
         with self._changed:
+            known = self._layers.get(name, ())
+            if len(known) == 1 and known[0]() is layer:
+                return 1
             living = [ref for ref in self._layers.get(name, ()) if ref() is not None]
             if not any(ref() is layer for ref in living):
                 living.append(weakref.ref(layer))
             self._layers[name] = living
             return next(number for number, ref in enumerate(living, 1) if ref() is layer)
+
+
+class _Turn:
+    """A turn for a block. A class, since a generator costs a call of few tokens several times as much."""
+
+    def __init__(self, turns: Turns, what: str, device: torch.device, deadline_s: float) -> None:
+        self._turns, self._ticket, self._device, self._deadline_s = turns, _Ticket(what), device, deadline_s
+
+    def __enter__(self) -> None:
+        try:
+            self._turns._wait(self._ticket, self._deadline_s)
+            self._turns._follow(self._device)
+        except BaseException:
+            self._turns._leave(self._ticket)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._turns._mark(self._device)
+        finally:
+            self._turns._leave(self._ticket)
 
 
 def queue_of(device: torch.device) -> Queue | None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from megamoe.parallel.turns import queue_of
 
+_CPU = torch.device("cpu")
+
 
 class Workspace:
     """Buffers by name, each grown to the largest size asked of it. What is in one is lost when its name is taken again.
@@ -48,6 +50,13 @@ class Workspace:
             buffer = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
             self._buffers[name, like.device] = buffer
         return buffer[:num_bytes].view(dtype).view(shape)
+
+    def address(self, name: Hashable, num_bytes: int) -> int:
+        """Of a buffer on the CPU, as take() grows and keeps it."""
+        buffer = self._buffers.get((name, _CPU))
+        if buffer is None or buffer.numel() < num_bytes:
+            buffer = self._buffers[name, _CPU] = torch.empty(num_bytes, dtype=torch.uint8, device=_CPU)
+        return buffer.data_ptr()
 
     def pinned(self, name: Hashable, size: int, dtype: torch.dtype) -> Tensor:
         """[size] on the host, in memory that a GPU copies from and to by itself, where there is one; not cleared."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -75,7 +79,9 @@ def split(num_tokens: int, num_ranks: int, *, empty: int | None = None) -> list[
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def oracle(shape: MoEShape, batch: Batch, weight_format: str, dispatch_format: str) -> Tensor:
+def oracle(
+    shape: MoEShape, batch: Batch, weight_format: str, dispatch_format: str, combine_format: str = "bf16"
+) -> Tensor:
     gate_up, down = make_weights(shape)
     return moe(
         shape,
@@ -87,7 +93,18 @@ def oracle(shape: MoEShape, batch: Batch, weight_format: str, dispatch_format: s
         **make_biases(shape),
         weight_format=weight_format,
         dispatch_format=dispatch_format,
+        combine_format=combine_format,
     )
+
+
+@contextmanager
+def computing(layer: MegaMoE, instead: Callable[..., Any]) -> Iterator[None]:
+    """A block in which this is called when the layer should compute, in a call of few tokens or in one by waves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer.experts, "linear1", instead)
+        if layer._small is not None:
+            patch.setattr(layer._small, "run_experts", instead)
+        yield
 
 
 def make_layer(
@@ -96,9 +113,18 @@ def make_layer(
     *,
     weight_format: str = "mxfp4",
     dispatch_format: str = "mxfp8",
+    combine_format: str = "bf16",
     waves: Waves = "auto",
     name: str = "moe",
 ) -> MegaMoE:
-    layer = MegaMoE(shape, group, weight_format=weight_format, dispatch_format=dispatch_format, waves=waves, name=name)
+    layer = MegaMoE(
+        shape,
+        group,
+        weight_format=weight_format,
+        dispatch_format=dispatch_format,
+        combine_format=combine_format,
+        waves=waves,
+        name=name,
+    )
     layer.load_experts(*make_weights(shape), **make_biases(shape))
     return layer

@@ -193,7 +193,7 @@ def test_shapes_are_validated(arguments: tuple[int, ...], message: str) -> None:
     [
         ({"weight_format": "fp4"}, "weight_format must be one of mxfp4, bf16, got 'fp4'"),
         ({"dispatch_format": "fp8"}, "dispatch_format must be one of mxfp8, bf16, auto, got 'fp8'"),
-        ({"combine_format": "mxfp8"}, "combine_format must be one of bf16, got 'mxfp8'"),
+        ({"combine_format": "fp8"}, "combine_format must be one of bf16, mxfp8, got 'fp8'"),
         ({"waves": 0}, 'waves must be "auto", a positive integer'),
         ({"waves": (2, 0)}, "waves must be"),
         ({"waves": "many"}, "waves must be"),

@@ -30,6 +30,8 @@ SMALL = [
     "2",
     "--repeats",
     "7",
+    "--machine",
+    "cpu",
 ]
 KEYS = [
     "ranks",

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import pytest
 import transformers.models
 from transformers import PreTrainedConfig
 
-from megamoe.catalog import Model, parameters
+from megamoe.catalog import Model, find_profile, load_hardware, parameters
 from megamoe.catalog.huggingface import model_from_config
+from megamoe.planner.layer.plan import PlanRequest, plan
+from megamoe.planner.serving.deployment import Deployment
+from megamoe.planner.serving.serving import serve
 
 PLANNED: dict[str, tuple[int, float, int]] = {
     # config class: layers with experts, 10^9 routed parameters (counted in transformers' models), layers with a cache
@@ -100,6 +104,20 @@ def architectures() -> Iterator[tuple[str, bool, dict[str, Any]]]:
                 yield config.__name__, parallel, json.loads(json.dumps(config().to_dict(), default=str))
 
 
+NAMED = re.compile(r"[a-z0-9]+_[a-z0-9_]+")  # a key or a model_type, which no plain word of a refusal looks like
+
+
+def _plans_at_every_ep_size(model: Model) -> None:
+    """A verdict, a layer and a device's memory on one rank, on the domain and beyond it."""
+    hardware = load_hardware("h100")
+    for ep in (1, 2, model.num_experts):
+        request = PlanRequest(model, hardware, find_profile(hardware), ep, tokens_per_rank=64)
+        planned = plan(request)
+        assert planned.verdict in ("hidden", "exposed"), model.name
+        assert 0 < planned.layer.layer_us < 1e7, model.name
+    assert serve(Deployment(model, hardware, find_profile(hardware), 1, 1, 1, 128)).memory.total_gb > 0
+
+
 def test_every_architecture_of_transformers_gives_a_plan_or_a_refusal_by_name() -> None:
     plans: dict[str, Model] = {}
     refusals: dict[str, str] = {}
@@ -111,6 +129,11 @@ def test_every_architecture_of_transformers_gives_a_plan_or_a_refusal_by_name() 
         except ValueError as error:
             refusals[name] = str(error)
     assert len(parallel) >= 65
+    assert parallel <= set(plans) | set(refusals)
+    for name in parallel & set(plans):
+        _plans_at_every_ep_size(plans[name])
+    for name in parallel & set(refusals):
+        assert NAMED.search(refusals[name]), (name, refusals[name])
     assert not [error for error in refusals.values() if "validation error" in error]
     for name, (moe_layers, routed, cached) in PLANNED.items():
         model = plans[name]

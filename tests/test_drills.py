@@ -12,7 +12,8 @@ from multiprocessing import resource_tracker
 import psutil
 import pytest
 
-from benchmarks.drills import FAULTS, LINK, Drill, Ending, Plan, drill, judge, left_running, play
+from benchmarks.drills.drill import FAULTS, Drill, Ending, Plan, drill, judge, play
+from benchmarks.drills.places import LINK, LabPlace
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.lab import faults
 from megamoe.launch.lab.namespaces import Host, lab, runs
@@ -44,7 +45,7 @@ def field() -> Iterator[tuple[list[Host], list[SpawnHandle]]]:
     with lab(3, LINK) as hosts:
         with SpawnPool(3, deadline_s=60.0, threads=1, hosts=hosts) as handles, ThreadPoolExecutor(3) as openers:
             yield hosts, list(openers.map(lambda number: handles.open(number, 60.0), range(3)))
-        assert not left_running(hosts)
+        assert not LabPlace(hosts).left()
     assert hosts[0].lab not in runs()
     assert family() <= before
 
@@ -57,7 +58,7 @@ def test_every_survivor_names_the_rank_that_was_struck_within_the_deadline_and_t
 ) -> None:
     hosts, handles = field
     plan = plan_of(fault)
-    found = judge(plan, *play(plan, hosts, handles), left="")
+    found = judge(plan, *play(plan, LabPlace(hosts), handles), left="")
     faults.heal(str(hosts[0].lab), plan.victim)
     assert found.held, json.dumps(asdict(found), indent=1)
 

@@ -97,6 +97,8 @@ def sweep(group: EPGroup, batch: Batch, shares: list[slice], all_to_all: bool) -
                 layer = layer_of(SHAPE, group, weight_format=weights, dispatch_format=wire, waves=waves)
                 for _ in range(2):  # the second time in buffers that hold the first
                     out[weights, wire, str(waves)] = layer(mine.hidden, mine.ids, mine.weights)
+            home = layer_of(SHAPE, group, weight_format=weights, dispatch_format=wire, combine_format="mxfp8", waves=2)
+            out[weights, wire, "mxfp8"] = home(mine.hidden, mine.ids, mine.weights)
     return out
 
 
@@ -122,6 +124,9 @@ def test_output_is_the_oracles_for_any_ep_size(
         expected = oracle(SHAPE, batch, weights, wire)
         for waves in WAVES:
             assert close(torch.cat([output[weights, wire, str(waves)] for output in outputs]), expected)
+        rounded = torch.cat([output[weights, wire, "mxfp8"] for output in outputs])
+        # a sum beside a tie of E4M3 may go either way
+        assert relative_error(rounded, oracle(SHAPE, batch, weights, wire, "mxfp8")) < 3e-3
 
 
 ROUTINGS = {
@@ -215,25 +220,27 @@ def test_a_token_alone_has_the_bits_it_has_in_a_batch_of_257_and_they_are_the_or
 
 BIASED = {name: MoEShape(128, 96, 10, 4, activation=ACTIVATIONS[name], bias=True) for name in ("gpt_oss", "nemotron_h")}
 INTERPRETED = [
-    *((SHAPE, *formats, waves) for formats, waves in zip(FORMATS, (1, 2, 3, 2), strict=True)),
-    (BIASED["gpt_oss"], "mxfp4", "mxfp8", 2),
-    (BIASED["nemotron_h"], "bf16", "bf16", 2),
+    *((SHAPE, *formats, "bf16", waves) for formats, waves in zip(FORMATS, (1, 2, 3, 2), strict=True)),
+    (BIASED["gpt_oss"], "mxfp4", "mxfp8", "bf16", 2),
+    (BIASED["nemotron_h"], "bf16", "bf16", "mxfp8", 2),
 ]
 
 
 def interpreted_ranks(group: EPGroup, batch: Batch, shares: list[slice]) -> list[Tensor]:
     interpret()
     mine, out = batch.part(shares[group.rank]), []
-    for shape, weights, wire, waves in INTERPRETED:
-        layer = layer_of(shape, group, weight_format=weights, dispatch_format=wire, waves=waves)
+    for shape, weights, wire, home, waves in INTERPRETED:
+        formats = {"weight_format": weights, "dispatch_format": wire, "combine_format": home}
+        layer = layer_of(shape, group, **formats, waves=waves)
         with in_triton():
             out.append(layer(mine.hidden, mine.ids, mine.weights))
     return out
 
 
 @interpreted
-def alone_in_triton(shape: MoEShape, batch: Batch, weights: str, wire: str, expected: Tensor) -> None:
-    layer = layer_of(shape, weight_format=weights, dispatch_format=wire)
+def alone_in_triton(shape: MoEShape, batch: Batch, formats: tuple[str, str, str], expected: Tensor) -> None:
+    weights, wire, home = formats
+    layer = layer_of(shape, weight_format=weights, dispatch_format=wire, combine_format=home)
     with in_triton():
         assert torch.equal(layer(batch.hidden, batch.ids, batch.weights), expected)
 
@@ -242,10 +249,10 @@ def test_through_triton_the_bits_are_the_same_on_one_rank_and_on_two() -> None:
     batch = make_batch(SHAPE, 23)
     with LocalRanks(2, threads_per_rank=1) as ranks:  # Triton looks once in a process whether it interprets
         outputs = ranks.run(interpreted_ranks, batch, split(23, 2))
-    for number, (shape, weights, wire, _) in enumerate(INTERPRETED):
+    for number, (shape, *formats, _) in enumerate(INTERPRETED):
         got = torch.cat([output[number] for output in outputs])
-        assert relative_error(got, oracle(shape, batch, weights, wire)) < 5e-3
-        alone_in_triton(shape, batch, weights, wire, got)
+        assert relative_error(got, oracle(shape, batch, *formats)) < 5e-3
+        alone_in_triton(shape, batch, (formats[0], formats[1], formats[2]), got)
 
 
 # ---- what the host waits for ----

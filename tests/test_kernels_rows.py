@@ -82,6 +82,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def test_every_row_is_listed_once_under_its_token(num_tokens: int, num_rows: int) -> None:
     index = draw_index(num_rows, -1, num_tokens)
     filling = Filling.of(index, num_tokens)
+    assert filling.starts is not None
     starts, rows = filling.starts.tolist(), filling.rows.tolist()
     assert len(starts) == num_tokens + 2
     assert sorted(rows) == list(range(num_rows))
@@ -272,6 +273,43 @@ def test_a_token_alone_is_summed_to_the_bits_that_it_has_among_257() -> None:
 @interpreted
 def test_without_a_token_there_is_nothing_to_sum() -> None:
     assert reduce_slots(home(2, 32), torch.empty(0, 6, dtype=torch.int64)).shape == (0, 32)
+
+
+@pytest.mark.parametrize("num_slots", [1, 6])
+@pytest.mark.parametrize(("num_tokens", "hidden"), [(1, 2880), (5, 96), (MANY_TOKENS, 96), (MANY_TOKENS, 2080)])
+@interpreted
+def test_results_that_come_home_as_mxfp8_are_summed_as_their_values(
+    num_tokens: int, hidden: int, num_slots: int
+) -> None:
+    computed, num_rows = home(num_tokens * num_slots, hidden), num_tokens * num_slots + 1
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(2))
+    by_kernel, by_twin, by_layer = (wire(num_rows, hidden) for _ in range(3))
+    filling = Filling.scattered(order, num_rows)
+    quantize(computed, filling, columns(by_kernel, hidden))
+    quantize_torch(computed, filling, columns(by_twin, hidden))
+    ops.encode_rows(computed, order, columns(by_layer, hidden))
+    assert torch.equal(by_kernel, by_twin)
+    assert torch.equal(by_kernel, by_layer)
+    by_kernel[-1] = 0xFF  # as a masked slot, it is not read
+    rows = columns(by_kernel, hidden)
+    positions = draw_index(num_rows - 1, 0, num_rows).view(num_tokens, num_slots)
+    summed = reduce_slots(rows, positions)
+    by_twin[-1] = 0
+    assert same_bits(summed, reduce_slots_torch(columns(by_twin, hidden), positions))
+    assert same_bits(summed, ops.reduce_slots(columns(by_twin, hidden), positions))
+
+
+@interpreted
+def test_every_code_and_scale_that_rounding_gives_is_summed_to_its_value() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(144, 1)
+    codes[:, 127::128] = 0  # E4M3's NaN comes with a scale that is one, and the interpreter takes it for 480
+    scales = torch.cat((torch.arange(105, 248), torch.tensor([255]))).to(torch.uint8).repeat_interleave(8).view(-1, 8)
+    rows = torch.cat((torch.cat((codes, scales), 1), torch.zeros(1, 264, dtype=torch.uint8)))
+    positions = torch.arange(144).unsqueeze(1)
+    summed = reduce_slots(columns(rows, 256), positions)
+    expected = dequantize_mxfp8(columns(rows[:144], 256)) + 0.0  # a sum that starts from zero is never -0
+    assert torch.equal(summed.isnan(), expected.isnan())
+    assert same_bits(summed.nan_to_num(3e38), expected.nan_to_num(3e38))
 
 
 # ---- widen ----

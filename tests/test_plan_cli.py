@@ -446,6 +446,7 @@ def test_a_plan_imports_nothing_that_it_does_not_need() -> None:
     plan = started("plan", *PRO, "--ep", 16, "--batch", 64)
     assert "megamoe.planner.serving.serving" in plan
     assert not {"torch", "numpy", "matplotlib", "jinja2", "megamoe.planner.report", "megamoe.launch.cli.bench"} & plan
+    assert "megamoe.catalog.huggingface" not in plan, "a name of the catalog needs no reader of config.json"
     assert "numpy" in started("plan", *PRO, "--ep", 16, "--routing", "zipf_1.1")
     listed = started("--help")
     assert "torch" not in listed

@@ -6,8 +6,10 @@ import itertools
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,9 @@ from megamoe.catalog import Hardware, Model, Profile, find_profile, load_hardwar
 from megamoe.planner.search.recommend import QUEUE, UTILIZATION, Load, Recommendation, recommend
 from megamoe.planner.search.search import SearchResult, Space, Targets, search
 from megamoe.planner.serving.deployment import Deployment
-from megamoe.planner.serving.serving import Serving, serve
+from megamoe.planner.serving.memory import memory
+from megamoe.planner.serving.serving import Serving, measure, serve
+from megamoe.planner.serving.step import Costs
 
 SMALL = Space(
     eps=(8, 16, 32),
@@ -152,9 +156,9 @@ def test_five_thousand_deployments_in_under_three_seconds() -> None:
     space = replace(
         Space.of(model, hardware), eps=(8, 16, 32, 64, 128, 256), batches=tuple(range(2, 56)), attention_tps=(1, 2)
     )
-    start = time.perf_counter()
+    start = time.process_time()
     result = search(model, hardware, profile, context=8192, space=space)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert result.tried == len(space) == 10368
     assert result.rejected.get("memory", 0) < 0.05 * result.tried
     assert seconds * 5000 / result.tried < 3
@@ -169,6 +173,42 @@ def test_search_imports_neither_torch_nor_numpy() -> None:
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_recommendation_measures_few_of_its_deployments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is counted, which no other program on the machine changes: tried, measured, pieces that were made."""
+    counted = {"tried": 0, "measured": 0, "pieces": 0}
+
+    def counting(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def counted_work(*args: Any, **keys: Any) -> Any:
+            counted[name] += 1
+            return work(*args, **keys)
+
+        return counted_work
+
+    monkeypatch.setattr("megamoe.planner.search.recommend.memory", counting("tried", memory))
+    monkeypatch.setattr("megamoe.planner.search.recommend.measure", counting("measured", measure))
+    monkeypatch.setattr(Costs, "piece", counting("pieces", Costs.piece))
+    found = recommend(*subject(), LOAD)
+    assert counted["tried"] > 15_000
+    assert counted["measured"] < counted["tried"] / 8
+    assert counted["pieces"] < counted["tried"], "most pieces are the same for every EP size"
+    assert found.decode.devices < 200
+
+
+@pytest.mark.parametrize("tpot_ms", [None, 12.0, 30.0])
+def test_what_is_not_measured_could_not_have_won(tpot_ms: float | None) -> None:
+    model, hardware, profile = subject()
+    load = replace(LOAD, requests_per_s=400)
+    found = recommended(load, Targets(tpot_ms=tpot_ms))
+    needed = load.requests_per_s * load.output_tokens
+    ranks = []
+    for ep, batch, mtp in itertools.product(DECODE.eps, DECODE.batches, DECODE.mtps):
+        served = serve(Deployment(model, hardware, profile, ep, ep, batch, 6400, mtp=mtp))
+        if served.fits and (tpot_ms is None or (served.tpot_ms or 0) <= tpot_ms):
+            replicas = -(-needed // (served.tokens_per_s_per_device * ep * UTILIZATION))
+            ranks.append((replicas * ep, -served.tokens_per_s_per_user))
+    assert (found.decode.devices, -found.decode.serving.tokens_per_s_per_user) == min(ranks)
 
 
 LOAD = Load(requests_per_s=50, input_tokens=6000, output_tokens=800)

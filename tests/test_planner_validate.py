@@ -7,6 +7,8 @@ from statistics import median
 
 import pytest
 
+from megamoe.planner.validation.ascend_guides import AUGUST, guides, median_of
+from megamoe.planner.validation.published import RESULTS
 from megamoe.planner.validation.published_layers import deepep_dispatch, isca, pull_request_316
 from megamoe.planner.validation.validate import Compared, Errors, compare, quantile, read_table, summary
 
@@ -99,3 +101,23 @@ def test_tables_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> 
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no file"):
         read_table(tmp_path / "table.csv")
+
+
+# ---- two editions of one guide ----
+
+
+def test_august_stands_beside_april_and_changes_none_of_its_rows() -> None:
+    found = guides()
+    assert len(found) == len(AUGUST) == 10
+    april = {each.what: 1e3 * each.conditions["batch_per_device"] / each.tokens_per_s_per_device for each in RESULTS}
+    assert [each.april_ms for each in found] == [april[each.what] for each in found]
+    flash = next(each for each in found if "batch 1536" in each.what)
+    assert flash.april_ms == pytest.approx(20.33)
+    assert flash.august_ms == 16.46
+    assert median_of(found, "august_pct") < 10
+    assert all(each.august_ms <= each.april_ms * 1.001 for each in found)
+
+
+def test_august_says_the_same_in_both_of_its_columns() -> None:
+    for (_, batch, _, _), (tpot_ms, tokens_per_s) in AUGUST.items():
+        assert 1e3 * batch / 16 / tpot_ms == pytest.approx(tokens_per_s, rel=2e-3)

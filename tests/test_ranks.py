@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -24,7 +24,7 @@ from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.threads import calm_gloo_threads, gloo_threads
 from megamoe.shape import MoEShape
-from tests.cases import make_batch, make_layer
+from tests.cases import computing, make_batch, make_layer
 
 SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2)
 
@@ -85,14 +85,14 @@ def test_a_late_rank_is_named_at_the_deadline() -> None:
         assert time.monotonic() - begun < 3
 
 
-def monkey(layer: MegaMoE, instead: Callable[[], None]) -> None:
-    """What this rank does when it should compute."""
+def monkey(layer: MegaMoE, instead: Callable[[], None]) -> AbstractContextManager[None]:
+    """What this rank does in the block when it should compute."""
 
-    def linear1(*_: object) -> Tensor:
+    def fails(*_: object) -> Tensor:
         instead()
         raise RuntimeError("the results never came")
 
-    layer.experts.linear1 = linear1  # type: ignore[assignment,method-assign]
+    return computing(layer, fails)
 
 
 def stalls_in_mid_call(group: EPGroup) -> tuple[str, float]:
@@ -101,8 +101,7 @@ def stalls_in_mid_call(group: EPGroup) -> tuple[str, float]:
     patient = 30.0 if group.rank == 2 else 1.5
     layer = make_layer(SHAPE, EPGroup.of(dist.group.WORLD, deadline_s=patient), waves=2, name="layers.0")
     if group.rank == 2:
-        monkey(layer, lambda: time.sleep(4))
-        with pytest.raises(RuntimeError, match=r"."):
+        with monkey(layer, lambda: time.sleep(4)), pytest.raises(RuntimeError, match=r"."):
             layer(batch.hidden, batch.ids, batch.weights)
         return "", 0.0
     begun = time.monotonic()
@@ -123,11 +122,8 @@ def interrupted(group: EPGroup) -> list[str]:
     """Every rank is interrupted in mid-call; what both layers of the group say from then on."""
     batch = make_batch(SHAPE, 50)
     first, second = (make_layer(SHAPE, group, name=name) for name in ("layers.0", "layers.1"))
-    good = first.experts.linear1
-    monkey(first, lambda: None)
-    with pytest.raises(RuntimeError, match="the results never came"):
+    with monkey(first, lambda: None), pytest.raises(RuntimeError, match="the results never came"):
         first(batch.hidden, batch.ids, batch.weights)
-    first.experts.linear1 = good  # type: ignore[method-assign]
     said = []
     for layer in (first, second):
         with pytest.raises(RuntimeError) as refusal:
@@ -147,9 +143,8 @@ def test_rows_of_an_interrupted_call_cannot_reach_the_next_one(ranks: LocalRanks
 def dies_in_mid_call(group: EPGroup) -> None:
     batch = make_batch(SHAPE, 50)
     layer = make_layer(SHAPE, group)
-    if group.rank == 2:
-        monkey(layer, lambda: os._exit(7))
-    layer(batch.hidden, batch.ids, batch.weights)
+    with monkey(layer, lambda: os._exit(7)) if group.rank == 2 else nullcontext():
+        layer(batch.hidden, batch.ids, batch.weights)
 
 
 def test_a_rank_that_dies_in_mid_call_is_named_by_the_launcher() -> None:

@@ -27,7 +27,7 @@ from megamoe.parallel.transport.host import HostTransport
 from megamoe.parallel.transport.pairs import Label, PairTransfer
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer, oracle, split
-from tests.protocol import FAULTS, search
+from tests.protocol import FAULTS, search, wander
 
 pytestmark = pytest.mark.skipif(not symmetric.available(), reason="ranks share memory on Linux and x86-64")
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
@@ -225,7 +225,6 @@ def test_groups_of_one_process_group_share_its_memory(ranks: LocalRanks) -> None
 def many_experts(group: EPGroup) -> tuple[bool, Tensor]:
     """Pages longer than a place in memory."""
     shape = MoEShape(hidden=32, intermediate=32, num_experts=3000, topk=2)
-    assert shape.num_experts * 2 * 4 > symmetric.PAGE_BYTES
     layer = make_layer(shape, group)
     batch = make_batch(shape, 6)
     mine = batch.part(split(6, group.size)[group.rank])
@@ -345,13 +344,29 @@ def test_a_rank_that_does_not_come_is_named_at_the_deadline() -> None:
 # ---- the protocol ----
 
 
-@pytest.mark.parametrize(("size", "calls"), [(2, 5), (3, 2)])
-def test_no_order_of_steps_reads_another_calls_rows_or_stands_still(size: int, calls: int) -> None:
-    found = search(size, calls)
+@pytest.mark.parametrize(
+    ("size", "kinds"), [(2, "wwewsssweess"), (2, "sseoosowwos"), (3, "sse"), (3, "woo"), (3, "osw")], ids="{}".format
+)
+def test_no_order_of_steps_reads_another_calls_rows_or_stands_still(size: int, kinds: str) -> None:
+    found = search(size, kinds)
     assert found.wrong == ""
     assert found.states > 100
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_search_finds_faults_that_are_put_in(fault: str) -> None:
-    assert search(2, 3, fault).wrong
+@pytest.mark.parametrize(("size", "kinds"), [(4, "wssewoosessw"), (6, "osewssewoow")], ids="{}".format)
+def test_no_order_that_was_drawn_does_either(size: int, kinds: str) -> None:
+    found = wander(size, kinds, walks=60)
+    assert found.wrong == ""
+    assert found.states > 1000
+
+
+@pytest.mark.parametrize(
+    ("fault", "kinds"),
+    [(fault, "sseess") for fault in FAULTS]
+    + [(fault, "wweeww") for fault in FAULTS if not fault.startswith("results")]
+    + [(fault, "wsseeswwss") for fault in FAULTS],
+    ids="{}".format,
+)
+def test_the_search_finds_faults_that_are_put_in(fault: str, kinds: str) -> None:
+    assert search(2, kinds, fault).wrong
+    assert wander(3, kinds, fault, walks=200).wrong

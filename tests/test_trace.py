@@ -96,7 +96,7 @@ def recorded_of(
 def what_is_left(group: EPGroup) -> tuple[list[str], list[str], bool]:
     """Threads of a recorder while it works and after it, and whether a group that is not recorded notes anything."""
     batch = make_batch(SHAPE, 20)
-    layer = make_layer(SHAPE, group)
+    layer = make_layer(SHAPE, group, waves=2)
     with record(group):
         layer(batch.hidden, batch.ids, batch.weights)
         with pytest.raises(RuntimeError, match="recorded already"), record(group):
@@ -117,8 +117,7 @@ def stalls(group: EPGroup) -> str:
     batch, layer = make_batch(SHAPE, 50), make_layer(SHAPE, EPGroup.of(dist.group.WORLD, deadline_s=1.5))
     if group.rank == 1:
         layer = make_layer(SHAPE, EPGroup.of(dist.group.WORLD, deadline_s=30))
-        monkey(layer, lambda: time.sleep(3))
-        with pytest.raises(RuntimeError):
+        with monkey(layer, lambda: time.sleep(3)), pytest.raises(RuntimeError):
             layer(batch.hidden, batch.ids, batch.weights)
         return ""
     with record(layer.group), pytest.raises(PeerError) as lost:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +16,16 @@ from megamoe.catalog import Machine, load_machine
 from megamoe.execution.autotune import Tuner
 from megamoe.execution.experts import Experts
 from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.products import products_of
 from megamoe.launch.lab.namespaces import lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.link import measure_link
+from megamoe.parallel.transport.pairs import Label
 from megamoe.routing.agreement import Agreement
 from megamoe.schedule.cost_model import CostModel, Spread, best_waves, play
+from megamoe.schedule.kept import Setting, keep
 from megamoe.schedule.machine import product_row_us
 from megamoe.shape import MoEShape
 from tests.cases import Batch, make_batch, make_layer, oracle, split
@@ -73,13 +78,26 @@ def tuner(
     class Nothing:
         early = True
 
+        def gather(self, page: torch.Tensor, label: Label) -> torch.Tensor:
+            assert label.phase == "link"
+            return page.unsqueeze(0)
+
     group = EPGroup(0, size, Nothing() if size > 1 else None, 60.0)  # type: ignore[arg-type]
     if link is not None:
         group.links.append(link)
     weight_format = "mxfp4" if packed else "bf16"
     experts = Experts(MoEShape(1024, 512, 16, 4), range(8), weight_format=weight_format, device=torch.device("meta"))
     experts.device = torch.device("cpu")  # whose waves have a cost, but without memory for the weights
-    return Tuner("moe", group, experts, waves="auto", dispatch_format=dispatch_format, overlap=True, machine=machine)
+    return Tuner(
+        "moe",
+        group,
+        experts,
+        waves="auto",
+        dispatch_format=dispatch_format,
+        combine_format="bf16",
+        overlap=True,
+        machine=machine,
+    )
 
 
 def agreed(row_s: float, tokens: int = 2048, size: int = 2) -> Agreement:
@@ -145,6 +163,39 @@ def test_what_a_wave_costs_is_the_machines() -> None:
     cheap, dear = (tuner(2, 200e6, machine=machine(wave_us=us)).choose(agreed(row_s)) for us in (10.0, 20000.0))
     assert cheap.waves != 1
     assert dear.waves == 1
+
+
+@pytest.fixture
+def kept_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
+    """Keeps constants of this machine for two ranks, in a cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def put(**values: float) -> Machine:
+        setting = Setting.here(products_of(torch.device("meta")).path, torch.get_num_threads(), 2, shaped=True)
+        assert keep(setting, machine(**values)) == ""
+        return machine(**values)
+
+    return put
+
+
+def test_auto_takes_what_was_measured_of_this_machine(kept_here: Callable[..., Machine]) -> None:
+    profile = kept_here(wave_us=20000.0, product_gflops=100.0)
+    each = tuner(2, 200e6)
+    assert each.row_s == product_row_us(profile, 1024, 512, packed=False) / 1e6, "before anything is measured"
+    assert each.choose(agreed(40e-6)).waves == 1
+    assert each._group.wave_costs == [20e-3]
+    given = tuner(2, 200e6, machine=machine(wave_us=10.0))
+    assert given.choose(agreed(40e-6)).waves != 1, "a profile that is handed in goes first"
+    assert tuner(3, 200e6).row_s == 0, "nothing is kept for three ranks"
+
+
+def test_the_dearest_wave_of_all_ranks_counts(ranks: LocalRanks) -> None:
+    assert ranks.run(dearest, size=3) == [3e-3] * 3
+
+
+def dearest(group: EPGroup) -> float:
+    assert group.wave_cost("moe", 1e-3 * (group.rank + 1)) == group.wave_cost("moe", 0.0), "asked once"
+    return group.wave_costs.pop()
 
 
 def a_call_with_a_machine(group: EPGroup) -> str:

@@ -8,13 +8,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from megamoe.execution.experts import Experts
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel import turns
@@ -23,7 +21,7 @@ from megamoe.parallel.group import EPGroup
 from megamoe.parallel.turns import Turns
 from megamoe.parallel.workspace import Workspace
 from megamoe.shape import MoEShape
-from tests.cases import Batch, make_batch, make_layer, make_weights
+from tests.cases import Batch, computing, make_batch, make_layer, make_weights
 
 SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2)
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")
@@ -90,8 +88,7 @@ def over_one_process_group(group: EPGroup) -> str:
     assert first.group.turns is second.group.turns is group.turns
     batch = make_batch(SHAPE, 9)
     call(first, batch)
-    fault = mock.patch("megamoe.layer.Call", None) if group.rank else nullcontext()  # in the middle of the call
-    with fault, pytest.raises((TypeError, PeerError)):
+    with computing(first, int.bit_length) if group.rank else nullcontext(), pytest.raises((TypeError, PeerError)):
         call(first, batch)
     with pytest.raises(RuntimeError, match="cannot be used any more") as refusal:
         call(second, batch)
@@ -104,14 +101,13 @@ def test_ep_groups_of_one_process_group_share_turns_and_what_broke_it(ranks: Loc
     assert "TypeError" in said[1]
 
 
-def test_a_call_from_inside_of_a_call_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_from_inside_of_a_call_is_refused_by_name() -> None:
     group, batch = EPGroup.of(None), make_batch(SHAPE, 5)
     outer, inner = make_layer(SHAPE, group, name="outer"), make_layer(SHAPE, group, name="inner")
     expected = call(outer, batch)
-    monkeypatch.setattr(Experts, "activation", lambda *_: call(inner, batch))
-    with pytest.raises(RuntimeError, match="layer 'inner' was called from inside of a call of layer 'outer'"):
+    inside = pytest.raises(RuntimeError, match="layer 'inner' was called from inside of a call of layer 'outer'")
+    with computing(outer, lambda *_: call(inner, batch)), inside:
         call(outer, batch)
-    monkeypatch.undo()
     assert torch.equal(call(outer, batch), expected), "the turn was given back"
 
 

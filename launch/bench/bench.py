@@ -21,10 +21,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from megamoe.catalog import load_machine
+from megamoe.catalog import Machine, load_machine
 from megamoe.execution.checks import check_formats
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
-from megamoe.launch.bench.replay import Replay, StillTransport
+from megamoe.launch.bench.probe import machine_here
+from megamoe.launch.bench.replay import Replay, StillTransport, together
 from megamoe.launch.bench.training import expected, make_gradient, step
 from megamoe.launch.bench.training import identical as is_identical
 from megamoe.launch.lab.namespaces import Host, lab, parse_rate
@@ -33,7 +34,6 @@ from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Recording
-from megamoe.parallel.transport.pairs import Label
 from megamoe.reference import moe
 from megamoe.routing.waves import Waves, check_waves
 from megamoe.schedule.machine import Predicted, Run, predict
@@ -53,7 +53,8 @@ class BenchRequest:
 
     backward: measures forward and backward together, of a layer that trains
     machine: the profile by which the run is predicted, a name of the catalog or a file that megamoe calibrate wrote;
-    None takes the one that ships where it was made with as many threads a rank.
+    None takes this machine's constants, which are measured before the run where they are not kept from an earlier one.
+    predict: whether the run is predicted at all.
     """
 
     ranks: int = 2
@@ -66,6 +67,7 @@ class BenchRequest:
     topk: int = 4
     weight_format: str = "mxfp4"
     dispatch_format: str = "mxfp8"
+    combine_format: str = "bf16"
     waves: Waves = "auto"
     threads_per_rank: int = 1
     repeats: int = 9
@@ -73,6 +75,7 @@ class BenchRequest:
     trace: bool = False
     backward: bool = False
     machine: str | None = None
+    predict: bool = True
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -86,32 +89,36 @@ class BenchRequest:
         elif self.latency_ms:
             raise ValueError(f"latency_ms {self.latency_ms} needs a link to delay, such as 1gbit")
         check_waves(self.waves)
-        check_formats(self.shape, self.weight_format, self.dispatch_format, "bf16")
-        predict_run(self)
+        check_formats(self.shape, self.weight_format, self.dispatch_format, self.combine_format)
+        if self.machine is not None:
+            predict_run(self, load_machine(self.machine))
 
     @property
     def shape(self) -> MoEShape:
         """Sizes of the layer."""
         return MoEShape(self.hidden, self.intermediate, self.num_experts, self.topk, 10.0)
 
+    @property
+    def link_gb_s(self) -> float | None:
+        """Gigabytes a second of a link, one way."""
+        return parse_rate(self.link) / 8e9 if self.link else None
 
-def predict_run(request: BenchRequest, waves: int = 0, dispatch_format: str | None = None) -> Predicted | None:
-    """What the machine's profile says of a request; None where nobody can say: other threads, delayed links, a
-    backward.
+
+def predict_run(
+    request: BenchRequest, machine: Machine, waves: int = 0, dispatch_format: str | None = None
+) -> Predicted | None:
+    """What a machine's constants say of a request; None where nobody can say: delayed links, a backward.
 
     waves and dispatch_format: as they turned out, where the layer decides. Uneven waves count by their number.
     """
-    machine = load_machine(request.machine or "cpu")
-    if request.backward:
-        return None
-    if request.latency_ms or (request.machine is None and request.threads_per_rank != machine.threads_per_rank):
+    if request.latency_ms or request.backward:
         return None
     if not waves and request.waves != "auto":
         waves = request.waves if isinstance(request.waves, int) else len(request.waves)
     wire = dispatch_format or request.dispatch_format
     asked = {each.name: getattr(request, each.name) for each in fields(Run) if hasattr(request, each.name)}
     asked |= {"dispatch_format": "mxfp8" if wire == "auto" else wire, "waves": waves}
-    return predict(Run(**asked, link_gb_s=parse_rate(request.link) / 8e9 if request.link else None), machine)
+    return predict(Run(**asked), machine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +140,7 @@ class BenchReport:
 
     traced_ms is the overlapped layer while it is recorded, trace_cost the median over repeats of how much longer that
     took than without, as a share; hidden_percent is the share of communication that hid. predicted_ms is what the
-    planner says of the overlapped layer, None where it cannot.
+    planner says of the overlapped layer, None where it cannot, and predicted_by whose constants it took.
     """
 
     ranks: int
@@ -146,6 +153,7 @@ class BenchReport:
     topk: int
     weight_format: str
     dispatch_format: str
+    combine_format: str
     waves: int
     threads_per_rank: int
     backward: bool
@@ -171,6 +179,7 @@ class BenchReport:
     speedup: float
     efficiency: float
     predicted_ms: float | None
+    predicted_by: str | None
     bytes_sent_per_rank: int
     flops_per_rank: int
     identical: bool | None
@@ -194,11 +203,21 @@ def run_traced(
         with LocalRanks(
             request.ranks, threads_per_rank=request.threads_per_rank, deadline_s=request.deadline_s, hosts=hosts
         ) as ranks:
+            machine = _machine(request, ranks, progress)
             progress("running")
             found = ranks.run(bench_rank, request)
     recordings = [rank.recording for rank in found if rank.recording is not None]
     timeline = _typical(Timeline.merge(recordings)) if recordings else None
-    return _report(request, found, timeline), timeline
+    return _report(request, found, timeline, machine), timeline
+
+
+def _machine(request: BenchRequest, ranks: LocalRanks, progress: Callable[[str], None]) -> Machine | None:
+    """By whose constants the run is predicted; None where it is not."""
+    if not request.predict or request.latency_ms:
+        return None
+    if request.machine is not None:
+        return load_machine(request.machine)
+    return machine_here(ranks, request.link_gb_s, progress)
 
 
 def _typical(timeline: Timeline) -> Timeline:
@@ -247,11 +266,11 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     shape = request.shape
     gate_up, down = make_expert_weights(shape)
     batch = make_workload(shape, group.rank, request.tokens_per_rank)
-    formats = {"weight_format": request.weight_format, "dispatch_format": request.dispatch_format}
+    formats = {name: getattr(request, name) for name in ("weight_format", "dispatch_format", "combine_format")}
 
     def make_layer(group: EPGroup, name: str, waves: Waves = 1, overlap: bool = True) -> MegaMoE:
         made = TrainableMoE if request.backward else MegaMoE
-        return made(shape, group, waves=waves, overlap=overlap, name=name, **formats)  # type: ignore[arg-type]
+        return made(shape, group, waves=waves, overlap=overlap, name=name, **formats)
 
     layer = make_layer(group, "overlapped", request.waves)
     layer.load_experts(gate_up, down)
@@ -278,7 +297,7 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
         if request.backward:
             wanted = expected(group, shape, (gate_up, down), make, formats)
         else:
-            wanted = [moe(shape, *batch, gate_up, down, **formats)]  # type: ignore[arg-type]
+            wanted = [moe(shape, *batch, gate_up, down, **formats)]
         identical = all(is_identical(output, wanted, layer.local_experts) for output in outputs)
         del wanted
     del gate_up, down
@@ -292,7 +311,7 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     if recording:
         with group.record(recording):
             for _ in range(SERIAL_TRACES):
-                _together(group)
+                together(group)
                 run(serial)
         measures = {"serial": measures["serial"], TRACED: measures["overlapped"], **measures}
     times: dict[str, list[float]] = {name: [] for name in measures}
@@ -300,7 +319,7 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
         for name in _in_turn(list(measures), repeat):
             measure = measures[name]
             with group.record(recording) if recording and name == TRACED else nullcontext():
-                _together(group)
+                together(group)
                 begun = time.perf_counter()
                 measure()
                 if repeat:
@@ -319,13 +338,9 @@ def _in_turn(names: list[str], repeat: int) -> list[str]:
     return names
 
 
-def _together(group: EPGroup) -> None:
-    """Returns when all ranks have come here."""
-    if group.transport is not None:
-        group.transport.gather(torch.zeros(1, dtype=torch.uint8), Label("bench", "counts"))
-
-
-def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | None) -> BenchReport:
+def _report(
+    request: BenchRequest, found: list[RankTimes], timeline: Timeline | None, machine: Machine | None
+) -> BenchReport:
     """A repeat takes as long as its slowest rank; medians over repeats."""
     slowest = {
         name: [max(times) for times in zip(*(rank.times[name] for rank in found), strict=True)]
@@ -340,10 +355,9 @@ def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | 
     overlapped = [run.share() for run in timeline.runs() if run.layer.startswith("overlapped")] if timeline else []
     products = 18 if request.backward else 6  # FLOPs of a row; a backward has two products for each of the forward
     limit = max(middle["compute"], middle["communication"])
-    predicted = predict_run(request, found[0].waves, found[0].dispatch_format)
+    predicted = predict_run(request, machine, found[0].waves, found[0].dispatch_format) if machine else None
     asked = {f.name: getattr(request, f.name) for f in fields(BenchReport) if hasattr(request, f.name)}
     asked |= {
-        "link_gb_s": parse_rate(request.link) / 8e9 if request.link else None,
         "waves": found[0].waves,
         "dispatch_format": found[0].dispatch_format,
         "identical": all(rank.identical for rank in found) if request.check else None,
@@ -358,6 +372,7 @@ def _report(request: BenchRequest, found: list[RankTimes], timeline: Timeline | 
         speedup=middle["serial"] / middle["overlapped"],
         efficiency=limit / middle["overlapped"],
         predicted_ms=predicted.overlapped_ms if predicted else None,
+        predicted_by=machine.title if machine and predicted else None,
         bytes_sent_per_rank=max(rank.bytes_sent for rank in found),
         flops_per_rank=products * request.hidden * request.intermediate * max(rank.rows_computed for rank in found),
     )

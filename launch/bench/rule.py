@@ -50,6 +50,7 @@ class RuleRequest:
     topk: int = 4
     weight_format: str = "bf16"
     dispatch_format: str = "mxfp8"
+    combine_format: str = "bf16"
     waves: Waves = "auto"
     threads_per_rank: int = 1
     repeats: int = 7
@@ -73,7 +74,7 @@ class RuleRequest:
     def bench(self, intermediate: int, link: str | None = None) -> BenchRequest:
         """The workload with experts of one size over one link. ValueError where it does not fit."""
         shared = {name: value for name, value in asdict(self).items() if name not in ("intermediate", "points")}
-        return BenchRequest(**shared, intermediate=intermediate, link=link)
+        return BenchRequest(**shared, intermediate=intermediate, link=link, predict=False)
 
     @property
     def f_remote(self) -> float:
@@ -94,9 +95,9 @@ class RuleRequest:
 
     @property
     def bytes_per_row(self) -> float:
-        """What a pair that leaves moves through a link in either direction: its token's share out, BF16 home."""
-        wire = Wire(self.dispatch_format, self.hidden, round_on_arrival=False)
-        return wire.PAIR_BYTES + self.tokens_per_row * wire.row_bytes + 2 * self.hidden
+        """What a pair that leaves moves through a link in either direction: its token's share out, its result home."""
+        wire = Wire(self.dispatch_format, self.hidden, round_on_arrival=False, combine_format=self.combine_format)
+        return wire.PAIR_BYTES + self.tokens_per_row * wire.row_bytes + wire.result_bytes
 
     def threshold(self, intermediate: int) -> float:
         """FLOPs per byte for experts of one size."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,17 +38,18 @@ def step(layer: MegaMoE, batch: Batch, gradient: Tensor) -> list[Tensor]:
 
 
 def expected(
-    group: EPGroup, shape: MoEShape, weights: tuple[Tensor, Tensor], make: MakeBatch, formats: dict[str, str]
+    group: EPGroup, shape: MoEShape, weights: tuple[Tensor, Tensor], make: MakeBatch, formats: dict[str, Any]
 ) -> list[Tensor]:
     """step()'s results for this rank by the oracle, which computes the batches of all ranks; those of all experts."""
     batches = [make(rank) for rank in range(group.size)]
     gradients = [make_gradient(rank, shape, len(batch[0])) for rank, batch in enumerate(batches)]
     hidden, ids, topk_weights = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    problem = Problem(shape, hidden, ids, topk_weights, *weights, **formats)  # type: ignore[arg-type]
+    given: dict[str, Any] = {name: formats[name] for name in ("weight_format", "dispatch_format")}
+    problem = Problem(shape, hidden, ids, topk_weights, *weights, **given)
     found = moe_backward(problem, torch.cat(gradients))
     begin = sum(len(batch[0]) for batch in batches[: group.rank])
     mine = slice(begin, begin + len(batches[group.rank][0]))
-    out = moe(shape, *batches[group.rank], *weights, **formats)  # type: ignore[arg-type]
+    out = moe(shape, *batches[group.rank], *weights, **formats)
     return [out, found.hidden[mine], found.topk_weights[mine], found.gate_up, found.down]
 
 

@@ -34,6 +34,7 @@ def bench(
     topk: Annotated[int | None, typer.Option(help="Experts per token; 4 without a preset.")] = None,
     weight_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "mxfp4",
     dispatch_format: Annotated[str, typer.Option(help="mxfp8, bf16, or auto.")] = "mxfp8",
+    combine_format: Annotated[str, typer.Option(help="bf16 or mxfp8: how results travel home.")] = "bf16",
     waves: Annotated[
         str, typer.Option(help='"auto", a number, relative sizes such as 1,2,1, or "sweep" for a row of each.')
     ] = "auto",
@@ -47,8 +48,12 @@ def bench(
         bool, typer.Option("--backward", help="Measure forward and backward of a layer that trains.")
     ] = False,
     machine: Annotated[
-        str | None, typer.Option(help="Profile to predict by, such as megamoe calibrate writes; what ships without.")
+        str | None,
+        typer.Option(help="Profile to predict by, such as megamoe calibrate writes; without, this machine's."),
     ] = None,
+    predict: Annotated[
+        bool, typer.Option(help="Predict the run; a machine's constants are measured once, in two seconds, and kept.")
+    ] = True,
     check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
     output: Output = Format.table,
 ) -> None:
@@ -72,6 +77,7 @@ def bench(
                 tokens_per_rank=tokens_per_rank,
                 weight_format=weight_format,
                 dispatch_format=dispatch_format,
+                combine_format=combine_format,
                 waves="auto" if waves == "sweep" else parse_waves(waves),
                 threads_per_rank=threads_per_rank,
                 repeats=repeats,
@@ -79,6 +85,7 @@ def bench(
                 trace=trace is not None,
                 backward=backward,
                 machine=machine,
+                predict=predict,
                 **sizes,
             )
             if trace and waves == "sweep":
@@ -90,7 +97,7 @@ def bench(
             reports = []
             for number, each in enumerate(requests):
                 bar.update(task, description=f"{each.waves} waves", completed=number, total=len(requests))
-                report, timeline = run_traced(each)
+                report, timeline = run_traced(each, lambda what: bar.update(task, description=what))
                 reports.append(report)
         if trace and timeline:
             timeline.save(trace)
@@ -119,7 +126,8 @@ def _workload(report: BenchReport) -> str:
     experts = f"{report.num_experts} experts {report.hidden} x {report.intermediate} {report.weight_format}"
     tokens = f"{report.ranks} ranks, {link}, {report.tokens_per_rank} tokens a rank"
     both = ", forward and backward" if report.backward else ""
-    return f"{tokens}, {experts}, top-{report.topk}, {report.dispatch_format} wire{both}"
+    formats = f"{report.dispatch_format} there, {report.combine_format} back"
+    return f"{tokens}, {experts}, top-{report.topk}, {formats}{both}"
 
 
 def _print_bench(report: BenchReport) -> None:
@@ -137,7 +145,7 @@ def _print_bench(report: BenchReport) -> None:
     )
     if report.predicted_ms is not None:
         off = report.predicted_ms / report.overlapped_ms - 1
-        say(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%}")
+        say(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%} (by {report.predicted_by})")
     if report.traced_ms is not None:
         hidden = "none" if report.hidden_percent is None else f"{report.hidden_percent:.1f} %"
         say(f"{hidden} of communication hidden; recording cost {report.trace_cost:+.1%}")

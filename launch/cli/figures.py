@@ -132,5 +132,5 @@ def _caption(report: RuleReport) -> str:
         f"Left of 1 remains what overlap costs on any link, as a share of ever less communication.\n"
         f"{request.ranks} ranks, {threads} each, {request.tokens_per_rank} tokens a rank, h = {request.hidden}, "
         f"{request.num_experts} experts, top-{request.topk}, {request.weight_format} weights, "
-        f"{request.dispatch_format} wire. {report.machine}. {report.date}"
+        f"{request.dispatch_format} there, {request.combine_format} back. {report.machine}. {report.date}"
     )

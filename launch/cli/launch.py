@@ -34,6 +34,7 @@ def launch(
     repeat: Annotated[int, typer.Option(help="How often the text is run.")] = 1,
     waves: Annotated[str, typer.Option(help='A number, relative sizes such as 1,2,1, or "auto".')] = "auto",
     dispatch_format: Annotated[str, typer.Option(help="mxfp8, bf16 or auto: how tokens travel.")] = "mxfp8",
+    combine_format: Annotated[str, typer.Option(help="bf16 or mxfp8: how results travel home.")] = "bf16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda or npu; what there is by default.")] = None,
     interface: Annotated[
         str | None, typer.Option(help="Network interface of ranks on this machine; loopback by default.")
@@ -67,6 +68,7 @@ def launch(
                 text=text,
                 waves=parse_waves(waves),
                 dispatch_format=dispatch_format,
+                combine_format=combine_format,
                 batch_tokens=batch_tokens,
                 repeat=repeat,
                 device=device or present_device(),

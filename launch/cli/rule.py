@@ -30,6 +30,7 @@ def rule(
     topk: Annotated[int, typer.Option(help="Experts per token.")] = 4,
     weight_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "bf16",
     dispatch_format: Annotated[str, typer.Option(help="mxfp8 or bf16.")] = "mxfp8",
+    combine_format: Annotated[str, typer.Option(help="bf16 or mxfp8: how results travel home.")] = "bf16",
     waves: Annotated[str, typer.Option(help='"auto", a number, or relative sizes such as 1,2,1.')] = "auto",
     threads_per_rank: Annotated[int, typer.Option(help="torch threads of a rank.")] = 1,
     repeats: Annotated[int, typer.Option(help="Rounds that are measured on each link, after one that is not.")] = 7,
@@ -59,6 +60,7 @@ def rule(
                 topk=topk,
                 weight_format=weight_format,
                 dispatch_format=dispatch_format,
+                combine_format=combine_format,
                 waves=parse_waves(waves),
                 threads_per_rank=threads_per_rank,
                 repeats=repeats,
@@ -104,9 +106,9 @@ def _print_rule(report: RuleReport) -> None:
     request = report.request
     say(
         f"{request.ranks} ranks, {request.tokens_per_rank} tokens a rank, {request.num_experts} experts "
-        f"{request.weight_format}, top-{request.topk}, {request.dispatch_format} wire, {report.bytes_per_row:.0f} "
-        f"bytes a row there and back, {report.f_remote:.0%} of rows remote; C in FLOP/s, B in bytes/s one way; "
-        "milliseconds"
+        f"{request.weight_format}, top-{request.topk}, {request.dispatch_format} there, {request.combine_format} back, "
+        f"{report.bytes_per_row:.0f} bytes a row both ways, {report.f_remote:.0%} of rows remote; C in FLOP/s, B in "
+        "bytes/s one way; milliseconds"
     )
     for curve in report.curves:
         _print_curve(curve, request.hidden)

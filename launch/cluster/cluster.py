@@ -32,7 +32,6 @@ from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.requests import IMPORTABLE, check_count, check_seconds, check_tokens, check_work
 from megamoe.parallel.health.runs import sweep
 from megamoe.routing.waves import Waves, check_waves
-from megamoe.routing.wire import DISPATCH_FORMATS
 
 if TYPE_CHECKING:
     from megamoe.launch.cluster.generation import Advance, GenerationJob
@@ -212,10 +211,17 @@ class MegaMoECluster:
     # ---- work ----
 
     def load(
-        self, checkpoint: Path | str, *, waves: Waves = "auto", dispatch_format: str = "mxfp8", whole: bool = False
+        self,
+        checkpoint: Path | str,
+        *,
+        waves: Waves = "auto",
+        dispatch_format: str = "mxfp8",
+        combine_format: str = "bf16",
+        whole: bool = False,
     ) -> list[LoadReport]:
         """Every rank reads its own experts, and what every rank needs. ValueError for what is no such checkpoint.
 
+        waves, dispatch_format, combine_format   of MegaMoE
         whole   False reads the expert layers alone of a checkpoint in DeepSeek-V4's format, for forward(); True a model
                 with its attention, of any family that megamoe.model.load() takes, for hidden_states()
 
@@ -225,10 +231,8 @@ class MegaMoECluster:
         self._load = None
         if not isinstance(checkpoint, str | Path):
             raise ValueError(f"checkpoint must be the path of a folder, got {type(checkpoint).__name__}")
-        if dispatch_format not in DISPATCH_FORMATS:
-            raise ValueError(f"dispatch_format must be one of {', '.join(DISPATCH_FORMATS)}, got {dispatch_format!r}")
         check_waves(waves)
-        load = Load(Path(checkpoint), waves, dispatch_format, whole)
+        load = Load(Path(checkpoint), waves, dispatch_format, combine_format, whole)
         reports: list[LoadReport] = self._insist(lambda: self._all("load", [(load,)] * self.ranks))
         self._load, self.loads = load, reports
         self.starting.load_s = time.monotonic() - begun

@@ -93,6 +93,7 @@ def worker(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to run; a chapter of Alice by default.")] = None,
     waves: Annotated[str, typer.Option(help='A number, relative sizes such as 1,2,1, or "auto".')] = "auto",
     dispatch_format: Annotated[str, typer.Option(help="mxfp8, bf16 or auto: how tokens travel.")] = "mxfp8",
+    combine_format: Annotated[str, typer.Option(help="bf16 or mxfp8: how results travel home.")] = "bf16",
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens of all ranks together in a batch; all in one batch by default.")
     ] = None,
@@ -107,7 +108,7 @@ def worker(
     """Run a text through a checkpoint's expert layers as one rank of those that torchrun starts."""
     with exit_codes():
         place = Place.read()
-        load = Load(checkpoint, parse_waves(waves), dispatch_format)
+        load = Load(checkpoint, parse_waves(waves), dispatch_format, combine_format)
         job = Job.of(load, text, batch_tokens, out)
         options = torchrun_options(device or present_device(), place, interface, deadline_s)
         report, hidden = run_job(job, place, options)

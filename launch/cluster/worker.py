@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from megamoe.execution.checks import check_wire
 from megamoe.execution.pipeline import CallRecord
 from megamoe.model.deepseek_v4.blocks import ExpertStack
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
@@ -62,12 +63,19 @@ class Rendezvous:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A checkpoint to load, and how its layers are to run. whole: with its attention, as a model of transformers."""
+    """A checkpoint to load, and how its layers are to run. whole: with its attention, as a model of transformers.
+
+    ValueError for formats that there are not.
+    """
 
     checkpoint: Path
     waves: Waves = "auto"
     dispatch_format: str = "mxfp8"
+    combine_format: str = "bf16"
     whole: bool = False
+
+    def __post_init__(self) -> None:
+        check_wire(self.dispatch_format, self.combine_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +215,7 @@ class Worker:
                 self._group,
                 waves=load.waves,
                 dispatch_format=load.dispatch_format,
+                combine_format=load.combine_format,
                 device=self.options.device,
             )
             kept, read = 0, model.num_local_experts
@@ -227,6 +236,7 @@ class Worker:
                 self._group,
                 waves=load.waves,
                 dispatch_format=load.dispatch_format,
+                combine_format=load.combine_format,
                 device=self.options.device,
             )
             kept, read = 0, model.num_local_experts

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from megamoe.catalog.huggingface import model_from_config
 from megamoe.catalog.schema import Hardware, Machine, Model, Profile
 from megamoe.catalog.wording import nearest, plain
 
@@ -132,6 +131,8 @@ def _read(schema: type[T], path: Path) -> T:
 
 def _read_config(path: Path) -> Model:
     """A Model from a config.json, and from the hf_quant_config.json that some checkpoints have beside it."""
+    from megamoe.catalog.huggingface import model_from_config  # of no use to names of the catalog, which start sooner
+
     config, beside = _json(path), path.with_name("hf_quant_config.json")
     if isinstance(config, dict) and "quantization_config" not in config and beside.is_file():
         quantization = _json(beside)

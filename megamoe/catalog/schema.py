@@ -28,7 +28,7 @@ MOST = {"num_experts": 2**16, "layers": 10_000}  # a plan goes through them one 
 class Entry(BaseModel):
     """Base of everything in the catalog: frozen, and a key that it does not know is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)  # a plan builds the kinds that it reads
 
 
 class Figure(Entry):
@@ -62,7 +62,9 @@ class Hardware(Entry):
     """One kind of device and the machine it comes in; a figure that nobody gave is None.
 
     `announced` marks devices of which no measurement is published. In a machine whose devices are joined pair by pair,
-    `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has.
+    `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has. `joined_by: pcie` says that there is no
+    scale-up link: the devices of a host reach each other over its PCIe bridge, of which `scaleup_gb_s` is a device's
+    share. `sms` counts SMs or compute units.
     """
 
     name: str
@@ -70,11 +72,13 @@ class Hardware(Entry):
     profile: str
     aliases: tuple[str, ...] = ()
     announced: bool = False
+    joined_by: Literal["link", "pcie"] = "link"
     note: str = ""
     bf16_tflops: Figure | None = None
     fp8_tflops: Figure | None = None
     fp4_tflops: Figure | None = None
     int8_tflops: Figure | None = None
+    sms: Figure | None = None
     memory_gb: Figure
     memory_tb_s: Figure
     scaleup_gb_s: Figure
@@ -97,11 +101,18 @@ class Hardware(Entry):
                 raise ValueError(f"{key} needs way: one-way or both")
             if not link and figure.way is not None:
                 raise ValueError(f"{key} is no link and has no way")
+        if self.sms and self.sms.value != int(self.sms.value):
+            raise ValueError(f"sms counts SMs or compute units, {self.sms.value:g} is no whole number")
         if self.scaleup_domain.value != int(self.scaleup_domain.value):
             raise ValueError(f"scaleup_domain counts devices, {self.scaleup_domain.value:g} is no whole number")
         if not any((self.bf16_tflops, self.fp8_tflops, self.fp4_tflops, self.int8_tflops)):
             raise ValueError("no peak is given: one of bf16_tflops, fp8_tflops, fp4_tflops, int8_tflops is needed")
         return self
+
+    @property
+    def tier_names(self) -> dict[str, str]:
+        """What its tiers of links are called: "scale-up" is the host bridge where PCIe is all there is."""
+        return {"scale-up": "scale-up" if self.joined_by == "link" else "host bridge", "nic": "nic"}
 
     @property
     def formats(self) -> list[str]:

@@ -1,9 +1,9 @@
 """What a layer decides for itself, on all ranks alike: waves="auto" and dispatch_format="auto".
 
 Both follow from the measured link of the group, measured once, and from the compute of the layer's own calls, of which
-the slowest rank's counts. What a wave costs is the machine's: of the profile that
-was handed in, or of the one that ships. Until compute is measured, a profile that was handed in says what it is;
-without one the first calls go by rules that need neither.
+the slowest rank's counts. What a wave costs is the machine's: of the profile that was handed in, else of what
+`megamoe bench` measured of this machine and kept, else of the profile that ships; the most of all ranks'. Until compute
+is measured, a profile of this machine says what it is; without one the first calls go by rules that need neither.
 """
 
 # T tokens of this rank   H hidden   K experts per token   R rows that a rank computes on average
@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from megamoe.execution.experts import Experts
 from megamoe.execution.pipeline import CallRecord
@@ -26,6 +27,7 @@ from megamoe.routing.agreement import Agreement
 from megamoe.routing.waves import Waves, auto_waves
 from megamoe.routing.wire import Wire
 from megamoe.schedule.cost_model import CostModel, Spread, best_waves
+from megamoe.schedule.kept import Setting, find
 
 if TYPE_CHECKING:
     from megamoe.catalog import Machine
@@ -62,6 +64,7 @@ class Tuner:
         *,
         waves: Waves,
         dispatch_format: str,
+        combine_format: str,
         overlap: bool,
         machine: Machine | None = None,
     ) -> None:
@@ -69,18 +72,33 @@ class Tuner:
         self._waves, self._overlap = waves, overlap
         self._placement = Placement(experts.shape.num_experts, group.size)
         self.dispatch_format = None if dispatch_format == "auto" else dispatch_format
+        self._combine_format = combine_format
         # [P, E]: 1 where an expert is on another rank
         self._remote = (np.arange(group.size)[:, None] != np.array(self._placement.ranks(), np.int64)).astype(np.int64)
         self._settled: dict[int, list[int]] = {}
-        self._machine = machine
+        self._wire: Wire | None = None
+        self._given = machine
         self._measured_row_s = 0.0
         self._last: tuple[CallRecord, Stopwatch | None] | None = None
-        self._expected_row_s = 0.0 if machine is None else _row_s(experts, machine)
+
+    @cached_property
+    def _machine(self) -> Machine | None:
+        """The profile that was handed in, else this machine's where it was measured and waves are to be chosen."""
+        chooses = self._waves == "auto" and self._group.size > 1 and self._experts.device.type == "cpu"
+        if self._given is not None or not chooses:
+            return self._given
+        here = (self._experts.products.path, torch.get_num_threads(), self._group.size)
+        settings = (Setting.here(*here, shaped=shaped) for shaped in (True, False))
+        return next(filter(None, map(find, settings)), None)
 
     @cached_property
     def _wave_s(self) -> float:
         """Seconds that a wave takes beside its rows. Profiles are read when waves are first weighed."""
         return _wave_s(self._experts.device.type, self._machine)
+
+    @cached_property
+    def _expected_row_s(self) -> float:
+        return 0.0 if self._machine is None else _row_s(self._experts, self._machine)
 
     @property
     def row_s(self) -> float:
@@ -107,23 +125,40 @@ class Tuner:
 
     def choose(self, agreed: Agreement) -> Choice:
         """Waves, wire and cost model of a call. All ranks come to the same; the link is measured when first needed."""
-        wire = Wire(
-            self.choose_format(),
-            self._experts.shape.hidden,
-            round_on_arrival=self._experts.format.activations == "mxfp8",
-        )
+        wire = self._wire_of(self.choose_format())
         rows = sum(agreed.tokens) * self._experts.shape.topk / len(agreed.tokens)
         out_bytes = self._out_bytes(wire, agreed)
         first_guess = auto_waves(self._placement, rows, out_bytes)
         if self._waves == "auto" and first_guess > 1:
             self._group.link(self._name, self._experts.device)
-        cost_model = self._cost_model(out_bytes, agreed.row_s)
+            if self._given is None:  # which all ranks know of each other: their terms say so
+                self._group.wave_cost(self._name, self._wave_s)
+        cost_model = self._cost_model(out_bytes, wire.result_bytes, agreed.row_s)
         if self._waves != "auto":
             assert not isinstance(self._waves, str)
             return Choice(self._waves, wire, cost_model)
         if first_guess > 1 and agreed.row_s:
             return Choice(self._settle(rows, cost_model), wire, cost_model)
         return Choice(first_guess, wire, cost_model)
+
+    def known_wire(self) -> Wire | None:
+        """The wire of a call, where nothing has to be measured for it, on all ranks alike."""
+        if self._wire is not None:
+            return self._wire
+        if self.dispatch_format is None and not self._experts.packed and self._group.transport is not None:
+            return None
+        return self._wire_of(self.choose_format())
+
+    def _wire_of(self, dispatch_format: str) -> Wire:
+        if self._wire is None:
+            rounds = self._experts.format.activations == "mxfp8"
+            self._wire = Wire(
+                dispatch_format,
+                self._experts.shape.hidden,
+                round_on_arrival=rounds,
+                combine_format=self._combine_format,
+            )
+        return self._wire
 
     def choose_format(self) -> str:
         """Once for good, so that bits do not change between calls: with bf16 weights the wire's rounding shows in them.
@@ -145,15 +180,17 @@ class Tuner:
         rows, tokens = (int(np.vdot(each.numpy(), self._remote)) for each in (agreed.counts, agreed.firsts))
         return wire.PAIR_BYTES + wire.row_bytes * tokens / max(rows, 1)
 
-    def _cost_model(self, out_bytes: float, row_s: float) -> CostModel:
-        home_bytes, decode_rows = 2 * self._experts.shape.hidden, self._experts.decode_rows
+    def _cost_model(self, out_bytes: float, home_bytes: float, row_s: float) -> CostModel:
+        decode_rows = self._experts.decode_rows
         if not self._overlap:
             return CostModel(1.0, 0.0, 0.0, 0.0, decode_rows)
         if not self._group.links or not row_s:
             f_remote = 1 - 1 / self._group.size
             return CostModel.balanced(out_bytes, home_bytes, f_remote, decode_rows)
         link = self._group.links[0]
-        return CostModel(row_s, out_bytes / link, home_bytes / link, self._wave_s, decode_rows)
+        agreed = None if self._given is not None else next(iter(self._group.wave_costs), None)
+        wave_s = self._wave_s if agreed is None else agreed
+        return CostModel(row_s, out_bytes / link, home_bytes / link, wave_s, decode_rows)
 
     def _settle(self, rows: float, cost_model: CostModel) -> int:
         """The best number of waves, decided anew for the first calls of about that size and kept from then on."""

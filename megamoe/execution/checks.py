@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,14 +13,16 @@ from torch.autograd import forward_ad
 
 from megamoe.ambient import in_a_transform, loses_denormals
 from megamoe.formats import BLOCK, WEIGHT_FORMATS
-from megamoe.routing.wire import DISPATCH_FORMATS
+from megamoe.routing.wire import COMBINE_FORMATS, DISPATCH_FORMATS
 from megamoe.shape import MoEShape
 
-COMBINE_FORMATS = ("bf16",)
+_TOKENS = (torch.bfloat16, torch.float32)
 
 
 def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
     """Checks all but values. Raises ValueError that names the argument, what was found and what was expected."""
+    if _is_right(shape, device, hidden, topk_ids, topk_weights):
+        return
     given = {"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
@@ -32,7 +35,7 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
     _check_shape("hidden", hidden, ("T", shape.hidden))
     _check_shape("topk_ids", topk_ids, (len(hidden), shape.topk))
     _check_shape("topk_weights", topk_weights, (len(hidden), shape.topk))
-    if hidden.dtype not in (torch.bfloat16, torch.float32):
+    if hidden.dtype not in _TOKENS:
         raise ValueError(f"hidden must be torch.bfloat16 or torch.float32, got {hidden.dtype}")
     if topk_ids.dtype != torch.int64:
         raise ValueError(f"topk_ids must be torch.int64, got {topk_ids.dtype}")
@@ -40,6 +43,23 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
         raise ValueError(f"topk_weights must be torch.float32, got {topk_weights.dtype}")
     for name, tensor in given.items():
         check_gradient(name, tensor)
+
+
+def _is_right(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> bool:
+    """Whether nothing is wrong, in few operations. False where that takes a closer look."""
+    given = hidden, topk_ids, topk_weights
+    if not type(hidden) is type(topk_ids) is type(topk_weights) is Tensor or forward_ad._current_level >= 0:
+        return False
+    if any(each.layout is not torch.strided or each.requires_grad or each.device != device for each in given):
+        return False
+    slots = (len(hidden), shape.topk) if hidden.dim() else ()
+    return (
+        hidden.shape == (*slots[:1], shape.hidden)
+        and topk_ids.shape == topk_weights.shape == slots
+        and hidden.dtype in _TOKENS
+        and topk_ids.dtype == torch.int64
+        and topk_weights.dtype == torch.float32
+    )
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:
@@ -146,20 +166,27 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, int]) -> 
         raise ValueError(f"{name} must have shape [{expected[0]}, {expected[1]}], got {list(tensor.shape)}")
 
 
+def check_wire(dispatch_format: str, combine_format: str) -> None:
+    """ValueError for formats in which nothing travels."""
+    _check_known("dispatch_format", dispatch_format, DISPATCH_FORMATS)
+    _check_known("combine_format", combine_format, COMBINE_FORMATS)
+
+
+def _check_known(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in (names := tuple(known)):
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+
+
 def check_formats(shape: MoEShape, weight_format: str, dispatch_format: str, combine_format: str) -> None:
-    for name, value, known in (
-        ("weight_format", weight_format, WEIGHT_FORMATS),
-        ("dispatch_format", dispatch_format, DISPATCH_FORMATS),
-        ("combine_format", combine_format, COMBINE_FORMATS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    """ValueError for formats that there are not, and for sizes that theirs cannot hold."""
+    _check_known("weight_format", weight_format, WEIGHT_FORMATS)
+    check_wire(dispatch_format, combine_format)
     packed = WEIGHT_FORMATS[weight_format].block > 1
-    blocked = {"hidden": packed or dispatch_format == "mxfp8", "intermediate": packed}
+    blocked = {"hidden": packed or "mxfp8" in (dispatch_format, combine_format), "intermediate": packed}
     for name, needed in blocked.items():
         size = getattr(shape, name)
         if needed and size % BLOCK:
             raise ValueError(
                 f"{name} {size} is not a multiple of {BLOCK}, the block of MXFP4 and MXFP8; "
-                'weight_format="bf16" with dispatch_format="bf16" takes any size'
+                'weight_format="bf16" with dispatch_format="bf16" and combine_format="bf16" takes any size'
             )

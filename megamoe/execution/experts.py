@@ -233,6 +233,11 @@ class Experts(nn.Module):
         return self.products.decode_rows if decodes else self.products.read_rows
 
     @property
+    def whole(self) -> bool:
+        """Whether no expert is missing."""
+        return all(self._loaded)
+
+    @property
     def missing(self) -> list[int]:
         """Global ids of experts without weights yet."""
         return [expert for expert, loaded in zip(self.ids, self._loaded, strict=True) if not loaded]
@@ -343,6 +348,10 @@ class Experts(nn.Module):
         sizes = held.matrix.outputs, held.matrix.inputs
         return Prepacked(values, held.stacks[SCALES], *sizes, small_scales=largest <= LARGEST_SMALL_SCALE)
 
+    def held(self, name: str) -> Held:
+        """gate_up or down of all experts of this rank."""
+        return Held(self.matrices[name], self._stacks[name])
+
     def _held(self, name: str, experts: range) -> Held:
         part = slice(experts.start - self.ids.start, experts.stop - self.ids.start)
         return Held(self.matrices[name], {key: stack[part] for key, stack in self._stacks[name].items()})
@@ -362,9 +371,9 @@ class Experts(nn.Module):
         return activate(gate_up, weights, self.tables, quantized=self.format.activations == "mxfp8", out=hidden)
 
     def linear2(
-        self, rows: Rows, experts: range, weights: Tensor, out: Tensor, goes: Tensor, workspace: Workspace
+        self, rows: Rows, experts: range, weights: Tensor, out: Tensor, goes: Tensor | None, workspace: Workspace
     ) -> Tensor:
-        """rows of hidden [n, I] bfloat16 into out [n, H] bfloat16, row r into out[goes[r]]; goes [n] int64.
+        """rows of hidden [n, I] bfloat16 into out [n, H] bfloat16, row r into out[goes[r]]; goes [n] int64, None for r.
 
         weights [n] float32, by which a bias is multiplied; hidden has its own in it
         """

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megamoe.activations import Activation
-from megamoe.formats import MXFP8, chunks, dequantize_mxfp8, quantize_mxfp8
+from megamoe.formats import MXFP8, chunks, dequantize_mxfp8, quantize_mxfp8, take_rows
 from megamoe.kernels import load
 from megamoe.kernels.chips.targets import TARGETS, chip_of
 from megamoe.kernels.cpu.library import chosen
@@ -81,27 +81,44 @@ def add_bias(
         out[rows if goes is None else goes[rows]] = (sums[rows] + added).to(torch.bfloat16)
 
 
-def reduce_slots(rows: Tensor, positions: Tensor) -> Tensor:
+def encode_rows(x: Tensor, goes: Tensor, out: MXFP8) -> None:
+    """Rounds rows x [n, H] bfloat16 to MXFP8, row r into row goes[r] of out [R, H]; goes [n] int64, each another row.
+
+    out's tensors may be columns of wider buffers. What no row goes to stays as it is. Kernels of GPUs: quantize().
+        x [a, b], goes [2, 0]  ->  out [mxfp8(b), ., mxfp8(a)]
+    """
+    library = chosen() if x.device.type == "cpu" else None
+    if library is not None:
+        library.quantize(x, out, goes)
+        return
+    values = out.values.view(torch.uint8)
+    for part in chunks(*x.shape):
+        rounded = quantize_mxfp8(x[part])
+        values[goes[part]], out.scales[goes[part]] = rounded.values.view(torch.uint8), rounded.scales
+
+
+def reduce_slots(rows: Tensor | MXFP8, positions: Tensor) -> Tensor:
     """Sums each token's rows in ascending slot order in FP32 from zero, rounds once to BF16.
 
-    rows [N + 1, H] bfloat16, the last one zero; positions [T, K] int64, N for a masked slot -> [T, H] bfloat16
+    rows [N + 1, H] bfloat16 or MXFP8, the last one zero; positions [T, K] int64, N for a masked slot -> [T, H] bfloat16
         rows = [a, b, c, 0]   positions = [[2, 0], [3, 1]]  ->  [c + a, b]
     Adding the zero row changes no bit: a sum that starts from +0 is never -0.
     """
-    if has_kernels(rows.device):
-        summed: Tensor = _body("reduce_slots", rows.device)(rows, positions)
+    device = positions.device
+    if has_kernels(device):
+        summed: Tensor = _body("reduce_slots", device)(rows, positions)
         return summed
-    num_tokens, topk = positions.shape
-    out = rows.new_empty(num_tokens, rows.shape[1])
-    library = chosen() if rows.device.type == "cpu" else None
+    (num_tokens, topk), width = positions.shape, (rows if isinstance(rows, Tensor) else rows.values).shape[1]
+    out = torch.empty(num_tokens, width, dtype=torch.bfloat16, device=device)
+    library = chosen() if device.type == "cpu" else None
     if library is not None:
         library.reduce_slots(rows, positions, out)
         return out
-    for part in chunks(num_tokens, rows.shape[1]):
+    for part in chunks(num_tokens, width):
         chunk = positions[part]
-        total = torch.zeros(len(chunk), rows.shape[1], dtype=torch.float32, device=rows.device)
+        total = torch.zeros(len(chunk), width, dtype=torch.float32, device=device)
         for slot in range(topk):
-            total += rows.index_select(0, chunk[:, slot])
+            total += take_rows(rows, chunk[:, slot])
         out[part] = total
     return out
 

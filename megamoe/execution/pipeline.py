@@ -38,6 +38,8 @@ from megamoe.schedule.schedule import Step, schedule
 class CallRecord:
     """What one call of the layer did on this rank. Seconds are host time; bytes are those that left this rank.
 
+    small: all ranks brought few tokens, so that one exchange carried them, and there was one wave: see small_call.py
+
     Where a GPU's kernels compute, compute_s is the GPU's time, known once the next call has begun, and a rank alone
     notes its tokens and nothing else.
     """
@@ -53,6 +55,7 @@ class CallRecord:
     compute_s: float = 0.0
     waiting_s: float = 0.0
     total_s: float = 0.0
+    small: bool = False
 
     @property
     def bytes_sent(self) -> int:
@@ -62,7 +65,7 @@ class CallRecord:
     def __add__(self, other: CallRecord) -> CallRecord:
         """Two calls as one: everything is summed, but tokens and waves keep the larger."""
         summed = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        summed |= {name: max(getattr(self, name), getattr(other, name)) for name in ("tokens", "waves")}
+        summed |= {name: max(getattr(self, name), getattr(other, name)) for name in ("tokens", "waves", "small")}
         return CallRecord(**summed)
 
     @contextmanager
@@ -121,7 +124,8 @@ class Call:
             self._work = dict(zip(self.steps, self._plan.steps, strict=True))
             self._rows = workspace.take("rows", (self._plan.num_rows, wire.row_bytes), hidden, torch.uint8)
             self._records = self._rows.view(torch.int32).view(-1, 2)
-            self._results = workspace.take("results", (self._plan.num_results, hidden.shape[1]), hidden)
+            size, dtype = wire.result_rows(self._plan.num_results)
+            self._results, self._wire = workspace.take("results", size, hidden, dtype), wire
             self._results[-1].zero_()  # what a masked slot adds
             buffers = CallBuffers(self._rows, self._plan.own)
             self._backend = backend_of(parts.experts)(parts.experts, wire, workspace, buffers)
@@ -181,7 +185,7 @@ class Call:
             with lane("activation", step.wave, num_rows):
                 hidden = backend.activate(hidden, rows)
             with lane("linear-2", step.wave, num_rows):
-                backend.grouped_linear2(hidden, rows, self._results)
+                backend.grouped_linear2(hidden, rows, self._wire.results(self._results))
 
     def _read(self, work: StepRows, arrived: slice | None) -> RowsByExpert:
         """Rows of a step, once the tokens among which they are have been decoded: this rank's own in the first step."""
@@ -215,7 +219,7 @@ class Call:
             for transfer in self._combines.values():
                 transfer.wait()
         with self._computing(), self._notes.lane("reduce", rows=self._route.num_rows):
-            out = reduce_slots(self._results[self._plan.reduced], self._route.positions)
+            out = reduce_slots(self._wire.results(self._results[self._plan.reduced]), self._route.positions)
         with self._record.timing("waiting_s"):
             for transfer in (*self._dispatches.values(), *self._combines.values()):
                 transfer.finish()
@@ -231,4 +235,4 @@ class Call:
         record.rows_sent = self._route.num_rows - record.rows_local
         record.rows_received = plan.going_home[-1].stop
         record.dispatch_bytes = plan.sent[-1].stop * parts.wire.row_bytes
-        record.combine_bytes = record.rows_received * 2 * hidden.shape[1]
+        record.combine_bytes = record.rows_received * parts.wire.result_bytes

@@ -59,6 +59,7 @@ class Products(ABC):
     layout: Layout
     decode_rows: float
     read_rows: float
+    path = "torch"  # what multiplies; the CPU's kernels have several ways
 
     @abstractmethod
     def multiply(
@@ -74,7 +75,7 @@ class KernelProducts(Products):
     """The CPU's kernels."""
 
     def __init__(self, library: Library) -> None:
-        self.library, self.arithmetic = library, library.path.arithmetic
+        self.library, self.arithmetic, self.path = library, library.path.arithmetic, library.path.name
         self.layout = Blocks(library.path.order)
         self.decode_rows, self.read_rows = _TILE_ROWS if self.arithmetic == "bf16-tile" else _VECTOR_ROWS
 

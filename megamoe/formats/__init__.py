@@ -13,7 +13,7 @@ from megamoe.formats.mxfp4 import (
     quantize_mxfp4,
     unpack_e2m1,
 )
-from megamoe.formats.mxfp8 import MXFP8, dequantize_mxfp8, quantize_mxfp8
+from megamoe.formats.mxfp8 import MXFP8, dequantize_mxfp8, quantize_mxfp8, take_rows
 from megamoe.formats.weight import SCALES, VALUES, WeightFormat
 
 # of expert weights, by name; the first is what a layer has by default
@@ -42,5 +42,6 @@ __all__ = [
     "quantize_e4m3_blocks",
     "quantize_mxfp4",
     "quantize_mxfp8",
+    "take_rows",
     "unpack_e2m1",
 ]

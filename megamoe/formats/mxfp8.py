@@ -73,6 +73,14 @@ def dequantize_mxfp8(q: MXFP8, dtype: torch.dtype = torch.bfloat16, *, out: Tens
     return out
 
 
+def take_rows(rows: Tensor | MXFP8, index: Tensor) -> Tensor:
+    """Rows of bfloat16 or MXFP8 [R, K] by number, index [n] int64 -> [n, K] bfloat16"""
+    if isinstance(rows, Tensor):
+        return rows.index_select(0, index)
+    values = rows.values.view(torch.uint8).index_select(0, index).view(torch.float8_e4m3fn)
+    return dequantize_mxfp8(MXFP8(values, rows.scales.index_select(0, index)))
+
+
 def _e4m3_table() -> Tensor:
     """[65536] int32: the two BF16 values of two bytes, in the order of memory."""
     words = torch.arange(65536, device="cpu")

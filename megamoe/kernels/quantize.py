@@ -1,6 +1,7 @@
-"""Tokens to the wire: BF16 to E4M3 with one UE8M0 scale per 32, each token to all rows that it fills, read once.
+"""Rows to the wire: BF16 to E4M3 with one UE8M0 scale per 32, each token to all rows that it fills, read once.
 
-Or to what the experts read, where nothing travels and the chip multiplies BF16: rounded alike, and widened (`layout`).
+Results of experts go home by it likewise, each to its one row. Or to what the experts read, where nothing travels and
+the chip multiplies BF16: rounded alike, and widened (`layout`).
 """
 
 # T tokens   H hidden   R rows   n rows that are filled   G = H / 32 blocks of a row
@@ -26,14 +27,15 @@ class Filling:
     """Which rows each token fills.
 
     num_rows   R, rows that there are, filled or not
-    starts     [T + 2] int64; token t fills starts[t]:starts[t + 1] of `rows`, padding starts[T]:starts[T + 1]
+    starts     [T + 2] int64; token t fills starts[t]:starts[t + 1] of `rows`, padding starts[T]:starts[T + 1]; None
+               where each token fills one row, rows[t]
     rows       [n] int64, rows by token, those of padding last; rows that are not listed stay as they are
     tokens     [n] int64, the token of each of `rows`, T for padding, which is zeros
         of index [2, 0, -1, 2], T 3  ->  R 4, starts [0, 1, 1, 3, 4], rows [1, 0, 3, 2], tokens [0, 2, 2, 3]
     """
 
     num_rows: int
-    starts: Tensor
+    starts: Tensor | None
     rows: Tensor
     tokens: Tensor
 
@@ -49,6 +51,11 @@ class Filling:
         tokens, order = tokens.sort(stable=True)
         bounds = torch.arange(num_tokens + 2, device=tokens.device)
         return cls(num_rows, torch.searchsorted(tokens, bounds), rows[order], tokens)
+
+    @classmethod
+    def scattered(cls, rows: Tensor, num_rows: int) -> Filling:
+        """Row rows[t] of num_rows holds token t; rows [T] int64, each another."""
+        return cls(num_rows, None, rows, torch.arange(len(rows), device=rows.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +92,13 @@ def _quantize_kernel(
     stride apart
         starts [0, 1, 1, 3, 4], rows [1, 0, 3, 2], T 3: program 2 reads token 2 and writes rows 0 and 3;
         program 0 writes row 1, and row 2 with zeros and scale byte 105, which is 2^-22, the contract's least
-        no starts and no rows: program 2 reads token 2 and writes row 2
+        no starts, rows [1, 0, 3]: program 2 reads token 2 and writes row 3, and with no rows either row 2
     """
     token = tl.program_id(0)
     blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     columns = blocks[:, None] * 32 + tl.arange(0, 32)[None, :]
     has_block, has_column = blocks * 32 < hidden, columns < hidden
-    first, last = 0, 1
+    first, last = token, token + 1
     if starts is not None:
         first, last = tl.load(starts + token), tl.load(starts + token + 1)
     if first < last:
@@ -170,11 +177,12 @@ def _check(tokens: Tensor, filling: Filling | None, out: MXFP8 | Wide) -> None:
 
 
 def builds(_: Target) -> list[Build]:
-    """Both tiles: tokens with their rows to MXFP8, tokens as they are to MXFP8 and widened."""
+    """Both tiles: tokens with their rows, or one each, to MXFP8, tokens as they are to MXFP8 and widened."""
     strides = ("token_stride", "value_stride", "scale_stride")
     sizes = dict.fromkeys(("num_tokens", "hidden", *strides), "i32")
     kinds: dict[str, dict[str, str | None]] = {
         "": {"starts": "*i64", "rows": "*i64", "values": "*u8", "scales": "*u8"},
+        ", a row each": {"starts": None, "rows": "*i64", "values": "*u8", "scales": "*u8"},
         ", straight": {"starts": None, "rows": None, "values": "*u8", "scales": "*u8"},
         ", straight, widened": {"starts": None, "rows": None, "values": "*bf16", "scales": None},
     }

@@ -106,13 +106,16 @@ class Answer:
                 "margin": rule and rule.margin,
                 "required_link_gb_s": rule.required_gb_s if rule else 0.0,
                 "link_gb_s": rule and rule.gb_s,
-                "binding_tier": rule and rule.tier,
+                "binding_tier": rule and request.hardware.tier_names[rule.tier],
                 "hides_tflops_per_gb_s": hides_tflops(request.expert.intermediate, request.expert.gated),
                 "compute_format": request.compute_format,
                 "weight_format": request.weight_format or request.model.weight_format,
                 "dispatch_format": request.dispatch_format,
                 "combine_format": request.combine_format,
-                "rules": [{"count": count, **rule_dict(each)} for count, each in counts(self.plan)],
+                "rules": [
+                    {"count": count, **rule_dict(each), "tier": request.hardware.tier_names[each.tier]}
+                    for count, each in counts(self.plan)
+                ],
                 "tokens_per_rank": request.tokens_per_rank,
                 "routing": request.routing,
                 "redundant": request.redundant,

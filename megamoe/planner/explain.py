@@ -12,6 +12,7 @@ from megamoe.planner.layer.cost import Device, Expert
 from megamoe.planner.layer.plan import Plan
 from megamoe.planner.layer.rule import GATED_FLOPS, PLAIN_FLOPS, Rule, tiers
 from megamoe.planner.layer.traffic import traffic
+from megamoe.planner.links import Links
 from megamoe.planner.serving.flops import Term
 from megamoe.planner.serving.serving import explain as explain_serving
 from megamoe.schedule.formats import value_bytes
@@ -19,12 +20,18 @@ from megamoe.schedule.formats import value_bytes
 
 def explain(found: Answer) -> list[Term]:
     """The rule, the traffic, the layer, and with a workload memory and serving."""
-    terms = [*rule_terms(found.plan), *traffic_terms(found.plan), *layer_terms(found.plan)]
+    slowest = [_slowest_term(Links.parse(text)) for text in found.question.links]
+    terms = [*slowest, *rule_terms(found.plan), *traffic_terms(found.plan), *layer_terms(found.plan)]
     if found.serving is not None:
         own_layer = found.question.tokens_per_rank is None
         served = explain_serving(found.serving.deployment)
         terms += [term for term in served if not (own_layer and term.name.startswith("routed: "))]
     return terms
+
+
+def _slowest_term(links: Links) -> Term:
+    name = f"slowest {links.tier} link, rank {links.slowest}"
+    return Term(name, "least of the ranks' rates", f"min({links.words})", min(links.gb_s), "GB/s")
 
 
 def _g(value: float) -> str:
@@ -43,7 +50,7 @@ def rule_terms(planned: Plan) -> list[Term]:
 
 def _tier_terms(planned: Plan, count: str, rule: Rule) -> list[Term]:
     """Threshold, C / B, margin and what is needed, of one tier by one count."""
-    request, name = planned.request, f"{count}, {rule.tier}"
+    request, name = planned.request, f"{count}, {planned.request.hardware.tier_names[rule.tier]}"
     expert = request.expert
     flops = GATED_FLOPS if expert.gated else PLAIN_FLOPS
     # the paper counts bytes of values alone; what is left of the threshold then is the bytes of both journeys
@@ -176,7 +183,13 @@ def _link_terms(planned: Plan) -> list[Term]:
     shared = f"{_g(slowest.f_remote)} x {_g(fuller)} / ({rate} x 1000)"
     formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion)"
     terms = [
-        Term(f"link, {slowest.name}: {name}", formula, f"{_g(layer.rows)} x {_g(each)} x {shared}", us, "us")
+        Term(
+            f"link, {request.hardware.tier_names[slowest.name]}: {name}",
+            formula,
+            f"{_g(layer.rows)} x {_g(each)} x {shared}",
+            us,
+            "us",
+        )
         for name, each, us in (("dispatch", there, layer.dispatch_us), ("combine", back, layer.combine_us))
     ]
     both = f"{_g(layer.dispatch_us)} + {_g(layer.combine_us)}"

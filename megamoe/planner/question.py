@@ -21,6 +21,7 @@ from megamoe.catalog import (
     override,
     split_overrides,
 )
+from megamoe.planner.links import with_links
 
 # beyond these nothing is known to exist, and playing or drawing a layer would not end
 LARGEST = {
@@ -67,6 +68,7 @@ class Question(BaseModel):
     weight_format: str | None = None
     dispatch_format: str = "mxfp8"
     combine_format: str = "bf16"
+    links: tuple[str, ...] = ()
     phase: Literal["decode", "prefill"] | None = None
     batch: int | None = None
     context: int | None = None
@@ -84,6 +86,12 @@ class Question(BaseModel):
     target_tps: float | None = None
     tpot_ms: float | None = None
     ttft_ms: float | None = None
+
+    @field_validator("links", mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        """A list or one text.    "nic=50,25" -> ("nic=50,25",)"""
+        return (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
 
     @field_validator("settings", mode="before")
     @classmethod
@@ -161,6 +169,7 @@ class Subject:
         """ValueError names the nearest where there is no such model, hardware, profile or key."""
         changes = split_overrides(question.settings)
         hardware = override(load_hardware(question.hardware), changes["hardware"])
+        hardware = with_links(hardware, question.links, question.ep)
         model = override(load_model(question.model), changes["model"])
         return cls(model, hardware, override(find_profile(hardware, question.profile), changes["profile"]))
 

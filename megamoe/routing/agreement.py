@@ -7,6 +7,7 @@ all of them find out together when one was called wrongly or differently, and al
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.symmetric import Place
+from megamoe.parallel.transport.host import HostTransport
 from megamoe.parallel.transport.pairs import Label
 
 PAGE_COUNTS = 384  # counts that a page holds, two for each expert; more follow in a second message
@@ -23,6 +26,7 @@ _PAGE = np.dtype(
     [
         ("magic", "<u4"),
         ("wrong", "<u4"),
+        ("small", "<i8"),
         ("tokens", "<i8"),
         ("row_s", "<f8"),
         ("hidden", "<i8"),
@@ -51,7 +55,7 @@ def _offset(name: str) -> int:
     return int(fields[name][1])
 
 
-_MAGIC = 0x4D4D0005  # "MM", and the version of this layout and the wire's
+_MAGIC = 0x4D4D0006  # "MM", and the version of this layout and the wire's
 _COMPARED = (
     "layer",
     "call",
@@ -69,6 +73,9 @@ _COMPARED = (
 )
 # where a page holds what is compared: these fields stand next to each other
 _TERMS = slice(_offset("hidden"), _offset("host"))
+_HEAD = struct.Struct("<IIqqd")  # the fields before them
+_CALL = struct.Struct("<q")
+PAGE_BYTES = _PAGE.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,6 @@ class Terms:
 
     layer: str
     number: int
-    call: int
     hidden: int
     intermediate: int
     num_experts: int
@@ -116,58 +122,114 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True)
+class SmallAgreement:
+    """tokens as in Agreement; places: of each rank's page, behind which its slots and tokens lie."""
+
+    tokens: list[int]
+    places: list[Place]
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank brings: num_tokens T; counts and firsts [E] int64 on the CPU and row_s as in Agreement."""
+    """What one rank brings: num_tokens T; counts [2, E] int32, those of Agreement and firsts; row_s as in Agreement.
+
+    small: whether this rank's slots and tokens lie behind its page already
+    """
 
     num_tokens: int
-    counts: Tensor
-    firsts: Tensor
+    counts: npt.NDArray[np.int32]
     row_s: float
+    small: bool = False
 
 
-def agree(group: EPGroup, terms: Terms, part: Part, complaint: ValueError | None) -> Agreement:
-    """Exchanges pages with all ranks of the group.
+class Page:
+    """What a rank says of the calls of a layer. What stays between calls is kept as the bytes that it is."""
 
-    Raises the complaint, if this rank has one, after all others have heard of it. CallRefusedError, on every rank
-    alike, where any rank complained or the terms differ; PeerError for a rank that does not answer within the deadline.
+    def __init__(self, terms: Terms, host: str) -> None:
+        self.terms = terms
+        page = np.zeros(1, _PAGE)
+        for name in _COMPARED:
+            if name != "call":
+                value = terms.who if name == "layer" else getattr(terms, name)
+                page[name] = fit_text(value, _PAGE[name].itemsize) if isinstance(value, str) else value
+        page["host"] = _clipped(host, 64)
+        self._lasting = page.tobytes()[: _offset("counts")]
+        self.label = Label(terms.layer, "counts")
+
+    def write(self, to: memoryview, call: int, part: Part, complaint: ValueError | None) -> None:
+        """All of it into `to` [PAGE_BYTES], a view of bytes."""
+        to[: len(self._lasting)] = self._lasting
+        _HEAD.pack_into(to, 0, _MAGIC, complaint is not None, part.small, part.num_tokens, part.row_s)
+        _CALL.pack_into(to, _offset("call"), call)
+        if complaint is not None:
+            text = _clipped(str(complaint), 200)
+            to[_offset("complaint") : _offset("complaint") + len(text)] = text
+        counts = part.counts.reshape(-1)[:PAGE_COUNTS].view(np.uint8).data
+        to[_offset("counts") : _offset("counts") + len(counts)] = counts
+
+
+def agree(
+    group: EPGroup, page: Page, call: int, part: Part, complaint: ValueError | None, place: Place | None = None
+) -> Agreement | SmallAgreement:
+    """Exchanges pages with all ranks of the group; from place, where all ranks have one.
+
+    SmallAgreement where every rank's slots and tokens lie behind its page. Raises the complaint, if this rank has one,
+    after all others have heard of it. CallRefusedError, on every rank alike, where any rank complained or the terms
+    differ; PeerError for a rank that does not answer within the deadline.
     """
-    if group.transport is None:
+    if place is not None:
+        assert isinstance(group.transport, HostTransport)
+        page.write(place.view, call, part, complaint)
+        places = group.transport.share(page.label)
+        if complaint is None and len(group.hosts) == group.size and part.small:
+            tokens = _all_small(places, place)
+            if tokens is not None:
+                return SmallAgreement(tokens, places)
+        raw = np.stack([np.frombuffer(each.view[:PAGE_BYTES], np.uint8) for each in places])
+    elif group.transport is None:
         if complaint is not None:
             raise complaint
-        return Agreement([part.num_tokens], part.counts.unsqueeze(0), part.firsts.unsqueeze(0), part.row_s)
-    counts = torch.cat((part.counts, part.firsts))
-    page = _write_page(group, terms, part, counts, complaint)
-    raw = group.transport.gather(torch.from_numpy(page.view(np.uint8)), Label(terms.layer, "counts"))
-    pages: npt.NDArray[np.void] = raw.numpy().view(_PAGE).reshape(-1)
+        if part.small:
+            return SmallAgreement([part.num_tokens], [])
+        rows, firsts = torch.from_numpy(part.counts.astype(np.int64)).unsqueeze(1)
+        return Agreement([part.num_tokens], rows, firsts, part.row_s)
+    else:
+        own = torch.zeros(PAGE_BYTES, dtype=torch.uint8, device="cpu")
+        page.write(own.numpy().data, call, part, complaint)
+        raw = group.transport.gather(own, page.label).numpy()
+    pages: npt.NDArray[np.void] = raw.view(_PAGE).reshape(-1)
     group.hosts.update({rank: _text(pages[rank]["host"]) for rank in range(group.size)})
     if complaint is not None:
         raise CallRefusedError(str(complaint)) from complaint
     _refuse_differences(group, pages)
-    tokens = pages["tokens"].tolist()
+    if bool(pages["small"].all()) and place is not None:
+        return SmallAgreement(pages["tokens"].tolist(), places)
+    return _by_waves(group, page, part, pages)
+
+
+def _all_small(places: list[Place], own: Place) -> list[int] | None:
+    """Tokens of each rank, where all agree on a small call; None where anything is otherwise."""
+    tokens, terms = [], bytes(own.view[_TERMS])
+    for place in places:
+        magic, wrong, small, num_tokens, _ = _HEAD.unpack_from(place.view)
+        if magic != _MAGIC or wrong or not small or bytes(place.view[_TERMS]) != terms:
+            return None
+        tokens.append(num_tokens)
+    return tokens
+
+
+def _by_waves(group: EPGroup, page: Page, part: Part, pages: npt.NDArray[np.void]) -> Agreement:
+    """What pages that agree say of a call by waves; counts that they have no room for are exchanged."""
+    counts = part.counts.reshape(-1)
     row_s = float(pages["row_s"].max()) if bool((pages["row_s"] > 0).all()) else 0.0
     both = torch.from_numpy(pages["counts"][:, : len(counts)].astype(np.int64))
     if len(counts) > PAGE_COUNTS:
-        rest = counts[PAGE_COUNTS:].to(torch.int32).contiguous().view(torch.uint8)
-        more = group.transport.gather(rest, Label(terms.layer, "more counts"))
+        assert group.transport is not None
+        rest = torch.from_numpy(counts[PAGE_COUNTS:].copy()).view(torch.uint8)
+        more = group.transport.gather(rest, Label(page.terms.layer, "more counts"))
         both = torch.cat((both, more.view(torch.int32).to(torch.int64)), 1)
     rows, firsts = both.tensor_split(2, 1)
-    return Agreement(tokens, rows, firsts, row_s)
-
-
-def _write_page(
-    group: EPGroup, terms: Terms, part: Part, counts: Tensor, complaint: ValueError | None
-) -> npt.NDArray[np.void]:
-    page = np.zeros(1, _PAGE)
-    page["magic"], page["tokens"], page["row_s"] = _MAGIC, part.num_tokens, part.row_s
-    for name in _COMPARED:
-        value = terms.who if name == "layer" else getattr(terms, name)
-        page[name] = fit_text(value, _PAGE[name].itemsize) if isinstance(value, str) else value
-    page["host"] = _clipped(group.host, 64)
-    if complaint is not None:
-        page["wrong"], page["complaint"] = 1, _clipped(str(complaint), 200)
-    head = counts[:PAGE_COUNTS].numpy()
-    page["counts"][0, : len(head)] = head
-    return page
+    return Agreement(pages["tokens"].tolist(), rows, firsts, row_s)
 
 
 def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:

@@ -80,6 +80,11 @@ def _bounds(plan: WavePlan) -> tuple[Array, Array]:
     return np.asarray(plan.bounds), np.arange(plan.placement.ep_size)
 
 
+def ranks_of(placement: Placement, device: torch.device) -> Tensor:
+    """[E] int64: the rank of each expert."""
+    return _ranks(placement, device)[1:]
+
+
 @lru_cache(maxsize=64)
 def _ranks(placement: Placement, device: torch.device) -> Tensor:
     """[1 + E] int64: -1 for masked slots, then the rank of each expert."""
@@ -95,7 +100,7 @@ def count_rows(topk_ids: Tensor, placement: Placement) -> Tensor:
     """
     library = chosen() if topk_ids.device.type == "cpu" else None
     if library is not None:
-        return library.count_rows(topk_ids, _ranks(placement, topk_ids.device)[1:])
+        return library.count_rows(topk_ids, ranks_of(placement, topk_ids.device))
     ids = topk_ids.sort(1).values.clamp(-1, placement.num_experts - 1) + 1  # masked slots become 0
     ranks = _ranks(placement, ids.device)[ids]
     first = torch.ones_like(ids)

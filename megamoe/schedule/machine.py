@@ -5,7 +5,7 @@ Of one rank, on a core that it may share:
     products    6HI flops a row                                  / product_gflops
     weights     3HI values an expert that is made ready          * weight_ns, or decode_ns with mxfp4
     values      2H + 2I values a row: gathered, activated, sent  * value_ns
-    rounding    H a token and H + I a row, where MXFP8 is used   * round_ns
+    rounding    H a token and H + I a row, where MXFP8 is used, and 2H a row where results are MXFP8 * round_ns
     a call                                                       call_us
 
 The waves are then played as the layer runs them (schedule.py, cost_model.py), over a link of a nominal rate. Every byte
@@ -35,7 +35,10 @@ PAIR_BYTES = 8  # said of a token-expert pair on the wire: its token's place and
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A layer on a machine: keys of `megamoe bench --format json`. waves 0 is "auto", link_gb_s None is loopback."""
+    """A layer on a machine: keys of `megamoe bench --format json`. waves 0 is "auto", link_gb_s None is loopback.
+
+    Reports that do not say how results travel are of bf16.
+    """
 
     ranks: int
     link_gb_s: float | None
@@ -48,10 +51,12 @@ class Run:
     dispatch_format: str
     waves: int
     threads_per_rank: int = 1
+    combine_format: str = "bf16"
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Run:
         """From a report's keys. ValueError names those that are missing."""
+        found = {"combine_format": "bf16", **found}
         missing = [key for key in cls.__slots__ if key not in found]
         if missing:
             raise ValueError(f"no report of megamoe bench --format json: it has no {', '.join(missing)}")
@@ -89,8 +94,8 @@ class Run:
 
     @property
     def combine_bytes(self) -> float:
-        """Sent by a rank: results of other ranks' rows, BF16."""
-        return self.rows * self.f_remote * self.hidden * 2
+        """Sent by a rank: results of other ranks' rows."""
+        return self.rows * self.f_remote * self.hidden * value_bytes(self.combine_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ class Amounts:
     def of(cls, run: Run, made_ready: float) -> Amounts:
         per_expert = 3 * run.hidden * run.intermediate
         rounded = run.tokens_per_rank * run.hidden + run.rows * run.hidden if run.rounds else 0.0
+        rounded += 2 * run.rows * run.hidden if run.combine_format == "mxfp8" else 0.0
         return cls(
             flops=2 * per_expert * run.rows,
             weights=made_ready * per_expert,
@@ -136,7 +142,7 @@ def predict(run: Run, machine: Machine) -> Predicted:
         )
     waves = run.waves or choose_waves(run, machine)
     crowd = max(1.0, run.ranks * run.threads_per_rank / machine.cores)
-    steps = _steps(run, machine, waves)
+    steps = intervals(run, machine, waves)
     compute = compute_us(run, machine, sum(experts for _, experts in steps)) * crowd
     alone = communication_us(run, machine, waves)
     serial = compute_us(run, machine, run.spread.experts_per_rank) * crowd + communication_us(run, machine, 1)
@@ -217,7 +223,7 @@ def _cost_model(run: Run, machine: Machine) -> CostModel:
     )
 
 
-def _steps(run: Run, machine: Machine, waves: int) -> list[tuple[Work, int]]:
+def intervals(run: Run, machine: Machine, waves: int) -> list[tuple[Work, int]]:
     """The steps of a rank, each with its share of the rows as time, and how many experts it makes ready."""
     spread, cost_model = run.spread, _cost_model(run, machine)
     per_source = run.rows / spread.experts_per_rank / run.ranks

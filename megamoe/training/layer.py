@@ -17,7 +17,7 @@ from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import Notes
 from megamoe.parallel.streams import on_device
-from megamoe.routing.agreement import Agreement, Part, agree
+from megamoe.routing.agreement import Agreement, Page, Part, agree
 from megamoe.routing.messages import Messages
 from megamoe.routing.permutation import route_rows
 from megamoe.routing.waves import WavePlan, plan_waves
@@ -86,6 +86,11 @@ class TrainableMoE(MegaMoE):
         self._keeping = False  # whether the forward that runs has a backward
         self.experts.make_masters(master_dtype, seed)
 
+    def _begin(self) -> None:
+        """As MegaMoE's, but all calls go by waves: what they leave in the workspace is what a backward needs."""
+        super()._begin()
+        self._small = None
+
     # ---- master weights ----
 
     def reset_parameters(self, seed: int = 0) -> None:
@@ -126,7 +131,7 @@ class TrainableMoE(MegaMoE):
                 finally:
                     self._latest = self.experts.captured = None
                     self._keeping = False
-        return out, kept, Origin(self._num_calls, self.group)
+        return out, kept, Origin(self._calls.number, self.group)
 
     def _open(self, *args: Any) -> Call:
         self._latest = call = super()._open(*args)
@@ -165,7 +170,7 @@ class TrainableMoE(MegaMoE):
             name, record = f"{self.name} (backward)", CallRecord()
             notes = self.group.notes(name, origin.call)
             with notes.lane("call"), self.group.unbroken(name, origin.call), record.timing("total_s"):
-                agreed = self._agree(name, origin, kept, record)
+                agreed = self._agree_backward(name, origin, kept, record)
                 call = self._open_backward(
                     name, agreed, kept, topk_ids, topk_weights, gradient, hidden, needed, record, notes
                 )
@@ -174,15 +179,18 @@ class TrainableMoE(MegaMoE):
             self.last_backward = record
         return of_hidden, of_weights, call.expert_gradients.each()[: len(needed)]
 
-    def _agree(self, name: str, origin: Origin, kept: Kept, record: CallRecord) -> Agreement:
+    def _agree_backward(self, name: str, origin: Origin, kept: Kept, record: CallRecord) -> Agreement:
         """Keeps ranks in step: all say the backward of which call this is."""
         complaint = None
         if origin.group is not self.group:
             complaint = ValueError(f"layer {self.name!r} is in another group than when its forward ran")
         agreed, rank = kept.agreement(), self.group.rank
-        part = Part(agreed.tokens[rank], agreed.counts[rank], agreed.firsts[rank], self.tuner.row_s)
+        counts = torch.stack((agreed.counts[rank], agreed.firsts[rank])).to(torch.int32).numpy()
+        part = Part(agreed.tokens[rank], counts, self.tuner.row_s)
+        terms = replace(self._terms(self.group.turns.number(self, self.name)), layer=name)
         with record.timing("counts_s"):
-            answer = agree(self.group, replace(self._terms(), layer=name, call=origin.call), part, complaint)
+            answer = agree(self.group, Page(terms, self.group.host), origin.call, part, complaint)
+        assert isinstance(answer, Agreement)
         return replace(agreed, row_s=answer.row_s)
 
     def _open_backward(
@@ -202,7 +210,9 @@ class TrainableMoE(MegaMoE):
         again, group = self.saved == "dispatch-again", self.group
         rounds = self.experts.format.activations == "mxfp8"
         token_wire = Wire(self.tuner.choose_format(), self.shape.hidden, round_on_arrival=rounds)
-        wire = GradientWire(self.gradient_format, self.shape.hidden, False, token_wire if again else None)
+        wire = GradientWire(
+            self.gradient_format, self.shape.hidden, round_on_arrival=False, token_wire=token_wire if again else None
+        )
         with record.timing("compute_s"):
             plan = self._backward_plan(kept)
             messages = Messages.of(plan, wire, agreed.tokens, agreed.counts, agreed.firsts)

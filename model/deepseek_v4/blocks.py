@@ -105,12 +105,18 @@ class ExpertStack(nn.Module):
         *,
         waves: Waves = "auto",
         dispatch_format: str = "mxfp8",
+        combine_format: str = "bf16",
         device: torch.device | str = "cpu",
     ) -> ExpertStack:
         """ValueError names the tensor that is missing or has another shape or dtype than the config asks for."""
-        layers = range(checkpoint.config.num_hidden_layers)
+        formats = dispatch_format, combine_format
         with undisturbed(torch.device(device)):
-            return cls([_load_block(checkpoint, layer, group, waves, dispatch_format, device) for layer in layers])
+            return cls(
+                [
+                    _load_block(checkpoint, layer, group, waves, formats, device)
+                    for layer in range(checkpoint.config.num_hidden_layers)
+                ]
+            )
 
     def regroup(self, checkpoint: Checkpoint, group: EPGroup | None) -> tuple[int, int]:
         """Goes on in another group -> experts that this rank had already, and those that were read, over all layers.
@@ -154,7 +160,7 @@ def _load_block(
     layer: int,
     group: EPGroup | None,
     waves: Waves,
-    dispatch_format: str,
+    formats: tuple[str, str],
     device: torch.device | str,
 ) -> MoEBlock:
     config = checkpoint.config
@@ -167,7 +173,16 @@ def _load_block(
         table=checkpoint.gate_table(layer) if hashed else None,
     )
     name = f"layers.{layer}.ffn"
-    routed = MegaMoE(config.shape, group, waves=waves, dispatch_format=dispatch_format, device=device, name=name)
+    dispatch, combine = formats
+    routed = MegaMoE(
+        config.shape,
+        group,
+        waves=waves,
+        dispatch_format=dispatch,
+        combine_format=combine,
+        device=device,
+        name=name,
+    )
     _load_experts(checkpoint, layer, routed, list(routed.local_experts))
     shared = SharedExpert(*checkpoint.shared_expert(layer), config.swiglu_limit) if config.n_shared_experts else None
     return MoEBlock(checkpoint.norm(layer), config.rms_norm_eps, router, routed, shared).to(device)

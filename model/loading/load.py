@@ -64,7 +64,7 @@ def load(
     scales    how MXFP4 is rounded to: "contract", or "best" of two scales for each block
     progress  called with every Progress, about ten times a second; by default rank 0 draws a bar where stderr is a
               terminal
-    options   of MegaMoE: dispatch_format, waves, overlap, ...
+    options   of MegaMoE: dispatch_format, combine_format, waves, overlap, ...
 
     Only this rank's experts are read, and each goes straight to its place. On a CPU linear modules and routers compute
     with the package's kernels, so that a row's bits depend on neither its batch nor the number of ranks; on another

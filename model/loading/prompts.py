@@ -27,10 +27,13 @@ class PromptModel:
         self._routed = [module for module in model.modules() if isinstance(module, RoutedExperts)]
 
     @classmethod
-    def load(cls, path: Path, group: EPGroup, *, waves: Waves, dispatch_format: str, device: str) -> PromptModel:
+    def load(
+        cls, path: Path, group: EPGroup, *, waves: Waves, dispatch_format: str, combine_format: str, device: str
+    ) -> PromptModel:
         """As load() has it. With BF16 experts dispatch_format "mxfp8" rounds the tokens."""
         gc.collect()
-        return cls(load(path, group=group, waves=waves, device=device, dispatch_format=dispatch_format))
+        options: dict[str, Any] = {"waves": waves, "dispatch_format": dispatch_format, "combine_format": combine_format}
+        return cls(load(path, group=group, device=device, **options))
 
     def regroup(self, group: EPGroup) -> tuple[int, int]:
         """Goes on in another group -> experts that this rank had already, and those that were read."""

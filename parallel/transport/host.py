@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from megamoe.parallel.symmetric import MAX_WAVES, PAGE_BYTES, REGIONS, SymmetricMemory, available
+from megamoe.parallel.symmetric import MAX_WAVES, PLACE_BYTES, REGIONS, Place, SymmetricMemory, available
 from megamoe.parallel.transport.pairs import Label, PairTransfer, PairTransport
 
 _log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class Host:
 
     near      those ranks but this one, from the nearest neighbour on; none before the first exchange
     far       the other ranks
+    whole     whether all ranks share one host, on which all ranks agree
     exchange  number of the latest exchange of pages, which all ranks count alike
     regions   buffers of this rank that others write to, by name
     """
@@ -38,6 +39,7 @@ class Host:
     memory: SymmetricMemory | None = None
     near: list[int] = field(default_factory=list)
     far: list[int] = field(default_factory=list)
+    whole: bool = False
     exchange: int = 0
     met: bool = False
     regions: dict[str, Tensor] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class Host:
             self.memory.close()
         self.memory = None
         self.near.clear()
+        self.whole = False
         self.regions.clear()
 
     def holds(self, region: str, rows: Tensor) -> bool:
@@ -117,36 +120,84 @@ class HostTransport:
         pairs = self.pairs.expect(receive, counts, label, host.far) if host.far else None
         return HostTransfer(self, label, counts, pairs)
 
+    def place(self, label: Label) -> Place | None:
+        """Where this rank writes what it brings to the next exchange, for share(). None where not all share a host.
+
+        To be asked by all ranks in the same order, and followed by share() or gather().
+        """
+        if not self.host.met:
+            self._meet(label)
+        memory = self.host.memory
+        return memory.own.places[(self.host.exchange + 1) % 2] if self.host.whole and memory is not None else None
+
+    def share(self, label: Label) -> list[Place]:
+        """An exchange of what all ranks have written to their places -> the place of each, in order of rank.
+
+        They stay as they are until this rank's next exchange but one: where a rank has come to the next, it has read.
+        """
+        memory, host = self.host.memory, self.host
+        assert memory is not None
+        self._share(label)
+        return [memory.peers[rank].places[host.exchange % 2] for rank in range(self.size)]
+
+    def signal(self, region: str, peers: Sequence[int]) -> None:
+        """Tells peers that this rank has written to its own region what they read there, in the latest exchange."""
+        memory = self.host.memory
+        assert memory is not None
+        word = memory.words.rows(REGIONS.index(region), 0, self.rank)
+        for peer in peers:
+            memory.peers[peer].set(word, self.host.exchange)
+
+    def await_signal(self, region: str, peer: int, label: Label) -> None:
+        """Waits for a peer's signal()."""
+        memory = self.host.memory
+        assert memory is not None
+        word = memory.words.rows(REGIONS.index(region), 0, peer)
+        self.wait_for(peer, word, self.host.exchange, label, None)
+
+    def regions(self, region: str) -> list[int]:
+        """Addresses of that region of all ranks, where all share a host."""
+        memory = self.host.memory
+        assert memory is not None
+        return [memory.peers[rank].addresses[region] for rank in range(self.size)]
+
     def gather(self, page: Tensor, label: Label) -> Tensor:
         if not self.host.met:
             self._meet(label)
         if not self.host.near:
             return self.pairs.gather(page, label)
         whole = page.new_empty(self.size, page.numel())
-        for begin in range(0, page.numel(), PAGE_BYTES):
-            part = slice(begin, min(begin + PAGE_BYTES, page.numel()))
+        for begin in range(0, page.numel(), PLACE_BYTES):
+            part = slice(begin, min(begin + PLACE_BYTES, page.numel()))
             self._gather(page[part], whole[:, part], label)
         return whole
 
     def _gather(self, page: Tensor, into: Tensor, label: Label) -> None:
         host, memory = self.host, self.host.memory
         assert memory is not None
-        host.exchange += 1
-        far = self._post(page, label) if host.far else None
-        word = memory.words.page(host.exchange, self.rank)
-        for peer in host.near:
-            segment = memory.peers[peer]
-            segment.page(host.exchange, self.rank, len(page)).copy_(page)
-            segment.set(word, host.exchange)
-        into[self.rank] = page
-        for peer in host.near:
-            self.wait_for(peer, memory.words.page(host.exchange, peer), host.exchange, label, None)
-            into[peer] = memory.own.page(host.exchange, peer, len(page))
+        number, num_bytes, rows = (host.exchange + 1) % 2, len(page), into.numpy()
+        memory.own.places[number].view[:num_bytes] = page.numpy().data
+        far = self._share(label, page)
+        for rank in (self.rank, *host.near):
+            rows[rank] = memory.peers[rank].places[number].view[:num_bytes]
         if far is not None:
             transfer, incoming = far
             transfer.wait()
             transfer.finish()
             into[host.far] = incoming
+
+    def _share(self, label: Label, page: Tensor | None = None) -> tuple[PairTransfer, Tensor] | None:
+        """The exchange with ranks of this host; what it has begun with those of others, which get the page."""
+        host, memory = self.host, self.host.memory
+        assert memory is not None
+        host.exchange += 1
+        far = self._post(page, label) if page is not None and host.far else None
+        word = memory.words.page(host.exchange, self.rank)
+        for peer in host.near:
+            memory.peers[peer].set(word, host.exchange)
+        for peer in host.near:
+            self.wait_for(peer, memory.words.page(host.exchange, peer), host.exchange, label, None)
+        return far
 
     def _post(self, page: Tensor, label: Label) -> tuple[PairTransfer, Tensor]:
         """This rank's page to the ranks of other hosts, and room for theirs."""
@@ -170,6 +221,8 @@ class HostTransport:
         host.met = True
         host.near = [peer for peer in self.pairs.receivers if vote[peer] and votes[peer, rank]]
         host.far = [peer for peer in range(self.size) if peer != rank and peer not in host.near]
+        # alike on all ranks, since all have all votes
+        host.whole = bool((votes + torch.eye(self.size, dtype=torch.uint8) > 0).all())
         if host.near and memory is not None:
             memory.keep(host.near)
             host.memory = memory

@@ -37,7 +37,12 @@ FLAGS: dict[str, Any] = {
         str | None, "Of the experts: mxfp4, nvfp4, fp8, int8, bf16; the model's by default.", _LAYER
     ),
     "dispatch_format": _flag(str | None, "Of rows on their way: mxfp8 (default), fp8, bf16, nvfp4, ...", _LAYER),
-    "combine_format": _flag(str | None, "Of rows on their way home: bf16 by default.", _LAYER),
+    "combine_format": _flag(
+        str | None, "Of rows on their way home: bf16 (default), mxfp8, fp8, nvfp4, mxfp4, int8.", _LAYER
+    ),
+    "links": _flag(
+        list[str] | None, "Rates of every rank, of which the slowest counts: scaleup=450x6,225x2 or nic=50,25.", _LAYER
+    ),
     "profile": _flag(str | None, "What is reached of the peaks: a name or a file; the hardware's by default.", _LAYER),
     "settings": _flag(
         list[str] | None, "Override a figure, such as hardware.scaleup_gb_s=450 or model.topk=8.", _LAYER, "--set"

@@ -33,12 +33,13 @@ def _print_rules(planned: Plan) -> None:
 
     if planned.binding is None:
         return
+    tiers = planned.request.hardware.tier_names
     columns = {"tier": "", "count": "", **dict.fromkeys(("TFLOP/s", "GB/s", "C/B", "threshold"), ",.0f")}
     columns |= {"margin": ".2f", "needs": ",.0f", "verdict": ""}
     rows = []
     for name, rule in counts(planned):
         figures = (rule.tflops, rule.gb_s, rule.ratio, rule.threshold, rule.margin, rule.required_gb_s)
-        rows.append((rule.tier, name, *figures, "hidden" if rule.hidden else "exposed"))
+        rows.append((tiers[rule.tier], name, *figures, "hidden" if rule.hidden else "exposed"))
     show(columns, rows, "\nthe rule: C/B and threshold in FLOPs/Byte, links in GB/s one way")
     expert = planned.request.expert
     hides = hides_tflops(expert.intermediate, expert.gated)
@@ -47,7 +48,7 @@ def _print_rules(planned: Plan) -> None:
     for rule, reached in zip(planned.rules, planned.achieved, strict=True):
         enough = reached.required_gb_s * rule.gb_s / reached.gb_s
         needed = f"{rule.required_gb_s:,.0f} GB/s, {enough:,.0f} as achieved"
-        say(f"beyond {needed}, more {rule.tier} bandwidth brings nothing")
+        say(f"beyond {needed}, more {tiers[rule.tier]} bandwidth brings nothing")
 
 
 def _print_layer(found: Answer) -> None:

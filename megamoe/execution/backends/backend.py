@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from megamoe.execution.experts import Experts
+from megamoe.formats import MXFP8
 from megamoe.parallel.workspace import Workspace
 from megamoe.routing.wire import Wire
 
@@ -84,5 +85,5 @@ class Backend(ABC):
         return linear1
 
     @abstractmethod
-    def grouped_linear2(self, activated: Any, rows: RowsByExpert, results: Tensor) -> None:
-        """Linear-2 into results [., H] bfloat16, each row to its destination."""
+    def grouped_linear2(self, activated: Any, rows: RowsByExpert, results: Tensor | MXFP8) -> None:
+        """Linear-2 into results [., H], bfloat16 or rounded from that to MXFP8, each row to its destination."""

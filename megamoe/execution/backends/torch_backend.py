@@ -7,6 +7,8 @@ from torch import Tensor
 
 from megamoe.execution.backends.backend import Backend, CallBuffers, RowsByExpert
 from megamoe.execution.experts import Experts
+from megamoe.execution.ops import encode_rows
+from megamoe.formats import MXFP8
 from megamoe.kernels.cpu.library import Rows
 from megamoe.parallel.workspace import Workspace
 from megamoe.routing.wire import Wire
@@ -45,6 +47,12 @@ class TorchBackend(Backend):
     def activate(self, linear1: Tensor, rows: RowsByExpert) -> Tensor:
         return self._experts.activation(linear1, rows.weights, self._workspace)
 
-    def grouped_linear2(self, activated: Tensor, rows: RowsByExpert, results: Tensor) -> None:
-        by_expert = Rows(activated, rows.tokens_per_expert)
-        self._experts.linear2(by_expert, rows.experts, rows.weights, results, rows.destinations, self._workspace)
+    def grouped_linear2(self, activated: Tensor, rows: RowsByExpert, results: Tensor | MXFP8) -> None:
+        by_expert, experts, goes = Rows(activated, rows.tokens_per_expert), self._experts, rows.destinations
+        if isinstance(results, Tensor):
+            experts.linear2(by_expert, rows.experts, rows.weights, results, goes, self._workspace)
+            return
+        size = (len(goes), experts.shape.hidden)
+        computed = self._workspace.take("linear-2", size, rows.weights, torch.bfloat16)
+        experts.linear2(by_expert, rows.experts, rows.weights, computed, None, self._workspace)
+        encode_rows(computed, goes, results)

@@ -19,13 +19,15 @@ from megamoe.formats import dequantize_mxfp8
 from megamoe.kernels.chips.targets import reads_wide
 from megamoe.kernels.layout import Wide
 from megamoe.parallel.workspace import Workspace
+from megamoe.routing.wire import Wire
 
 
 class Alone:
     """The calls of one layer, and what the device found wrong in them."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, combine_format: str) -> None:
         self._experts, self._findings = experts, Findings(experts.device)
+        self._wire = Wire("bf16", experts.shape.hidden, False, combine_format)
 
     def refuse(self, layer: str) -> None:
         """ValueError where values of an earlier call were wrong, once, as far as the device has come."""
@@ -46,9 +48,11 @@ class Alone:
         experts, num_slots = self._experts, topk_ids.numel()
         slots = route_slots(topk_ids, topk_weights, experts.shape.num_experts)
         # a slot's result lies in the slot's row; then a row for ids that there are not, and one for masked slots
-        results = workspace.take("results", (num_slots + 2, hidden.shape[1]), hidden)
-        results[num_slots].fill_(torch.nan)
-        results[num_slots + 1].zero_()
+        size, dtype = self._wire.result_rows(num_slots + 2)
+        held = workspace.take("results", size, hidden, dtype)
+        held[num_slots].fill_(torch.nan if dtype.is_floating_point else 255)
+        held[num_slots + 1].zero_()
+        results = self._wire.results(held)
         if num_slots:
             x = _read_as(experts, hidden, workspace, rounds=rounds)
             rows = RowsByExpert(
@@ -58,7 +62,7 @@ class Alone:
                 weights=slots.weights,
                 destinations=slots.order,
             )
-            linear2(experts, linear1(experts, x, rows, workspace, 1), rows, results, 1)
+            linear2(experts, linear1(experts, x, rows, workspace, 1), rows, results, workspace, 1)
         self._findings.note(slots.wrong)
         return reduce_slots(results, slots.positions)
 

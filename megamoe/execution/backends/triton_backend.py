@@ -73,5 +73,5 @@ class TritonBackend(Backend):
     def grouped_linear1(self, rows: RowsByExpert) -> Operand:
         return linear1(self._experts, self._x, rows, self._workspace, OVERSUBSCRIPTION)
 
-    def grouped_linear2(self, activated: Operand, rows: RowsByExpert, results: Tensor) -> None:
-        linear2(self._experts, activated, rows, results, OVERSUBSCRIPTION)
+    def grouped_linear2(self, activated: Operand, rows: RowsByExpert, results: Tensor | MXFP8) -> None:
+        linear2(self._experts, activated, rows, results, self._workspace, OVERSUBSCRIPTION)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from megamoe.execution.backends.backend import RowsByExpert
 from megamoe.execution.experts import Experts
-from megamoe.execution.ops import grouped_linear1, grouped_linear2
+from megamoe.execution.ops import grouped_linear1, grouped_linear2, quantize
 from megamoe.formats import BLOCK, MXFP8
 from megamoe.kernels.chips.targets import reads_wide
 from megamoe.kernels.grouped import Grouped
 from megamoe.kernels.layout import Wide
+from megamoe.kernels.quantize import Filling
 from megamoe.parallel.workspace import Workspace
 
 Operand: TypeAlias = MXFP8 | Wide | Tensor
@@ -32,12 +33,24 @@ def linear1(experts: Experts, x: Operand, rows: RowsByExpert, workspace: Workspa
     return activated
 
 
-def linear2(experts: Experts, x: Operand, rows: RowsByExpert, results: Tensor, oversubscription: int) -> None:
-    """Linear-2 of x, what linear1() returned, into results [., H] bfloat16."""
-    weight = experts.stack("down", rows.experts)
+def linear2(
+    experts: Experts,
+    x: Operand,
+    rows: RowsByExpert,
+    results: Tensor | MXFP8,
+    workspace: Workspace,
+    oversubscription: int,
+) -> None:
+    """Linear-2 of x, what linear1() returned, into results [., H], bfloat16 or rounded from that to MXFP8."""
+    weight, goes = experts.stack("down", rows.experts), rows.destinations
     bias = experts.bias("down", rows.experts) if experts.shape.bias else None
     grouped = Grouped(x, weight, rows.tokens_per_expert, oversubscription=oversubscription, bias=bias)
-    grouped_linear2(grouped, rows.destinations, results, rows.weights)
+    if isinstance(results, Tensor):
+        grouped_linear2(grouped, goes, results, rows.weights)
+        return
+    computed = workspace.take("linear-2", (len(goes), experts.shape.hidden), rows.weights, torch.bfloat16)
+    grouped_linear2(grouped, torch.arange(len(goes), device=goes.device), computed, rows.weights)
+    quantize(computed, Filling.scattered(goes, len(results.values)), results)
 
 
 def take_operand(experts: Experts, workspace: Workspace, name: str, shape: tuple[int, int], like: Tensor) -> Operand:

@@ -26,7 +26,7 @@ _SIGNATURES = {
         *(_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG),
         *(_LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT, _INT),
     ),
-    "quantize": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _INT),
+    "quantize": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT),
     "dequantize": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT),
     "round": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT),
     "activate": (*(_POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _FLOAT, _FLOAT, _INT, _POINTER, _INT),),
@@ -38,9 +38,14 @@ _SIGNATURES = {
     "turn_rows": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _INT),
     "pack_rows": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _INT),
     "reduce_slots": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT),
+    "reduce_mxfp8_slots": (*(_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT),),
     "read": (_POINTER, _LONG),
     "count_rows": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER),
     "sort_slots": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER),
+    "few_bring": (_POINTER,),
+    "few_route": (_POINTER,),
+    "few_compute": (_POINTER,),
+    "few_reduce": (_POINTER,),
     "send_once": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER),
 }
 
@@ -68,7 +73,7 @@ class Library:
         self._functions = {}
         for name, types in _SIGNATURES.items():
             function = getattr(loaded, f"megamoe_{name}")
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, _INT if name == "few_bring" else None
             self._functions[name] = function
 
     def __reduce__(self) -> tuple[Callable[[Path], Library], tuple[Path]]:
@@ -100,14 +105,14 @@ class Library:
             *(out.dtype == torch.float32, torch.get_num_threads()),
         )
 
-    def quantize(self, x: Tensor, out: MXFP8) -> None:
-        """x [n, K] bfloat16 rounded to MXFP8 [n, K]."""
+    def quantize(self, x: Tensor, out: MXFP8, goes: Tensor | None = None) -> None:
+        """x [n, K] bfloat16 rounded to MXFP8 [., K]; row r to row goes[r], goes [n] int64, by default to its own."""
         codes, scales = out.values, out.scales
         assert x.dtype == torch.bfloat16
         assert x.stride(1) == codes.stride(1) == scales.stride(1) == 1
         self._functions["quantize"](
             *(x.data_ptr(), x.stride(0), *x.shape, codes.data_ptr(), codes.stride(0)),
-            *(scales.data_ptr(), scales.stride(0), torch.get_num_threads()),
+            *(scales.data_ptr(), scales.stride(0), _pointer(goes), torch.get_num_threads()),
         )
 
     def dequantize(self, q: MXFP8, out: Tensor) -> None:
@@ -159,13 +164,22 @@ class Library:
             *(_pointer(weights), out.data_ptr(), out.stride(0), _pointer(goes), torch.get_num_threads()),
         )
 
-    def reduce_slots(self, rows: Tensor, positions: Tensor, out: Tensor) -> None:
-        """ops.reduce_slots(): rows [N + 1, H] bfloat16, positions [T, K] int64 -> [T, H] bfloat16"""
-        assert rows.is_contiguous()
+    def reduce_slots(self, rows: Tensor | MXFP8, positions: Tensor, out: Tensor) -> None:
+        """ops.reduce_slots(): rows [N + 1, H] bfloat16 or MXFP8, positions [T, K] int64 -> [T, H] bfloat16"""
         assert positions.is_contiguous()
         assert out.is_contiguous()
-        assert rows.dtype == out.dtype == torch.bfloat16
+        assert out.dtype == torch.bfloat16
         assert positions.dtype == torch.int64
+        if isinstance(rows, MXFP8):
+            codes, scales = rows.values, rows.scales
+            assert codes.stride(1) == scales.stride(1) == 1
+            self._functions["reduce_mxfp8_slots"](
+                *(codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0), codes.shape[1]),
+                *(positions.data_ptr(), *positions.shape, out.data_ptr(), torch.get_num_threads()),
+            )
+            return
+        assert rows.is_contiguous()
+        assert rows.dtype == torch.bfloat16
         self._functions["reduce_slots"](
             rows.data_ptr(),
             rows.shape[1],
@@ -269,6 +283,13 @@ class Library:
             *(num_ranks, seen.data_ptr(), unique.data_ptr(), places.data_ptr()),
         )
         return unique, places
+
+    def few_tokens(self, step: str, call: int) -> object:
+        """A step of a call of few tokens, see execution/small_call.py: "bring", "route", "compute" or "reduce".
+
+        call: address of megamoe_few of routing.cpp. "bring" returns whether ids and weights are right.
+        """
+        return self._functions[f"few_{step}"](call)
 
     def read(self, stack: Tensor) -> None:
         """Reads a tensor's memory on one core and does nothing else: what benchmarks hold products against."""

@@ -1,13 +1,22 @@
 // Where rows go: index arithmetic of one call, which costs a few tokens more than their rows in torch's operations.
+// And calls of few tokens as a whole, whose products cost less than the arithmetic around them would in Python.
 #include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
-// Rows for each expert, and tokens whose first expert on its rank that is: see messages.count_rows().
-//   ids [tokens, topk], -1 masks; rank_of [experts]; pairs, firsts [experts], zero before
-extern "C" void megamoe_count_rows(const int64_t* ids, int64_t tokens, int64_t topk, const int64_t* rank_of,
-                                   int64_t experts, int64_t* pairs, int64_t* firsts) {
-    std::vector<int64_t> own(topk);
+#include "state.h"
+#include "vectors.h"
+
+namespace {
+
+template <class Count>
+void count_rows(const int64_t* ids, int64_t tokens, int64_t topk, const int64_t* rank_of, int64_t experts, Count* pairs,
+                Count* firsts) {
+    thread_local std::vector<int64_t> own;
+    own.resize(topk);
     for (int64_t t = 0; t < tokens; t++) {
         for (int64_t k = 0; k < topk; k++)
             own[k] = std::min(std::max<int64_t>(ids[t * topk + k], -1), experts - 1);
@@ -20,6 +29,15 @@ extern "C" void megamoe_count_rows(const int64_t* ids, int64_t tokens, int64_t t
             last = rank_of[expert];
         }
     }
+}
+
+}  // namespace
+
+// Rows for each expert, and tokens whose first expert on its rank that is: see messages.count_rows().
+//   ids [tokens, topk], -1 masks; rank_of [experts]; pairs, firsts [experts], zero before
+extern "C" void megamoe_count_rows(const int64_t* ids, int64_t tokens, int64_t topk, const int64_t* rank_of,
+                                   int64_t experts, int64_t* pairs, int64_t* firsts) {
+    count_rows(ids, tokens, topk, rank_of, experts, pairs, firsts);
 }
 
 // Slots in the order in which their rows travel: see rows.Route and rows.route_rows().
@@ -59,4 +77,212 @@ extern "C" void megamoe_send_once(const int64_t* tokens_of, const int64_t* lengt
             }
             places[row] = int32_t(place);
         }
+}
+
+// ---- calls of few tokens: see execution/small_call.py ----
+
+extern "C" {
+void megamoe_products(const uint16_t*, int64_t, const int64_t*, int64_t, const uint8_t*, const uint8_t*, int64_t,
+                      int64_t, int64_t, const int64_t*, int64_t, void*, int64_t, const int64_t*, int, int);
+void megamoe_quantize(const uint16_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t, uint8_t*, int64_t, int);
+void megamoe_dequantize(const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, uint16_t*, int64_t, int);
+void megamoe_round(const uint16_t*, int64_t, int64_t, int64_t, uint16_t*, int64_t, int);
+void megamoe_activate(const uint16_t*, const float*, int64_t, int64_t, int, const float*, const float*, float, float,
+                      int, uint16_t*, int);
+void megamoe_add_bias(const float*, int64_t, const float*, const int64_t*, int64_t, const float*, uint16_t*, int64_t,
+                      const int64_t*, int);
+}
+
+namespace {
+
+// A matrix of all experts of this rank, as megamoe_products() takes it, with its bias, if there is one.
+struct Matrix {
+    const uint8_t *packed, *scales;
+    int64_t packed_bytes, scales_bytes, outputs;
+    const float* bias;
+};
+
+// What a rank brings lies in one piece, in memory that its peers read: the expert of each slot, int32 [tokens, topk],
+// their weights, float [tokens, topk], then from the next multiple of 64 bytes on the tokens, rows of the wire.
+struct Brought {
+    uint8_t* begin;
+    int64_t tokens, topk;
+
+    int32_t* experts() const { return reinterpret_cast<int32_t*>(begin); }
+    float* weights() const { return reinterpret_cast<float*>(begin + 4 * tokens * topk); }
+    uint8_t* rows() const { return begin + (8 * tokens * topk + 63) / 64 * 64; }
+};
+
+}  // namespace
+
+// small_call._FewTokens, field by field. A slot's number is its place among the slots of all ranks, by rank and token.
+struct megamoe_few {
+    int64_t ranks, rank, topk, num_experts, first, experts;  // first expert of this rank, and how many it has
+    int64_t width, inner, row_bytes, mxfp8, rounds;          // rounds: a BF16 wire to experts that take MXFP8
+    Matrix gate_up, down;
+    int64_t gated, quantized;
+    const float *table, *up_table;
+    float limit, shift;
+    const int64_t* rank_of;  // [num_experts]
+    uint8_t** brought;       // [ranks]
+    const int64_t* tokens;   // [ranks]
+    uint16_t** results;      // [ranks]: of all slots, [., width]; each rank writes those of its own experts
+    int64_t* owed;           // [2, ranks]: rows that each rank computes for this one, and this one for each
+    // of one call
+    int64_t threads, num_rows;
+    const uint16_t* hidden;
+    const int64_t* ids;
+    const float* topk_weights;
+    int32_t* pairs;  // [2, num_experts]
+    int64_t* counts;  // [experts]
+    int64_t *sources, *goes;  // [num_rows]: the row's token among those of all ranks, its slot
+    float* weights;           // [num_rows]
+    uint8_t* wanted;          // [tokens of all ranks]
+    uint16_t *x, *linear1, *activated, *out;
+    float* sums;
+    int64_t stage_ns[3];
+};
+
+// Puts this rank's slots and tokens where its peers read them, and counts pairs and firsts as megamoe_count_rows() does.
+// Whether all ids are experts or -1, and all weights of experts finite.
+extern "C" int megamoe_few_bring(megamoe_few* call) {
+    const megamoe_few& c = *call;
+    const int64_t tokens = c.tokens[c.rank], slots = tokens * c.topk;
+    const Brought own{c.brought[c.rank], tokens, c.topk};
+    for (int64_t slot = 0; slot < slots; slot++) {
+        const int64_t id = c.ids[slot];
+        if (id < -1 || id >= c.num_experts || (id >= 0 && !std::isfinite(c.topk_weights[slot]))) return 0;
+        own.experts()[slot] = int32_t(id);
+    }
+    std::memcpy(own.weights(), c.topk_weights, slots * sizeof(float));
+    std::fill(c.pairs, c.pairs + 2 * c.num_experts, 0);
+    count_rows(c.ids, tokens, c.topk, c.rank_of, c.num_experts, c.pairs, c.pairs + c.num_experts);
+    if (c.mxfp8) {
+        megamoe_quantize(c.hidden, c.width, tokens, c.width, own.rows(), c.row_bytes, own.rows() + c.width, c.row_bytes,
+                         int(c.threads));
+    } else {
+        for (int64_t t = 0; t < tokens; t++)
+            std::memcpy(own.rows() + t * c.row_bytes, c.hidden + t * c.width, c.width * sizeof(uint16_t));
+    }
+    return 1;
+}
+
+// The rows of this rank's experts among the slots of all ranks, by expert and slot: counts, sources, goes, weights,
+// wanted, num_rows and owed.
+extern "C" void megamoe_few_route(megamoe_few* call) {
+    megamoe_few& c = *call;
+    thread_local std::vector<int64_t> next;
+    next.assign(c.experts + 1, 0);
+    std::fill(c.counts, c.counts + c.experts, 0);
+    std::fill(c.owed, c.owed + 2 * c.ranks, 0);
+    auto each = [&](auto&& take) {
+        for (int64_t rank = 0, slot = 0; rank < c.ranks; rank++) {
+            const Brought brought{c.brought[rank], c.tokens[rank], c.topk};
+            for (int64_t i = 0; i < c.tokens[rank] * c.topk; i++, slot++) {
+                const int64_t expert = int64_t(brought.experts()[i]) - c.first;
+                if (expert >= 0 && expert < c.experts) take(expert, rank, slot, brought.weights()[i]);
+            }
+        }
+    };
+    each([&](int64_t expert, int64_t rank, int64_t, float) {
+        c.counts[expert]++;
+        c.owed[c.ranks + rank]++;
+    });
+    for (int64_t i = 0; i < c.tokens[c.rank] * c.topk; i++)
+        if (c.ids[i] >= 0) c.owed[c.rank_of[c.ids[i]]]++;
+    for (int64_t expert = 0; expert < c.experts; expert++) next[expert + 1] = next[expert] + c.counts[expert];
+    c.num_rows = next[c.experts];
+    int64_t all = 0;
+    for (int64_t rank = 0; rank < c.ranks; rank++) all += c.tokens[rank];
+    std::fill(c.wanted, c.wanted + all, 0);
+    each([&](int64_t expert, int64_t, int64_t slot, float weight) {
+        const int64_t row = next[expert]++;
+        c.sources[row] = slot / c.topk;
+        c.goes[row] = slot;
+        c.weights[row] = weight;
+        c.wanted[slot / c.topk] = 1;
+    });
+}
+
+// The tokens that this rank's experts want, as they take them, run by run.
+static void read_tokens(const megamoe_few& c) {
+    const int threads = int(c.threads);
+    int64_t token = 0;
+    for (int64_t rank = 0; rank < c.ranks; rank++) {
+        const uint8_t* row = Brought{c.brought[rank], c.tokens[rank], c.topk}.rows();
+        for (const int64_t end = token + c.tokens[rank]; token < end;) {
+            int64_t run = 0;
+            while (token + run < end && c.wanted[token + run]) run++;
+            uint16_t* to = c.x + token * c.width;
+            const auto* values = reinterpret_cast<const uint16_t*>(row);
+            if (c.mxfp8) {
+                megamoe_dequantize(row, c.row_bytes, row + c.width, c.row_bytes, run, c.width, to, c.width, threads);
+            } else if (c.rounds) {
+                megamoe_round(values, c.row_bytes / 2, run, c.width, to, c.width, threads);
+            } else {
+                for (int64_t t = 0; t < run; t++)
+                    std::memcpy(to + t * c.width, row + t * c.row_bytes, c.width * sizeof *to);
+            }
+            run = std::max<int64_t>(run, 1);
+            token += run, row += run * c.row_bytes;
+        }
+    }
+}
+
+// A product and its bias, which is added to the FP32 sum before it is rounded.
+static void multiply(const megamoe_few& c, const Matrix& matrix, const uint16_t* x, const int64_t* source, int64_t depth,
+                     const float* weights, uint16_t* out, const int64_t* goes) {
+    const bool biased = matrix.bias != nullptr;
+    megamoe_products(x, depth, source, depth, matrix.packed, matrix.scales, matrix.packed_bytes, matrix.scales_bytes,
+                     matrix.outputs, c.counts, c.experts, biased ? static_cast<void*>(c.sums) : out, matrix.outputs,
+                     biased ? nullptr : goes, biased, int(c.threads));
+    if (biased)
+        megamoe_add_bias(c.sums, matrix.outputs, matrix.bias, c.counts, c.experts, weights, out, matrix.outputs, goes,
+                         int(c.threads));
+}
+
+// The experts on the rows that were routed; each row's result to its slot. stage_ns: Linear-1, activation, Linear-2.
+extern "C" void megamoe_few_compute(megamoe_few* call) {
+    megamoe_few& c = *call;
+    using Clock = std::chrono::steady_clock;
+    auto begun = Clock::now();
+    auto lap = [&](int stage) {
+        const auto now = Clock::now();
+        c.stage_ns[stage] = std::chrono::duration_cast<std::chrono::nanoseconds>(now - begun).count();
+        begun = now;
+    };
+    read_tokens(c);
+    multiply(c, c.gate_up, c.x, c.sources, c.width, nullptr, c.linear1, nullptr);
+    lap(0);
+    megamoe_activate(c.linear1, c.weights, c.num_rows, c.inner, int(c.gated), c.table, c.up_table, c.limit, c.shift,
+                     int(c.quantized), c.activated, int(c.threads));
+    lap(1);
+    multiply(c, c.down, c.activated, nullptr, c.inner, c.weights, c.results[c.rank], c.goes);
+    lap(2);
+}
+
+// Sums the slots of this rank's tokens in ascending order in FP32 from zero, rounded once, from where the ranks that
+// computed them have them -> out [tokens, width]. A masked slot adds zero, which changes no bit: such a sum is never -0.
+extern "C" void megamoe_few_reduce(megamoe_few* call) {
+    const megamoe_few& c = *call;
+    constexpr int64_t CHUNK = 512, AT_ONCE = 16384;  // values, below which a second thread is not worth waking
+    int64_t first = 0;  // slot of this rank
+    for (int64_t rank = 0; rank < c.rank; rank++) first += c.tokens[rank] * c.topk;
+    const int64_t tokens = c.tokens[c.rank], values = tokens * c.topk * c.width;
+    const int threads = int(std::max<int64_t>(1, std::min(c.threads, values / AT_ONCE)));
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < tokens; t++) {
+        const megamoe::RoundToNearest state;
+        for (int64_t begin = 0; begin < c.width; begin += CHUNK) {
+            float sums[CHUNK] = {};
+            const int64_t count = std::min(CHUNK, c.width - begin);
+            for (int64_t k = 0; k < c.topk; k++) {
+                const int64_t expert = c.ids[t * c.topk + k], slot = first + t * c.topk + k;
+                if (expert < 0) continue;
+                const uint16_t* row = c.results[c.rank_of[expert]] + slot * c.width + begin;
+                for (int64_t i = 0; i < count; i++) sums[i] += megamoe::from_bf16(row[i]);
+            }
+            for (int64_t i = 0; i < count; i++) c.out[t * c.width + begin + i] = megamoe::to_bf16(sums[i]);
+        }
+    }
 }

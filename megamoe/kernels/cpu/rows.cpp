@@ -75,21 +75,68 @@ void activate_row(const uint16_t* gates, const Up& up, float weight, int64_t wid
     if (k < width) activate_group(gates, up, weight, k, int(width - k), table, quantized, out);
 }
 
+// Rows whose values from `begin` on, `count` of them, are added to sums; begin is a multiple of GROUP.
+struct BF16Rows {
+    const uint16_t* rows;
+    int64_t stride;
+
+    void add(int64_t row, int64_t begin, int64_t count, float* sums) const {
+        const uint16_t* from = rows + row * stride + begin;
+        for (int64_t i = 0; i < count; i++) sums[i] += from_bf16(from[i]);
+    }
+};
+
+struct MXFP8Rows {
+    const uint8_t* values;
+    int64_t stride;
+    const uint8_t* scales;
+    int64_t scales_stride;
+
+    void add(int64_t row, int64_t begin, int64_t count, float* sums) const {
+        const uint8_t* codes = values + row * stride + begin;
+        const uint8_t* scale = scales + row * scales_stride + begin / GROUP;
+        for (int64_t k = 0; k < count; k += GROUP, scale++) {  // a code times a power of two is exact
+            const float factor = *scale == 255 ? as_float(0x7FC00000) : from_e8m0(*scale);
+            for (int i = 0; i < GROUP; i++) sums[k + i] += from_e4m3(codes[k + i]) * factor;
+        }
+    }
+};
+
+template <class Rows>
+void sum_slots(const Rows& rows, int64_t width, const int64_t* positions, int64_t tokens, int64_t topk, uint16_t* out,
+               int threads) {
+    constexpr int64_t CHUNK = 512;
+    const int workers = threads_for(tokens * topk * width, threads);
+#pragma omp parallel for num_threads(workers) if (workers > 1)
+    for (int64_t t = 0; t < tokens; t++) {
+        const RoundToNearest state;
+        for (int64_t begin = 0; begin < width; begin += CHUNK) {
+            float sums[CHUNK] = {};
+            const int64_t count = std::min(CHUNK, width - begin);
+            for (int64_t slot = 0; slot < topk; slot++) rows.add(positions[t * topk + slot], begin, count, sums);
+            for (int64_t i = 0; i < count; i++) out[t * width + begin + i] = to_bf16(sums[i]);
+        }
+    }
+}
+
 }  // namespace
 }  // namespace megamoe
 
 using namespace megamoe;
 
-// x [rows, width] bfloat16 -> values [rows, width] E4M3 and scales [rows, width / 32] E8M0, each of its stride.
+// x [rows, width] bfloat16 -> values [., width] E4M3 and scales [., width / 32] E8M0, each of its stride; row r goes to
+// row goes[r], null for r itself.
 extern "C" void megamoe_quantize(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t width, uint8_t* values,
-                                 int64_t values_stride, uint8_t* scales, int64_t scales_stride, int threads) {
+                                 int64_t values_stride, uint8_t* scales, int64_t scales_stride, const int64_t* goes,
+                                 int threads) {
 #pragma omp parallel for num_threads(threads_for(rows * width, threads)) if (threads_for(rows * width, threads) > 1)
     for (int64_t r = 0; r < rows; r++) {
         const RoundToNearest state;
+        const int64_t to = goes ? goes[r] : r;
         for (int64_t k = 0; k < width; k += GROUP) {
             float group[GROUP];
             widen_group(x + r * x_stride + k, group);
-            quantize_group(group, values + r * values_stride + k, scales + r * scales_stride + k / GROUP);
+            quantize_group(group, values + to * values_stride + k, scales + to * scales_stride + k / GROUP);
         }
     }
 }
@@ -177,21 +224,14 @@ extern "C" void megamoe_add_bias(const float* sums, int64_t width, const float* 
 //   rows [., width] bfloat16; positions [tokens, topk]; out [tokens, width] bfloat16
 extern "C" void megamoe_reduce_slots(const uint16_t* rows, int64_t width, const int64_t* positions, int64_t tokens,
                                      int64_t topk, uint16_t* out, int threads) {
-    constexpr int64_t CHUNK = 512;
-    const int workers = threads_for(tokens * topk * width, threads);
-#pragma omp parallel for num_threads(workers) if (workers > 1)
-    for (int64_t t = 0; t < tokens; t++) {
-        const RoundToNearest state;
-        for (int64_t begin = 0; begin < width; begin += CHUNK) {
-            float sums[CHUNK] = {};
-            const int64_t count = std::min(CHUNK, width - begin);
-            for (int64_t slot = 0; slot < topk; slot++) {
-                const uint16_t* row = rows + positions[t * topk + slot] * width + begin;
-                for (int64_t i = 0; i < count; i++) sums[i] += from_bf16(row[i]);
-            }
-            for (int64_t i = 0; i < count; i++) out[t * width + begin + i] = to_bf16(sums[i]);
-        }
-    }
+    sum_slots(BF16Rows{rows, width}, width, positions, tokens, topk, out, threads);
+}
+
+// The same of rows that are values [., width] E4M3 and scales [., width / 32] E8M0, each of its stride.
+extern "C" void megamoe_reduce_mxfp8_slots(const uint8_t* values, int64_t values_stride, const uint8_t* scales,
+                                           int64_t scales_stride, int64_t width, const int64_t* positions,
+                                           int64_t tokens, int64_t topk, uint16_t* out, int threads) {
+    sum_slots(MXFP8Rows{values, values_stride, scales, scales_stride}, width, positions, tokens, topk, out, threads);
 }
 
 // Reads `words` words and does nothing else with them: the ceiling of what reads weights, for a benchmark.

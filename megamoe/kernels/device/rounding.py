@@ -47,13 +47,22 @@ def round_to_mxfp8(x):
 
 
 @triton.jit
+def decode_mxfp8(codes, exponents):
+    """codes uint8 and the scale byte of each, of one shape -> float32, exact.
+
+    code 0x38 (1.0), exponent 128  ->  2.0; exponent 255  ->  NaN
+    """
+    scales = (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    scales = tl.where(exponents == 255, float("nan"), scales)
+    return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scales
+
+
+@triton.jit
 def widen_block(codes, exponents):
     """codes [n, 32] uint8, exponents [n] uint8 -> [n, 32] bfloat16, exact, in the order of the sum (`layout.Wide`).
 
     code 0x38 (1.0) in place 4, exponent 128  ->  2.0 in place 1; exponent 255  ->  NaN everywhere
     """
-    scales = (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    scales = tl.where(exponents == 255, float("nan"), scales)
-    values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scales[:, None]
+    values = decode_mxfp8(codes, exponents[:, None])
     values = tl.permute(tl.reshape(values, (codes.shape[0], 4, 2, 4)), (0, 3, 1, 2))  # word, half, register
     return round_to_bf16(tl.reshape(values, (codes.shape[0], 32)))

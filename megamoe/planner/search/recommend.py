@@ -11,6 +11,7 @@ from megamoe.planner.search.search import Space, Targets, deployments
 from megamoe.planner.serving.deployment import Deployment
 from megamoe.planner.serving.memory import memory
 from megamoe.planner.serving.serving import Serving, measure
+from megamoe.planner.serving.step import Costs, least_us
 
 UTILIZATION = 0.8  # of a pool's throughput that is planned for: requests come in bursts
 QUEUE = 1.5  # prefill steps from a request's arrival to its first token: half of the one under way, then its own
@@ -102,18 +103,35 @@ def recommend(
 
 
 def _smallest(base: Deployment, space: Space, targets: Targets, load: float) -> Pool:
-    """The pool with the fewest devices; of equals the one that is fastest for a user."""
+    """The pool with the fewest devices; of equals the one that is fastest for a user.
+
+    What would need more devices even if its experts took no time is not measured.
+    """
     best: Pool | None = None
-    for served in _that_fit(base, space):
+    for costs, d in deployments(base, space):
+        held = memory(costs, d)
+        if not held.fits or (best is not None and _fewest(costs, d, load) > best.devices):
+            continue
+        served = measure(costs, d, held)
         if targets.missed(served):
             continue
-        d = served.deployment
-        pool = Pool(served, math.ceil(load / (served.tokens_per_s_per_device * d.devices * UTILIZATION)), load)
+        pool = Pool(served, _replicas(load, served.tokens_per_s_per_device * d.devices), load)
         if best is None or _rank(pool) < _rank(best):
             best = pool
     if best is None:
         raise ValueError(_why_not(base, space, targets))
     return best
+
+
+def _replicas(load: float, tokens_per_s: float) -> int:
+    return math.ceil(load / (tokens_per_s * UTILIZATION))
+
+
+def _fewest(costs: Costs, d: Deployment, load: float) -> int:
+    """Devices that a deployment would need if all its steps took no longer than attention and the head."""
+    tokens = d.batch_per_device * d.accepted if d.phase == "decode" else d.new_tokens
+    most = tokens / (least_us(costs, d) / 1e6) * (1 + 1e-9)  # sums of floats in another order
+    return _replicas(load, most * d.devices) * d.devices
 
 
 def _rank(pool: Pool) -> tuple[int, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from megamoe.catalog import Hardware, Model, Profile
@@ -149,9 +149,10 @@ def deployments(base: Deployment, space: Space, devices: int | None = None) -> I
             if number % ep or number % tp or tp > min(attention.heads for attention in base.model.attention):
                 continue
             split = replace(like, devices=number, ep=ep, attention_tp=tp)
+            keys = {field.name: getattr(split, field.name) for field in fields(split)}
             for batch, mtp, halves in itertools.product(space.batches, space.mtps, space.microbatches):
-                if halves <= batch:
-                    yield costs, replace(split, batch_per_device=batch, mtp=mtp, microbatches=halves)
+                if halves <= batch:  # replace() would go through the fields of thousands
+                    yield costs, Deployment(**{**keys, "batch_per_device": batch, "mtp": mtp, "microbatches": halves})
 
 
 class _Tally:

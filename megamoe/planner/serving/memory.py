@@ -45,8 +45,10 @@ def memory(costs: Costs, d: Deployment) -> Memory:
     experts = (model.moe_layers + drafts) * per_layer * value_bytes(costs.formats.weight)
     return Memory(
         experts_gb=experts / 1e9,
-        weights_gb=_weights(costs, d) / 1e9,
-        cache_gb=d.batch_per_device * _cache(costs, d) / 1e9,
+        weights_gb=costs.number(("weights", d.attention_tp, d.head_split, drafts), lambda: _weights(costs, d)) / 1e9,
+        cache_gb=d.batch_per_device
+        * costs.number(("cache", d.context, d.attention_tp, drafts), lambda: _cache(costs, d))
+        / 1e9,
         activations_gb=_activations(costs, d) / 1e9,
         capacity_gb=costs.device.memory_gb * USABLE,
     )

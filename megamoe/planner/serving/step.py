@@ -8,7 +8,8 @@ A piece takes the p-norm of its compute and its memory time (p: the profile's ov
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 
 from megamoe.catalog import Hardware, Model, Parameters, Profile, parameters
 from megamoe.planner.layer.cost import Device, Expert, LayerTime, compute_format, layer_time
@@ -41,6 +42,13 @@ class Piece:
     def total_us(self) -> float:
         return self.times * (self.us - self.hidden_us)
 
+    def hiding(self, hidden_us: float) -> Piece:
+        """The same with so much of it behind something else. dataclasses.replace() takes ten times as long."""
+        return Piece(
+            self.name, self.part, self.times, self.us, self.flops, self.nbytes, self.compute_us, self.memory_us,
+            self.kernels, hidden_us,
+        ) if hidden_us else self  # fmt: skip
+
 
 class Costs:
     """A model on a device in given formats: everything about a step that batch, context and split do not change."""
@@ -68,6 +76,8 @@ class Costs:
         self.kernel_us = profile.kernel_us.value
         self.power = self.device.overlap
         self._layers: dict[tuple[int, float, str, int], LayerTime] = {}
+        self._pieces: dict[Hashable, tuple[Piece, ...]] = {}
+        self._numbers: dict[Hashable, float] = {}
 
     def layer(self, ep: int, tokens: float, routing: str, redundant: int) -> LayerTime:
         """The layer model's answer, asked once."""
@@ -78,6 +88,20 @@ class Costs:
                 self.expert, self.device, ep=ep, tokens_per_rank=tokens, routing=routing, redundant=redundant
             )
             self._layers[key] = found
+        return found
+
+    def kept(self, key: Hashable, make: Callable[[], list[Piece]]) -> tuple[Piece, ...]:
+        """What make() finds, asked once for a key: most pieces of a step are the same for every EP size."""
+        found = self._pieces.get(key)
+        if found is None:
+            found = self._pieces[key] = tuple(make())
+        return found
+
+    def number(self, key: Hashable, make: Callable[[], float]) -> float:
+        """Likewise, of one number."""
+        found = self._numbers.get(key)
+        if found is None:
+            found = self._numbers[key] = make()
         return found
 
     def piece(
@@ -97,12 +121,38 @@ def step_pieces(costs: Costs, d: Deployment) -> list[Piece]:
     chunks = 1 if d.phase == "decode" else -(-d.new_tokens // (d.chunk * halves))
     times = halves * chunks
     tokens, sequences = d.new_tokens / times, d.batch_per_device / times
-    pieces = [piece for cost in costs.attention for piece in _attention(costs, d, cost, tokens, sequences, times)]
-    pieces += _layers(costs, d, tokens, times)
-    pieces.append(_head(costs, d, d.batch_per_device if d.phase == "prefill" else d.new_tokens))
+    pieces = [*_all_attention(costs, d, tokens, sequences, times), *_layers(costs, d, tokens, times)]
+    pieces += _head(costs, d, d.batch_per_device if d.phase == "prefill" else d.new_tokens)
     if d.mtp:
         pieces += _drafts(costs, d, tokens, sequences, times)
     return pieces
+
+
+def least_us(costs: Costs, d: Deployment) -> float:
+    """What a step takes at least, whatever its EP size: attention of all layers and the head."""
+    times = d.microbatches * (1 if d.phase == "decode" else -(-d.new_tokens // (d.chunk * d.microbatches)))
+    rows = d.batch_per_device if d.phase == "prefill" else d.new_tokens
+    key = ("least", *_shared_key(d), d.head_split, d.new_tokens, d.batch_per_device, times)
+
+    def make() -> float:
+        attention = _all_attention(costs, d, d.new_tokens / times, d.batch_per_device / times, times)
+        return sum(piece.total_us for piece in (*attention, *_head(costs, d, rows)))
+
+    return costs.number(key, make)
+
+
+def _all_attention(costs: Costs, d: Deployment, tokens: float, sequences: float, times: int) -> tuple[Piece, ...]:
+    """Of all layers."""
+
+    def make() -> list[Piece]:
+        return [piece for cost in costs.attention for piece in _attention(costs, d, cost, tokens, sequences, times)]
+
+    return costs.kept(("attention", *_shared_key(d), tokens, sequences, times), make)
+
+
+def _shared_key(d: Deployment) -> tuple[Hashable, ...]:
+    """What attention follows from, beside its tokens."""
+    return d.phase, d.context, d.cached, d.attention_tp
 
 
 def _attention(
@@ -174,44 +224,58 @@ def _gather(costs: Costs, tokens: float, tp: int, times: int, part: str) -> Piec
 
 def _layers(costs: Costs, d: Deployment, tokens: float, times: int) -> list[Piece]:
     """What follows attention: residual streams, plain MLPs, router, shared and routed experts."""
-    model, count = costs.model, costs.count
-    sublayers = model.attention_layers + model.moe_layers + model.mlp_layers
-    pieces = [_residual(costs, tokens, "projections", sublayers * times)]
-    if model.mlp_layers:
-        weights = count.mlp // model.mlp_layers
-        pieces.append(_dense(costs, "MLP", "projections", model.mlp_layers * times, tokens, weights, MLP_KERNELS))
-    return pieces + _experts(costs, d, tokens, model.moe_layers, times, "experts")
+
+    def make() -> list[Piece]:
+        model = costs.model
+        sublayers = model.attention_layers + model.moe_layers + model.mlp_layers
+        pieces = [_residual(costs, tokens, "projections", sublayers * times)]
+        if model.mlp_layers:
+            weights = costs.count.mlp // model.mlp_layers
+            pieces.append(_dense(costs, "MLP", "projections", model.mlp_layers * times, tokens, weights, MLP_KERNELS))
+        return pieces
+
+    experts = _experts(costs, d, tokens, costs.model.moe_layers, times, "experts")
+    return [*costs.kept(("layers", tokens, times), make), *experts]
 
 
 def _experts(costs: Costs, d: Deployment, tokens: float, layers: int, times: int, part: str) -> list[Piece]:
-    model, count = costs.model, costs.count
     layer = costs.layer(d.ep, tokens, d.routing, d.redundant)
+    router, *shared = costs.kept(
+        ("experts", tokens, layers, times, part), lambda: _router_and_shared(costs, tokens, layers, times, part)
+    )
+    exposed = layer.exposed_us
+    if d.microbatches == 1:
+        # on a stream of its own: it does not wait for links, and fills what the routed experts wait for
+        shared = [piece.hiding(min(piece.us, exposed)) for piece in shared]
+    hidden = 0.0
+    if d.microbatches > 1:
+        # the links of one half run beside all that the other half computes; only what takes longer than that shows
+        beside = _beside(costs, d, tokens) + sum(piece.us for piece in (router, *shared)) + layer.layer_us - exposed
+        hidden = exposed - min(exposed, max(0.0, layer.communication_us - beside))
+    routed = Piece(
+        "routed experts", part, layers * times, layer.layer_us, layer.rows * costs.expert.flops,
+        layer.experts_touched * costs.expert.weight_bytes, layer.compute_us, layer.memory_us, 0, hidden,
+    )  # fmt: skip
+    return [router, *shared, routed]
+
+
+def _router_and_shared(costs: Costs, tokens: float, layers: int, times: int, part: str) -> list[Piece]:
+    """The router, and the shared experts if there are any."""
+    model, count = costs.model, costs.count
     router = count.router // model.moe_layers
     kernels = ROUTER_KERNELS + (MHC_KERNELS if costs.streams > 1 else 0)
     compute = 2e-6 * tokens * router / costs.wide_tflops
     pieces = [costs.piece("router", part, layers * times, 2 * tokens * router, compute, 2 * router, kernels)]
-    exposed = layer.exposed_us
     if count.shared:
-        # on a stream of its own: it does not wait for links, and fills what the routed experts wait for
         into = "shared" if part == "experts" else part
-        shared = _dense(costs, "shared experts", into, layers * times, tokens, count.shared // model.moe_layers, 0)
-        pieces.append(replace(shared, hidden_us=min(shared.us, exposed) if d.microbatches == 1 else 0.0))
-    routed = Piece(
-        "routed experts", part, layers * times, layer.layer_us, layer.rows * costs.expert.flops,
-        layer.experts_touched * costs.expert.weight_bytes, layer.compute_us, layer.memory_us, 0,
-    )  # fmt: skip
-    if d.microbatches == 1:
-        return [*pieces, routed]
-    # the links of one half run beside all that the other half computes; only what takes longer than that shows
-    beside = _beside(costs, d, tokens) + sum(piece.us for piece in pieces) + layer.layer_us - exposed
-    shows = min(exposed, max(0.0, layer.communication_us - beside))
-    return [*pieces, replace(routed, hidden_us=exposed - shows)]
+        each = count.shared // model.moe_layers
+        pieces.append(_dense(costs, "shared experts", into, layers * times, tokens, each, 0))
+    return pieces
 
 
 def _beside(costs: Costs, d: Deployment, tokens: float) -> float:
     """Attention of a mean layer, of one micro-batch."""
-    sequences = d.batch_per_device * tokens / d.new_tokens
-    pieces = [piece for cost in costs.attention for piece in _attention(costs, d, cost, tokens, sequences, 1)]
+    pieces = _all_attention(costs, d, tokens, d.batch_per_device * tokens / d.new_tokens, 1)
     return sum(piece.total_us for piece in pieces) / sum(cost.layers for cost in costs.attention)
 
 
@@ -227,13 +291,17 @@ def _dense(costs: Costs, name: str, part: str, times: int, tokens: float, weight
     return costs.piece(name, part, times, flops, flops * 1e-6 / costs.dense_tflops, nbytes, kernels)
 
 
-def _head(costs: Costs, d: Deployment, tokens: float, part: str = "head", times: int = 1) -> Piece:
+def _head(costs: Costs, d: Deployment, tokens: float, part: str = "head", times: int = 1) -> tuple[Piece, ...]:
     """The output head, in BF16, divided over the devices that share it, which then see each other's tokens."""
-    weights = costs.model.vocab * costs.model.hidden
     split = d.head_split or d.attention_tp
-    flops = 2 * tokens * weights
-    nbytes = 2 * weights / split + tokens * costs.model.vocab * 4
-    return costs.piece("output head", part, times, flops, flops * 1e-6 / costs.wide_tflops, nbytes, HEAD_KERNELS)
+
+    def make() -> list[Piece]:
+        weights = costs.model.vocab * costs.model.hidden
+        flops = 2 * tokens * weights
+        nbytes = 2 * weights / split + tokens * costs.model.vocab * 4
+        return [costs.piece("output head", part, times, flops, flops * 1e-6 / costs.wide_tflops, nbytes, HEAD_KERNELS)]
+
+    return costs.kept(("head", split, tokens, part, times), make)
 
 
 def _drafts(costs: Costs, d: Deployment, tokens: float, sequences: float, times: int) -> list[Piece]:
@@ -245,11 +313,14 @@ def _drafts(costs: Costs, d: Deployment, tokens: float, sequences: float, times:
 
 
 def _draft_pieces(costs: Costs, d: Deployment, tokens: float, sequences: float, times: int) -> list[Piece]:
-    join = 2 * costs.model.hidden * costs.model.hidden
-    pieces = [_dense(costs, "draft projection", "mtp", times, tokens, join, DRAFT_KERNELS)]
-    pieces += _attention(costs, d, costs.draft, tokens, sequences, times, "mtp")
-    pieces += [_residual(costs, tokens, "mtp", 2 * times), *_experts(costs, d, tokens, 1, times, "mtp")]
-    return [*pieces, _head(costs, d, sequences, "mtp", times)]
+    def make() -> list[Piece]:
+        join = 2 * costs.model.hidden * costs.model.hidden
+        pieces = [_dense(costs, "draft projection", "mtp", times, tokens, join, DRAFT_KERNELS)]
+        pieces += _attention(costs, d, costs.draft, tokens, sequences, times, "mtp")
+        return [*pieces, _residual(costs, tokens, "mtp", 2 * times)]
+
+    kept = costs.kept(("draft", *_shared_key(d), tokens, sequences, times), make)
+    return [*kept, *_experts(costs, d, tokens, 1, times, "mtp"), *_head(costs, d, sequences, "mtp", times)]
 
 
 def _draft(model: Model) -> AttentionCost:

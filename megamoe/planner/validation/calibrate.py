@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megamoe.catalog.schema import Figure, Machine
-from megamoe.schedule.machine import Amounts, Predicted, Run, _steps, predict
+from megamoe.schedule.machine import Amounts, Predicted, Run, intervals, predict
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,7 +101,7 @@ def _fit_compute(reports: Sequence[dict[str, Any]], machine: Machine) -> dict[st
     for report in reports:
         run = Run.of(report)
         crowd = max(1.0, run.ranks * run.threads_per_rank / machine.cores)
-        steps = _steps(run, machine, run.waves or 1)
+        steps = intervals(run, machine, run.waves or 1)
         amounts = Amounts.of(run, sum(experts for _, experts in steps))
         weights = (0.0, amounts.weights) if run.packed else (amounts.weights, 0.0)
         nanoseconds = (amounts.flops, *weights, amounts.values, amounts.rounded)

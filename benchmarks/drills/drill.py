@@ -1,47 +1,43 @@
-"""Fault drills in the lab: a rank killed, stopped, cut off, slowed, raising, or absent; who is named, and how soon.
+"""One drill: ranks call a layer again and again, one of them is struck, and what the others said is judged.
 
-    sudo .venv/bin/python benchmarks/drills.py --times 20        # needs root and iproute2; about ten seconds a drill
-
-Ranks call a layer again and again on links of their own; at a random moment of a random wave one of them is struck.
-Every survivor has to end in an error that names it within the deadline and two seconds more (three seconds where it
-was killed), and nothing may be left behind. Exit code 1 where one drill does not hold.
+At a random moment of a random wave one rank is killed, stopped, cut off, slowed, raises, or is absent. Every survivor
+has to end in an error that names it within the deadline and two seconds more (three seconds where it was killed), and
+nothing may be left behind. Where the ranks are, and what strikes them from outside, is a Place: see places.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
+from benchmarks.drills.places import PLACES, Place, lose_signals, near
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.cluster.worker import Rendezvous
 from megamoe.launch.cluster.worker_handle import WorkerLostError
-from megamoe.launch.lab import faults
-from megamoe.launch.lab.namespaces import Host, lab, processes, runs
 from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.shape import MoEShape
 
 SHAPE = MoEShape(hidden=512, intermediate=64, num_experts=8, topk=4)
-LINK, SLOW_LINK = "1gbit", "10mbit"
 LANES = ("linear1", "activation", "linear2")
 FAULTS = ("kill", "stop", "cut", "slow", "raise", "absent")
+GROUP = "group"  # all ranks are killed at once: there is nobody left to name anyone, and nothing may be left
+GONE = ("kill", "stop", GROUP)  # of these a victim says nothing
 CALLS = 2  # whole calls before a rank may be struck
 AFTER_S, AFTER_KILL_S = 2.0, 3.0
+_START_S = 180.0  # that a process may take until it answers, on a machine that is busy
 
 
 class DrillError(Exception):
@@ -50,7 +46,10 @@ class DrillError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What happens to whom and when: struck at the step-th product of its experts, or delay_s after all ranks call."""
+    """What happens to whom and when: struck at the step-th product of its experts, or delay_s after all ranks call.
+
+    place   a name in PLACES
+    """
 
     fault: str
     ranks: int
@@ -59,12 +58,13 @@ class Plan:
     lane: str
     delay_s: float
     deadline_s: float
+    place: str = "lab"
 
     @classmethod
-    def draw(cls, fault: str, rng: random.Random, deadline_s: float) -> Plan:
+    def draw(cls, fault: str, rng: random.Random, deadline_s: float, place: str = "lab") -> Plan:
         ranks = rng.randint(2, 4)
         victim, step = rng.randrange(ranks), rng.randrange(40)
-        return cls(fault, ranks, victim, step, rng.choice(LANES), rng.uniform(0.0, 0.6), deadline_s)
+        return cls(fault, ranks, victim, step, rng.choice(LANES), rng.uniform(0.0, 0.6), deadline_s, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,11 @@ class Drill:
     endings: list[Ending | None]
 
     @property
+    def hung(self) -> bool:
+        """Whether a rank that should have ended never did."""
+        return self.took_s == float("inf")
+
+    @property
     def held(self) -> bool:
         return self.named and self.in_time and not self.left
 
@@ -112,8 +117,12 @@ def call_until_it_ends(group: EPGroup, plan: Plan, folder: Path) -> Ending | Non
             calls += 1
             if calls == CALLS:
                 (folder / f"rank-{group.rank}").touch()
+                if plan.place == "host":
+                    assert near(group) == group.size - 1, "ranks of one host must share its memory here"
                 if mine and plan.fault == "raise":
-                    _raise_at(layer, plan, folder)
+                    _at_step(layer, plan, folder, _raise)
+                if mine and plan.fault == "cut" and plan.place == "host":
+                    _at_step(layer, plan, folder, lambda: lose_signals(group))
             if mine and plan.fault == "absent" and calls == CALLS + plan.step // 10:
                 _struck(folder)
                 _idle(group, 4 * plan.deadline_s)
@@ -124,18 +133,22 @@ def call_until_it_ends(group: EPGroup, plan: Plan, folder: Path) -> Ending | Non
         return Ending(time.time(), type(error).__name__, None, "", str(error))
 
 
-def _raise_at(layer: MegaMoE, plan: Plan, folder: Path) -> None:
-    """Has the layer's experts raise at the step of the plan."""
-    experts, lane, steps = layer.experts, plan.lane, iter(range(plan.step + 1))
+def _at_step(layer: MegaMoE, plan: Plan, folder: Path, blow: Callable[[], None]) -> None:
+    """Has the layer's experts strike their own rank at the step of the plan."""
+    experts, lane, steps = layer.experts, plan.lane, count()
     works: Callable[..., Any] = getattr(experts, lane)
 
     def work(*args: Any) -> Any:
         if next(steps) == plan.step:
             _struck(folder)
-            raise DrillError("as planned")
+            blow()
         return works(*args)
 
     setattr(experts, lane, work)
+
+
+def _raise() -> None:
+    raise DrillError("as planned")
 
 
 def _struck(folder: Path) -> None:
@@ -164,39 +177,59 @@ def _pause(seconds: float) -> None:
     wait([Future[None]()], timeout=seconds)
 
 
-def strike(plan: Plan, hosts: Sequence[Host], pid: int, folder: Path) -> None:
-    """Does to the victim what the plan says, from outside, if it is to be done from outside."""
-    name = str(hosts[0].lab)
-    blows: dict[str, Callable[[], object]] = {
-        "kill": lambda: os.kill(pid, signal.SIGKILL),
-        "stop": lambda: os.kill(pid, signal.SIGSTOP),
-        "cut": lambda: faults.cut(name, plan.victim),
-        "slow": lambda: faults.slow(name, plan.victim, SLOW_LINK),
-    }
-    if plan.fault in blows:
-        _pause(plan.delay_s)
-        blows[plan.fault]()
-        _struck(folder)
+class Field:
+    """Ranks for one drill after another, each in a group of its own; what a drill did to them is made good after it."""
+
+    def __init__(self, pool: SpawnPool, place: Place, size: int) -> None:
+        self._pool, self.place = pool, place
+        with ThreadPoolExecutor(size) as openers:
+            self.handles = list(openers.map(self._open, range(size)))
+
+    def _open(self, number: int) -> SpawnHandle:
+        return self._pool.open(number, _START_S)
+
+    def drill(self, plan: Plan) -> Drill:
+        """Of the first ranks; what is left is known only where all were killed, and once the pool is closed."""
+        struck, endings = play(plan, self.place, self.handles[: plan.ranks])
+        left = self.place.left() if plan.fault == GROUP and plan.ranks == len(self.handles) else ""
+        for rank in range(plan.ranks):
+            if plan.fault == GROUP or (plan.fault == "kill" and rank == plan.victim):
+                self.handles[rank] = self._open(rank)
+            elif plan.fault == "stop" and rank == plan.victim:
+                os.kill(self.handles[rank].pid, signal.SIGCONT)
+        return judge(plan, struck, endings, left)
+
+
+def on_one_field(plans: Sequence[Plan]) -> Iterator[Drill]:
+    """Drills of ranks of this host, one after another on the same processes; the last one says what is left of all."""
+    size = max(plan.ranks for plan in plans)
+    with PLACES["host"](size) as place:
+        with SpawnPool(size, deadline_s=60.0, threads=1) as pool:
+            field = Field(pool, place, size)
+            for plan in plans[:-1]:
+                yield field.drill(plan)
+            last = field.drill(plans[-1])
+        yield replace(last, left=", ".join(each for each in (last.left, place.left()) if each))
 
 
 def drill(plan: Plan) -> Drill:
-    """Runs one, and takes everything down."""
-    with lab(plan.ranks, LINK) as hosts:
-        handles = SpawnPool(plan.ranks, deadline_s=60.0, threads=1, hosts=hosts)
+    """Runs one in the place of the plan, on processes of its own, and takes everything down."""
+    with PLACES[plan.place](plan.ranks) as place:
+        handles = SpawnPool(plan.ranks, deadline_s=60.0, threads=1, hosts=place.hosts)
         try:
             with ThreadPoolExecutor(plan.ranks) as openers:
-                opened = list(openers.map(lambda number: handles.open(number, 60.0), range(plan.ranks)))
-            struck, endings = play(plan, hosts, opened)
+                opened = list(openers.map(lambda number: handles.open(number, _START_S), range(plan.ranks)))
+            struck, endings = play(plan, place, opened)
         finally:
             handles.close()
-        left = left_running(hosts)
-    return judge(plan, struck, endings, left or _left(hosts))
+        left = place.left()
+    return judge(plan, struck, endings, left)
 
 
-def play(plan: Plan, hosts: Sequence[Host], opened: Sequence[SpawnHandle]) -> tuple[float, list[Ending | None]]:
+def play(plan: Plan, place: Place, opened: Sequence[SpawnHandle]) -> tuple[float, list[Ending | None]]:
     """Has the ranks meet and call, and strikes one: when that was, and how each ended. What was struck stays so."""
-    with tempfile.TemporaryDirectory(prefix="megamoe-drill-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="megamoe-drill-") as temporary:
+        folder = Path(temporary)
         address, port = opened[0].call("open_store").result(60.0)
         rendezvous_points = [Rendezvous(address, port, 1, rank, plan.ranks) for rank in range(plan.ranks)]
         for joined in [
@@ -206,20 +239,27 @@ def play(plan: Plan, hosts: Sequence[Host], opened: Sequence[SpawnHandle]) -> tu
         asked = [handle.call("run", call_until_it_ends, plan, folder) for handle in opened]
         if not _until(lambda: len(list(folder.glob("rank-*"))) == plan.ranks or any(f.done() for f in asked), 60):
             raise RuntimeError("the ranks did not come to their calls")
-        strike(plan, hosts, opened[plan.victim].pid, folder)
-        survivors = [f for rank, f in enumerate(asked) if not (rank == plan.victim and plan.fault in ("kill", "stop"))]
-        wait(survivors, timeout=plan.deadline_s + 20.0)
+        place.look([handle.pid for handle in opened])
+        struck = [rank for rank in range(plan.ranks) if plan.fault == "group" or rank == plan.victim]
+        others = [future for rank, future in enumerate(asked) if rank not in struck]
+        until = plan.deadline_s + 20.0
+        with ThreadPoolExecutor(1) as blows:
+            pids = [opened[rank].pid for rank in struck]
+            blow = blows.submit(_strike, plan, place, pids, folder, lambda: all(f.done() for f in others))
+            wait([f for rank, f in enumerate(asked) if not (rank in struck and plan.fault in GONE)], timeout=until)
+            blow.result()
         return float((folder / "struck").read_text()), [_ending(future) for future in asked]
 
 
-def left_running(hosts: Sequence[Host]) -> str:
-    """Processes that the hosts hold still; "" where there are none."""
-    left = [pid for host in hosts for pid in processes(host.namespace or "")]
-    return f"processes {left}" if left else ""
-
-
-def _left(hosts: Sequence[Host]) -> str:
-    return "the lab" if hosts[0].lab in runs() else ""
+def _strike(plan: Plan, place: Place, pids: Sequence[int], folder: Path, over: Callable[[], bool]) -> None:
+    """Does to the victim what the plan says, from outside, if it is to be done from outside."""
+    blow = place.blows(plan.victim, pids).get(plan.fault)
+    if blow is None:
+        return
+    _pause(plan.delay_s)
+    with blow():
+        _struck(folder)
+        _until(over, plan.deadline_s + AFTER_S)
 
 
 def _ending(future: Future[Any]) -> Ending | None:
@@ -235,6 +275,8 @@ def _ending(future: Future[Any]) -> Ending | None:
 
 def judge(plan: Plan, struck: float, endings: list[Ending | None], left: str) -> Drill:
     """What came of a drill: struck is when the blow fell, endings are by rank, left is what was left behind."""
+    if plan.fault == GROUP:
+        return Drill(plan, 0.0, all(ending is None for ending in endings), True, left, endings)
     survivors = [rank for rank in range(plan.ranks) if rank != plan.victim or plan.fault in ("cut", "slow", "raise")]
     took = [ending.at - struck if (ending := endings[rank]) else float("inf") for rank in survivors]
     named = True
@@ -247,50 +289,6 @@ def judge(plan: Plan, struck: float, endings: list[Ending | None], left: str) ->
             right = (0, 1)  # two ranks cannot tell which end of their link it is
         named &= ending is not None and ending.named in right
     bound = AFTER_KILL_S if plan.fault == "kill" else plan.deadline_s + AFTER_S
+    if plan.fault == "slow" and plan.place == "host":  # the call that was under way may still end
+        bound += plan.deadline_s
     return Drill(plan, max(took), named, max(took) <= bound, left, endings)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=20, help="drills of each kind")
-    parser.add_argument("--faults", default=",".join(FAULTS), help="which kinds")
-    parser.add_argument("--deadline-s", type=float, default=1.5, help="deadline of the ranks' waits")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where every drill is written, in full")
-    options = parser.parse_args()
-    rng = random.Random(options.seed)
-    done: list[Drill] = []
-    print(f"{'fault':8} {'drills':>6} {'in time':>7} {'named':>6} {'clean':>6} {'median s':>9} {'worst s':>8}")
-    for fault in options.faults.split(","):
-        these = []
-        for number in range(options.times):
-            these.append(drill(Plan.draw(fault, rng, options.deadline_s)))
-            if not these[-1].held:
-                print(f"{fault} {number}: {json.dumps(asdict(these[-1]), indent=1)}", file=sys.stderr, flush=True)
-        done += these
-        in_time, named, clean = (sum(map(test, these)) for test in (_in_time, _named, _clean))
-        took = [each.took_s for each in these]
-        print(
-            f"{fault:8} {len(these):6} {in_time:7} {named:6} {clean:6} {median(took):9.2f} {max(took):8.2f}", flush=True
-        )
-    if options.json:
-        options.json.write_text(json.dumps([asdict(each) for each in done], indent=1))
-    held = sum(each.held for each in done)
-    print(f"{held} of {len(done)} drills held; deadline {options.deadline_s:g} s")
-    return 0 if held == len(done) else 1
-
-
-def _in_time(drill: Drill) -> bool:
-    return drill.in_time
-
-
-def _named(drill: Drill) -> bool:
-    return drill.named
-
-
-def _clean(drill: Drill) -> bool:
-    return not drill.left
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Fault drills: ranks struck at random moments, on links of their own or sharing a host's memory."""

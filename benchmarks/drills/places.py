@@ -1,0 +1,236 @@
+"""Where drills are held: ranks in a lab with links of their own, or ranks of this host that share its memory.
+
+What strikes a rank from outside, and what must not be left when all ranks are gone, is the place's. One host has no
+link that could be cut or slowed. There "cut" is a rank whose rows and pages still arrive and whose signals do not: its
+peers wait for words that are never set, while its process and its heartbeat are well. "slow" is a rank that is stopped
+for all but a five-hundredth of the time, which ends no call within a deadline of 2 s or less.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Protocol
+
+from megamoe.launch.lab import faults
+from megamoe.launch.lab.namespaces import Host, lab, processes, runs
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport.host import HostTransport
+
+LINK, SLOW_LINK = "1gbit", "10mbit"
+_STOPPED_S, _RUNS_S = 0.499, 0.001
+_SHM = Path("/dev/shm")
+
+Blow = Callable[[], AbstractContextManager[object]]
+
+
+class Place(Protocol):
+    """Where the ranks of a drill are."""
+
+    @property
+    def hosts(self) -> Sequence[Host] | None:
+        """Of each rank; None for this machine."""
+
+    def look(self, pids: Sequence[int]) -> None:
+        """Notes what the ranks hold, before one is struck."""
+
+    def blows(self, victim: int, pids: Sequence[int]) -> Mapping[str, Blow]:
+        """What strikes the processes of a rank, or of all, from outside, by fault, while a block runs."""
+
+    def left(self) -> str:
+        """What is there still once all processes were ended; "" for nothing."""
+
+
+def _signals(pids: Sequence[int]) -> dict[str, Blow]:
+    return {fault: lambda: _signalled(pids, signal.SIGKILL) for fault in ("kill", "group")} | {
+        "stop": lambda: _signalled(pids, signal.SIGSTOP)
+    }
+
+
+def _signalled(pids: Sequence[int], number: signal.Signals) -> AbstractContextManager[object]:
+    for pid in pids:
+        os.kill(pid, number)
+    return nullcontext()
+
+
+# ---- a lab ----
+
+
+class LabPlace:
+    """Ranks in namespaces, each with a link of its own."""
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        self.hosts = hosts
+
+    def look(self, pids: Sequence[int]) -> None:
+        del pids
+
+    def blows(self, victim: int, pids: Sequence[int]) -> Mapping[str, Blow]:
+        name = str(self.hosts[0].lab)
+
+        def on_link(act: Callable[[], object]) -> AbstractContextManager[object]:
+            act()
+            return nullcontext()
+
+        return {
+            **_signals(pids),
+            "cut": lambda: on_link(lambda: faults.cut(name, victim)),
+            "slow": lambda: on_link(lambda: faults.slow(name, victim, SLOW_LINK)),
+        }
+
+    def left(self) -> str:
+        """Processes that the hosts hold still, or the lab where it has been taken down."""
+        left = [pid for host in self.hosts for pid in processes(host.namespace or "")]
+        return f"processes {left}" if left else ""
+
+
+@contextmanager
+def in_lab(ranks: int) -> Iterator[LabPlace]:
+    with lab(ranks, LINK) as hosts:
+        yield LabPlace(hosts)
+    if hosts[0].lab in runs():
+        raise RuntimeError(f"the lab {hosts[0].lab} is there still")
+
+
+# ---- one host ----
+
+
+class HostPlace:
+    """Ranks that share this machine's memory."""
+
+    hosts: Sequence[Host] | None = None
+
+    def __init__(self) -> None:
+        self._pids: set[int] = set()
+        self._segments: set[str] = set()
+        self._sockets: set[str] = set()
+        self._files = _listed()
+
+    def look(self, pids: Sequence[int]) -> None:
+        self._pids.update(pids)
+        for pid in pids:
+            self._segments |= segments_of(pid)
+            self._sockets |= _sockets_of(pid)
+        if not self._segments:
+            raise RuntimeError("the ranks map no memory of each other")
+
+    def blows(self, victim: int, pids: Sequence[int]) -> Mapping[str, Blow]:
+        del victim
+        return {**_signals(pids), "slow": lambda: starved(pids[0])}
+
+    def left(self) -> str:
+        """Processes, segments that anyone still maps, sockets, and files in /dev/shm and for temporary use."""
+        found = {
+            "processes": sorted(filter(_runs, self._pids)),
+            "segments": sorted(self._segments & set().union(*map(segments_of, _all_processes()))),
+            "sockets": sorted(self._sockets & _open_sockets()),
+            "files": sorted(name for name in _listed() - self._files if self._is_ours(name)),
+        }
+        return ", ".join(f"{what} {which}" for what, which in found.items() if which)
+
+    def _is_ours(self, name: str) -> bool:
+        """Other programs of the machine make files too; what a rank leaves has its process id in its name."""
+        return bool({int(each) for each in re.findall(r"\d+", name)} & self._pids)
+
+
+@contextmanager
+def on_host(ranks: int) -> Iterator[HostPlace]:
+    del ranks
+    yield HostPlace()
+
+
+@contextmanager
+def starved(pid: int) -> Iterator[None]:
+    """A process that is stopped for all but a five-hundredth of the time, for as long as the block runs."""
+    over = threading.Event()
+
+    def starve() -> None:
+        with suppress(ProcessLookupError):
+            while not over.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                over.wait(_STOPPED_S)
+                os.kill(pid, signal.SIGCONT)
+                over.wait(_RUNS_S)
+
+    thread = threading.Thread(target=starve)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def near(group: EPGroup) -> int:
+    """How many ranks this one reaches through memory."""
+    transport = group.transport
+    return len(transport.host.near) if isinstance(transport, HostTransport) else 0
+
+
+def lose_signals(group: EPGroup) -> None:
+    """Has none of this rank's signals arrive from now on; what it writes does."""
+    transport = group.transport
+    assert isinstance(transport, HostTransport)
+    assert transport.host.memory is not None
+    for peer in transport.host.near:
+        segment = transport.host.memory.peers[peer]
+        segment.set = lambda word, value: None  # type: ignore[method-assign]  # noqa: ARG005
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there that holds anything: one that has ended may wait for its parent to ask after it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def segments_of(pid: int) -> set[str]:
+    """Segments that a process maps or has open, by inode."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {line.split()[4] for line in lines if "memfd:megamoe" in line} | _held(pid, "/memfd:megamoe")
+
+
+def _sockets_of(pid: int) -> set[str]:
+    return _held(pid, "socket:[")
+
+
+def _held(pid: int, kind: str) -> set[str]:
+    """Inodes of open files of a process whose targets begin so."""
+    found = set()
+    with suppress(OSError):
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if os.readlink(file).startswith(kind):
+                    found.add(str(file.stat().st_ino))
+    return found
+
+
+def _open_sockets() -> set[str]:
+    """Inodes of all sockets that this machine has; those that only wait out their time have none."""
+    found = set()
+    for table, column in (("tcp", 9), ("tcp6", 9), ("unix", 6)):
+        lines = Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        found |= {line.split()[column] for line in lines}
+    return found - {"0"}
+
+
+def _all_processes() -> list[int]:
+    return [int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit()]
+
+
+def _listed() -> set[str]:
+    """Files in /dev/shm and where temporary ones go."""
+    folders = [each for each in (_SHM, Path(os.environ.get("TMPDIR", "/tmp"))) if each.is_dir()]
+    return {str(file) for folder in folders for file in folder.iterdir()}
+
+
+PLACES: Mapping[str, Callable[[int], AbstractContextManager[LabPlace | HostPlace]]] = {"lab": in_lab, "host": on_host}

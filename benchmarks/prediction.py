@@ -1,0 +1,69 @@
+"""The planner's prediction beside the measured layer on a machine without a profile, at several link rates.
+
+python benchmarks/prediction.py      # root and iproute2; three minutes; measures the machine's constants first
+python benchmarks/prediction.py --repeats 5 --links 1gbit
+
+The constants come from one probe at the first rate, in a cache folder of this run's own, and hold for all rows: nothing
+that is predicted was fitted. Exit code 1 where a prediction is off by more than --within.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from itertools import product
+
+from megamoe.catalog import figures
+from megamoe.launch.bench.bench import BenchRequest, run_bench
+from megamoe.launch.bench.probe import setting_here
+from megamoe.schedule.kept import find, processor
+
+LINKS, TOKENS, WEIGHTS = "500mbit,1gbit,2gbit", "512,2048", "bf16,mxfp4"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--links", default=LINKS)
+    parser.add_argument("--tokens-per-rank", default=TOKENS)
+    parser.add_argument("--weight-formats", default=WEIGHTS)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--within", type=float, default=0.15, help="the largest share that a prediction may be off by")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        sys.exit(compare(asked))
+
+
+def compare(asked: argparse.Namespace) -> int:
+    """Prints a row for every workload; 1 where one is off by more than asked, else 0."""
+    print(
+        f"{processor()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}", flush=True
+    )
+    print("link       tokens  weights  waves  compute  commun.  measured (min to max)      predicted   off", flush=True)
+    worst, by = 0.0, ""
+    rows = product(asked.links.split(","), map(int, asked.tokens_per_rank.split(",")), asked.weight_formats.split(","))
+    for link, tokens, weights in rows:
+        request = BenchRequest(
+            link=link, tokens_per_rank=tokens, weight_format=weights, repeats=asked.repeats, check=False
+        )
+        found = run_bench(request)
+        assert found.predicted_ms is not None
+        by = found.predicted_by or ""
+        off = found.predicted_ms / found.overlapped_ms - 1
+        worst = max(worst, abs(off))
+        took = f"{found.overlapped_ms:.1f} ({found.overlapped_ms_min:.1f} to {found.overlapped_ms_max:.1f})"
+        parts = f"{found.compute_ms:>7.1f}  {found.communication_ms:>7.1f}"
+        asked_for = f"{link:<10} {tokens:>6}  {weights:<7}  {found.waves:>5}"
+        print(f"{asked_for}  {parts}  {took:<26} {found.predicted_ms:>8.1f}  {off:+.0%}", flush=True)
+    print(f"\nlargest error {worst:.0%}; by {by}")
+    kept = find(setting_here(2, 1, shaped=True))
+    if kept is not None:
+        print(", ".join(f"{key} {figure.value:g}" for key, figure in figures(kept).items()))
+    return int(worst > asked.within)
+
+
+if __name__ == "__main__":
+    main()

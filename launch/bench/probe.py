@@ -1,0 +1,251 @@
+"""A machine's constants, measured on the spot by small layers on the ranks that are there, in two seconds.
+
+Ten workloads: both formats of weights, few rows and many, one wave and several, experts of three sizes. Each is timed
+overlapped, computing alone and communicating alone, as the benchmark does; no time depends on values. Compute is a sum
+of amounts times constants, an interval of work one of them: least squares, no constant below zero. What a byte costs
+the core that computes is the value that leaves the least error of the overlapped times. What a shaped link makes of its
+rate is tc's and not the machine's: it is taken from the profile that ships.
+"""
+
+# H hidden   I intermediate   E experts of all ranks
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import log
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from megamoe.catalog import Figure, Machine, load_machine
+from megamoe.execution.products import products_of
+from megamoe.formats import MXFP4
+from megamoe.launch.bench.replay import Replay, StillTransport, together
+from megamoe.launch.ranks import LocalRanks
+from megamoe.layer import MegaMoE
+from megamoe.parallel.group import EPGroup
+from megamoe.planner.validation.calibrate import nonnegative
+from megamoe.schedule.kept import Setting, find, keep
+from megamoe.schedule.machine import Amounts, Run, communication_us, intervals, predict
+from megamoe.shape import MoEShape
+
+REPEATS = 3
+QUIET = 0.1  # of the time; what was measured while others took more is not kept
+_TOPK, _EXPERTS_PER_RANK = 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Small:
+    """One workload: tokens of a rank, H and I, in so many waves."""
+
+    weight_format: str
+    tokens: int
+    hidden: int
+    intermediate: int
+    waves: int
+
+    def run(self, ranks: int, link_gb_s: float | None, threads_per_rank: int) -> Run:
+        """As calibration and prediction take it."""
+        sizes = (self.tokens, self.hidden, self.intermediate, _EXPERTS_PER_RANK * ranks, _TOPK)
+        return Run(ranks, link_gb_s, *sizes, self.weight_format, "mxfp8", self.waves, threads_per_rank)
+
+
+SMALL: tuple[Small, ...] = (
+    Small("bf16", 768, 1024, 512, 1),
+    Small("bf16", 768, 1024, 512, 4),
+    Small("bf16", 128, 1024, 512, 1),
+    Small("bf16", 512, 512, 1024, 4),
+    Small("bf16", 512, 1024, 1024, 2),
+    Small("mxfp4", 768, 1024, 512, 1),
+    Small("mxfp4", 768, 1024, 512, 4),
+    Small("mxfp4", 128, 1024, 512, 1),
+    Small("mxfp4", 512, 512, 1024, 4),
+    Small("mxfp4", 512, 1024, 1024, 2),
+)
+_COMPUTE = ("product_gflops", "weight_ns", "decode_ns", "value_ns", "round_ns", "call_us", "wave_us")
+_FASTEST_GFLOPS = 1e6  # products too fast to show
+_BYTE_NS = [0.1 * step for step in range(81)]
+
+
+def machine_here(
+    ranks: LocalRanks, link_gb_s: float | None, progress: Callable[[str], None] = lambda _: None
+) -> Machine:
+    """The constants of this machine: those that were kept, or else measured now, on the ranks, and kept.
+
+    Errors are those of LocalRanks.run(). Where others had the cores meanwhile, or the cache folder takes no file, the
+    constants serve this once, and the title says so.
+    """
+    setting = setting_here(ranks.num_ranks, ranks.threads_per_rank, shaped=link_gb_s is not None)
+    kept = find(setting)
+    if kept is not None:
+        return kept
+    progress("measuring this machine, once")
+    found = ranks.run(measure_rank)
+    machine, taken = fitted(found, setting, link_gb_s), disturbed(found)
+    if taken > QUIET:
+        return machine.model_copy(update={"title": f"{machine.title} while others took {taken:.0%} more; not kept"})
+    reason = keep(setting, machine)
+    return machine.model_copy(update={"title": f"{machine.title}, not kept: {reason}"}) if reason else machine
+
+
+def setting_here(ranks: int, threads_per_rank: int, *, shaped: bool) -> Setting:
+    """What constants are kept for."""
+    return Setting.here(products_of(torch.device("cpu")).path, threads_per_rank, ranks, shaped=shaped)
+
+
+def fitted(found: list[list[dict[str, float]]], setting: Setting, link_gb_s: float | None) -> Machine:
+    """The machine behind what each rank measured of SMALL; a workload takes as long as its slowest rank."""
+    runs = [small.run(setting.ranks, link_gb_s, setting.threads_per_rank) for small in SMALL]
+    slowest = [{name: max(each[name] for each in times) for name in times[0]} for times in zip(*found, strict=True)]
+    today = datetime.date.today().isoformat()
+    source = f"megamoe bench on {setting.cpu}, {setting.kernels}, {today}"
+    machine = load_machine("cpu").model_copy(
+        update={
+            "name": "here",
+            "title": f"this machine, measured {today}",
+            "fitted": source,
+            "cores": setting.cores,
+            "threads_per_rank": setting.threads_per_rank,
+        }
+    )
+
+    def having(**values: float) -> Machine:
+        figures = {
+            key: Figure(value=float(f"{each:.4g}"), tag="measured", source=source) for key, each in values.items()
+        }
+        return machine.model_copy(update=figures)
+
+    machine = having(**_compute(runs, [each["compute_ms"] for each in slowest], machine))
+    if setting.ranks > 1:
+        machine = having(**_link(runs, [each["communication_ms"] for each in slowest], machine))
+    overlapped = [each["overlapped_ms"] for each in slowest]
+
+    def off(machine: Machine) -> float:
+        predicted = (predict(run, machine).overlapped_ms for run in runs)
+        return sum(abs(log(ms / measured)) for ms, measured in zip(predicted, overlapped, strict=True))
+
+    return min((having(byte_ns=byte_ns) for byte_ns in _BYTE_NS), key=off)
+
+
+def _compute(runs: list[Run], measured: list[float], machine: Machine) -> dict[str, float]:
+    """The constants of computing alone, from milliseconds."""
+    rows = []
+    for run in runs:
+        steps = intervals(run, machine, run.waves)
+        amounts = Amounts.of(run, sum(experts for _, experts in steps))
+        weights = (0.0, amounts.weights) if run.packed else (amounts.weights, 0.0)
+        amount = (amounts.flops, *weights, amounts.values, amounts.rounded, 1e3, 1e3 * len(steps))
+        crowd = max(1.0, run.ranks * run.threads_per_rank / machine.cores)
+        rows.append([each * crowd / 1e6 for each in amount])
+    found = dict(zip(_COMPUTE, nonnegative(np.array(rows), np.array(measured)), strict=True))
+    found["product_gflops"] = min(_FASTEST_GFLOPS, 1 / max(found["product_gflops"], 1e-12))
+    return found
+
+
+def _link(runs: list[Run], measured: list[float], machine: Machine) -> dict[str, float]:
+    """What a message takes, and over loopback a byte, from milliseconds of communicating alone."""
+    messages = [1 + 2 * run.waves for run in runs]
+    if runs[0].link_gb_s is not None:
+        bare = machine.model_copy(update={"exchange_us": machine.exchange_us.model_copy(update={"value": 0.0})})
+        beyond = [1e3 * ms - communication_us(run, bare, run.waves) for run, ms in zip(runs, measured, strict=True)]
+        return {"exchange_us": max(0.0, median(us / number for us, number in zip(beyond, messages, strict=True)))}
+    rows = [
+        [(run.dispatch_bytes + run.combine_bytes) / 1e6, number / 1e3]
+        for run, number in zip(runs, messages, strict=True)
+    ]
+    byte, message = nonnegative(np.array(rows), np.array(measured))
+    return {"exchange_us": message} | ({"loopback_gb_s": 1 / byte} if byte > 0 else {})
+
+
+def disturbed(found: list[list[dict[str, float]]]) -> float:
+    """How much longer computing took than its own core time, at the median: what others took.    0.02 is quiet"""
+    return median(each["wall_ms"] / max(each["compute_ms"], 1e-9) - 1 for rank in found for each in rank)
+
+
+def measure_rank(group: EPGroup) -> list[dict[str, float]]:
+    """Milliseconds of every workload of SMALL on this rank: the least of the rounds, since disturbances only add.
+
+    Rounds go through all workloads, so that what disturbs for a moment is in one round of some. Computing alone is
+    core time where one thread computes, which others do not lengthen; wall_ms is what went by meanwhile.
+    """
+    workloads = [_Workload(group, small) for small in SMALL]
+    rounds = [[each.measure() for each in workloads] for _ in range(REPEATS)]
+    found = [{name: min(each[name] for each in times) for name in times[0]} for times in zip(*rounds, strict=True)]
+    return [each | {"serial_ms": each["compute_ms"] + each["communication_ms"]} for each in found]
+
+
+class _Workload:
+    """A small layer with its batch, ready to be timed."""
+
+    def __init__(self, group: EPGroup, small: Small) -> None:
+        run = small.run(group.size, None, 1)
+        shape = MoEShape(run.hidden, run.intermediate, run.num_experts, run.topk)
+        self._group, self._replay = group, Replay(group.transport)
+        self._batch = _batch(shape, group.rank, run.tokens_per_rank)
+        transports = {"plain": group.transport}
+        if group.transport:
+            transports |= {"taped": self._replay, "still": StillTransport(self._replay)}
+        layers = {
+            name: MegaMoE(
+                shape,
+                replace(group, transport=transport),
+                weight_format=small.weight_format,
+                dispatch_format="mxfp8",
+                waves=small.waves,
+                name=f"probe {name}",
+            )
+            for name, transport in transports.items()
+        }
+        self._plain, self._still = layers["plain"], layers.get("still", layers["plain"])
+        self._plain.load_experts(*_weights(shape, packed=run.packed))
+        for each in layers.values():
+            each.experts = self._plain.experts
+            each(*self._batch)
+
+    def measure(self) -> dict[str, float]:
+        """One round, each part begun by all ranks together."""
+        overlapped, _ = self._timed(lambda: self._plain(*self._batch))
+        wall, core = self._timed(lambda: self._still(*self._batch))
+        communication, _ = self._timed(self._replay.replay)
+        compute = core if torch.get_num_threads() == 1 else wall
+        return {
+            "overlapped_ms": overlapped,
+            "compute_ms": compute,
+            "wall_ms": wall,
+            "communication_ms": communication,
+        }
+
+    def _timed(self, work: Callable[[], object]) -> tuple[float, float]:
+        """Milliseconds that went by, and of this thread's core."""
+        together(self._group)
+        begun, own = time.perf_counter(), time.thread_time()
+        work()
+        return (time.perf_counter() - begun) * 1e3, (time.thread_time() - own) * 1e3
+
+
+def _batch(shape: MoEShape, rank: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens whose pairs are spread evenly over the experts."""
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(tokens, shape.hidden, generator=generator).to(torch.bfloat16)
+    ids = torch.rand(tokens, shape.num_experts, generator=generator).topk(shape.topk).indices
+    return hidden, ids, torch.full((tokens, shape.topk), 1 / shape.topk)
+
+
+def _weights(shape: MoEShape, *, packed: bool) -> tuple[Any, Any]:
+    """One expert's random weights for all experts, as a layer takes them, without making a copy of each."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for outputs, inputs in ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)):
+        if packed:
+            values = torch.randint(0, 256, (1, outputs, inputs // 2), generator=generator, dtype=torch.uint8)
+            scales = torch.full((1, outputs, inputs // 32), 121, dtype=torch.uint8)
+            found.append(MXFP4(*(each.expand(shape.num_experts, -1, -1) for each in (values, scales))))
+        else:
+            value = torch.randn(1, outputs, inputs, generator=generator) / inputs**0.5
+            found.append(value.to(torch.bfloat16).expand(shape.num_experts, -1, -1))
+    return found[0], found[1]

@@ -1,0 +1,137 @@
+"""Constants of this machine: kept whole, found again, refused where they are another's; the probe that finds them."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megamoe.catalog import load_machine
+from megamoe.launch.bench import probe
+from megamoe.launch.ranks import LocalRanks
+from megamoe.schedule import kept
+from megamoe.schedule.kept import Setting
+from megamoe.schedule.machine import intervals, predict
+from tests.test_planner_machine import machine
+
+SETTING = Setting("a CPU", 2, "fma", "0.1", 1, 2, shaped=True)
+CPU = load_machine("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_what_was_kept_is_found_for_its_setting_alone() -> None:
+    assert kept.find(SETTING) is None
+    assert kept.keep(SETTING, CPU) == ""
+    assert kept.find(SETTING) == CPU
+    other: dict[str, Any]
+    for other in ({"cpu": "b"}, {"cores": 3}, {"kernels": "amx"}, {"version": "0.2"}, {"ranks": 3}, {"shaped": False}):
+        assert kept.find(replace(SETTING, **other)) is None, other
+    assert [path.suffix for path in SETTING.path.parent.iterdir()] == [".json"], "nothing half written stays"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": 1}', "\0", '{"setting": {}, "machine": {}}'], ids=repr)
+def test_a_damaged_file_counts_as_none_and_is_replaced(text: str) -> None:
+    kept.keep(SETTING, CPU)
+    SETTING.path.write_text(text)
+    assert kept.find(SETTING) is None
+    kept.keep(SETTING, CPU)
+    assert kept.find(SETTING) == CPU
+
+
+def test_constants_that_no_machine_has_count_as_none() -> None:
+    kept.keep(SETTING, CPU)
+    found = json.loads(SETTING.path.read_text())
+    found["machine"]["product_gflops"]["value"] = 0
+    SETTING.path.write_text(json.dumps(found))
+    assert kept.find(SETTING) is None
+
+
+def test_a_folder_that_takes_no_file_is_named_and_nothing_raises(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "megamoe").write_text("a file where a folder should be")
+    assert str(cache) in kept.keep(SETTING, CPU)
+    assert kept.find(SETTING) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert kept.folder() == Path.home() / ".cache" / "megamoe" / "machines"
+
+
+def test_writers_and_readers_at_once_see_a_whole_file() -> None:
+    machines = [machine(wave_us=us) for us in (100, 200)]
+    kept.keep(SETTING, machines[0])
+
+    def work(number: int) -> bool:
+        kept.keep(SETTING, machines[number % 2])
+        return kept.find(SETTING) in machines
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(work, range(64)))
+
+
+# ---- the probe ----
+
+
+def as_measured(behind: Any, link_gb_s: float) -> list[list[dict[str, float]]]:
+    """What two ranks would find of SMALL on a machine that does exactly as predicted."""
+    found = []
+    for small in probe.SMALL:
+        run = small.run(2, link_gb_s, 1)
+        said = asdict(predict(run, behind))
+        said["compute_ms"] += len(intervals(run, behind, run.waves)) * behind.wave_us.value / 1e3
+        times = {key: value for key, value in said.items() if key.endswith("_ms")}
+        found.append(times | {"wall_ms": said["compute_ms"]})
+    return [found, found]
+
+
+@pytest.mark.parametrize("behind", [machine(), machine(product_gflops=400, value_ns=0.6, weight_ns=0.1, byte_ns=4.2)])
+def test_the_fit_predicts_larger_layers_than_it_saw(behind: Any) -> None:
+    here = probe.fitted(as_measured(behind, 0.125), replace(SETTING, cores=behind.cores), 0.125)
+    assert "this machine, measured" in here.title
+    for small in probe.SMALL:
+        for link in (0.0625, 0.125, 0.25):
+            run = replace(small.run(2, link, 1), tokens_per_rank=2048, hidden=1024, intermediate=512, waves=4)
+            assert predict(run, here).overlapped_ms == pytest.approx(predict(run, behind).overlapped_ms, rel=0.05)
+
+
+def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
+    ranks: LocalRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "fitted", lambda *_: CPU)
+    for taken, times in ((0.5, 2), (0.0, 1)):
+        measured: list[object] = []
+        said: list[str] = []
+        monkeypatch.setattr(probe, "disturbed", lambda _, taken=taken: taken)
+        monkeypatch.setattr(
+            ranks, "run", lambda work, measured=measured: measured.append(work) or as_measured(CPU, 0.1)
+        )
+        titles = [probe.machine_here(ranks, 0.1, said.append).title for _ in range(2)]
+        assert len(measured) == len(said) == times
+        assert ["not kept" in title for title in titles] == [taken > 0] * 2
+
+
+def test_disturbance_is_what_went_by_beyond_core_time() -> None:
+    quiet, busy = ({"compute_ms": 10.0, "wall_ms": wall} for wall in (10.2, 30.0))
+    assert probe.disturbed([[quiet, quiet, busy], [quiet, busy, quiet]]) == pytest.approx(0.02)
+
+
+def test_ranks_measure_every_workload(ranks: LocalRanks) -> None:
+    found = ranks.run(few_workloads, size=2)
+    assert [len(each) for each in found] == [2, 2]
+    for times in (*found[0], *found[1]):
+        assert all(value > 0 for value in times.values())
+        assert times["serial_ms"] == times["compute_ms"] + times["communication_ms"]
+
+
+def few_workloads(group: Any) -> list[dict[str, float]]:
+    every, probe.SMALL = probe.SMALL, (probe.Small("bf16", 32, 64, 32, 2), probe.Small("mxfp4", 16, 64, 32, 1))
+    try:
+        return probe.measure_rank(group)
+    finally:
+        probe.SMALL = every

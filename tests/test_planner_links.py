@@ -1,0 +1,118 @@
+"""What travels and over what: narrow formats both ways, host bridges in place of a scale-up link, links that differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megamoe.catalog import load_hardware, names
+from megamoe.planner.answer import Answer, answer
+from megamoe.planner.explain import explain
+from megamoe.planner.links import Links
+from megamoe.planner.question import ask
+
+
+def asked(**keys: Any) -> Answer:
+    return answer(ask({"model": "deepseek-v4-pro", "hardware": "h100", "ep": 8, **keys}))
+
+
+# ---- formats ----
+
+
+@pytest.mark.parametrize(
+    ("combine", "per_value"),
+    [("bf16", 2), ("fp8", 1), ("mxfp8", 33 / 32), ("mxfp4", 17 / 32), ("nvfp4", 9 / 16)],
+)
+def test_rows_come_home_in_any_format(combine: str, per_value: float) -> None:
+    found, wide = asked(combine_format=combine, dispatch_format="nvfp4"), asked(dispatch_format="nvfp4")
+    assert found.plan.request.expert.combine_bytes == 7168 * per_value
+    rule = next(each for each in found.plan.counted if each.tier == "scale-up")
+    assert rule.threshold == pytest.approx(6 * 3072 / (9 / 16 + per_value) / (7 / 8))
+    assert found.plan.layer.combine_us == pytest.approx(wide.plan.layer.combine_us * per_value / 2)
+    limit = next(term for term in explain(found) if term.name == "counted, scale-up: threshold")
+    assert f"(0.5625 + {per_value:.7g})" in limit.numbers
+
+
+def test_nvfp4_weights_are_counted_with_their_scales_and_run_at_the_fp4_peak() -> None:
+    found = asked(hardware="gb200", weight_format="nvfp4", dispatch_format="nvfp4")
+    assert found.plan.request.expert.weight_bytes == 3 * 7168 * 3072 * 9 / 16
+    assert found.as_dict()["compute_format"] == "fp4"
+
+
+def test_a_format_that_nobody_knows_is_named() -> None:
+    with pytest.raises(ValueError, match="no format is called 'nvfp5'; the nearest are nvfp4"):
+        asked(combine_format="nvfp5")
+
+
+# ---- boxes without a scale-up link ----
+
+PCIE = [name for name in names("hardware") if load_hardware(name).joined_by == "pcie"]
+
+
+def test_the_catalog_knows_boxes_whose_cards_meet_at_the_host_bridge() -> None:
+    assert PCIE == ["a100-pcie", "dgx-spark", "h100-pcie", "l40s", "rtx-5090", "rtx-pro-6000"]
+
+
+def test_the_host_bridge_is_a_tier_under_its_own_name() -> None:
+    found = asked(hardware="l40s", model="qwen3-30b-a3b", ep=16)
+    keys = found.as_dict()
+    assert {each["tier"] for each in keys["rules"]} == {"host bridge", "nic"}
+    assert keys["binding_tier"] in ("host bridge", "nic")
+    said = " ".join(term.name for term in explain(found))
+    assert "paper, host bridge: threshold" in said
+    assert "scale-up" not in said
+
+
+def test_boxes_of_one_device_are_joined_by_their_nics_alone() -> None:
+    tiers = {each["tier"] for each in asked(hardware="dgx-spark", model="qwen3-30b-a3b", ep=2).as_dict()["rules"]}
+    assert tiers == {"nic"}
+
+
+def test_more_cards_than_a_box_has_need_a_nic() -> None:
+    with pytest.raises(ValueError, match=r"spans 2 scale-up domains of 4, .* give hardware.nic_gb_s"):
+        asked(hardware="rtx-5090", model="qwen3-30b-a3b", ep=8)
+
+
+# ---- links that differ ----
+
+
+def test_the_slowest_link_counts_for_all() -> None:
+    mixed = asked(links=["scaleup=450x7,225"])
+    slow = asked(set=["hardware.scaleup_gb_s=225"])
+    assert mixed.plan.layer == slow.plan.layer
+    assert mixed.as_dict()["link_gb_s"] == 225
+    term = explain(mixed)[0]
+    assert (term.name, term.numbers, term.value) == ("slowest scaleup link, rank 7", "min(7 x 450, 225)", 225)
+    assert asked(links="scaleup=450x8").plan.layer == asked().plan.layer
+
+
+def test_tiers_have_their_own_slowest_link() -> None:
+    mixed = asked(ep=16, links=["scaleup=300,450x15", "nic=50x8,25x8"])
+    assert [rule.gb_s for rule in mixed.plan.rules] == [300, 25]
+
+
+@pytest.mark.parametrize(
+    ("links", "message"),
+    [
+        (["scaleup=450,225"], "links of scaleup name 2 ranks, and ep is 8: give a rate for every rank"),
+        (["nvlink=450x8"], "'nvlink=450x8' is not of the form scaleup=450,225 or nic=450,225"),
+        (["nic=450x7,fast"], "'fast' is no rate such as 450 or 450x6"),
+        (["nic=450x7,0"], "'0' must be above 0 GB/s"),
+        (["nic=450x7,-1"], "must be above 0"),
+        (["nic=infx8"], "must be above 0"),
+        (["nic=50x8", "nic=25x8"], "links of nic are given twice"),
+    ],
+)
+def test_links_that_make_no_sense_are_named(links: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        asked(links=links)
+
+
+def test_links_need_an_ep_size() -> None:
+    with pytest.raises(ValueError, match="and no ep is given"):
+        asked(ep=None, links=["nic=50x8"])
+
+
+def test_rates_that_follow_each_other_are_said_as_one() -> None:
+    assert Links.parse(" nic = 50x2, 50,25").words == "3 x 50, 25"
