@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -249,3 +250,29 @@ def test_a_rank_that_does_not_do_its_part_is_named_within_the_deadline(pair: lis
     assert condition in (lost.condition or "") or condition in str(lost), lost
     assert "PeerError" in refused
     assert (ended is None) == (fault == "does not call backward")
+
+
+# ---- nothing is left behind ----
+
+
+def many_steps(group: EPGroup, num_steps: int) -> tuple[int, int, int]:
+    """Resident bytes after a tenth of the steps and after all of them, and how often the weights were quantised."""
+    mine = split(len(BATCH.hidden), group.size)[group.rank]
+    batch, target = BATCH.part(mine), make_gradient(BATCH)[mine]
+    layer = make_trainable(SHAPE, group, waves=2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    process, early = psutil.Process(), 0
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        (layer(batch.hidden, batch.ids, batch.weights) - target).float().square().sum().backward()
+        optimizer.step()
+        if step == num_steps // 10:
+            early = process.memory_info().rss
+    return early, process.memory_info().rss, layer.experts.rounding_step
+
+
+@pytest.mark.parametrize("num_steps", [30, pytest.param(500, marks=pytest.mark.soak)])
+def test_steps_leave_nothing_behind(ranks: LocalRanks, num_steps: int) -> None:
+    for early, late, quantized in ranks.run(many_steps, num_steps, size=2):
+        assert quantized == num_steps
+        assert late - early < 4e6

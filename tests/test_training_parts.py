@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.peers.measure import Workload, measure_rank
 from benchmarks.peers.report import compare
 from benchmarks.peers.training import TRAINING_PEERS
+from megamoe.formats import WEIGHT_FORMATS
 from megamoe.kernels.cpu.layout import pack_bf16
 from megamoe.kernels.cpu.library import chosen, using
 from megamoe.kernels.cpu.paths import Path, runnable
@@ -18,9 +19,18 @@ from megamoe.shape import MoEShape
 from megamoe.training import TrainableMoE
 from megamoe.training.derivatives import activate_backward, sum_in_lanes
 from megamoe.training.reference import moe_backward
+from megamoe.training.rounding import Place, chance, mixed, round_stochastically
 from tests.cases import ACTIVATIONS, make_batch
 from tests.conftest import Pool
-from tests.training_cases import backward, differences, make_gradient, make_problem, make_trainable
+from tests.training_cases import (
+    backward,
+    backward_on_ranks,
+    differences,
+    joined,
+    make_gradient,
+    make_problem,
+    make_trainable,
+)
 
 SHAPE = MoEShape(hidden=64, intermediate=96, num_experts=5, topk=3, swiglu_limit=3.0)
 
@@ -138,6 +148,60 @@ def test_lanes_are_summed_in_the_order_that_is_written() -> None:
         expected = expected + lane
     assert torch.equal(sum_in_lanes(values, 0), expected)
     assert torch.equal(sum_in_lanes(values.T.contiguous(), 1), expected)
+
+
+# ---- stochastic rounding ----
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
+def test_stochastic_rounding_is_unbiased_and_between_neighbours(weight_format: str) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(4))
+    held = WEIGHT_FORMATS[weight_format]
+    rounded = torch.stack(
+        [held.dense(round_stochastically(weight, weight_format, Place(0, step, 3, 1))) for step in range(400)]
+    ).to(torch.float64)
+    low, high = rounded.amin(0), rounded.amax(0)
+    step_of = (high - low).clamp_min(1e-9)
+    assert ((rounded == low) | (rounded == high)).all()
+    assert ((weight >= low) & (weight <= high)).all()
+    assert ((rounded.mean(0) - weight).abs() <= 0.13 * step_of + 1e-9).all()  # five standard deviations
+    exact = held.dense(held.take(weight)).to(torch.float32)
+    assert torch.equal(
+        held.dense(round_stochastically(exact, weight_format, Place(0, 1, 3, 1))).to(torch.float32), exact
+    )
+
+
+def test_chance_is_that_of_splitmix64() -> None:
+    """Its first two numbers from state 0: 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4."""
+    golden = -0x61C8864680B583EB
+    found = mixed(torch.tensor([0, golden]))
+    assert [int(each) % 2**64 for each in found] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+    places = [Place(0, 1, 2, 0), Place(0, 1, 2, 1), Place(0, 1, 3, 0), Place(0, 2, 2, 0), Place(1, 1, 2, 0)]
+    numbers = [chance((4, 8), place, torch.device("cpu")) for place in places]
+    assert all(not torch.equal(numbers[0], other) for other in numbers[1:])
+    assert all(bool(((each >= 0) & (each < 1)).all()) for each in numbers)
+
+
+def test_stochastic_weights_do_not_depend_on_ranks(pool: Pool) -> None:
+    batch = make_batch(SHAPE, 30)
+    sweep = [{"rounding": "stochastic", "seed": 5}]
+    expected = backward(make_trainable(SHAPE, rounding="stochastic", seed=5), batch, make_gradient(batch))
+    outputs = pool.get().run(backward_on_ranks, SHAPE, batch, None, sweep, size=3)
+    found = joined([output[0] for output in outputs])
+    assert all(torch.equal(each, found[name]) for name, each in expected.items())
+    plain = backward(make_trainable(SHAPE), batch, make_gradient(batch))
+    assert not torch.equal(plain["hidden"], expected["hidden"])
+
+
+def test_a_state_dict_goes_on_with_the_same_chance() -> None:
+    batch = make_batch(SHAPE, 30)
+    first, second = (TrainableMoE(SHAPE, rounding="stochastic") for _ in range(2))
+    for _ in range(3):
+        first.quantize()
+    second.load_state_dict(first.state_dict())
+    first.quantize()
+    assert second.experts.rounding_step == 3
+    assert torch.equal(second(batch.hidden, batch.ids, batch.weights), first(batch.hidden, batch.ids, batch.weights))
 
 
 # ---- memory ----

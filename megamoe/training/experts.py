@@ -19,16 +19,19 @@ from megamoe.execution.weights import Matrix
 from megamoe.formats import BLOCK, MXFP4, VALUES, WEIGHT_FORMATS, dequantize_mxfp4
 from megamoe.kernels.cpu.library import Rows
 from megamoe.parallel.workspace import Workspace
+from megamoe.training.rounding import Place, round_stochastically
 
 _BF16 = WEIGHT_FORMATS["bf16"]
+STEP = "rounding_step"  # a key of a state dict
 
 
 class TrainableExperts(Experts):
     """Experts whose weights are packed twice: for the forward as ever, and transposed in BF16 for data gradients.
 
     Both come from master weights, which are parameters: gate_up [e, 2I, H], down [e, H, I], and in FP32 gate_up_bias
-    [e, 2I] and down_bias [e, H] where the shape has biases. A state dict has these and `held`, which says whose they
-    are. The transposed ones take 2 bytes a weight and are exactly the values that the forward multiplies by.
+    [e, 2I] and down_bias [e, H] where the shape has biases. A state dict has these; `held`, which says whose they are;
+    and `rounding_step` where rounding is stochastic. The transposed ones take 2 bytes a weight and are exactly the
+    values that the forward multiplies by.
     """
 
     gate_up: nn.Parameter
@@ -77,8 +80,12 @@ class TrainableExperts(Experts):
 
     # ---- master weights ----
 
-    def make_masters(self, dtype: torch.dtype, seed: int) -> None:
-        """The parameters, with first values that depend on the seed and an expert's global id."""
+    def make_masters(self, dtype: torch.dtype, seed: int, rounding: str) -> None:
+        """The parameters, with first values that depend on the seed and an expert's global id.
+
+        rounding is how they are quantised, "nearest" or "stochastic"; rounding_step counts how often they were.
+        """
+        self.rounding, self.rounding_step, self._seed = rounding, 0, seed
         for name, matrix in self.matrices.items():
             sizes = len(self.ids), matrix.outputs, matrix.inputs
             setattr(self, name, nn.Parameter(torch.empty(*sizes, dtype=dtype, device=self.device)))
@@ -125,9 +132,18 @@ class TrainableExperts(Experts):
 
     def quantize(self) -> None:
         """Packs all experts anew from the master weights."""
+        self.rounding_step += 1
         for index, expert in enumerate(self.ids):
-            super().load(expert, *(master.detach()[index] for master in self.masters))
+            gate_up, down, *biases = (master.detach()[index] for master in self.masters)
+            rounded = self._rounded(gate_up, expert, 0), self._rounded(down, expert, 1)
+            super().load(expert, *rounded, *biases)
         self._quantized = self._state()
+
+    def _rounded(self, weight: Tensor, expert: int, matrix: int) -> Tensor | MXFP4:
+        if self.rounding == "nearest":
+            return weight
+        place = Place(self._seed, self.rounding_step, expert, matrix)
+        return round_stochastically(weight, self.weight_format, place)
 
     def quantize_what_changed(self) -> None:
         """quantize() where a master weight is another tensor, was changed in place or stepped, since the last time."""
@@ -144,6 +160,8 @@ class TrainableExperts(Experts):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         destination[prefix + HELD] = self._whose
+        if self.rounding == "stochastic":
+            destination[prefix + STEP] = torch.tensor(self.rounding_step, dtype=torch.int64, device="cpu")
 
     def _load_from_state_dict(
         self,
@@ -155,13 +173,16 @@ class TrainableExperts(Experts):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        held = {key: state_dict[key] for key in state_dict if key == prefix + HELD}
+        own = [prefix + HELD] + [prefix + STEP] * (self.rounding == "stochastic")
+        held = {key: state_dict[key] for key in own if key in state_dict}
         whose = held.get(prefix + HELD, self._whose)
         if whose.tolist() != self._whose.tolist():
             error_msgs.append(self._strangers(prefix, whose))
             return
-        if not held:
-            missing_keys.append(prefix + HELD)
+        missing_keys.extend(key for key in own if key not in held)
+        if prefix + STEP in held:
+            self.rounding_step = int(held[prefix + STEP])
+            self.has_stepped()
         rest = {key: value for key, value in state_dict.items() if key not in held}
         nn.Module._load_from_state_dict(
             self, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -29,6 +29,7 @@ from megamoe.training.experts import Captured, TrainableExperts
 from megamoe.training.function import Apply
 from megamoe.training.kept import SAVED, Kept, keep
 from megamoe.training.pages import empty
+from megamoe.training.rounding import ROUNDINGS
 from megamoe.training.wire import GradientWire, check_gradient_format
 
 MASTER_DTYPES = (torch.float32, torch.bfloat16)
@@ -56,7 +57,10 @@ class TrainableMoE(MegaMoE):
     gradient_format   how gradients travel, both ways: "bf16", or "mxfp8", which rounds them
     saved             what a forward leaves for its backward: "tokens" keeps those that the rank's experts read,
                       "activations" also Linear-1's results, "dispatch-again" neither, so that tokens travel again
-    seed              of the first weights, which depend on it and an expert's global id, and not on the ranks
+    rounding          how masters become weights: "nearest", or "stochastic", up or down by chance and unbiased; chance
+                      follows from seed, a weight's place in the layer and how often it was rounded, which a state
+                      dict has
+    seed              of the first weights and of chance; both depend on an expert's global id, and not on the ranks
 
     Bits of all gradients depend on the global batch alone: on no number of ranks, waves or schedule. Every rank must
     run the backward of each call, in the same order, also one without tokens. last_backward holds its CallRecord.
@@ -71,6 +75,7 @@ class TrainableMoE(MegaMoE):
         master_dtype: torch.dtype = torch.float32,
         gradient_format: str = "bf16",
         saved: str = "tokens",
+        rounding: str = "nearest",
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -79,12 +84,14 @@ class TrainableMoE(MegaMoE):
             raise ValueError(f"master_dtype must be torch.float32 or torch.bfloat16, got {master_dtype}")
         if saved not in SAVED:
             raise ValueError(f"saved must be one of {', '.join(SAVED)}, got {saved!r}")
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         check_gradient_format(gradient_format, self.shape.hidden)
         self.gradient_format, self.saved = gradient_format, saved
         self.last_backward = CallRecord()
         self._latest: Call | None = None
         self._keeping = False  # whether the forward that runs has a backward
-        self.experts.make_masters(master_dtype, seed)
+        self.experts.make_masters(master_dtype, seed, rounding)
 
     def _begin(self) -> None:
         """As MegaMoE's, but all calls go by waves: what they leave in the workspace is what a backward needs."""
