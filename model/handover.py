@@ -30,8 +30,10 @@ def hand_over(experts: nn.Module, structure: Structure, group: EPGroup | None, t
     The weights leave the module one expert at a time on their way into the layer, and all of them are gone from it
     afterwards. The layer becomes the module's submodule `routed`. ValueError as MegaMoE and its load_expert() raise it.
     """
-    packed = isinstance(experts, PackedExperts)
-    weight_format = "mxfp4" if packed else getattr(experts, "weight_format", "bf16")
+    if isinstance(experts, PackedExperts):
+        weight_format = experts.packing.weight_format
+    else:
+        weight_format = str(getattr(experts, "weight_format", "bf16"))
     device = next(experts.parameters(recurse=False)).device
     routed = RoutedExperts(
         structure, topk, group, weight_format=weight_format, name=type(experts).__name__, device=device

@@ -1,4 +1,4 @@
-"""Keeps FP4 experts packed while stock transformers loads a checkpoint, or has others quantised to FP4."""
+"""Keeps FP4 and FP8 experts packed while stock transformers loads a checkpoint, or has others quantised to FP4."""
 
 # E experts   H hidden   I intermediate
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from megamoe.execution.checks import check_formats
 from megamoe.model.handover import run_alone
-from megamoe.model.packed import PACKINGS, PackedExperts
+from megamoe.model.packed import PackedExperts, packing_of
 from megamoe.model.registration import refuse_old
 from megamoe.model.structure import read_structure
 
@@ -29,18 +29,19 @@ METHOD = "megamoe"
 
 
 def packed_config(path: str | Path, **options: Any) -> Any:
-    """The configuration of a checkpoint with FP4 experts, for `from_pretrained(path, config=..., ...)` to keep them so.
+    """The configuration of a checkpoint with packed experts: `from_pretrained(path, config=..., ...)` keeps them so.
 
-    Without it transformers makes BF16 of them where there is no GPU for them, 3.8 times the memory. Dense FP8 weights
-    become BF16. options are those of AutoConfig.from_pretrained(). ValueError where the experts are not FP4: the
-    formats are DeepSeek-V4's own and MXFP4 as gpt-oss has it.
+    FP4, DeepSeek-V4's own and MXFP4 as gpt-oss has it, stays FP4 on the layer; without this transformers makes BF16 of
+    it where there is no GPU for it, 3.8 times the memory. FP8 with a scale for each block of values, as DeepSeek-V3 and
+    Qwen3 have it, stays FP8 until a layer's first call, and is BF16 on the layer. Dense FP8 weights become BF16.
+    options are those of AutoConfig.from_pretrained(). ValueError where the experts are in another format.
     """
     config = AutoConfig.from_pretrained(path, **options)
     own = getattr(config, "quantization_config", None)
     if own is None:
         raise ValueError(
-            f"{path} has no quantization_config, so its experts are not FP4: quantization_config=PackedExpertsConfig() "
-            "quantises them at the first call"
+            f"{path} has no quantization_config, so its experts are not packed: "
+            "quantization_config=PackedExpertsConfig() quantises them at the first call"
         )
     config.quantization_config = PackedExpertsConfig(own).to_dict()
     return config
@@ -48,14 +49,14 @@ def packed_config(path: str | Path, **options: Any) -> Any:
 
 @register_quantization_config(METHOD)
 class PackedExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Experts are FP4 on the layer.
+    """Experts are packed: FP4 on the layer, or FP8 up to a layer's first call.
 
-    checkpoint   the checkpoint's own quantization_config, a dict, whose FP4 experts are kept as they are; None for
+    checkpoint   the checkpoint's own quantization_config, a dict, whose packed experts are kept as they are; None for
                  experts that are not quantised, which are rounded to MXFP4 at a layer's first call
 
     `from_pretrained(path, quantization_config=PackedExpertsConfig())` is the second, packed_config() makes the first.
 
-    ValueError for a checkpoint whose experts are not FP4.
+    ValueError for a checkpoint whose experts are neither FP4 nor FP8 in blocks.
     """
 
     def __init__(self, checkpoint: dict[str, Any] | None = None, **others: Any) -> None:
@@ -64,12 +65,8 @@ class PackedExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unknown = sorted(others.keys() - {"quant_method"})
         if unknown:
             raise ValueError(f"PackedExpertsConfig takes checkpoint, got {', '.join(unknown)}")
-        if checkpoint is None:
-            return
-        method, dtype = checkpoint.get("quant_method"), checkpoint.get("expert_dtype", "fp8")
-        if method not in PACKINGS or (method == "fp8" and dtype != "fp4"):
-            found = f"quant_method {method!r}" + (f" with expert_dtype {dtype!r}" if method == "fp8" else "")
-            raise ValueError(f"experts are not FP4: {found}, expected 'mxfp4', or 'fp8' with expert_dtype 'fp4'")
+        if checkpoint is not None:
+            packing_of(checkpoint)
 
 
 @register_quantizer(METHOD)
@@ -82,9 +79,9 @@ class PackedExpertsQuantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **options)
         checkpoint = quantization_config.checkpoint
         self.method = None if checkpoint is None else checkpoint["quant_method"]
-        if self.method == "mxfp4":
-            packing = PACKINGS["mxfp4"]
-            suffixes = (packing.values, packing.scales)
+        self.packing = None if checkpoint is None else packing_of(checkpoint)
+        if self.method == "mxfp4" and self.packing is not None:
+            suffixes = (self.packing.values, self.packing.scales)
             names = ("gate_up_proj", "up_proj", "down_proj")
             self.serialized_names = {name: [name + suffix for suffix in suffixes] for name in names}
 
@@ -101,13 +98,13 @@ class PackedExpertsQuantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
             raise ValueError(f"{type(model).__name__} has no experts")
         for name, module in found:
             experts = module
-            if self.method is None:
+            if self.packing is None:
                 check_formats(read_structure(module).shape(topk=1), "mxfp4", "mxfp8", "bf16")
                 module.weight_format = "mxfp4"
             else:
                 bias = getattr(module, "down_proj_bias", None)
                 dtype = torch.bfloat16 if bias is None else bias.dtype
-                experts = PackedExperts(read_structure(module), PACKINGS[self.method], dtype)
+                experts = PackedExperts(read_structure(module), self.packing, dtype)
                 model.set_submodule(name, experts)
             experts.forward = partial(run_alone, experts)
 

@@ -63,6 +63,7 @@ class EPGroup:
     turns            whose turn it is to call, and which layers there are
     recorders        at most one: takes notes of every call of the group's layers
     streams          of each device that its layers are on: where messages are queued
+    node_limited     whether a token goes once to each other host, where ranks of a host share memory
 
     Calls of a group take turns: see turns.py. EPGroups of one process group share turns and broken, since they share
     its messages; give all layers of a model the same one, and they share buffers too.
@@ -84,6 +85,7 @@ class EPGroup:
     workspace: Workspace = field(default_factory=Workspace)
     recorders: list[Recorder] = field(default_factory=list)
     streams: dict[torch.device, Streams] = field(default_factory=dict)
+    node_limited: bool = True
 
     def streams_of(self, device: torch.device) -> Streams:
         """The device's streams, made when first asked for."""
@@ -111,6 +113,17 @@ class EPGroup:
             self.links.append(measure_link(self.transport, self.rank, self.size, layer, device, self.workspace))
             _log.info("rank %d: the link carries %.3g GB/s one way", self.rank, self.links[0] / 1e9)
         return self.links[0]
+
+    def nodes(self, layer: str) -> tuple[int, ...]:
+        """Of each rank the lowest rank of its host, where a token goes to a host once, else (). All ranks must ask."""
+        found: tuple[int, ...] = getattr(self.transport, "nodes", _no_nodes)(layer)
+        return found if self.node_limited else ()
+
+    @property
+    def far(self) -> list[int]:
+        """Ranks that this one shares no memory with."""
+        host = getattr(self.transport, "host", None)
+        return [rank for rank in range(self.size) if rank != self.rank and (host is None or rank not in host.near)]
 
     def wave_cost(self, layer: str, own_s: float) -> float:
         """Seconds that a wave takes beside its rows, the most of all ranks'; when first asked for, all must ask."""
@@ -179,13 +192,16 @@ class EPGroup:
         *,
         deadline_s: float = DEADLINE_S,
         shared_memory: bool = True,
+        node_limited: bool = True,
     ) -> EPGroup:
         """Wraps a torch process group for layers on a device, by default the CPU. None is one rank; an EPGroup is
         returned as it is.
 
         What the group has for the layer's device decides: gloo gets point-to-point pairs, and memory between ranks
-        that share a host where shared_memory is True on both; every other backend all-to-all. The group stays its
-        owner's: no thread, setting or deadline of it is changed, and nothing of it is ended.
+        that share a host where shared_memory is True on both; every other backend all-to-all. Where ranks share memory
+        on a host, and there are other hosts, a token goes once to each of those: node_limited=False, on all ranks,
+        sends it to each rank that needs it instead. The group stays its owner's: no thread, setting or deadline of it
+        is changed, and nothing of it is ended.
         ValueError for anything else, for a group that this rank is not in, and for one without a backend for
         the device.
         """
@@ -220,6 +236,7 @@ class EPGroup:
             workspace=Workspace(shared.host.regions if shared_memory else None),
             broken=shared.broken,
             turns=shared.turns,
+            node_limited=node_limited,
         )
 
 
@@ -273,6 +290,7 @@ def init_group(
     run: str | None = None,
     deadline_s: float = DEADLINE_S,
     shared_memory: bool = True,
+    node_limited: bool = True,
 ) -> Iterator[EPGroup]:
     """Starts torch.distributed for this rank with the backend of its device type, and ends it on the way out.
 
@@ -280,7 +298,8 @@ def init_group(
     torchrun). deadline_s bounds the rendezvous, every collective and every wait. Every rank has a heartbeat monitor,
     which listens on address, by default the one that this rank reaches the store's host from. Under the name of a
     run, `megamoe doctor --run` finds the ranks of this machine. ValueError for an unknown device type or a rank outside
-    of [0, size). shared_memory is that of EPGroup.of().
+    of [0, size). shared_memory and
+    node_limited are those of EPGroup.of().
     """
     device = torch.device(device)
     if device.type not in BACKENDS:
@@ -301,7 +320,7 @@ def init_group(
     world = _start(device, store, rank, size, deadline_s)
     group: EPGroup | None = None
     try:
-        group = EPGroup.of(world, device, deadline_s=deadline_s, shared_memory=shared_memory)
+        group = EPGroup.of(world, device, deadline_s=deadline_s, shared_memory=shared_memory, node_limited=node_limited)
         if size == 1:
             yield group
             return
@@ -373,6 +392,12 @@ def _forget_failed_start() -> None:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     dist.destroy_process_group()
+
+
+def _no_nodes(layer: str) -> tuple[int, ...]:
+    """Of a transport that knows nothing of hosts."""
+    del layer
+    return ()
 
 
 def _nothing() -> None:

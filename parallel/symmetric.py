@@ -125,6 +125,11 @@ class Segment:
         """What tells this group's segments from whatever else a process may have open."""
         return memoryview(self._map)[:_TOKEN_BYTES]
 
+    def words_from(self, word: int, count: int) -> Tensor:
+        """Words from that one on, [count, 1] int64, for messages that end there."""
+        begin = self._layout.words + _WORD_BYTES * word
+        return self._bytes[begin : begin + _WORD_BYTES * count].view(torch.int64).unsqueeze(1)
+
     def set(self, word: int, value: int) -> None:
         """Sets a word, after all that this thread has written before, and wakes who waits for it."""
         self.words[word] = value

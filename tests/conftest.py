@@ -1,4 +1,7 @@
-"""What serves the whole run: four ranks, two compilers; and one thread for torch, so that ranks share two cores."""
+"""What serves the whole run: four ranks, two compilers; and one thread for torch, so that ranks share two cores.
+
+`pytest -n 2` shares the files between two processes, each with ranks of its own: two_workers.py.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,23 @@ import pytest
 import torch
 
 from megamoe.launch.ranks import LocalRanks
-from tests import interpreter
+from tests import interpreter, two_workers
 
 if TYPE_CHECKING:
     from tests.ahead_builds import AheadBuilds
 
 
 Beside = dict[str, tuple[Path, Future[Any]]]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> two_workers.ByScope:
+    return two_workers.ByScope(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if two_workers.shared():
+        items.sort(key=lambda item: two_workers.place_of(item.nodeid))
 
 
 class Pool:
@@ -54,7 +67,8 @@ def ranks(pool: Pool) -> LocalRanks:
 @pytest.fixture(scope="session", autouse=True)
 def ahead_builds(request: pytest.FixtureRequest) -> Iterator[AheadBuilds | None]:
     """Kernels for all chips, compiled beside the other tests from the session's start where a test asks for them."""
-    if not any(item.path.name == "test_kernels_ahead.py" for item in request.session.items):
+    asked = any(item.path.name == "test_kernels_ahead.py" for item in request.session.items)
+    if not asked or not two_workers.begins_beside():
         yield None
         return
     from tests.ahead_builds import AheadBuilds
@@ -72,7 +86,7 @@ def interpreted_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
         item for item in found if getattr(item.function, "interpreted", False) and not item.get_closest_marker("skip")
     ]
     given = [(item.function, item.callspec.params if hasattr(item, "callspec") else {}) for item in found]
-    if find_spec("triton") is not None:
+    if find_spec("triton") is not None and two_workers.begins_beside():
         interpreter.begin((test, each) for test, each in given if set(signature(test).parameters) == set(each))
     yield
     interpreter.stop()
@@ -85,7 +99,7 @@ def begun_beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     begun: Beside = {}
     with ThreadPoolExecutor(1) as pool:
         for module in modules:
-            if hasattr(module, "beside"):
+            if hasattr(module, "beside") and two_workers.begins_beside():
                 out = tmp_path_factory.mktemp("beside")
                 begun[module.__name__] = out, pool.submit(module.beside, out)
         yield begun

@@ -190,6 +190,8 @@ def test_a_sweep_ends_at_one_expert_a_wave(numbers: tuple[int, int], expected: l
         (["--tokens-per-rank", "-1"], "tokens_per_rank must not be negative, got -1"),
         (["--link", "fast"], "link 'fast' is not a rate"),
         (["--latency-ms", "5"], "latency_ms 5.0 needs a link to delay"),
+        (["--ranks-per-host", "2"], "ranks_per_host 2 needs a link between hosts"),
+        (["--ranks-per-host", "0"], "ranks_per_host must be at least 1, got 0"),
         (["--hidden", "100"], "hidden 100 is not a multiple of 32"),
         (["--topk", "17"], "topk 17 is larger than num_experts 16"),
         (["--preset", "mixtral"], "no model is called 'mixtral'; the nearest are mixtral-8x7b"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megamoe.activations import Activation
-from megamoe.catalog import load_model
+from megamoe.catalog import load_machine, load_model
 from megamoe.execution.ops import encode_rows, reduce_slots
 from megamoe.formats import MXFP8, dequantize_mxfp8, quantize_mxfp8, take_rows
 from megamoe.kernels.cpu.library import using
@@ -26,7 +26,7 @@ from megamoe.model.experts import RoutedExperts
 from megamoe.model.structure import Structure
 from megamoe.parallel import symmetric
 from megamoe.parallel.group import EPGroup
-from megamoe.planner.layer.cost import Expert
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.rule import threshold
 from megamoe.reference import moe, moe_fp64, relative_error, results, round_mxfp8, sum_slots
 from megamoe.routing.waves import Waves
@@ -238,7 +238,8 @@ def test_a_benchmark_runs_with_it_and_is_held_to_the_oracle(ranks: LocalRanks) -
         BenchRequest(tokens_per_rank=40, hidden=64, num_experts=8, topk=2, combine_format=each)
         for each in ("bf16", "mxfp8")
     )
-    assert predict_run(plain) != predict_run(rounded)
+    machine = load_machine("cpu")
+    assert predict_run(plain, machine) != predict_run(rounded, machine)
 
 
 WRONG: dict[str, Callable[[], object]] = {

@@ -38,6 +38,14 @@ def test_every_survivor_names_the_rank_that_was_killed_and_nothing_is_left() -> 
     assert family() <= before
 
 
+@needs_lab
+def test_a_rank_that_is_killed_is_named_on_its_host_and_on_the_other() -> None:
+    before = family()
+    found = drill(replace(plan_of("kill"), ranks=4, place="hosts"))
+    assert found.held, json.dumps(asdict(found), indent=1)
+    assert family() <= before
+
+
 @pytest.fixture(scope="module")
 def field() -> Iterator[tuple[list[Host], list[SpawnHandle]]]:
     """Three ranks in a lab, for one drill after another; nothing of them is left."""

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from megamoe.model.generation.forward import (
     fits_together,
@@ -21,16 +20,17 @@ from megamoe.model.generation.forward import (
     silenced,
     use_own_attention,
 )
-from megamoe.model.generation.meeting import Meeting
+from megamoe.model.generation.meeting import Meeting, Place
+from megamoe.model.generation.places import find_places
 from megamoe.model.generation.request import GenerationRequest, Prompt, check_fits
 from megamoe.model.generation.sampling import Sampling, choose, draw
-from megamoe.model.generation.sequences import ARGUMENT, OtherAttentionError, SequenceBatch, attend
+from megamoe.model.generation.sequences import ARGUMENT, OtherAttentionError, SequenceBatch, SequenceCache, attend
 from megamoe.model.loading.load import load, load_tokenizer
 from megamoe.model.making.tiny import write_tiny
 from tests.generation_cases import Experts, on_one_rank, prompts
 
 FAMILIES = ("deepseek-v4-flash", "deepseek-v3", "mixtral", "qwen3-moe", "gpt-oss")
-TOGETHER = ("mixtral", "qwen3-moe", "gpt-oss")
+TOGETHER = ("deepseek-v3", "mixtral", "qwen3-moe", "gpt-oss")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_attention_of_a_shared_batch_is_the_models_own_but_for_rounding(models: 
         assert length > 32
         with silenced([each for each in model.modules() if hasattr(each, "idle")]):
             use_own_attention(model, own=True)
-            cache = new_cache(model)
+            cache: Any = SequenceCache()
             ours = [forward_together(model, [part])[0] for part in ((tokens, 0, cache), ([7], length, cache))]
             use_own_attention(model, own=False)
             cache = new_cache(model)
@@ -165,8 +165,8 @@ def reference(query: Tensor, key: Tensor, value: Tensor, window: int | None, sin
 def test_each_sequence_attends_to_itself(window: int | None, with_sinks: bool) -> None:
     rng = torch.Generator().manual_seed(0)
     sinks = torch.randn(4, generator=rng) if with_sinks else None
-    caches, kept = [DynamicCache(), DynamicCache(), DynamicCache()], [list[Tensor](), list[Tensor](), list[Tensor]()]
-    for lengths in ([9, 1, 5], [1, 1, 1], [1, 3, 1]):
+    caches, kept = [SequenceCache() for _ in range(3)], [list[Tensor](), list[Tensor](), list[Tensor]()]
+    for lengths in ([9, 1, 5], [1, 1, 1], [1, 3, 1], [70, 1, 2], *([1, 1, 1] for _ in range(70))):  # past what fits
         batch = SequenceBatch(caches, lengths)
         query, key, value = (torch.randn(1, n, sum(lengths), 8, generator=rng) for n in (4, 2, 2))
         new_key, new_value = batch.update(key, value, 0)
@@ -183,10 +183,24 @@ def test_attention_that_was_not_told_whose_tokens_they_are_is_refused() -> None:
     query, key = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4)
     with pytest.raises(OtherAttentionError, match="was not told"):
         attend(_Layer(), query, key, key, None)
-    batch = SequenceBatch([DynamicCache()], [3])
+    batch = SequenceBatch([SequenceCache()], [3])
+    with pytest.raises(OtherAttentionError, match="other tokens"):  # that were not cached
+        attend(_Layer(), query, key, key, None, **{ARGUMENT: batch})
     batch.update(key, key, 0)
-    with pytest.raises(OtherAttentionError, match="other keys"):
-        attend(_Layer(), query, key.clone(), key, None, **{ARGUMENT: batch})
+    with pytest.raises(OtherAttentionError, match="other tokens"):  # more than those
+        attend(_Layer(), query, torch.cat((key, key), 2), torch.cat((key, key), 2), None, **{ARGUMENT: batch})
+
+
+def test_a_window_keeps_what_it_holds_and_no_more() -> None:
+    cache, keys = SequenceCache(), torch.arange(400.0).view(1, 400, 1)
+    sizes = []
+    for first, last in ((0, 90), (90, 91), (91, 99), *((at, at + 1) for at in range(99, 400))):
+        new = keys[:, first:last]
+        found, _ = cache.append(0, new, new, 16)
+        assert torch.equal(found, keys[:, max(0, first - 15) : last])
+        sizes.append(cache.layers[0]._stacks[0].shape[1])
+    assert max(sizes) <= 200
+    assert sizes[-1] < 100
 
 
 # ---- sequences that meet ----
@@ -194,7 +208,7 @@ def test_attention_that_was_not_told_whose_tokens_they_are_is_refused() -> None:
 
 def test_sequences_meet_at_every_experts_once() -> None:
     layers = [Experts(), Experts()]
-    meeting = Meeting(layers)
+    meeting = Meeting([Place(layer, 0, all=True) for layer in layers])
 
     def sequence(rows: int) -> Callable[[], Tensor]:
         def work() -> Tensor:
@@ -215,7 +229,7 @@ def test_sequences_meet_at_every_experts_once() -> None:
 
 def test_what_one_sequence_raises_ends_all_and_leaves_no_thread() -> None:
     layer = Experts()
-    meeting, before = Meeting([layer]), threading.active_count()
+    meeting, before = Meeting([Place(layer, 0, all=True)]), threading.active_count()
 
     def good() -> Tensor:
         return layer(torch.ones(1, 3), torch.zeros(1, 1), torch.ones(1, 1))
@@ -231,6 +245,63 @@ def test_what_one_sequence_raises_ends_all_and_leaves_no_thread() -> None:
         with pytest.raises(RuntimeError, match="more than once"):
             meeting.run([lambda: good() + good()])
     assert threading.active_count() == before
+
+
+class _Twice(nn.Module):
+    """Of tokens [1, S, .]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def forward(self, x: Tensor, *, other: Tensor | None = None, scale: object = None) -> tuple[Tensor, None]:
+        self.calls.append(x.shape[1])
+        return 2 * x + (0 if other is None else other) + (1 if scale else 0), None
+
+
+def test_sequences_meet_where_they_call_alike_and_pass_what_only_some_of_them_call() -> None:
+    first, some, last, layer = _Twice(), _Twice(), _Twice(), Experts()
+    places = [*(Place(each, 1, all=False) for each in (first, some, last)), Place(layer, 0, all=True)]
+    meeting = Meeting(places)
+
+    def sequence(tokens: int) -> Callable[[], Tensor]:
+        def work() -> Tensor:
+            x = torch.full((1, tokens, 1), float(tokens))
+            x, nothing = first(x, other=x)
+            assert nothing is None
+            if tokens > 1:
+                x = some(x)[0]
+            x = last(x, scale=tokens if tokens == 3 else None)[0]  # what differs between sequences is not joined
+            return layer(x[0], torch.zeros(tokens, 1), torch.ones(tokens, 1))
+
+        return work
+
+    with meeting.held():
+        found = meeting.run([sequence(tokens) for tokens in (1, 2, 3)])
+    alone = [sequence(tokens)() for tokens in (1, 2, 3)]
+    assert all(torch.equal(*each) for each in zip(found, alone, strict=True))
+    assert first.calls[:1] == [6]
+    assert some.calls[:1] == [5]
+    assert last.calls[:3] == [1, 2, 3]
+    assert layer.calls[:1] == [6]
+
+
+def test_v4_meets_at_its_blocks_and_at_what_is_dense_in_its_attention(models: Callable[[str], Any]) -> None:
+    model = models("deepseek-v4-flash")
+    experts = [each for each in model.modules() if hasattr(each, "idle")]
+    places = find_places(model, experts)
+    names = {module: name for name, module in model.named_modules()}
+    found = {names[each.module]: each for each in places}
+    assert [name for name, each in found.items() if each.all] == [f"model.layers.{layer}.mlp" for layer in range(4)]
+    for name in ("self_attn.q_b_proj", "self_attn.o_a_proj", "self_attn.compressor.indexer.q_b_proj", "attn_hc"):
+        assert f"model.layers.1.{name}" in found
+    assert not any(name.endswith(("self_attn", "compressor", "compressor.kv_norm", "layers.1")) for name in found)
+    assert not any("forward" in vars(each.module) for each in places)  # as it was
+    model.megamoe_loading, loaded = None, model.megamoe_loading  # not ours: bits are promised of experts alone
+    try:
+        assert [each.module for each in find_places(model, experts)] == experts
+    finally:
+        model.megamoe_loading = loaded
 
 
 # ---- sampling ----

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megamoe.launch.generation.answer import Answering, model_for_answers
 from megamoe.launch.generation.prompts import Given, TextStream, encode, read_prompts
 from megamoe.launch.generation.ranks import OnCluster, Texts
 from megamoe.model.generation.request import GenerationRequest, Prompt, Token
+from megamoe.model.making.files import new_folder
 from megamoe.model.making.smollm2 import INSTALL
 from megamoe.model.making.tiny import write_tiny
 from megamoe.model.making.tokenizer import byte_tokenizer
 from tests.commands import invoked, refused
-from tests.test_demo import command
+from tests.test_demo import COMMAND, command
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +183,74 @@ def test_without_the_english_model_a_tiny_one_answers_and_says_how_to_get_it(
     assert report.path == ""
     assert not path.exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_two_demos_at_once_make_the_model_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source, made, said = tmp_path / "dense.gguf", list[Path](), list[str]()
+    source.write_bytes(b"weights")
+    waiting = threading.Event()
+
+    def make(_: Path, path: Path, **options: Any) -> None:
+        options["progress"]("writing", 0, 1)
+        assert waiting.wait(30)  # until the other one is kept waiting
+        path.mkdir()
+        made.append(path)
+
+    def progress(what: str, _: int, __: int) -> None:
+        said.append(what)
+        if what.startswith("waiting"):
+            waiting.set()
+
+    monkeypatch.setattr("megamoe.launch.generation.answer.can_write_english", lambda: True)
+    monkeypatch.setattr("megamoe.launch.generation.answer.find_smollm2", lambda: source)
+    monkeypatch.setattr("megamoe.launch.generation.answer.upcycle", make)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found: list[Path] = []
+
+    def demo() -> None:
+        with model_for_answers(progress) as (path, _, stays):
+            assert stays
+            found.append(path)
+
+    demos = [threading.Thread(target=demo) for _ in range(2)]
+    for each in demos:
+        each.start()
+    for each in demos:
+        each.join()
+    assert found == [made[0]] * 2
+    assert len(made) == 1
+    assert sorted(said) == ["waiting for the model, which another process makes", "writing"]
+    assert list((tmp_path / "cache" / "megamoe").iterdir()) == made
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_refused(tmp_path: Path) -> None:
+    def make() -> None:
+        with new_folder(tmp_path / "a") as draft:
+            (draft / "file").write_text("ours")
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "file").write_text("theirs")
+
+    with pytest.raises(ValueError, match="made by somebody else meanwhile"):
+        make()
+    assert (tmp_path / "a" / "file").read_text() == "theirs"
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_rank_that_is_killed_half_way_changes_no_letter(model: Path) -> None:
+    """The command as it is typed, and one of its ranks killed once text has come."""
+    arguments = ("generate", "--model", str(model), "--text", "one", "--text", "three", "--max-new-tokens", "300")
+    line = [*COMMAND, *arguments, "--raw", "--restarts", "1", "--deadline-s", "100"]
+    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        first = running.stdout.read(1)  # the first letter of the first text
+        ranks = [each for each in psutil.Process(running.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+        assert len(ranks) == 2
+        ranks[1].kill()
+        text, said = first + running.stdout.read(), running.stderr.read()
+    assert running.returncode == 0, said
+    assert "replaced" in said
+    plain = invoked(*arguments, "--raw", "--ranks", 1)
+    assert plain.exit_code == 0, plain.output
+    assert text.splitlines()[:-1] == plain.stdout.splitlines()[:-1]  # the last says how long it took

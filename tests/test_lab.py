@@ -83,6 +83,21 @@ def test_two_labs_stand_side_by_side_and_nothing_is_left() -> None:
 
 
 @needs_lab
+def test_ranks_share_a_host_and_its_link_where_they_are_to() -> None:
+    with lab(5, "1gbit", ranks_per_host=2) as hosts:
+        run = str(hosts[0].lab)
+        assert [each.namespace for each in hosts] == [f"{run}-r0x2"] * 2 + [f"{run}-r2x2"] * 2 + [f"{run}-r4"]
+        assert [each.address for each in hosts] == [f"10.77.0.{first}" for first in (1, 1, 3, 3, 5)]
+        assert hosts_of(run) == hosts
+        slow(run, 3, "10mbit")
+        assert [link.slow for link in links(run)] == [False, False, True, True, False]
+        assert cut(run, 0).cut
+        heal(run, 2)
+        assert [(link.slow, link.cut) for link in links(run)] == [(False, True)] * 2 + [(False, False)] * 3
+    assert run not in runs()
+
+
+@needs_lab
 def test_a_lab_is_taken_down_when_its_block_raises() -> None:
     with pytest.raises(KeyError), lab(1, "1gbit") as hosts:
         raise KeyError
@@ -202,6 +217,11 @@ def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_wrong_labs_are_refused(arguments: tuple[int, str], latency_ms: float, message: str) -> None:
     with pytest.raises(ValueError, match=message), lab(*arguments, latency_ms=latency_ms):
+        pass
+
+
+def test_a_host_holds_a_rank_at_least() -> None:
+    with pytest.raises(ValueError, match="ranks_per_host must be at least 1, got 0"), lab(2, "1gbit", ranks_per_host=0):
         pass
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import load, load_tokenizer, regroup
 from megamoe.model.dense import compute_in_fixed_order
+from megamoe.model.loading.load import name_modules
+from megamoe.model.loading.report import Progress
 from megamoe.parallel.group import EPGroup
 from tests import checkpoints
 from tests.checkpoints import FAMILIES, VOCABULARY
@@ -339,6 +342,58 @@ def differently(group: EPGroup, path: Path) -> str:
     except ValueError as refusal:
         return str(refusal)
     return ""
+
+
+def calls_meanwhile(group: EPGroup, path: Path) -> tuple[Tensor, Tensor, bool]:
+    """A layer's output before and during a load of the same group, and whether the call came after all was read."""
+    routed = next(iter(name_modules(load(path, group=group)).values()))
+    rng = torch.Generator().manual_seed(1)
+    given = (
+        torch.randn(5, 64, generator=rng).bfloat16(),
+        torch.arange(10).view(5, 2) % 5,
+        torch.rand(5, 2, generator=rng),
+    )
+    before, found, order = routed(*given), list[Tensor](), list[str]()
+
+    def call() -> None:
+        found.append(routed(*given))
+        order.append("called")
+
+    thread = threading.Thread(target=call)
+
+    def shown(_: Progress) -> None:
+        if thread.ident is None:
+            thread.start()
+        order.append("read")
+
+    load(path, group=group, progress=shown)
+    thread.join()
+    return before, found[0], order[-1] == "called" and order.count("called") == 1
+
+
+def test_a_call_from_another_thread_waits_until_all_is_read(ranks: LocalRanks, folder: Path) -> None:
+    for before, during, waited in ranks.run(calls_meanwhile, folder / "mixtral", size=2):
+        assert torch.equal(before, during)
+        assert waited
+
+
+def loads_or_calls(group: EPGroup, path: Path) -> str:
+    """Rank 0 loads a second model, and rank 1 calls a layer of the first."""
+    model = load(path, group=group)
+    try:
+        if group.rank == 0:
+            load(path, group=group)
+        else:
+            next(iter(name_modules(model).values())).idle()
+    except (RuntimeError, ValueError) as refusal:
+        return str(refusal)
+    return ""
+
+
+def test_a_rank_that_calls_while_another_loads_is_refused_on_both(ranks: LocalRanks, folder: Path) -> None:
+    loading, calling = ranks.run(loads_or_calls, folder / "mixtral", size=2)
+    assert "rank 1 calls a layer of the group while this rank is loading" in loading
+    assert calling
 
 
 @pytest.mark.parametrize(

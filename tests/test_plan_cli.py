@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import megamoe
 from megamoe.launch.cli.main import COMMANDS, app
 from megamoe.launch.cli.planner.plan_file import read_plan
 from megamoe.launch.terminal import exit_codes
@@ -359,7 +360,7 @@ def test_validate_names_the_file_and_the_row(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("--model", "deepseek-v5-pro", "--hardware", "gb200"), "the nearest are deepseek-v4-pro"),
-        (("--model", "deepseek-v4-pro", "--hardware", "gb20"), "the nearest are gb200, b200, gb300"),
+        (("--model", "deepseek-v4-pro", "--hardware", "gb20"), "the nearest are gb200, dgx-spark, b200"),
         (("--model", "deepseek-v4-pro"), "no hardware is given"),
         ((*PRO, "--ep", 0), "ep is 0"),
         ((*PRO, "--ep", 1000), "EP1000 is larger than the 384 experts"),
@@ -453,12 +454,19 @@ def test_a_plan_imports_nothing_that_it_does_not_need() -> None:
     assert "numpy" not in listed
 
 
-def test_a_plan_starts_and_ends_within_half_a_second() -> None:
-    times = []
-    command = [sys.executable, "-c", "from megamoe.launch.cli.main import main; main()", "plan", *PRO, "--ep", "16"]
-    for _ in range(3):
-        begin = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        times.append(time.perf_counter() - begin)
-    assert done.stdout.splitlines()[0] == SENTENCE
-    assert min(times) < 1.0  # 0.3 s on two idle cores; the rest is for machines that are busy
+def test_a_plan_takes_little_longer_than_the_version() -> None:
+    """Core time of whole commands that take turns, which other programs lengthen alike."""
+    ratios = []
+    for _ in range(5):
+        version, plan = (_core_s(*arguments) for arguments in (["--version"], ["plan", *PRO, "--ep", "16"]))
+        ratios.append(plan / version)
+    assert min(ratios) < 1.7
+
+
+def _core_s(*arguments: str) -> float:
+    command = [sys.executable, "-c", "from megamoe.launch.cli.main import main; main()", *arguments]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.splitlines()[0] == (SENTENCE if "plan" in arguments else megamoe.__version__)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

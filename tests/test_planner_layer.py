@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe.catalog import find_profile, load_hardware, load_model
-from megamoe.planner.layer.cost import Device, Expert, compute_format, dispatch_us, layer_time
+from megamoe.catalog import find_profile, load_hardware, load_model, load_profile
+from megamoe.planner.layer.cost import LayerTime, dispatch_us, layer_time
+from megamoe.planner.layer.device import Device, compute_format
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.plan import PlanRequest, plan
 from megamoe.planner.layer.routing import KINDS, RankLoad, Routing, _replicated, busiest
 from megamoe.planner.layer.rule import Rule, hides_tflops, threshold, tiers, transfer_us
+from megamoe.planner.layer.stacks import STACKS, own_time, stack_time
+from megamoe.planner.layer.staged import low_latency, normal, reached_by, staged_time
+from megamoe.planner.layer.tiles import block_of, grouped_us, products_us, reached_tflops, tile_us
 from megamoe.schedule.formats import VALUE_BYTES, value_bytes
 from megamoe.schedule.schedule import Work, play
 
@@ -194,8 +201,10 @@ def test_the_parts_of_a_layer_add_up() -> None:
     assert time.layer_us == pytest.approx(time.fixed_us + time.core_us + time.sum_us)
     assert time.core_us == pytest.approx(time.alone_us + time.exposed_us)
     assert time.alone_us >= max(time.compute_us, time.memory_us)
-    flops = 6 * 7168 * 3072 * 4096 * 6
-    assert time.compute_us == pytest.approx(flops / (5000e12 * GB200.compute_efficiency) * 1e6)
+    tiles = 24 * 8 * (48 * tile_us(GB200, 128, 7168) + 56 * tile_us(GB200, 128, 3072))  # 1024 rows of each expert
+    assert time.compute_us <= tiles / 152 * (1 + 1e-9)
+    assert time.compute_us == pytest.approx(tiles / 152, rel=0.1)
+    assert time.fixed_us == pytest.approx(time.kernel_us + time.graph_us + time.stack_us)
     sent = 4096 * 6 * 15 / 16 * 7168 * (1 + 1 / 32 + 2)
     assert time.communication_us == pytest.approx(sent / GB200.link_bytes_s(16) * 1e6)
     assert time.rows == 4096 * 6
@@ -206,7 +215,7 @@ def test_memory_is_what_few_tokens_take() -> None:
     time = layer_time(PRO, GB200, ep=4, tokens_per_rank=16)
     weights = 96 * 3 * 7168 * 3072 * (0.5 + 1 / 32)
     assert time.memory_us == pytest.approx(weights / (8e12 * GB200.memory_efficiency) * 1e6, rel=0.01)
-    assert time.alone_us == pytest.approx(time.memory_us, rel=0.01)
+    assert time.memory_us < time.alone_us < 1.03 * time.memory_us
 
 
 def test_rows_come_in_whole_tiles() -> None:
@@ -284,3 +293,160 @@ def test_which_peak_counts() -> None:
     assert compute_format(load_hardware("ascend-910c"), "mxfp4", "mxfp8") == "int8"
     assert compute_format(h100, "nvfp4", "nvfp4") == "fp8"
     assert set(VALUE_BYTES) > {"bf16", "mxfp8", "mxfp4", "nvfp4"}
+
+
+# ---- tiles ----
+
+V3 = Expert(7168, 2048, 256, 8, weight_format="fp8")
+
+
+def test_a_tile_by_hand() -> None:
+    """2 x 128 x 128 x 1000 FLOPs on an SM of 10 TFLOP/s: 3.2768 us; 5 ps x 256 x 1000 + 100 ps x 16384: 2.9184 us."""
+    plain = replace(GB200, tflops=1000.0, sms=100.0, feed_ps=5.0, epilogue_ps=100.0, operand_bytes=1.0)
+    assert tile_us(plain, 128, 1000) == pytest.approx(math.hypot(3.2768, 2.9184))
+
+
+def test_products_add_up_their_tiles_and_wait_for_one_of_each() -> None:
+    (few,) = products_us(PRO, GB200, [16], [1])
+    cost = (48 * tile_us(GB200, 16, 7168) + 56 * tile_us(GB200, 16, 3072)) / 152
+    longest = tile_us(GB200, 16, 7168) + tile_us(GB200, 16, 3072)
+    assert few == pytest.approx(max(cost, longest))
+    assert products_us(PRO, GB200, [16, 512], [90, 6])[0] == pytest.approx(cost)
+
+
+def test_grouped_products_come_in_whole_waves() -> None:
+    """One expert, 128 rows: 32 tiles of Linear-1 and 56 of Linear-2, each in one wave of 132 SMs."""
+    h100 = device("h100")
+    (found,) = grouped_us(V3, h100, [128], [1])
+    assert found == pytest.approx(tile_us(h100, 64, 7168) + tile_us(h100, 64, 2048), rel=1e-6)
+
+
+def test_a_small_tensor_peak_is_nearly_reached_and_a_large_one_is_not() -> None:
+    shares = {name: reached_tflops(V3, device(name)) / device(name).tflops for name in ("h20", "h100", "b200", "gb200")}
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert shares["h20"] > 0.9 > shares["h100"] > 0.65 > shares["gb200"] > 0.4
+
+
+def test_an_eighth_of_the_peak_is_not_eight_times_as_slow() -> None:
+    """H20 has 0.15 of H200's peak and 0.83 of its memory; both ratios bound the layer's."""
+    flash = Expert(4096, 2048, 256, 6, weight_format="fp8")
+    for tokens in (8, 256, 8192):
+        h20, h200 = (layer_time(flash, device(n), ep=8, tokens_per_rank=tokens, staging=False) for n in ("h20", "h200"))
+        assert 1.0 <= h20.layer_us / h200.layer_us <= 1979 / 296
+
+
+@given(rows=st.floats(1, 5000), wider=st.sampled_from([1.5, 2, 4]), name=st.sampled_from(["h20", "h100", "gb200"]))
+@settings(deadline=None, max_examples=60)
+def test_more_rows_and_wider_experts_never_take_less(rows: float, wider: float, name: str) -> None:
+    on = device(name)
+    for products in (products_us, grouped_us):
+        (one,), (more,) = (products(V3, on, [each], [4]) for each in (rows, rows + 1))
+        (wide,) = products(replace(V3, intermediate=int(2048 * wider)), on, [rows], [4])
+        assert one <= more * (1 + 1e-9)
+        assert one <= wide * (1 + 1e-9)
+    assert block_of(V3, on, rows) in on.blocks
+
+
+@given(
+    tokens=st.sampled_from([1, 16, 300, 4096]),
+    width=st.sampled_from([512, 1024, 2048, 4096]),
+    name=st.sampled_from(["h20", "h200", "b200", "gb300", "mi300x"]),
+    stack=st.sampled_from(STACKS),
+)
+@settings(deadline=None, max_examples=60)
+def test_layers_grow_with_tokens_and_width_on_every_stack(tokens: int, width: int, name: str, stack: str) -> None:
+    hardware = load_hardware(name)
+    profile = find_profile(hardware)
+
+    def us(tokens: int, width: int) -> float:
+        expert = Expert(4096, width, 256, 8, weight_format="fp8")
+        on = Device.of(hardware, profile)
+        return stack_time(stack, expert, on, profile, ep=8, tokens_per_rank=tokens).layer_us  # type: ignore[arg-type]
+
+    assert us(tokens, width) <= us(2 * tokens, width) * (1 + 1e-9)
+    assert us(tokens, width) <= us(tokens, 2 * width) * (1 + 1e-9)
+
+
+def test_a_device_whose_sms_nobody_counted_has_as_many_as_its_peak_is_worth() -> None:
+    mi300x = device("mi300x")
+    assert load_hardware("mi300x").sms is None
+    assert mi300x.sms == pytest.approx(2615 / 32.9)
+    assert reached_tflops(V3, mi300x) / 2615 == pytest.approx(reached_tflops(V3, GB200) / 5000, rel=0.02)
+
+
+def test_nvfp4_runs_at_its_own_peak_and_moves_half_the_bytes() -> None:
+    fp4 = Device.of(load_hardware("gb200"), load_profile("blackwell"), "fp4")
+    assert 1.4 < reached_tflops(PRO, fp4) / reached_tflops(PRO, GB200) < 2
+
+
+# ---- stacks ----
+
+H100 = load_hardware("h100")
+HOPPER = load_profile("hopper")
+
+
+def staged(tokens: float, **more: Any) -> LayerTime:
+    return staged_time(V3, device("h100"), HOPPER, ep=8, tokens_per_rank=tokens, **more)
+
+
+def test_low_latency_by_hand() -> None:
+    """256 experts on 132 SMs: two a group of warps, 128 SMs, of which each sends one of 128 tokens."""
+    sent = low_latency(V3, device("h100"), HOPPER, ep=8, tokens=128)
+    fixed = HOPPER.ll_dispatch_us.value + 256 * HOPPER.ll_dispatch_expert_us.value + HOPPER.ll_dispatch_token_us.value
+    moved = 128 * 8 * (7168 * (1 + 1 / 32) + 16) * 7 / 8 / (450e3 * HOPPER.ll_dispatch_efficiency.value)
+    assert sent.dispatch_us == pytest.approx(fixed + moved)
+    few = replace(V3, num_experts=8, topk=2)
+    slow = low_latency(few, device("h100"), HOPPER, ep=8, tokens=1024).dispatch_us
+    assert slow > 128 * HOPPER.ll_dispatch_token_us.value, "8 experts: 8 SMs send 128 tokens each"
+
+
+def test_a_token_goes_once_to_each_rank() -> None:
+    assert reached_by(8, 6) == pytest.approx(4.41, abs=0.005)
+    assert reached_by(1, 6) == 1.0
+    once = normal(V3, device("h100"), HOPPER, ep=8, tokens=4096, rows=4096 * 8)
+    every = normal(V3, device("h100"), HOPPER, ep=8, tokens=4096, rows=2 * 4096 * 8)
+    assert every.dispatch_us > 1.9 * once.dispatch_us
+
+
+def test_stages_wait_for_each_other_and_two_batches_do_not() -> None:
+    one, two = staged(4096), staged(4096, two_batch=True)
+    assert one.layer_us == pytest.approx(one.dispatch_us + one.alone_us + one.combine_us)
+    assert (one.waves, two.waves) == (1, 2)
+    assert two.exposed_us < one.exposed_us
+    assert staged(64, kernels="low latency").layer_us < staged(64, kernels="normal").layer_us
+    assert staged(64).layer_us == staged(64, kernels="low latency").layer_us
+
+
+def test_one_rank_of_the_staged_stack_sends_nothing() -> None:
+    assert staged_time(V3, device("h100"), HOPPER, ep=1, tokens_per_rank=256).communication_us == 0
+
+
+def test_this_packages_layer_pays_for_its_launches() -> None:
+    bf16 = Device.of(H100, HOPPER, "bf16")
+    one, four = (own_time(V3, bf16, HOPPER, ep=8, tokens_per_rank=64, waves=waves) for waves in (1, 4))
+    busy = [each.core_us - each.stalls_us - each.tail_us for each in (one, four)]
+    assert busy[1] - busy[0] == pytest.approx(3 * 8 * HOPPER.kernel_us.value)
+    assert own_time(V3, bf16, HOPPER, ep=8, tokens_per_rank=16384).waves <= 8
+
+
+def test_stacks_refuse_what_they_do_not_have() -> None:
+    with pytest.raises(ValueError, match="two-batch overlap is a way to run the staged stack"):
+        stack_time("fused", V3, device("h100"), HOPPER, ep=8, tokens_per_rank=8, two_batch=True)
+    with pytest.raises(ValueError, match="the staged stack has no waves"):
+        stack_time("staged", V3, device("h100"), HOPPER, ep=8, tokens_per_rank=8, waves=2)
+
+
+def test_each_stack_has_its_own_verdict() -> None:
+    request = PlanRequest(load_model("deepseek-v4-pro"), load_hardware("gb200"), load_profile("blackwell"), 16)
+    found = {
+        "fused": plan(request),
+        "staged": plan(replace(request, stack="staged")),
+        "two": plan(replace(request, stack="staged", two_batch=True)),
+        "megamoe": plan(replace(request, stack="megamoe")),
+    }
+    assert [found[name].verdict for name in found] == ["hidden", "exposed", "hidden", "hidden"]
+    assert "EP16, staged: each stage waits for the one before, " in found["staged"].sentence
+    assert "staged with two-batch overlap: 5556 <= 6144" in found["two"].sentence
+    assert found["megamoe"].request.compute_format == "bf16"
+    times = {name: each.layer.layer_us for name, each in found.items()}
+    assert times["fused"] < times["two"] < times["staged"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,34 @@ ONLY_PRODUCTS = machine(
     product_gflops=100, weight_ns=0, decode_ns=0, value_ns=0, round_ns=0, call_us=0, wave_us=0, byte_ns=0,
     exchange_us=0, link_efficiency=1, burst_us=0,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "together"), [(4, 2), (6, 3), (8, 2), (2, 2)])
+def test_what_the_ranks_of_a_host_send_over_its_link(ranks: int, together: int) -> None:
+    """Against all ways to choose 3 of 24 experts, for the tokens of a rank of the first host."""
+    per_rank, size, tokens = 24 // ranks, 1024, 10
+    run = Run(ranks, 0.125, tokens, size, 512, 24, 3, "bf16", "bf16", 1, ranks_per_host=together)
+    chosen = [[expert // per_rank for expert in each] for each in combinations(range(24), 3)]
+    far = [[rank for rank in each if rank >= together] for each in chosen]
+    rows, to_ranks, to_hosts = (
+        tokens * sum(map(len, each)) / len(chosen)
+        for each in (far, [set(each) for each in far], [{rank // together for rank in each} for each in far])
+    )
+    assert run.link_combine_bytes == pytest.approx(together * rows * size * 2)
+    said = rows + to_ranks - to_hosts
+    assert run.link_dispatch_bytes == pytest.approx(together * (to_hosts * size * 2 + said * 8))
+    plain = replace(run, node_limited=False)
+    assert plain.link_dispatch_bytes == pytest.approx(together * (to_ranks * size * 2 + rows * 8))
+    if ranks > together:
+        many, each = (replace(found, tokens_per_rank=4000) for found in (run, plain))
+        assert predict(many, CPU).communication_ms < predict(each, CPU).communication_ms
+    alone = replace(run, ranks_per_host=1)
+    assert (alone.link_dispatch_bytes, alone.link_combine_bytes) == (run.dispatch_bytes, run.combine_bytes)
+
+
+def test_a_report_of_before_hosts_of_several_ranks_is_one_of_hosts_of_one() -> None:
+    found = {key: each for key, each in asdict(RUN).items() if key not in ("ranks_per_host", "node_limited")}
+    assert Run.of(found) == RUN
 
 
 def runs() -> list[Run]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import Any
 
 import pytest
 
 from megamoe.planner.answer import Answer, answer
-from megamoe.planner.explain import explain, layer_terms, rule_terms, traffic_terms
+from megamoe.planner.explain import explain, rule_terms, traffic_terms
 from megamoe.planner.layer.require import Requirement, require
 from megamoe.planner.layer.traffic import traffic
+from megamoe.planner.layer_terms import layer_terms
 from megamoe.planner.page import page, unit_of
 from megamoe.planner.question import Question, ask
 from megamoe.planner.search.sensitivity import result_of, sensitivity
@@ -152,6 +154,20 @@ def test_a_tokens_bytes_by_hand() -> None:
     )
 
 
+def test_a_token_goes_once_to_each_other_domain_that_has_one_of_its_experts() -> None:
+    """Against all ways to choose 3 of 12 experts, on 3 domains of 4 experts; results come home one by one."""
+    sizes = ("model.topk=3", "model.hidden=6144", "model.num_experts=12", "hardware.scaleup_domain=4")
+    keys = {**HIDDEN, "set": sizes, "dispatch_format": "bf16"}
+    sent = traffic(answer(question(keys, ep=12, hardware="h100")).plan.request)
+    chosen = list(combinations(range(12), 3))
+    once = sum(len({e // 4 for e in each} - {0}) for each in chosen) / len(chosen)
+    home = sum(e >= 4 for each in chosen for e in each) / len(chosen)
+    assert sent.domains == 3
+    assert sent.node_limited_bytes == pytest.approx((once + home) * 6144 * 2)
+    assert sent.node_limited_bytes < sent.across_domains_bytes
+    assert traffic(answer(question(HIDDEN, ep=8)).plan.request).node_limited_bytes == 0
+
+
 # ---- sweep and sensitivity ----
 
 
@@ -182,7 +198,7 @@ def test_each_input_moves_the_result_its_own_way(more: dict[str, Any]) -> None:
     for key in ("model.hidden", "model.topk", "profile.fixed_us"):
         assert sign * (moved[key].high - base) > 0 > sign * (moved[key].low - base)
     for key in ("hardware.memory_tb_s", "hardware.scaleup_gb_s"):
-        assert sign * (moved[key].low - base) > 0 > sign * (moved[key].high - base)
+        assert sign * (moved[key].low - base) > 0 >= sign * (moved[key].high - base)
     spans = [each.span for each in moved.values()]
     assert spans == sorted(spans, reverse=True)
 

@@ -10,7 +10,8 @@ import pytest
 from megamoe.planner.validation.ascend_guides import AUGUST, guides, median_of
 from megamoe.planner.validation.published import RESULTS
 from megamoe.planner.validation.published_layers import deepep_dispatch, isca, pull_request_316
-from megamoe.planner.validation.validate import Compared, Errors, compare, quantile, read_table, summary
+from megamoe.planner.validation.tables import read, read_table
+from megamoe.planner.validation.validate import Compared, Errors, compare, quantile, summary
 
 GB200 = Path(__file__).parents[1] / "docs" / "data" / "mega_moe_gb200_deepseek_v4_pro.csv"
 HEADER = "hardware,model,hidden,intermediate,num_experts,topk,ep_size,tokens_per_rank,routing,latency_us\n"
@@ -54,7 +55,7 @@ def test_the_isca_figures_to_the_digit() -> None:
 def test_a_summary_has_its_keys(compared: list[Compared]) -> None:
     found = summary(compared)
     keys = {"rows", "median_abs_pct_error", "p95_abs_pct_error", "max_abs_pct_error"}
-    assert set(found) == keys | {"by_ep_size", "by_routing"}
+    assert set(found) == keys | {"by_ep_size", "by_routing", "by_stack"}
     assert found["rows"] == 256
     assert list(found["by_ep_size"]) == ["4", "8", "16", "32"]  # type: ignore[call-overload]
     for part in ("by_ep_size", "by_routing"):
@@ -101,6 +102,84 @@ def test_tables_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> 
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no file"):
         read_table(tmp_path / "table.csv")
+
+
+# ---- tables as they are ----
+
+DATA = GB200.parent
+BARS = {  # median and 95th percentile, in percent
+    "mega_moe_gb200_deepseek_v4_pro": (5, 25),
+    "flashinfer_fused_gb200_ep4": (8, 20),
+    "deepgemm_pr383_h200_fp8_flash": (10, 20),
+    "deepep_ll_h100_1node": (8, 20),
+    "deepep_ll_gb200_1node": (8, 25),
+    "deepep_ll_h100_nodes": (8, 20),
+    "sglang_grouped_gemm_h100_fp8_decode": (10, 25),
+    "sglang_grouped_gemm_h100_fp8_prefill": (10, 30),
+}
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_every_table_is_read_as_it_is_and_met(name: str) -> None:
+    table = read(DATA / f"{name}.csv")
+    found = Errors.of(compare(table.rows))
+    most_median, most_p95 = BARS[name]
+    assert found.median_abs_pct_error <= most_median
+    assert found.p95_abs_pct_error <= most_p95
+    assert table.assumed
+
+
+def test_all_tables_are_held_to_a_bar() -> None:
+    assert {path.stem for path in DATA.glob("*.csv")} == set(BARS)
+
+
+PLAIN = HEADER.strip() + ",stack,nodes,variant,weight_format\n"
+PLAIN_ROW = ROW.strip()
+
+
+@pytest.mark.parametrize(
+    ("cells", "stack", "routing", "formats"),
+    [
+        ("fused,,,", "fused", "balanced", ("mxfp4", "mxfp8", "bf16")),
+        ("kernel,,,", "kernel", "uniform", ("mxfp4", "mxfp8", "bf16")),
+        (",,nvfp4_combine_mxfp8,", "kernel", "uniform", ("nvfp4", "nvfp4", "mxfp8")),
+        (",,nvfp4_bf16wire,", "kernel", "uniform", ("nvfp4", "nvfp4", "bf16")),
+        (",,dg_fp8xfp4,", "kernel", "uniform", ("mxfp4", "mxfp8", "bf16")),
+        ("fused,,nvfp4_bf16wire,fp8", "fused", "balanced", ("fp8", "nvfp4", "bf16")),
+        ("deepep_ll,2,,", "staged low latency", "balanced", ("mxfp4", "mxfp8", "bf16")),
+        ("staged-two-batch,,,", "staged two-batch", "balanced", ("mxfp4", "mxfp8", "bf16")),
+        ("megamoe,,,", "megamoe", "balanced", ("mxfp4", "mxfp8", "bf16")),
+    ],
+)
+def test_stack_variant_and_nodes_are_read(
+    tmp_path: Path, cells: str, stack: str, routing: str, formats: tuple[str, str, str]
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(PLAIN + PLAIN_ROW + "," + cells + "\n")
+    (row,) = read_table(path)
+    assert (row.stack, row.drawn or row.routing) == (stack, routing)
+    assert (row.expert.weight_format, row.expert.dispatch_format, row.expert.combine_format) == formats
+    assert compare([row])[0].planned_us > 0
+
+
+def test_nodes_move_ranks_apart(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(PLAIN + f"{PLAIN_ROW},fused,1,,\n{PLAIN_ROW},fused,4,,\n")
+    inside, apart = compare(read_table(path))
+    assert apart.planned_us > 1.5 * inside.planned_us
+
+
+def test_units_are_taken_from_the_columns_name(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(HEADER.replace("latency_us", "latency_ms") + ROW.replace("407.9", "0.4079"))
+    assert read_table(path)[0].latency_us == pytest.approx(407.9)
+
+
+def test_an_unknown_stack_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(PLAIN + PLAIN_ROW + ",pipeline,,,\n")
+    with pytest.raises(ValueError, match="line 2: stack 'pipeline' is not known; there are fused, kernel, staged"):
+        read_table(path)
 
 
 # ---- two editions of one guide ----

@@ -12,7 +12,7 @@ from megamoe.activations import Activation
 from megamoe.formats import MXFP4, quantize_mxfp4
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import RoutedExperts, Structure
-from megamoe.model.packed import PACKINGS, PackedExperts
+from megamoe.model.packed import PackedExperts, packing_of
 from megamoe.model.private import _release
 from megamoe.parallel.group import EPGroup
 from megamoe.reference import moe
@@ -77,9 +77,12 @@ def test_a_checkpoint_s_orientation_gives_the_oracle_s_bits(structure: Structure
     assert torch.equal(make(structure, weight_format=weight_format)(batch.hidden, batch.ids, batch.weights), expected)
 
 
-@pytest.mark.parametrize("method", sorted(PACKINGS))
+FP4 = {"fp8": {"quant_method": "fp8", "expert_dtype": "fp4"}, "mxfp4": {"quant_method": "mxfp4"}}
+
+
+@pytest.mark.parametrize("method", sorted(FP4))
 def test_packed_matrices_are_those_of_the_checkpoint(method: str) -> None:
-    structure, packing = (GPT_OSS, PACKINGS[method]) if method == "mxfp4" else (PLAIN, PACKINGS[method])
+    structure, packing = GPT_OSS if method == "mxfp4" else PLAIN, packing_of(FP4[method])
     experts = PackedExperts(structure, packing)
     assert all(parameter.device.type == "meta" for parameter in experts.parameters())
     quantized = quantize_mxfp4(weights(structure)[0])
@@ -90,14 +93,21 @@ def test_packed_matrices_are_those_of_the_checkpoint(method: str) -> None:
         assert parameter.shape == tensor.shape
         assert parameter.dtype == tensor.dtype
         experts._parameters[f"gate_up_proj{name}"] = torch.nn.Parameter(tensor, requires_grad=False)
-    found = MXFP4.from_bytes(*experts.matrix("gate_up_proj", 2))
+    matrix = experts.matrix("gate_up_proj", 2)
+    assert isinstance(matrix, tuple)
+    found = MXFP4.from_bytes(*matrix)
     assert torch.equal(found.packed, quantized.packed[2])
     assert torch.equal(found.scales, quantized.scales[2])
 
 
 def test_packed_experts_refuse_sizes_that_blocks_do_not_divide() -> None:
     with pytest.raises(ValueError, match="down_proj has 48 inputs, which is not a multiple of 32"):
-        PackedExperts(Structure(64, 48, 5), PACKINGS["fp8"])
+        PackedExperts(Structure(64, 48, 5), packing_of(FP4["fp8"]))
+
+
+def test_fp8_experts_with_transposed_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="gates and ups in turns, are not supported"):
+        PackedExperts(GPT_OSS, packing_of({"quant_method": "fp8"}))
 
 
 def test_slots_of_foreign_experts_add_nothing() -> None:

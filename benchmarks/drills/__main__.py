@@ -1,6 +1,7 @@
 """Fault drills: a rank killed, stopped, cut off, slowed, raising, or absent; who is named, and how soon.
 
     sudo .venv/bin/python -m benchmarks.drills --times 20        # ranks on links of their own; needs root and iproute2
+    sudo .venv/bin/python -m benchmarks.drills --place hosts     # four ranks on two hosts, whose ranks share memory
     python -m benchmarks.drills --place host --times 20          # ranks that share this host's memory
     python -m benchmarks.drills --place host --faults group      # all ranks killed at once: what is left
 

@@ -62,7 +62,7 @@ class Plan:
 
     @classmethod
     def draw(cls, fault: str, rng: random.Random, deadline_s: float, place: str = "lab") -> Plan:
-        ranks = rng.randint(2, 4)
+        ranks = 4 if place == "hosts" else rng.randint(2, 4)
         victim, step = rng.randrange(ranks), rng.randrange(40)
         return cls(fault, ranks, victim, step, rng.choice(LANES), rng.uniform(0.0, 0.6), deadline_s, place)
 
@@ -119,9 +119,11 @@ def call_until_it_ends(group: EPGroup, plan: Plan, folder: Path) -> Ending | Non
                 (folder / f"rank-{group.rank}").touch()
                 if plan.place == "host":
                     assert near(group) == group.size - 1, "ranks of one host must share its memory here"
+                if plan.place == "hosts":
+                    assert layer.last_call.tokens_fetched, "a token must go to a host once here"
                 if mine and plan.fault == "raise":
                     _at_step(layer, plan, folder, _raise)
-                if mine and plan.fault == "cut" and plan.place == "host":
+                if mine and plan.fault == "cut" and plan.place != "lab":
                     _at_step(layer, plan, folder, lambda: lose_signals(group))
             if mine and plan.fault == "absent" and calls == CALLS + plan.step // 10:
                 _struck(folder)
@@ -191,7 +193,11 @@ class Field:
     def drill(self, plan: Plan) -> Drill:
         """Of the first ranks; what is left is known only where all were killed, and once the pool is closed."""
         struck, endings = play(plan, self.place, self.handles[: plan.ranks])
-        left = self.place.left() if plan.fault == GROUP and plan.ranks == len(self.handles) else ""
+        left = ""
+        if plan.fault == GROUP and plan.ranks == len(self.handles):
+            for handle in self.handles:
+                handle.kill()  # returns when the process is gone
+            left = self.place.left()
         for rank in range(plan.ranks):
             if plan.fault == GROUP or (plan.fault == "kill" and rank == plan.victim):
                 self.handles[rank] = self._open(rank)

@@ -1,9 +1,9 @@
-"""Where drills are held: ranks in a lab with links of their own, or ranks of this host that share its memory.
+"""Where drills are held: ranks in a lab, each with a link of its own or two sharing one, or ranks of this machine.
 
-What strikes a rank from outside, and what must not be left when all ranks are gone, is the place's. One host has no
-link that could be cut or slowed. There "cut" is a rank whose rows and pages still arrive and whose signals do not: its
-peers wait for words that are never set, while its process and its heartbeat are well. "slow" is a rank that is stopped
-for all but a five-hundredth of the time, which ends no call within a deadline of 2 s or less.
+What strikes a rank from outside, and what must not be left when all ranks are gone, is the place's. Where ranks share a
+host there is no link that is one rank's to be cut or slowed. There "cut" is a rank whose rows and pages still arrive
+and whose signals do not: its peers wait for words that are never set, while its process and its heartbeat are well.
+"slow" is a rank that is stopped for all but a five-hundredth of the time, which ends no call within a deadline of 2 s.
 """
 
 from __future__ import annotations
@@ -93,6 +93,22 @@ class LabPlace:
 def in_lab(ranks: int) -> Iterator[LabPlace]:
     with lab(ranks, LINK) as hosts:
         yield LabPlace(hosts)
+    if hosts[0].lab in runs():
+        raise RuntimeError(f"the lab {hosts[0].lab} is there still")
+
+
+class SharingPlace(LabPlace):
+    """Ranks in namespaces, two in each."""
+
+    def blows(self, victim: int, pids: Sequence[int]) -> Mapping[str, Blow]:
+        del victim
+        return {**_signals(pids), "slow": lambda: starved(pids[0])}
+
+
+@contextmanager
+def in_lab_of_two(ranks: int) -> Iterator[SharingPlace]:
+    with lab(ranks, LINK, ranks_per_host=2) as hosts:
+        yield SharingPlace(hosts)
     if hosts[0].lab in runs():
         raise RuntimeError(f"the lab {hosts[0].lab} is there still")
 
@@ -233,4 +249,8 @@ def _listed() -> set[str]:
     return {str(file) for folder in folders for file in folder.iterdir()}
 
 
-PLACES: Mapping[str, Callable[[int], AbstractContextManager[LabPlace | HostPlace]]] = {"lab": in_lab, "host": on_host}
+PLACES: Mapping[str, Callable[[int], AbstractContextManager[LabPlace | HostPlace]]] = {
+    "lab": in_lab,
+    "hosts": in_lab_of_two,
+    "host": on_host,
+}

@@ -52,6 +52,8 @@ class BenchRequest:
     """A workload, its ranks and their links. link None leaves the ranks on loopback, unshaped.
 
     backward: measures forward and backward together, of a layer that trains
+    ranks_per_host ranks share a link and memory; node_limited: a token then goes once to each other host.
+
     machine: the profile by which the run is predicted, a name of the catalog or a file that megamoe calibrate wrote;
     None takes this machine's constants, which are measured before the run where they are not kept from an earlier one.
     predict: whether the run is predicted at all.
@@ -60,6 +62,8 @@ class BenchRequest:
     ranks: int = 2
     link: str | None = None
     latency_ms: float = 0.0
+    ranks_per_host: int = 1
+    node_limited: bool = True
     tokens_per_rank: int = 1024
     hidden: int = 1024
     intermediate: int = 512
@@ -79,7 +83,7 @@ class BenchRequest:
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "threads_per_rank", "repeats"):
+        for name in ("ranks", "ranks_per_host", "threads_per_rank", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tokens_per_rank < 0:
@@ -88,6 +92,8 @@ class BenchRequest:
             parse_rate(self.link)
         elif self.latency_ms:
             raise ValueError(f"latency_ms {self.latency_ms} needs a link to delay, such as 1gbit")
+        elif self.ranks_per_host > 1:
+            raise ValueError(f"ranks_per_host {self.ranks_per_host} needs a link between hosts, such as 1gbit")
         check_waves(self.waves)
         check_formats(self.shape, self.weight_format, self.dispatch_format, self.combine_format)
         if self.machine is not None:
@@ -128,6 +134,7 @@ class RankTimes:
     times: dict[str, list[float]]
     waves: int
     bytes_sent: int
+    far_bytes: int
     rows_computed: int
     dispatch_format: str
     identical: bool | None
@@ -141,11 +148,15 @@ class BenchReport:
     traced_ms is the overlapped layer while it is recorded, trace_cost the median over repeats of how much longer that
     took than without, as a share; hidden_percent is the share of communication that hid. predicted_ms is what the
     planner says of the overlapped layer, None where it cannot, and predicted_by whose constants it took.
+    link_bytes_per_host: what the ranks of a host send over its link in a call, of the host that sends most; None
+    without links.
     """
 
     ranks: int
     link_gb_s: float | None
     latency_ms: float
+    ranks_per_host: int
+    node_limited: bool
     tokens_per_rank: int
     hidden: int
     intermediate: int
@@ -181,6 +192,7 @@ class BenchReport:
     predicted_ms: float | None
     predicted_by: str | None
     bytes_sent_per_rank: int
+    link_bytes_per_host: int | None
     flops_per_rank: int
     identical: bool | None
     repeats: int
@@ -220,6 +232,11 @@ def _machine(request: BenchRequest, ranks: LocalRanks, progress: Callable[[str],
     return machine_here(ranks, request.link_gb_s, progress)
 
 
+def _most_of_a_host(request: BenchRequest, found: list[RankTimes]) -> int:
+    firsts = range(0, request.ranks, request.ranks_per_host)
+    return max(sum(rank.far_bytes for rank in found[first : first + request.ranks_per_host]) for first in firsts)
+
+
 def _typical(timeline: Timeline) -> Timeline:
     """Of each layer's calls the one of median length."""
     kept = []
@@ -239,8 +256,11 @@ def sweep_waves(request: BenchRequest) -> list[BenchRequest]:
 
 @contextmanager
 def _hosts(request: BenchRequest) -> Iterator[Sequence[Host] | None]:
-    holder = nullcontext() if request.link is None else lab(request.ranks, request.link, latency_ms=request.latency_ms)
-    with holder as hosts:
+    if request.link is None:
+        yield None
+        return
+    shared = {"latency_ms": request.latency_ms, "ranks_per_host": request.ranks_per_host}
+    with lab(request.ranks, request.link, **shared) as hosts:  # type: ignore[arg-type]
         yield hosts
 
 
@@ -263,7 +283,7 @@ def make_expert_weights(shape: MoEShape) -> tuple[Tensor, Tensor]:
 
 def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     """A rank's part: the four measures in turn, after one round to warm up, each begun by all ranks together."""
-    shape = request.shape
+    shape, group = request.shape, replace(group, node_limited=request.node_limited)
     gate_up, down = make_expert_weights(shape)
     batch = make_workload(shape, group.rank, request.tokens_per_rank)
     formats = {name: getattr(request, name) for name in ("weight_format", "dispatch_format", "combine_format")}
@@ -325,9 +345,10 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
                 if repeat:
                     times[name].append((time.perf_counter() - begun) * 1e3)
     record = layer.last_call
-    sent = record.bytes_sent + (layer.last_backward.bytes_sent if isinstance(layer, TrainableMoE) else 0)
+    calls = [record, layer.last_backward] if isinstance(layer, TrainableMoE) else [record]
+    sent, far = (sum(getattr(each, name) for each in calls) for name in ("bytes_sent", "far_bytes"))
     rows = record.rows_received + record.rows_local
-    return RankTimes(times, record.waves, sent, rows, formats["dispatch_format"], identical, recording)
+    return RankTimes(times, record.waves, sent, far, rows, formats["dispatch_format"], identical, recording)
 
 
 def _in_turn(names: list[str], repeat: int) -> list[str]:
@@ -374,5 +395,6 @@ def _report(
         predicted_ms=predicted.overlapped_ms if predicted else None,
         predicted_by=machine.title if machine and predicted else None,
         bytes_sent_per_rank=max(rank.bytes_sent for rank in found),
+        link_bytes_per_host=_most_of_a_host(request, found) if request.link else None,
         flops_per_rank=products * request.hidden * request.intermediate * max(rank.rows_computed for rank in found),
     )

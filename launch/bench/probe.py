@@ -1,10 +1,10 @@
 """A machine's constants, measured on the spot by small layers on the ranks that are there, in two seconds.
 
-Ten workloads: both formats of weights, few rows and many, one wave and several, experts of three sizes. Each is timed
-overlapped, computing alone and communicating alone, as the benchmark does; no time depends on values. Compute is a sum
-of amounts times constants, an interval of work one of them: least squares, no constant below zero. What a byte costs
-the core that computes is the value that leaves the least error of the overlapped times. What a shaped link makes of its
-rate is tc's and not the machine's: it is taken from the profile that ships.
+Eleven workloads: both formats of weights and of the wire, few rows and many, one wave and several, three sizes. Each
+is timed overlapped, computing alone and communicating alone, as the benchmark does; no time depends on values.
+Compute is a sum of amounts times constants, an interval of work one of them: least squares, no constant below zero.
+What a byte costs the core that computes is the value that leaves the least error of the overlapped times. What a
+shaped link makes of its rate is tc's and not the machine's: it is taken from the profile that ships.
 """
 
 # H hidden   I intermediate   E experts of all ranks
@@ -48,17 +48,19 @@ class Small:
     hidden: int
     intermediate: int
     waves: int
+    dispatch_format: str = "mxfp8"
 
     def run(self, ranks: int, link_gb_s: float | None, threads_per_rank: int) -> Run:
         """As calibration and prediction take it."""
         sizes = (self.tokens, self.hidden, self.intermediate, _EXPERTS_PER_RANK * ranks, _TOPK)
-        return Run(ranks, link_gb_s, *sizes, self.weight_format, "mxfp8", self.waves, threads_per_rank)
+        return Run(ranks, link_gb_s, *sizes, self.weight_format, self.dispatch_format, self.waves, threads_per_rank)
 
 
 SMALL: tuple[Small, ...] = (
     Small("bf16", 768, 1024, 512, 1),
     Small("bf16", 768, 1024, 512, 4),
     Small("bf16", 128, 1024, 512, 1),
+    Small("bf16", 768, 1024, 512, 2, "bf16"),
     Small("bf16", 512, 512, 1024, 4),
     Small("bf16", 512, 1024, 1024, 2),
     Small("mxfp4", 768, 1024, 512, 1),
@@ -195,7 +197,7 @@ class _Workload:
                 shape,
                 replace(group, transport=transport),
                 weight_format=small.weight_format,
-                dispatch_format="mxfp8",
+                dispatch_format=small.dispatch_format,
                 waves=small.waves,
                 name=f"probe {name}",
             )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport.host import HostTransport
+from megamoe.parallel.transport.landings import Landings
 from megamoe.parallel.transport.pairs import Label, Transfer, Transport
 
 
@@ -49,6 +51,16 @@ class Replay:
         """What has arrived, for a transport that answers with it: of what came home nothing but sums depends."""
         if label.phase == "dispatch":
             self.arrived[number] = receive.clone()
+
+    def nodes(self, layer: str) -> tuple[int, ...]:
+        """As the transport's; one that knows nothing of hosts has none."""
+        found: tuple[int, ...] = getattr(self._transport, "nodes", lambda _: ())(layer)
+        return found
+
+    def landings(self, layer: str) -> Landings:
+        """The transport's. Their words are not noted: eight bytes a message are sent once, and not again."""
+        assert isinstance(self._transport, HostTransport)
+        return self._transport.landings(layer)
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -112,7 +124,28 @@ class StillTransport:
         self._num_transfers += 1
         return _NoTransfer(receive, self._replay.arrived[number] if self._copies else receive[:0])
 
+    def nodes(self, layer: str) -> tuple[int, ...]:
+        return self._replay.nodes(layer)
+
+    def landings(self, layer: str) -> Landings:
+        return _StillLandings(self._replay.landings(layer))
+
     def abort(self) -> None: ...
+
+
+class _StillLandings(Landings):
+    """The memory of this host's ranks, where all has landed already."""
+
+    def __init__(self, landings: Landings) -> None:
+        self.rows = landings.rows  # type: ignore[method-assign]
+
+    def expect(self, wave: int, senders: list[int]) -> None: ...
+
+    def send(self, wave: int, receivers: list[int]) -> None: ...
+
+    def wait(self, wave: int, sender: int, lander: int) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class _NoTransfer:

@@ -24,6 +24,10 @@ def bench(
     ranks: Annotated[int, typer.Option(help="Processes, each a rank.")] = 2,
     link: Annotated[str | None, typer.Option(help="Rate of every rank's link, such as 1gbit; needs root.")] = None,
     latency_ms: Annotated[float, typer.Option(help="Delay of every link, one way.")] = 0.0,
+    ranks_per_host: Annotated[int, typer.Option(help="Ranks that share a link, and memory.")] = 1,
+    node_limited: Annotated[
+        bool, typer.Option(help="Send a token once to each other host, where ranks share one.")
+    ] = True,
     preset: Annotated[
         str | None, typer.Option(help="A model's sizes, such as deepseek-v4-flash/16; sizes that are given too win.")
     ] = None,
@@ -74,6 +78,8 @@ def bench(
                 ranks=ranks,
                 link=link,
                 latency_ms=latency_ms,
+                ranks_per_host=ranks_per_host,
+                node_limited=node_limited,
                 tokens_per_rank=tokens_per_rank,
                 weight_format=weight_format,
                 dispatch_format=dispatch_format,
@@ -124,9 +130,12 @@ def _print_sweep(reports: list[BenchReport]) -> None:
 def _workload(report: BenchReport) -> str:
     link = f"{report.link_gb_s * 8:g} Gbit/s links" if report.link_gb_s else "loopback"
     experts = f"{report.num_experts} experts {report.hidden} x {report.intermediate} {report.weight_format}"
-    tokens = f"{report.ranks} ranks, {link}, {report.tokens_per_rank} tokens a rank"
     both = ", forward and backward" if report.backward else ""
     formats = f"{report.dispatch_format} there, {report.combine_format} back"
+    ranks = f"{report.ranks} ranks"
+    if report.ranks_per_host > 1:
+        ranks += f", {report.ranks_per_host} a host{'' if report.node_limited else ' and not node-limited'}"
+    tokens = f"{ranks}, {link}, {report.tokens_per_rank} tokens a rank"
     return f"{tokens}, {experts}, top-{report.topk}, {formats}{both}"
 
 
@@ -143,6 +152,9 @@ def _print_bench(report: BenchReport) -> None:
         f"speedup over serial {report.speedup:.2f}, efficiency {report.efficiency:.2f}, exposed "
         f"{report.exposed_ms:.1f} ms, {report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}"
     )
+    if report.ranks_per_host > 1:
+        assert report.link_bytes_per_host is not None
+        say(f"{report.link_bytes_per_host / 1e6:.2f} MB over the link of a host")
     if report.predicted_ms is not None:
         off = report.predicted_ms / report.overlapped_ms - 1
         say(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%} (by {report.predicted_by})")

@@ -31,14 +31,17 @@ _PORT = 29500  # torchrun's; a lab's ranks have a network of their own, so every
 @app.command()
 def up(
     ranks: Annotated[int, typer.Option(help="Ranks, each in a network namespace of its own.")] = 2,
-    link: Annotated[str, typer.Option(help="Rate of every rank's link, each way.")] = "1gbit",
+    ranks_per_host: Annotated[
+        int, typer.Option(help="Ranks that share a namespace: one link, and memory as ranks of a machine do.")
+    ] = 1,
+    link: Annotated[str, typer.Option(help="Rate of every host's link, each way.")] = "1gbit",
     latency_ms: Annotated[float, typer.Option(help="Delay of every link, one way.")] = 0.0,
     name: Annotated[str | None, typer.Option(help="What to call it; lab1, lab2, ... by default.")] = None,
     output: Output = Format.table,
 ) -> None:
     """Build a lab that stands until it is taken down, and print how to start ranks in it."""
     with exit_codes():
-        hosts = keep(ranks, link, latency_ms=latency_ms, name=name)
+        hosts = keep(ranks, link, latency_ms=latency_ms, ranks_per_host=ranks_per_host, name=name)
         short = str(hosts[0].lab).removeprefix(PREFIX)
         starts = [{**_place(rank, host), **_start(rank, hosts)} for rank, host in enumerate(hosts)]
         report = {"lab": short, "link_gb_s": parse_rate(link) / 8e9, "latency_ms": latency_ms, "ranks": starts}

@@ -16,6 +16,7 @@ from megamoe.launch.generation.generate import GenerateRequest, tokens_of
 from megamoe.launch.generation.prompts import Given
 from megamoe.launch.generation.ranks import OnCluster, Texts, UnderTorchrun
 from megamoe.model.loading.load import load_tokenizer
+from megamoe.model.making.files import one_maker
 from megamoe.model.making.smollm2 import INSTALL, can_write_english, find_smollm2
 from megamoe.model.making.tiny import write_tiny
 from megamoe.model.making.upcycle import key_of, upcycle
@@ -57,9 +58,21 @@ def model_for_answers(progress: Progress) -> Iterator[tuple[Path, str, bool]]:
     assert source is not None
     path = cache_folder() / key_of(source, version=_VERSION, **_COPIES)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        upcycle(source, path, progress=progress, **_COPIES)  # type: ignore[arg-type]
+        _make(source, path, progress)
     yield path, f"{source.stem} as {_COPIES['num_experts']} experts a layer, all copies of its MLP, in MXFP4", True
+
+
+def _make(source: Path, path: Path, progress: Progress) -> None:
+    """The model, unless another demo makes it at this moment: then when that is done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with one_maker(path, lambda: progress("waiting for the model, which another process makes", 0, 1)):
+        if path.exists():
+            return
+        try:
+            upcycle(source, path, progress=progress, **_COPIES)  # type: ignore[arg-type]
+        except ValueError:
+            if not path.exists():  # nobody else has made it either
+                raise
 
 
 class Answering:

@@ -1,6 +1,7 @@
 """Faults in a lab that is in use: a rank cut off, a link slowed down, and both healed; read back from the kernel.
 
-Nothing is remembered here: what is in force is what the lab's interfaces say, whoever made it so.
+A fault of a rank is its host's, and befalls all ranks of that host. Nothing is remembered here: what is in force is
+what the lab's interfaces say, whoever made it so.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from megamoe.launch.lab.namespaces import (
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A rank's link as the kernel has it: bits per second each way, None where nothing bounds them.
+    """A rank's link as the kernel has it, its host's: bits per second each way, None where nothing bounds them.
 
     built_bits_per_s   what the lab was built with and heal() restores, None while it is being built
-    cut                the rank's port is off the switch
+    cut                the host's port is off the switch
     """
 
     rank: int
@@ -88,9 +89,9 @@ def links(lab: str) -> list[Link]:
             rank,
             host,
             _rates(host.namespace or "").get(host.interface),
-            receives.get(f"port{rank}"),
+            receives.get(host.port),
             int(built),
-            cut="master" not in ports[f"port{rank}"],
+            cut="master" not in ports[host.port],
         )
         for rank, host in enumerate(hosts)
     ]
@@ -104,8 +105,7 @@ def cut(lab: str, rank: int) -> Link:
     is lost somewhere on the way. (Filters that drop would do the same, but not every kernel has them.)
     """
     lab = find(lab)
-    _link(lab, rank)
-    run_tool(f"ip -n {switch(lab)} link set port{rank} nomaster")
+    run_tool(f"ip -n {switch(lab)} link set {_link(lab, rank).host.port} nomaster")
     return _link(lab, rank)
 
 
@@ -130,13 +130,13 @@ def heal(lab: str, rank: int) -> Link:
     link = _link(lab, rank)
     assert link.built_bits_per_s is not None
     _bound(link, lab, link.built_bits_per_s)
-    run_tool(f"ip -n {switch(lab)} link set port{rank} master {BRIDGE}")
+    run_tool(f"ip -n {switch(lab)} link set {link.host.port} master {BRIDGE}")
     return _link(lab, rank)
 
 
 def _bound(link: Link, lab: str, bits_per_s: float) -> None:
     shape(link.host.namespace or "", INTERFACE, bits_per_s, "change")
-    shape(switch(lab), f"port{link.rank}", bits_per_s, "change")
+    shape(switch(lab), link.host.port, bits_per_s, "change")
 
 
 def _link(lab: str, rank: int) -> Link:

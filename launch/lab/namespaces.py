@@ -1,7 +1,8 @@
-"""The lab: a network namespace per rank on one Linux machine, so that ranks have real links of a real bandwidth.
+"""The lab: a network namespace per host on one Linux machine, so that ranks have real links of a real bandwidth.
 
-Every rank's namespace hangs on a switch in a namespace of its own, so nothing of the lab shows among the machine's own
-interfaces. A token bucket shapes both directions of each link; a transfer then waits without using the CPU, and
+A host is one rank's, or several ranks' that are to share it: they have one link, and share memory as ranks of a machine
+do. Every host's namespace hangs on a switch in a namespace of its own, so nothing of the lab shows among the machine's
+own interfaces. A token bucket shapes both directions of each link; a transfer then waits without using the CPU, and
 overlap can be measured. Two labs can stand side by side.
 
 A lab's name says who owns it, and is all that there is to know it by: no file remembers a lab.
@@ -10,8 +11,9 @@ A lab's name says who owns it, and is all that there is to know it by: no file r
                             is gone.
     megamoe-NAME            keep(): nobody. NAME begins with a letter, so sweep leaves it; it stands until remove().
 
-A lab's namespaces are its name with -switch or -rRANK behind it. The rate that it was built with is the alias of its
-bridge, which is written last: a lab without one is being built, or its builder was killed.
+A lab's namespaces are its name with -switch behind it, and for each host -rRANK, or -rRANKxN of N ranks from RANK on.
+The rate that it was built with is the alias of its bridge, which is written last: a lab without one is being built, or
+its builder was killed.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ PREFIX = "megamoe-"  # of every lab's name
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _KEPT_NAME = r"[a-z](?:[a-z0-9-]{0,30}[a-z0-9])?"
 _OWNED_NAME = r"(\d+)-(\d+)-\d+"
-_NAMESPACE = re.compile(rf"(?P<run>{PREFIX}(?:{_OWNED_NAME}|{_KEPT_NAME}))-(?:switch|r(?P<rank>\d+))")
+_NAMESPACE = re.compile(
+    rf"(?P<run>{PREFIX}(?:{_OWNED_NAME}|{_KEPT_NAME}))-(?:switch|r(?P<rank>\d+)(?:x(?P<ranks>\d+))?)"
+)
 _CLONE_NEWNET = 0x40000000
 _numbers = itertools.count()
 _BURST_S, _BURST_BYTES = 0.004, 128 * 1024  # a bucket holds what passes in 4 ms, or two of the kernel's large packets
@@ -57,7 +61,7 @@ def enter_network(place: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Where a rank lives: its network namespace (None for the machine's own), address and interface."""
+    """Where a rank lives, perhaps with others: network namespace (None for the machine's own), address, interface."""
 
     namespace: str | None
     address: str
@@ -67,6 +71,13 @@ class Host:
     def lab(self) -> str | None:
         """Name of the lab that the namespace belongs to, as runs() has it."""
         return self.namespace and self.namespace.rpartition("-")[0]
+
+    @property
+    def port(self) -> str:
+        """The switch's end of its link, which bears the number of its first rank."""
+        match = _NAMESPACE.fullmatch(self.namespace or "")
+        assert match, self.namespace
+        return f"port{match['rank']}"
 
     def enter(self) -> None:
         """Moves the calling thread, and the threads it will start, into the namespace."""
@@ -114,26 +125,29 @@ def burst_bytes(bits_per_s: float) -> int:
 
 
 @contextmanager
-def lab(num_ranks: int, link: str, *, latency_ms: float = 0.0) -> Iterator[list[Host]]:
-    """Hosts for num_ranks ranks on links of `link` each way, one way latency_ms; taken down however the block ends.
+def lab(num_ranks: int, link: str, *, latency_ms: float = 0.0, ranks_per_host: int = 1) -> Iterator[list[Host]]:
+    """Each rank's host, on links of `link` each way, one way latency_ms; taken down however the block ends.
 
-    ValueError where the machine cannot hold a lab, or its kernel cannot delay packets and latency_ms is not 0.
+    ranks_per_host ranks after one another share a host; the last may have fewer. ValueError where the machine cannot
+    hold a lab, or its kernel cannot delay packets and latency_ms is not 0.
     """
-    bits_per_s = _check_request(num_ranks, link, latency_ms)
+    bits_per_s = _check_request(num_ranks, link, latency_ms, ranks_per_host)
     sweep()
     run = f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}"
     try:
-        yield _build(run, num_ranks, bits_per_s, latency_ms)
+        yield _build(_hosts(run, num_ranks, ranks_per_host), run, bits_per_s, latency_ms)
     finally:
         remove(run)
 
 
-def keep(num_ranks: int, link: str, *, latency_ms: float = 0.0, name: str | None = None) -> list[Host]:
+def keep(
+    num_ranks: int, link: str, *, latency_ms: float = 0.0, ranks_per_host: int = 1, name: str | None = None
+) -> list[Host]:
     """As lab(), but the lab stands until remove(hosts[0].lab), by default as lab1, lab2, ...; all of it or nothing.
 
     ValueError also for a name that is taken, or is not of up to 32 small letters, digits and hyphens.
     """
-    bits_per_s = _check_request(num_ranks, link, latency_ms)
+    bits_per_s = _check_request(num_ranks, link, latency_ms, ranks_per_host)
     if name is not None and not re.fullmatch(_KEPT_NAME, name):
         raise ValueError(
             f"name {name!r} is not of small letters, digits and hyphens, beginning with a letter, 32 at most"
@@ -146,7 +160,7 @@ def keep(num_ranks: int, link: str, *, latency_ms: float = 0.0, name: str | None
         if not free:
             raise ValueError(f"a lab called {name!r} stands already: choose another name, or megamoe lab down {name}")
         try:
-            return _build(free[0], num_ranks, bits_per_s, latency_ms)
+            return _build(_hosts(free[0], num_ranks, ranks_per_host), free[0], bits_per_s, latency_ms)
         except BaseException:
             remove(free[0])
             raise
@@ -180,9 +194,10 @@ def switch(run: str) -> str:
 
 
 def hosts_of(run: str) -> list[Host]:
-    """Hosts of a standing lab, in order of rank."""
-    matches = (_NAMESPACE.fullmatch(name) for name in _namespaces(run))
-    return [_host(run, rank) for rank in sorted(int(match["rank"]) for match in matches if match and match["rank"])]
+    """Each rank's host in a standing lab, in order of rank."""
+    matches = [match for name in _namespaces(run) if (match := _NAMESPACE.fullmatch(name)) and match["rank"]]
+    held = sorted((int(match["rank"]), int(match["ranks"] or 1)) for match in matches)
+    return [host for first, ranks in held for host in [_host(run, first, ranks)] * ranks]
 
 
 def processes(namespace: str) -> list[int]:
@@ -226,35 +241,45 @@ def _one_builder() -> Iterator[None]:
         os.close(handle)
 
 
-def _check_request(num_ranks: int, link: str, latency_ms: float) -> float:
+def _check_request(num_ranks: int, link: str, latency_ms: float, ranks_per_host: int) -> float:
     bits_per_s = parse_rate(link)
     if not 1 <= num_ranks <= 250:
         raise ValueError(f"a lab holds 1 to 250 ranks, got {num_ranks}")
+    if ranks_per_host < 1:
+        raise ValueError(f"ranks_per_host must be at least 1, got {ranks_per_host}")
     if latency_ms < 0:
         raise ValueError(f"latency_ms must not be negative, got {latency_ms}")
     check_lab()
     return bits_per_s
 
 
-def _host(run: str, rank: int) -> Host:
-    return Host(f"{run}-r{rank}", f"10.77.0.{rank + 1}", INTERFACE)
+def _hosts(run: str, num_ranks: int, ranks_per_host: int) -> list[Host]:
+    """Each rank's host in a lab that is to be built."""
+    firsts = range(0, num_ranks, ranks_per_host)
+    held = [(first, min(ranks_per_host, num_ranks - first)) for first in firsts]
+    return [host for first, ranks in held for host in [_host(run, first, ranks)] * ranks]
 
 
-def _build(run: str, num_ranks: int, bits_per_s: float, latency_ms: float) -> list[Host]:
+def _host(run: str, first: int, ranks: int) -> Host:
+    name = f"{run}-r{first}" if ranks == 1 else f"{run}-r{first}x{ranks}"
+    return Host(name, f"10.77.0.{first + 1}", INTERFACE)
+
+
+def _build(hosts: list[Host], run: str, bits_per_s: float, latency_ms: float) -> list[Host]:
+    """hosts: each rank's, which are returned."""
     _ip(f"netns add {switch(run)}")
     _ip(f"-n {switch(run)} link add name {BRIDGE} type bridge")
     _ip(f"-n {switch(run)} link set {BRIDGE} up")
-    hosts = [_host(run, rank) for rank in range(num_ranks)]
-    for rank, host in enumerate(hosts):
+    for host in dict.fromkeys(hosts):
         _ip(f"netns add {host.namespace}")
-        _ip(f"-n {switch(run)} link add port{rank} type veth peer name {host.interface} netns {host.namespace}")
-        _ip(f"-n {switch(run)} link set port{rank} master {BRIDGE} up")
+        _ip(f"-n {switch(run)} link add {host.port} type veth peer name {host.interface} netns {host.namespace}")
+        _ip(f"-n {switch(run)} link set {host.port} master {BRIDGE} up")
         _ip(f"-n {host.namespace} addr add {host.address}/24 dev {host.interface}")
         _ip(f"-n {host.namespace} link set {host.interface} up")
         _ip(f"-n {host.namespace} link set lo up")
-        # the rank's own end shapes what it sends, the switch's end what it receives
+        # the host's own end shapes what it sends, the switch's end what it receives
         shape(host.namespace or "", host.interface, bits_per_s)
-        shape(switch(run), f"port{rank}", bits_per_s)
+        shape(switch(run), host.port, bits_per_s)
         if latency_ms:
             _delay(host.namespace or "", host.interface, latency_ms)
     _ip(f"-n {switch(run)} link set {BRIDGE} alias {int(bits_per_s)}")

@@ -279,39 +279,120 @@ class Model(Entry):
         return self.routed_hidden or self.hidden
 
 
-class Profile(Entry):
+_FITTED = "fitted to every other row of"
+_LOW_LATENCY = f"{_FITTED} deepep_ll_h100_1node and deepep_ll_gb200_1node; see docs/accuracy.md"
+_NODES = f"{_FITTED} deepep_ll_h100_nodes; see docs/accuracy.md"
+_NORMAL = f"{_FITTED} the DeepEP column of deepgemm_pr383_h200_fp8_flash; see docs/accuracy.md"
+_GROUPED = f"{_FITTED} sglang_grouped_gemm_h100_fp8_decode and _prefill; see docs/accuracy.md"
+
+
+class Staged(Entry):
+    """What separate kernels take, the same on every device that was measured; see planner/layer/staged.py.
+
+    ll_*       DeepEP's low-latency dispatch and combine: a call, for every token of an SM, and for a journey between
+               nodes (once, and once more for every doubling of them)
+    normal_efficiency    DeepEP's normal kernels, of the scale-up link; their calls hide behind the host's launches
+    masked_us, contiguous_us     launches and the kernels between grouped products, in a graph and without one
+    host_us    the least that a host takes to launch the latter
+    """
+
+    ll_dispatch_us: Figure = Figure(
+        value=7.38,
+        tag="derived",
+        source=_LOW_LATENCY,
+    )
+    ll_dispatch_token_us: Figure = Figure(
+        value=2.36,
+        tag="derived",
+        source=_LOW_LATENCY,
+    )
+    ll_combine_us: Figure = Figure(
+        value=10.2,
+        tag="derived",
+        source=_LOW_LATENCY,
+    )
+    ll_combine_token_us: Figure = Figure(
+        value=0.27,
+        tag="derived",
+        source=_LOW_LATENCY,
+    )
+    ll_node_us: Figure = Figure(
+        value=4.07,
+        tag="derived",
+        source=_NODES,
+    )
+    normal_efficiency: Figure = Figure(
+        value=0.573,
+        tag="derived",
+        source=_NORMAL,
+    )
+    masked_us: Figure = Figure(
+        value=15.8,
+        tag="derived",
+        source=_GROUPED,
+    )
+    contiguous_us: Figure = Figure(
+        value=182,
+        tag="derived",
+        source=_GROUPED,
+    )
+    host_us: Figure = Figure(
+        value=398,
+        tag="derived",
+        source=_GROUPED,
+    )
+
+
+class Profile(Staged):
     """What a kind of device reaches of its peaks and pays on top; `fitted` says from which data. See planner/layer.py.
 
-    compute_efficiency  of the peak, in grouped products       memory_efficiency  of the memory bandwidth
+    feed_ps             an SM, bringing a byte of an operand to its tensor core
+    epilogue_ps         an SM, one value of a tile's result: activation, quantisation, the way home
+    tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
+    memory_efficiency   of the memory bandwidth
     link_efficiency     of the scale-up link, in an all-to-all of up to 8 ranks; (8 / ranks)^link_congestion of it above
     nic_efficiency      of the NIC, likewise
     exchange_us         a dispatch or combine of its own, in no kernel
-    overlap             p of the norm in which compute, memory and link add up within a device
-    tile_rows           rows of an expert are computed in whole tiles of so many
-    fixed_us            a call, whatever it does               barrier_us         for every doubling of ranks
-    staging_us          what is launched before and after      wave_us            for every wave
+    overlap             p of the norm in which compute, memory and link add up within the fused kernel
+    fixed_us            a call of the kernel, whatever it does      barrier_us         for every doubling of ranks
+    expert_us           for every expert of the rank: its counts, its place in the queue
+    graph_us            a module's launches, in a captured graph    staging_us         its kernels around the layer's
+    staging_bytes       read and written by them for every value of a token
+    wave_us             for every wave
+    ll_dispatch_expert_us, ll_combine_expert_us     for every expert of the model, in DeepEP's low-latency kernels
+    ll_dispatch_efficiency, ll_combine_efficiency   of the scale-up link, in DeepEP's low-latency kernels
 
     Of the parts of a model beside the experts (planner/serving.py):
     dense_efficiency    of the peak, in projections and MLPs
     attention_efficiency  of the BF16 peak, in attention cores
+    dense_overlap       p of the norm in which compute and memory of a kernel add up
     kernel_us           for every launch that waits for the one before, in a captured graph
     """
 
     name: str
     title: str
     fitted: str
-    compute_efficiency: Figure
+    feed_ps: Figure
+    epilogue_ps: Figure
+    tile_rows: Figure
+    block_rows: Figure
     memory_efficiency: Figure
     link_efficiency: Figure
     link_congestion: Figure
     nic_efficiency: Figure
     exchange_us: Figure
     overlap: Figure
-    tile_rows: Figure
     fixed_us: Figure
+    expert_us: Figure
     barrier_us: Figure
+    graph_us: Figure
     staging_us: Figure
+    staging_bytes: Figure
     wave_us: Figure
+    ll_dispatch_expert_us: Figure
+    ll_combine_expert_us: Figure
+    ll_dispatch_efficiency: Figure
+    ll_combine_efficiency: Figure
     dense_efficiency: Figure = Figure(
         value=0.6,
         tag="assumed",
@@ -320,6 +401,7 @@ class Profile(Entry):
     attention_efficiency: Figure = Figure(
         value=0.6, tag="assumed", source="FlashMLA README: 660 of 989 TFLOP/s where compute limits, on H800"
     )
+    dense_overlap: Figure = Figure(value=3.3, tag="assumed", source="one kernel of large products; not measured here")
     kernel_us: Figure = Figure(
         value=4.0,
         tag="assumed",
@@ -331,8 +413,9 @@ class Profile(Entry):
         for key, figure in figures(self).items():
             if key.endswith("_efficiency") and not 0 < figure.value <= 1:
                 raise ValueError(f"{key} is a share of the peak, above 0 and at most 1, not {figure.value:g}")
-        if self.overlap.value < 1:
-            raise ValueError(f"overlap is 1 (nothing overlaps) or more, not {self.overlap.value:g}")
+        for key in ("overlap", "dense_overlap"):
+            if getattr(self, key).value < 1:
+                raise ValueError(f"{key} is 1 (nothing overlaps) or more, not {getattr(self, key).value:g}")
         return self
 
 

@@ -176,8 +176,9 @@ class Tuner:
         return self.dispatch_format
 
     def _out_bytes(self, wire: Wire, agreed: Agreement) -> float:
-        """Bytes that a row has sent with it on average: a token goes to a rank once for all of its rows there."""
-        rows, tokens = (int(np.vdot(each.numpy(), self._remote)) for each in (agreed.counts, agreed.firsts))
+        """Bytes that a row has sent with it on average: a token goes once for all of its rows."""
+        sent = agreed.firsts if agreed.landed is None else agreed.landed  # to a rank or to a host once
+        rows, tokens = (int(np.vdot(each.numpy(), self._remote)) for each in (agreed.counts, sent))
         return wire.PAIR_BYTES + wire.row_bytes * tokens / max(rows, 1)
 
     def _cost_model(self, out_bytes: float, home_bytes: float, row_s: float) -> CostModel:

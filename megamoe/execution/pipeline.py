@@ -16,17 +16,19 @@ from torch import Tensor
 from megamoe.execution.backends import backend_of
 from megamoe.execution.backends.backend import CallBuffers, RowsByExpert
 from megamoe.execution.experts import Experts
+from megamoe.execution.fetching import Fetching
 from megamoe.execution.ops import reduce_slots
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import CallNotes, Notes
 from megamoe.parallel.streams import Stopwatch
+from megamoe.parallel.transport.landings import Landings
 from megamoe.parallel.transport.pairs import Label, Transfer, Transport
 from megamoe.parallel.transport.watch import WatchedTransport
 from megamoe.parallel.workspace import Workspace
 from megamoe.routing.agreement import Agreement
 from megamoe.routing.messages import Messages
 from megamoe.routing.permutation import Route
-from megamoe.routing.row_plan import RankRows, StepRows, plan_rows
+from megamoe.routing.row_plan import RankRows, RowPlan, StepRows, plan_rows
 from megamoe.routing.segments import expand_all
 from megamoe.routing.waves import WavePlan
 from megamoe.routing.wire import Wire, pair_records, read_records
@@ -38,6 +40,8 @@ from megamoe.schedule.schedule import Step, schedule
 class CallRecord:
     """What one call of the layer did on this rank. Seconds are host time; bytes are those that left this rank.
 
+    far_bytes are those for ranks that it shares no memory with; tokens_fetched counts tokens from other hosts that it
+    read from a rank of its own, on which they landed.
     small: all ranks brought few tokens, so that one exchange carried them, and there was one wave: see small_call.py
 
     Where a GPU's kernels compute, compute_s is the GPU's time, known once the next call has begun, and a rank alone
@@ -51,6 +55,8 @@ class CallRecord:
     rows_received: int = 0
     dispatch_bytes: int = 0
     combine_bytes: int = 0
+    far_bytes: int = 0
+    tokens_fetched: int = 0
     counts_s: float = 0.0
     compute_s: float = 0.0
     waiting_s: float = 0.0
@@ -88,6 +94,14 @@ class Parts:
     agreed: Agreement
     cost_model: CostModel
     notes: Notes
+    nodes: tuple[int, ...] = ()
+
+    def fetching(self, plan: RowPlan, rows: Tensor) -> Fetching | None:
+        """Of a call whose tokens go to another host once, else None."""
+        if not self.messages.node_limited:
+            return None
+        landings: Landings = self.group.transport.landings(self.name)  # type: ignore[union-attr]
+        return Fetching(landings, self.nodes, self.group.rank, self.messages, plan, rows)
 
     @property
     def transport(self) -> Transport | None:
@@ -124,6 +138,7 @@ class Call:
             self._work = dict(zip(self.steps, self._plan.steps, strict=True))
             self._rows = workspace.take("rows", (self._plan.num_rows, wire.row_bytes), hidden, torch.uint8)
             self._records = self._rows.view(torch.int32).view(-1, 2)
+            self._fetching = parts.fetching(self._plan, self._rows)
             size, dtype = wire.result_rows(self._plan.num_results)
             self._results, self._wire = workspace.take("results", size, hidden, dtype), wire
             self._results[-1].zero_()  # what a masked slot adds
@@ -143,6 +158,8 @@ class Call:
         self._sources, self.destinations = expanded[0]  # [2, n of all steps]
         self._tokens_per_expert = copied[0].to(torch.int32) if copied else None
         self._records.index_copy_(0, expanded[1], pair_records(route.token_rows, route.weights))
+        if self._fetching is not None:
+            self._records.index_copy_(0, torch.from_numpy(plan.fetch_records.expand()), route.fetches)
         backend.pack(hidden, route.unique, None if backend.packs_each_wave else expanded[2])
 
     def dispatch(self, wave: int) -> None:
@@ -154,11 +171,15 @@ class Call:
             incoming = self._messages.incoming(self._rank, wave)
             arriving = self._rows[plan.arriving[wave]]
             self._dispatches[wave] = self._transport.expect(arriving, incoming, Label(self._name, "dispatch", wave))
+            if self._fetching is not None:
+                self._fetching.expect(wave)
         if self._backend.packs_each_wave:
             self._pack_wave(wave)
         with streams.messages():
             rows, starts = self._messages.rows(self._rank, wave), plan.inboxes[wave].tolist()
             self._dispatches[wave].send(self._rows[plan.sent[wave]], rows, starts)
+            if self._fetching is not None:
+                self._fetching.send(wave)
             coming_home, sent = self._results[plan.coming_home[wave]], self._messages.pairs[self._rank, wave].tolist()
             self._combines[wave] = self._transport.expect(coming_home, sent, Label(self._name, "combine", wave))
 
@@ -175,12 +196,14 @@ class Call:
         if arrived:
             with self._record.timing("waiting_s"):
                 self._dispatches[step.wave].wait()
+                if self._fetching is not None:
+                    self._fetching.fetch(step.wave)
         num_rows = work.rows.stop - work.rows.start
         if not num_rows:
             return
         with self._computing():
             with lane("linear-1", step.wave, num_rows):
-                rows = self._read(work, self._plan.arriving[step.wave] if arrived else None)
+                rows = self._read(work, self._plan.incoming(step.wave) if arrived else None)
                 hidden = backend.grouped_linear1(rows)
             with lane("activation", step.wave, num_rows):
                 hidden = backend.activate(hidden, rows)
@@ -223,6 +246,8 @@ class Call:
         with self._record.timing("waiting_s"):
             for transfer in (*self._dispatches.values(), *self._combines.values()):
                 transfer.finish()
+            if self._fetching is not None:
+                self._fetching.finish()
         return out
 
     def _computing(self) -> AbstractContextManager[None]:
@@ -236,3 +261,7 @@ class Call:
         record.rows_received = plan.going_home[-1].stop
         record.dispatch_bytes = plan.sent[-1].stop * parts.wire.row_bytes
         record.combine_bytes = record.rows_received * parts.wire.result_bytes
+        messages, rank, far = parts.messages, self._rank, parts.group.far
+        record.far_bytes = int((messages.heads + messages.unique)[rank][:, far].sum()) * parts.wire.row_bytes
+        record.far_bytes += int(messages.pairs[far, :, rank].sum()) * parts.wire.result_bytes
+        record.tokens_fetched = int(messages.fetched[:, :, rank].sum())

@@ -19,7 +19,19 @@ from megamoe.planner.serving.memory import Memory, memory, smallest_ep
 from megamoe.planner.serving.serving import Serving, costs_of, serve
 
 LAYER_PARTS = (
-    *("fixed_us", "core_us", "sum_us", "compute_us", "memory_us", "alone_us", "dispatch_us", "combine_us"),
+    *(
+        "fixed_us",
+        "kernel_us",
+        "graph_us",
+        "stack_us",
+        "core_us",
+        "sum_us",
+        "compute_us",
+        "memory_us",
+        "alone_us",
+        "dispatch_us",
+        "combine_us",
+    ),
     *("communication_us", "exposed_us", "head_us", "stalls_us", "tail_us"),
 )
 MEMORY_PARTS = ("experts", "weights", "cache", "activations", "capacity")
@@ -117,6 +129,8 @@ class Answer:
                     for count, each in counts(self.plan)
                 ],
                 "tokens_per_rank": request.tokens_per_rank,
+                "stack": request.stack,
+                "two_batch": request.two_batch,
                 "routing": request.routing,
                 "redundant": request.redundant,
                 **self._traffic(),
@@ -138,6 +152,7 @@ class Answer:
             "domains": sent.domains,
             "token_bytes_across_devices": sent.across_devices_bytes,
             "token_bytes_across_domains": sent.across_domains_bytes,
+            "token_bytes_node_limited": sent.node_limited_bytes,
         }
 
     def _layer(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from megamoe import __version__
 from megamoe.catalog import figures
 from megamoe.planner.answer import Answer
 from megamoe.planner.explain import explain
+from megamoe.planner.layer.tiles import reached_tflops
 from megamoe.planner.question import Question
 from megamoe.planner.report.data import (
     MemoryBar,
@@ -138,7 +139,7 @@ def roofline(found: Answer) -> Roofline | None:
     return Roofline(
         tiers=tuple(RooflineTier(each.tier, each.gb_s) for each in planned.rules),
         peak_tflops=device.tflops,
-        achieved_tflops=device.tflops * device.compute_efficiency,
+        achieved_tflops=reached_tflops(expert, device),
         threshold_flops_per_byte=rule.threshold,
         plan_flops_per_byte=counted.threshold,
         plan_tflops=layer.rows * expert.flops / layer.layer_us / 1e6,

@@ -68,6 +68,8 @@ class Question(BaseModel):
     weight_format: str | None = None
     dispatch_format: str = "mxfp8"
     combine_format: str = "bf16"
+    stack: Literal["fused", "staged", "megamoe"] = "fused"
+    two_batch: bool = False
     links: tuple[str, ...] = ()
     phase: Literal["decode", "prefill"] | None = None
     batch: int | None = None

@@ -21,7 +21,7 @@ from megamoe.parallel.symmetric import Place
 from megamoe.parallel.transport.host import HostTransport
 from megamoe.parallel.transport.pairs import Label
 
-PAGE_COUNTS = 384  # counts that a page holds, two for each expert; more follow in a second message
+PAGE_COUNTS = 384  # counts that a page holds, two or three for each expert; more follow in a second message
 _PAGE = np.dtype(
     [
         ("magic", "<u4"),
@@ -34,6 +34,7 @@ _PAGE = np.dtype(
         ("num_experts", "<i8"),
         ("topk", "<i8"),
         ("bias", "<i8"),
+        ("node_limited", "<i8"),
         ("call", "<i8"),
         ("activation", "S64"),
         ("weight_format", "S16"),
@@ -65,6 +66,7 @@ _COMPARED = (
     "topk",
     "activation",
     "bias",
+    "node_limited",
     "weight_format",
     "dispatch_format",
     "combine_format",
@@ -83,6 +85,7 @@ class Terms:
     """What all ranks must be called with alike.
 
     activation: the experts', in words; bias: whether they add biases
+    node_limited: whether a token may go to a host once for all of its ranks
     arithmetic: how experts are summed where they are, as Experts.arithmetic has it
     layer, number: the layer's name, and which it is of the layers of that name that share the group, from 1
     """
@@ -95,6 +98,7 @@ class Terms:
     topk: int
     activation: str
     bias: bool
+    node_limited: bool
     weight_format: str
     dispatch_format: str
     combine_format: str
@@ -113,12 +117,14 @@ class Agreement:
 
     firsts [P, E] int64: tokens whose first expert on its rank that is
     row_s: seconds that the slowest rank takes to compute a row, 0 where not all know yet
+    landed [P, E] int64: tokens that land on its rank for its sake, where dispatch may be node-limited
     """
 
     tokens: list[int]
     counts: Tensor
     firsts: Tensor
     row_s: float
+    landed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +137,9 @@ class SmallAgreement:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank brings: num_tokens T; counts [2, E] int32, those of Agreement and firsts; row_s as in Agreement.
+    """What one rank brings: num_tokens T; counts [2, E] int32, those of Agreement and firsts, a third row being landed.
 
+    row_s: as in Agreement
     small: whether this rank's slots and tokens lie behind its page already
     """
 
@@ -228,8 +235,8 @@ def _by_waves(group: EPGroup, page: Page, part: Part, pages: npt.NDArray[np.void
         rest = torch.from_numpy(counts[PAGE_COUNTS:].copy()).view(torch.uint8)
         more = group.transport.gather(rest, Label(page.terms.layer, "more counts"))
         both = torch.cat((both, more.view(torch.int32).to(torch.int64)), 1)
-    rows, firsts = both.tensor_split(2, 1)
-    return Agreement(pages["tokens"].tolist(), rows, firsts, row_s)
+    rows, firsts, *landed = both.tensor_split(len(part.counts), 1)
+    return Agreement(pages["tokens"].tolist(), rows, firsts, row_s, landed[0] if landed else None)
 
 
 def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megamoe.kernels.cpu.library import chosen
 from megamoe.parallel.workspace import Workspace
+from megamoe.routing.landing import Landing
 from megamoe.routing.messages import Array, Messages
 from megamoe.routing.segments import exclusive_sum, repeat, select, to_device
 from megamoe.routing.waves import WavePlan
@@ -27,6 +28,8 @@ class Route:
     positions         [T, K] int64: the row of each slot, N for a masked slot
     unique            [.] int64: tokens in the order in which they are sent, each once to a rank
     token_rows        [N] int32: the row of the receiver's inbox that holds each row's token
+    fetches           [., 2] int32: for each token that a receiver fetches, by wave and receiver: the rank of its host
+                      on which the token lands, and the row of that rank's inbox
     """
 
     tokens: Tensor
@@ -34,6 +37,7 @@ class Route:
     positions: Tensor
     unique: Tensor
     token_rows: Tensor
+    fetches: Tensor
 
     @property
     def num_rows(self) -> int:
@@ -49,8 +53,10 @@ def route_rows(
     num_rows: int,
     messages: Messages,
     workspace: Workspace,
+    landing: Landing | None = None,
 ) -> Route:
     """Sorts the slots of topk_ids [T, K] int64 and topk_weights [T, K] float32; num_rows N of them are not masked.
+    landing: where the tokens land, needed where messages are node-limited.
 
     What follows from counts is copied to the ids' device once, and the host waits for nothing.
 
@@ -64,9 +70,14 @@ def route_rows(
 
     tokens, weights, positions = _sort_slots(topk_ids, topk_weights, metadata[0], num_rows)
     leaving = tokens[: int(sending.pairs.sum())]
-    unique, sent_rows = sending.unique(leaving, len(topk_ids), metadata[1:])
+    fetches = torch.empty(0, 2, dtype=torch.int32)
+    if messages.node_limited:
+        assert landing is not None
+        unique, sent_rows, fetches = sending.land(leaving, landing, metadata[1:])
+    else:
+        unique, sent_rows = sending.unique(leaving, len(topk_ids), metadata[1:])
     token_rows = torch.cat((sent_rows, tokens[len(leaving) :].to(torch.int32)))
-    return Route(tokens, weights, positions, unique, token_rows)
+    return Route(tokens, weights, positions, unique, token_rows, fetches)
 
 
 @lru_cache(maxsize=64)
@@ -105,12 +116,14 @@ class _Sending:
 
     ranks, pairs [J]   receiver and rows of each segment
     bases [J]          row of the receiver's inbox before its tokens, less the unique tokens that are sent before them
+    fetch_bases [J]    the same of the tokens that it fetches
     size, num_unique   P, and unique tokens in all
     """
 
     ranks: Array
     pairs: Array
     bases: Array
+    fetch_bases: Array
     size: int
     num_unique: int
 
@@ -126,7 +139,10 @@ class _Sending:
         bases = (
             messages.starts[ranks, waves, ep_rank] + messages.heads[ep_rank, waves, ranks] - exclusive_sum(unique) - 1
         )
-        return cls(ranks, messages.pairs[ep_rank, waves, ranks], bases, messages.pairs.shape[0], int(unique.sum()))
+        fetch_bases = messages.fetch_starts[ranks, waves, ep_rank] - 1
+        fetch_bases -= exclusive_sum(messages.fetched[ep_rank, waves, ranks])
+        pairs, size = messages.pairs[ep_rank, waves, ranks], messages.pairs.shape[0]
+        return cls(ranks, pairs, bases, fetch_bases, size, int(unique.sum()))
 
     def unique(self, tokens: Tensor, num_tokens: int, arrays: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """tokens [n] of the rows that leave, in order -> unique tokens [num_unique], row of each row's token [n] int32.
@@ -148,3 +164,23 @@ class _Sending:
         number = is_first.cumsum(0)
         unique = select(tokens, is_first, number, self.num_unique)
         return unique, (bases + number)[first].to(torch.int32)
+
+    def land(self, tokens: Tensor, landing: Landing, arrays: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As unique() where tokens land on one rank of each other host -> unique, row of each row's token, fetches.
+
+        A rank that has a token's expert and on which it does not land fetches it for the first of its rows: [., 2]
+        int32, as in Route.
+        """
+        pairs, (ranks, bases) = arrays[0], arrays[1]
+        segments = torch.stack((ranks, bases, torch.from_numpy(self.fetch_bases)))
+        ranks, bases, fetch_bases = repeat(segments, pairs, len(tokens))
+        index, key = torch.arange(len(tokens)), tokens * self.size + ranks
+        row_of = torch.full((len(landing.ranks) * self.size,), len(tokens))
+        row_of.scatter_reduce_(0, key, index, "amin")  # the first row of a token for a rank
+        first = row_of[key]
+        landed_on = landing.ranks[tokens, landing.columns[ranks]]
+        lands, is_first = landed_on == ranks, first == index
+        unique, fetched = is_first & lands, is_first & ~lands
+        rows = torch.where(lands, bases + unique.cumsum(0), fetch_bases + fetched.cumsum(0))
+        there = rows[row_of[tokens[fetched] * self.size + landed_on[fetched]]]
+        return tokens[unique], rows[first].to(torch.int32), torch.stack((landed_on[fetched], there), 1).to(torch.int32)

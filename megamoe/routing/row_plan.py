@@ -3,7 +3,7 @@
 A call has two buffers. `rows` holds what travels, in rows of the wire:
     messages that this rank sends, by wave and receiver
     pair records of this rank's own rows, as a message has them
-    the inbox: this rank's own tokens, then the messages that arrive, by wave and sender
+    the inbox: this rank's own tokens, then by wave the messages that arrive, by sender, and the tokens that are fetched
 `results` holds what the experts compute, [., H] bfloat16:
     results that go home, by wave, receiver and expert
     this rank's own slots as permutation.Route orders them: results that come home, then those that never left
@@ -51,10 +51,14 @@ class RowPlan:
 
     own           rows of the buffer that hold this rank's own tokens, where the inbox begins
     num_rows      rows of the buffer
-    sent          rows of the buffer that each wave sends, and arriving: rows that it fills
+    sent          rows of the buffer that each wave sends, arriving: rows that it fills, and right behind them fetching:
+                  rows that are fetched from other ranks of the host
     num_results   rows of the results, and reduced: those that slots are summed from
     going_home    results that each wave sends home, and coming_home: those that come home in it
     records       pair records, 8 bytes each, of this rank's rows in the order of Route
+    fetch_records where in the messages this rank says what is to be fetched, 8 bytes each, in the order of Route
+    to_fetch      [W, P] int64: where each other rank's message says so to this one
+    inbox_starts  [P] int64: row of each rank's buffer where its inbox begins
     unique        rows of the buffer that unique tokens fill in messages, by wave and receiver
     computed      [2, J] of the rows of all steps, by step, expert and source: their pair records, and their results
     inboxes       [W, P] int64: row of each other rank's buffer where the message that it gets from this one begins
@@ -66,16 +70,24 @@ class RowPlan:
     num_rows: int
     sent: list[slice]
     arriving: list[slice]
+    fetching: list[slice]
     num_results: int
     reduced: slice
     going_home: list[slice]
     coming_home: list[slice]
     records: Segments
+    fetch_records: Segments
+    to_fetch: Array
+    inbox_starts: Array
     unique: Segments
     computed: Segments
     inboxes: Array
     homes: Array
     steps: list[StepRows]
+
+    def incoming(self, wave: int) -> slice:
+        """Rows that a wave's messages and what is fetched in it fill."""
+        return slice(self.arriving[wave].start, self.fetching[wave].stop)
 
     def messages(self, wave: int) -> list[tuple[slice, slice]]:
         """Of each message of the wave with unique tokens: which of Route.unique they are, and the rows they fill."""
@@ -113,9 +125,8 @@ def plan_rows(
     sent = _slices(sizes.sum(1).tolist(), 0)
     num_own, records_at = int(rows.own.sum()), sent[-1].stop
     inbox = records_at + -(-wire.PAIR_BYTES * num_own // wire.row_bytes)
-    arriving = _slices(
-        (messages.heads[:, :, ep_rank] + messages.unique[:, :, ep_rank]).sum(0).tolist(), inbox + num_tokens
-    )
+    arriving, fetching = _incoming(messages, ep_rank, inbox)
+    inbox_starts = _inboxes(messages, wire)
     going_home = _slices(home.sum(1).tolist(), 0)
     coming_home = _slices(pairs.sum(1).tolist(), going_home[-1].stop)
 
@@ -138,20 +149,35 @@ def plan_rows(
     num_results = coming_home[-1].stop + num_own + 1
     return RowPlan(
         own=slice(inbox, inbox + num_tokens),
-        num_rows=arriving[-1].stop,
+        num_rows=fetching[-1].stop,
         sent=sent,
         arriving=arriving,
+        fetching=fetching,
         num_results=num_results,
         reduced=slice(going_home[-1].stop, num_results),
         going_home=going_home,
         coming_home=coming_home,
         records=Segments(np.append(pairs, num_own), np.append(message_at, records_at) * words),
+        fetch_records=Segments(messages.fetched[ep_rank].ravel(), (message_at * words + pairs).ravel()),
+        to_fetch=(inbox + messages.starts[ep_rank]) * words + messages.pairs[:, :, ep_rank].T,
+        inbox_starts=inbox_starts,
         unique=Segments(unique.ravel(), (message_at + heads).ravel()),
         computed=computed,
-        inboxes=(_inboxes(messages, wire)[:, None] + messages.starts[:, :, ep_rank]).T,
+        inboxes=(inbox_starts[:, None] + messages.starts[:, :, ep_rank]).T,
         homes=_homes(messages)[:, :, ep_rank].T,
         steps=_step_rows(plan, ep_rank, steps, rows),
     )
+
+
+def _incoming(messages: Messages, ep_rank: int, inbox: int) -> tuple[list[slice], list[slice]]:
+    """Rows of the buffer that each wave's messages fill, and those that are fetched in it."""
+    begins = (inbox + messages.starts[ep_rank, :, 0]).tolist()
+    rows, fetched = (
+        (each[:, :, ep_rank].sum(0)).tolist() for each in (messages.heads + messages.unique, messages.fetched)
+    )
+    ends = [begin + num for begin, num in zip(begins, rows, strict=True)]
+    arriving = [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
+    return arriving, [slice(end, end + num) for end, num in zip(ends, fetched, strict=True)]
 
 
 def _inboxes(messages: Messages, wire: Wire) -> Array:

@@ -37,6 +37,7 @@ PAIR_BYTES = 8  # said of a token-expert pair on the wire: its token's place and
 class Run:
     """A layer on a machine: keys of `megamoe bench --format json`. waves 0 is "auto", link_gb_s None is loopback.
 
+    With a link ranks_per_host ranks share it, and memory; node_limited: a token then goes once to each other host.
     Reports that do not say how results travel are of bf16.
     """
 
@@ -52,15 +53,17 @@ class Run:
     waves: int
     threads_per_rank: int = 1
     combine_format: str = "bf16"
+    ranks_per_host: int = 1
+    node_limited: bool = True
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Run:
-        """From a report's keys. ValueError names those that are missing."""
-        found = {"combine_format": "bf16", **found}
-        missing = [key for key in cls.__slots__ if key not in found]
+        """From a report's keys. ValueError names those that are missing, but for hosts of one rank."""
+        known = {"combine_format": "bf16", "ranks_per_host": 1, "node_limited": True, **found}
+        missing = [key for key in cls.__slots__ if key not in known]
         if missing:
             raise ValueError(f"no report of megamoe bench --format json: it has no {', '.join(missing)}")
-        return cls(**{key: found[key] for key in cls.__slots__})
+        return cls(**{key: known[key] for key in cls.__slots__})
 
     @property
     def rows(self) -> float:
@@ -87,15 +90,48 @@ class Run:
     @property
     def dispatch_bytes(self) -> float:
         """Sent by a rank: a token once to every rank that has one of its experts, and what is said of its pairs."""
-        local = self.spread.experts_per_rank
-        missed = comb(self.num_experts - local, self.topk) / comb(self.num_experts, self.topk)
-        tokens = self.tokens_per_rank * (self.ranks - 1) * (1 - missed)
-        return tokens * self.hidden * value_bytes(self.dispatch_format) + self.rows * self.f_remote * PAIR_BYTES
+        tokens = self.tokens_per_rank * (self.ranks - 1) * self._found_on(1)
+        return tokens * self._token_bytes + self.rows * self.f_remote * PAIR_BYTES
 
     @property
     def combine_bytes(self) -> float:
         """Sent by a rank: results of other ranks' rows."""
         return self.rows * self.f_remote * self.hidden * value_bytes(self.combine_format)
+
+    @property
+    def link_dispatch_bytes(self) -> float:
+        """Dispatched over a host's link by all its ranks.
+
+        Node-limited, a token goes once to each other host that has one of its experts, and for each further rank there
+        that needs it only where it is.
+        """
+        if self.link_gb_s is None or self.ranks_per_host == 1:
+            return self.dispatch_bytes
+        together = min(self.ranks_per_host, self.ranks)
+        to_ranks = (self.ranks - together) * self._found_on(1)
+        to_hosts = (self.ranks / together - 1) * self._found_on(together) if self.node_limited else to_ranks
+        said = self._far_rows + self.tokens_per_rank * (to_ranks - to_hosts)
+        return together * (self.tokens_per_rank * to_hosts * self._token_bytes + said * PAIR_BYTES)
+
+    @property
+    def link_combine_bytes(self) -> float:
+        """Results that all ranks of a host send home over its link."""
+        if self.link_gb_s is None or self.ranks_per_host == 1:
+            return self.combine_bytes
+        return min(self.ranks_per_host, self.ranks) * self._far_rows * self.hidden * value_bytes(self.combine_format)
+
+    @property
+    def _far_rows(self) -> float:
+        return self.rows * max(0.0, 1 - self.ranks_per_host / self.ranks)
+
+    @property
+    def _token_bytes(self) -> float:
+        return self.hidden * value_bytes(self.dispatch_format)
+
+    def _found_on(self, ranks: int) -> float:
+        """How likely a token has one of its experts on so many ranks."""
+        missed = comb(max(self.num_experts - ranks * self.spread.experts_per_rank, 0), self.topk)
+        return 1 - missed / comb(self.num_experts, self.topk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +216,7 @@ def communication_us(run: Run, machine: Machine, waves: int) -> float:
     if run.ranks == 1:
         return 0.0
     messages = 1 + 2 * waves
-    num_bytes = run.dispatch_bytes + run.combine_bytes
+    num_bytes = run.link_dispatch_bytes + run.link_combine_bytes
     if run.link_gb_s:
         num_bytes = max(0.0, num_bytes - run.link_gb_s * machine.burst_us.value * 1e3)
     return messages * machine.exchange_us.value + num_bytes / _link_bytes_us(run, machine)
@@ -216,8 +252,8 @@ def _cost_model(run: Run, machine: Machine) -> CostModel:
     decode_rows = 3 * run.hidden * run.intermediate * machine.decode_ns.value / 1e3 / row if run.packed else 0.0
     return CostModel(
         row / 1e6,
-        run.dispatch_bytes / remote / link / 1e6,
-        run.combine_bytes / remote / link / 1e6,
+        run.link_dispatch_bytes / remote / link / 1e6,
+        run.link_combine_bytes / remote / link / 1e6,
         machine.wave_us.value / 1e6,
         decode_rows,
     )
@@ -253,8 +289,8 @@ def _overlapped_us(run: Run, machine: Machine, steps: list[tuple[Work, int]], cr
     link, number = _link_bytes_us(run, machine), max(work.wave for work, _ in steps) + 1
     share = [len(ids) / run.spread.experts_per_rank for ids in run.spread.waves(number)]
     burst = machine.burst_us.value if run.link_gb_s else 0.0
-    there = [run.dispatch_bytes / link * part + machine.exchange_us.value for part in share]
-    back = [run.combine_bytes / link * part + machine.exchange_us.value for part in share]
+    there = [run.link_dispatch_bytes / link * part + machine.exchange_us.value for part in share]
+    back = [run.link_combine_bytes / link * part + machine.exchange_us.value for part in share]
     there[0] = max(machine.exchange_us.value, there[0] - burst)
     return (front + end) * crowd + machine.exchange_us.value + play(works, there, back).total
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from megamoe.ambient import eager, undisturbed
 from megamoe.execution.experts import Experts
 from megamoe.execution.pipeline import Call, CallRecord
+from megamoe.execution.small_call import Input
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import Notes
@@ -140,8 +141,9 @@ class TrainableMoE(MegaMoE):
                     self._keeping = False
         return out, kept, Origin(self._calls.number, self.group)
 
-    def _open(self, *args: Any) -> Call:
-        self._latest = call = super()._open(*args)
+    def _open(self, given: Input, agreed: Agreement, record: CallRecord, notes: Notes) -> Call:
+        """As MegaMoE's; every rank gets its tokens from their own rank, so that all that it read lies in its inbox."""
+        self._latest = call = super()._open(given, replace(agreed, landed=None), record, notes)
         if self._keeping and self.saved == "activations":
             own = self.local_experts
             num_rows = int(call.parts.agreed.counts[:, own.start : own.stop].sum())

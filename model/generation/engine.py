@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from megamoe.model.generation.forward import (
     fits_together,
@@ -25,8 +24,10 @@ from megamoe.model.generation.forward import (
     use_own_attention,
 )
 from megamoe.model.generation.meeting import Meeting
+from megamoe.model.generation.places import find_places
 from megamoe.model.generation.request import LENGTH, STOP, GenerationRequest, Token, check_fits
 from megamoe.model.generation.sampling import choose
+from megamoe.model.generation.sequences import SequenceCache
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
 
@@ -35,12 +36,15 @@ _WHAT = "generation"
 
 @dataclass(slots=True, eq=False)
 class _Sequence:
-    """A prompt on its way. new: the tokens that the model has not seen; done: those that came out."""
+    """A prompt on its way. new: the tokens that the model has not seen; done: those that came out.
+
+    cache: a SequenceCache, or transformers' own where each sequence has a forward of its own.
+    """
 
     number: int
     id: str
     new: list[int]
-    cache: DynamicCache
+    cache: Any
     seen: int = 0
     done: list[int] = field(default_factory=list)
 
@@ -67,8 +71,8 @@ class Generation:
         if not self.experts:
             raise ValueError(f"{type(model).__name__} has no experts that ranks share")
         self.together = fits_together(model, self.experts) if together is None else together
-        self._meeting = Meeting(self.experts)
         use_own_attention(model, self.together)
+        self._meeting = Meeting([] if self.together else find_places(model, self.experts))
         mine = range(self.group.rank, len(request.prompts), self.group.size)
         self._queue, self._active = deque(mine), list[_Sequence]()
         self.steps, self.done = 0, False
@@ -99,7 +103,7 @@ class Generation:
             if room < len(prompt.token_ids) and room < self.request.max_step_tokens:
                 return
             room -= len(prompt.token_ids)
-            cache = new_cache(self.model)
+            cache = SequenceCache() if self.together else new_cache(self.model)
             self._active.append(_Sequence(self._queue.popleft(), prompt.id, list(prompt.token_ids), cache))
 
     def _any_active(self) -> bool:

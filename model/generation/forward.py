@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from megamoe.model.generation.sequences import ARGUMENT, IMPLEMENTATION, OtherAttentionError, SequenceBatch
+from megamoe.model.generation.sequences import (
+    ARGUMENT,
+    IMPLEMENTATION,
+    SequenceBatch,
+    SequenceCache,
+)
 
 _PLAIN = {"full_attention", "sliding_attention"}  # layers whose only state is keys and values
-_PROBES = ([3, 1, 2, 2, 1], [2, 3, 1])  # tokens that any vocabulary has
+PROBES = ([3, 1, 2, 2, 1], [2, 3, 1])  # tokens that any vocabulary has
 _TOLERANCE = 0.2  # relative, between attention here and the model's own in BF16, through all layers
 
-Part = tuple[list[int], int, DynamicCache]  # new tokens, how many came before, cache
+Part = tuple[list[int], int, SequenceCache]  # new tokens, how many came before, cache
 
 
 def forward_together(model: Any, parts: Sequence[Part]) -> Tensor:
@@ -80,13 +85,13 @@ def fits_together(model: Any, experts: Sequence[nn.Module]) -> bool:
     with silenced(experts):
         use_own_attention(model, own=True)
         try:
-            both, alone = _probed(model, _PROBES), [_probed(model, [each])[0] for each in _PROBES]
-        except OtherAttentionError:
+            both, alone = _probed(model, PROBES), [_probed(model, [each])[0] for each in PROBES]
+        except Exception:  # noqa: BLE001  whatever it says, it is no model that runs so; each alone it still may
             return False
         finally:
             use_own_attention(model, own=False)
-        caches = [new_cache(model) for _ in _PROBES]
-        theirs = [forward_alone(model, probe, 0, cache) for probe, cache in zip(_PROBES, caches, strict=True)]
+        caches = [new_cache(model) for _ in PROBES]
+        theirs = [forward_alone(model, probe, 0, cache) for probe, cache in zip(PROBES, caches, strict=True)]
     same = all(torch.equal(ours, own) for ours, own in zip(both, alone, strict=True))
     close = all(
         float((ours[0] - other).norm()) <= _TOLERANCE * float(other.norm())
@@ -97,25 +102,25 @@ def fits_together(model: Any, experts: Sequence[nn.Module]) -> bool:
 
 def _probed(model: Any, probes: Sequence[list[int]]) -> list[Tensor]:
     """Logits [2, V] of each: after its tokens, and after one more."""
-    caches = [new_cache(model) for _ in probes]
+    caches = [SequenceCache() for _ in probes]
     first = forward_together(model, [(probe, 0, cache) for probe, cache in zip(probes, caches, strict=True)])
     second = forward_together(model, [([1], len(probe), cache) for probe, cache in zip(probes, caches, strict=True)])
     return list(torch.stack((first, second), 1))
 
 
+def zeros(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    del top_k_index, top_k_weights
+    return torch.zeros_like(hidden_states)
+
+
 @contextmanager
-def silenced(experts: Sequence[nn.Module]) -> Iterator[None]:
-    """Experts that give zeros, for the block."""
+def silenced(experts: Sequence[nn.Module], instead: Callable[..., Tensor] = zeros) -> Iterator[None]:
+    """For the block, another function in the place of experts, which no other rank calls."""
     before = [each.forward for each in experts]
     for each in experts:
-        each.forward = _zeros
+        each.forward = instead
     try:
         yield
     finally:
         for each, forward in zip(experts, before, strict=True):
             each.forward = forward
-
-
-def _zeros(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    del top_k_index, top_k_weights
-    return torch.zeros_like(hidden_states)

@@ -36,7 +36,7 @@ class Sampling:
 def choose(logits: Tensor, sampling: Sampling, prompt: str, index: int) -> int:
     """The index-th token of a prompt's text, of logits [V]. Equal logits go to the smaller token id."""
     if not sampling.temperature:
-        return int((logits == logits.max()).nonzero()[0, 0])
+        return int(logits.numpy(force=True).argmax())  # NumPy promises the first of equal ones
     order = torch.sort(logits.to(torch.float64), descending=True, stable=True)
     probabilities = torch.softmax(order.values / sampling.temperature, 0)
     if sampling.top_k:

@@ -249,10 +249,10 @@ class ExpertSource:
         ]
 
     def put(self, routed: RoutedExperts, expert: int, weights: list[Weight], scales: str) -> None:
-        """Takes what read() gave to its place, rounded where the layer's format is another."""
+        """Takes what read() gave to its place, rounded where the layer's format is another. It is called in a turn."""
         first, down, *biases = weights
         matrices = [self._rounded(routed.layer.weight_format, each, scales) for each in (first, down)]
-        routed.load(expert, *matrices, *biases)  # type: ignore[arg-type]
+        routed.put(expert, *matrices, *biases)  # type: ignore[arg-type]
 
     def _rounded(self, weight_format: str, weight: Weight, scales: str) -> Weight:
         if isinstance(weight, MXFP4):

@@ -32,7 +32,7 @@ from megamoe.model.loading.quantization import RoundingError, check_scales
 from megamoe.model.loading.report import LoadReport, Progress, shown
 from megamoe.model.loading.skeleton import Block, Skeleton, build, fp8_block, read_config, set_module, set_tensor
 from megamoe.model.loading.stored import Encoding, Stored, scales_to_float, stored_tensors
-from megamoe.model.loading.together import agree_on, run_together
+from megamoe.model.loading.together import Checked, agree_on, run_together
 from megamoe.model.private import may_be_missing
 from megamoe.parallel.group import EPGroup
 
@@ -69,8 +69,9 @@ def load(
     Only this rank's experts are read, and each goes straight to its place. On a CPU linear modules and routers compute
     with the package's kernels, so that a row's bits depend on neither its batch nor the number of ranks; on another
     device they are torch's, which promises no such thing. The result is for inference: it has no gradients.
-    model.megamoe_report says what was read. ValueError, on every rank alike, for a checkpoint that is incomplete,
-    truncated or contradicts its config, and for an architecture that does not fit; PeerError where a rank is lost.
+    model.megamoe_report says what was read. Calls of the group's layers by other threads wait until all is. ValueError,
+    on every rank alike, for a checkpoint that is incomplete, truncated or contradicts its config, and for an
+    architecture that does not fit; PeerError where a rank is lost; RuntimeError where one calls a layer meanwhile.
     """
     device = torch.device(device)
     ranks = EPGroup.of(group, device)
@@ -87,8 +88,10 @@ def load(
         return f"{experts} {dense} {scales} {len(loading[0].sources)} blocks"
 
     try:
-        agree_on(ranks, _WHAT, look)
-        _read_all(loading[0], ranks, progress)
+        checked = Checked.of(look)
+        with ranks.turn(_WHAT, device):
+            agree_on(ranks, _WHAT, checked)
+            _read_all(loading[0], ranks, progress)
         return loading[0].finish()
     finally:
         for each in loading:
@@ -116,8 +119,10 @@ def regroup(
         return f"{wish.experts} {wish.dense} {wish.scales} {len(loaded.sources)} blocks"
 
     try:
-        agree_on(ranks, _WHAT, look)
-        _read_all(again[0], ranks, progress)
+        checked = Checked.of(look)
+        with ranks.turn(_WHAT, loaded.device):
+            agree_on(ranks, _WHAT, checked)
+            _read_all(again[0], ranks, progress)
     finally:
         for each in again:
             each.files.close()

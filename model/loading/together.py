@@ -13,7 +13,10 @@ from megamoe.model.loading.report import Progress
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
 
-_PAGE = np.dtype([("state", "<i8"), ("read", "<i8"), ("total", "<i8"), ("terms", "S64"), ("complaint", "S1024")])
+_MAGIC = 0x4D4D4C31  # "MML1": a page of loading and of nothing else
+_PAGE = np.dtype(
+    [("magic", "<u4"), ("state", "<u4"), ("read", "<i8"), ("total", "<i8"), ("terms", "S64"), ("complaint", "S1024")]
+)
 _WORKING, _DONE, _FAILED = 0, 1, 2
 _TURN_S = 0.1
 
@@ -27,17 +30,27 @@ class Task:
     stop: threading.Event
 
 
-def agree_on(group: EPGroup, what: str, check: Callable[[], str]) -> None:
-    """check() on every rank, which gives a text that must be the same on all.
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a rank found before it loads: terms that must be the same on all, or why it cannot."""
 
-    What one rank raises ends in a ValueError on the others, which names that rank; its own it raises as it is.
-    """
+    terms: str = ""
     complaint: Exception | None = None
-    terms = ""
-    try:
-        terms = check()
-    except Exception as wrong:  # noqa: BLE001 raised below, once the others know
-        complaint = wrong
+
+    @classmethod
+    def of(cls, check: Callable[[], str]) -> Checked:
+        try:
+            return cls(check())
+        except Exception as wrong:  # noqa: BLE001 raised by agree_on(), once the others know
+            return cls(complaint=wrong)
+
+
+def agree_on(group: EPGroup, what: str, checked: Checked) -> None:
+    """Every rank tells the others what it found. Whoever calls has the group's turn, and keeps it until all is loaded.
+
+    What one rank raised ends in a ValueError on the others, which names that rank; its own it raises as it is.
+    """
+    terms, complaint = checked.terms, checked.complaint
     pages = _exchange(group, what, _FAILED if complaint else _DONE, 0, 0, terms, complaint)
     _refuse(group, pages, complaint)
     texts = [bytes(page["terms"]) for page in pages]
@@ -56,7 +69,7 @@ def run_together(
     progress: Callable[[], tuple[int, int]],
     show: Callable[[Progress], None],
 ) -> None:
-    """work(stop) on every rank, each for as long as it takes; returns when all are done.
+    """work(stop) on every rank, each for as long as it takes; returns when all are done. It is called in a turn.
 
     Ranks tell each other every tenth of a second how far they are, so that no wait has more than that to do with how
     long another takes. ValueError of any rank is raised on all; then and on an interruption stop is set, which work
@@ -95,12 +108,19 @@ def _exchange(
 ) -> np.ndarray:
     page = np.zeros(1, _PAGE)
     said = "" if complaint is None else f"{complaint}" if isinstance(complaint, ValueError) else repr(complaint)
-    page[0] = (state, read, total, terms.encode(), said.encode()[:1024])
+    page[0] = (_MAGIC, state, read, total, terms.encode(), said.encode()[:1024])
     if group.transport is None:
         return page
     with group.unbroken(what, 0):
         raw = group.transport.gather(torch.from_numpy(page.view(np.uint8)), Label(what, "load"))
-    return raw.numpy().view(_PAGE).reshape(-1)
+        pages = raw.numpy().view(_PAGE).reshape(-1)
+        for rank, each in enumerate(pages):
+            if each["magic"] != _MAGIC:
+                raise RuntimeError(
+                    f"{group.named(rank)} calls a layer of the group while this rank is {what}: with several ranks "
+                    "threads must do both in the same order on all of them"
+                )
+    return pages
 
 
 def _refuse(group: EPGroup, pages: np.ndarray, own: BaseException | None) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -15,13 +17,14 @@ from torch import Tensor
 from transformers.utils import logging
 
 INDEX = "model.safetensors.index.json"
+_WAIT_S = 600.0  # for another process that makes the same
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside path to write to, which takes path's name when the block ends; an error or a signal removes it.
 
-    ValueError where path is there already and is no empty folder, or cannot be made.
+    ValueError where path is there already and is no empty folder, also when the block ends, or cannot be made.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: give a folder that is new")
@@ -32,9 +35,44 @@ def new_folder(path: Path) -> Iterator[Path]:
         except OSError as refusal:
             raise ValueError(f"{path} cannot be made: {refusal.strerror}") from refusal
         yield draft
-        draft.replace(path)
+        try:
+            draft.replace(path)
+        except OSError as refusal:
+            raise ValueError(f"{path} was made by somebody else meanwhile: {refusal.strerror}") from refusal
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def one_maker(path: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """A block that no other process of this machine runs for the same path at the same time. waits: called if it must.
+
+    The lock is the kernel's, which lets go of it with the process that has it. path's folder is there. RuntimeError
+    where another process has it for longer than ten minutes.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    until, waited = time.monotonic() + _WAIT_S, False
+    lock = path.parent / f".{path.name}.lock"
+    with lock.open("w") as held:
+        while True:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as taken:
+                if not waited:
+                    waits()
+                waited = True
+                if time.monotonic() > until:
+                    raise RuntimeError(f"another process has been making {path} for {_WAIT_S:g} s") from taken
+                time.sleep(0.05)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # who waits for it looks whether path is there
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megamoe.parallel.symmetric import MAX_WAVES, PLACE_BYTES, REGIONS, Place, SymmetricMemory, available
+from megamoe.parallel.transport.landings import Landings
 from megamoe.parallel.transport.pairs import Label, PairTransfer, PairTransport
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Host:
 
     near      those ranks but this one, from the nearest neighbour on; none before the first exchange
     far       the other ranks
+    nodes     of each rank the lowest rank of its host, where several hosts hold the ranks and one holds two; else ()
     whole     whether all ranks share one host, on which all ranks agree
     exchange  number of the latest exchange of pages, which all ranks count alike
     regions   buffers of this rank that others write to, by name
@@ -39,6 +41,7 @@ class Host:
     memory: SymmetricMemory | None = None
     near: list[int] = field(default_factory=list)
     far: list[int] = field(default_factory=list)
+    nodes: tuple[int, ...] = ()
     whole: bool = False
     exchange: int = 0
     met: bool = False
@@ -111,7 +114,17 @@ class HostTransport:
     def __init__(self, pairs: PairTransport, host: Host) -> None:
         self.pairs, self.clock, self.host = pairs, pairs.clock, host
         self.rank, self.size = pairs.group.rank(), pairs.group.size()
-        self._aborted = False
+        self.aborted = False
+
+    def nodes(self, layer: str) -> tuple[int, ...]:
+        """As in Host; all ranks must ask, for the first time they do they find out who shares a host."""
+        if not self.host.met:
+            self._meet(Label(layer, "counts"))
+        return self.host.nodes
+
+    def landings(self, layer: str) -> Landings:
+        """For a call whose dispatch is node-limited, once its pages have been exchanged."""
+        return Landings(self, layer)
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> HostTransfer | PairTransfer:
         host, region = self.host, _REGION_OF.get(label.phase)
@@ -165,6 +178,7 @@ class HostTransport:
         if not self.host.met:
             self._meet(label)
         if not self.host.near:
+            self.host.exchange += -(-page.numel() // PLACE_BYTES)  # as ranks count that have a host in common
             return self.pairs.gather(page, label)
         whole = page.new_empty(self.size, page.numel())
         for begin in range(0, page.numel(), PLACE_BYTES):
@@ -218,7 +232,7 @@ class HostTransport:
             card = bytes(cards[peer].numpy()).rstrip(b"\0")
             vote[peer] = peer != rank and memory is not None and bool(card) and memory.attach(peer, card)
         votes = self.pairs.gather(vote, label)
-        host.met = True
+        host.met, host.nodes = True, _nodes(votes.bool())
         host.near = [peer for peer in self.pairs.receivers if vote[peer] and votes[peer, rank]]
         host.far = [peer for peer in range(self.size) if peer != rank and peer not in host.near]
         # alike on all ranks, since all have all votes
@@ -238,7 +252,7 @@ class HostTransport:
         end = begun + (clock.left_s() if within_s is None else within_s)
         while not memory.wait(word, value, min(_SLICE_S, max(end - time.monotonic(), 0.0)), spin=spin):
             spin = False
-            if self._aborted:
+            if self.aborted:
                 raise clock.error(peer, label, begun, "the wait was broken off")
             if memory.gone(peer) and not memory.wait(word, value, 0.0, spin=False):
                 raise clock.error(peer, label, begun, "its process is gone")
@@ -248,8 +262,19 @@ class HostTransport:
 
     def abort(self) -> None:
         """As Transport says: waits for memory look every 10 ms."""
-        self._aborted = True
+        self.aborted = True
         self.pairs.abort()
+
+
+def _nodes(votes: Tensor) -> tuple[int, ...]:
+    """votes [P, P]: who can write whose memory -> the lowest rank of each one's host, () where none need be told apart.
+
+    Ranks are of one host where all of them share with one another and with nobody else.
+    """
+    shared = votes & votes.T | torch.eye(len(votes), dtype=torch.bool)
+    alike = [bool((shared[members] == members).all()) for members in shared]
+    nodes = tuple(int(shared[rank].int().argmax()) if alike[rank] else rank for rank in range(len(votes)))
+    return nodes if 1 < len(set(nodes)) < len(nodes) else ()
 
 
 def _own_memory(rank: int, size: int) -> SymmetricMemory | None:

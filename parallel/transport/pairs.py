@@ -213,7 +213,7 @@ class PairTransport:
     """Point-to-point pairs with every peer: gloo's fast path. Tags keep the phases and waves of a call apart."""
 
     early, device_type = True, "cpu"
-    _PHASES = ("counts", "more counts", "dispatch", "combine", "link", "load")
+    _PHASES = ("counts", "more counts", "dispatch", "combine", "link", "load", "landed")
     _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
     TAIL_TAG = _TAGS_PER_PHASE // 2
     _NO_TAG = _FIRST_TAG - 1  # nothing is ever sent with it
@@ -230,10 +230,14 @@ class PairTransport:
         self, receive: Tensor, counts: Sequence[int], label: Label, among: Collection[int] | None = None
     ) -> PairTransfer:
         """among: moves the rows of these peers only, both ways; the others' have another way."""
-        tag = self._FIRST_TAG + self._PHASES.index(label.phase) * self._TAGS_PER_PHASE + (label.wave or 0)
-        transfer = PairTransfer(self, label, tag, among)
+        transfer = self.open(label, among)
         transfer.receive(receive, counts)
         return transfer
+
+    def open(self, label: Label, among: Collection[int] | None = None) -> PairTransfer:
+        """A transfer that receives nothing yet."""
+        tag = self._FIRST_TAG + self._PHASES.index(label.phase) * self._TAGS_PER_PHASE + (label.wave or 0)
+        return PairTransfer(self, label, tag, among)
 
     def abort(self) -> None:
         """Has every wait of this rank end in an error, from any thread.

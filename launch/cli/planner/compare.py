@@ -15,23 +15,32 @@ if TYPE_CHECKING:
     from megamoe.planner.answer import Answer
     from megamoe.planner.search.compare import Row
 
+NAMES = "Devices; --by model: models; --by stack: fused, staged, staged-two-batch, megamoe."
+
 
 class By(str, Enum):
     """What the names are of."""
 
     hardware = "hardware"
     model = "model"
+    stack = "stack"
 
 
 @asks
 def compare(
     given: dict[str, Any],
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Devices, or models with --by model.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...",
+            help=NAMES,
+        ),
+    ],
     by: Annotated[By, typer.Option(help="What the names are of.")] = By.hardware,
     ep: Annotated[str | None, typer.Option(help="EP sizes, such as 8,16,32; the best of each by default.")] = None,
     output: Output = Format.table,
 ) -> None:
-    """Plan the same on several devices (or of several models), at one EP size or several, and print a row for each."""
+    """Plan the same on several devices, models or stacks, at one EP size or several, and print a row for each."""
     with exit_codes():
         keys = keys_of(given)
         if keys.get(by.value) is not None:
@@ -93,7 +102,8 @@ def _print_question(answers: list[Answer], by: By) -> None:
     request = answers[0].plan.request
     expert = request.expert
     sizes = f"{expert.num_experts} experts {expert.hidden} x {expert.intermediate}, top-{expert.topk}"
-    said = [f"{request.model.name}: {sizes}" if by is By.hardware else request.hardware.name]
+    said = [f"{request.model.name}: {sizes}"] if by is not By.model else []
+    said += [request.hardware.name] if by is not By.hardware else []
     if all(each.plan.request.tokens_per_rank == request.tokens_per_rank for each in answers):
         said.append(f"{request.tokens_per_rank} tokens a rank")
     say(", ".join([*said, f"{expert.dispatch_format} there, {expert.combine_format} back"]))

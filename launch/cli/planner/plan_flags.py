@@ -40,6 +40,12 @@ FLAGS: dict[str, Any] = {
     "combine_format": _flag(
         str | None, "Of rows on their way home: bf16 (default), mxfp8, fp8, nvfp4, mxfp4, int8.", _LAYER
     ),
+    "stack": _flag(
+        str | None,
+        "Of the layer: fused (default), staged (DeepEP, grouped products), megamoe (this package).",
+        _LAYER,
+    ),
+    "two_batch": _flag(bool | None, "The staged stack in two halves, the links of one behind the other.", _LAYER),
     "links": _flag(
         list[str] | None, "Rates of every rank, of which the slowest counts: scaleup=450x6,225x2 or nic=50,25.", _LAYER
     ),

@@ -54,10 +54,14 @@ def _print_rules(planned: Plan) -> None:
 def _print_layer(found: Answer) -> None:
     planned, layer = found.plan, found.plan.layer
     request = planned.request
-    title = f"\none layer: {request.tokens_per_rank} tokens a rank, {request.routing}, {layer.waves} waves, "
-    title += f"{layer.rows:,.0f} rows in {layer.experts_touched:.4g} experts"
+    name = "" if request.stack == "fused" else f", {request.stack}"
+    title = f"\none layer{name}: {request.tokens_per_rank} tokens a rank, {request.routing}, "
+    title += f"{layer.waves} waves, {layer.rows:,.0f} rows in {layer.experts_touched:.4g} experts"
     parts = (
-        ("fixed: kernel, barriers, staging", layer.fixed_us),
+        ("fixed: kernel, graph, staging", layer.fixed_us),
+        ("  the kernel: a call, experts, barriers", layer.kernel_us),
+        ("  the module's launches in a graph", layer.graph_us),
+        ("  the module's staging", layer.stack_us),
         ("waves, first dispatch to last result", layer.core_us),
         ("  compute and memory, without links", layer.alone_us),
         ("  exposed", layer.exposed_us),

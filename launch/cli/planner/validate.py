@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megamoe.launch.output import Output, emit, say, show
+from megamoe.launch.output import Output, emit, note, say, show
 from megamoe.launch.terminal import Format, exit_codes
 
 if TYPE_CHECKING:
@@ -40,8 +40,10 @@ def validate(
 def _table(file: Path, rows: bool, output: Format) -> None:
     from megamoe.planner.validation.validate import summary
 
-    compared = _compared(file)
-    found = summary(compared)
+    compared, assumed = _compared(file)
+    found = {**summary(compared), "assumed": list(assumed)}
+    for each in assumed:
+        note(f"assumed: {each}")
     every = {"compared": [_row(each) for each in compared]} if rows else {}
     emit(output, {**found, **every}, lambda: _print_table(file, found, every.get("compared", [])))
 
@@ -49,40 +51,42 @@ def _table(file: Path, rows: bool, output: Format) -> None:
 def _print_table(file: Path, found: dict[str, Any], compared: list[dict[str, Any]]) -> None:
     """The rows that are to be printed, then the errors of all rows and of groups of them."""
     if compared:
-        columns = {"hardware": "", "model": "", "EP": ">", "tokens": ">", "routing": ""}
+        columns = {"hardware": "", "model": "", "EP": ">", "tokens": "~", "routing": "", "timed": ""}
         columns |= {"measured us": ",.1f", "planned": ",.1f", "error %": "+.1f"}
         show(columns, [tuple(row.values()) for row in compared])
     groups: list[tuple[str, Any]] = [("all", found)]
     groups += [(f"EP{ep}", errors) for ep, errors in found["by_ep_size"].items()]
     groups += list(found["by_routing"].items())
+    groups += list(found["by_stack"].items()) if len(found["by_stack"]) > 1 else []
     keys = ("rows", "median_abs_pct_error", "p95_abs_pct_error", "max_abs_pct_error")
     cells = [(name, *(each[key] for key in keys)) for name, each in groups]
     columns = {"rows of": "", "number": ">", **dict.fromkeys(("median", "95th", "largest"), ".1f")}
     show(columns, cells, f"\n{file}: errors in percent, whatever the sign")
 
 
-def _compared(file: Path) -> list[Compared]:
-    """Every row with what the planner says. ValueError names the file and the row."""
-    from megamoe.planner.validation.validate import compare, read_table
+def _compared(file: Path) -> tuple[list[Compared], tuple[str, ...]]:
+    """Every row with what the planner says, and what was assumed of the file. ValueError names the file and the row."""
+    from megamoe.planner.validation.tables import read
+    from megamoe.planner.validation.validate import compare
 
     try:
-        rows = read_table(file)
+        table = read(file)
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from error
     compared = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(table.rows, start=1):
         try:
             compared += compare([row])
         except ValueError as wrong:
             raise ValueError(f"{file}, row {number}: {wrong}") from wrong
-    return compared
+    return compared, table.assumed
 
 
 def _row(each: Compared) -> dict[str, Any]:
     row = each.row
-    keys = ("hardware", "model", "ep_size", "tokens_per_rank", "routing", "latency_us")
+    keys = ("hardware", "model", "ep_size", "tokens_per_rank", "routing", "stack", "latency_us")
     return {**{key: getattr(row, key) for key in keys}, "planned_us": each.planned_us, "error_pct": each.error_pct}
 
 

@@ -4,5 +4,5 @@ paths.py     the ways to compute that there are, and which of them this CPU can 
 build.py     from source to a shared library, once for each path, in a cache
 library.py   the library's functions on tensors, tested on this machine before they are used
 layout.py    how weights are held for the products
-products.cpp by vectors or tiles.cpp by AMX; rows.cpp, routing.cpp, out.h, vectors.h, state.h
+products.cpp by vectors or tiles.cpp by AMX; rows.cpp, routing.cpp, out.h, vectors.h, library.h
 """

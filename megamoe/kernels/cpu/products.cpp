@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "out.h"
-#include "state.h"
+#include "library.h"
 
 namespace megamoe {
 namespace {

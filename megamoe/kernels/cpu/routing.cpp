@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "state.h"
+#include "library.h"
 #include "vectors.h"
 
 namespace {
@@ -81,18 +81,6 @@ extern "C" void megamoe_send_once(const int64_t* tokens_of, const int64_t* lengt
 
 // ---- calls of few tokens: see execution/small_call.py ----
 
-extern "C" {
-void megamoe_products(const uint16_t*, int64_t, const int64_t*, int64_t, const uint8_t*, const uint8_t*, int64_t,
-                      int64_t, int64_t, const int64_t*, int64_t, void*, int64_t, const int64_t*, int, int);
-void megamoe_quantize(const uint16_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t, uint8_t*, int64_t, int);
-void megamoe_dequantize(const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, uint16_t*, int64_t, int);
-void megamoe_round(const uint16_t*, int64_t, int64_t, int64_t, uint16_t*, int64_t, int);
-void megamoe_activate(const uint16_t*, const float*, int64_t, int64_t, int, const float*, const float*, float, float,
-                      int, uint16_t*, int);
-void megamoe_add_bias(const float*, int64_t, const float*, const int64_t*, int64_t, const float*, uint16_t*, int64_t,
-                      const int64_t*, int);
-}
-
 namespace {
 
 // A matrix of all experts of this rank, as megamoe_products() takes it, with its bias, if there is one.
@@ -159,7 +147,7 @@ extern "C" int megamoe_few_bring(megamoe_few* call) {
     count_rows(c.ids, tokens, c.topk, c.rank_of, c.num_experts, c.pairs, c.pairs + c.num_experts);
     if (c.mxfp8) {
         megamoe_quantize(c.hidden, c.width, tokens, c.width, own.rows(), c.row_bytes, own.rows() + c.width, c.row_bytes,
-                         int(c.threads));
+                         nullptr, int(c.threads));
     } else {
         for (int64_t t = 0; t < tokens; t++)
             std::memcpy(own.rows() + t * c.row_bytes, c.hidden + t * c.width, c.width * sizeof(uint16_t));

@@ -2,7 +2,7 @@
 // operation on values of its own row, in the order that is written, so no row's bits depend on its company.
 #include <algorithm>
 
-#include "state.h"
+#include "library.h"
 #include "values/mxfp8.h"
 
 namespace megamoe {

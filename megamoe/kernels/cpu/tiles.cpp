@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "library.h"
 #include "out.h"
 
 #if defined(MEGAMOE_AMX)

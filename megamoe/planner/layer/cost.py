@@ -1,8 +1,8 @@
-"""How long one expert-parallel layer takes, part by part, on the rank that is last.
+"""How long one expert-parallel layer takes in the fused kernel, part by part, on the rank that is last.
 
 Per expert of that rank, with n rows:
 
-    compute    6hd * ceil(n / tile) * tile / (peak * compute_efficiency)
+    compute    its tiles, spread over the SMs (tiles.py)
     memory     (weights + rows that are read and written) / (memory bandwidth * memory_efficiency)
     link       n * bytes of a row there and back / (link * link_efficiency), over the slowest tier that it crosses
 
@@ -10,8 +10,9 @@ All three use the same device at once and get in each other's way, so that toget
 with p = overlap: infinite where they overlap perfectly, 1 where one waits for the other. An expert is slow for its own
 reason, one that has many rows for its compute, one that has few for its weights; they are added up.
 
-The waves are then played: dispatch, compute, combine, one link. On top come, once a call, the kernel itself, a barrier
-for every doubling of ranks, staging (tokens read, quantised, written) and the sum of the slots, which nothing overlaps.
+The waves are then played: dispatch, compute, combine, one link. On top come, once a call, the kernel itself with a
+barrier for every doubling of ranks; the sum of the slots, which nothing overlaps; and where a module runs it, the
+launches in its graph and staging (tokens read, quantised, written).
 Ranks in several scale-up domains exchange over the NIC: as long as the slowest tier takes, and no kernel does that from
 within, so that exchange_us is paid there and back.
 """
@@ -24,9 +25,11 @@ import math
 from dataclasses import dataclass
 from statistics import fmean
 
-from megamoe.catalog import Hardware, Model, Profile
+from megamoe.planner.layer.device import Device
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.routing import RankLoad, busiest
-from megamoe.planner.layer.rule import GATED_FLOPS, PLAIN_FLOPS, tiers
+from megamoe.planner.layer.rule import tiers
+from megamoe.planner.layer.tiles import products_us
 from megamoe.schedule.formats import value_bytes
 from megamoe.schedule.schedule import Played, Work, play
 
@@ -36,149 +39,12 @@ Busy = list[tuple[float, float, int]]  # rows and microseconds of an expert, and
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
-    """A device as the planner calculates with it: peaks, one-way bandwidths per second, and the profile's constants."""
-
-    name: str
-    tflops: float
-    memory_gb: float
-    memory_bytes_s: float
-    scaleup_gb_s: float
-    scaleup_domain: int
-    nic_gb_s: float | None
-    compute_efficiency: float
-    memory_efficiency: float
-    link_efficiency: float
-    link_congestion: float
-    nic_efficiency: float
-    exchange_us: float
-    overlap: float
-    tile_rows: int
-    fixed_us: float
-    barrier_us: float
-    staging_us: float
-    wave_us: float
-
-    @classmethod
-    def of(cls, hardware: Hardware, profile: Profile, compute_format: str = "fp8") -> Device:
-        """ValueError where the hardware has no peak for the format."""
-        nic = hardware.nic_gb_s
-        return cls(
-            name=hardware.name,
-            tflops=hardware.tflops(compute_format),
-            memory_gb=hardware.memory_gb.value,
-            memory_bytes_s=hardware.memory_tb_s.value * 1e12,
-            scaleup_gb_s=hardware.scaleup_gb_s.one_way,
-            scaleup_domain=int(hardware.scaleup_domain.value),
-            nic_gb_s=nic.one_way if nic else None,
-            compute_efficiency=profile.compute_efficiency.value,
-            memory_efficiency=profile.memory_efficiency.value,
-            link_efficiency=profile.link_efficiency.value,
-            link_congestion=profile.link_congestion.value,
-            nic_efficiency=profile.nic_efficiency.value,
-            exchange_us=profile.exchange_us.value,
-            overlap=profile.overlap.value,
-            tile_rows=max(1, round(profile.tile_rows.value)),
-            fixed_us=profile.fixed_us.value,
-            barrier_us=profile.barrier_us.value,
-            staging_us=profile.staging_us.value,
-            wave_us=profile.wave_us.value,
-        )
-
-    def link_bytes_s(self, ep: int) -> float:
-        """What an all-to-all of so many ranks gets out of the scale-up link: less the more ranks there are above 8."""
-        congestion = min(1.0, float((8 / ep) ** self.link_congestion))
-        return self.scaleup_gb_s * 1e9 * self.link_efficiency * congestion
-
-    @property
-    def nic_bytes_s(self) -> float:
-        """What an all-to-all gets out of the NIC; 0 without one."""
-        return (self.nic_gb_s or 0.0) * 1e9 * self.nic_efficiency
-
-
-def compute_format(hardware: Hardware, weight_format: str, dispatch_format: str) -> str:
-    """The format whose peak the expert products run at: 8 bits where both sides have at most 8 and the device does.
-
-    A device with int8 and no fp8 is taken at its int8 rate, as if weights and tokens were converted for it.
-
-    mxfp4 weights and mxfp8 tokens on gb200 -> fp8 (its 8-bit rate)    on ascend-910c -> int8
-    nvfp4 weights and nvfp4 tokens on gb200 -> fp4
-    """
-    widest = max(value_bytes(weight_format), value_bytes(dispatch_format))
-    wanted = ["fp4"] if widest < 1 else []
-    wanted += ["fp8", "int8"] if widest < 2 else []
-    has = [fmt for fmt in [*wanted, "bf16", "fp8", "int8"] if fmt in hardware.formats]
-    return has[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Expert:
-    """The routed experts of a layer. hidden is the width that they see and that travels."""
-
-    hidden: int
-    intermediate: int
-    num_experts: int
-    topk: int
-    gated: bool = True
-    weight_format: str = "mxfp4"
-    dispatch_format: str = "mxfp8"
-    combine_format: str = "bf16"
-
-    @classmethod
-    def of(
-        cls,
-        model: Model,
-        *,
-        weight_format: str | None = None,
-        dispatch_format: str = "mxfp8",
-        combine_format: str = "bf16",
-    ) -> Expert:
-        """A catalog model's; weights in its own format unless one is given."""
-        return cls(
-            model.expert_hidden,
-            model.intermediate,
-            model.num_experts,
-            model.topk,
-            model.gated,
-            weight_format or model.weight_format,
-            dispatch_format,
-            combine_format,
-        )
-
-    @property
-    def flops(self) -> int:
-        """Of one token-expert pair."""
-        return (GATED_FLOPS if self.gated else PLAIN_FLOPS) * self.hidden * self.intermediate
-
-    @property
-    def weight_bytes(self) -> float:
-        """Of one expert, scales included."""
-        products = 3 if self.gated else 2
-        return products * self.hidden * self.intermediate * value_bytes(self.weight_format)
-
-    @property
-    def dispatch_bytes(self) -> float:
-        """Of one row on its way to an expert."""
-        return self.hidden * value_bytes(self.dispatch_format)
-
-    @property
-    def combine_bytes(self) -> float:
-        """Of one row on its way home."""
-        return self.hidden * value_bytes(self.combine_format)
-
-    @property
-    def row_bytes(self) -> float:
-        """That one row reads and writes beside the weights: itself, what is between the products, its result."""
-        between = 2 * self.intermediate * value_bytes(self.dispatch_format)
-        return self.dispatch_bytes + between + 2 * self.hidden
-
-
-@dataclass(frozen=True, slots=True)
 class LayerTime:
     """Microseconds of one layer; rows and experts_touched of the rank that is last, means over draws of the routing.
 
     layer_us          fixed_us + core_us + sum_us
-    fixed_us          kernel, barriers and staging                   sum_us   the slots summed, once all are there
+    fixed_us          kernel_us (a call, its barriers) + graph_us (launches around it) + stack_us (staging)
+    sum_us            the slots summed, once all are there
     core_us           the waves, from the first dispatch to the last result: head_us + busy + stalls + tail_us
     compute_us        products alone             memory_us   weights and rows alone
     alone_us          both together, without any link: what core_us would be if communication were free
@@ -187,7 +53,9 @@ class LayerTime:
     """
 
     layer_us: float
-    fixed_us: float
+    kernel_us: float
+    graph_us: float
+    stack_us: float
     core_us: float
     sum_us: float
     compute_us: float
@@ -202,6 +70,10 @@ class LayerTime:
     rows: float
     experts_touched: float
     played: Played
+
+    @property
+    def fixed_us(self) -> float:
+        return self.kernel_us + self.graph_us + self.stack_us
 
     @property
     def communication_us(self) -> float:
@@ -228,29 +100,34 @@ def layer_time(
     routing: str = "balanced",
     redundant: int = 0,
     waves: int | None = None,
+    most_waves: int = 16,
     staging: bool = True,
 ) -> LayerTime:
-    """Time of one layer. waves None: as many as are best. staging=False: the fused kernel without what feeds it.
+    """Time of one layer. waves None: as many as are best, up to most_waves.
+
+    staging=False: the fused kernel without the module that feeds it.
 
     ValueError for sizes that make no sense, or where ranks lie in domains that nothing is known to join.
     """
     _check(expert, ep, tokens_per_rank, redundant, waves)
     drawn = busiest(routing, expert.num_experts, expert.topk, ep, tokens_per_rank, redundant)
+    numbers = [waves] if waves else [each for each in _NUMBERS_OF_WAVES if each <= most_waves]
     last = [
-        max((_core(expert, device, load, ep, tokens_per_rank, waves) for load in ranks), key=lambda c: c.played.total)
+        max((_core(expert, device, load, ep, tokens_per_rank, numbers) for load in ranks), key=lambda c: c.played.total)
         for ranks in drawn
     ]
-    hidden_bytes = tokens_per_rank * expert.hidden
-    fixed = device.fixed_us + (device.barrier_us * math.log2(ep) if ep > 1 else 0.0)
-    if staging:
-        # tokens read in BF16 and written for dispatch; the sum read and written once more for the routed scale
-        staged = hidden_bytes * (2 + value_bytes(expert.dispatch_format) + 4)
-        fixed += device.staging_us + _memory_us(device, staged)
-    slots = _memory_us(device, hidden_bytes * (expert.topk * value_bytes(expert.combine_format) + 2))
+    values = tokens_per_rank * expert.hidden
+    local = -(-(expert.num_experts + redundant) // ep)
+    kernel = device.fixed_us + device.expert_us * local + (device.barrier_us * math.log2(ep) if ep > 1 else 0.0)
+    stack = device.staging_us + device.memory_us(values * device.staging_bytes) if staging else 0.0
+    graph = device.graph_us if staging else 0.0
+    slots = device.memory_us(values * (expert.topk * value_bytes(expert.combine_format) + 2))
     core = fmean(each.played.total + each.latency_us for each in last)
     return LayerTime(
-        layer_us=fixed + core + slots,
-        fixed_us=fixed,
+        layer_us=kernel + graph + stack + core + slots,
+        kernel_us=kernel,
+        graph_us=graph,
+        stack_us=stack,
         core_us=core,
         sum_us=slots,
         compute_us=fmean(each.compute_us for each in last),
@@ -294,7 +171,7 @@ class _Core:
     latency_us: float
 
 
-def _core(expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float, waves: int | None) -> _Core:
+def _core(expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float, waves: list[int]) -> _Core:
     """One rank's waves in microseconds."""
     rows = load.rows
     if not rows:
@@ -302,25 +179,16 @@ def _core(expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float
     there, back = _row_us(expert, device, ep, rows, tokens)
     compute_us = memory_us = alone_us = 0.0
     busy: Busy = []
-    for count, number in load.groups:
-        compute = _compute_us(expert, device, count)
-        memory = _memory_us(device, expert.weight_bytes + count * expert.row_bytes)
-        alone = _together(device, compute, memory)
+    counts, numbers = zip(*load.groups, strict=True)
+    for count, number, compute in zip(counts, numbers, products_us(expert, device, counts, numbers), strict=True):
+        memory = device.memory_us(expert.weight_bytes + count * expert.row_bytes)
+        alone = device.together(compute, memory)
         compute_us, memory_us = compute_us + compute * number, memory_us + memory * number
         alone_us += alone * number
-        busy.append((count, _together(device, alone, count * (there + back)), number))
+        busy.append((count, device.together(alone, count * (there + back)), number))
     played, best = _play(busy, there, back, device, waves)
     latency = 2 * device.exchange_us if ep > device.scaleup_domain else 0.0
     return _Core(load, played, best, compute_us, memory_us, alone_us, there * rows, back * rows, latency)
-
-
-def _together(device: Device, a: float, b: float) -> float:
-    """What two things take that overlap as well as this device can: 3 and 4 at overlap 2 -> 5"""
-    return float((a**device.overlap + b**device.overlap) ** (1 / device.overlap))
-
-
-def _memory_us(device: Device, num_bytes: float) -> float:
-    return num_bytes / (device.memory_bytes_s * device.memory_efficiency) * 1e6
 
 
 def dispatch_us(expert: Expert, device: Device, *, ep: int, tokens_per_rank: float) -> float:
@@ -328,12 +196,6 @@ def dispatch_us(expert: Expert, device: Device, *, ep: int, tokens_per_rank: flo
     _check(expert, ep, tokens_per_rank, 0, None)
     rows = tokens_per_rank * expert.topk
     return device.exchange_us + (rows * _row_us(expert, device, ep, rows, tokens_per_rank)[0] if rows else 0.0)
-
-
-def _compute_us(expert: Expert, device: Device, rows: float) -> float:
-    """Products of one expert: rows come in whole tiles."""
-    padded = math.ceil(rows / device.tile_rows) * device.tile_rows
-    return expert.flops * padded / (device.tflops * device.compute_efficiency) / 1e6
 
 
 def _row_us(expert: Expert, device: Device, ep: int, rows: float, tokens: float) -> tuple[float, float]:
@@ -351,8 +213,8 @@ def _row_us(expert: Expert, device: Device, ep: int, rows: float, tokens: float)
     return there * slowest * 1e6, back * slowest * 1e6
 
 
-def _play(busy: Busy, there: float, back: float, device: Device, waves: int | None) -> tuple[Played, int]:
-    """The schedule that takes least time, of `waves` waves or of any number.
+def _play(busy: Busy, there: float, back: float, device: Device, waves: list[int]) -> tuple[Played, int]:
+    """The schedule that takes least time, of any of these numbers of waves.
 
     The fused kernel computes a block as soon as the block's rows are there, so that a wave is a share of all rows, not
     of all experts: one expert that most rows want is spread over the waves like the rest.
@@ -360,7 +222,7 @@ def _play(busy: Busy, there: float, back: float, device: Device, waves: int | No
     experts = sum(number for _, _, number in busy)
     rows = sum(count * number for count, _, number in busy)
     time = sum(took * number for _, took, number in busy)
-    numbers = [waves] if waves else [each for each in _NUMBERS_OF_WAVES if each <= experts]
+    numbers = waves if len(waves) == 1 else [each for each in waves if each <= experts] or [1]
     best: tuple[Played, int] | None = None
     for number in numbers if there else numbers[:1]:
         works = [Work(wave, time / number + device.wave_us) for wave in range(number)]

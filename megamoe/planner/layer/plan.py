@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe.catalog import Hardware, Model, Profile
-from megamoe.planner.layer.cost import Device, Expert, LayerTime, compute_format, layer_time
+from megamoe.planner.layer.cost import LayerTime
+from megamoe.planner.layer.device import Device, compute_format
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.rule import Rule, threshold, tiers
+from megamoe.planner.layer.stacks import Stack, stack_time
+from megamoe.planner.layer.tiles import reached_tflops
 
 TOKENS_PER_RANK = 4096
 _UNSCALED = {"mxfp8": "fp8"}  # the paper counts one byte per value and no scales
@@ -27,6 +31,8 @@ class PlanRequest:
     weight_format: str | None = None
     dispatch_format: str = "mxfp8"
     combine_format: str = "bf16"
+    stack: Stack = "fused"
+    two_batch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("ep", "tokens_per_rank"):
@@ -51,7 +57,15 @@ class PlanRequest:
 
     @property
     def compute_format(self) -> str:
+        """This package's own layer multiplies in BF16, whatever its weights are kept in."""
+        if self.stack == "megamoe" and "bf16" in self.hardware.formats:
+            return "bf16"
         return compute_format(self.hardware, self.weight_format or self.model.weight_format, self.dispatch_format)
+
+    @property
+    def serial(self) -> bool:
+        """Whether each stage waits for the one before it, so that nothing can hide."""
+        return self.stack == "staged" and not self.two_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +90,7 @@ class Plan:
 
     @property
     def hidden(self) -> bool:
-        return self.binding is None or self.binding.hidden
+        return self.binding is None or (self.binding.hidden and not self.request.serial)
 
     @property
     def verdict(self) -> str:
@@ -90,8 +104,16 @@ class Plan:
         """
         request, rule = self.request, self.binding
         where = f"{self.verdict.upper()}  {request.model.name} on {request.hardware.name}, EP{request.ep}"
+        if request.stack != "fused":
+            where += f", {request.stack}" + (" with two-batch overlap" if request.two_batch else "")
         if rule is None:
             return f"{where}: nothing leaves the device"
+        if request.serial:
+            us = f"{self.layer.communication_us:.0f} of {self.layer.layer_us:.0f} us are links"
+            where += f": each stage waits for the one before, {us}"
+            if rule.hidden:
+                return f"{where}; two-batch overlap or the fused kernel would hide them"
+            return f"{where}, more than overlap would hide"
         sign = "<=" if rule.hidden else ">"
         over = "" if rule.tier == "scale-up" else f" over the {rule.tier}"
         return (
@@ -105,14 +127,17 @@ def plan(request: PlanRequest) -> Plan:
     device, expert = request.device, request.expert
     found = tiers(request.ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s)
     plain = _UNSCALED.get(expert.dispatch_format, expert.dispatch_format)
-    layer = layer_time(
+    layer = stack_time(
+        request.stack,
         expert,
         device,
+        request.profile,
         ep=request.ep,
         tokens_per_rank=request.tokens_per_rank,
         routing=request.routing,
         redundant=request.redundant,
         waves=request.waves,
+        two_batch=request.two_batch,
     )
     rules, counted, achieved = [], [], []
     for tier in found:
@@ -127,7 +152,7 @@ def plan(request: PlanRequest) -> Plan:
         counted.append(Rule(tier.name, device.tflops, tier.gb_s, tier.f_remote, limit))
         inside = min(request.ep, device.scaleup_domain)
         reached = device.link_bytes_s(inside) / 1e9 if scale_up else device.nic_bytes_s / 1e9
-        achieved.append(Rule(tier.name, device.tflops * device.compute_efficiency, reached, tier.f_remote, limit))
+        achieved.append(Rule(tier.name, reached_tflops(expert, device), reached, tier.f_remote, limit))
     return Plan(request, tuple(rules), tuple(counted), tuple(achieved), layer)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,7 +114,7 @@ def _drawn(
 
 
 def _load(rank: list[float]) -> RankLoad:
-    return RankLoad(tuple((rows, 1) for rows in rank if rows > 0))
+    return RankLoad(tuple(Counter(rows for rows in rank if rows > 0).items()))
 
 
 def _contiguous(counts: list[float], ep: int) -> Iterator[list[float]]:

@@ -13,12 +13,17 @@ class Traffic:
 
     k * h * (b_dispatch + b_combine) * f, where f is 1 - 1/EP across devices and 1 - G/EP across domains of G
         top-4, 6144 values, BF16 both ways, EP8 -> 86016 bytes across devices, 84 KiB
+    node_limited_bytes: across domains where dispatch is node-limited: a token goes once to each other domain that has
+    one of its experts (found_in_domain: how likely one does), and results come home one by one, since a sum on the way
+    would have other bits
     """
 
     ep: int
     domain: int
     across_devices_bytes: float
     across_domains_bytes: float
+    node_limited_bytes: float
+    found_in_domain: float
 
     @property
     def domains(self) -> int:
@@ -37,4 +42,14 @@ def traffic(request: PlanRequest) -> Traffic:
     expert, ep = request.expert, request.ep
     domain = int(request.hardware.scaleup_domain.value)
     whole = expert.topk * (expert.dispatch_bytes + expert.combine_bytes)
-    return Traffic(ep, domain, whole * (1 - 1 / ep), whole * max(0.0, 1 - domain / ep))
+    leaving, found = max(0.0, 1 - domain / ep), _found(request.model.num_experts, expert.topk, min(1.0, domain / ep))
+    once = max(0.0, ep / domain - 1) * found * expert.dispatch_bytes + expert.topk * leaving * expert.combine_bytes
+    return Traffic(ep, domain, whole * (1 - 1 / ep), whole * leaving, once, found)
+
+
+def _found(num_experts: int, topk: int, share: float) -> float:
+    """How likely one of a token's experts, all different, is among a share of all experts.    16, 4, 1/2 -> 0.962"""
+    held, missed = share * num_experts, 1.0
+    for taken in range(topk):
+        missed *= max(0.0, num_experts - held - taken) / (num_experts - taken)
+    return 1 - missed

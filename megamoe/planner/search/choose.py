@@ -79,7 +79,7 @@ def request_of(question: Question, subject: Subject, tokens: int | None = None) 
 
 def _as_asked(question: Question) -> dict[str, Any]:
     """Of the layer, what a question says as it is meant."""
-    keys = ("routing", "redundant", "weight_format", "dispatch_format", "combine_format")
+    keys = ("routing", "redundant", "weight_format", "dispatch_format", "combine_format", "stack", "two_batch")
     return {key: getattr(question, key) for key in keys}
 
 

@@ -9,7 +9,8 @@ from megamoe.planner.answer import Answer, answer, finite
 from megamoe.planner.layer.traffic import Traffic, traffic
 from megamoe.planner.question import Question, Subject, ask
 
-By = Literal["hardware", "model"]
+TWO_BATCH = "staged-two-batch"
+By = Literal["hardware", "model", "stack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,19 @@ def compare(keys: dict[str, Any], names: list[str], by: By, eps: list[int | None
     """One row per name and EP size (None: the best). ValueError for an unknown name, or if nothing can be planned."""
     rows = []
     for name in names:
-        question = ask({**keys, by: name})
+        question = ask({**keys, **_named(by, name)})
         subject = Subject.of(question)
         rows += [_row(name, question.but(ep=ep), subject) for ep in eps]
     if all(row.answer is None for row in rows):
         raise ValueError(rows[0].refusal)
     return rows
+
+
+def _named(by: By, name: str) -> dict[str, Any]:
+    """ "staged-two-batch" -> the staged stack in two halves"""
+    if by == "stack" and name == TWO_BATCH:
+        return {"stack": "staged", "two_batch": True}
+    return {by: name}
 
 
 def _row(name: str, question: Question, subject: Subject) -> Row:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megamoe.catalog import Hardware, Model, Profile
+from megamoe.planner.layer.stacks import Stack
 from megamoe.planner.serving.attention import INDEX_FORMATS, KV_FORMATS
 from megamoe.planner.serving.flops import index_format
 from megamoe.schedule.formats import value_bytes
@@ -30,6 +31,7 @@ class Deployment:
     redundant          copies of experts beside the model's
     microbatches       2: a batch in two halves, the links of each behind the compute of the other
     head_split         devices that share embedding and output head (None: attention_tp)
+    stack, two_batch   what runs the expert layers, and whether the staged stack runs them in two halves
     chunk              prefill: most tokens that a device takes through a layer at once
     None formats: the model's; index keys FP4 or FP8 as the model was made for; tokens travel in MXFP8 where the
     experts compute in 8 bits, else in BF16
@@ -58,6 +60,8 @@ class Deployment:
     index_format: str | None = None
     dispatch_format: str | None = None
     combine_format: str = "bf16"
+    stack: Stack = "fused"
+    two_batch: bool = False
 
     def __post_init__(self) -> None:
         self._check_counts()

@@ -157,7 +157,7 @@ def _layer_terms(costs: Costs, d: Deployment) -> list[Term]:
         next(piece.times for piece in step_pieces(costs, d) if piece.name == "routed experts") // costs.model.moe_layers
     )
     tokens = d.new_tokens / times
-    layer = costs.layer(d.ep, tokens, d.routing, d.redundant)
+    layer = costs.layer(d, tokens)
     rows = f"EP{d.ep}, {tokens:g} tokens a rank, top-{costs.expert.topk}, {d.routing}"
     touched = f"{layer.experts_touched:g} x {costs.expert.weight_bytes / 1e6:.2f} MB"
     link = f"{costs.expert.dispatch_format} there, {costs.expert.combine_format} back"

@@ -12,7 +12,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from megamoe.catalog import Hardware, Model, Parameters, Profile, parameters
-from megamoe.planner.layer.cost import Device, Expert, LayerTime, compute_format, layer_time
+from megamoe.planner.layer.cost import LayerTime
+from megamoe.planner.layer.device import Device, compute_format
+from megamoe.planner.layer.expert import Expert
+from megamoe.planner.layer.stacks import Stack, stack_time
 from megamoe.planner.serving.attention import AttentionCost, attention_cost, draft_attention
 from megamoe.planner.serving.deployment import Deployment, Formats
 from megamoe.planner.serving.flops import attention_costs
@@ -74,18 +77,28 @@ class Costs:
         self.index_tflops = _peak(hardware, {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5}[formats.index]) * attention
         self.bytes_us = self.device.memory_bytes_s * self.device.memory_efficiency / 1e6
         self.kernel_us = profile.kernel_us.value
-        self.power = self.device.overlap
-        self._layers: dict[tuple[int, float, str, int], LayerTime] = {}
+        self.power = profile.dense_overlap.value
+        self.profile = profile
+        self.own_device = Device.of(hardware, profile, "bf16") if "bf16" in hardware.formats else self.device
+        self._layers: dict[tuple[int, float, str, int, Stack, bool], LayerTime] = {}
         self._pieces: dict[Hashable, tuple[Piece, ...]] = {}
         self._numbers: dict[Hashable, float] = {}
 
-    def layer(self, ep: int, tokens: float, routing: str, redundant: int) -> LayerTime:
-        """The layer model's answer, asked once."""
-        key = (ep, tokens, routing, redundant)
+    def layer(self, d: Deployment, tokens: float) -> LayerTime:
+        """The layer model's answer for so many tokens of a rank, asked once."""
+        key = (d.ep, tokens, d.routing, d.redundant, d.stack, d.two_batch)
         found = self._layers.get(key)
         if found is None:
-            found = layer_time(
-                self.expert, self.device, ep=ep, tokens_per_rank=tokens, routing=routing, redundant=redundant
+            found = stack_time(
+                d.stack,
+                self.expert,
+                self.own_device if d.stack == "megamoe" else self.device,
+                self.profile,
+                ep=d.ep,
+                tokens_per_rank=tokens,
+                routing=d.routing,
+                redundant=d.redundant,
+                two_batch=d.two_batch,
             )
             self._layers[key] = found
         return found
@@ -239,7 +252,7 @@ def _layers(costs: Costs, d: Deployment, tokens: float, times: int) -> list[Piec
 
 
 def _experts(costs: Costs, d: Deployment, tokens: float, layers: int, times: int, part: str) -> list[Piece]:
-    layer = costs.layer(d.ep, tokens, d.routing, d.redundant)
+    layer = costs.layer(d, tokens)
     router, *shared = costs.kept(
         ("experts", tokens, layers, times, part), lambda: _router_and_shared(costs, tokens, layers, times, part)
     )

@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.catalog import find_profile, load_hardware, load_model
-from megamoe.planner.layer.cost import Device, Expert, dispatch_us
+from megamoe.planner.layer.cost import dispatch_us
+from megamoe.planner.layer.device import Device
+from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.rule import transfer_us
-from megamoe.planner.validation.validate import Compared, Measured, compare
+from megamoe.planner.validation.tables import Measured
+from megamoe.planner.validation.validate import Compared, compare
 
 PULL_REQUEST_316 = {
     "deepseek-v4-flash": {1: 56.5, 512: 146.5, 8192: 1283.1, 32768: 4855.5},
@@ -40,12 +43,15 @@ class Figure:
 
 def pull_request_316() -> list[Compared]:
     """The fused kernel's 8 rows."""
-    rows = [
-        Measured("gb200", model, Expert.of(load_model(model)), 8, tokens, "uniform", latency, staging=False)
+    return compare(pull_request_316_rows())
+
+
+def pull_request_316_rows() -> list[Measured]:
+    return [
+        Measured("gb200", model, Expert.of(load_model(model)), 8, tokens, "uniform", latency, "kernel")
         for model, column in PULL_REQUEST_316.items()
         for tokens, latency in column.items()
     ]
-    return compare(rows)
 
 
 def deepep_dispatch() -> list[Figure]:

@@ -1,49 +1,21 @@
-"""The layer model held against tables of measured layers.
-
-A table is a CSV file with the columns hardware, model, hidden, intermediate, num_experts, topk, ep_size,
-tokens_per_rank, routing and latency_us; others are ignored, but for weight_format, dispatch_format and combine_format,
-which say what is otherwise taken from the catalog (a model that it does not know: mxfp4 weights, mxfp8 there, bf16
-back). Latency is that of the whole routed module: staging, kernel, routed scale.
-"""
+"""The layer model held against tables of measured layers, products and exchanges (tables.py), and its errors."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
-from megamoe.catalog import Hardware, Model, find_profile, load_hardware, load_model, names
-from megamoe.planner.layer.cost import Device, Expert, compute_format, layer_time
+from megamoe.catalog import Hardware, Profile, find_profile
+from megamoe.planner.layer.cost import layer_time
+from megamoe.planner.layer.device import Device, compute_format
+from megamoe.planner.layer.routing import RankLoad, busiest
+from megamoe.planner.layer.stacks import stack_time
+from megamoe.planner.layer.staged import CONTIGUOUS_ROWS, Kernels, contiguous_us, low_latency, masked_us, staged_time
+from megamoe.planner.validation.tables import Measured, hardware_of
 
-COLUMNS = (
-    "hardware",
-    "model",
-    "hidden",
-    "intermediate",
-    "num_experts",
-    "topk",
-    "ep_size",
-    "tokens_per_rank",
-    "routing",
-    "latency_us",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One row of a table."""
-
-    hardware: str
-    model: str
-    expert: Expert
-    ep_size: int
-    tokens_per_rank: int
-    routing: str
-    latency_us: float
-    staging: bool = True
+Fitted = Callable[[Hardware], Profile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,102 +56,73 @@ def quantile(ordered: list[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def read_table(path: Path) -> list[Measured]:
-    """The rows of a CSV file; ValueError names the file, the line and what is wrong with it."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
-        rows = []
-        for row in reader:
-            try:
-                rows.append(_measured({key: value or "" for key, value in row.items() if isinstance(key, str)}))
-            except ValueError as wrong:
-                raise ValueError(f"{path}, line {reader.line_num}: {wrong}") from wrong
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    return rows
+def compare(rows: Iterable[Measured], profile_of: Fitted = find_profile) -> list[Compared]:
+    """What the planner says to every row, by the hardware's own profile or by another."""
+    return [Compared(row, planned_us(row, profile_of(hardware_of(row.hardware)))) for row in rows]
 
 
-def _measured(row: dict[str, str]) -> Measured:
-    sizes = {key: _whole(row, key) for key in ("hidden", "intermediate", "num_experts", "topk")}
-    model = _known_model(row["model"])
-    expert = Expert(
-        **sizes,
-        gated=model.gated if model else True,
-        weight_format=row.get("weight_format") or (model.weight_format if model else "mxfp4"),
-        dispatch_format=row.get("dispatch_format") or "mxfp8",
-        combine_format=row.get("combine_format") or "bf16",
-    )
-    try:
-        latency = float(row["latency_us"])
-    except ValueError:
-        latency = -1.0
-    if not 0 < latency < float("inf"):
-        raise ValueError(f"latency_us {row['latency_us']!r} is no positive number")
-    _hardware(row["hardware"])
-    routing = row["routing"] or "balanced"
-    return Measured(
-        row["hardware"], row["model"], expert, _whole(row, "ep_size"), _whole(row, "tokens_per_rank"), routing, latency
-    )
-
-
-def _whole(row: dict[str, str], key: str) -> int:
-    try:
-        value = int(row[key])
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise ValueError(f"{key} {row[key]!r} is no positive whole number")
-    return value
+def planned_us(row: Measured, profile: Profile) -> float:
+    """Microseconds that the planner gives what a row has timed."""
+    hardware = hardware_of(row.hardware)
+    if row.nodes:  # as many hosts as the file says, whatever the catalog's machine holds
+        hardware = _over_nodes(hardware, -(-row.ep_size // row.nodes))
+    expert = row.expert
+    device = Device.of(hardware, profile, compute_format(hardware, expert.weight_format, expert.dispatch_format))
+    if row.stack in ("dispatch", "combine"):
+        sent = low_latency(expert, device, profile, ep=row.ep_size, tokens=row.tokens_per_rank)
+        return sent.dispatch_us if row.stack == "dispatch" else sent.combine_us
+    if row.stack in ("masked", "contiguous"):
+        return fmean(_products_us(row, device, profile, load) for load in _loads(row))
+    given = {"ep": row.ep_size, "tokens_per_rank": row.tokens_per_rank, "routing": row.drawn or row.routing}
+    if row.stack == "kernel":
+        return layer_time(expert, device, **given, staging=False).layer_us  # type: ignore[arg-type]
+    if row.stack in ("staged normal", "staged low latency"):
+        kernels: Kernels = "normal" if row.stack.endswith("normal") else "low latency"
+        return staged_time(expert, device, profile, **given, kernels=kernels).layer_us  # type: ignore[arg-type]
+    stack, two_batch = row.stack.split()[0], row.stack.endswith("two-batch")
+    return stack_time(stack, expert, device, profile, two_batch=two_batch, **given).layer_us  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)
-def _known_model(name: str) -> Model | None:
-    return load_model(name) if name in names("models") else None
+def _over_nodes(hardware: Hardware, size: int) -> Hardware:
+    """With at most so many devices in a scale-up domain."""
+    domain = hardware.scaleup_domain
+    if size >= domain.value:
+        return hardware
+    return hardware.model_copy(update={"scaleup_domain": domain.model_copy(update={"value": float(size)})})
 
 
-@lru_cache(maxsize=64)
-def _hardware(name: str) -> Hardware:
-    return load_hardware(name)
+def _products_us(row: Measured, device: Device, profile: Profile, load: RankLoad) -> float:
+    if row.stack == "masked":
+        return masked_us(row.expert, device, profile, load)[0]
+    return contiguous_us(row.expert, device, profile, load, row.tokens_per_rank * row.ep_size)[0]
 
 
-def compare(rows: Iterable[Measured]) -> list[Compared]:
-    """What the planner says to every row."""
-    devices: dict[tuple[str, str], Device] = {}
-    compared = []
-    for row in rows:
-        hardware = _hardware(row.hardware)
-        fmt = compute_format(hardware, row.expert.weight_format, row.expert.dispatch_format)
-        device = devices.get((row.hardware, fmt))
-        if device is None:
-            device = devices[row.hardware, fmt] = Device.of(hardware, find_profile(hardware), fmt)
-        planned = layer_time(
-            row.expert,
-            device,
-            ep=row.ep_size,
-            tokens_per_rank=row.tokens_per_rank,
-            routing=row.routing,
-            staging=row.staging,
-        )
-        compared.append(Compared(row, planned.layer_us))
-    return compared
+def _loads(row: Measured) -> list[RankLoad]:
+    """The fullest rank of each draw."""
+    expert = row.expert
+    routing = row.drawn or row.routing
+    drawn = busiest(routing, expert.num_experts, expert.topk, row.ep_size, row.tokens_per_rank)
+    loads = [max(ranks, key=lambda load: load.rows) for ranks in drawn]
+    return [_in_blocks(load) for load in loads] if (row.stack, routing) == ("contiguous", "balanced") else loads
+
+
+def _in_blocks(load: RankLoad) -> RankLoad:
+    """The same rows in as few experts as hold whole blocks of them.    64 experts of 32 rows -> 16 of 128"""
+    touched = min(load.touched, max(1, -(-int(load.rows) // CONTIGUOUS_ROWS)))
+    return replace(load, groups=((load.rows / touched, touched),))
 
 
 def summary(compared: list[Compared]) -> dict[str, object]:
-    """Errors of all rows, and by ep_size and by routing, as `megamoe validate --format json` prints them."""
-    by_ep = sorted({each.row.ep_size for each in compared})
-    by_routing = sorted({each.row.routing for each in compared})
+    """Errors of all rows, and by ep_size, routing and stack, as `megamoe validate --format json` prints them."""
     return {
         **Errors.of(compared).as_dict(),
-        "by_ep_size": {
-            str(ep): Errors.of(each for each in compared if each.row.ep_size == ep).as_dict() for ep in by_ep
-        },
-        "by_routing": {
-            routing: Errors.of(each for each in compared if each.row.routing == routing).as_dict()
-            for routing in by_routing
-        },
+        "by_ep_size": {str(key): each for key, each in _by(compared, lambda row: row.ep_size).items()},
+        "by_routing": _by(compared, lambda row: row.routing),
+        "by_stack": _by(compared, lambda row: row.stack),
     }
+
+
+def _by(compared: list[Compared], key: Callable[[Measured], object]) -> dict[object, dict[str, float]]:
+    values = sorted({key(each.row) for each in compared})  # type: ignore[type-var]
+    return {value: Errors.of(each for each in compared if key(each.row) == value).as_dict() for value in values}

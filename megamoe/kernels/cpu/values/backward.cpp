@@ -2,7 +2,7 @@
 // correctly rounded operation on values of its own row, in the order that is written, as in rows.cpp.
 #include <algorithm>
 
-#include "../state.h"
+#include "../library.h"
 #include "mxfp8.h"
 
 using namespace megamoe;

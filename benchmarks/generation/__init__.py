@@ -1,0 +1,1 @@
+"""Generation with experts spread over ranks: this package beside transformers' own expert parallelism."""

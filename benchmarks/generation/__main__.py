@@ -1,0 +1,6 @@
+"""python -m benchmarks.generation, from the root of the repository."""
+
+from benchmarks.generation.run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A device as the planner calculates with it: peaks and links of the catalog, and the constants of its profile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamoe.catalog import Hardware, Profile
+from megamoe.schedule.formats import value_bytes
+
+# dense TFLOP/s of one SM of GB200 (5000, 10000, 2500 of 152): the unit of a device whose SMs nobody counted
+_SM_TFLOPS = {"fp8": 32.9, "int8": 32.9, "fp4": 65.8, "bf16": 16.4}
+_OPERAND_BYTES = {"fp8": 1.0, "int8": 1.0, "fp4": value_bytes("nvfp4"), "bf16": 2.0}
+_BLOCKS = (1, 2, 4, 6, 8, 12)  # rows of a tile, in steps of the smallest: DeepGEMM's 16, 32, 64, 96, 128, 192
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Peaks, one-way bandwidths per second, and the profile's constants, whose names it shares.
+
+    tflops          dense peak of the format that products run in       operand_bytes   of one value of that format
+    sms             SMs or compute units; where nobody counted them, as many of GB200's as the peak is worth
+    """
+
+    name: str
+    tflops: float
+    operand_bytes: float
+    sms: float
+    memory_gb: float
+    memory_bytes_s: float
+    scaleup_gb_s: float
+    scaleup_domain: int
+    nic_gb_s: float | None
+    feed_ps: float
+    epilogue_ps: float
+    tile_rows: int
+    block_rows: int
+    memory_efficiency: float
+    link_efficiency: float
+    link_congestion: float
+    nic_efficiency: float
+    exchange_us: float
+    overlap: float
+    fixed_us: float
+    expert_us: float
+    barrier_us: float
+    graph_us: float
+    staging_us: float
+    staging_bytes: float
+    wave_us: float
+    ll_dispatch_efficiency: float
+    ll_combine_efficiency: float
+
+    @classmethod
+    def of(cls, hardware: Hardware, profile: Profile, compute_format: str = "fp8") -> Device:
+        """ValueError where the hardware has no peak for the format."""
+        nic = hardware.nic_gb_s
+        tflops = hardware.tflops(compute_format)
+        return cls(
+            name=hardware.name,
+            tflops=tflops,
+            operand_bytes=_OPERAND_BYTES[compute_format],
+            sms=hardware.sms.value if hardware.sms else tflops / _SM_TFLOPS[compute_format],
+            memory_gb=hardware.memory_gb.value,
+            memory_bytes_s=hardware.memory_tb_s.value * 1e12,
+            scaleup_gb_s=hardware.scaleup_gb_s.one_way,
+            scaleup_domain=int(hardware.scaleup_domain.value),
+            nic_gb_s=nic.one_way if nic else None,
+            feed_ps=profile.feed_ps.value,
+            epilogue_ps=profile.epilogue_ps.value,
+            tile_rows=max(1, round(profile.tile_rows.value)),
+            block_rows=max(1, round(profile.block_rows.value)),
+            memory_efficiency=profile.memory_efficiency.value,
+            link_efficiency=profile.link_efficiency.value,
+            link_congestion=profile.link_congestion.value,
+            nic_efficiency=profile.nic_efficiency.value,
+            exchange_us=profile.exchange_us.value,
+            overlap=profile.overlap.value,
+            fixed_us=profile.fixed_us.value,
+            expert_us=profile.expert_us.value,
+            barrier_us=profile.barrier_us.value,
+            graph_us=profile.graph_us.value,
+            staging_us=profile.staging_us.value,
+            staging_bytes=profile.staging_bytes.value,
+            wave_us=profile.wave_us.value,
+            ll_dispatch_efficiency=profile.ll_dispatch_efficiency.value,
+            ll_combine_efficiency=profile.ll_combine_efficiency.value,
+        )
+
+    @property
+    def blocks(self) -> list[int]:
+        """Rows that a tile of an expert's rows may have.    16 up to 192 -> 16, 32, 64, 96, 128, 192"""
+        sizes = [self.tile_rows * number for number in _BLOCKS]
+        return [size for size in sizes if size <= self.block_rows] or [self.tile_rows]
+
+    def link_bytes_s(self, ep: int) -> float:
+        """What an all-to-all of so many ranks gets out of the scale-up link: less the more ranks there are above 8."""
+        congestion = min(1.0, float((8 / ep) ** self.link_congestion))
+        return self.scaleup_gb_s * 1e9 * self.link_efficiency * congestion
+
+    @property
+    def nic_bytes_s(self) -> float:
+        """What an all-to-all gets out of the NIC; 0 without one."""
+        return (self.nic_gb_s or 0.0) * 1e9 * self.nic_efficiency
+
+    def memory_us(self, num_bytes: float) -> float:
+        return num_bytes / (self.memory_bytes_s * self.memory_efficiency) * 1e6
+
+    def together(self, a: float, b: float) -> float:
+        """What two things take that overlap as well as this device can: 3 and 4 at overlap 2 -> 5"""
+        return float((a**self.overlap + b**self.overlap) ** (1 / self.overlap))
+
+
+def compute_format(hardware: Hardware, weight_format: str, dispatch_format: str) -> str:
+    """The format whose peak the expert products run at: 8 bits where both sides have at most 8 and the device does.
+
+    A device with int8 and no fp8 is taken at its int8 rate, as if weights and tokens were converted for it.
+
+    mxfp4 weights and mxfp8 tokens on gb200 -> fp8 (its 8-bit rate)    on ascend-910c -> int8
+    nvfp4 weights and nvfp4 tokens on gb200 -> fp4
+    """
+    widest = max(value_bytes(weight_format), value_bytes(dispatch_format))
+    wanted = ["fp4"] if widest < 1 else []
+    wanted += ["fp8", "int8"] if widest < 2 else []
+    has = [fmt for fmt in [*wanted, "bf16", "fp8", "int8"] if fmt in hardware.formats]
+    return has[0]

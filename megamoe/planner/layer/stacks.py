@@ -1,0 +1,88 @@
+"""A layer by what runs it: the fused kernel, DeepEP with grouped products, or this package's own layer."""
+
+# T tokens of a rank   P ranks   W waves
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from megamoe.catalog import Profile
+from megamoe.planner.layer.cost import LayerTime, layer_time
+from megamoe.planner.layer.device import Device
+from megamoe.planner.layer.expert import Expert
+from megamoe.planner.layer.staged import staged_time
+
+Stack = Literal["fused", "staged", "megamoe"]
+STACKS: tuple[Stack, ...] = ("fused", "staged", "megamoe")
+_LAUNCHES, _AROUND = 8, 3  # of a wave: two exchanges, their copies, two products, two activations; around all waves
+_MOST_WAVES = 8  # schedule/cost_model.py
+
+
+def stack_time(
+    stack: Stack,
+    expert: Expert,
+    device: Device,
+    profile: Profile,
+    *,
+    ep: int,
+    tokens_per_rank: float,
+    routing: str = "balanced",
+    redundant: int = 0,
+    waves: int | None = None,
+    two_batch: bool = False,
+) -> LayerTime:
+    """Time of one layer. waves: of the stacks that have them, None for the best; two_batch: of the staged one.
+
+    ValueError for sizes that make no sense, and for waves or two_batch of a stack that does not have them.
+    """
+    if two_batch and stack != "staged":
+        raise ValueError(f"two-batch overlap is a way to run the staged stack; {stack} overlaps within the layer")
+    if stack == "staged":
+        if waves is not None:
+            raise ValueError("the staged stack has no waves; two_batch runs it in two halves")
+        return staged_time(
+            expert, device, profile, ep=ep, tokens_per_rank=tokens_per_rank, routing=routing, redundant=redundant,
+            two_batch=two_batch,
+        )  # fmt: skip
+    if stack == "fused":
+        return layer_time(
+            expert, device, ep=ep, tokens_per_rank=tokens_per_rank, routing=routing, redundant=redundant, waves=waves
+        )
+    return own_time(
+        expert, device, profile, ep=ep, tokens_per_rank=tokens_per_rank, routing=routing, redundant=redundant,
+        waves=waves,
+    )  # fmt: skip
+
+
+def own_time(
+    expert: Expert,
+    device: Device,
+    profile: Profile,
+    *,
+    ep: int,
+    tokens_per_rank: float,
+    routing: str = "balanced",
+    redundant: int = 0,
+    waves: int | None = None,
+) -> LayerTime:
+    """This package's layer: waves of launched kernels, whose exchanges run on a stream of their own.
+
+    Assumed throughout, nothing of it was run on a GPU: a wave is eight launches, tokens are quantised before the first
+    and slots are summed after the last, up to 8 waves. Products run in BF16 (`device` is that format's).
+    """
+    return layer_time(
+        expert, launched(device, profile), ep=ep, tokens_per_rank=tokens_per_rank, routing=routing,
+        redundant=redundant, waves=waves, most_waves=_MOST_WAVES, staging=False,
+    )  # fmt: skip
+
+
+def launched(device: Device, profile: Profile) -> Device:
+    """The device with launches in place of what a persistent kernel takes."""
+    return replace(
+        device,
+        fixed_us=_AROUND * profile.kernel_us.value,
+        expert_us=0.0,
+        barrier_us=0.0,
+        wave_us=_LAUNCHES * profile.kernel_us.value,
+    )

@@ -1,0 +1,208 @@
+"""Every term of a layer's time, in the order in which they add up; numbers are arithmetic that can be done again."""
+
+# T tokens of a rank   h hidden   d intermediate   n rows of an expert   P ranks (EP)
+
+from __future__ import annotations
+
+from megamoe.planner.layer.device import Device
+from megamoe.planner.layer.plan import Plan
+from megamoe.planner.layer.rule import tiers
+from megamoe.planner.layer.stacks import launched
+from megamoe.planner.layer.tiles import COLUMNS, block_of, reached_tflops, tile_us
+from megamoe.planner.serving.flops import Term
+from megamoe.schedule.formats import value_bytes
+
+
+def g(value: float) -> str:
+    """Seven digits, as one would type them: 1234567.8 -> 1234568    0.1 -> 0.1"""
+    text = f"{value:.7g}"
+    return f"{value:.0f}" if "e+" in text and value < 1e16 else text
+
+
+def layer_terms(planned: Plan) -> list[Term]:
+    """In the order in which they add up to layer_us. With skewed routing, times of single experts are means."""
+    layer = planned.layer
+    terms = _row_terms(planned)
+    if planned.request.stack == "staged":
+        return [*terms, *_staged_terms(planned)]
+    if layer.experts_touched:
+        terms += [*_work_terms(planned), *_link_terms(planned), *_wave_terms(planned)]
+    terms += _fixed_terms(planned)
+    parts = f"{g(layer.fixed_us)} + {g(layer.core_us)} + {g(layer.sum_us)}"
+    return [*terms, Term("layer", "fixed + waves + slot sum", parts, layer.layer_us, "us")]
+
+
+def _row_terms(planned: Plan) -> list[Term]:
+    request, layer, expert = planned.request, planned.layer, planned.request.expert
+    if request.routing == "balanced":
+        numbers = f"{request.tokens_per_rank} x {expert.topk}"
+        if abs(layer.rows - request.tokens_per_rank * expert.topk) > 1e-6 * layer.rows:
+            numbers = f"{g(layer.experts_touched)} x {g(layer.rows / layer.experts_touched)}"
+        formula = "T k" if " x " + str(expert.topk) in numbers else "experts that have rows x rows of each"
+    else:
+        formula, numbers = f"busiest of {request.ep} ranks, {request.routing}", g(layer.rows)
+    rows = Term("rows of the busiest rank", formula, numbers, layer.rows, "rows")
+    slots = request.model.num_experts + request.redundant
+    local = -(-slots // request.ep)
+    touched = f"experts of a rank that have rows, of ceil({slots} / {request.ep}) = {local}"
+    return [rows, Term("experts whose weights are read", touched, g(layer.experts_touched), layer.experts_touched, "")]
+
+
+def _work_terms(planned: Plan) -> list[Term]:
+    layer, expert, device = planned.layer, planned.request.expert, _device(planned)
+    read = f"({g(layer.experts_touched)} x {g(expert.weight_bytes)} + {g(layer.rows)} x {g(expert.row_bytes)})"
+    power = g(device.overlap)
+    alone = f"({g(layer.compute_us)}^{power} + {g(layer.memory_us)}^{power})^(1 / {power})"
+    balanced = planned.request.routing == "balanced"
+    return [
+        *_tile_terms(planned),
+        Term(
+            "memory", "(weights read + rows) / (TB/s x efficiency)",
+            f"{read} / ({g(device.memory_bytes_s / 1e12)} x 10^12 x {g(device.memory_efficiency)}) x 10^6",
+            layer.memory_us, "us",
+        ),
+        Term(
+            "both, without links", "sum over experts of (compute^p + memory^p)^(1/p)",
+            alone if balanced else g(layer.alone_us), layer.alone_us, "us",
+        ),
+    ]  # fmt: skip
+
+
+def _tile_terms(planned: Plan) -> list[Term]:
+    """A tile of each product, all tiles over the SMs, and the rate of an expert that has many rows."""
+    layer, expert, device = planned.layer, planned.request.expert, _device(planned)
+    reached = reached_tflops(expert, device)
+    rate = Term("rate reached", "of an expert with many rows, without memory and links", g(reached), reached, "TFLOP/s")
+    balanced = planned.request.routing == "balanced"
+    rows = layer.rows / layer.experts_touched
+    block = block_of(expert, device, rows)
+    terms, tiles = [], []
+    for name, (k, n) in zip(("Linear-1", "Linear-2"), expert.products, strict=True):
+        size = f"{block} x {COLUMNS}"
+        tensor = f"2 x {size} x {k} / ({g(device.tflops)} x 10^6 / {g(device.sms)})"
+        feed = f"{g(device.feed_ps)} x {g(device.operand_bytes)} x ({block} + {COLUMNS}) x {k}"
+        numbers = f"(({tensor})^2 + (({feed} + {g(device.epilogue_ps)} x {size}) / 10^6)^2)^0.5"
+        one = tile_us(device, block, k)
+        formula = "norm of 2 rows columns K / peak of an SM, feed bytes (rows + columns) K + epilogue rows columns"
+        terms.append(Term(f"a tile of {name}", formula, numbers, one, "us"))
+        tiles.append(f"{-(-n // COLUMNS)} x {g(one)}")
+    spread = f"{g(layer.experts_touched)} x ceil({g(rows)} / {block}) x ({' + '.join(tiles)}) / {g(device.sms)}"
+    longest = sum(tile_us(device, each, k) for k, _ in expert.products for each in [min(device.blocks)])
+    whole = balanced and layer.compute_us > longest * (1 + 1e-9)
+    formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs"
+    compute = Term("compute", formula, spread if whole else g(layer.compute_us), layer.compute_us, "us")
+    return [*(terms if whole else []), compute, rate]
+
+
+def _link_terms(planned: Plan) -> list[Term]:
+    """Both journeys over the tier that is slowest for them."""
+    request, layer = planned.request, planned.layer
+    expert, device = request.expert, request.device
+    inside = min(request.ep, device.scaleup_domain)
+    found = tiers(request.ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s)
+    if not found:
+        return []
+    rates = {"scale-up": device.link_bytes_s(inside) / 1e9, "nic": device.nic_bytes_s / 1e9}
+    slowest = max(found, key=lambda tier: tier.f_remote / rates[tier.name])
+    there, back = expert.dispatch_bytes, expert.combine_bytes
+    own = request.tokens_per_rank * expert.topk
+    fuller = max(layer.rows * there + own * back, layer.rows * back + own * there) / layer.rows / (there + back)
+    if slowest.name == "nic":
+        rate = f"{g(device.nic_gb_s or 0)} x {g(device.nic_efficiency)}"
+    else:
+        crowd = min(1.0, (8 / inside) ** device.link_congestion)
+        rate = f"{g(device.scaleup_gb_s)} x {g(device.link_efficiency)} x {g(crowd)}"
+    shared = f"{g(slowest.f_remote)} x {g(fuller)} / ({rate} x 1000)"
+    formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion)"
+    terms = [
+        Term(
+            f"link, {request.hardware.tier_names[slowest.name]}: {name}",
+            formula,
+            f"{g(layer.rows)} x {g(each)} x {shared}",
+            us,
+            "us",
+        )
+        for name, each, us in (("dispatch", there, layer.dispatch_us), ("combine", back, layer.combine_us))
+    ]
+    both = f"{g(layer.dispatch_us)} + {g(layer.combine_us)}"
+    return [*terms, Term("communication", "dispatch + combine", both, layer.communication_us, "us")]
+
+
+def _wave_terms(planned: Plan) -> list[Term]:
+    """The schedule as it was played: what the rank computes, what it waits for, what is left at the end."""
+    request, layer, device = planned.request, planned.layer, _device(planned)
+    exchange = 2 * device.exchange_us if request.ep > device.scaleup_domain else 0.0
+    busy = layer.core_us - layer.stalls_us - layer.tail_us - exchange
+    if request.routing == "balanced":
+        p, waves = g(device.overlap), layer.waves
+        numbers = (
+            f"({g(layer.alone_us)}^{p} + {g(layer.communication_us)}^{p})^(1 / {p}) + {waves} x {g(device.wave_us)}"
+        )
+    else:
+        numbers = g(busy)
+    parts = f"{g(busy)} + {g(layer.stalls_us)} + {g(layer.tail_us)}" + (f" + {g(exchange)}" if exchange else "")
+    exposed = f"{layer.core_us:.10g} - {layer.alone_us:.10g}"
+    formula = "sum over experts of (alone^p + link^p)^(1/p) + waves x wave_us"
+    stalls, tail = "played: compute that waits for rows, head included", "played: last results under way"
+    terms = [
+        Term("waves: busy", formula, numbers, busy, "us"),
+        Term("waves: stalls", stalls, g(layer.stalls_us), layer.stalls_us, "us"),
+        Term("waves: tail", tail, g(layer.tail_us), layer.tail_us, "us"),
+    ]
+    if exchange:
+        between = "2 x exchange_us, between domains"
+        terms.append(Term("waves: exchange", between, f"2 x {g(device.exchange_us)}", exchange, "us"))
+    whole = "busy + stalls + tail" + (" + exchange" if exchange else "")
+    return [
+        *terms,
+        Term("waves", whole, parts, layer.core_us, "us"),
+        Term("exposed", "waves - both without links", exposed, layer.exposed_us, "us"),
+    ]
+
+
+def _fixed_terms(planned: Plan) -> list[Term]:
+    request, layer = planned.request, planned.layer
+    expert, device = request.expert, _device(planned)
+    tb_s = f"({g(device.memory_bytes_s / 1e12)} x 10^12 x {g(device.memory_efficiency)}) x 10^6"
+    values = f"{request.tokens_per_rank} x {expert.hidden}"
+    slots = request.model.num_experts + request.redundant
+    kernel = f"{g(device.fixed_us)} + {g(device.expert_us)} x ceil({slots} / {request.ep}) + "
+    kernel += f"{g(device.barrier_us)} x log2({request.ep})"
+    staged = f"{g(device.staging_us)} + {values} x {g(device.staging_bytes)} / {tb_s}"
+    summed = f"{values} x ({expert.topk} x {g(value_bytes(expert.combine_format))} + 2) / {tb_s}"
+    parts = f"{g(layer.kernel_us)} + {g(layer.graph_us)} + {g(layer.stack_us)}"
+    module = [
+        Term("fixed: graph", "a module's launches in a captured graph", g(device.graph_us), layer.graph_us, "us"),
+        Term("fixed: staging", "staging + tokens read and written", staged, layer.stack_us, "us"),
+    ]
+    return [
+        Term("fixed: kernel", "call + experts of a rank + barriers", kernel, layer.kernel_us, "us"),
+        *(module if request.stack == "fused" else []),
+        Term("fixed", "kernel + graph + staging", parts, layer.fixed_us, "us"),
+        Term("slot sum", "T h (k b_combine + 2) / (TB/s x efficiency)", summed, layer.sum_us, "us"),
+    ]
+
+
+def _device(planned: Plan) -> Device:
+    """As the stack uses it."""
+    request = planned.request
+    return launched(request.device, request.profile) if request.stack == "megamoe" else request.device
+
+
+def _staged_terms(planned: Plan) -> list[Term]:
+    """Stages, and what is left of them where two halves overlap."""
+    layer, request = planned.layer, planned.request
+    links = f"{g(layer.dispatch_us)} + {g(layer.combine_us)}"
+    drawn = "DeepEP: a call + experts + tokens of an SM + bytes / (GB/s x efficiency)"
+    shown = "products + links that show" if request.two_batch else "dispatch + products + combine"
+    parts = f"{g(layer.alone_us)} + {g(layer.exposed_us)}"
+    return [
+        Term("compute", "grouped products, tiles in whole waves over SMs", g(layer.compute_us), layer.compute_us, "us"),
+        Term("memory", "weights and rows", g(layer.memory_us), layer.memory_us, "us"),
+        Term("products", "launches + 2-norm of both, expert by expert", g(layer.alone_us), layer.alone_us, "us"),
+        Term("dispatch", drawn, g(layer.dispatch_us), layer.dispatch_us, "us"),
+        Term("combine", drawn, g(layer.combine_us), layer.combine_us, "us"),
+        Term("communication", "dispatch + combine", links, layer.communication_us, "us"),
+        Term("exposed", "links that nothing hides", g(layer.exposed_us), layer.exposed_us, "us"),
+        Term("layer", shown, parts, layer.layer_us, "us"),
+    ]

@@ -1,0 +1,337 @@
+"""Tables of measured layers, products and exchanges as CSV files: what each row is of, and what was assumed of it.
+
+Three kinds of rows, told apart by their columns (other columns are ignored):
+
+    layer      hardware, model, hidden, intermediate, num_experts, topk, ep_size, tokens_per_rank, routing, latency_us;
+               weight_format, dispatch_format and combine_format, or a `variant` that names them (nvfp4_bf16wire)
+    products   op_name moe_generation or moe_context: grouped products of one rank (ai-dynamo/aiconfigurator)
+    exchange   op_name ll, dispatch_avg_t_us and combine_avg_t_us: DeepEP's low-latency kernels (aiconfigurator), of
+               which a line gives two rows
+
+`stack` says what was timed, `nodes` how many hosts of equal size the ranks lie on; a `phase` (generation, context)
+tells a serving framework's table. A time ends its name with its unit: latency_us, latency_ms, latency_s.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from megamoe.catalog import Hardware, Model, load_hardware, load_model, names
+from megamoe.planner.layer.expert import Expert
+from megamoe.schedule.formats import value_bytes
+
+COLUMNS = (
+    "hardware",
+    "model",
+    "hidden",
+    "intermediate",
+    "num_experts",
+    "topk",
+    "ep_size",
+    "tokens_per_rank",
+    "routing",
+    "latency_us",
+)
+_OTHER_NAMES = {
+    "hardware": ("device",),
+    "hidden": ("hidden_size",),
+    "intermediate": ("inter_size",),
+    "topk": ("num_topk",),
+    "ep_size": ("moe_ep_size",),
+    "tokens_per_rank": ("num_token", "num_tokens"),
+    "routing": ("distribution",),
+    "nodes": ("node_num",),
+}
+_UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6}
+STACKS = (
+    *("fused", "kernel", "staged", "staged two-batch", "staged low latency", "staged normal", "megamoe"),
+    *("masked", "contiguous", "dispatch", "combine"),
+)
+RANKS_OF_A_NODE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One measured time. stack: what was timed, of STACKS; nodes: hosts that the ranks lie on (None: not said).
+
+    fused        the routed module: staging, kernel, routed scale      kernel       the fused kernel alone
+    staged       DeepEP with grouped products, also two-batch, or by the one kind of kernels that is named
+    megamoe      this package's own layer
+    masked, contiguous    grouped products of one rank alone           dispatch, combine    DeepEP low latency alone
+    Of products alone, tokens_per_rank is a mean and may be a fraction. drawn: the routing as the planner knows it.
+    """
+
+    hardware: str
+    model: str
+    expert: Expert
+    ep_size: int
+    tokens_per_rank: float
+    routing: str
+    latency_us: float
+    stack: str = "fused"
+    nodes: int | None = None
+    drawn: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rows of a file, and in words what was assumed where the file does not say."""
+
+    rows: list[Measured]
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Reader:
+    """One file's columns, read by their own or by another name, and what had to be assumed."""
+
+    columns: list[str]
+    assumed: dict[str, None] = field(default_factory=dict)
+
+    def has(self, key: str) -> bool:
+        return any(name in self.columns for name in (key, *_OTHER_NAMES.get(key, ())))
+
+    def text(self, row: dict[str, str], key: str) -> str:
+        found = (row[name] for name in (key, *_OTHER_NAMES.get(key, ())) if name in row)
+        return next(found, "").strip()
+
+    def whole(self, row: dict[str, str], key: str) -> int:
+        text = self.text(row, key)
+        try:
+            value = int(text)
+        except ValueError:
+            value = 0
+        if value < 1:
+            raise ValueError(f"{key} {text!r} is no positive whole number")
+        return value
+
+    def assume(self, said: str) -> None:
+        self.assumed[said] = None
+
+    def time_us(self, row: dict[str, str], key: str) -> float:
+        """`key` with the unit that ends its name, in microseconds."""
+        name = next((f"{key}_{unit}" for unit in _UNITS if f"{key}_{unit}" in row), key)
+        if name == key:
+            self.assume(f"{key} in ms, as the tables of aiconfigurator have it: its name has no unit")
+        try:
+            value = float(row[name]) * _UNITS[name.rsplit("_", 1)[1] if name != key else "ms"]
+        except ValueError:
+            value = -1.0
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} {row[name]!r} is no positive number")
+        return value
+
+
+Reads = Callable[[_Reader, dict[str, str]], Iterator[Measured]]
+
+
+def read(path: Path) -> Table:
+    """The rows of a CSV file; ValueError names the file, the line and what is wrong with it."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = csv.DictReader(file)
+        reader = _Reader([name for name in lines.fieldnames or [] if name])
+        kind = _kind(path, reader)
+        rows: list[Measured] = []
+        for line in lines:
+            try:
+                rows += kind(reader, {key: value or "" for key, value in line.items() if isinstance(key, str)})
+            except ValueError as wrong:
+                raise ValueError(f"{path}, line {lines.line_num}: {wrong}") from wrong
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return Table(rows, tuple(reader.assumed))
+
+
+def read_table(path: Path) -> list[Measured]:
+    """The rows of a CSV file, as `read` has them."""
+    return read(path).rows
+
+
+def _kind(path: Path, reader: _Reader) -> Reads:
+    """What the columns are those of. ValueError names the columns that a table of layers would lack."""
+    columns = reader.columns
+    if "dispatch_avg_t_us" in columns and "combine_avg_t_us" in columns:
+        return _exchange
+    if "op_name" in columns and reader.has("intermediate") and "moe_ep_size" in columns:
+        return _products
+    timed = any(f"latency_{unit}" in columns for unit in _UNITS)
+    missing = [key for key in COLUMNS if not reader.has(key) and not (key == "latency_us" and timed)]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
+    return _layer
+
+
+# ---- layers ----
+
+
+def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
+    name, hardware = reader.text(row, "model"), _hardware(reader.text(row, "hardware"))
+    model = _known_model(name)
+    formats = _formats(reader, row, model)
+    hidden, width, experts, topk = (reader.whole(row, key) for key in ("hidden", "intermediate", "num_experts", "topk"))
+    expert = Expert(hidden, width, experts, topk, model.gated if model else True, *formats)
+    stack = _stack(reader, row)
+    routing, drawn = reader.text(row, "routing") or "balanced", None
+    if stack == "kernel" and routing == "balanced":
+        # the benchmarks of DeepGEMM and FlashInfer draw each token's experts; SGLang's deals them out
+        reader.assume("balanced routing of a kernel alone: every expert as likely, drawn by chance (uniform)")
+        drawn = "uniform"
+    yield Measured(
+        hardware,
+        name,
+        expert,
+        reader.whole(row, "ep_size"),
+        reader.whole(row, "tokens_per_rank"),
+        routing,
+        reader.time_us(row, "latency"),
+        stack,
+        reader.whole(row, "nodes") if reader.text(row, "nodes") else None,
+        drawn,
+    )
+
+
+_SPELLED = (  # what a stack's name holds -> the stack; the first that fits
+    (r"two.?batch|\btbo\b", "staged two-batch"),
+    (r"low.?latency|\bll\b", "staged low latency"),
+    (r"normal|high.?throughput|\bht\b", "staged normal"),
+    (r"staged|deepep|unfused", "staged"),
+    (r"^megamoe$", "megamoe"),
+    (r"kernel", "kernel"),
+    (r"fused|mega.?moe|deepgemm", "fused"),
+)
+
+
+def _stack(reader: _Reader, row: dict[str, str]) -> str:
+    """What was timed: as the file says, else a module where a serving framework's phase is named, else the kernel."""
+    said, phase = reader.text(row, "stack").lower(), reader.text(row, "phase").lower()
+    if said:
+        stack = next((stack for pattern, stack in _SPELLED if re.search(pattern, said.replace("_", " "))), None)
+        if stack is None:
+            raise ValueError(f"stack {said!r} is not known; there are {', '.join(STACKS[:7])}")
+        return stack
+    if phase and not reader.text(row, "variant"):
+        reader.assume("no stack is named, a phase is: the fused module (staging, kernel, routed scale) in a graph")
+        return "fused"
+    reader.assume("no stack is named: the fused kernel alone, without staging and graph")
+    return "kernel"
+
+
+def _formats(reader: _Reader, row: dict[str, str], model: Model | None) -> list[str]:
+    """By column, by variant, by the catalog's model; mxfp4 weights, mxfp8 there and bf16 back where none says it."""
+    variant = _variant(reader.text(row, "variant").lower())
+    known = {"weight_format": model.weight_format} if model else {}
+    fallback = {"weight_format": "mxfp4", "dispatch_format": "mxfp8", "combine_format": "bf16"}
+    found = []
+    for key, assumed in fallback.items():
+        value = reader.text(row, key) or variant.get(key) or known.get(key)
+        if value is None:
+            value = assumed
+            reader.assume(f"{key} {assumed}: neither a column nor a variant says it")
+        value_bytes(value)
+        found.append(value)
+    return found
+
+
+_OPERANDS = (  # what a variant's name starts with -> weights, tokens
+    (r"fp8xfp4", "mxfp4", "mxfp8"),
+    (r"nvfp4", "nvfp4", "nvfp4"),
+    (r"mxfp4", "mxfp4", "mxfp4"),
+    (r"mxfp8|fp8", "fp8", "mxfp8"),
+    (r"bf16", "bf16", "bf16"),
+)
+
+
+def _variant(text: str) -> dict[str, str]:
+    """nvfp4_combine_mxfp8 -> nvfp4 weights and tokens, mxfp8 back      dg_fp8xfp4 -> mxfp4 weights, mxfp8 tokens"""
+    back = re.search(r"combine_([a-z0-9]+)|([a-z0-9]+?)_?wire", text)
+    formats = {"combine_format": back[1] or back[2]} if back else {}
+    operands = re.sub(r"_?(combine_[a-z0-9]+|[a-z0-9]+?_?wire)", "", text)
+    for pattern, weights, tokens in _OPERANDS:
+        if re.search(pattern, operands):
+            return {**formats, "weight_format": weights, "dispatch_format": tokens}
+    return formats
+
+
+# ---- parts of the staged stack ----
+
+
+def _products(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
+    """aiconfigurator's table of a rank's experts: num_tokens are those of all ranks."""
+    decode = "generation" in reader.text(row, "op_name")
+    ep, tokens = reader.whole(row, "ep_size"), reader.whole(row, "tokens_per_rank")
+    width = reader.whole(row, "intermediate") // max(1, int(row.get("moe_tp_size") or 1))
+    dtype = row.get("moe_dtype", "").lower()
+    weights = next((fmt for fmt in ("nvfp4", "mxfp4", "bf16", "int8") if fmt in dtype), "fp8")
+    weights = "bf16" if dtype in ("float16", "bfloat16") else weights
+    expert = Expert(
+        reader.whole(row, "hidden"), width, reader.whole(row, "num_experts"), reader.whole(row, "topk"),
+        weight_format=weights, dispatch_format="bf16" if weights == "bf16" else "mxfp8",
+    )  # fmt: skip
+    reader.assume("num_tokens of products are those of all ranks; the rank is the one with most rows")
+    routing, drawn = reader.text(row, "routing"), None
+    if routing in ("uniform", "balanced"):
+        drawn = "balanced"
+        reader.assume("uniform products: every expert the same; in context whole blocks of 128 rows, of as few experts")
+    yield Measured(
+        _hardware(reader.text(row, "hardware")),
+        f"{expert.num_experts} x {expert.hidden} x {width}",
+        expert,
+        ep,
+        tokens / ep,
+        routing,
+        reader.time_us(row, "latency"),
+        "masked" if decode else "contiguous",
+        drawn=drawn,
+    )
+
+
+def _exchange(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
+    """aiconfigurator's table of DeepEP: tokens of a rank, eight ranks a node; the time of an expert is left out."""
+    op = row.get("op_name", "ll").lower()
+    if op not in ("ll", "low_latency"):
+        raise ValueError(f"op_name {op!r} is not known; there is ll, DeepEP's low-latency kernels")
+    nodes = reader.whole(row, "nodes") if reader.has("nodes") else 1
+    reader.assume(f"{RANKS_OF_A_NODE} ranks a node, FP8 there and BF16 back, evenly spread tokens")
+    expert = Expert(
+        reader.whole(row, "hidden"), 1, reader.whole(row, "num_experts"), reader.whole(row, "topk"), weight_format="fp8"
+    )
+    hardware = _hardware(reader.text(row, "hardware"))
+    for way in ("dispatch", "combine"):
+        yield Measured(
+            hardware, f"{expert.num_experts} x {expert.hidden}", expert, RANKS_OF_A_NODE * nodes,
+            reader.whole(row, "tokens_per_rank"), "balanced", reader.time_us(row, f"{way}_avg_t"), way, nodes,
+        )  # fmt: skip
+
+
+# ---- names ----
+
+
+@lru_cache(maxsize=64)
+def _known_model(name: str) -> Model | None:
+    name = name.lower().replace("_", "-")
+    return load_model(name) if name in names("models") else None
+
+
+@lru_cache(maxsize=64)
+def _hardware(name: str) -> str:
+    """The catalog's name of a device: "NVIDIA H100 80GB HBM3" -> h100. ValueError names the nearest."""
+    words = [
+        word for word in re.split(r"[\s_,()]+", name.lower()) if word not in ("nvidia", "amd", "huawei", "instinct")
+    ]
+    known = set(names("hardware"))
+    for number in range(len(words), 0, -1):
+        if "-".join(words[:number]) in known:
+            return "-".join(words[:number])
+    return load_hardware(name).name
+
+
+@lru_cache(maxsize=64)
+def hardware_of(name: str) -> Hardware:
+    return load_hardware(name)
