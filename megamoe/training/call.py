@@ -135,9 +135,7 @@ class BackwardCall:
         record.rows_sent, record.rows_received = self._route.num_rows - num_own, plan.going_home[-1].stop
         record.dispatch_bytes = plan.sent[-1].stop * self._parts.wire.row_bytes
         record.combine_bytes = record.rows_received * self._home.row_bytes
-        messages, rank = self._parts.messages, self._rank
-        near = getattr(getattr(self._parts.group.transport, "host", None), "near", [])
-        far = [peer for peer in range(self._parts.group.size) if peer != rank and peer not in near]
+        messages, rank, far = self._parts.messages, self._rank, self._parts.group.far
         record.far_bytes = int((messages.heads + messages.unique)[rank][:, far].sum()) * self._parts.wire.row_bytes
         record.far_bytes += int(messages.pairs[far, :, rank].sum()) * self._home.row_bytes
 
