@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -91,6 +91,8 @@ class MegaMoE(nn.Module):
     batch, on one device type. last_call holds the CallRecord of the latest call.
     """
 
+    experts_type: ClassVar[type[Experts]] = Experts
+
     def __init__(
         self,
         shape: MoEShape,
@@ -126,7 +128,7 @@ class MegaMoE(nn.Module):
         if transport == "fused":
             import_module(_FUSED).check_fused(self.device, shape, combine_format)
         with undisturbed(self.device):
-            self.experts = Experts(
+            self.experts = self.experts_type(
                 shape,
                 self.placement.experts(self.group.rank),
                 weight_format=weight_format,
@@ -368,8 +370,9 @@ class MegaMoE(nn.Module):
             nodes = self.group.nodes(self.name)
             landing = land(topk_ids, self.placement, nodes, self.group.rank) if messages.node_limited else None
             route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace, landing)
-        parts = Parts(self.name, self.group, self.experts, choice.wire, plan, messages, choice.cost_model, notes, nodes)
-        return Call(parts, route, agreed.counts, hidden, record)
+        of_layer = self.name, self.group, self.experts
+        parts = Parts(*of_layer, choice.wire, plan, messages, agreed, choice.cost_model, notes, nodes)
+        return Call(parts, route, hidden, record)
 
     def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, ValueError | None]:
         """Rows for each expert and unique tokens, [2, E] int64 on the CPU, and what is wrong with the values.

@@ -73,7 +73,10 @@ def _check_plain(name: str, tensor: Tensor) -> None:
 def check_gradient(name: str, tensor: Tensor) -> None:
     """ValueError where a gradient is asked for, backward or forward, that there is none of."""
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires a gradient, and there is no backward yet: call it under torch.no_grad()")
+        raise ValueError(
+            f"{name} requires a gradient, and this layer has no backward: make it a TrainableMoE, or call it under "
+            "torch.no_grad()"
+        )
     if forward_ad._current_level < 0:
         return
     if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
