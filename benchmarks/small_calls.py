@@ -79,7 +79,6 @@ def watch(layer: MegaMoE, clock: Clock) -> None:
     functions = library._functions
     for name, part in (*_STEPS.items(), ("products", "products"), ("activate", "activation")):
         functions[name] = clock.timed(part, functions[name])
-    functions["few_compute"] = functions["few_compute"]  # tells its parts itself
     transport = layer.group.transport
     if isinstance(transport, HostTransport):
         for name, part in (("share", "agree"), ("signal", "results"), ("await_signal", "results")):

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from megamoe.shape import MoEShape
     from megamoe.trace.recording import record
     from megamoe.trace.timeline import Timeline
+    from megamoe.training import TrainableMoE
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ _EXPORTS = {
     "PeerError": "megamoe.parallel.errors",
     "RestartPolicy": "megamoe.launch.cluster.recovery",
     "Timeline": "megamoe.trace.timeline",
+    "TrainableMoE": "megamoe.training",
     "init_group": "megamoe.parallel.group",
     "record": "megamoe.trace.recording",
 }
@@ -68,6 +70,7 @@ __all__ = [
     "PeerError",
     "RestartPolicy",
     "Timeline",
+    "TrainableMoE",
     "__version__",
     "init_group",
     "record",

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from megamoe.execution.checks import (
     check_formats,
     check_input,
     check_name,
+    check_transport,
     check_values,
 )
 from megamoe.execution.experts import Experts, Weight
@@ -48,6 +49,8 @@ from megamoe.shape import MoEShape
 
 if TYPE_CHECKING:
     from megamoe.catalog import Machine
+
+_FUSED = "megamoe.execution.backends.triton_fused"  # imports Triton
 
 
 @dataclass(slots=True)
@@ -80,10 +83,15 @@ class MegaMoE(nn.Module):
                       ranks must sum alike; "auto" takes the CPU's best
     machine           what `megamoe calibrate` found of this machine, for waves="auto"; None is what ships
     deadline_s        seconds that a call may be kept waiting, where group is not an EPGroup that has its own
+    transport         "auto" is the group's; "fused" makes a call one kernel on every rank, over memory that all map,
+                      for few tokens on a device with Triton kernels: see docs/mega_kernel.md
+    max_tokens_per_rank   most tokens of a rank in a call, for transport="fused", whose buffers have a fixed size
 
     The output of a token is bitwise the same for any number of ranks, any waves and any other tokens in the
     batch, on one device type. last_call holds the CallRecord of the latest call.
     """
+
+    experts_type: ClassVar[type[Experts]] = Experts
 
     def __init__(
         self,
@@ -101,11 +109,14 @@ class MegaMoE(nn.Module):
         arithmetic: str = "auto",
         machine: Machine | None = None,
         deadline_s: float = 60.0,
+        transport: str = "auto",
+        max_tokens_per_rank: int | None = None,
     ) -> None:
         super().__init__()
         check_ambient()
         check_name(name)
         check_formats(shape, weight_format, dispatch_format, combine_format)
+        check_transport(transport, max_tokens_per_rank)
         self.shape, self.name = shape, name
         self.weight_format, self.dispatch_format, self.combine_format = weight_format, dispatch_format, combine_format
         self.waves, self.overlap = check_waves(waves if overlap else 1), overlap
@@ -113,14 +124,18 @@ class MegaMoE(nn.Module):
         self.group = EPGroup.of(group, self.device, deadline_s=deadline_s)
         self.placement = Placement(shape.num_experts, self.group.size)
         self.machine = machine
+        self.transport, self.max_tokens_per_rank = transport, max_tokens_per_rank
+        if transport == "fused":
+            import_module(_FUSED).check_fused(self.device, shape, combine_format)
         with undisturbed(self.device):
-            self.experts = Experts(
+            self.experts = self.experts_type(
                 shape,
                 self.placement.experts(self.group.rank),
                 weight_format=weight_format,
                 device=self.device,
                 keep_dequantized=keep_dequantized,
                 arithmetic=arithmetic,
+                interpreted=transport == "fused" and self.device.type == "cpu",
             )
             self._begin()
 
@@ -141,8 +156,18 @@ class MegaMoE(nn.Module):
         self._page = Page(self._terms(self._number), self.group.host)
         library = library_of(self.experts, self.waves, self.combine_format)
         self._small = None if library is None else SmallCalls(self.name, self.group, self.experts, library)
-        self._alone = None
-        if self.experts.grouped and self.group.size == 1:
+        self._alone = self._fused = None
+        if self.transport == "fused":
+            self._small, rounds = None, self.experts.packed or self.dispatch_format == "mxfp8"
+            self._fused = import_module(_FUSED).Fused(
+                self.name,
+                self.group,
+                self.experts,
+                self.placement,
+                self.max_tokens_per_rank,
+                "mxfp8" if rounds else "bf16",
+            )
+        elif self.experts.grouped and self.group.size == 1:
             self._alone = import_module("megamoe.execution.backends.triton_alone").Alone(
                 self.experts, self.combine_format
             )
@@ -225,6 +250,8 @@ class MegaMoE(nn.Module):
         with self._turn():
             complaint = self._complaint(hidden, topk_ids, topk_weights)
             with undisturbed(self.device), on_device(self.device):
+                if self._fused is not None:
+                    return self._compute_fused(hidden, topk_ids, topk_weights, complaint)
                 if self._alone is not None:
                     return self._compute_alone(hidden, topk_ids, topk_weights, complaint)
                 return self._compute(hidden, topk_ids, topk_weights, complaint)
@@ -278,6 +305,24 @@ class MegaMoE(nn.Module):
             out: Tensor = self._alone.compute(hidden, topk_ids, topk_weights, self.group.workspace, rounds=rounds)
         return out
 
+    def _compute_fused(
+        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None
+    ) -> Tensor:
+        """The call as one kernel, for which the host does not wait: see triton_fused.py."""
+        assert self._fused is not None
+        calls = self._calls
+        if self._fused.opened and self.experts.missing:  # a rank that computes rows of others must not take part
+            raise complaint or ValueError(f"layer {self.name!r} has experts without weights")
+        calls.number += 1
+        record = CallRecord(tokens=0 if complaint else len(hidden), waves=1)
+        if complaint is None:
+            hidden = hidden.to(torch.bfloat16).contiguous()
+        with self.group.unbroken(self.name, calls.number), record.timing("total_s"):
+            out: Tensor = self._fused.compute(hidden, topk_ids, topk_weights, complaint)
+        calls.last = record
+        self._fused.complain()
+        return out
+
     def _agree(self, given: Input, complaint: ValueError | None, record: CallRecord) -> Agreement | SmallAgreement:
         """Agrees with all ranks on the call, before any row moves but those that lie behind a page."""
         self._calls.number += 1
@@ -325,8 +370,9 @@ class MegaMoE(nn.Module):
             nodes = self.group.nodes(self.name)
             landing = land(topk_ids, self.placement, nodes, self.group.rank) if messages.node_limited else None
             route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace, landing)
-        parts = Parts(self.name, self.group, self.experts, choice.wire, plan, messages, choice.cost_model, notes, nodes)
-        return Call(parts, route, agreed.counts, hidden, record)
+        of_layer = self.name, self.group, self.experts
+        parts = Parts(*of_layer, choice.wire, plan, messages, agreed, choice.cost_model, notes, nodes)
+        return Call(parts, route, hidden, record)
 
     def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, ValueError | None]:
         """Rows for each expert and unique tokens, [2, E] int64 on the CPU, and what is wrong with the values.
@@ -351,6 +397,8 @@ class MegaMoE(nn.Module):
             check_input(self.shape, self.device, hidden, topk_ids, topk_weights)
             if self._alone is not None:
                 self._alone.refuse(self.name)
+            if self._fused is not None:
+                self._fused.check_size(len(hidden))
             if not self.experts.whole:
                 missing = shortened(self.experts.missing)
                 raise ValueError(f"layer {self.name!r} has no weights for experts {missing}: load them first")

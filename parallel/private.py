@@ -7,6 +7,7 @@ and nn.Module._save_to_state_dict, which torch's documentation names for weights
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,3 +41,23 @@ def abort_backend(group: dist.ProcessGroup, device: torch.device) -> None:
     """Ends all that is queued for a device. ProcessGroup.abort(), which is public, ends what the group's backends for
     other devices do, too."""
     group._get_backend(device).abort()
+
+
+def symmetric_memory() -> Any:
+    """torch's symmetric memory, an alpha without a public name (torch 2.13). Imported when first asked for."""
+    from torch.distributed import _symmetric_memory
+
+    return _symmetric_memory
+
+
+def share_storage(storage: torch.UntypedStorage) -> tuple[Any, ...]:
+    """A handle by which another process maps a GPU's storage: what torch.multiprocessing pickles. Its own queues would
+    do this in public, for tensors that are sent through them alone."""
+    handle: tuple[Any, ...] = storage._share_cuda_()  # type: ignore[no-untyped-call]
+    return handle
+
+
+def open_storage(handle: tuple[Any, ...]) -> torch.UntypedStorage:
+    """The storage of a handle of share_storage(), mapped into this process."""
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared_cuda(*handle)
+    return storage

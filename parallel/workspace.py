@@ -15,7 +15,8 @@ _CPU = torch.device("cpu")
 class Workspace:
     """Buffers by name, each grown to the largest size asked of it. What is in one is lost when its name is taken again.
 
-    regions are memory that other ranks write to, by the name of the buffer that lies there.
+    regions are memory that other ranks write to, by the name of the buffer that lies there; kernels are those with
+    symmetric memory of their own, by their sizes, since layers of one size share it.
 
     Shared by all layers of a group, which take turns, on a GPU in whatever streams: see turns.py. While a CUDA graph is
     captured buffers come from the graph's own memory, which is the graph's alone and stays as long as it does.
@@ -25,6 +26,7 @@ class Workspace:
         self._buffers: dict[tuple[Hashable, torch.device], Tensor] = {}
         self._pinned: dict[tuple[Hashable, torch.dtype], Tensor] = {}
         self.regions = {} if regions is None else regions
+        self.kernels: dict[Hashable, object] = {}
 
     @property
     def memory_bytes(self) -> int:

@@ -70,7 +70,7 @@ def test_gradients_are_refused_until_there_is_a_backward() -> None:
     batch = make_batch(SHAPE, 4)
     layer = make_layer(SHAPE)
     hidden = batch.hidden.clone().requires_grad_()
-    with pytest.raises(ValueError, match="no backward yet"):
+    with pytest.raises(ValueError, match="has no backward: make it a TrainableMoE"):
         layer(hidden, batch.ids, batch.weights)
     with torch.no_grad():
         layer(hidden, batch.ids, batch.weights)

@@ -40,7 +40,7 @@ sys.meta_path.insert(0, Lacking())
 # each family of products once: their stages differ in shapes and rows alone
 STAGES = (
     *("probe", "compile", "device-checks", "layer-checks", "rank-checks", "decode-V4-Pro"),
-    *("tiles", "layer", "profiler", "one-rank", "two-processes"),
+    *("tiles", "layer", "profiler", "mega-checks", "mega-times", "one-rank", "two-processes"),
 )
 SAYS_WHY_NOT = {"profiler": "ncu: there is none; torch.profiler ran, and saw no kernel of a GPU"}
 
@@ -104,7 +104,7 @@ def test_a_rehearsal_is_labelled_as_one(
     printed, written, out = rehearsed
     assert written["kind"] == "rehearsal"
     assert written["note"].endswith("its times mean nothing")
-    assert "REHEARSAL on a CPU, times mean nothing: 11 of 11 stages passed" in printed
+    assert "REHEARSAL on a CPU, times mean nothing: 13 of 13 stages passed" in printed
     with pytest.raises(SystemExit, match="2"):
         run.main(["--page", str(out)])
     assert "is of a rehearsal run: a page is made from a GPU's results alone" in capsys.readouterr().err

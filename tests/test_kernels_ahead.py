@@ -54,7 +54,7 @@ def test_every_build_of_every_operation_is_fit_to_run(compiled: Compile, operati
 
 
 @by_target
-@pytest.mark.parametrize("operation", [name for name in KERNELS if name.startswith("grouped")])
+@pytest.mark.parametrize("operation", [name for name in KERNELS if name == "mega" or name.startswith("grouped")])
 def test_products_use_the_matrix_instruction_of_the_chip(compiled: Compile, operation: str, chip: Target) -> None:
     for each in compiled(operation, chip):
         assert any(name.startswith(chip.instruction) for name in each.resources.instructions), each.build.label
@@ -74,7 +74,7 @@ def test_few_rows_are_decoded_in_fewer_instructions_than_memory_leaves_time_for(
     assert large.resources.loop["HMUL2"] == 2 * found["V4-Pro wide 64x128x128"].resources.loop["HMUL2"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("operation", ["grouped_linear1", "grouped_linear2"])
+@pytest.mark.parametrize("operation", ["grouped_linear1", "grouped_linear2", "mega"])
 def test_all_that_a_step_reads_is_copied_ahead(compiled: Compile, operation: str) -> None:
     for each in compiled(operation, target("cuda:90")):
         loop = each.resources.loop

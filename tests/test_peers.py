@@ -54,7 +54,7 @@ def measured(pool: Pool) -> Comparison:
     """All layers that are installed, and four that do not work, on three ranks: uneven tokens, none on the last."""
     peers = [*PEERS, SHORT, RAISES, UNBUILT, ABSENT]
     present = [peer for peer in peers if peer.missing is None]
-    return compare(TINY, peers, 2, pool.get().run(measure_rank, TINY, present, 2, size=len(TINY.tokens)))
+    return compare(TINY, peers, 2, pool.get().run(measure_rank, TINY, present, 2, False, size=len(TINY.tokens)))
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=[peer.name for peer in PEERS])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from statistics import median
 
 import pytest
 
+from megamoe.catalog import load_profile
 from megamoe.planner.validation.ascend_guides import AUGUST, guides, median_of
 from megamoe.planner.validation.published import RESULTS
 from megamoe.planner.validation.published_layers import deepep_dispatch, isca, pull_request_316
@@ -200,3 +202,13 @@ def test_august_stands_beside_april_and_changes_none_of_its_rows() -> None:
 def test_august_says_the_same_in_both_of_its_columns() -> None:
     for (_, batch, _, _), (tpot_ms, tokens_per_s) in AUGUST.items():
         assert 1e3 * batch / 16 / tpot_ms == pytest.approx(tokens_per_s, rel=2e-3)
+
+
+def test_the_constants_that_ship_are_those_that_were_fitted() -> None:
+    """`python benchmarks/fit_layer.py --write docs/data/layer_fit.json` found them."""
+    fitted = json.loads((DATA / "layer_fit.json").read_text())["constants"]
+    assert len(fitted) > 15
+    for key, value in fitted.items():
+        where, figure = key.split(".")
+        for name in ("blackwell", "hopper") if where == "*" else (where,):
+            assert getattr(load_profile(name), figure).value == value, key

@@ -104,6 +104,22 @@ PLAN: tuple[Stage, ...] = (
         ("device-checks",),
         {"shape": "V4-Pro", "rows": (8, 512)},
     ),
+    Stage(
+        "mega-checks",
+        "the mega-kernel on 2, 4 and 8 virtual ranks: the staged kernels' bits, 1,000 calls",
+        "benchmarks.gpu_kernels.mega.stage:check_all",
+        120,
+        ("layer-checks",),
+        {"ranks": (2, 4, 8), "calls": 1000},
+    ),
+    Stage(
+        "mega-times",
+        "V4-Pro: the mega-kernel beside the staged layer at 1, 8, 64 and 512 tokens, eager and as a graph",
+        "benchmarks.gpu_kernels.mega.stage:time_all",
+        120,
+        ("mega-checks",),
+        {"shape": "V4-Pro", "rooms": ((1, 64, (1, 8, 64)), (8, 64, (1, 8, 64)), (1, 512, (512,)), (2, 64, (8, 64)))},
+    ),
     *(_products("middle", shape, MIDDLE, 45, "64") for shape in SHAPES),
     Stage(
         "one-rank",

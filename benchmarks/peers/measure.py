@@ -6,17 +6,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from benchmarks.peers.peer import ExpertWeights, Layer, Peer
+from benchmarks.peers.peer import ExpertWeights, Peer
+from benchmarks.peers.training import Step, reference_gradients, squared_errors
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
+from megamoe.launch.bench.training import make_gradient
 from megamoe.launch.lab.namespaces import Host, lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.group import EPGroup
@@ -72,7 +75,9 @@ class RankOutcome:
     problem: str | None = None
 
 
-def run_workload(workload: Workload, peers: Sequence[Peer], repeats: int) -> list[dict[str, RankOutcome]]:
+def run_workload(
+    workload: Workload, peers: Sequence[Peer], repeats: int, *, backward: bool = False
+) -> list[dict[str, RankOutcome]]:
     """Outcomes of the peers that are installed, by name, in order of rank.
 
     ValueError where this machine cannot shape links, RankFailedError where a rank died or hung.
@@ -83,7 +88,7 @@ def run_workload(workload: Workload, peers: Sequence[Peer], repeats: int) -> lis
         _hosts(workload) as hosts,
         LocalRanks(num_ranks, threads_per_rank=1, deadline_s=DEADLINE_S, hosts=hosts) as ranks,
     ):
-        return ranks.run(measure_rank, workload, present, repeats)
+        return ranks.run(measure_rank, workload, present, repeats, backward)
 
 
 @contextmanager
@@ -92,40 +97,65 @@ def _hosts(workload: Workload) -> Iterator[Sequence[Host] | None]:
         yield hosts
 
 
-def measure_rank(group: EPGroup, workload: Workload, peers: Sequence[Peer], repeats: int) -> dict[str, RankOutcome]:
+def measure_rank(
+    group: EPGroup, workload: Workload, peers: Sequence[Peer], repeats: int, backward: bool
+) -> dict[str, RankOutcome]:
     """A rank's part: builds and checks every layer, rounds to warm up, then `repeats` rounds of all in turn."""
-    shape = workload.shape
     with torch.no_grad(), redirect_stdout(sys.stderr):  # what peers print must not stand in the table or the JSON
-        weights = ExpertWeights(*make_expert_weights(shape))
-        batch = make_workload(shape, group.rank, workload.tokens[group.rank])
-        expected = reference(weights, *batch)
-        outcomes, layers = {peer.name: RankOutcome() for peer in peers}, {}
+        weights = ExpertWeights(*make_expert_weights(workload.shape))
+        task = _training(group, workload, weights) if backward else _inference(group, workload, weights)
+        outcomes, calls = {peer.name: RankOutcome() for peer in peers}, {}
         for peer in peers:
-            layer = _checked(peer, group, shape, weights, batch, expected, outcomes[peer.name])
-            if layer is not None:
-                layers[peer.name] = layer
-        del weights, expected
+            call = _checked(peer, group, workload.shape, weights, task, outcomes[peer.name])
+            if call is not None:
+                calls[peer.name] = call
+        del weights, task
         for repeat in range(-WARM_UP, repeats):
-            for name, layer in layers.items():
+            for name, call in calls.items():
                 calm_gloo_threads(name.startswith("megamoe"))  # peers run as they do without this package
                 dist.barrier()
                 begun = time.perf_counter()
-                layer(*batch)
+                call()
                 if repeat >= 0:
                     outcomes[name].times_ms.append((time.perf_counter() - begun) * 1e3)
     return outcomes
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What a layer is asked for: bind makes a call of it, errors gives the squares of what the call returned."""
+
+    bind: Callable[[Any], Callable[[], Any]]
+    errors: Callable[[Any], tuple[float, float]]
+
+
+def _inference(group: EPGroup, workload: Workload, weights: ExpertWeights) -> _Task:
+    batch = make_workload(workload.shape, group.rank, workload.tokens[group.rank])
+    expected = reference(weights, *batch)
+
+    def errors(out: Tensor) -> tuple[float, float]:
+        out = out.to(torch.float64)
+        if out.shape != expected.shape:
+            raise ValueError(f"returned {list(out.shape)}, expected {list(expected.shape)}")
+        return float((out - expected).square().sum()), float(expected.square().sum())
+
+    return _Task(lambda layer: lambda: layer(*batch), errors)
+
+
+def _training(group: EPGroup, workload: Workload, weights: ExpertWeights) -> _Task:
+    shape, tokens = workload.shape, workload.tokens
+    batch = make_workload(shape, group.rank, tokens[group.rank])
+    gradient = make_gradient(group.rank, shape, tokens[group.rank])
+    expected = reference_gradients(group, shape, weights, tokens)
+    return _Task(lambda layer: Step(layer, batch, gradient), lambda found: squared_errors(found, expected))
+
+
 def _checked(
-    peer: Peer,
-    group: EPGroup,
-    shape: MoEShape,
-    weights: ExpertWeights,
-    batch: tuple[Tensor, Tensor, Tensor],
-    expected: Tensor,
-    outcome: RankOutcome,
-) -> Layer | None:
-    """The peer's layer, its output held against `expected`; None, and outcome says why, where it does not run."""
+    peer: Peer, group: EPGroup, shape: MoEShape, weights: ExpertWeights, task: _Task, outcome: RankOutcome
+) -> Callable[[], Any] | None:
+    """A call of the peer's layer, once what it returns is held against FP32; None, and outcome says why, where it does
+    not run.
+    """
     layer, threads = None, torch.get_num_threads()
     try:
         layer = peer.build(group, shape, weights)
@@ -135,16 +165,13 @@ def _checked(
     if layer is None or outcome.problem is not None:
         return None
     torch.set_num_threads(threads)  # an import may have changed it
+    call = task.bind(layer)
     try:
-        out = layer(*batch).to(torch.float64)
-        if out.shape != expected.shape:
-            raise ValueError(f"returned {list(out.shape)}, expected {list(expected.shape)}")
-        outcome.difference_squared = float((out - expected).square().sum())
-        outcome.norm_squared = float(expected.square().sum())
+        outcome.difference_squared, outcome.norm_squared = task.errors(call())
     except Exception as error:  # noqa: BLE001
         outcome.problem = f"cannot run: {_said(error)}"
     outcome.problem = _agreed(outcome.problem, group)
-    return layer if outcome.problem is None else None
+    return call if outcome.problem is None else None
 
 
 def _agreed(problem: str | None, group: EPGroup) -> str | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,16 +103,16 @@ PEERS = (
 )
 
 
-def choose(text: str | None) -> list[Peer]:
+def choose(text: str | None, among: Sequence[Peer] = PEERS) -> list[Peer]:
     """The peers of a comma-separated list, in the table's order; all for None. A part of a name stands for all that
     begin with it. ValueError for a part that fits none.
 
     "deepspeed,megamoe mxfp4" -> deepspeed.moe, deepspeed AutoEP, megamoe mxfp4
     """
     if text is None:
-        return list(PEERS)
+        return list(among)
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
-        if not any(peer.name.startswith(part) for peer in PEERS):
-            raise ValueError(f"no peer is called {part!r}; there are {', '.join(peer.name for peer in PEERS)}")
-    return [peer for peer in PEERS if peer.name.startswith(tuple(parts))]
+        if not any(peer.name.startswith(part) for peer in among):
+            raise ValueError(f"no peer is called {part!r}; there are {', '.join(peer.name for peer in among)}")
+    return [peer for peer in among if peer.name.startswith(tuple(parts))]

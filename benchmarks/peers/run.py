@@ -2,6 +2,7 @@
 
 python -m benchmarks.peers                                   # all; root and iproute2 for the shaped links
 python -m benchmarks.peers --only loopback-512 --peers torch,megamoe
+python -m benchmarks.peers --backward                        # forward and backward of those that train
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers.measure import WORKLOADS, run_workload
-from benchmarks.peers.peer import choose
+from benchmarks.peers.peer import PEERS, choose
 from benchmarks.peers.report import Comparison, compare, document, machine, versions
+from benchmarks.peers.training import TRAINING_PEERS
+
+TRAINED = ("prefill-1gbit", "loopback-2048")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,13 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--repeats must be at least 1, got {asked.repeats}")
     comparisons: list[Comparison] = []
     try:
-        peers = choose(asked.peers)
+        peers = choose(asked.peers, TRAINING_PEERS if asked.backward else PEERS)
         for workload in WORKLOADS:
             if asked.only and workload.name not in asked.only:
                 continue
+            if asked.backward and not asked.only and workload.name not in TRAINED:
+                continue
             print(f"{workload.title} ...", file=sys.stderr, flush=True)
             repeats = max(asked.repeats, workload.repeats or 0)
-            comparisons.append(compare(workload, peers, repeats, run_workload(workload, peers, repeats)))
+            comparisons.append(
+                compare(workload, peers, repeats, run_workload(workload, peers, repeats, backward=asked.backward))
+            )
             if asked.format == "table":
                 print(f"\n{workload.title}, {repeats} repeats\n\n{comparisons[-1].table()}", flush=True)
     except ValueError as refusal:
@@ -57,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     names = [workload.name for workload in WORKLOADS]
     parser.add_argument("--only", action="append", choices=names, help="this workload; may be given again")
     parser.add_argument("--peers", help="names or beginnings of names, separated by commas")
+    parser.add_argument(
+        "--backward",
+        action="store_true",
+        help=f"time forward and backward together; by default of {' and '.join(TRAINED)}",
+    )
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--write", type=Path, help="writes the tables as a Markdown page")
     return parser

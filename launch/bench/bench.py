@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -25,6 +26,8 @@ from megamoe.execution.checks import check_formats
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
 from megamoe.launch.bench.probe import machine_here
 from megamoe.launch.bench.replay import Replay, StillTransport, together
+from megamoe.launch.bench.training import expected, make_gradient, step
+from megamoe.launch.bench.training import identical as is_identical
 from megamoe.launch.lab.namespaces import Host, lab, parse_rate
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
@@ -35,7 +38,8 @@ from megamoe.reference import moe
 from megamoe.routing.waves import Waves, check_waves
 from megamoe.schedule.machine import Predicted, Run, predict
 from megamoe.shape import MoEShape
-from megamoe.trace.timeline import Timeline
+from megamoe.trace.timeline import Share, Timeline
+from megamoe.training import TrainableMoE
 
 MEASURES = ("serial", "overlapped", "compute", "communication")
 SERIAL_TRACES = 3
@@ -47,6 +51,7 @@ TRACED = "traced"  # the overlapped layer with a recorder in place
 class BenchRequest:
     """A workload, its ranks and their links. link None leaves the ranks on loopback, unshaped.
 
+    backward: measures forward and backward together, of a layer that trains
     ranks_per_host ranks share a link and memory; node_limited: a token then goes once to each other host.
 
     machine: the profile by which the run is predicted, a name of the catalog or a file that megamoe calibrate wrote;
@@ -72,6 +77,7 @@ class BenchRequest:
     repeats: int = 9
     check: bool = True
     trace: bool = False
+    backward: bool = False
     machine: str | None = None
     predict: bool = True
     deadline_s: float = 300.0
@@ -107,11 +113,11 @@ class BenchRequest:
 def predict_run(
     request: BenchRequest, machine: Machine, waves: int = 0, dispatch_format: str | None = None
 ) -> Predicted | None:
-    """What a machine's constants say of a request; None where nobody can say: delayed links.
+    """What a machine's constants say of a request; None where nobody can say: delayed links, a backward.
 
     waves and dispatch_format: as they turned out, where the layer decides. Uneven waves count by their number.
     """
-    if request.latency_ms:
+    if request.latency_ms or request.backward:
         return None
     if not waves and request.waves != "auto":
         waves = request.waves if isinstance(request.waves, int) else len(request.waves)
@@ -161,6 +167,7 @@ class BenchReport:
     combine_format: str
     waves: int
     threads_per_rank: int
+    backward: bool
     serial_ms: float
     serial_ms_min: float
     serial_ms_max: float
@@ -234,8 +241,9 @@ def _typical(timeline: Timeline) -> Timeline:
     """Of each layer's calls the one of median length."""
     kept = []
     for layer in ("serial", "overlapped"):
-        runs = sorted((run for run in timeline.runs() if run.layer == layer), key=lambda run: run.share().total_us)
-        kept.append((layer, runs[len(runs) // 2].call))
+        for name in (layer, f"{layer} (backward)"):
+            runs = sorted((run for run in timeline.runs() if run.layer == name), key=lambda run: run.share().total_us)
+            kept += [(name, run.call) for run in runs[len(runs) // 2 : len(runs) // 2 + 1]]
     return timeline.keep(kept)
 
 
@@ -281,31 +289,42 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     formats = {name: getattr(request, name) for name in ("weight_format", "dispatch_format", "combine_format")}
 
     def make_layer(group: EPGroup, name: str, waves: Waves = 1, overlap: bool = True) -> MegaMoE:
-        return MegaMoE(shape, group, waves=waves, overlap=overlap, name=name, **formats)
+        made = TrainableMoE if request.backward else MegaMoE
+        return made(shape, group, waves=waves, overlap=overlap, name=name, **formats)
 
     layer = make_layer(group, "overlapped", request.waves)
     layer.load_experts(gate_up, down)
+    gradient = make_gradient(group.rank, shape, request.tokens_per_rank)
+
+    def run(layer: MegaMoE) -> list[Tensor]:
+        return step(layer, batch, gradient) if request.backward else [layer(*batch)]
+
     for _ in range(SETTLING):  # until it has decided what was left to it
-        layer(*batch)
+        run(layer)
     formats["dispatch_format"] = layer.tuner.dispatch_format or request.dispatch_format
     waves = layer.last_call.waves if request.waves == "auto" else request.waves
     serial = make_layer(group, "serial", overlap=False)
     replay = Replay(group.transport)
     recorded = make_layer(replace(group, transport=replay if group.transport else None), "taped", waves)
-    still = make_layer(replace(group, transport=StillTransport(replay) if group.transport else None), "still", waves)
+    silent = StillTransport(replay, copies=request.backward) if group.transport else None
+    still = make_layer(replace(group, transport=silent), "still", waves)
     serial.experts = recorded.experts = still.experts = layer.experts
 
-    outputs = [each(*batch) for each in (layer, serial, recorded)]
+    outputs = [run(each) for each in (layer, serial, recorded)]
     identical = None
     if request.check:
-        hidden, ids, weights = batch
-        expected = moe(shape, hidden, ids, weights, gate_up, down, **formats)
-        identical = all(torch.equal(output, expected) for output in outputs)
+        make = partial(make_workload, shape, num_tokens=request.tokens_per_rank)
+        if request.backward:
+            wanted = expected(group, shape, (gate_up, down), make, formats)
+        else:
+            wanted = [moe(shape, *batch, gate_up, down, **formats)]
+        identical = all(is_identical(output, wanted, layer.local_experts) for output in outputs)
+        del wanted
     del gate_up, down
     measures: dict[str, Callable[[], object]] = {
-        "serial": lambda: serial(*batch),
-        "overlapped": lambda: layer(*batch),
-        "compute": lambda: still(*batch),
+        "serial": lambda: run(serial),
+        "overlapped": lambda: run(layer),
+        "compute": lambda: run(still),
         "communication": replay.replay,
     }
     recording = Recording(group.rank, group.host) if request.trace else None
@@ -313,7 +332,7 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
         with group.record(recording):
             for _ in range(SERIAL_TRACES):
                 together(group)
-                serial(*batch)
+                run(serial)
         measures = {"serial": measures["serial"], TRACED: measures["overlapped"], **measures}
     times: dict[str, list[float]] = {name: [] for name in measures}
     for repeat in range(request.repeats + 1):
@@ -326,9 +345,10 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
                 if repeat:
                     times[name].append((time.perf_counter() - begun) * 1e3)
     record = layer.last_call
+    calls = [record, layer.last_backward] if isinstance(layer, TrainableMoE) else [record]
+    sent, far = (sum(getattr(each, name) for each in calls) for name in ("bytes_sent", "far_bytes"))
     rows = record.rows_received + record.rows_local
-    sent = (record.bytes_sent, record.far_bytes)
-    return RankTimes(times, record.waves, *sent, rows, formats["dispatch_format"], identical, recording)
+    return RankTimes(times, record.waves, sent, far, rows, formats["dispatch_format"], identical, recording)
 
 
 def _in_turn(names: list[str], repeat: int) -> list[str]:
@@ -353,7 +373,8 @@ def _report(
         milliseconds |= {f"{name}_ms": middle[name], f"{name}_ms_min": min(times), f"{name}_ms_max": max(times)}
     pairs = zip(slowest.get(TRACED, []), slowest["overlapped"], strict=False)
     costs = [traced / untraced - 1 for traced, untraced in pairs]
-    overlapped = [run for run in timeline.runs() if run.layer == "overlapped"] if timeline else []
+    overlapped = [run.share() for run in timeline.runs() if run.layer.startswith("overlapped")] if timeline else []
+    products = 18 if request.backward else 6  # FLOPs of a row; a backward has two products for each of the forward
     limit = max(middle["compute"], middle["communication"])
     predicted = predict_run(request, machine, found[0].waves, found[0].dispatch_format) if machine else None
     asked = {f.name: getattr(request, f.name) for f in fields(BenchReport) if hasattr(request, f.name)}
@@ -366,7 +387,7 @@ def _report(
         **asked,
         **milliseconds,  # type: ignore[arg-type]
         trace_cost=median(costs) if costs else None,
-        hidden_percent=overlapped[0].share().hidden_percent if overlapped else None,
+        hidden_percent=Share.sum(overlapped).hidden_percent if overlapped else None,
         limit_ms=limit,
         exposed_ms=middle["overlapped"] - middle["compute"],
         speedup=middle["serial"] / middle["overlapped"],
@@ -375,5 +396,5 @@ def _report(
         predicted_by=machine.title if machine and predicted else None,
         bytes_sent_per_rank=max(rank.bytes_sent for rank in found),
         link_bytes_per_host=_most_of_a_host(request, found) if request.link else None,
-        flops_per_rank=6 * request.hidden * request.intermediate * max(rank.rows_computed for rank in found),
+        flops_per_rank=products * request.hidden * request.intermediate * max(rank.rows_computed for rank in found),
     )

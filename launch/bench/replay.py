@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,23 +26,31 @@ class Replay:
     def __init__(self, transport: Transport | None) -> None:
         self._transport = transport
         self.early = transport is not None and transport.early
-        self.pages: dict[str, Tensor] = {}
+        self.pages: list[Tensor] = []
+        self.arrived: list[Tensor] = []  # rows of each transfer, once it was waited for
         self._events: list[tuple[str, int, tuple[Any, ...]]] = []
         self._num_transfers = 0
 
     def gather(self, page: Tensor, label: Label) -> Tensor:
         assert self._transport is not None
         self._events.append(("gather", 0, (page, label)))
-        self.pages[label.phase] = self._transport.gather(page, label)
-        return self.pages[label.phase]
+        self.pages.append(self._transport.gather(page, label))
+        return self.pages[-1]
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
         assert self._transport is not None
-        transfer = _ReplayedTransfer(self._transport.expect(receive, counts, label), self._num_transfers, self._events)
+        number, opened = self._num_transfers, self._transport.expect(receive, counts, label)
+        self.arrived.append(receive[:0])
+        transfer = _ReplayedTransfer(opened, number, self._events, lambda: self._note(number, receive, label))
         # a buffer of its own: the one of the call belongs to the call
         self._events.append(("expect", self._num_transfers, (torch.zeros_like(receive), counts, label)))
         self._num_transfers += 1
         return transfer
+
+    def _note(self, number: int, receive: Tensor, label: Label) -> None:
+        """What has arrived, for a transport that answers with it: of what came home nothing but sums depends."""
+        if label.phase == "dispatch":
+            self.arrived[number] = receive.clone()
 
     def nodes(self, layer: str) -> tuple[int, ...]:
         """As the transport's; one that knows nothing of hosts has none."""
@@ -73,8 +81,10 @@ class Replay:
 
 
 class _ReplayedTransfer:
-    def __init__(self, transfer: Transfer, number: int, events: list[tuple[str, int, tuple[Any, ...]]]) -> None:
-        self._transfer, self._number, self._events = transfer, number, events
+    def __init__(
+        self, transfer: Transfer, number: int, events: list[tuple[str, int, tuple[Any, ...]]], note: Callable[[], None]
+    ) -> None:
+        self._transfer, self._number, self._events, self._note = transfer, number, events, note
 
     def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
         self._events.append(("send", self._number, (rows.clone(), counts, starts)))
@@ -83,6 +93,7 @@ class _ReplayedTransfer:
     def wait(self) -> None:
         self._events.append(("wait", self._number, ()))
         self._transfer.wait()
+        self._note()
 
     def finish(self) -> None:
         self._events.append(("finish", self._number, ()))
@@ -90,23 +101,28 @@ class _ReplayedTransfer:
 
 
 class StillTransport:
-    """A transport that moves nothing and answers with the pages of a taped call: what the layer computes alone.
+    """A transport that moves nothing and answers as a taped step was answered: what the layer computes alone.
 
-    The buffers are those of the group's workspace, which hold the rows of the last call that had a transport.
+    The rows of a call that is the only one of its step are in the group's workspace still, from the last call that had
+    a transport. Where a step has several calls (copies), each wait for dispatched rows copies what had arrived.
     """
 
     early = False
 
-    def __init__(self, replay: Replay) -> None:
-        self._replay = replay
+    def __init__(self, replay: Replay, *, copies: bool = False) -> None:
+        self._replay, self._copies = replay, copies
+        self._num_pages = self._num_transfers = 0
 
     def gather(self, page: Tensor, label: Label) -> Tensor:
-        del page
-        return self._replay.pages[label.phase]
+        del page, label
+        self._num_pages += 1
+        return self._replay.pages[(self._num_pages - 1) % len(self._replay.pages)]
 
     def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
-        del receive, counts, label
-        return _NoTransfer()
+        del counts, label
+        number = self._num_transfers % len(self._replay.arrived)
+        self._num_transfers += 1
+        return _NoTransfer(receive, self._replay.arrived[number] if self._copies else receive[:0])
 
     def nodes(self, layer: str) -> tuple[int, ...]:
         return self._replay.nodes(layer)
@@ -133,8 +149,12 @@ class _StillLandings(Landings):
 
 
 class _NoTransfer:
+    def __init__(self, receive: Tensor, arrived: Tensor) -> None:
+        self._receive, self._arrived = receive, arrived
+
     def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None: ...
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        self._receive[: len(self._arrived)] = self._arrived
 
     def finish(self) -> None: ...

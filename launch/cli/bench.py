@@ -48,6 +48,9 @@ def bench(
         Path | None,
         typer.Option(help="Record a serial and an overlapped call, for Perfetto and megamoe timeline."),
     ] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Measure forward and backward of a layer that trains.")
+    ] = False,
     machine: Annotated[
         str | None,
         typer.Option(help="Profile to predict by, such as megamoe calibrate writes; without, this machine's."),
@@ -86,6 +89,7 @@ def bench(
                 repeats=repeats,
                 check=check,
                 trace=trace is not None,
+                backward=backward,
                 machine=machine,
                 predict=predict,
                 **sizes,
@@ -126,11 +130,13 @@ def _print_sweep(reports: list[BenchReport]) -> None:
 def _workload(report: BenchReport) -> str:
     link = f"{report.link_gb_s * 8:g} Gbit/s links" if report.link_gb_s else "loopback"
     experts = f"{report.num_experts} experts {report.hidden} x {report.intermediate} {report.weight_format}"
+    both = ", forward and backward" if report.backward else ""
+    formats = f"{report.dispatch_format} there, {report.combine_format} back"
     ranks = f"{report.ranks} ranks"
     if report.ranks_per_host > 1:
         ranks += f", {report.ranks_per_host} a host{'' if report.node_limited else ' and not node-limited'}"
     tokens = f"{ranks}, {link}, {report.tokens_per_rank} tokens a rank"
-    return f"{tokens}, {experts}, top-{report.topk}, {report.dispatch_format} there, {report.combine_format} back"
+    return f"{tokens}, {experts}, top-{report.topk}, {formats}{both}"
 
 
 def _print_bench(report: BenchReport) -> None:

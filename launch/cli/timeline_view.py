@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from megamoe.trace.timeline import LANES, Event, Run, Timeline
+from megamoe.trace.timeline import Event, Run, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,10 +38,15 @@ def drawn(timeline: Timeline, width: int) -> Iterator[Text]:
         yield Text(f"{run.layer}: {(run.end_us - run.begin_us) / 1e3:.1f} ms, a column is {scale / 1e3:.2f} ms")
         for rank in run.ranks:
             yield Text(f"rank {rank} on {timeline.hosts[rank]}: {percent(run.share(rank).hidden_percent)} hidden")
-            for lane in LANES:
+            for lane in run.lanes:
                 events = [event for event in run.of(rank) if event.lane == lane]
-                yield Text(f"{lane:>10} ").append_text(_lane(events, run.begin_us, scale, columns))
+                yield Text(f"{_short(lane):>10} ").append_text(_lane(events, run.begin_us, scale, columns))
         yield Text()
+
+
+def _short(lane: str) -> str:
+    """'linear-2 gradient' -> "linear-2 '"    'dispatch' -> 'dispatch'"""
+    return lane.replace("activation", "activ.").replace(" gradient", " '")
 
 
 def _lane(events: list[Event], begin_us: float, scale: float, columns: int) -> Text:
@@ -92,8 +97,8 @@ def _draw_run(axis: Axes, run: Run, longest_ms: float) -> None:
     """One run: ranks below each other, in each the lanes from top to bottom."""
     ticks, labels = [], []
     for place, rank in enumerate(run.ranks):
-        for number, lane in enumerate(LANES):
-            top = -(place * (len(LANES) + 1) + number)
+        for number, lane in enumerate(run.lanes):
+            top = -(place * (len(run.lanes) + 1) + number)
             events = [event for event in run.of(rank) if event.lane == lane]
             axis.broken_barh(
                 [((e.begin_us - run.begin_us) / 1e3, (e.end_us - e.begin_us) / 1e3) for e in events],

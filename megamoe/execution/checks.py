@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from megamoe.formats import BLOCK, WEIGHT_FORMATS
 from megamoe.routing.wire import COMBINE_FORMATS, DISPATCH_FORMATS
 from megamoe.shape import MoEShape
 
+TRANSPORTS = ("auto", "fused")
 _TOKENS = (torch.bfloat16, torch.float32)
 
 
@@ -71,7 +73,10 @@ def _check_plain(name: str, tensor: Tensor) -> None:
 def check_gradient(name: str, tensor: Tensor) -> None:
     """ValueError where a gradient is asked for, backward or forward, that there is none of."""
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires a gradient, and there is no backward yet: call it under torch.no_grad()")
+        raise ValueError(
+            f"{name} requires a gradient, and this layer has no backward: make it a TrainableMoE, or call it under "
+            "torch.no_grad()"
+        )
     if forward_ad._current_level < 0:
         return
     if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
@@ -86,6 +91,23 @@ def check_name(name: str) -> None:
         name.encode()
     except UnicodeEncodeError as wrong:
         raise ValueError(f"name must be text that UTF-8 can hold, got {name!r}") from wrong
+
+
+def check_transport(transport: str, max_tokens_per_rank: int | None) -> None:
+    """ValueError for a transport that there is not, for "fused" where it cannot be, for a bound that says nothing."""
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
+    if transport == "auto":
+        if max_tokens_per_rank is not None:
+            raise ValueError("max_tokens_per_rank is of use with transport='fused' alone: leave it out")
+        return
+    if find_spec("triton") is None:
+        raise ValueError("transport='fused' is a Triton kernel, and Triton is not installed: leave transport out")
+    if isinstance(max_tokens_per_rank, bool) or not isinstance(max_tokens_per_rank, int) or max_tokens_per_rank < 1:
+        raise ValueError(
+            "transport='fused' has buffers of a fixed size: max_tokens_per_rank must be a positive integer, got "
+            f"{max_tokens_per_rank!r}"
+        )
 
 
 def check_device(device: torch.device | str | None) -> torch.device:

@@ -25,7 +25,7 @@ from megamoe.shape import MoEShape
 # What kernels of a GPU pay for reading packed weights from memory a second time, in rows of an expert's products:
 # computed, for an H100 at 3.35 TB/s and 400 TFLOP/s, and not measured. H and I cancel out.
 _READ_ROWS = 30.0
-_HELD, _BIAS = "held", "_bias"  # keys of a state dict, the second behind a matrix's name
+HELD, _BIAS = "held", "_bias"  # keys of a state dict, the second behind a matrix's name
 _BIASES = "biases"  # where biases are among what is held
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes whose values are the weights
 Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
@@ -44,7 +44,8 @@ class Experts(nn.Module):
 
     Without a gate 2I is I. In memory they lie as the device's products read them. keep_dequantized=True also keeps a
     BF16 copy of mxfp4 weights where torch multiplies, 3 * H * I * 2 bytes an expert with a gate; kernels decode on the
-    way, so there it is refused.
+    way, so there it is refused. interpreted=True holds them as on a device with Triton kernels, for kernels that Triton
+    interprets.
     """
 
     def __init__(
@@ -56,12 +57,13 @@ class Experts(nn.Module):
         device: torch.device,
         keep_dequantized: bool = False,
         arithmetic: str = "auto",
+        interpreted: bool = False,
     ) -> None:
         super().__init__()
         self.shape, self.ids, self.weight_format, self.device = shape, ids, weight_format, device
         self.format = WEIGHT_FORMATS[weight_format]
         self.packed = weight_format == "mxfp4"  # which GPUs' kernels read in ways of its own
-        self.grouped = has_kernels(device) and self.format.kernels
+        self.grouped = (interpreted or has_kernels(device)) and self.format.kernels
         self.products = products_of(device, arithmetic, kernels=self.format.kernels)
         self.layout = self.products.layout
         if self.grouped:
@@ -128,7 +130,7 @@ class Experts(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + _HELD] = self._whose
+        destination[prefix + HELD] = self._whose
         if self.missing:
             return
         for name, matrix in self.matrices.items():
@@ -153,11 +155,11 @@ class Experts(nn.Module):
     ) -> None:
         """Takes all of this rank's experts, or none where anything is amiss."""
         expected = self._expected(prefix)
-        absent = [key for key in (prefix + _HELD, *expected) if key not in state_dict]
+        absent = [key for key in (prefix + HELD, *expected) if key not in state_dict]
         faults = [] if absent else self._faults(state_dict, prefix, expected)
         missing_keys.extend(absent)
         error_msgs.extend(faults)
-        known = {prefix + _HELD, *expected}
+        known = {prefix + HELD, *expected}
         if strict:
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
         if absent or faults:
@@ -187,13 +189,9 @@ class Experts(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     ) -> list[str]:
         """What speaks against taking a state dict's weights."""
-        whose = state_dict[prefix + _HELD]
+        whose = state_dict[prefix + HELD]
         if whose.tolist() != self._whose.tolist():
-            first, end, everything = whose.tolist()
-            return [
-                f"{prefix}*: the state dict has {describe(range(first, end))} of {everything}, this rank holds "
-                f"{describe(self.ids)} of {self.shape.num_experts}: save and load each rank's own"
-            ]
+            return [self._strangers(prefix, whose)]
         wrong = [
             f"{key} must be {dtype} {list(size)}, got {state_dict[key].dtype} {list(state_dict[key].shape)}"
             for key, (size, dtype) in expected.items()
@@ -206,6 +204,14 @@ class Experts(nn.Module):
             *(_bias_fault(state_dict[key], key) for key in biases),
         ]
         return wrong or [fault for fault in faults if fault]
+
+    def _strangers(self, prefix: str, whose: Tensor) -> str:
+        """Why a state dict of other experts is refused."""
+        first, end, everything = whose.tolist()
+        return (
+            f"{prefix}*: the state dict has {describe(range(first, end))} of {everything}, this rank holds "
+            f"{describe(self.ids)} of {self.shape.num_experts}: save and load each rank's own"
+        )
 
     # ---- weights ----
 

@@ -25,6 +25,7 @@ from megamoe.parallel.transport.landings import Landings
 from megamoe.parallel.transport.pairs import Label, Transfer, Transport
 from megamoe.parallel.transport.watch import WatchedTransport
 from megamoe.parallel.workspace import Workspace
+from megamoe.routing.agreement import Agreement
 from megamoe.routing.messages import Messages
 from megamoe.routing.permutation import Route
 from megamoe.routing.row_plan import RankRows, RowPlan, StepRows, plan_rows
@@ -90,6 +91,7 @@ class Parts:
     wire: Wire
     plan: WavePlan
     messages: Messages
+    agreed: Agreement
     cost_model: CostModel
     notes: Notes
     nodes: tuple[int, ...] = ()
@@ -112,12 +114,15 @@ class Call:
     """One call in flight, on any device: its expert backend packs and computes, its transport moves messages.
 
     A rank alone has no transport: nothing is dispatched, nothing arrives, and its own rows are all there are.
-    hidden [T, H] bfloat16; counts [P, E] int64: rows of every rank for every expert
+    hidden [T, H] bfloat16
+    parts       what it was made of
+    destinations   [n] int64: row of the results of each row, in the order of steps
     steps       this rank's order of compute
     stopwatch   the GPU's time that the call computes, known once the call has ended; None elsewhere
     """
 
-    def __init__(self, parts: Parts, route: Route, counts: Tensor, hidden: Tensor, record: CallRecord) -> None:
+    def __init__(self, parts: Parts, route: Route, hidden: Tensor, record: CallRecord) -> None:
+        self.parts = parts
         self._name, self._rank, self._messages = parts.name, parts.group.rank, parts.messages
         self._transport, self._notes, self._route, self._record = parts.transport, parts.notes, route, record
         self._streams = parts.group.streams_of(hidden.device)
@@ -125,7 +130,7 @@ class Call:
         self._dispatches: dict[int, Transfer] = {}
         self._combines: dict[int, Transfer] = {}
         wire, workspace, num_tokens = parts.wire, parts.group.workspace, len(hidden)
-        rows = RankRows.of(counts.numpy(), self._rank, parts.experts.ids)
+        rows = RankRows.of(parts.agreed.counts.numpy(), self._rank, parts.experts.ids)
         with self._computing():
             load = parts.cost_model.load(rows.own.tolist(), parts.messages.pairs[:, :, self._rank].sum(0).tolist())
             self.steps = schedule(parts.plan.waves(self._rank), load)
@@ -150,7 +155,7 @@ class Call:
         segments = [plan.computed, plan.records] + [plan.unique] * (not backend.packs_each_wave)
         counts = [np.concatenate([step.counts for step in plan.steps])] * backend.counts_on_device
         expanded, copied = expand_all(segments, counts, hidden.device, workspace, "row plan")
-        self._sources, self._destinations = expanded[0]  # [2, n of all steps]
+        self._sources, self.destinations = expanded[0]  # [2, n of all steps]
         self._tokens_per_expert = copied[0].to(torch.int32) if copied else None
         self._records.index_copy_(0, expanded[1], pair_records(route.token_rows, route.weights))
         if self._fetching is not None:
@@ -218,7 +223,7 @@ class Call:
             tokens_per_expert=torch.from_numpy(work.counts) if on_device is None else on_device[work.places],
             sources=token_rows,
             weights=weights,
-            destinations=self._destinations[work.rows],
+            destinations=self.destinations[work.rows],
         )
 
     def combine(self, wave: int) -> None:

@@ -21,6 +21,7 @@ KERNELS = {
     "grouped_linear2": "megamoe.kernels.grouped_linear2",
     "reduce_slots": "megamoe.kernels.reduce_slots",
     "route_slots": "megamoe.kernels.route_slots",
+    "mega": "megamoe.kernels.mega.call",
 }
 
 

@@ -93,7 +93,9 @@ class Compiled:
         """Of all threads together, for each of the tile's COLUMNS x DEPTH weights; None where no loop was read."""
         if self.resources.step is None:
             return None
-        weights: int = self.build.constants["COLUMNS"] * self.build.constants["DEPTH"]
+        constants = self.build.constants  # of the mega-kernel the layout has the tile's columns
+        columns = constants["L"].columns if "L" in constants else constants["COLUMNS"]
+        weights: int = columns * constants["DEPTH"]
         return self.resources.step * self.build.num_warps * self.target.warp_size / weights
 
 

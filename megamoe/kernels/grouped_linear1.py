@@ -19,9 +19,8 @@ from megamoe.activations import SWIGLU, Activation
 from megamoe.formats import MXFP4, MXFP8, dequantize_mxfp8, quantize_mxfp8
 from megamoe.kernels.chips.targets import Build, Target
 from megamoe.kernels.chips.tiles import Tile, find, lay_out
-from megamoe.kernels.device.activation import apply_function, constants_of, load_bias, up_factor
-from megamoe.kernels.device.products import tile_product
-from megamoe.kernels.device.rounding import round_to_bf16, round_to_mxfp8, widen_block
+from megamoe.kernels.device.activation import constants_of
+from megamoe.kernels.device.linear import linear1_tile
 from megamoe.kernels.gating import gate_fp64
 from megamoe.kernels.gating import up_factor as up_factor_torch
 from megamoe.kernels.grouped import SIZES, SLICED, Grouped, builds_of
@@ -60,63 +59,42 @@ def _linear1_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Program p computes tiles p, p + num_programs, and so on, in the order of `tiles.find`.
-
-    GATED, N is 2I, and a tile of COLUMNS has COLUMNS / 2 of out's columns. A bias is added to the FP32 sum.
-        silu, K 32, a row of x all 1; of w the even rows all 0.5, the odd ones all 1; all scales 1: gates 16, ups 32;
-        LIMIT 10: 10 and 10; weight 0.25  ->  10 / (1 + e^-10) * 10 * 0.25 = 24.999, between E4M3's 24 and 26: 24
-    """
+    """Program p computes tiles p, p + num_programs, and so on, in the order of `tiles.find`: each is linear1_tile()."""
     COLUMN_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
-    WIDTH: tl.constexpr = N // 2 if GATED else N
-    OUT: tl.constexpr = COLUMNS // 2 if GATED else COLUMNS
     counts, row_ends, tile_ends = lay_out(tokens_per_expert, num_experts, COLUMN_TILES, ROWS, EXPERTS)
     for tile in range(tl.program_id(0), tl.max(tile_ends, 0), num_programs):
         expert, first_row, num_rows, column_tile = find(tile, counts, row_ends, tile_ends, COLUMN_TILES, ROWS, EXPERTS)
-        total = tile_product(
+        linear1_tile(
             x,
             x_scales,
             w,
             w_scales,
+            bias,
             source,
-            x_stride,
-            x_scale_stride,
+            weights,
+            out,
+            out_scales,
             expert,
             first_row,
             num_rows,
-            column_tile * COLUMNS,
+            column_tile,
+            x_stride,
+            x_scale_stride,
             K,
             N,
+            OPERAND,
+            SMALL_SCALES,
+            FUNCTION,
+            GATED,
+            ALPHA,
+            UP_SHIFT,
+            LIMIT,
+            UP_LIMIT,
+            CLAMP,
             ROWS,
             COLUMNS,
             DEPTH,
-            OPERAND,
-            SMALL_SCALES,
         )
-        if bias is not None:
-            total += load_bias(bias, expert, column_tile * COLUMNS, N, COLUMNS)[:, None]
-        first = round_to_bf16(tl.trans(total)).to(tl.float32)
-        rows, columns = tl.arange(0, ROWS), column_tile * OUT + tl.arange(0, OUT)
-        has_row = rows < num_rows
-        if GATED:
-            gate, up = tl.split(tl.reshape(first, (ROWS, OUT, 2)))
-            activated = apply_function(gate, FUNCTION, ALPHA, LIMIT, CLAMP) * up_factor(up, UP_SHIFT, UP_LIMIT, CLAMP)
-        else:
-            activated = apply_function(first, FUNCTION, ALPHA, LIMIT, CLAMP)
-        activated *= tl.load(weights + first_row + rows, mask=has_row, other=0.0)[:, None]
-        places = (first_row + rows).to(tl.int64)[:, None]
-        wanted = has_row[:, None] & (columns < WIDTH)[None, :]
-        if w_scales is None:
-            tl.store(out + places * WIDTH + columns[None, :], round_to_bf16(activated), mask=wanted)
-        elif out_scales is None:
-            codes, exponents = round_to_mxfp8(tl.reshape(activated, (ROWS * OUT // 32, 32)))
-            widened = tl.reshape(widen_block(codes, exponents), (ROWS, OUT))
-            tl.store(out + places * WIDTH + columns[None, :], widened, mask=wanted)
-        else:
-            codes, exponents = round_to_mxfp8(tl.reshape(activated, (ROWS, OUT // 32, 32)))
-            tl.store(out + places * WIDTH + columns[None, :], tl.reshape(codes, (ROWS, OUT)), mask=wanted)
-            blocks = column_tile * (OUT // 32) + tl.arange(0, OUT // 32)
-            wanted = has_row[:, None] & (blocks < WIDTH // 32)[None, :]
-            tl.store(out_scales + places * (WIDTH // 32) + blocks[None, :], exponents, mask=wanted)
 
 
 def grouped_linear1(

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from megamoe.kernels.chips.targets import Build, Target
 from megamoe.kernels.chips.tiles import Tile, find, lay_out
-from megamoe.kernels.device.activation import load_bias
-from megamoe.kernels.device.products import tile_product
+from megamoe.kernels.device.linear import linear2_tile
 from megamoe.kernels.device.rounding import round_to_bf16
 from megamoe.kernels.grouped import SIZES, SLICED, Grouped, builds_of
 
@@ -46,36 +45,35 @@ def _linear2_kernel(
 
     tokens_per_expert [1, 2], K 32, row 1 of x all 1 with scale 1, w[1] all 0.5 with scale 1, index [2, 0, 1]
         ->  row 0 of out is 32 * 1 * 0.5 = 16 in all columns; a row with index -1 is written nowhere
-    A bias, times the row's weight, is added to the FP32 sum.
+    Each tile is linear2_tile().
     """
     COLUMN_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     counts, row_ends, tile_ends = lay_out(tokens_per_expert, num_experts, COLUMN_TILES, ROWS, EXPERTS)
     for tile in range(tl.program_id(0), tl.max(tile_ends, 0), num_programs):
         expert, first_row, num_rows, column_tile = find(tile, counts, row_ends, tile_ends, COLUMN_TILES, ROWS, EXPERTS)
-        total = tile_product(
+        total = linear2_tile(
             x,
             x_scales,
             w,
             w_scales,
+            bias,
             source,
-            x_stride,
-            x_scale_stride,
+            weights,
             expert,
             first_row,
             num_rows,
-            column_tile * COLUMNS,
+            column_tile,
+            x_stride,
+            x_scale_stride,
             K,
             N,
+            OPERAND,
+            SMALL_SCALES,
             ROWS,
             COLUMNS,
             DEPTH,
-            OPERAND,
-            SMALL_SCALES,
         )
         rows, columns = tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        if bias is not None:
-            scale = tl.load(weights + first_row + rows, mask=rows < num_rows, other=0.0)
-            total += load_bias(bias, expert, column_tile * COLUMNS, N, COLUMNS)[:, None] * scale[None, :]
         places = tl.load(index + first_row + rows, mask=rows < num_rows, other=-1)
         wanted = (places >= 0)[:, None] & (columns < N)[None, :]
         tl.store(out + places[:, None] * out_stride + columns[None, :], round_to_bf16(tl.trans(total)), mask=wanted)

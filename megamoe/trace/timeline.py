@@ -16,7 +16,9 @@ from typing import Any
 
 from megamoe.parallel.recorder import Flight, Recording
 
-LANES = ("dispatch", "linear-1", "activation", "linear-2", "combine", "reduce")
+FORWARD = ("dispatch", "linear-1", "activation", "linear-2", "combine", "reduce")
+BACKWARD = ("linear-2 gradient", "activation gradient", "linear-1 gradient", "weight gradient")
+LANES = FORWARD + BACKWARD
 COMMUNICATION = ("dispatch", "combine")
 CALL = "call"  # the lane that holds the whole call
 
@@ -85,6 +87,13 @@ class Run:
     @property
     def end_us(self) -> float:
         return max(event.end_us for event in self.events)
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """Of a forward all, whether it had work for them or not; of a backward those that it had work for."""
+        if not any(event.lane in BACKWARD for event in self.events):
+            return FORWARD
+        return tuple(lane for lane in LANES if any(event.lane == lane for event in self.events))
 
     @property
     def ranks(self) -> list[int]:

@@ -26,8 +26,8 @@ import torch
 
 from megamoe.kernels.cpu.paths import Path
 
-SOURCES = ("rows.cpp", "routing.cpp")  # and the path's products
-HEADERS = ("out.h", "vectors.h", "library.h")
+SOURCES = ("rows.cpp", "routing.cpp", "values/backward.cpp")  # and the path's products
+HEADERS = ("out.h", "vectors.h", "library.h", "values/mxfp8.h")
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 DEADLINE_S = 300.0
 _HERE = FilePath(__file__).parent

@@ -31,6 +31,12 @@ _SIGNATURES = {
     "round": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT),
     "activate": (*(_POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _FLOAT, _FLOAT, _INT, _POINTER, _INT),),
     "add_bias": (*(_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _INT),),
+    "activate_backward": (
+        *(_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _FLOAT, _FLOAT),
+        *(_INT, _POINTER, _POINTER, _INT),
+    ),
+    "turn_rows": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _INT),
+    "pack_rows": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _INT),
     "reduce_slots": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT),
     "reduce_mxfp8_slots": (*(_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, _INT),),
     "read": (_POINTER, _LONG),
@@ -181,6 +187,53 @@ class Library:
             *positions.shape,
             out.data_ptr(),
             torch.get_num_threads(),
+        )
+
+    def activate_backward(
+        self,
+        linear1: Tensor,
+        weights: Tensor,
+        gradient: Tensor,
+        tables: tuple[Tables, Tensor, Tensor | None],
+        *,
+        quantized: bool,
+        activated: Tensor,
+        of_weights: Tensor,
+    ) -> None:
+        """training.derivatives.activate_backward(); tables: the activation's, f' and the derivative of up's factor."""
+        given = (linear1, weights, gradient, activated, of_weights)
+        assert all(each.is_contiguous() for each in given), [each.stride() for each in given]
+        assert linear1.dtype == activated.dtype == torch.bfloat16
+        assert weights.dtype == gradient.dtype == of_weights.dtype == torch.float32
+        assert gradient.shape == activated.shape
+        forward, gate_slope, up_slope = tables
+        activation = forward.activation
+        limit = activation.limit_of_up
+        self._functions["activate_backward"](
+            *(linear1.data_ptr(), weights.data_ptr(), gradient.data_ptr(), *gradient.shape, activation.gated),
+            *(forward.gate.data_ptr(), gate_slope.data_ptr(), _pointer(forward.up), _pointer(up_slope)),
+            *(float("inf") if limit is None else limit, activation.up_shift, quantized),
+            *(activated.data_ptr(), of_weights.data_ptr(), torch.get_num_threads()),
+        )
+
+    def turn_rows(self, x: Tensor, source: Tensor | None, out: Tensor) -> None:
+        """x [., C] bfloat16, source [n] int64 -> out [C, 32 ceil(n / 32)]: column r is row source[r], then zeros"""
+        self._turn("turn_rows", x, source, out, out.shape[1])
+
+    def pack_rows(self, x: Tensor, source: Tensor | None, out: Tensor) -> None:
+        """The same as layout.pack_bf16() packs it: out [ceil(C / 32), 16 ceil(n / 32), 32, 2]"""
+        self._turn("pack_rows", x, source, out, out.shape[1] * 2)
+
+    def _turn(self, name: str, x: Tensor, source: Tensor | None, out: Tensor, pitch: int) -> None:
+        assert x.dtype == out.dtype == torch.bfloat16
+        assert x.stride(1) == 1 or x.shape[1] == 1
+        assert out.is_contiguous()
+        assert source is None or source.is_contiguous()
+        num_rows = len(x) if source is None else len(source)
+        assert pitch == -(-num_rows // 32) * 32, (pitch, num_rows)
+        self._functions[name](
+            *(x.data_ptr(), x.stride(0), _pointer(source), num_rows, x.shape[1]),
+            *(out.data_ptr(), pitch, torch.get_num_threads()),
         )
 
     def count_rows(self, topk_ids: Tensor, rank_of: Tensor) -> Tensor:

@@ -66,3 +66,11 @@ def widen_block(codes, exponents):
     values = decode_mxfp8(codes, exponents[:, None])
     values = tl.permute(tl.reshape(values, (codes.shape[0], 4, 2, 4)), (0, 3, 1, 2))  # word, half, register
     return round_to_bf16(tl.reshape(values, (codes.shape[0], 32)))
+
+
+@triton.jit
+def dequantize_block(codes, exponents):
+    """widen_block() in the order of memory: code 0x38 (1.0) in place 4, exponent 128  ->  2.0 in place 4"""
+    scales = (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    scales = tl.where(exponents == 255, float("nan"), scales)
+    return round_to_bf16(codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scales[:, None])

@@ -1,0 +1,100 @@
+"""Ranks of one host: the layer as it is used against the serial one, in turn in one run. Overlap must not cost there.
+
+    python -m benchmarks.loopback                        # 2 ranks, 32 to 2048 tokens, both weight formats
+    python -m benchmarks.loopback --ranks 4 --tokens 512
+
+A repeat takes as long as its slowest rank; the ratio is the median over pairs of repeats, overlapped over serial.
+Exit code 1 where a ratio is above --most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from statistics import median
+
+from megamoe.launch.bench.bench import make_expert_weights, make_workload
+from megamoe.launch.output import note, show
+from megamoe.launch.ranks import LocalRanks
+from megamoe.layer import MegaMoE
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport.host import HostTransport
+from megamoe.parallel.transport.pairs import Label
+from megamoe.shape import MoEShape
+
+SHAPE = MoEShape(hidden=1024, intermediate=512, num_experts=16, topk=4)
+FORMATS = {"mxfp4": "mxfp8", "bf16": "bf16"}
+WARM_UP = 6  # after as many calls, waves="auto" stays with what it has measured
+
+
+def measure(group: EPGroup, tokens: int, weight_format: str, repeats: int) -> tuple[dict[str, list[float]], str]:
+    """Milliseconds of this rank's calls, and how the overlapped layer made the last: its waves."""
+    layers = {
+        name: MegaMoE(
+            SHAPE,
+            group,
+            weight_format=weight_format,
+            dispatch_format=FORMATS[weight_format],
+            overlap=name == "overlapped",
+            name=name,
+        )
+        for name in ("overlapped", "serial")
+    }
+    for layer in layers.values():
+        layer.load_experts(*make_expert_weights(SHAPE))
+    batch, times = make_workload(SHAPE, group.rank, tokens), {name: list[float]() for name in layers}
+    transport, together = group.transport, Label("bench", "counts")
+    for repeat in range(-WARM_UP, repeats):
+        for name in list(layers)[:: 1 if repeat % 2 else -1]:
+            if isinstance(transport, HostTransport):
+                transport.place(together)
+                transport.share(together)  # all begin together
+            begun = time.perf_counter()
+            layers[name](*batch)
+            if repeat >= 0:
+                times[name].append((time.perf_counter() - begun) * 1e3)
+    call = layers["overlapped"].last_call
+    return times, "small" if call.small else str(call.waves)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--most", type=float, default=1.03, help="ratio above which the exit code is 1")
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    options = parser.parse_args()
+    rows = []
+    with LocalRanks(options.ranks, threads_per_rank=1, deadline_s=300.0) as ranks:
+        for weight_format in FORMATS:
+            for tokens in options.tokens:
+                note(f"{options.ranks} ranks, {tokens} tokens, {weight_format} ...")
+                found = ranks.run(measure, tokens, weight_format, options.repeats)
+                slowest = {
+                    name: [max(each) for each in zip(*(times[name] for times, _ in found), strict=True)]
+                    for name in ("overlapped", "serial")
+                }
+                ratios = [one / other for one, other in zip(slowest["overlapped"], slowest["serial"], strict=True)]
+                times = {f"{name} ms": median(each) for name, each in slowest.items()}
+                head = {"tokens": tokens, "weights": weight_format, "waves": found[0][1]}
+                rows.append({**head, **times, "ratio": median(ratios)})
+    if options.format == "json":
+        print(json.dumps(rows, indent=2))
+    else:
+        columns = {
+            "tokens": ">",
+            "weights": "",
+            "waves": ">",
+            "overlapped ms": ".2f",
+            "serial ms": ".2f",
+            "ratio": ".2f",
+        }
+        show(columns, [[row[name] for name in columns] for row in rows])
+    return int(any(row["ratio"] > options.most for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

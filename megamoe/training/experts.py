@@ -1,0 +1,273 @@
+"""This rank's experts as training holds them: packed for the products of both passes, derived from master weights."""
+
+# e experts of this rank   H hidden   I intermediate   n rows   N outputs   K inputs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from megamoe.execution.experts import HELD, Experts, Weight
+from megamoe.execution.products import Held, KernelProducts
+from megamoe.execution.weights import Matrix
+from megamoe.formats import BLOCK, MXFP4, VALUES, WEIGHT_FORMATS, dequantize_mxfp4
+from megamoe.kernels.cpu.library import Rows
+from megamoe.parallel.workspace import Workspace
+from megamoe.training.rounding import Place, round_stochastically
+
+_BF16 = WEIGHT_FORMATS["bf16"]
+STEP = "rounding_step"  # a key of a state dict
+
+
+class TrainableExperts(Experts):
+    """Experts whose weights are packed twice: for the forward as ever, and transposed in BF16 for data gradients.
+
+    Both come from master weights, which are parameters: gate_up [e, 2I, H], down [e, H, I], and in FP32 gate_up_bias
+    [e, 2I] and down_bias [e, H] where the shape has biases. A state dict has these; `held`, which says whose they are;
+    and `rounding_step` where rounding is stochastic. The transposed ones take 2 bytes a weight and are exactly the
+    values that the forward multiplies by.
+    """
+
+    gate_up: nn.Parameter
+    down: nn.Parameter
+    gate_up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+    captured: Captured | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.grouped:
+            raise ValueError(
+                f"training on {self.device} is not supported: it runs on CPUs and on devices where torch multiplies; "
+                'make the layer with device="cpu"'
+            )
+        self._backward = {
+            name: Matrix(f"{name}, transposed", matrix.inputs, matrix.outputs, _BF16)
+            for name, matrix in self.matrices.items()
+        }
+        self._transposed = {
+            name: {
+                key: torch.empty(len(self.ids), *size, dtype=dtype, device=self.device)
+                for key, (size, dtype) in self.layout.buffers(matrix).items()
+            }
+            for name, matrix in self._backward.items()
+        }
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the packed weights of both passes; master weights are the layer's."""
+        stacks = [stack for held in self._transposed.values() for stack in held.values()]
+        return super().memory_bytes + sum(stack.numel() * stack.element_size() for stack in stacks)
+
+    def _put(self, expert: int, weights: Any, biases: Any) -> None:
+        super()._put(expert, weights, biases)
+        index = expert - self.ids.start
+        for name, matrix in self._backward.items():
+            places = {key: stack[index] for key, stack in self._transposed[name].items()}
+            self.layout.pack_into(matrix, self.format.dense(weights[name]).T, places)
+
+    def regroup(self, ids: range) -> None:
+        """ValueError where experts would move: optimisers hold the parameters."""
+        if ids != self.ids:
+            raise ValueError("a layer that trains cannot regroup: save it, and load what was saved in the new group")
+        super().regroup(ids)
+
+    # ---- master weights ----
+
+    def make_masters(self, dtype: torch.dtype, seed: int, rounding: str) -> None:
+        """The parameters, with first values that depend on the seed and an expert's global id.
+
+        rounding is how they are quantised, "nearest" or "stochastic"; rounding_step counts how often they were.
+        """
+        self.rounding, self.rounding_step, self._seed = rounding, 0, seed
+        for name, matrix in self.matrices.items():
+            sizes = len(self.ids), matrix.outputs, matrix.inputs
+            setattr(self, name, nn.Parameter(torch.empty(*sizes, dtype=dtype, device=self.device)))
+        for name, matrix in self.matrices.items():
+            bias = torch.zeros(len(self.ids), matrix.outputs, dtype=torch.float32, device=self.device)
+            self.register_parameter(f"{name}_bias", nn.Parameter(bias) if self.shape.bias else None)
+        self._quantized: tuple[tuple[int, int], ...] = ()
+        _watch(self)
+        self.reset_parameters(seed)
+
+    @property
+    def masters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters: gate_up, down, and the biases where there are any."""
+        return tuple(self.parameters())
+
+    def reset_parameters(self, seed: int) -> None:
+        """See TrainableMoE."""
+        with torch.no_grad():
+            for index, expert in enumerate(self.ids):
+                generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + expert)
+                for stack in self.masters[:2]:
+                    bound = stack.shape[2] ** -0.5
+                    values = torch.empty(stack.shape[1:], dtype=torch.float32, device="cpu")
+                    stack[index] = values.uniform_(-bound, bound, generator=generator)
+            for bias in self.masters[2:]:
+                bias.zero_()
+
+    def load(
+        self,
+        expert: int,
+        gate_up: Weight,
+        down: Weight,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        """Experts.load() into the master weights, in whatever precision they come."""
+        self.check(expert, gate_up, down, gate_up_bias, down_bias)
+        index, given = expert - self.ids.start, (gate_up, down, gate_up_bias, down_bias)
+        with torch.no_grad():
+            for master, each in zip(self.masters, given, strict=False):
+                weight = MXFP4.from_bytes(*each) if isinstance(each, tuple) else each
+                assert weight is not None
+                master[index] = dequantize_mxfp4(weight, torch.float32) if isinstance(weight, MXFP4) else weight
+
+    def quantize(self) -> None:
+        """Packs all experts anew from the master weights."""
+        self.rounding_step += 1
+        for index, expert in enumerate(self.ids):
+            gate_up, down, *biases = (master.detach()[index] for master in self.masters)
+            rounded = self._rounded(gate_up, expert, 0), self._rounded(down, expert, 1)
+            super().load(expert, *rounded, *biases)
+        self._quantized = self._state()
+
+    def _rounded(self, weight: Tensor, expert: int, matrix: int) -> Tensor | MXFP4:
+        if self.rounding == "nearest":
+            return weight
+        place = Place(self._seed, self.rounding_step, expert, matrix)
+        return round_stochastically(weight, self.weight_format, place)
+
+    def quantize_what_changed(self) -> None:
+        """quantize() where a master weight is another tensor, was changed in place or stepped, since the last time."""
+        if self._quantized != self._state():
+            self.quantize()
+
+    def has_stepped(self) -> None:
+        """An optimiser has changed master weights, perhaps without torch counting it."""
+        self._quantized = ()
+
+    def _state(self) -> tuple[tuple[int, int], ...]:
+        return tuple((master.data_ptr(), master._version) for master in self.masters)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        destination[prefix + HELD] = self._whose
+        if self.rounding == "stochastic":
+            destination[prefix + STEP] = torch.tensor(self.rounding_step, dtype=torch.int64, device="cpu")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = [prefix + HELD] + [prefix + STEP] * (self.rounding == "stochastic")
+        held = {key: state_dict[key] for key in own if key in state_dict}
+        whose = held.get(prefix + HELD, self._whose)
+        if whose.tolist() != self._whose.tolist():
+            error_msgs.append(self._strangers(prefix, whose))
+            return
+        missing_keys.extend(key for key in own if key not in held)
+        if prefix + STEP in held:
+            self.rounding_step = int(held[prefix + STEP])
+            self.has_stepped()
+        rest = {key: value for key, value in state_dict.items() if key not in held}
+        nn.Module._load_from_state_dict(
+            self, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    # ---- rows sorted by expert ----
+
+    def linear1(self, rows: Rows, experts: range, workspace: Workspace) -> Tensor:
+        """Experts.linear1(), into the next rows of `captured` where there is one."""
+        if self.captured is None:
+            return super().linear1(rows, experts, workspace)
+        out = self.captured.take(len(rows.x) if rows.source is None else len(rows.source))
+        self._multiply("gate_up", rows, experts, out, workspace)
+        return out
+
+    def recompute_linear1(self, rows: Rows, experts: range, out: Tensor, workspace: Workspace) -> None:
+        """linear1() into out [n, 2I] bfloat16."""
+        self._multiply("gate_up", rows, experts, out, workspace)
+
+    def data_gradient(self, name: str, rows: Rows, experts: range, out: Tensor, goes: Tensor | None = None) -> None:
+        """Rows [., N] bfloat16 by the matrix that the forward multiplied by, not transposed: into out [., K].
+
+        out is bfloat16 or float32; row r goes to row goes[r] of it
+        """
+        part = slice(experts.start - self.ids.start, experts.stop - self.ids.start)
+        held = Held(self._backward[name], {key: stack[part] for key, stack in self._transposed[name].items()})
+        self.products.multiply(rows, held, out, goes)
+
+    def weight_gradient(self, left: Picked, right: Picked, out: Tensor) -> None:
+        """Rows [n, N] and [n, K] of one expert in the order of the global batch -> their product over rows, out [N, K].
+
+        For each output the rows are summed in the order in which the device's products sum over K.
+        """
+        num_rows, inputs = len(right.rows), right.x.shape[1]
+        matrix = Matrix("rows", inputs, num_rows, _BF16)
+        counts = torch.tensor([left.x.shape[1]], dtype=torch.int64, device="cpu")
+        if isinstance(self.products, KernelProducts):
+            pitch = -(-num_rows // BLOCK) * BLOCK
+            columns = left.x.new_empty(left.x.shape[1], pitch)
+            packed = right.x.new_empty(1, -(-inputs // BLOCK), pitch // 2, BLOCK, 2)
+            self.products.library.turn_rows(left.x, left.rows, columns)
+            self.products.library.pack_rows(right.x, right.rows, packed[0])
+            self.products.multiply(Rows(columns, counts), Held(matrix, {VALUES: packed}), out)
+            return
+        columns, turned = left.x[left.rows].T.contiguous(), right.x[right.rows].T.contiguous()
+        self.products.multiply(Rows(columns, counts), Held(matrix, {VALUES: turned.unsqueeze(0)}), out)
+
+
+@dataclass(slots=True)
+class Captured:
+    """Linear-1's results of one forward, step after step: rows [n, 2I] bfloat16, of which `filled` are there."""
+
+    rows: Tensor
+    filled: int = 0
+
+    def take(self, num_rows: int) -> Tensor:
+        """The next num_rows of them."""
+        self.filled += num_rows
+        return self.rows[self.filled - num_rows : self.filled]
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """Some rows of x [., N] bfloat16: rows [n] int64, which of them, in order."""
+
+    x: Tensor
+    rows: Tensor
+
+
+# ---- steps of optimisers: a fused one changes weights without torch counting it ----
+
+_living: WeakSet[TrainableExperts] = WeakSet()
+_hooks: list[RemovableHandle] = []
+
+
+def _watch(experts: TrainableExperts) -> None:
+    """Has the experts know of every step that an optimiser of torch makes with one of their parameters."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+    _living.add(experts)
+
+
+def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    del args, kwargs
+    stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for experts in _living:
+        if any(id(master) in stepped for master in experts.masters):
+            experts.has_stepped()

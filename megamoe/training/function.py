@@ -1,0 +1,43 @@
+"""The layer as torch's autograd sees it: one node, whose backward is one call of all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from megamoe.training.kept import Kept
+
+if TYPE_CHECKING:
+    from megamoe.training.layer import TrainableMoE
+
+
+class Apply(Function):
+    """forward(layer, hidden, topk_ids, topk_weights, *masters) -> output; see TrainableMoE."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: TrainableMoE, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, *masters: Tensor
+    ) -> Tensor:
+        out, kept, ctx.origin = layer.forward_and_keep(hidden, topk_ids, topk_weights)
+        ctx.layer, ctx.dtype = layer, hidden.dtype
+        again = (hidden,) if layer.saved == "dispatch-again" else ()
+        ctx.save_for_backward(topk_ids, topk_weights, *kept.tensors(), *masters, *again)
+        ctx.num_masters = len(masters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # read before the call takes the group's turn: a checkpoint runs the forward again to get them
+        topk_ids, topk_weights, *saved = ctx.saved_tensors
+        size = len(fields(Kept))
+        kept, hidden = Kept(*saved[:size]), saved[size + ctx.num_masters :]
+        found = ctx.layer.backward_of(
+            ctx.origin, kept, topk_ids, topk_weights, gradient, hidden[0] if hidden else None, ctx.needs_input_grad[4:]
+        )
+        of_hidden, of_weights, of_masters = found
+        return None, of_hidden.to(ctx.dtype), None, of_weights, *of_masters

@@ -1,0 +1,104 @@
+"""Gradients have the oracle's bits for any ranks, waves and savings, and are close to FP64's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megamoe.launch.ranks import LocalRanks
+from megamoe.reference import relative_error
+from megamoe.routing.waves import Waves
+from megamoe.shape import MoEShape
+from megamoe.training.reference import moe_backward, moe_backward_fp64
+from tests.cases import ACTIVATIONS, Batch, make_batch
+from tests.training_cases import (
+    backward,
+    backward_on_ranks,
+    differences,
+    joined,
+    make_gradient,
+    make_problem,
+    make_trainable,
+)
+
+SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
+FORMATS = [("mxfp4", "mxfp8", "bf16"), ("bf16", "bf16", "bf16"), ("mxfp4", "bf16", "mxfp8")]
+WAVES: list[Waves] = [1, 3, "auto", (1, 3, 2)]
+SAVED = ["tokens", "activations", "dispatch-again"]
+
+
+def options(formats: tuple[str, str, str], **others: Any) -> dict[str, Any]:
+    return dict(zip(("weight_format", "dispatch_format", "gradient_format"), formats, strict=True)) | others
+
+
+@pytest.mark.parametrize("empty", [None, 0], ids=["all_have_tokens", "rank_0_empty"])
+@pytest.mark.parametrize("ep_size", [1, 2, 3, 4], ids="ep{}".format)
+def test_gradients_are_the_same_for_any_ep_size(ranks: LocalRanks, ep_size: int, empty: int | None) -> None:
+    batch = make_batch(SHAPE, 61)
+    sweep = [options(formats, waves=waves) for formats in FORMATS for waves in WAVES]
+    sweep += [options(FORMATS[0], waves=3, saved=saved) for saved in SAVED[1:]]
+    sweep += [options(FORMATS[1], overlap=False, saved=saved) for saved in SAVED]
+    outputs = ranks.run(backward_on_ranks, SHAPE, batch, empty, sweep, size=ep_size)
+    expected = {
+        formats: moe_backward(make_problem(SHAPE, batch, **options(formats)), make_gradient(batch))
+        for formats in FORMATS
+    }
+    for index, each in enumerate(sweep):
+        formats = each["weight_format"], each["dispatch_format"], each["gradient_format"]
+        assert not differences(joined([output[index] for output in outputs]), expected[formats]), each
+
+
+def routed(ids: torch.Tensor) -> Batch:
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3))
+    return Batch(make_batch(SHAPE, len(ids)).hidden, ids, weights)
+
+
+ROUTINGS = {
+    "all_on_one_expert": torch.full((40, 4), 7),
+    "all_masked": torch.full((40, 4), -1),
+    "one_slot_each": torch.tensor([[-1, -1, 5, -1]]).repeat(40, 1),
+    "same_expert_twice": torch.tensor([[9, 9, 0, 0]]).repeat(40, 1),
+    "one_token": torch.tensor([[0, 3, 6, 9]]),
+    "no_tokens": torch.zeros(0, 4, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_extreme_routings_match_the_oracle(ranks: LocalRanks, routing: str) -> None:
+    batch = routed(ROUTINGS[routing])
+    expected = moe_backward(make_problem(SHAPE, batch), make_gradient(batch))
+    sweep = [{"waves": 3}, {"waves": 2, "saved": "dispatch-again"}]
+    outputs = ranks.run(backward_on_ranks, SHAPE, batch, None, sweep, size=3)
+    for index in range(len(sweep)):
+        assert not differences(joined([output[index] for output in outputs]), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("family", ACTIVATIONS)
+def test_every_activation_has_a_gradient(family: str, bias: bool) -> None:
+    shape = MoEShape(64, 96, 4, 3, activation=ACTIVATIONS[family], bias=bias)
+    batch = make_batch(shape, 40)
+    for weights, tokens, gradients in FORMATS[:2]:
+        formats = options((weights, tokens, gradients))
+        problem, gradient = make_problem(shape, batch, **formats), make_gradient(batch)
+        found = backward(make_trainable(shape, **formats), batch, gradient)
+        assert not differences(found, moe_backward(problem, gradient))
+        exact = moe_backward_fp64(problem, gradient)
+        errors = {name: relative_error(each, getattr(exact, name)) for name, each in found.items()}
+        assert all(error < 5e-3 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_error_against_fp64_is_below_the_contracts_bound(formats: tuple[str, str, str]) -> None:
+    shape = MoEShape(512, 256, 8, 3, 10.0)
+    batch = make_batch(shape, 100)
+    gradient = make_gradient(batch)
+    exact = moe_backward_fp64(make_problem(shape, batch, **options(formats)), gradient)
+    found = backward(make_trainable(shape, **options(formats)), batch, gradient)
+    bound = 5e-3 if formats[2] == "bf16" else 5e-2
+    for name, each in found.items():
+        error = relative_error(each, getattr(exact, name))
+        print(f"{'-'.join(formats)}, 512 x 256, {name}: relative error {error:.5f}")  # noqa: T201
+        assert error < bound
