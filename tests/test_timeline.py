@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megamoe.launch.cli.timeline_view import draw_figure, drawn
 from megamoe.parallel.recorder import Flight, Recording, Span
-from megamoe.trace.timeline import CALL, LANES, Event, Share, Timeline, intersection, union
+from megamoe.trace.timeline import CALL, FORWARD, LANES, Event, Share, Timeline, intersection, union
 from tests.test_demo import command
 
 MS = 1_000_000  # nanoseconds
@@ -150,7 +150,8 @@ def test_the_command_prints_a_table_json_and_a_figure(tmp_path: Path) -> None:
     assert "overlapped: 20.0 ms" in table.stdout
     assert max(map(len, table.stdout.splitlines())) <= 80
     figure = (tmp_path / "out.svg").read_text()
-    assert all(word in figure for word in (*LANES, "Two runs", "serial: 40 ms, 0.0 % of communication hidden"))
+    assert all(word in figure for word in (*FORWARD, "Two runs", "serial: 40 ms, 0.0 % of communication hidden"))
+    assert "gradient" not in figure  # there was no backward
     rows = json.loads(command("timeline", tmp_path / "trace.json", "--format", "json").stdout)
     assert [(row["layer"], row["rank"], row["hidden_percent"]) for row in rows] == [
         ("serial", 0, 0.0),

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,11 +116,22 @@ def zeros(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> 
 @contextmanager
 def silenced(experts: Sequence[nn.Module], instead: Callable[..., Tensor] = zeros) -> Iterator[None]:
     """For the block, another function in the place of experts, which no other rank calls."""
-    before = [each.forward for each in experts]
-    for each in experts:
-        each.forward = instead
+    with replaced_forwards((each, instead) for each in experts):
+        yield
+
+
+@contextmanager
+def replaced_forwards(instead: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """For the block, functions in the place of modules' forwards. Then a module has its own again, or its class's."""
+    before: list[tuple[nn.Module, Any]] = []
     try:
+        for module, forward in instead:
+            before.append((module, vars(module).get("forward")))
+            module.forward = forward
         yield
     finally:
-        for each, forward in zip(experts, before, strict=True):
-            each.forward = forward
+        for module, own in reversed(before):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own

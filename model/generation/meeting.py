@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from megamoe.model.generation.forward import replaced_forwards
 from megamoe.model.generation.sequences import one_thread
 
 T = TypeVar("T")
@@ -145,14 +146,9 @@ class Meeting:
     @contextmanager
     def held(self) -> Iterator[None]:
         """For the block, places that a sequence's thread calls wait for the other sequences."""
-        before = [each.module.forward for each in self.places]
-        for number, each in enumerate(self.places):
-            each.module.forward = _meeting(number, each.module.forward)
-        try:
+        modules = [each.module for each in self.places]
+        with replaced_forwards((each, _meeting(number, each.forward)) for number, each in enumerate(modules)):
             yield
-        finally:
-            for each, forward in zip(self.places, before, strict=True):
-                each.module.forward = forward
 
     def run(self, works: Sequence[Callable[[], T]]) -> list[T]:
         """What each comes to. Each runs in a thread of its own, with one thread of torch; experts have all threads.

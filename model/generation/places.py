@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megamoe.model.generation.forward import PROBES, forward_alone, new_cache, silenced
+from megamoe.model.generation.forward import PROBES, forward_alone, new_cache, replaced_forwards, silenced
 from megamoe.model.generation.meeting import Call, Place, join, split
 
 
@@ -72,17 +72,8 @@ class _Asked:
     def _noted(self, prompt: int, step: int, length: int) -> Iterator[None]:
         """For the block, every module but the whole model notes its calls."""
         modules = [each for each in self._model.modules() if each is not self._model]
-        own = {module: vars(module).get("forward") for module in modules}
-        for module in modules:
-            module.forward = self._noting(module, module.forward, prompt, step, length)
-        try:
+        with replaced_forwards((each, self._noting(each, each.forward, prompt, step, length)) for each in modules):
             yield
-        finally:
-            for module, forward in own.items():
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward
 
     def _noting(
         self, module: nn.Module, forward: Callable[..., Any], prompt: int, step: int, length: int
