@@ -447,7 +447,8 @@ def test_a_rank_whose_link_is_cut_is_left_out_until_it_is_healed(checkpoint: Pat
         # the new process may take longer to start than the deadline, and is out then before it has been a member
         went = kinds(cluster, since)
         assert went[:3] in (["failed", "replaced", "out"], ["failed", "out", "formed"]), went
-        assert went[-1] == "formed"
+        # it may be tried again meanwhile, and be out once more
+        assert [kind for kind in went if kind != "out"][-1] == "formed"
         assert went.count("failed") == 1
         faults.heal(str(hosts[0].lab), 2)
         assert grown_to(cluster, 3, cases)

@@ -124,8 +124,6 @@ def demo_folders(folder: Path) -> list[Path]:
 Moment = tuple[str, str, signal.Signals]
 MOMENTS: list[Moment] = [
     ("spawn", "writing", signal.SIGINT),
-    ("spawn", "writing", signal.SIGTERM),
-    ("spawn", "written", signal.SIGINT),
     ("spawn", "ranks_started", signal.SIGINT),
     ("spawn", "ranks_running", signal.SIGTERM),
     ("ray", "ray_started", signal.SIGINT),
@@ -134,8 +132,10 @@ MOMENTS: list[Moment] = [
 ]
 
 
-# each moment above with the other signal, where both are not there already
+# the other signal at these moments, and the moment between them
 OTHERS: list[Moment] = [
+    ("spawn", "writing", signal.SIGTERM),
+    ("spawn", "written", signal.SIGINT),
     ("spawn", "written", signal.SIGTERM),
     ("spawn", "ranks_started", signal.SIGTERM),
     ("spawn", "ranks_running", signal.SIGINT),

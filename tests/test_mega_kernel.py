@@ -72,6 +72,7 @@ def test_four_ranks_of_which_one_has_no_expert_multiply_bf16() -> None:
     check(case, [[batch_of(case, tokens, 20 + tokens, experts=(0, 1, 2)) for tokens in (2, 0, 5, 1)]])
 
 
+@pytest.mark.soak
 @interpreted
 def test_bf16_weights_take_tokens_that_the_wire_rounds_with_biases_and_without_a_gate() -> None:
     ungated = Case(2, (1, 0), kind="bf16", activation=ACTIVATIONS["nemotron_h"], bias=True, intermediate=64)
@@ -119,6 +120,7 @@ def lose_the_way_home(rank: int, exchange: Exchange) -> Report | None:
     return kernel.take()
 
 
+@pytest.mark.soak
 @interpreted
 def test_a_rank_whose_results_do_not_come_is_named() -> None:
     here, there = on_ranks(2, lose_the_way_home)
@@ -143,6 +145,7 @@ def call_wrongly(rank: int, exchange: Exchange) -> tuple[Tensor, Report | None, 
     return out, report, said
 
 
+@pytest.mark.soak
 @interpreted
 def test_an_id_that_is_no_expert_makes_its_token_nan_and_is_reported_once() -> None:
     (here, none, _), (there, report, said) = on_ranks(2, call_wrongly)
