@@ -145,7 +145,8 @@ class _Turn:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._turns._mark(self._device)
+            if self._turns._holder is self._ticket:  # not where it never came to have the turn
+                self._turns._mark(self._device)
         finally:
             self._turns._leave(self._ticket)
 

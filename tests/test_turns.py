@@ -206,3 +206,17 @@ def test_a_buffer_that_grows_stays_until_the_stream_is_done_with_it(monkeypatch:
     for rows in (4, 2, 8):
         workspace.take("rows", (rows,), like)
     assert kept == [(16, stream)]
+
+
+def test_a_turn_that_was_refused_leaves_the_holders_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    marked: list[torch.device] = []
+    monkeypatch.setattr(Turns, "_mark", lambda _, device: marked.append(device))
+    shared = Turns()
+    refused = shared.take("layer 'b'", DEVICE, 5.0)
+    with shared.take("layer 'a'", CPU, 5.0):
+        with pytest.raises(RuntimeError, match="from inside of a call of layer 'a'"):
+            refused.__enter__()
+        refused.__exit__(None, None, None)  # as whoever cannot tell how far it came does
+        with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="was kept waiting"):
+            pool.submit(lambda: shared.take("layer 'c'", CPU, 0.05).__enter__()).result(20)
+    assert marked == [CPU]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from megamoe.model.making.files import one_maker
 from megamoe.model.making.smollm2 import INSTALL, can_write_english, find_smollm2
 from megamoe.model.making.tiny import write_tiny
 from megamoe.model.making.upcycle import key_of, upcycle
+from megamoe.schedule.kept import user_cache
 
 Progress = Callable[[str, int, int], None]
 _COPIES = {"experts_format": "mxfp4", "num_experts": 8, "topk": 2, "seed": 0}
@@ -41,11 +41,6 @@ class AnswerReport:
     identical: bool
 
 
-def cache_folder() -> Path:
-    """Where models that were made stay: $XDG_CACHE_HOME/megamoe, or ~/.cache/megamoe."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megamoe"
-
-
 @contextmanager
 def model_for_answers(progress: Progress) -> Iterator[tuple[Path, str, bool]]:
     """A checkpoint, what it is in words, and whether it stays: of SmolLM2 if that is here, else a tiny random one."""
@@ -56,7 +51,7 @@ def model_for_answers(progress: Progress) -> Iterator[tuple[Path, str, bool]]:
         return
     source = find_smollm2()
     assert source is not None
-    path = cache_folder() / key_of(source, version=_VERSION, **_COPIES)
+    path = user_cache() / key_of(source, version=_VERSION, **_COPIES)
     if not path.exists():
         _make(source, path, progress)
     yield path, f"{source.stem} as {_COPIES['num_experts']} experts a layer, all copies of its MLP, in MXFP4", True

@@ -67,6 +67,7 @@ class SmallCalls:
         self._tokens, self._owed = (ctypes.c_int64 * size)(), (ctypes.c_int64 * (2 * size))()
         self._brought, self._results = (ctypes.c_void_p * size)(), (ctypes.c_void_p * size)()
         few = self._few = _FewTokens()
+        assert library.few_bytes() == ctypes.sizeof(few), "megamoe_few of routing.cpp and _FewTokens differ"
         self._address = ctypes.addressof(few)
         few.ranks, few.rank, few.topk, few.num_experts = size, group.rank, shape.topk, shape.num_experts
         few.first, few.experts = experts.ids.start, len(experts.ids)

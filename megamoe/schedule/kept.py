@@ -47,14 +47,19 @@ class Setting:
         return folder() / f"{digest[:16]}.json"
 
 
-def folder() -> Path:
-    """Where machines are kept: $XDG_CACHE_HOME/megamoe/machines, by default under ~/.cache."""
+def user_cache() -> Path:
+    """Where what was made for this user stays: $XDG_CACHE_HOME/megamoe, by default ~/.cache/megamoe."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     try:
         base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
     except RuntimeError:  # nobody's home is known: a folder that does not exist holds nothing and takes nothing
         base = Path(os.devnull)
-    return base / "megamoe" / "machines"
+    return base / "megamoe"
+
+
+def folder() -> Path:
+    """Where machines are kept."""
+    return user_cache() / "machines"
 
 
 @lru_cache(maxsize=1)

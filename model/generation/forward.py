@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from megamoe.model.generation.sequences import (
     SequenceCache,
 )
 
+_log = logging.getLogger(__name__)
 _PLAIN = {"full_attention", "sliding_attention"}  # layers whose only state is keys and values
 PROBES = ([3, 1, 2, 2, 1], [2, 3, 1])  # tokens that any vocabulary has
 _TOLERANCE = 0.2  # relative, between attention here and the model's own in BF16, through all layers
@@ -87,6 +89,7 @@ def fits_together(model: Any, experts: Sequence[nn.Module]) -> bool:
         try:
             both, alone = _probed(model, PROBES), [_probed(model, [each])[0] for each in PROBES]
         except Exception:  # noqa: BLE001  whatever it says, it is no model that runs so; each alone it still may
+            _log.info("sequences of this model run apart, since it raised when they ran as one batch", exc_info=True)
             return False
         finally:
             use_own_attention(model, own=False)

@@ -7,6 +7,7 @@ The model is asked: two short prompts pass it, and what each module made of each
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from megamoe.model.generation.forward import PROBES, forward_alone, new_cache, replaced_forwards, silenced
 from megamoe.model.generation.meeting import Call, Place, join, split
+
+_log = logging.getLogger(__name__)
 
 
 def find_places(model: Any, experts: Sequence[nn.Module]) -> list[Place]:
@@ -112,6 +115,7 @@ class _Asked:
         try:
             both = forward(*whole.args, **whole.kwargs)
         except Exception:  # noqa: BLE001  made for one sequence, so no place
+            _log.debug("%s takes one sequence alone", type(module).__name__, exc_info=True)
             return False
         finally:
             self._trying = False

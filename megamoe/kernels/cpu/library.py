@@ -42,6 +42,7 @@ _SIGNATURES = {
     "read": (_POINTER, _LONG),
     "count_rows": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER),
     "sort_slots": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER),
+    "few_bytes": (),
     "few_bring": (_POINTER,),
     "few_route": (_POINTER,),
     "few_compute": (_POINTER,),
@@ -73,7 +74,7 @@ class Library:
         self._functions = {}
         for name, types in _SIGNATURES.items():
             function = getattr(loaded, f"megamoe_{name}")
-            function.argtypes, function.restype = types, _INT if name == "few_bring" else None
+            function.argtypes, function.restype = types, _INT if name in ("few_bring", "few_bytes") else None
             self._functions[name] = function
 
     def __reduce__(self) -> tuple[Callable[[Path], Library], tuple[Path]]:
@@ -283,6 +284,10 @@ class Library:
             *(num_ranks, seen.data_ptr(), unique.data_ptr(), places.data_ptr()),
         )
         return unique, places
+
+    def few_bytes(self) -> int:
+        """Bytes of megamoe_few of routing.cpp."""
+        return int(self._functions["few_bytes"]())
 
     def few_tokens(self, step: str, call: int) -> object:
         """A step of a call of few tokens, see execution/small_call.py: "bring", "route", "compute" or "reduce".

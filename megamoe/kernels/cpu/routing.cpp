@@ -131,6 +131,9 @@ struct megamoe_few {
     int64_t stage_ns[3];
 };
 
+// For whoever fills one in elsewhere: two layouts that differ would be read as each other.
+extern "C" int megamoe_few_bytes() { return int(sizeof(megamoe_few)); }
+
 // Puts this rank's slots and tokens where its peers read them, and counts pairs and firsts as megamoe_count_rows() does.
 // Whether all ids are experts or -1, and all weights of experts finite.
 extern "C" int megamoe_few_bring(megamoe_few* call) {
