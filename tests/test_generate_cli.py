@@ -21,6 +21,7 @@ from megamoe.model.making.smollm2 import INSTALL
 from megamoe.model.making.tiny import write_tiny
 from megamoe.model.making.tokenizer import byte_tokenizer
 from tests.commands import invoked, refused
+from tests.processes import ranks_of
 from tests.test_demo import COMMAND, command
 
 
@@ -245,7 +246,7 @@ def test_a_rank_that_is_killed_half_way_changes_no_letter(model: Path) -> None:
         assert running.stdout is not None
         assert running.stderr is not None
         first = running.stdout.read(1)  # the first letter of the first text
-        ranks = [each for each in psutil.Process(running.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+        ranks = ranks_of(psutil.Process(running.pid))
         assert len(ranks) == 2
         ranks[1].kill()
         text, said = first + running.stdout.read(), running.stderr.read()
