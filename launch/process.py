@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from megamoe.launch.forking.server import FORK_SERVER, context, own_streams, starting
+from megamoe.launch.forking.server import FORK_SERVER, QUIET, context, own_streams, starting
 from megamoe.launch.lab.namespaces import Host
 
 
@@ -64,10 +64,11 @@ def start(
              seconds. It is spawned all the same where what it would inherit is not what the server began with.
     """
     way = context(forked)
+    whole = {**QUIET, **os.environ, **environment}
     here, there = way.Pipe()
     shown, prints = way.Pipe(duplex=False) if output else (None, None)
     streams = [prints] if prints is not None else own_streams() if way is FORK_SERVER else []
-    process = way.Process(target=_begin, args=(there, streams, host, dict(environment)), name=name, daemon=True)
+    process = way.Process(target=_begin, args=(there, streams, host, whole), name=name, daemon=True)
     try:
         with starting():
             process.start()
@@ -101,6 +102,8 @@ def _begin(pipe: Connection, streams: list[Connection], host: Host, environment:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_follow_parent, daemon=True).start()
     host.enter()
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
     os.environ.update(environment)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # not what the server's other processes draw; Python sees to its own

@@ -36,6 +36,7 @@ def seen(group: EPGroup, folder: Path) -> dict[str, Any]:
         "product": float((np.ones((400, 400)) @ np.ones((400, 400))).sum()),
         "drawn_by_torch": torch.rand(1).item(),
         "folder": Path.cwd() == folder,
+        "columns": os.environ.get("COLUMNS"),
         "given": os.environ.get("MEGAMOE_TEST_GIVEN"),
     }
 
@@ -73,6 +74,16 @@ def test_a_rank_is_spawned_where_its_environment_is_not_the_servers(
     with LocalRanks(1, threads_per_rank=1) as alone:
         assert psutil.Process(alone.pids[0]).ppid() == os.getpid()
         assert alone.run(seen, tmp_path)[0]["given"] == "this"
+
+
+def test_a_variable_that_no_import_reads_is_handed_to_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "123")
+    with LocalRanks(1, threads_per_rank=1) as alone:
+        assert psutil.Process(alone.pids[0]).ppid() != os.getpid()
+        assert alone.run(seen, tmp_path)[0]["columns"] == "123"
+    monkeypatch.delenv("COLUMNS")
+    with LocalRanks(1, threads_per_rank=1) as alone:
+        assert alone.run(seen, tmp_path)[0]["columns"] is None
 
 
 # ---- what a process inherits ----

@@ -25,7 +25,7 @@ from megamoe.launch.forking.surroundings import surroundings
 
 PRELOADED = "megamoe.launch.preloaded"
 SPAWN, FORK_SERVER = mp.get_context("spawn"), mp.get_context("forkserver")
-_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # read when a process imports torch: no warnings of addresses without names
 _READY_S = 20.0
 _STARTING = threading.Lock()
 
@@ -90,14 +90,13 @@ def starting() -> Iterator[None]:
 
 @contextmanager
 def _quiet_torch() -> Iterator[None]:
-    """Read when a process imports torch: no warnings of addresses that have no name."""
-    before = os.environ.get(_LOG_LEVEL)
-    os.environ[_LOG_LEVEL] = before or "ERROR"
+    added = QUIET.keys() - os.environ.keys()
+    os.environ.update({name: QUIET[name] for name in added})
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(_LOG_LEVEL, None)
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def reap(process: BaseProcess, timeout_s: float | None = None) -> None:

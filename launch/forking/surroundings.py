@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_OF_ONE_TEST = {"PYTEST_CURRENT_TEST"}  # pytest changes it for every test, and no library reads it
+# variables that are read when they are used, if ever, and are handed over with every start: of terminals, of pytest,
+# which changes its own for every test, and of Ray, which sets some when it is imported
+_READ_WHEN_USED = {"COLUMNS", "LINES", "NO_COLOR", "PYTEST_CURRENT_TEST", "PYTHONBREAKPOINT"}
+_OF_RAY = "RAY_"
 _STATUS = {"Uid", "Gid", "Groups", "Umask", "SigIgn", "CapInh", "CapPrm", "NoNewPrivs", "Seccomp", "Cpus_allowed"}
 _LIMITS = [value for name, value in sorted(vars(resource).items()) if name.startswith("RLIMIT_")]
 
@@ -26,7 +29,7 @@ def surroundings() -> dict[str, Any]:
         "group": os.getpgrp(),
         "session": os.getsid(0),
         "program": (sys.executable, *sys.flags),
-        "environment": {name: value for name, value in os.environ.items() if name not in _OF_ONE_TEST},
+        "environment": {name: value for name, value in os.environ.items() if _read_early(name)},
         "status": _status((own / "status").read_text()),
         "limits": [resource.getrlimit(limit) for limit in _LIMITS],
         "scheduling": (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)),
@@ -35,6 +38,11 @@ def surroundings() -> dict[str, Any]:
         "namespaces": {kind.name: os.readlink(kind) for kind in (own / "ns").iterdir()},
         "root": os.readlink(own / "root"),
     }
+
+
+def _read_early(name: str) -> bool:
+    """Whether a library may read the variable while it is imported, as far as is known."""
+    return name not in _READ_WHEN_USED and not name.startswith(_OF_RAY)
 
 
 def _status(text: str) -> dict[str, str]:
