@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from megamoe.kernels.cpu.library import prepare
+from megamoe.launch.forking.server import PRELOADED
 from megamoe.launch.ranks import LocalRanks
 from tests import interpreter, two_workers
 
@@ -38,6 +39,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """The CPU's kernels are there before any test has a deadline, and before xdist starts its workers."""
     if not two_workers.shared() and not session.config.option.collectonly:
         prepare(partial(print, file=sys.stderr))
+
+
+def pytest_collection_finish() -> None:
+    """Ranks have transformers from the start where tests that were collected have it."""
+    if "transformers" in sys.modules:
+        PRELOADED.append("tests.preloaded")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

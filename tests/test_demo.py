@@ -181,7 +181,7 @@ def struck(place: Path, launcher: str, moment: str, signal_number: signal.Signal
         while not come():
             assert demo.poll() is None, "the demo ended before the moment came"
             assert time.monotonic() < until
-            time.sleep(0.01)
+            time.sleep(0.05)
         family = process.children(recursive=True)
         demo.send_signal(signal_number)
         demo.send_signal(signal_number)  # an impatient second one changes nothing

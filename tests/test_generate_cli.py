@@ -239,7 +239,7 @@ def test_a_folder_that_another_process_makes_meanwhile_is_refused(tmp_path: Path
 
 def test_a_rank_that_is_killed_half_way_changes_no_letter(model: Path) -> None:
     """The command as it is typed, and one of its ranks killed once text has come."""
-    arguments = ("generate", "--model", str(model), "--text", "one", "--text", "three", "--max-new-tokens", "300")
+    arguments = ("generate", "--model", str(model), "--text", "one", "--text", "three", "--max-new-tokens", "100")
     line = [*COMMAND, *arguments, "--raw", "--restarts", "1", "--deadline-s", "100"]
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:

@@ -23,7 +23,7 @@ from typing import Any
 
 from megamoe.launch.forking.surroundings import surroundings
 
-PRELOADED = "megamoe.launch.preloaded"
+PRELOADED = ["megamoe.launch.preloaded"]  # what the server imports; more may be added before the first start
 SPAWN, FORK_SERVER = mp.get_context("spawn"), mp.get_context("forkserver")
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # read when a process imports torch: no warnings of addresses without names
 _READY_S = 20.0
@@ -48,7 +48,7 @@ def context(forked: bool) -> SpawnContext | ForkServerContext:
     now = surroundings()
     with starting():
         if _server.inherited is None:
-            FORK_SERVER.set_forkserver_preload([PRELOADED])
+            FORK_SERVER.set_forkserver_preload(list(PRELOADED))
             forkserver.ensure_running()
             _server.inherited = now
             threading.Thread(target=_answer, name="megamoe waits for its fork server", daemon=True).start()
