@@ -68,6 +68,7 @@ class HeartbeatMonitor:
     address    IP address of this rank that the others reach
     trouble    called, in the heartbeat's thread, when a peer is found dead or has raised while this rank is in a call
     pulse      called there at every beat
+    near       says which ranks share memory with this one
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class HeartbeatMonitor:
         self.rank, self.size, self.host, self.own_status = rank, size, host, own_status
         self.trouble: Callable[[], None] = lambda: None
         self.pulse: Callable[[], None] = lambda: None
+        self.near: Callable[[], Sequence[int]] = tuple
         self._beat_s = max(BEAT_S, size / 64)
         self._changed = threading.Condition()
         self._selector = selectors.DefaultSelector()
@@ -171,8 +173,8 @@ class HeartbeatMonitor:
     def statuses(self) -> list[PeerStatus]:
         """All ranks as this one sees them, itself included."""
         with self._changed:
-            now = time.monotonic()
-            statuses = [self._status(peer, now) for peer in self._peers.values()]
+            now, near = time.monotonic(), set(self.near())
+            statuses = [replace(self._status(peer, now), near=peer.rank in near) for peer in self._peers.values()]
         unheard = tuple(status.rank for status in statuses if status.silent)
         own = self.own_status.position()
         statuses.append(PeerStatus(self.rank, self.host, own, 0.0, unheard=unheard, answers=self._answers()))
