@@ -25,7 +25,6 @@ from megamoe.parallel.group import EPGroup
 pytest.importorskip("ray")
 
 from megamoe.launch.cluster.ray import session
-from megamoe.launch.cluster.ray.handle import RayHandle
 from megamoe.launch.cluster.ray.placement import Placement, order_bundles
 from tests.ray_nodes import add_up, is_gone, meet, nap, two_nodes
 
@@ -191,6 +190,7 @@ def test_a_ray_that_does_not_start_is_said_in_a_line_and_leaves_nothing(monkeypa
 
     there = set(Path("/tmp").glob("megamoe-ray-*"))
     monkeypatch.setattr("ray.init", fails)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(RuntimeError, match="Ray does not start on this machine: The current node timed out"):
         session.connect("local", 2, 10.0)
     assert set(Path("/tmp").glob("megamoe-ray-*")) <= there
