@@ -102,6 +102,8 @@ def interpreted_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
     found = [
         item for item in found if getattr(item.function, "interpreted", False) and not item.get_closest_marker("skip")
     ]
+    if two_workers.shared():  # what the other process may be given it runs itself
+        found = [item for item in found if two_workers.scope_of(item.nodeid) == two_workers.BESIDE_SCOPE]
     given = [(item.function, item.callspec.params if hasattr(item, "callspec") else {}) for item in found]
     if find_spec("triton") is not None and two_workers.begins_beside():
         interpreter.begin((test, each) for test, each in given if set(signature(test).parameters) == set(each))

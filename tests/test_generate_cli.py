@@ -49,9 +49,14 @@ def reports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     found = {}
     for launcher, check in (("spawn", ["--check"]), ("torchrun", [])):
         arguments = ("--model", model, "--prompts", prompts, "--launcher", launcher, "--max-new-tokens", 10, *check)
-        done = command("generate", *arguments, "--format", "json")
-        assert done.returncode == 0, done.stderr
-        found[launcher] = json.loads(done.stdout)
+        if launcher == "spawn":
+            within = invoked("generate", *arguments, "--format", "json")
+            assert within.exit_code == 0, within.output
+            found[launcher] = json.loads(within.stdout)
+        else:
+            done = command("generate", *arguments, "--format", "json")
+            assert done.returncode == 0, done.stderr
+            found[launcher] = json.loads(done.stdout)
     return found
 
 

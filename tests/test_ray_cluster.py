@@ -60,7 +60,7 @@ Path(sys.argv[1], "seen.json").write_text(json.dumps(seen))
 @pytest.fixture(scope="module")
 def places() -> Iterator[RayPool]:
     """Two workers on a cluster of this machine."""
-    with RayPool(2, address="local", deadline_s=20.0) as handles:
+    with RayPool(2, address="local", deadline_s=60.0) as handles:
         yield handles
 
 
