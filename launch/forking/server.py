@@ -70,7 +70,7 @@ def _nothing() -> None:
 
 def forked_by() -> int | None:
     """The process id of the server that this process is a fork of, None where it is not."""
-    return _IMPORTED_IN if _IMPORTED_IN != os.getpid() else None
+    return _IMPORTED_IN if os.getpid() != _IMPORTED_IN else None
 
 
 def own_streams() -> list[Connection]:
