@@ -52,7 +52,7 @@ def generated(cluster: MegaMoECluster, job: GenerationJob) -> tuple[list[list[To
 @LENGTHS
 def test_sixteen_texts_on_four_ranks_are_those_of_one(cluster: MegaMoECluster, folder: Path, new_tokens: int) -> None:
     request = replace(SIXTEEN, max_new_tokens=new_tokens)
-    texts, parts = generated(cluster, GenerationJob("sixteen", folder / "mixtral", request))
+    texts, parts = generated(cluster, GenerationJob(f"sixteen {new_tokens}", folder / "mixtral", request))
     assert [len(text) for text in texts] == [new_tokens] * 16
     assert {token.prompt for token in parts[1].tokens} == {1, 5, 9, 13}
     assert {part.steps for part in parts} == {new_tokens + 1}  # the last finds that all are done
@@ -89,7 +89,7 @@ def test_a_rank_that_is_killed_half_way_changes_no_token(
             cluster.members[2].kill()
 
     texts = Texts(request, kill)
-    OnCluster(cluster).generate(GenerationJob("killed", folder / "mixtral", request), texts)
+    OnCluster(cluster).generate(GenerationJob(f"killed {new_tokens}", folder / "mixtral", request), texts)
     assert texts.tokens == expected
     assert killed
     assert killed[0] != cluster.members[2].pid
@@ -104,9 +104,10 @@ def test_a_request_that_does_not_fit_is_refused_and_the_ranks_stay(cluster: Mega
     with pytest.raises(ValueError, match="holds no config"):
         cluster.advance(GenerationJob("nowhere", folder / "nowhere", SIXTEEN), 1)
     assert [member.pid for member in cluster.members] == pids
-    short = GenerationRequest(prompts(2), max_new_tokens=2)
-    texts, _ = generated(cluster, GenerationJob("short", folder / "mixtral", short))
-    assert [len(text) for text in texts] == [2, 2]
+    for new_tokens in (2, 3):  # another request under the same id is another job
+        short = GenerationRequest(prompts(2), max_new_tokens=new_tokens)
+        texts, _ = generated(cluster, GenerationJob("short", folder / "mixtral", short))
+        assert [len(text) for text in texts] == [new_tokens] * 2
 
 
 def goes_on_alone(group: EPGroup, path: Path) -> list[str]:
