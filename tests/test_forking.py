@@ -146,10 +146,12 @@ def test_a_fork_of_this_process_is_told_apart() -> None:
 
 KILLED = """
 import os, psutil
+from megamoe.launch.forking import server as forking
 from megamoe.launch.ranks import LocalRanks, RankFailedError
 from tests.test_forking import where
 
 if __name__ == "__main__":
+    forking._READY_S = 90.0  # a server that is slow on a busy machine is waited for
     found = []
     for _ in range(1):
         with LocalRanks(2, threads_per_rank=1) as ranks:

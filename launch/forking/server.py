@@ -28,6 +28,7 @@ _preloaded = ["megamoe.launch.preloaded"]
 SPAWN, FORK_SERVER = mp.get_context("spawn"), mp.get_context("forkserver")
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # read when a process imports torch: no warnings of addresses without names
 _READY_S = 60.0
+_IMPORTED_IN = os.getpid()  # which a fork does not change
 _STARTING = threading.Lock()
 
 
@@ -78,6 +79,11 @@ def _answer() -> None:
 
 def _nothing() -> None:
     pass
+
+
+def forked_by() -> int | None:
+    """The process id of the server that this process is a fork of, None where it is not."""
+    return _IMPORTED_IN if os.getpid() != _IMPORTED_IN else None
 
 
 def own_streams() -> list[Connection]:
