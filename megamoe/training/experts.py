@@ -157,6 +157,13 @@ class TrainableExperts(Experts):
     def _state(self) -> tuple[tuple[int, int], ...]:
         return tuple((master.data_ptr(), master._version) for master in self.masters)
 
+    def inference_state_dict(self) -> dict[str, Tensor]:
+        """A state dict of Experts in place of one of master weights: what the forward multiplies by."""
+        self.quantize_what_changed()
+        found: dict[str, Tensor] = {}
+        super()._save_to_state_dict(found, "", keep_vars=False)
+        return found
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         destination[prefix + HELD] = self._whose

@@ -25,6 +25,7 @@ from transformers import (
 
 from megamoe.ambient import undisturbed
 from megamoe.formats import quantize_e4m3_blocks, quantize_mxfp4
+from megamoe.model.deepseek_v4.names import native_name
 from megamoe.model.making.files import new_folder, no_bars
 from megamoe.model.making.tokenizer import VOCABULARY, byte_tokenizer, write_tokenizer
 
@@ -123,20 +124,12 @@ def _gpt_oss(num_experts: int, topk: int) -> PreTrainedConfig:
 
 Stored = dict[str, Tensor]
 
-
-_NAMES = (  # what transformers writes, and DeepSeek's own names
-    (r"^model\.", ""),
-    (r"^embed_tokens\.", "embed."),
-    (r"^hc_head\.hc_", "hc_head_"),
-    (r"\.attn\.norm\.", ".attn.kv_norm."),
-)
 _FP32 = re.compile(r"(\.attn_sink|\.ape|\.gate\.bias|hc_(attn|ffn|head)_\w+)$")
 
 
 def _native_deepseek_v4(name: str, tensor: Tensor) -> Stored:
     """Experts in MXFP4, I8 and E8M0; shared experts in E4M3 blocks with E8M0 scales; what is added or mixes in FP32."""
-    for pattern, own in _NAMES:
-        name = re.sub(pattern, own, name)
+    name = native_name(name)
     scale = name.replace(".weight", ".scale")
     if ".ffn.experts." in name:
         q = quantize_mxfp4(tensor)
