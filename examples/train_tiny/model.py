@@ -16,7 +16,7 @@ from megamoe.model.training.experts import make_trainable
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is small about it. Layers have sliding and heavily compressed attention in turns, the first is hash-routed."""
+    """What is small. Layers have sliding and heavily compressed attention in turns; the first is hash-routed."""
 
     vocab_size: int = 2048
     hidden: int = 128
@@ -45,6 +45,7 @@ def configure(sizes: Sizes, end: int) -> DeepseekV4Config:
         q_lora_rank=sizes.hidden // 2,
         o_groups=2,
         o_lora_rank=sizes.hidden // 4,
+        initializer_range=0.04,
         hc_mult=2,
         hc_sinkhorn_iters=4,
         sliding_window=64,

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from examples.train_tiny.model import Sizes, Trained, make_model
+from examples.train_tiny.states import States
 from examples.train_tiny.text import Tokens, read_text, train_tokenizer
 from megamoe import EPGroup
 from megamoe.model.loading.load import load_tokenizer
@@ -32,15 +32,20 @@ class Recipe:
 
     out: Path
     text: Path | None = None
-    steps: int = 1000
-    sequences: int = 32
+    steps: int = 800
+    sequences: int = 16
     length: int = 128
     rate: float = 2e-3
     warmup: int = 50
-    bias_rate: float = 1e-3
+    bias_rate: float = 1e-2
     report_every: int = 20
-    save_every: int = 200
+    save_every: int = 100
     sizes: Sizes = field(default_factory=Sizes)
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch."""
+        return self.sequences * self.length
 
     def rate_of(self, step: int) -> float:
         """Up from 0, then down to a tenth along a cosine."""
@@ -68,9 +73,10 @@ def train(group: EPGroup, recipe: Recipe) -> list[dict[str, float]]:
         if (step + 1) % recipe.report_every == 0 or step in (0, recipe.steps - 1):
             with torch.no_grad():
                 test = _loss(trained.model, tokens.test(recipe.sequences, recipe.length), group)
-            seconds = before + time.monotonic() - since
-            losses = {"loss": float(sum_over_ranks(loss, group)), "test_loss": float(sum_over_ranks(test, group))}
-            log.append({"step": step + 1, **losses, "busiest": _busiest(trained), "seconds": round(seconds, 1)})
+            losses = (sum_over_ranks(torch.stack((loss, test)), group) / recipe.tokens).tolist()
+            seconds = round(before + time.monotonic() - since, 1)
+            row = {"step": step + 1, "loss": losses[0], "test_loss": losses[1], "busiest": _busiest(trained)}
+            log.append({**row, "seconds": seconds})
             _show(log, recipe, group)
         if (step + 1) % recipe.save_every == 0 and step + 1 < recipe.steps:
             states.save(step + 1, trained.model, optimizer, log)
@@ -90,11 +96,11 @@ def _prepare(group: EPGroup, recipe: Recipe) -> tuple[str, Any]:
 def _step(
     trained: Trained, optimizer: torch.optim.Optimizer, batch: Tensor, group: EPGroup, recipe: Recipe, step: int
 ) -> Tensor:
-    """One step on this rank's part of the batch [B, L + 1] -> its part of the loss."""
+    """One step on this rank's part of the batch [B, L + 1] -> its loss, summed over tokens."""
     for each in optimizer.param_groups:
         each["lr"] = recipe.rate_of(step)
     loss = _loss(trained.model, batch, group)
-    loss.backward()
+    (loss / recipe.tokens).backward()
     sum_gradients((each for _, each in dense_parameters(trained.model)), group)  # experts' are of the batch already
     optimizer.step()
     optimizer.zero_grad()
@@ -104,11 +110,11 @@ def _step(
 
 
 def _loss(model: Any, batch: Tensor, group: EPGroup) -> Tensor:
-    """This rank's part of the mean over the batch's tokens, in FP64: the parts of all ranks add up to it."""
+    """Of this rank's part of the batch, summed over tokens in FP64, where FP32 losses add up without rounding."""
     mine = batch[len(batch) * group.rank // group.size : len(batch) * (group.rank + 1) // group.size]
     logits = model(input_ids=mine[:, :-1], use_cache=False).logits
     each = cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten(), reduction="none")
-    return each.double().sum() / (batch.numel() - len(batch))
+    return each.double().sum()
 
 
 def _busiest(trained: Trained) -> float:
@@ -125,36 +131,3 @@ def _show(log: list[dict[str, float]], recipe: Recipe, group: EPGroup) -> None:
     now = log[-1]
     losses = f"loss {now['loss']:.3f}, held out {now['test_loss']:.3f}, busiest expert {now['busiest']:.2f}"
     print(f"step {now['step']} of {recipe.steps}: {losses}, {now['seconds']:.0f} s", file=sys.stderr, flush=True)
-
-
-class States:
-    """What a run goes on from: a folder a step, with a file of each rank. The last two are kept."""
-
-    def __init__(self, folder: Path, group: EPGroup) -> None:
-        self.folder, self.group = folder, group
-        self.file = f"rank-{group.rank}-of-{group.size}.pt"
-
-    def save(self, step: int, model: Any, optimizer: torch.optim.Optimizer, log: list[dict[str, float]]) -> None:
-        path = self.folder / f"{step:06d}" / self.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-        if self.group.rank == 0:
-            for old in sorted(self.folder.iterdir())[:-2]:
-                shutil.rmtree(old)
-
-    def load(self, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, float]]]:
-        """The newest state that every rank has saved -> the step to go on with, and the log until there."""
-        size = self.group.size
-        folders = sorted(self.folder.iterdir(), reverse=True) if self.folder.is_dir() else []
-        whole = [each for each in folders if len(list(each.glob(f"rank-*-of-{size}.pt"))) == size]
-        if not whole and any(list(each.glob("*.pt")) for each in folders):
-            found = next(iter(folders[0].glob("*.pt"))).name
-            raise ValueError(f"{self.folder} holds states of another number of ranks ({found}), and there are {size}")
-        if not whole:
-            return 0, []
-        state = torch.load(whole[0] / self.file)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state["log"]
