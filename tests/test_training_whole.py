@@ -151,7 +151,8 @@ def test_a_rank_that_is_lost_is_named(ranks: LocalRanks) -> None:
 
 
 def test_a_layer_of_inference_takes_what_training_multiplies_by() -> None:
-    for weight_format, options in (("mxfp4", {"rounding": "stochastic"}), ("bf16", {"dispatch_format": "bf16"})):
+    sweep: dict[str, dict[str, Any]] = {"mxfp4": {"rounding": "stochastic"}, "bf16": {"dispatch_format": "bf16"}}
+    for weight_format, options in sweep.items():
         trained = make_layer(SHAPE, weight_format=weight_format, **options)
         with torch.no_grad():
             trained.experts.down.mul_(1.3)

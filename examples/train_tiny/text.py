@@ -47,7 +47,7 @@ class Tokens:
 
     def __init__(self, text: str, tokenizer: PreTrainedTokenizerFast) -> None:
         ids = torch.tensor(tokenizer(text)["input_ids"])
-        pieces = ids.split(_PIECE)
+        pieces = torch.split(ids, _PIECE)
         held = [each for number, each in enumerate(pieces) if number % _HELD_OUT == _HELD_OUT - 1]
         self.train = torch.cat([each for number, each in enumerate(pieces) if number % _HELD_OUT != _HELD_OUT - 1])
         self.held_out = torch.cat(held) if held else self.train

@@ -100,7 +100,7 @@ def _step(
     for each in optimizer.param_groups:
         each["lr"] = recipe.rate_of(step)
     loss = _loss(trained.model, batch, group)
-    (loss / recipe.tokens).backward()
+    torch.autograd.backward(loss / recipe.tokens)
     sum_gradients((each for _, each in dense_parameters(trained.model)), group)  # experts' are of the batch already
     optimizer.step()
     optimizer.zero_grad()
