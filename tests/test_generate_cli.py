@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -101,9 +102,12 @@ def test_texts_are_printed_in_order_under_their_prompts(model: Path) -> None:
         (["--text", "a" * 5000], "tokens, and with 128 new ones that is more than the 4096"),
         (["--text", "a", "--temperature", -1], "temperature must be 0"),
         (["--text", "a", "--waves", 0], "waves must be"),
+        (["--text", "a", "--experts", "int3"], "experts must be one of checkpoint, "),
         (["--text", "a", "--launcher", "torchrun", "--restarts", 1], "under torchrun ranks are not restarted"),
         (["--text", "a", "--model", "{tmp}"], "holds no config.json"),
         (["--text", "a", "--model", "{tmp}/bare"], "has no tokenizer that can be read"),
+        (["--text", "a", "--model", "{tmp}/empty-handed"], "holds neither model.safetensors.index.json nor model"),
+        (["--text", "a", "--model", "{tmp}/cut"], "model.safetensors is truncated"),
     ],
 )
 def test_a_wrong_request_exits_with_2_and_starts_no_rank(
@@ -124,6 +128,10 @@ def test_a_wrong_request_exits_with_2_and_starts_no_rank(
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_bytes((model / "config.json").read_bytes())
+    for name in ("empty-handed", "cut"):
+        shutil.copytree(model, tmp_path / name)
+    (tmp_path / "empty-handed" / "model.safetensors").unlink()
+    os.truncate(tmp_path / "cut" / "model.safetensors", 100_000)
     given = [str(each).format(tmp=tmp_path) for each in arguments]
     assert said in refused("generate", *(() if "--model" in given else ("--model", model)), *given)
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from megamoe.formats import MXFP4, dequantize_mxfp4, quantize_mxfp4
 from megamoe.model.deepseek_v4.names import native_name
 from megamoe.model.loading.convert import config_with
+from megamoe.model.loading.files import write_tensors
 from megamoe.model.loading.skeleton import CONFIG
 from megamoe.model.loading.together import run_together
 from megamoe.model.making.files import INDEX
@@ -50,7 +50,7 @@ def save_native(
     tensors, first = _tensors(model, ranks), ranks.rank == 0
     for work in (
         lambda: _begin(path, draft) if first else None,
-        lambda: save_file(tensors, shard, {"format": "pt"}),
+        lambda: write_tensors(tensors, shard),
         lambda: _finish(model, path, draft, ranks.size, tokenizer) if first else None,
     ):
         _on_every_rank(ranks, work)
@@ -93,7 +93,7 @@ def _tensors(model: Any, group: EPGroup) -> dict[str, Tensor]:
             if not name.startswith(within) and name not in (tied or ())
         }
         found |= {_own_name(model, name): each for name, each in revert_weight_conversion(model, dense).items()}
-    return {name: each.contiguous() for name, each in found.items()}
+    return found
 
 
 def _experts(model: Any, name: str, experts: TrainableExperts) -> dict[str, Tensor]:
