@@ -22,6 +22,7 @@ from megamoe.model.making.smollm2 import INSTALL
 from megamoe.model.making.tiny import write_tiny
 from megamoe.model.making.tokenizer import byte_tokenizer
 from tests.commands import invoked, refused
+from tests.processes import ranks_of
 from tests.test_demo import COMMAND, command
 
 
@@ -48,9 +49,14 @@ def reports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     found = {}
     for launcher, check in (("spawn", ["--check"]), ("torchrun", [])):
         arguments = ("--model", model, "--prompts", prompts, "--launcher", launcher, "--max-new-tokens", 10, *check)
-        done = command("generate", *arguments, "--format", "json")
-        assert done.returncode == 0, done.stderr
-        found[launcher] = json.loads(done.stdout)
+        if launcher == "spawn":
+            within = invoked("generate", *arguments, "--format", "json")
+            assert within.exit_code == 0, within.output
+            found[launcher] = json.loads(within.stdout)
+        else:
+            done = command("generate", *arguments, "--format", "json")
+            assert done.returncode == 0, done.stderr
+            found[launcher] = json.loads(done.stdout)
     return found
 
 
@@ -246,14 +252,14 @@ def test_a_folder_that_another_process_makes_meanwhile_is_refused(tmp_path: Path
 
 def test_a_rank_that_is_killed_half_way_changes_no_letter(model: Path) -> None:
     """The command as it is typed, and one of its ranks killed once text has come."""
-    arguments = ("generate", "--model", str(model), "--text", "one", "--text", "three", "--max-new-tokens", "300")
+    arguments = ("generate", "--model", str(model), "--text", "one", "--text", "three", "--max-new-tokens", "100")
     line = [*COMMAND, *arguments, "--raw", "--restarts", "1", "--deadline-s", "100"]
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:
         assert running.stdout is not None
         assert running.stderr is not None
         first = running.stdout.read(1)  # the first letter of the first text
-        ranks = [each for each in psutil.Process(running.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+        ranks = ranks_of(psutil.Process(running.pid))
         assert len(ranks) == 2
         ranks[1].kill()
         text, said = first + running.stdout.read(), running.stderr.read()

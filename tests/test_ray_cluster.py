@@ -25,6 +25,7 @@ from megamoe.parallel.group import EPGroup
 pytest.importorskip("ray")
 
 from megamoe.launch.cluster.ray import session
+from megamoe.launch.cluster.ray.handle import RayHandle
 from megamoe.launch.cluster.ray.placement import Placement, order_bundles
 from tests.ray_nodes import add_up, is_gone, meet, nap, two_nodes
 
@@ -59,7 +60,7 @@ Path(sys.argv[1], "seen.json").write_text(json.dumps(seen))
 @pytest.fixture(scope="module")
 def places() -> Iterator[RayPool]:
     """Two workers on a cluster of this machine."""
-    with RayPool(2, address="local", deadline_s=20.0) as handles:
+    with RayPool(2, address="local", deadline_s=60.0) as handles:
         yield handles
 
 
@@ -86,7 +87,7 @@ def answer_what_cannot_travel(_: EPGroup) -> socket.socket:
     return socket.socket()
 
 
-def test_seats_meet_as_a_group_and_meet_again(pair: list[RayHandle]) -> None:
+def test_workers_meet_as_a_group_and_meet_again(pair: list[RayHandle]) -> None:
     for generation in (1, 2):
         meet(pair, generation)
         summing = [handle.call("run", add_up, 10) for handle in pair]
@@ -106,7 +107,7 @@ def test_errors_arrive_as_they_were_raised_with_where_in_a_note(pair: list[RayHa
 
 
 @pytest.mark.parametrize("work", [raise_what_cannot_travel, answer_what_cannot_travel])
-def test_what_cannot_travel_is_said_and_the_seat_serves_on(pair: list[RayHandle], work: Any) -> None:
+def test_what_cannot_travel_is_said_and_the_worker_serves_on(pair: list[RayHandle], work: Any) -> None:
     meet(pair, 4)
     error = pair[0].call("run", work).exception(timeout=WAIT_S)
     assert isinstance(error, RuntimeError)
