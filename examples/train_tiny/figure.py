@@ -25,7 +25,7 @@ def draw(log: list[dict[str, float]], path: Path) -> None:
         losses.legend(edgecolor="none")
         loads.plot(steps, [each["busiest"] for each in log], color=_GREEN, lw=1.4)
         loads.axhline(1, color=_GREY, lw=0.8, ls="--")
-        loads.set_ylabel("busiest expert of any layer, times the mean")
+        loads.set_ylabel("busiest expert, times the mean")
         loads.set_ylim(0)
         for axes in (losses, loads):
             axes.set_xlabel("step")
