@@ -228,18 +228,22 @@ def test_what_is_saved_is_what_training_multiplied_by(
     assert [each.name for each in tmp_path.iterdir()] == ["saved"]
 
 
-def refused(group: EPGroup, path: Path) -> str:
+def refused(group: EPGroup, path: Path) -> list[str]:
     model, _ = trained_a_step("mixtral", group)
-    with pytest.raises(ValueError, match="is there already: give a folder that is new") as refusal:
-        save_native(model, path, group)
-    return str(refusal.value)
+    found = []
+    for place in (path, path / "mine" / "new"):
+        with pytest.raises(ValueError, match="there already|cannot be written") as refusal:
+            save_native(model, place, group)
+        found.append(str(refusal.value))
+    return found
 
 
-def test_a_folder_that_is_taken_is_refused_on_every_rank(ranks: LocalRanks, tmp_path: Path) -> None:
+def test_a_folder_that_is_taken_or_cannot_be_is_refused_on_every_rank(ranks: LocalRanks, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     first, second = ranks.run(refused, tmp_path, size=2)
-    assert str(tmp_path) in first
-    assert second == f"rank 0: {first}"
+    assert first[0] == f"{tmp_path} is there already: give a folder that is new"
+    assert first[1] == f"{tmp_path / 'mine' / '.new.partial'} cannot be written: Not a directory"
+    assert second == [f"rank 0: {each}" for each in first]
     assert [each.name for each in tmp_path.iterdir()] == ["mine"]
 
 

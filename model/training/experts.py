@@ -18,7 +18,7 @@ from megamoe.parallel.group import EPGroup
 from megamoe.training import TrainableMoE
 
 
-class TrainableExperts(RoutedExperts):
+class TrainableRoutedExperts(RoutedExperts):
     """RoutedExperts whose layer trains: options are TrainableMoE's."""
 
     layer_type: ClassVar[type[MegaMoE]] = TrainableMoE
@@ -41,10 +41,10 @@ def make_trainable(
     blocks, ranks = tuple(find_blocks(model)), EPGroup.of(group)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no routed experts")
-    made: dict[str, TrainableExperts] = {}
+    made: dict[str, TrainableRoutedExperts] = {}
     for block in blocks:
         experts = model.get_submodule(block.name)
-        made[block.name] = routed = TrainableExperts(
+        made[block.name] = routed = TrainableRoutedExperts(
             block.structure, block.topk, ranks, weight_format=weight_format, name=block.name, **options
         )
         stacks = [experts.get_parameter(name).detach() for name in parameter_names(block.structure)]

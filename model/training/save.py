@@ -24,7 +24,7 @@ from megamoe.model.loading.files import write_tensors
 from megamoe.model.loading.skeleton import CONFIG
 from megamoe.model.loading.together import run_together
 from megamoe.model.making.files import INDEX
-from megamoe.model.training.experts import TrainableExperts
+from megamoe.model.training.experts import TrainableRoutedExperts
 from megamoe.parallel.group import EPGroup
 
 _WHAT = "saving"
@@ -78,7 +78,7 @@ def _shard(rank: int, size: int) -> str:
 
 def _tensors(model: Any, group: EPGroup) -> dict[str, Tensor]:
     """What this rank writes."""
-    routed = {name: each for name, each in model.named_modules() if isinstance(each, TrainableExperts)}
+    routed = {name: each for name, each in model.named_modules() if isinstance(each, TrainableRoutedExperts)}
     if not routed:
         raise ValueError(f"{type(model).__name__} has no experts that train: make_trainable() comes first")
     found: dict[str, Tensor] = {}
@@ -96,7 +96,7 @@ def _tensors(model: Any, group: EPGroup) -> dict[str, Tensor]:
     return found
 
 
-def _experts(model: Any, name: str, experts: TrainableExperts) -> dict[str, Tensor]:
+def _experts(model: Any, name: str, experts: TrainableRoutedExperts) -> dict[str, Tensor]:
     """This rank's, matrix by matrix."""
     layer, structure = experts.layer, experts.structure
     state, stacks = layer.inference_state_dict(), dict[str, Tensor]()
@@ -149,7 +149,7 @@ def _finish(model: Any, path: Path, draft: Path, size: int, tokenizer: Any) -> N
     (draft / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
     if tokenizer is not None:
         tokenizer.save_pretrained(draft)
-    (layer, *_) = (each.layer for each in model.modules() if isinstance(each, TrainableExperts))
+    (layer, *_) = (each.layer for each in model.modules() if isinstance(each, TrainableRoutedExperts))
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     if model.config.model_type == "deepseek_v4":
         config["expert_dtype"] = "fp4"
