@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import shutil
 from pathlib import Path
 
@@ -18,12 +19,16 @@ gc.freeze()  # they stay, and a collection in a forked process leaves the pages 
 gc.enable()
 
 
-def _leave_nothing() -> None:
-    """Has the server remove the folder of its socket when it ends: a program that was killed could not."""
-    for socket in psutil.Process().net_connections("unix"):
-        folder = Path(socket.laddr or "/").parent
-        if folder.name.startswith("pymp-"):
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def _leave_nothing(folder: Path) -> None:
+    """The server's end: the folder of its socket goes, which a program that was killed could not remove.
+
+    Nothing else is taken apart: what is frozen is not collected, and libraries would call that a leak.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)
 
 
-_leave_nothing()
+for socket in psutil.Process().net_connections("unix"):
+    place = Path(socket.laddr or "/").parent
+    if place.name.startswith("pymp-"):
+        atexit.register(_leave_nothing, place)

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from megamoe.launch.forking.server import FORK_SERVER, QUIET, context, own_streams, starting
+from megamoe.launch.forking.server import FORK_SERVER, QUIET, context, forked_by, own_streams, starting
 from megamoe.launch.lab.namespaces import Host
 
 
@@ -119,9 +119,12 @@ def _follow_parent() -> None:
     parent = mp.parent_process()
     assert parent is not None
     ends: list[Any] = [parent.sentinel]
-    if os.getppid() != parent.pid:
-        with suppress(OSError):  # a kernel older than 5.3
-            ends.append(os.pidfd_open(os.getppid()))
+    server = forked_by()
+    if server is not None:
+        with suppress(OSError):  # a kernel older than 5.3, or a server that is gone already
+            ends.append(os.pidfd_open(server))
+        if os.getppid() != server:
+            os._exit(1)
     wait(ends)
     os._exit(1)
 

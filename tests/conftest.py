@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megamoe.kernels.cpu.library import prepare
-from megamoe.launch.forking.server import PRELOADED
+from megamoe.launch.forking.server import MODELS, preload
 from megamoe.launch.ranks import LocalRanks
 from tests import interpreter, two_workers
 
@@ -44,7 +44,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_collection_finish() -> None:
     """Ranks have transformers from the start where tests that were collected have it."""
     if "transformers" in sys.modules:
-        PRELOADED.append("tests.preloaded")
+        preload(MODELS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -158,8 +158,8 @@ if __name__ == "__main__":
             processes = [psutil.Process(pid) for pid in ranks.pids]
             server = processes[0].parent()
             server.kill()
-            gone, alive = psutil.wait_procs(processes, timeout=20)
-            assert not alive, alive
+            left = psutil.wait_procs(processes, timeout=20)[1]
+            assert all(each.status() == "zombie" for each in left), left  # until this machine's init has looked
             try:
                 ranks.run(where)
             except (RankFailedError, OSError) as failed:
@@ -187,5 +187,25 @@ def test_ranks_go_with_their_server_the_next_have_another_and_all_go_with_the_pr
     ranks, pids = done.stdout.splitlines()
     assert ranks == "0 1"
     left = [psutil.Process(int(pid)) for pid in pids.split() if psutil.pid_exists(int(pid))]
-    assert not psutil.wait_procs(left, timeout=20)[1]
+    left = psutil.wait_procs(left, timeout=20)[1]
+    assert all(each.status() == "zombie" for each in left)
     assert [each.name for each in tmp_path.iterdir()] == [script.name]  # nor is the folder of the server's socket
+
+
+def test_where_no_server_can_be_had_ranks_are_spawned(tmp_path: Path) -> None:
+    """One that ends while it imports: its program has a module of that name that ends the process."""
+    script, server = tmp_path / "program.py", tmp_path / "ends_here.py"
+    server.write_text("import os\nos._exit(3)\n")
+    script.write_text(
+        "import os, psutil\nfrom megamoe.launch.forking.server import preload\n"
+        "from megamoe.launch.ranks import LocalRanks\nfrom tests.test_forking import where\n"
+        "if __name__ == '__main__':\n    preload('ends_here')\n"
+        "    with LocalRanks(1, threads_per_rank=1) as ranks:\n"
+        "        print(*ranks.run(where), psutil.Process(ranks.pids[0]).ppid() == os.getpid())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.stdout, done.returncode) == ("0 True\n", 0), done.stderr
+    assert "Traceback" not in done.stderr

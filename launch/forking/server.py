@@ -1,8 +1,8 @@
 """Python's fork server with torch imported: a rank that it forks is there in milliseconds and shares torch's memory.
 
 It begins with the first process that may be forked, ends with this one, and starts no threads. What it has inherited
-is remembered; a process that would inherit anything else, and the first where the server is not ready within 20
-seconds, is spawned.
+is remembered; a process that would inherit anything else is spawned, and so is the first where the server is not
+ready within a minute.
 """
 
 from __future__ import annotations
@@ -23,22 +23,31 @@ from typing import Any
 
 from megamoe.launch.forking.surroundings import surroundings
 
-PRELOADED = ["megamoe.launch.preloaded"]  # what the server imports; more may be added before the first start
+MODELS = "megamoe.launch.generation.preloaded"
+_preloaded = ["megamoe.launch.preloaded"]
 SPAWN, FORK_SERVER = mp.get_context("spawn"), mp.get_context("forkserver")
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # read when a process imports torch: no warnings of addresses without names
-_READY_S = 20.0
+_READY_S = 60.0
+_IMPORTED_IN = os.getpid()  # which a fork does not change
 _STARTING = threading.Lock()
 
 
 @dataclass(slots=True)
 class _Server:
-    """What it has inherited, None before it begins, and whether it has answered."""
+    """What it has inherited, None before it begins; whether it has answered, and whether it ended before that."""
 
     inherited: dict[str, Any] | None = None
     ready: threading.Event = field(default_factory=threading.Event)
+    failed: bool = False
 
 
 _server = _Server()
+
+
+def preload(module: str) -> None:
+    """Has the server import a module too, which may start no threads. Without effect once it has begun."""
+    if module not in _preloaded:
+        _preloaded.append(module)
 
 
 def context(forked: bool) -> SpawnContext | ForkServerContext:
@@ -48,23 +57,33 @@ def context(forked: bool) -> SpawnContext | ForkServerContext:
     now = surroundings()
     with starting():
         if _server.inherited is None:
-            FORK_SERVER.set_forkserver_preload(list(PRELOADED))
+            FORK_SERVER.set_forkserver_preload(list(_preloaded))
             forkserver.ensure_running()
             _server.inherited = now
             threading.Thread(target=_answer, name="megamoe waits for its fork server", daemon=True).start()
-    return FORK_SERVER if now == _server.inherited and _server.ready.wait(_READY_S) else SPAWN
+    same = now == _server.inherited and _server.ready.wait(_READY_S)
+    return FORK_SERVER if same and not _server.failed else SPAWN
 
 
 def _answer() -> None:
     """The server has answered once a process of its own has come and gone: it forks none before its imports."""
     first = FORK_SERVER.Process(target=_nothing, name="megamoe's first fork", daemon=True)
-    first.start()
-    first.join()
-    _server.ready.set()
+    try:
+        first.start()
+        first.join()
+    except (OSError, EOFError):
+        _server.failed = True
+    finally:
+        _server.ready.set()
 
 
 def _nothing() -> None:
     pass
+
+
+def forked_by() -> int | None:
+    """The process id of the server that this process is a fork of, None where it is not."""
+    return _IMPORTED_IN if os.getpid() != _IMPORTED_IN else None
 
 
 def own_streams() -> list[Connection]:

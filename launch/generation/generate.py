@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from megamoe.launch.cluster.cluster import LAUNCHERS, Event, MegaMoECluster
 from megamoe.launch.cluster.generation import GenerationJob, shared
 from megamoe.launch.cluster.recovery import RestartPolicy
+from megamoe.launch.forking.server import MODELS, preload
 from megamoe.launch.generation.prompts import Given, TextStream, encode
 from megamoe.launch.generation.ranks import OnCluster, Texts, UnderTorchrun
 from megamoe.model.generation.request import STOP, GenerationRequest, Token, check_fits
@@ -186,6 +187,7 @@ def _runner(request: GenerateRequest, on_event: Callable[[Event], None]) -> Iter
     if request.launcher == "torchrun":
         yield UnderTorchrun(request.ranks, request.device, request.deadline_s)
         return
+    preload(MODELS)
     with MegaMoECluster(
         request.ranks,
         launcher=request.launcher,
