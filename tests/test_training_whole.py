@@ -14,6 +14,7 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.model.loading.load import load, name_modules
 from megamoe.model.making.tiny import FAMILIES
+from megamoe.model.quantizer import packed_config
 from megamoe.model.training.experts import dense_parameters, make_trainable
 from megamoe.model.training.save import save_native
 from megamoe.parallel.errors import CallRefusedError, PeerError
@@ -228,11 +229,20 @@ def test_what_is_saved_is_what_training_multiplied_by(
     assert [each.name for each in tmp_path.iterdir()] == ["saved"]
 
 
+def test_transformers_reads_what_is_saved_of_deepseek_v4(tmp_path: Path) -> None:
+    saved(EPGroup.of(None), "deepseek-v4-flash", tmp_path / "saved", {})
+    config = packed_config(tmp_path / "saved")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", config=config)
+    with torch.no_grad():
+        logits = [each(input_ids=TOKENS, use_cache=False).logits for each in (theirs, load(tmp_path / "saved"))]
+    assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < 1e-4
+
+
 def refused(group: EPGroup, path: Path) -> list[str]:
     model, _ = trained_a_step("mixtral", group)
     found = []
     for place in (path, path / "mine" / "new"):
-        with pytest.raises(ValueError, match="there already|cannot be written") as refusal:
+        with pytest.raises(ValueError, match=r"there already|cannot be written") as refusal:
             save_native(model, place, group)
         found.append(str(refusal.value))
     return found

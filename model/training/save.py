@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from megamoe.formats import MXFP4, dequantize_mxfp4, quantize_mxfp4
-from megamoe.model.deepseek_v4.names import native_name
+from megamoe.model.deepseek_v4.names import FP4_EXPERTS, native_name
 from megamoe.model.loading.convert import config_with
 from megamoe.model.loading.files import write_tensors
 from megamoe.model.loading.skeleton import CONFIG
@@ -150,8 +150,11 @@ def _finish(model: Any, path: Path, draft: Path, size: int, tokenizer: Any) -> N
     if tokenizer is not None:
         tokenizer.save_pretrained(draft)
     (layer, *_) = (each.layer for each in model.modules() if isinstance(each, TrainableRoutedExperts))
-    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    if model.config.model_type == "deepseek_v4":
-        config["expert_dtype"] = "fp4"
-    (draft / CONFIG).write_text(json.dumps(config_with(config, layer.weight_format, dense_fp8=False), indent=1))
+    dtype = str(model.dtype).removeprefix("torch.")
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": dtype}
+    if model.config.model_type == "deepseek_v4" and layer.weight_format == "mxfp4":
+        config |= FP4_EXPERTS
+    else:
+        config = config_with(config, layer.weight_format, dense_fp8=False)
+    (draft / CONFIG).write_text(json.dumps(config, indent=1))
     draft.replace(path)
