@@ -98,7 +98,7 @@ def test_two_ranks_have_the_loss_of_one(ranks: LocalRanks, tmp_path: Path) -> No
         assert mine["loss"] == pytest.approx(alone["loss"], rel=1e-4)
     assert first[0]["loss"] == one[0]["loss"]
     (recipe.out / "checkpoint").rename(tmp_path / "done")
-    with pytest.raises(ValueError, match=r"states of another number of ranks \(rank-.-of-2.pt\), and there are 1"):
+    with pytest.raises(ValueError, match=r"is of another number of ranks \(rank-.-of-2.pt\), and there are 1"):
         ranks.run(train, recipe, size=1)
 
 

@@ -33,10 +33,10 @@ class States:
         size = self.group.size
         folders = sorted(self.folder.iterdir(), reverse=True) if self.folder.is_dir() else []
         whole = [each for each in folders if len(list(each.glob(f"rank-*-of-{size}.pt"))) == size]
-        if not whole and any(list(each.glob("*.pt")) for each in folders):
-            found = next(iter(folders[0].glob("*.pt"))).name
-            raise ValueError(f"{self.folder} holds states of another number of ranks ({found}), and there are {size}")
         if not whole:
+            others = [file.name for each in folders for file in each.glob("*.pt") if f"-of-{size}." not in file.name]
+            if others:
+                raise ValueError(f"{self.folder} is of another number of ranks ({others[0]}), and there are {size}")
             return 0, []
         state = torch.load(whole[0] / self.file)
         model.load_state_dict(state["model"])
