@@ -30,6 +30,7 @@ class RoutedExperts(nn.Module):
     weight_format    "bf16" or "mxfp4"
     dispatch_format  of MegaMoE; by default "mxfp8" with mxfp4 weights, where it costs no bit, and "bf16" otherwise
     name, device     of MegaMoE, as are other options, which are handed on
+    layer_type       MegaMoE, or a class of its kind
 
     ValueError as MegaMoE raises it.
     """
@@ -44,11 +45,12 @@ class RoutedExperts(nn.Module):
         dispatch_format: str | None = None,
         name: str = "experts",
         device: torch.device | str | None = None,
+        layer_type: type[MegaMoE] = MegaMoE,
         **options: Any,
     ) -> None:
         super().__init__()
         self.structure = structure
-        self.layer = MegaMoE(
+        self.layer = layer_type(
             structure.shape(topk),
             group,
             weight_format=weight_format,

@@ -139,7 +139,12 @@ class PackedExpertsQuantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Where experts keep their master weights, and each step's are rounded to FP4."""
+        return self.packing is None
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:
