@@ -104,7 +104,6 @@ def _begin_alone(experts: nn.Module, topk: int) -> tuple[TrainedExperts | None, 
     structure = structure_of(experts)
     if experts.training:
         trained = TrainedExperts(experts, structure, group, topk)
-        vars(experts)["trained"] = trained
         _FIRST.setdefault(model, trained.routed)
         return trained, None
     routed = hand_over(experts, structure, group, topk)

@@ -135,7 +135,8 @@ class PackedExpertsQuantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         return [WeightConverter(names, name, [operation(self)]) for name, names in self.serialized_names.items()]
 
     def is_serializable(self) -> bool:
-        return False
+        """Where experts keep the weights that the checkpoint had, until a call in eval mode takes them."""
+        return self.packing is None
 
     @property
     def is_trainable(self) -> bool:

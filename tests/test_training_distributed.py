@@ -340,6 +340,7 @@ def go_on(group: EPGroup, path: Path) -> dict[str, Tensor]:
     return whole_of(layer)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_of_four_ranks_goes_on_in_two_and_in_one(ranks: LocalRanks, tmp_path: Path) -> None:
     expected = ranks.run(save_sharded, tmp_path)[0]
     for size in (2, 1, 4):

@@ -32,6 +32,7 @@ class TrainedExperts:
                 "with weights in BF16 or FP32, and with quantization_config=PackedExpertsConfig() for FP4 training"
             )
         self.experts, self.structure = experts, structure
+        vars(experts)["trained"] = self  # no submodule: no state dict of the model has anything of it
         self.routed = RoutedExperts(
             structure,
             topk,
