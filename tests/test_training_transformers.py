@@ -179,6 +179,28 @@ def test_ranks_that_share_a_batch_have_the_gradients_of_one(checkpoints: dict[st
         assert all(relative_error(found[name], each) < 1e-2 for name, each in expected.items())
 
 
+def changed_in_place(group: EPGroup, path: Path, layout: str) -> tuple[int, int, bool]:
+    """How often weights were packed: in three calls without a change, and after one; whether the output changed."""
+    model = load(path, group, layout).train()
+    batch = torch.stack([each["input_ids"] for each in texts(2)])
+    with torch.no_grad():
+        first = [model(input_ids=batch).logits for _ in range(3)][-1]
+        (before,) = packings(model)
+        for name, each in model.named_parameters():
+            if name.endswith(".experts.down_proj"):
+                each.mul_(1.5)
+        second = model(input_ids=batch).logits
+    (after,) = packings(model)
+    return before, after, bool((whole(first) != whole(second)).any())
+
+
+@pytest.mark.parametrize(("layout", "size"), [("fsdp", 1), ("fsdp", 2), ("tp", 2)], ids=["alone", "fsdp", "tp"])
+def test_weights_that_are_changed_between_calls_are_packed_again_and_no_others(
+    checkpoints: dict[str, Path], ranks: LocalRanks, layout: str, size: int
+) -> None:
+    assert ranks.run(changed_in_place, checkpoints["mixtral"], layout, size=size) == [(1, 2, True)] * size
+
+
 # ---- one rank, beside transformers' own experts ----
 
 
