@@ -57,7 +57,7 @@ def test_a_slice_is_summed_in_the_order_that_is_written(num_values: int, dtype: 
 
 
 def test_many_slices_have_the_bits_of_each_alone() -> None:
-    x = torch.randn(1100, 120, generator=torch.Generator().manual_seed(1))  # two lots of rows
+    x = torch.randn(600, 120, generator=torch.Generator().manual_seed(1))  # two lots of rows
     for p in (1.0, 2.0, math.inf):
         together = Norm(p).of_slices(x)
         alone = torch.cat([Norm(p).of_slices(each[None]) for each in x])
