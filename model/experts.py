@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,11 @@ class RoutedExperts(nn.Module):
     weight_format    "bf16" or "mxfp4"
     dispatch_format  of MegaMoE; by default "mxfp8" with mxfp4 weights, where it costs no bit, and "bf16" otherwise
     name, device     of MegaMoE, as are other options, which are handed on
-    layer_type       MegaMoE, or a class of its kind
 
     ValueError as MegaMoE raises it.
     """
+
+    layer_type: ClassVar[type[MegaMoE]] = MegaMoE
 
     def __init__(
         self,
@@ -45,12 +46,11 @@ class RoutedExperts(nn.Module):
         dispatch_format: str | None = None,
         name: str = "experts",
         device: torch.device | str | None = None,
-        layer_type: type[MegaMoE] = MegaMoE,
         **options: Any,
     ) -> None:
         super().__init__()
         self.structure = structure
-        self.layer = layer_type(
+        self.layer = self.layer_type(
             structure.shape(topk),
             group,
             weight_format=weight_format,

@@ -14,7 +14,7 @@ from megamoe.model.experts import RoutedExperts
 from megamoe.model.packed import PackedExperts
 from megamoe.model.private import empty
 from megamoe.model.structure import Structure, read_structure
-from megamoe.model.training import TrainedExperts
+from megamoe.model.training.stock import TrainedExperts
 from megamoe.parallel.group import EPGroup
 
 # layers without a group of ranks share buffers and turns with the first layer of their model that lives

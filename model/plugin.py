@@ -19,8 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megamoe.model.experts import RoutedExperts
 from megamoe.model.handover import hand_over, refuse_late_training, run_alone, structure_of
-from megamoe.model.training import TrainedExperts, gather_slices, take_slice
-from megamoe.model.training.experts import owners_of
+from megamoe.model.training.slices import gather_slices, take_slice
+from megamoe.model.training.stock import TrainedExperts, owners_of
 from megamoe.parallel.group import EPGroup
 
 NAME = "megamoe"

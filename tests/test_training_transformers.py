@@ -20,10 +20,9 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.model import PackedExpertsConfig, packed_config
 from megamoe.model.making.tiny import write_tiny
 from megamoe.model.making.tokenizer import VOCABULARY
-from megamoe.model.training import TrainedExperts
+from megamoe.model.training.stock import TrainedExperts
 from megamoe.parallel.group import EPGroup
 from megamoe.reference import relative_error
-from megamoe.training.distributed.given import GivenMoE
 
 LENGTH, BATCH = 24, 4
 
@@ -122,8 +121,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def packings(model: nn.Module) -> set[int]:
     """How often the weights of each layer were packed."""
-    layers = [each.routed.layer for each in trained(model)]
-    return {each.experts.rounding_step for each in layers if isinstance(each, GivenMoE)}
+    return {each.routed.layer.experts.rounding_step for each in trained(model)}
 
 
 def trained(model: nn.Module) -> list[TrainedExperts]:

@@ -1,74 +1,63 @@
-"""A transformers experts module that trains: one layer for it, and its weights stay the module's parameters."""
+"""A transformers model's experts as a layer that trains."""
 
-# T tokens of this rank   H hidden   I intermediate   K experts per token   e experts that the module holds
+# E experts   H hidden   K experts per token
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
+import torch.distributed as dist
+from torch import nn
+
+from megamoe.layer import MegaMoE
 from megamoe.model.experts import RoutedExperts
-from megamoe.model.packed import PackedExperts
-from megamoe.model.private import sharded_parameters
-from megamoe.model.structure import Structure
+from megamoe.model.loading.expert_weights import parameter_names
+from megamoe.model.loading.skeleton import find_blocks, set_module
 from megamoe.parallel.group import EPGroup
-from megamoe.training.distributed.given import GivenMoE
+from megamoe.training import TrainableMoE
 
 
-class TrainedExperts:
-    """Computes a module's experts, and takes gradients to its parameters, wherever a framework has them.
+class TrainableRoutedExperts(RoutedExperts):
+    """RoutedExperts whose layer trains: options are TrainableMoE's."""
 
-    Optimisers, FSDP, state dicts and save_pretrained() go on as with transformers' own experts. The layer's packed
-    copies are made anew where a parameter was changed. Its formats are those of inference: BF16, or with MXFP4, where
-    the module asks for it, quantisation-aware training.
+    layer_type: ClassVar[type[MegaMoE]] = TrainableMoE
+    layer: TrainableMoE
 
-    ValueError for experts that are packed, which have no master weights, and for weights in FP16.
+
+def make_trainable(
+    model: Any, group: EPGroup | dist.ProcessGroup | None = None, *, weight_format: str = "mxfp4", **options: Any
+) -> dict[str, TrainableMoE]:
+    """Puts a TrainableMoE in the place of each block's routed experts -> the layers, by the names of those modules.
+
+    model     of transformers, with all of its experts' weights, the same on every rank. This rank's experts become
+              master weights; the others' are let go
+    options   of TrainableMoE: master_dtype, gradient_format, saved, rounding, ...
+
+    The rest of the model stays transformers' own, whole on every rank: megamoe.training.sum_gradients() is for its
+    gradients, dense_parameters() finds them. ValueError, and nothing has changed, for a model without routed experts
+    and for experts that do not fit, see read_structure().
     """
-
-    def __init__(self, experts: nn.Module, structure: Structure, group: EPGroup | None, topk: int) -> None:
-        if isinstance(experts, PackedExperts):
-            raise ValueError(
-                f"{type(experts).__name__} are packed as the checkpoint has them and cannot be trained: load the model "
-                "with weights in BF16 or FP32, and with quantization_config=PackedExpertsConfig() for FP4 training"
-            )
-        self.experts, self.structure = experts, structure
-        vars(experts)["trained"] = self  # no submodule: no state dict of the model has anything of it
-        self.routed = RoutedExperts(
-            structure,
-            topk,
-            group,
-            weight_format=str(getattr(experts, "weight_format", "bf16")),
-            name=type(experts).__name__,
-            device=next(experts.parameters(recurse=False)).device,
-            layer_type=GivenMoE,
+    blocks, ranks = tuple(find_blocks(model)), EPGroup.of(group)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no routed experts")
+    made: dict[str, TrainableRoutedExperts] = {}
+    for block in blocks:
+        experts = model.get_submodule(block.name)
+        made[block.name] = routed = TrainableRoutedExperts(
+            block.structure, block.topk, ranks, weight_format=weight_format, name=block.name, **options
         )
-
-    def __call__(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, owners: list[Tensor] | None = None
-    ) -> Tensor:
-        """[T, H], [T, K] int64, [T, K] -> [T, H], by the weights that the module has at the moment.
-
-        owners: its parameters as optimisers know them, where others stand in for them at the moment
-        """
-        layer = self.routed.layer
-        assert isinstance(layer, GivenMoE)
-        with layer.given(self._masters(), owners_of(self.experts) if owners is None else owners):
-            out: Tensor = self.routed(hidden_states, top_k_index, top_k_weights)
-        return out
-
-    def _masters(self) -> list[Tensor]:
-        """The module's weights as the layer has them, outputs first and gates before ups, through autograd."""
-        first, down = self.structure.first, "down_proj"
-        found: list[Tensor] = [getattr(self.experts, name) for name in (first, down)]
-        if self.structure.is_transposed:
-            found = [weight.mT for weight in found]
-        found += [getattr(self.experts, f"{name}_bias") for name in (first, down) if self.structure.has_bias]
-        if self.structure.is_interleaved:
-            for index in range(0, len(found), 2):
-                found[index] = torch.cat((found[index][:, 0::2], found[index][:, 1::2]), 1)
-        return found
+        stacks = [experts.get_parameter(name).detach() for name in parameter_names(block.structure)]
+        for expert in routed.layer.local_experts:
+            routed.load(expert, *(stack[expert] for stack in stacks))
+    for name, routed in made.items():
+        set_module(model, name, routed)
+    return {name: routed.layer for name, routed in made.items()}
 
 
-def owners_of(experts: nn.Module) -> list[Tensor]:
-    """The module's parameters as optimisers know them: FSDP stands others in for these around a call."""
-    return sharded_parameters(experts) or list(experts.parameters(recurse=False))
+def dense_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of all that every rank has whole: what is no TrainableMoE's."""
+    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, TrainableMoE))
+    for name, parameter in model.named_parameters():
+        if not name.startswith(layers):
+            yield name, parameter
