@@ -279,13 +279,6 @@ class Model(Entry):
         return self.routed_hidden or self.hidden
 
 
-_FITTED = "fitted to every other row of"
-_LOW_LATENCY = f"{_FITTED} deepep_ll_h100_1node and deepep_ll_gb200_1node; see docs/accuracy.md"
-_NODES = f"{_FITTED} deepep_ll_h100_nodes; see docs/accuracy.md"
-_NORMAL = f"{_FITTED} the DeepEP column of deepgemm_pr383_h200_fp8_flash; see docs/accuracy.md"
-_GROUPED = f"{_FITTED} sglang_grouped_gemm_h100_fp8_decode and _prefill; see docs/accuracy.md"
-
-
 class Staged(Entry):
     """What separate kernels take, the same on every device that was measured; see planner/layer/staged.py.
 
@@ -296,51 +289,15 @@ class Staged(Entry):
     host_us    the least that a host takes to launch the latter
     """
 
-    ll_dispatch_us: Figure = Figure(
-        value=7.38,
-        tag="derived",
-        source=_LOW_LATENCY,
-    )
-    ll_dispatch_token_us: Figure = Figure(
-        value=2.36,
-        tag="derived",
-        source=_LOW_LATENCY,
-    )
-    ll_combine_us: Figure = Figure(
-        value=10.2,
-        tag="derived",
-        source=_LOW_LATENCY,
-    )
-    ll_combine_token_us: Figure = Figure(
-        value=0.27,
-        tag="derived",
-        source=_LOW_LATENCY,
-    )
-    ll_node_us: Figure = Figure(
-        value=4.07,
-        tag="derived",
-        source=_NODES,
-    )
-    normal_efficiency: Figure = Figure(
-        value=0.573,
-        tag="derived",
-        source=_NORMAL,
-    )
-    masked_us: Figure = Figure(
-        value=15.8,
-        tag="derived",
-        source=_GROUPED,
-    )
-    contiguous_us: Figure = Figure(
-        value=182,
-        tag="derived",
-        source=_GROUPED,
-    )
-    host_us: Figure = Figure(
-        value=398,
-        tag="derived",
-        source=_GROUPED,
-    )
+    ll_dispatch_us: Figure
+    ll_dispatch_token_us: Figure
+    ll_combine_us: Figure
+    ll_combine_token_us: Figure
+    ll_node_us: Figure
+    normal_efficiency: Figure
+    masked_us: Figure
+    contiguous_us: Figure
+    host_us: Figure
 
 
 class Profile(Staged):

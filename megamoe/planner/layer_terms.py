@@ -7,7 +7,7 @@ from __future__ import annotations
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan
 from megamoe.planner.layer.rule import tiers
-from megamoe.planner.layer.stacks import launched
+from megamoe.planner.layer.stacks import launched, sent_once
 from megamoe.planner.layer.tiles import COLUMNS, block_of, reached_tflops, tile_us
 from megamoe.planner.serving.flops import Term
 from megamoe.schedule.formats import value_bytes
@@ -105,6 +105,8 @@ def _link_terms(planned: Plan) -> list[Term]:
     rates = {"scale-up": device.link_bytes_s(inside) / 1e9, "nic": device.nic_bytes_s / 1e9}
     slowest = max(found, key=lambda tier: tier.f_remote / rates[tier.name])
     there, back = expert.dispatch_bytes, expert.combine_bytes
+    if request.stack == "megamoe":
+        there *= sent_once(expert, request.ep)  # a token goes once to each rank
     own = request.tokens_per_rank * expert.topk
     fuller = max(layer.rows * there + own * back, layer.rows * back + own * there) / layer.rows / (there + back)
     if slowest.name == "nic":

@@ -10,11 +10,12 @@ intermediate results and no link. Recomputing fills the head, weight gradients f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megamoe.schedule.schedule import LOOKAHEAD
 
 RECOMPUTE, DATA, WEIGHTS = "recompute", "data", "weights"
+Transfers = list[tuple[str, int, float, float]]  # "dispatch" or "combine", wave, begin and end
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,14 @@ def schedule_backward(load: BackwardLoad) -> list[BackwardStep]:
 
 @dataclass(frozen=True, slots=True)
 class PlayedBackward:
-    """total: from the first dispatch to the last result and the last weight gradient; steps with begin and end."""
+    """total: from the first dispatch to the last result and the last weight gradient; steps with begin and end.
+
+    links: what the link carried, in order
+    """
 
     total: float
     steps: list[tuple[BackwardStep, float, float]]
+    links: Transfers = field(default_factory=list)
 
 
 def play_backward(load: BackwardLoad) -> PlayedBackward:
@@ -59,12 +64,18 @@ def play_backward(load: BackwardLoad) -> PlayedBackward:
     num_waves, clock, link = len(load.data), 0.0, 0.0
     arrivals: list[float] = []
     steps: list[tuple[BackwardStep, float, float]] = []
+    links: Transfers = []
     recomputed, pending = 0, list[int]()  # waves recomputed so far; waves whose weight gradients are to be computed
 
-    def send() -> None:
+    def carry(lane: str, wave: int, time: float) -> None:
         nonlocal link
+        begin = max(link, clock)
+        link = begin + time
+        links.append((lane, wave, begin, link))
+
+    def send() -> None:
         if len(arrivals) < num_waves:
-            link = max(link, clock) + load.dispatch[len(arrivals)]
+            carry("dispatch", len(arrivals), load.dispatch[len(arrivals)])
             arrivals.append(link)
 
     def compute(work: str, wave: int, time: float) -> None:
@@ -88,8 +99,8 @@ def play_backward(load: BackwardLoad) -> PlayedBackward:
         send()
         clock = max(clock, arrivals[wave])
         compute(DATA, wave, load.data[wave])
-        link = max(link, clock) + load.combine[wave]
+        carry("combine", wave, load.combine[wave])
         pending.append(wave)
     for wave in pending:
         compute(WEIGHTS, wave, load.weights[wave])
-    return PlayedBackward(max(clock, link), steps)
+    return PlayedBackward(max(clock, link), steps, links)
