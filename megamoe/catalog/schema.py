@@ -387,6 +387,8 @@ class Machine(Entry):
     link_efficiency       of a link's nominal rate                      burst_us           that a link takes at once
     loopback_gb_s         where ranks are joined by no link             exchange_us        a message more
     byte_ns               of a core's time, for every byte that a rank sends or receives
+    link_share            of a core, taken by the threads that move bytes while a shaped link carries any
+    gradient_ns           writing a weight's gradient, in a backward, and what turning rows into columns costs for it
     """
 
     name: str
@@ -407,6 +409,8 @@ class Machine(Entry):
     loopback_gb_s: Figure
     exchange_us: Figure
     byte_ns: Figure
+    link_share: Figure
+    gradient_ns: Figure
 
     @model_validator(mode="after")
     def _checked(self) -> Self:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megamoe.schedule.schedule import LOOKAHEAD
+from megamoe.schedule.schedule import LOOKAHEAD, Link
 
 RECOMPUTE, DATA, WEIGHTS = "recompute", "data", "weights"
 Transfers = list[tuple[str, int, float, float]]  # "dispatch" or "combine", wave, begin and end
@@ -59,24 +59,22 @@ class PlayedBackward:
     links: Transfers = field(default_factory=list)
 
 
-def play_backward(load: BackwardLoad) -> PlayedBackward:
+def play_backward(load: BackwardLoad, link: Link | None = None) -> PlayedBackward:
     """The schedule with its times. The link carries one thing after the other, as in schedule.play()."""
-    num_waves, clock, link = len(load.data), 0.0, 0.0
+    num_waves, clock, home, link = len(load.data), 0.0, 0.0, link or Link()
     arrivals: list[float] = []
     steps: list[tuple[BackwardStep, float, float]] = []
     links: Transfers = []
     recomputed, pending = 0, list[int]()  # waves recomputed so far; waves whose weight gradients are to be computed
 
-    def carry(lane: str, wave: int, time: float) -> None:
-        nonlocal link
-        begin = max(link, clock)
-        link = begin + time
-        links.append((lane, wave, begin, link))
+    def carry(lane: str, wave: int, time: float) -> float:
+        begin, end = link.carry(clock, time)
+        links.append((lane, wave, begin, end))
+        return end
 
     def send() -> None:
         if len(arrivals) < num_waves:
-            carry("dispatch", len(arrivals), load.dispatch[len(arrivals)])
-            arrivals.append(link)
+            arrivals.append(carry("dispatch", len(arrivals), load.dispatch[len(arrivals)]))
 
     def compute(work: str, wave: int, time: float) -> None:
         nonlocal clock
@@ -99,8 +97,8 @@ def play_backward(load: BackwardLoad) -> PlayedBackward:
         send()
         clock = max(clock, arrivals[wave])
         compute(DATA, wave, load.data[wave])
-        carry("combine", wave, load.combine[wave])
+        home = carry("combine", wave, load.combine[wave])
         pending.append(wave)
     for wave in pending:
         compute(WEIGHTS, wave, load.weights[wave])
-    return PlayedBackward(max(clock, link), steps, links)
+    return PlayedBackward(max(clock, home), steps, links)
