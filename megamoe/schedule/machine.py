@@ -316,7 +316,8 @@ def _overlapped_us(run: Run, machine: Machine, steps: list[tuple[Work, int]], cr
 
 def link_of(run: Run, machine: Machine) -> Link:
     """The link between hosts as it is played, rested when a call begins."""
-    return Link(machine.burst_us.value if run.link_gb_s else 0.0, machine.exchange_us.value)
+    burst = machine.burst_us.value / machine.link_efficiency.value if run.link_gb_s else 0.0
+    return Link(burst, machine.exchange_us.value)
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:

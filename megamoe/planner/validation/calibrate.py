@@ -169,13 +169,15 @@ def _fit_together(reports: Sequence[dict[str, Any]], machine: Machine, source: s
 
     rates = {each["link_gb_s"] for each in reports if each["link_gb_s"]}
     shares = _LINK_SHARES if len(rates) > 1 else [machine.link_share.value]
-    found = best({"byte_ns": ns, "link_share": share} for ns, share in product(_BYTE_NS, shares))
-    found = best({**found, "wave_us": us} for us in _WAVES_US)
     finer = [share / 5 for share in _FINER] if len(rates) > 1 else [0.0]
-    nearby = (
-        (max(0.0, found["byte_ns"] + ns), max(0.0, found["link_share"] + by)) for ns, by in product(_FINER, finer)
-    )
-    return _with(machine, source, **best({**found, "byte_ns": ns, "link_share": share} for ns, share in nearby))
+    found = best({"byte_ns": ns, "link_share": share} for ns, share in product(_BYTE_NS, shares))
+    for _ in range(2):
+        around = {
+            key: [max(0.0, found[key] + by) for by in steps] for key, steps in zip(found, (_FINER, finer), strict=False)
+        }
+        found = best({**found, "byte_ns": ns, "link_share": share} for ns, share in product(*around.values()))
+        found |= {"wave_us": best({**found, "wave_us": us} for us in _WAVES_US)["wave_us"]}
+    return _with(machine, source, **found)
 
 
 def nonnegative(amounts: NDArray[np.float64], measured: NDArray[np.float64]) -> list[float]:
