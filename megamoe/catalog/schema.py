@@ -308,6 +308,7 @@ class Profile(Staged):
     tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
     memory_efficiency   of the memory bandwidth
     link_efficiency     of the scale-up link, in an all-to-all of up to 8 ranks; (8 / ranks)^link_congestion of it above
+    link_incast         many ranks sending to one: (rows of the busiest / its own pairs)^link_incast times as long
     nic_efficiency      of the NIC, likewise
     exchange_us         a dispatch or combine of its own, in no kernel
     overlap             p of the norm in which compute, memory and link add up within the fused kernel
@@ -336,6 +337,7 @@ class Profile(Staged):
     memory_efficiency: Figure
     link_efficiency: Figure
     link_congestion: Figure
+    link_incast: Figure
     nic_efficiency: Figure
     exchange_us: Figure
     overlap: Figure

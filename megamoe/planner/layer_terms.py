@@ -102,18 +102,20 @@ def _link_terms(planned: Plan) -> list[Term]:
     found = tiers(request.ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s)
     if not found:
         return []
-    rates = {"scale-up": device.link_bytes_s(inside) / 1e9, "nic": device.nic_bytes_s / 1e9}
+    own = request.tokens_per_rank * expert.topk
+    incast = device.incast(layer.rows, own)
+    rates = {"scale-up": device.link_bytes_s(inside) / incast / 1e9, "nic": device.nic_bytes_s / 1e9}
     slowest = max(found, key=lambda tier: tier.f_remote / rates[tier.name])
     there, back = expert.dispatch_bytes, expert.combine_bytes
     if request.stack == "megamoe":
         there *= sent_once(expert, request.ep)  # a token goes once to each rank
-    own = request.tokens_per_rank * expert.topk
     fuller = max(layer.rows * there + own * back, layer.rows * back + own * there) / layer.rows / (there + back)
     if slowest.name == "nic":
         rate = f"{g(device.nic_gb_s or 0)} x {g(device.nic_efficiency)}"
     else:
         crowd = min(1.0, (8 / inside) ** device.link_congestion)
         rate = f"{g(device.scaleup_gb_s)} x {g(device.link_efficiency)} x {g(crowd)}"
+        rate += f" / {g(incast)}" if incast > 1 + 1e-9 else ""
     shared = f"{g(slowest.f_remote)} x {g(fuller)} / ({rate} x 1000)"
     formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion)"
     terms = [

@@ -210,12 +210,15 @@ def row_us(device: Device, ep: int, rows: float, own: float, there: float, back:
     """Microseconds of link time that a row of this rank takes there and back, over the tier that is slowest.
 
     A rank's link carries, each way, what it receives and what it gives out for its `own` pairs; the fuller way counts.
-    there, back: bytes of a row
+    there, back: bytes of a row. Where many ranks send to one, its switch port serves them worse than an even exchange.
     """
     fuller = max(rows * there + own * back, rows * back + own * there) / rows / (there + back)
     slowest = 0.0
     for tier in tiers(ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s):
-        bytes_s = device.link_bytes_s(min(ep, device.scaleup_domain)) if tier.name == "scale-up" else device.nic_bytes_s
+        if tier.name == "scale-up":
+            bytes_s = device.link_bytes_s(min(ep, device.scaleup_domain)) / device.incast(rows, own)
+        else:
+            bytes_s = device.nic_bytes_s
         slowest = max(slowest, tier.f_remote * fuller / bytes_s)
     return there * slowest * 1e6, back * slowest * 1e6
 
