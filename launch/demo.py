@@ -23,6 +23,7 @@ from megamoe.execution.pipeline import CallRecord
 from megamoe.launch.cluster.cluster import LAUNCHERS, MegaMoECluster
 from megamoe.launch.cluster.job import check_vocabulary, read_text, share, tokenise
 from megamoe.launch.cluster.torchrun_work import run_under_torchrun
+from megamoe.launch.forking.server import MODELS, preload
 from megamoe.model.deepseek_v4.blocks import ExpertStack
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
@@ -141,6 +142,7 @@ def _asked(request: Request, progress: Progress) -> Iterator[tuple[Any, str, boo
         return
     from megamoe.launch.generation.answer import Answering, model_for_answers  # here because it brings transformers
 
+    preload(MODELS)
     progress("reading the model that answers", 0, 1)
     with model_for_answers(progress) as (path, model, stays):
         yield Answering(request.question, path), model, stays

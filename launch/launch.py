@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megamoe.execution.checks import check_wire
@@ -26,6 +25,7 @@ from megamoe.launch.cluster.job import (
 from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.demo import checkpoint_or_small
 from megamoe.launch.process import age_s
+from megamoe.model.loading.files import write_tensors
 from megamoe.parallel.health.runs import check_name
 from megamoe.routing.waves import Waves, check_waves
 
@@ -96,7 +96,7 @@ def run_launch(
             )
             report, output = _run(cluster, jobs, progress)
     if request.out is not None:
-        save_file({"hidden": output}, request.out)
+        write_tensors({"hidden": output}, request.out)
     return replace(report, starting={"preparation_s": prepared_s, **report.starting})
 
 

@@ -14,19 +14,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from megamoe.launch.forking.server import FORK_SERVER, QUIET, context, forked_by, own_streams, starting
 from megamoe.launch.lab.namespaces import Host
-
-_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
-_STARTING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +53,24 @@ def start(
     host: Host,
     environment: Mapping[str, str],
     output: bool = False,
+    forked: bool = False,
 ) -> Child:
-    """Spawns a process that moves to its host, sets its environment, and then lives: life(pipe, *args).
+    """Starts a process that moves to its host, sets its environment, and then lives: life(pipe, *args).
 
-    It ends when this process does, however that ends, and leaves Ctrl-C to it. Its environment is set before it
-    imports torch, where the main module does not.
+    It ends when this process does, however that ends, and leaves Ctrl-C to it. A spawned process sets its environment
+    before it imports torch, where the main module does not.
+
+    forked   it may come from Python's fork server, which has imported torch already: a few milliseconds instead of
+             seconds. It is spawned all the same where what it would inherit is not what the server began with.
     """
-    context = mp.get_context("spawn")
-    here, there = context.Pipe()
-    shown, prints = context.Pipe(duplex=False) if output else (None, None)
-    process = context.Process(target=_begin, args=(there, prints, host, dict(environment)), name=name, daemon=True)
+    way = context(forked)
+    whole = {**QUIET, **os.environ, **environment}
+    here, there = way.Pipe()
+    shown, prints = way.Pipe(duplex=False) if output else (None, None)
+    streams = [prints] if prints is not None else own_streams() if way is FORK_SERVER else []
+    process = way.Process(target=_begin, args=(there, streams, host, whole), name=name, daemon=True)
     try:
-        with _quiet_torch(), _blocked_interrupts():
+        with starting():
             process.start()
         here.send_bytes(pickle.dumps((life, args)))
     except BaseException:
@@ -77,25 +81,32 @@ def start(
             shown.close()
         raise
     finally:
-        there.close()
-        if prints is not None:
-            prints.close()
+        for end in (there, *streams):
+            end.close()
     return Child(process, here, shown)
 
 
-def _begin(pipe: Connection, prints: Connection | None, host: Host, environment: dict[str, str]) -> None:
-    """First steps of the process. Nothing here brings torch, so that all it may say is said where it should be."""
-    if prints is not None:
-        for number, stream in enumerate((sys.stdout, sys.stderr), 1):
-            os.dup2(prints.fileno(), number)
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(line_buffering=True)  # what was printed is out, whatever comes next
+def _begin(pipe: Connection, streams: list[Connection], host: Host, environment: dict[str, str]) -> None:
+    """First steps of the process. Nothing here brings torch, so that all it may say is said where it should be.
+
+    streams   where it prints: both the same way, stdout and stderr, or none, where it has both already
+    """
+    for number, prints in enumerate(streams * 2 if len(streams) == 1 else streams, 1):
+        os.dup2(prints.fileno(), number)
+        stream = (sys.stdout, sys.stderr)[number - 1]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # what was printed is out, whatever comes next
+    for prints in streams:
         prints.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which takes this process down
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_follow_parent, daemon=True).start()
     host.enter()
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
     os.environ.update(environment)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()  # not what the server's other processes draw; Python sees to its own
     gc.disable()  # imports leave no garbage, and torch's many objects would be looked through again and again
     life, args = pickle.loads(pipe.recv_bytes())
     gc.freeze()  # they stay, and no collection looks at them any more
@@ -104,33 +115,18 @@ def _begin(pipe: Connection, prints: Connection | None, host: Host, environment:
 
 
 def _follow_parent() -> None:
+    """Ends this process when the one that started it does, or the server that forked it and says how it ended."""
     parent = mp.parent_process()
     assert parent is not None
-    parent.join()
+    ends: list[Any] = [parent.sentinel]
+    server = forked_by()
+    if server is not None:
+        with suppress(OSError):  # a kernel older than 5.3, or a server that is gone already
+            ends.append(os.pidfd_open(server))
+        if os.getppid() != server:
+            os._exit(1)
+    wait(ends)
     os._exit(1)
-
-
-@contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """Read when a process imports torch: no warnings of addresses that have no name."""
-    with _STARTING:  # two starts at once would take each other's setting for the program's own
-        before = os.environ.get(_LOG_LEVEL)
-        os.environ[_LOG_LEVEL] = before or "ERROR"
-        try:
-            yield
-        finally:
-            if before is None:
-                os.environ.pop(_LOG_LEVEL, None)
-
-
-@contextmanager
-def _blocked_interrupts() -> Iterator[None]:
-    """A process that is started here is deaf to Ctrl-C from its first moment."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from megamoe.launch.forking.server import reap
 from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.process import cause, loopback, portable, share_of_cores, start, uninterrupted
 from megamoe.launch.requests import check_count, check_main
@@ -75,7 +76,7 @@ class LocalRanks:
             for rank, host in enumerate(self._hosts):
                 args = (rank, host.address, self.threads_per_rank, self.deadline_s)
                 environment = {"GLOO_SOCKET_IFNAME": host.interface}
-                child = start(f"megamoe rank {rank}", _serve, *args, host=host, environment=environment)
+                child = start(f"megamoe rank {rank}", _serve, *args, host=host, environment=environment, forked=True)
                 self._processes.append(child.process)
                 self._pipes.append(child.pipe)
             self._introduce()
@@ -97,7 +98,7 @@ class LocalRanks:
 
     def _dead(self, rank: int) -> RankFailedError:
         process = self._processes[rank]
-        process.join()
+        reap(process)
         return RankFailedError(rank, f"rank {rank} (process {process.pid}) died: {cause(process.exitcode)}")
 
     def __exit__(
@@ -111,7 +112,7 @@ class LocalRanks:
             for process in self._processes:
                 process.kill()
             for process in self._processes:
-                process.join()
+                reap(process)
                 process.close()
             for pipe in self._pipes:
                 pipe.close()

@@ -122,8 +122,12 @@ class EPGroup:
     @property
     def far(self) -> list[int]:
         """Ranks that this one shares no memory with."""
-        host = getattr(self.transport, "host", None)
-        return [rank for rank in range(self.size) if rank != self.rank and (host is None or rank not in host.near)]
+        return [rank for rank in range(self.size) if rank != self.rank and rank not in self.near]
+
+    @property
+    def near(self) -> list[int]:
+        """Ranks that this one shares memory with; none before the first exchange has found out."""
+        return list(getattr(getattr(self.transport, "host", None), "near", ()))
 
     def wave_cost(self, layer: str, own_s: float) -> float:
         """Seconds that a wave takes beside its rows, the most of all ranks'; when first asked for, all must ask."""
@@ -369,6 +373,7 @@ def _monitor(group: EPGroup, store: Store, address: str, run: str | None) -> Ite
         group.rank, group.size, store, where, address=address, host=group.host, deadline_s=group.deadline_s
     )
     monitor.trouble, monitor.pulse = group.transport.abort, getattr(group.transport, "tend", _nothing)
+    monitor.near = lambda: group.near
     group.monitors.append(monitor)
     group.clock.monitors.append(monitor)
     listed = list_rank(run, group.rank, monitor.address, monitor.port, monitor.token) if run else nullcontext()
@@ -385,6 +390,7 @@ def _monitor(group: EPGroup, store: Store, address: str, run: str | None) -> Ite
         group.monitors.clear()  # what is left of the group must not hold itself, and its connections, alive
         group.clock.monitors.clear()
         monitor.trouble = monitor.pulse = _nothing
+        monitor.near = tuple
 
 
 def _forget_failed_start() -> None:

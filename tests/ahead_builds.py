@@ -19,7 +19,7 @@ class AheadBuilds:
     """Begun when made. The compilers give way to whatever else runs on this machine."""
 
     def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(5,))
+        self._pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(10,))
         self._underway: dict[tuple[str, str], Future[list[Resources]]] = {
             (operation, chip.name): self._pool.submit(resources_of, operation, chip.name)
             for chip in TARGETS

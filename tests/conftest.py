@@ -1,12 +1,14 @@
-"""What serves the whole run: four ranks, two compilers; and one thread for torch, so that ranks share two cores.
+"""What serves the whole run: kernels, four ranks, two compilers; and one thread for torch, as ranks share two cores.
 
 `pytest -n 2` shares the files between two processes, each with ranks of its own: two_workers.py.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from megamoe.kernels.cpu.library import prepare
+from megamoe.launch.forking.server import MODELS, preload
 from megamoe.launch.ranks import LocalRanks
 from tests import interpreter, two_workers
 
@@ -28,6 +32,19 @@ Beside = dict[str, tuple[Path, Future[Any]]]
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> two_workers.ByScope:
     return two_workers.ByScope(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The CPU's kernels are there before any test has a deadline, and before xdist starts its workers."""
+    if not two_workers.shared() and not session.config.option.collectonly:
+        prepare(partial(print, file=sys.stderr))
+
+
+def pytest_collection_finish() -> None:
+    """Ranks have transformers from the start where tests that were collected have it."""
+    if "transformers" in sys.modules:
+        preload(MODELS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -85,6 +102,8 @@ def interpreted_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
     found = [
         item for item in found if getattr(item.function, "interpreted", False) and not item.get_closest_marker("skip")
     ]
+    if two_workers.shared():  # what the other process may be given it runs itself
+        found = [item for item in found if two_workers.scope_of(item.nodeid) == two_workers.BESIDE_SCOPE]
     given = [(item.function, item.callspec.params if hasattr(item, "callspec") else {}) for item in found]
     if find_spec("triton") is not None and two_workers.begins_beside():
         interpreter.begin((test, each) for test, each in given if set(signature(test).parameters) == set(each))

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -30,6 +29,7 @@ from megamoe.model.deepseek_v4.synthetic import write_checkpoint
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from tests.cluster_cases import WatchedPool, batches_and_outputs, break_next_forward
+from tests.processes import started
 from tests.test_lab import needs_lab
 from tests.test_model import CONFIG
 
@@ -66,8 +66,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(checkpoint: Path) -> Iterator[Pair]:
-    resource_tracker.ensure_running()  # Python's own, which stays
-    processes, threads = frozenset(psutil.Process().children()), frozenset(threading.enumerate())
+    processes, threads = frozenset(started()), frozenset(threading.enumerate())
     handles, cluster = watched(2, RestartPolicy(restarts=100, backoff_s=0.01, retry_s=0.1))
     with cluster:
         cluster.load(checkpoint)
@@ -395,7 +394,7 @@ def test_without_a_seat_a_group_that_is_not_elastic_waits_for_it(
 def test_a_cluster_that_was_stopped_leaves_no_process_and_no_thread(pair: Pair, cases: Cases) -> None:
     assert right(pair.cluster, cases[:1])
     pair.cluster.stop()
-    assert set(psutil.Process().children()) <= pair.processes
+    assert started() <= pair.processes
     for each in set(threading.enumerate()) - pair.threads:
         each.join(10.0)
         assert not each.is_alive(), each

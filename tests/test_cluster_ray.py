@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path) -> Iterator[MegaMoECluster]:
     policy = RestartPolicy(restarts=20, backoff_s=0.01)
-    with MegaMoECluster(2, launcher="ray", address="local", deadline_s=20.0, threads=1, policy=policy) as cluster:
+    with MegaMoECluster(2, launcher="ray", address="local", deadline_s=60.0, threads=1, policy=policy) as cluster:
         cluster.load(checkpoint)
         yield cluster
 

@@ -466,8 +466,19 @@ def test_a_path_that_this_cpu_does_not_run_is_refused_before_it_is_built(monkeyp
                 load(Path("tiles", path.arithmetic, needs=path.needs))
 
 
+# what it would compile is left out of every source: that a build is whole, test_every_path_can_be_built shows
+EMPTIED = """#!/bin/bash
+given=()
+for each in "$@"; do [[ $each == *.cpp ]] && given+=(-x c++ /dev/null) || given+=("$each"); done
+exec c++ "${given[@]}"
+"""
+
+
 def test_ranks_that_start_at_once_compile_once(tmp_path: FilePath) -> None:
-    environment = {**building._environment(), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    compiler = tmp_path / "emptied-c++"
+    compiler.write_text(EMPTIED)
+    compiler.chmod(0o700)
+    environment = {**building._environment(), "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": str(compiler)}
     ranks = [
         subprocess.Popen([sys.executable, "-c", TWO_AT_ONCE], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)

@@ -22,6 +22,7 @@ import megamoe
 from megamoe.launch.terminal import parse_waves
 from megamoe.model.deepseek_v4.synthetic import write_checkpoint
 from tests.commands import invoked, refused
+from tests.processes import ranks_of
 from tests.test_model import CONFIG, LAYER_1, truncate
 
 COMMAND = [sys.executable, "-c", "from megamoe.launch.cli.main import main; main()"]
@@ -163,8 +164,8 @@ def struck(place: Path, launcher: str, moment: str, signal_number: signal.Signal
         reached: Callable[[], bool] = {
             "writing": lambda: any(place.glob("megamoe-demo-*/*")),
             "written": lambda: any(place.glob("megamoe-demo-*/config.json")),
-            "ranks_started": lambda: len(spawned(process)) == 2,
-            "ranks_running": lambda: len(spawned(process)) == 2 and met(process),
+            "ranks_started": lambda: len(ranks_of(process)) == 2,
+            "ranks_running": lambda: len(ranks_of(process)) == 2 and met(process),
             "ray_started": lambda: bool(running(process, "/raylet/raylet")),
             "ray_ranks": lambda: len(running(process, "ray::WorkerActor")) == 2,
             "torchrun_ranks": lambda: (
@@ -180,7 +181,7 @@ def struck(place: Path, launcher: str, moment: str, signal_number: signal.Signal
         while not come():
             assert demo.poll() is None, "the demo ended before the moment came"
             assert time.monotonic() < until
-            time.sleep(0.01)
+            time.sleep(0.05)
         family = process.children(recursive=True)
         demo.send_signal(signal_number)
         demo.send_signal(signal_number)  # an impatient second one changes nothing
@@ -226,10 +227,6 @@ def left_nothing(moment: Moment, ended: Ended) -> None:
     assert not ended.processes
 
 
-def spawned(process: psutil.Process) -> list[psutil.Process]:
-    return running(process, "spawn_main")
-
-
 def running(process: psutil.Process, what: str) -> list[psutil.Process]:
     """Those that it started, however indirectly, and whose command line names it"""
     found = []
@@ -241,7 +238,7 @@ def running(process: psutil.Process, what: str) -> list[psutil.Process]:
 
 def met(process: psutil.Process) -> bool:
     """Whether the ranks have met: rank 0 serves the store, and both have sent something through a socket."""
-    return all(child.net_connections("tcp") for child in spawned(process))
+    return all(child.net_connections("tcp") for child in ranks_of(process))
 
 
 def test_nothing_is_left_in_the_temporary_folder() -> None:

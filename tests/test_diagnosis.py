@@ -57,6 +57,10 @@ def far(status: PeerStatus, *answers: tuple[int, float]) -> PeerStatus:
     return replace(status, answers=answers)
 
 
+def near(status: PeerStatus) -> PeerStatus:
+    return replace(status, near=True)
+
+
 def gone(status: PeerStatus) -> PeerStatus:
     return replace(status, closed=True)
 
@@ -167,6 +171,18 @@ CASES |= {
     "of two, this one is ahead": ([stuck(0, 1, 9, "counts"), stuck(1, 0, 8, "combine", 0)], 1, 0, "undelivered"),
     "of two on a slow link, this one is ahead": (
         [far(stuck(0, 1, 9, "counts"), (1, 0.05)), stuck(1, 0, 8, "combine", 0)],
+        1,
+        1,
+        "slow",
+    ),
+    "of two that share memory, on a machine that is busy, this one is ahead": (
+        [far(stuck(0, 1, 9, "counts"), (1, 0.05)), near(stuck(1, 0, 8, "combine", 0))],
+        1,
+        0,
+        "undelivered",
+    ),
+    "of two that share memory, the other hardly runs and has not seen what came": (
+        [far(stuck(0, 1, 9, "counts"), (1, 0.4)), near(stuck(1, 0, 8, "combine", 0))],
         1,
         1,
         "slow",

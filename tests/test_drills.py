@@ -7,9 +7,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing import resource_tracker
 
-import psutil
 import pytest
 
 from benchmarks.drills.drill import FAULTS, Drill, Ending, Plan, drill, judge, left_of, play
@@ -17,6 +15,7 @@ from benchmarks.drills.places import LINK, LabPlace
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
 from megamoe.launch.lab import faults
 from megamoe.launch.lab.namespaces import Host, lab, runs
+from tests.processes import started
 from tests.test_lab import needs_lab
 
 
@@ -24,38 +23,32 @@ def plan_of(fault: str) -> Plan:
     return replace(Plan.draw(fault, random.Random(fault), deadline_s=1.5), ranks=3, victim=1)
 
 
-def family() -> set[int]:
-    """Processes that this one has started, with Python's own, which stays."""
-    resource_tracker.ensure_running()
-    return {child.pid for child in psutil.Process().children(recursive=True)}
-
-
 @needs_lab
 def test_every_survivor_names_the_rank_that_was_killed_and_nothing_is_left() -> None:
-    before = family()
+    before = started()
     found = drill(plan_of("kill"))
     assert found.held, json.dumps(asdict(found), indent=1)
-    assert family() <= before
+    assert started() <= before
 
 
 @needs_lab
 def test_a_rank_that_is_killed_is_named_on_its_host_and_on_the_other() -> None:
-    before = family()
+    before = started()
     found = drill(replace(plan_of("kill"), ranks=4, place="hosts"))
     assert found.held, json.dumps(asdict(found), indent=1)
-    assert family() <= before
+    assert started() <= before
 
 
 @pytest.fixture(scope="module")
 def field() -> Iterator[tuple[list[Host], list[SpawnHandle]]]:
     """Three ranks in a lab, for one drill after another; nothing of them is left."""
-    before = family()
+    before = started()
     with lab(3, LINK) as hosts:
         with SpawnPool(3, deadline_s=60.0, threads=1, hosts=hosts) as handles, ThreadPoolExecutor(3) as openers:
             yield hosts, list(openers.map(lambda number: handles.open(number, 60.0), range(3)))
         assert not LabPlace(hosts).left()
     assert hosts[0].lab not in runs()
-    assert family() <= before
+    assert started() <= before
 
 
 @needs_lab

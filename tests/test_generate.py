@@ -26,10 +26,9 @@ from megamoe.model.generation.request import GenerationRequest, Prompt, check_fi
 from megamoe.model.generation.sampling import Sampling, choose, draw
 from megamoe.model.generation.sequences import ARGUMENT, OtherAttentionError, SequenceBatch, SequenceCache, attend
 from megamoe.model.loading.load import load, load_tokenizer
-from megamoe.model.making.tiny import write_tiny
+from megamoe.model.making.tiny import FAMILIES, write_tiny
 from tests.generation_cases import Experts, on_one_rank, prompts
 
-FAMILIES = ("deepseek-v4-flash", "deepseek-v3", "mixtral", "qwen3-moe", "gpt-oss")
 TOGETHER = ("deepseek-v3", "mixtral", "qwen3-moe", "gpt-oss")
 
 
@@ -341,7 +340,7 @@ def test_sampling_that_cannot_be_is_refused(arguments: dict[str, Any], said: str
 # ---- what is refused ----
 
 
-def test_requests_that_cannot_be_met_are_refused_with_the_numbers(tmp_path: Path) -> None:
+def test_requests_that_cannot_be_met_are_refused_with_the_numbers() -> None:
     for arguments, said in (
         (((),), "no prompts"),
         (((Prompt("a", ()),),), "prompt a has no tokens"),
@@ -358,7 +357,12 @@ def test_requests_that_cannot_be_met_are_refused_with_the_numbers(tmp_path: Path
         check_fits(request, 20, 12)
     with pytest.raises(ValueError, match="token 19, outside of the model's vocabulary of 19"):
         check_fits(request, 19, None)
-    write_tiny(tmp_path / "tiny", "mixtral")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_files_of_a_tokenizer_has_none(tmp_path: Path, family: str) -> None:
+    write_tiny(tmp_path / "tiny", family)
+    load_tokenizer(tmp_path / "tiny")
     (tmp_path / "tiny" / "tokenizer.json").unlink()
     (tmp_path / "tiny" / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="has no tokenizer"):

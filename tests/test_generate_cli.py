@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -21,6 +22,7 @@ from megamoe.model.making.smollm2 import INSTALL
 from megamoe.model.making.tiny import write_tiny
 from megamoe.model.making.tokenizer import byte_tokenizer
 from tests.commands import invoked, refused
+from tests.processes import ranks_of
 from tests.test_demo import COMMAND, command
 
 
@@ -47,9 +49,14 @@ def reports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     found = {}
     for launcher, check in (("spawn", ["--check"]), ("torchrun", [])):
         arguments = ("--model", model, "--prompts", prompts, "--launcher", launcher, "--max-new-tokens", 10, *check)
-        done = command("generate", *arguments, "--format", "json")
-        assert done.returncode == 0, done.stderr
-        found[launcher] = json.loads(done.stdout)
+        if launcher == "spawn":
+            within = invoked("generate", *arguments, "--format", "json")
+            assert within.exit_code == 0, within.output
+            found[launcher] = json.loads(within.stdout)
+        else:
+            done = command("generate", *arguments, "--format", "json")
+            assert done.returncode == 0, done.stderr
+            found[launcher] = json.loads(done.stdout)
     return found
 
 
@@ -101,9 +108,12 @@ def test_texts_are_printed_in_order_under_their_prompts(model: Path) -> None:
         (["--text", "a" * 5000], "tokens, and with 128 new ones that is more than the 4096"),
         (["--text", "a", "--temperature", -1], "temperature must be 0"),
         (["--text", "a", "--waves", 0], "waves must be"),
+        (["--text", "a", "--experts", "int3"], "experts must be one of checkpoint, "),
         (["--text", "a", "--launcher", "torchrun", "--restarts", 1], "under torchrun ranks are not restarted"),
         (["--text", "a", "--model", "{tmp}"], "holds no config.json"),
         (["--text", "a", "--model", "{tmp}/bare"], "has no tokenizer that can be read"),
+        (["--text", "a", "--model", "{tmp}/empty-handed"], "holds neither model.safetensors.index.json nor model"),
+        (["--text", "a", "--model", "{tmp}/cut"], "model.safetensors is truncated"),
     ],
 )
 def test_a_wrong_request_exits_with_2_and_starts_no_rank(
@@ -124,6 +134,10 @@ def test_a_wrong_request_exits_with_2_and_starts_no_rank(
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_bytes((model / "config.json").read_bytes())
+    for name in ("empty-handed", "cut"):
+        shutil.copytree(model, tmp_path / name)
+    (tmp_path / "empty-handed" / "model.safetensors").unlink()
+    os.truncate(tmp_path / "cut" / "model.safetensors", 100_000)
     given = [str(each).format(tmp=tmp_path) for each in arguments]
     assert said in refused("generate", *(() if "--model" in given else ("--model", model)), *given)
 
@@ -238,14 +252,14 @@ def test_a_folder_that_another_process_makes_meanwhile_is_refused(tmp_path: Path
 
 def test_a_rank_that_is_killed_half_way_changes_no_letter(model: Path) -> None:
     """The command as it is typed, and one of its ranks killed once text has come."""
-    arguments = ("generate", "--model", str(model), "--text", "one", "--text", "three", "--max-new-tokens", "300")
+    arguments = ("generate", "--model", str(model), "--text", "one", "--text", "three", "--max-new-tokens", "100")
     line = [*COMMAND, *arguments, "--raw", "--restarts", "1", "--deadline-s", "100"]
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:
         assert running.stdout is not None
         assert running.stderr is not None
         first = running.stdout.read(1)  # the first letter of the first text
-        ranks = [each for each in psutil.Process(running.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+        ranks = ranks_of(psutil.Process(running.pid))
         assert len(ranks) == 2
         ranks[1].kill()
         text, said = first + running.stdout.read(), running.stderr.read()

@@ -23,7 +23,8 @@ from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from tests.generation_cases import on_one_rank, prompts
 
-SIXTEEN = GenerationRequest(prompts(16), max_new_tokens=64)
+SIXTEEN = GenerationRequest(prompts(16), max_new_tokens=16)
+LENGTHS = pytest.mark.parametrize("new_tokens", [16, pytest.param(64, marks=pytest.mark.soak)])
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[MegaMoECluster]:
-    """Four ranks, one of which may be lost once."""
-    policy = RestartPolicy(restarts=1, backoff_s=0.0)
+    """Four ranks, which are lost once for each length of texts."""
+    policy = RestartPolicy(restarts=2, backoff_s=0.0)
     with MegaMoECluster(4, launcher="spawn", deadline_s=60.0, threads=1, policy=policy) as started:
         yield started
 
@@ -48,15 +49,17 @@ def generated(cluster: MegaMoECluster, job: GenerationJob) -> tuple[list[list[To
     return texts.tokens, parts
 
 
-def test_sixteen_texts_on_four_ranks_are_those_of_one(cluster: MegaMoECluster, folder: Path) -> None:
-    texts, parts = generated(cluster, GenerationJob("sixteen", folder / "mixtral", SIXTEEN))
-    assert [len(text) for text in texts] == [64] * 16
+@LENGTHS
+def test_sixteen_texts_on_four_ranks_are_those_of_one(cluster: MegaMoECluster, folder: Path, new_tokens: int) -> None:
+    request = replace(SIXTEEN, max_new_tokens=new_tokens)
+    texts, parts = generated(cluster, GenerationJob(f"sixteen {new_tokens}", folder / "mixtral", request))
+    assert [len(text) for text in texts] == [new_tokens] * 16
     assert {token.prompt for token in parts[1].tokens} == {1, 5, 9, 13}
-    assert {part.steps for part in parts} == {65}  # the last finds that all are done
+    assert {part.steps for part in parts} == {new_tokens + 1}  # the last finds that all are done
     share = shared(parts).hidden_percent
     assert share is not None
     assert 0 <= share <= 100
-    assert texts == on_one_rank(load(folder / "mixtral"), SIXTEEN)
+    assert texts == on_one_rank(load(folder / "mixtral"), request)
 
 
 def test_ranks_that_have_finished_stay_in_step(cluster: MegaMoECluster, folder: Path) -> None:
@@ -71,19 +74,22 @@ def test_ranks_that_have_finished_stay_in_step(cluster: MegaMoECluster, folder: 
     assert not parts[3].tokens
 
 
-def test_a_rank_that_is_killed_half_way_changes_no_token(cluster: MegaMoECluster, folder: Path) -> None:
+@LENGTHS
+def test_a_rank_that_is_killed_half_way_changes_no_token(
+    cluster: MegaMoECluster, folder: Path, new_tokens: int
+) -> None:
     """Of drawn tokens, whose draws do not depend on who makes them."""
-    request = replace(SIXTEEN, sampling=Sampling(temperature=0.9, top_p=0.95, seed=3))
+    request = replace(SIXTEEN, max_new_tokens=new_tokens, sampling=Sampling(temperature=0.9, top_p=0.95, seed=3))
     expected = on_one_rank(load(folder / "mixtral"), request)
     killed: list[int] = []
 
     def kill(token: Token) -> None:
-        if token.index == 32 and not killed:
+        if token.index == new_tokens // 2 and not killed:
             killed.append(cluster.members[2].pid)
             cluster.members[2].kill()
 
     texts = Texts(request, kill)
-    OnCluster(cluster).generate(GenerationJob("killed", folder / "mixtral", request), texts)
+    OnCluster(cluster).generate(GenerationJob(f"killed {new_tokens}", folder / "mixtral", request), texts)
     assert texts.tokens == expected
     assert killed
     assert killed[0] != cluster.members[2].pid
@@ -98,9 +104,10 @@ def test_a_request_that_does_not_fit_is_refused_and_the_ranks_stay(cluster: Mega
     with pytest.raises(ValueError, match="holds no config"):
         cluster.advance(GenerationJob("nowhere", folder / "nowhere", SIXTEEN), 1)
     assert [member.pid for member in cluster.members] == pids
-    short = GenerationRequest(prompts(2), max_new_tokens=2)
-    texts, _ = generated(cluster, GenerationJob("short", folder / "mixtral", short))
-    assert [len(text) for text in texts] == [2, 2]
+    for new_tokens in (2, 3):  # another request under the same id is another job
+        short = GenerationRequest(prompts(2), max_new_tokens=new_tokens)
+        texts, _ = generated(cluster, GenerationJob("short", folder / "mixtral", short))
+        assert [len(text) for text in texts] == [new_tokens] * 2
 
 
 def goes_on_alone(group: EPGroup, path: Path) -> list[str]:

@@ -48,14 +48,14 @@ SAYS_WHY_NOT = {"profiler": "ncu: there is none; torch.profiler ran, and saw no 
 def without(names: tuple[str, ...], code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs code where importing these packages fails."""
     command = [sys.executable, "-c", BLOCK.format(names=set(names)) + code, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=640, check=False)
 
 
 def beside(out: Path) -> subprocess.CompletedProcess[str]:
     """The chosen stages on the CPU. Begun with the session, beside other tests, to which it gives way."""
     code = "import os; os.nice(5); from benchmarks.gpu_kernels.run import main; sys.exit(main(sys.argv[1:]))"
     stages = ",".join(STAGES)
-    return without((*LACKING, *PYDANTIC), code, "--budget-s", "360", "--out", str(out), "--stages", stages)
+    return without((*LACKING, *PYDANTIC), code, "--budget-s", "600", "--out", str(out), "--stages", stages)
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,57 @@ def test_notes_of_other_threads_are_not_taken() -> None:
     assert where.position().state == OUTSIDE
 
 
+def test_a_rank_that_did_not_run_finds_no_other_silent_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.02)
+    with monitors(3) as lit:
+        resume, held = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            held.set()
+            resume.wait(10.0)
+
+        lit[2].pulse = hold  # its thread stands still, as that of a stopped process does
+        assert held.wait(5.0)
+        assert holds(lambda: lit[0].statuses()[2].silent and lit[1].statuses()[2].silent)
+        assert not [status for status in lit[2].statuses() if status.silent]
+        lit[0].own_status.enter("moe", 1)
+        lit[0].own_status.end(RAISED, 2, "stopped")
+        lit[2].pulse = lambda: None
+        resume.set()
+        assert holds(lambda: position_of(lit[2], 0).state == RAISED)  # of rank 1 nothing may have been read yet
+        assert not [status for status in lit[2].statuses() if status.silent]
+        assert lit[2].judge(None)[0].rank == 2
+        lit[1].leave()
+        assert holds(lambda: not lit[0].statuses()[2].silent)
+
+
+def test_a_rank_that_runs_finds_one_silent_that_says_nothing_though_it_slept_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.02)
+    with monitors(2) as lit:
+        resume = [threading.Event(), threading.Event()]
+        held = [threading.Event(), threading.Event()]
+
+        def hold(rank: int) -> Callable[[], None]:
+            def pulse() -> None:
+                held[rank].set()
+                resume[rank].wait(10.0)
+
+            return pulse
+
+        try:
+            for rank in (0, 1):
+                lit[rank].pulse = hold(rank)
+                assert held[rank].wait(5.0)
+            threading.Event().wait(10 * lit[0]._beat_s)  # that long no thread listens
+            lit[0].pulse = lambda: None
+            resume[0].set()
+            assert holds(lambda: lit[0].statuses()[1].silent)
+        finally:
+            resume[1].set()
+
+
 def test_a_wait_outside_of_a_call_is_told_from_one_within() -> None:
     where = OwnStatus()
     where.enter("moe", 1)

@@ -84,8 +84,11 @@ def test_bf16_weights_take_tokens_that_the_wire_rounds_with_biases_and_without_a
 # ---- what goes wrong ----
 
 
+ABSENT_S = 4.0  # longer than a rank that does come can be kept from the CPU by other tests
+
+
 def call_once(rank: int, exchange: Exchange, case: Case, absent: int) -> tuple[Report | None, float]:
-    kernel, experts, batch = case.kernel(rank, exchange, 1.0), case.experts(rank), batch_of(case, 2, rank)
+    kernel, experts, batch = case.kernel(rank, exchange, ABSENT_S), case.experts(rank), batch_of(case, 2, rank)
     begun = time.monotonic()
     if rank != absent:
         kernel.launch(batch.hidden, batch.ids, batch.weights, experts)
@@ -103,7 +106,7 @@ def test_a_rank_that_never_arrives_is_named_by_all_others_within_the_deadline() 
         assert report is not None
         assert report.broken
         assert report.counts == (1,)
-        assert took >= 1.0
+        assert took >= ABSENT_S
 
 
 def lose_the_way_home(rank: int, exchange: Exchange) -> Report | None:

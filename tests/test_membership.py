@@ -6,16 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from multiprocessing import resource_tracker
 from typing import Any
 
-import psutil
 import pytest
 
 from megamoe.launch.cluster.cluster import MegaMoECluster
 from megamoe.launch.cluster.membership import Membership
 from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.cluster.spawn import SpawnPool
+from tests.processes import started
 
 
 class FakeHandle:
@@ -157,12 +156,11 @@ def test_a_seat_that_is_put_out_has_no_process_and_comes_back_later(
 
 
 def test_closing_ends_a_process_that_is_still_starting() -> None:
-    resource_tracker.ensure_running()  # Python's own, which stays
-    before = set(psutil.Process().children())
+    before = started()
     membership = Membership(SpawnPool(1, threads=1), 1, start_s=60.0, retry_s=1.0, tell=lambda *_: None)
     assert list(membership.open([0], 0.05)) == [0]
     membership.close()
-    assert set(psutil.Process().children()) <= before
+    assert started() <= before
 
 
 # ---- failures in a row ----

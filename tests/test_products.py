@@ -137,7 +137,7 @@ def test_by_every_way_the_output_is_the_oracles_for_any_ep_size(
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "portable"])
 @pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
-@pytest.mark.parametrize(("hidden", "intermediate"), [(192, 192), (2880, 2880), (7168, 512)])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(192, 192), (2880, 192), (192, 2880), (7168, 96)])
 def test_a_token_alone_has_the_bits_that_it_has_in_any_batch(
     way: str, weight_format: str, hidden: int, intermediate: int
 ) -> None:

@@ -26,7 +26,7 @@ pytest.importorskip("ray")
 
 from megamoe.launch.cluster.ray import session
 from megamoe.launch.cluster.ray.handle import RayHandle
-from megamoe.launch.cluster.ray.placement import order_bundles
+from megamoe.launch.cluster.ray.placement import Placement, order_bundles
 from tests.ray_nodes import add_up, is_gone, meet, nap, two_nodes
 
 WAIT_S = 60.0
@@ -60,7 +60,7 @@ Path(sys.argv[1], "seen.json").write_text(json.dumps(seen))
 @pytest.fixture(scope="module")
 def places() -> Iterator[RayPool]:
     """Two workers on a cluster of this machine."""
-    with RayPool(2, address="local", deadline_s=20.0) as handles:
+    with RayPool(2, address="local", deadline_s=60.0) as handles:
         yield handles
 
 
@@ -87,7 +87,7 @@ def answer_what_cannot_travel(_: EPGroup) -> socket.socket:
     return socket.socket()
 
 
-def test_seats_meet_as_a_group_and_meet_again(pair: list[RayHandle]) -> None:
+def test_workers_meet_as_a_group_and_meet_again(pair: list[RayHandle]) -> None:
     for generation in (1, 2):
         meet(pair, generation)
         summing = [handle.call("run", add_up, 10) for handle in pair]
@@ -107,7 +107,7 @@ def test_errors_arrive_as_they_were_raised_with_where_in_a_note(pair: list[RayHa
 
 
 @pytest.mark.parametrize("work", [raise_what_cannot_travel, answer_what_cannot_travel])
-def test_what_cannot_travel_is_said_and_the_seat_serves_on(pair: list[RayHandle], work: Any) -> None:
+def test_what_cannot_travel_is_said_and_the_worker_serves_on(pair: list[RayHandle], work: Any) -> None:
     meet(pair, 4)
     error = pair[0].call("run", work).exception(timeout=WAIT_S)
     assert isinstance(error, RuntimeError)
@@ -152,6 +152,10 @@ def test_a_cluster_without_room_says_what_was_asked_and_what_it_has(places: RayP
         RayPool(3, deadline_s=0.5).place()
     with pytest.raises(RuntimeError, match=r"2 bundles of 1 GPU: the cluster has 0 GPU; node [0-9.]+ has 0, 0 of them"):
         RayPool(2, device="cuda", deadline_s=0.5).place()
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"there is no room for 2 bundles of 1 GPU: the cluster has 0 GPU"):
+        Placement(2, "GPU").reserve(600.0, grows=False)
+    assert time.monotonic() - begin < 10.0
     states = [each["state"] for each in ray.util.placement_group_table().values()]
     assert "PENDING" not in states
 
@@ -179,6 +183,18 @@ def test_an_address_without_a_cluster_is_refused_within_the_deadline() -> None:
 def test_an_address_needs_a_host_and_a_port(address: str) -> None:
     with pytest.raises(ValueError, match="is not host:port"):
         session.check_cluster(address, 1.0)
+
+
+def test_a_ray_that_does_not_start_is_said_in_a_line_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup.")  # the type that Ray raises on a busy machine
+
+    there = set(Path("/tmp").glob("megamoe-ray-*"))
+    monkeypatch.setattr("ray.init", fails)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(RuntimeError, match="Ray does not start on this machine: The current node timed out"):
+        session.connect("local", 2, 10.0)
+    assert set(Path("/tmp").glob("megamoe-ray-*")) <= there
 
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

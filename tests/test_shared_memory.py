@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import mmap
-import multiprocessing
 import os
 import resource
 import signal
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe import record
+from megamoe.launch.forking.server import context
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel import symmetric
 from megamoe.parallel.errors import PeerError
@@ -309,8 +309,7 @@ def loses_one(rank: int, size: int, place: str) -> None:
 
 
 def test_a_rank_that_is_killed_is_named_without_heartbeats_and_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=loses_one, args=(rank, 3, str(tmp_path))) for rank in range(3)]
+    processes = [context(forked=True).Process(target=loses_one, args=(rank, 3, str(tmp_path))) for rank in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,16 @@ def test_the_command_says_what_it_made_and_refuses_a_folder_that_is_there(tmp_pa
     said = refused("tiny", tmp_path / "other", "--like", "deepseek-v3", "--num-experts", 6, "--topk", 4)
     assert "deepseek-v3 cannot have top-4 of 6 experts in 2 groups" in said
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path: Path) -> None:
+    for umask, rights in ((0o022, 0o644), (0o007, 0o660)):
+        before = os.umask(umask)
+        try:
+            write_tiny(tmp_path / str(umask), "mixtral")
+        finally:
+            os.umask(before)
+        assert {each.stat().st_mode & 0o777 for each in (tmp_path / str(umask)).iterdir()} == {rights}
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 from xdist.scheduler import LoadScopeScheduling
 
 RAY = ("cluster_ray", "ray_cluster", "demo", "launch", "generate_cli", "doctor")
-BESIDE = ("kernels_", "gpu_kernels_rehearsal")
-LONG = ("ray", "cluster", "loading", "generate_ranks", "bench", "worker", "cpu_kernels", "products", "plugin", "spawn")
+BESIDE = ("kernels_", "gpu_kernels", "mega_kernel", "mega_layer")
+LONG = ("ray", "cluster", "loading", "cpu_kernels", "worker", "products", "plugin", "generate_ranks")
+LONG += ("lab_cli", "layer", "kernel_call", "training_loop", "spawn", "generate", "bench", "lab", "house")
+BESIDE_SCOPE = "beside"
 _WORKER, _FIRST = "PYTEST_XDIST_WORKER", "gw0"
 
 
@@ -33,13 +35,13 @@ def scope_of(nodeid: str) -> str:
     name = PurePath(nodeid.partition("::")[0]).stem.removeprefix("test_")
     if name in RAY:
         return "ray"
-    return "beside" if name.startswith(BESIDE) else name
+    return BESIDE_SCOPE if name.startswith(BESIDE) else name
 
 
 def place_of(nodeid: str) -> int:
     """Tests run in the order of these numbers: long scopes first, what runs beside them last."""
     scope = scope_of(nodeid)
-    if scope == "beside":
+    if scope == BESIDE_SCOPE:
         return len(LONG) + 1
     return LONG.index(scope) if scope in LONG else len(LONG)
 
@@ -56,7 +58,7 @@ class ByScope(LoadScopeScheduling):  # type: ignore[misc]
 
     def _assign_work_unit(self, node: Any) -> None:
         first = any(each.gateway.id == _FIRST and not each.shutting_down for each in self.nodes)
-        if first and node.gateway.id != _FIRST and list(self.workqueue) == ["beside"]:
+        if first and node.gateway.id != _FIRST and list(self.workqueue) == [BESIDE_SCOPE]:
             node.shutdown()
             return
         super()._assign_work_unit(node)

@@ -70,7 +70,7 @@ class GenerationWorker:
         self._model: Any = None
         self._loaded: tuple[Any, ...] = ()
         self._generation: Generation | None = None
-        self._job = ""
+        self._job: GenerationJob | None = None
 
     def leave(self) -> None:
         """Lets go of the group. The model stays."""
@@ -81,9 +81,9 @@ class GenerationWorker:
 
         Errors as load() and Generation have them.
         """
-        if self._generation is None or self._job != job.id:
+        if self._generation is None or self._job != job:
             self._generation = None
-            self._generation, self._job = Generation(self._model_in(group, job), group, job.request), job.id
+            self._generation, self._job = Generation(self._model_in(group, job), group, job.request), job
         generation, tokens, taken = self._generation, list[Token](), 0
         recording = Recording(group.rank, group.host)
         while taken < steps and not generation.done:

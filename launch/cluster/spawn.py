@@ -20,6 +20,7 @@ from megamoe.launch.cluster.worker import Worker, WorkerInfo, WorkerOptions
 from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.launch.cluster.worker_output import WorkerOutput
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type
+from megamoe.launch.forking.server import reap
 from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.process import Child, cause, loopback, portable, share_of_cores, start, uninterrupted
 from megamoe.launch.requests import (
@@ -140,7 +141,7 @@ class SpawnHandle:
         """The process has ended: it is reaped, what was left open is closed, and what it was asked fails."""
         process = self._child.process
         with self._reaping, self._asking:
-            process.join(_GONE_S)
+            reap(process, _GONE_S)
             self._lost = f"worker {self.number} (process {self.pid}) died: {cause(process.exitcode)}"
             if process.exitcode is not None:  # unknown where other code of this program has waited for all children
                 process.close()
@@ -257,7 +258,10 @@ class SpawnPool:
                 if log is not None:
                     log.touch()
                 name = f"megamoe worker {number}"
-                child = start(name, _answer, number, options, host=host, environment=environment, output=True)
+                forked = self._device.name == "cpu"  # what drives an accelerator need not outlive a fork
+                child = start(
+                    name, _answer, number, options, host=host, environment=environment, output=True, forked=forked
+                )
             except OSError as refusal:
                 raise RuntimeError(f"worker {number} cannot be started: {refusal}") from refusal
             handle = self._handles[number] = SpawnHandle(number, child, log, self._reaping)

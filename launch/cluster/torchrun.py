@@ -15,7 +15,6 @@ from typing import Annotated
 
 import torch
 import typer
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megamoe.launch.cluster.job import (
@@ -35,6 +34,7 @@ from megamoe.launch.process import share_of_cores
 from megamoe.launch.report import print_report
 from megamoe.launch.terminal import Format, exit_codes, parse_waves
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
+from megamoe.model.loading.files import write_tensors
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.interfaces import Interface, choose, told
 from megamoe.parallel.transport.pairs import Label
@@ -115,7 +115,7 @@ def worker(
         if report is None:
             return
         if out is not None:
-            save_file({"hidden": hidden}, out)
+            write_tensors({"hidden": hidden}, out)
         emit(output, report.as_dict(), lambda: print_report(report))
 
 

@@ -16,11 +16,13 @@ from transformers import AutoConfig
 from megamoe.launch.cluster.cluster import LAUNCHERS, Event, MegaMoECluster
 from megamoe.launch.cluster.generation import GenerationJob, shared
 from megamoe.launch.cluster.recovery import RestartPolicy
+from megamoe.launch.forking.server import MODELS, preload
 from megamoe.launch.generation.prompts import Given, TextStream, encode
 from megamoe.launch.generation.ranks import OnCluster, Texts, UnderTorchrun
 from megamoe.model.generation.request import STOP, GenerationRequest, Token, check_fits
 from megamoe.model.generation.sampling import Sampling
-from megamoe.model.loading.load import load_tokenizer
+from megamoe.model.loading.files import TensorFiles
+from megamoe.model.loading.load import EXPERTS, load_tokenizer
 from megamoe.model.loading.skeleton import read_config
 from megamoe.routing.waves import Waves, check_waves
 
@@ -63,6 +65,8 @@ class GenerateRequest:
             raise ValueError("under torchrun ranks are not restarted and have no run: use launcher spawn or ray")
         if not self.prompts:
             raise ValueError("there are no prompts")
+        if self.experts not in EXPERTS:
+            raise ValueError(f"experts must be one of {', '.join(EXPERTS)}, got {self.experts!r}")
         check_waves(self.waves)
 
 
@@ -121,6 +125,8 @@ def run_generate(
     progress("reading the prompts")
     read_config(request.model)  # says what is wrong with a folder that is no checkpoint
     tokenizer = load_tokenizer(request.model)
+    with TensorFiles.open(request.model):  # likewise with its files, before any rank is started
+        pass
     job = GenerationJob(uuid4().hex, request.model, tokens_of(request, tokenizer), request.experts, request.waves)
     stream = TextStream(tokenizer, len(request.prompts))
 
@@ -181,6 +187,7 @@ def _runner(request: GenerateRequest, on_event: Callable[[Event], None]) -> Iter
     if request.launcher == "torchrun":
         yield UnderTorchrun(request.ranks, request.device, request.deadline_s)
         return
+    preload(MODELS)
     with MegaMoECluster(
         request.ranks,
         launcher=request.launcher,

@@ -1,5 +1,7 @@
 """Training: a layer whose experts are parameters, and its backward pass in waves; numerics.md has the contract."""
 
+from megamoe.training.distributed.clip import clip_grad_norm_, grad_norm
+from megamoe.training.distributed.replicas import reduce_over_replicas
 from megamoe.training.layer import TrainableMoE
 
-__all__ = ["TrainableMoE"]
+__all__ = ["TrainableMoE", "clip_grad_norm_", "grad_norm", "reduce_over_replicas"]

@@ -5,13 +5,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakSet
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 from megamoe.execution.experts import HELD, Experts, Weight
 from megamoe.execution.products import Held, KernelProducts
@@ -20,9 +18,14 @@ from megamoe.formats import BLOCK, MXFP4, VALUES, WEIGHT_FORMATS, dequantize_mxf
 from megamoe.kernels.cpu.library import Rows
 from megamoe.parallel.workspace import Workspace
 from megamoe.training.rounding import Place, round_stochastically
+from megamoe.training.steps import local, watch
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _BF16 = WEIGHT_FORMATS["bf16"]
 STEP = "rounding_step"  # a key of a state dict
+_SHARDS = "megamoe.training.distributed.shards"  # imports DTensor, which takes as long as half of torch
 
 
 class TrainableExperts(Experts):
@@ -39,6 +42,7 @@ class TrainableExperts(Experts):
     gate_up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
     captured: Captured | None = None
+    distributed = False  # whether the parameters are DTensors
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -92,25 +96,41 @@ class TrainableExperts(Experts):
         for name, matrix in self.matrices.items():
             bias = torch.zeros(len(self.ids), matrix.outputs, dtype=torch.float32, device=self.device)
             self.register_parameter(f"{name}_bias", nn.Parameter(bias) if self.shape.bias else None)
-        self._quantized: tuple[tuple[int, int], ...] = ()
-        _watch(self)
+        self._quantized: tuple[tuple[int, int, int], ...] = ()
+        watch(self)
         self.reset_parameters(seed)
 
     @property
     def masters(self) -> tuple[nn.Parameter, ...]:
-        """The parameters: gate_up, down, and the biases where there are any."""
+        """The parameters: gate_up, down, and the biases where there are any; DTensors after distribute()."""
         return tuple(self.parameters())
+
+    def values(self) -> tuple[Tensor, ...]:
+        """The masters as tensors of this rank's experts; autograd passes their gradients on to the masters."""
+        return tuple(local(master) for master in self.masters)
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """What an optimiser changes where the masters change."""
+        return self.masters
+
+    def distribute(self, mesh: DeviceMesh) -> None:
+        """See TrainableMoE."""
+        shards = import_module(_SHARDS)
+        for name, master in list(self.named_parameters()):
+            setattr(self, name, shards.shard(master, mesh, self.shape.num_experts))
+        self.distributed = True
 
     def reset_parameters(self, seed: int) -> None:
         """See TrainableMoE."""
         with torch.no_grad():
+            stacks = self.values()
             for index, expert in enumerate(self.ids):
                 generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + expert)
-                for stack in self.masters[:2]:
+                for stack in stacks[:2]:
                     bound = stack.shape[2] ** -0.5
                     values = torch.empty(stack.shape[1:], dtype=torch.float32, device="cpu")
                     stack[index] = values.uniform_(-bound, bound, generator=generator)
-            for bias in self.masters[2:]:
+            for bias in stacks[2:]:
                 bias.zero_()
 
     def load(
@@ -125,7 +145,7 @@ class TrainableExperts(Experts):
         self.check(expert, gate_up, down, gate_up_bias, down_bias)
         index, given = expert - self.ids.start, (gate_up, down, gate_up_bias, down_bias)
         with torch.no_grad():
-            for master, each in zip(self.masters, given, strict=False):
+            for master, each in zip(self.values(), given, strict=False):
                 weight = MXFP4.from_bytes(*each) if isinstance(each, tuple) else each
                 assert weight is not None
                 master[index] = dequantize_mxfp4(weight, torch.float32) if isinstance(weight, MXFP4) else weight
@@ -133,8 +153,9 @@ class TrainableExperts(Experts):
     def quantize(self) -> None:
         """Packs all experts anew from the master weights."""
         self.rounding_step += 1
+        values = [each.detach() for each in self.values()]
         for index, expert in enumerate(self.ids):
-            gate_up, down, *biases = (master.detach()[index] for master in self.masters)
+            gate_up, down, *biases = (each[index] for each in values)
             rounded = self._rounded(gate_up, expert, 0), self._rounded(down, expert, 1)
             super().load(expert, *rounded, *biases)
         self._quantized = self._state()
@@ -154,12 +175,19 @@ class TrainableExperts(Experts):
         """An optimiser has changed master weights, perhaps without torch counting it."""
         self._quantized = ()
 
-    def _state(self) -> tuple[tuple[int, int], ...]:
-        return tuple((master.data_ptr(), master._version) for master in self.masters)
+    def unchanged_since(self, rounding_step: int) -> bool:
+        """Whether the masters are those that were quantised as that rounding_step."""
+        return self.rounding_step == rounding_step and self._quantized == self._state()
+
+    def _state(self) -> tuple[tuple[int, int, int], ...]:
+        """Changes as torch counts them: of a DTensor those of the whole and those of its local tensor apart."""
+        pairs = ((each, local(each.detach())) for each in self.sources())
+        return tuple((part.data_ptr(), part._version, whole._version) for whole, part in pairs)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-        destination[prefix + HELD] = self._whose
+        if not self.distributed:  # a DTensor knows which part of the whole it is
+            destination[prefix + HELD] = self._whose
         if self.rounding == "stochastic":
             destination[prefix + STEP] = torch.tensor(self.rounding_step, dtype=torch.int64, device="cpu")
 
@@ -173,7 +201,7 @@ class TrainableExperts(Experts):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = [prefix + HELD] + [prefix + STEP] * (self.rounding == "stochastic")
+        own = [prefix + HELD] * (not self.distributed) + [prefix + STEP] * (self.rounding == "stochastic")
         held = {key: state_dict[key] for key in own if key in state_dict}
         whose = held.get(prefix + HELD, self._whose)
         if whose.tolist() != self._whose.tolist():
@@ -184,6 +212,8 @@ class TrainableExperts(Experts):
             self.rounding_step = int(held[prefix + STEP])
             self.has_stepped()
         rest = {key: value for key, value in state_dict.items() if key not in held}
+        if self.distributed:
+            rest |= import_module(_SHARDS).own_shards(rest, prefix, dict(self.named_parameters()))
         nn.Module._load_from_state_dict(
             self, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -250,24 +280,3 @@ class Picked:
 
     x: Tensor
     rows: Tensor
-
-
-# ---- steps of optimisers: a fused one changes weights without torch counting it ----
-
-_living: WeakSet[TrainableExperts] = WeakSet()
-_hooks: list[RemovableHandle] = []
-
-
-def _watch(experts: TrainableExperts) -> None:
-    """Has the experts know of every step that an optimiser of torch makes with one of their parameters."""
-    if not _hooks:
-        _hooks.append(register_optimizer_step_post_hook(_after_step))
-    _living.add(experts)
-
-
-def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    del args, kwargs
-    stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    for experts in _living:
-        if any(id(master) in stepped for master in experts.masters):
-            experts.has_stepped()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megamoe.training.call import ExpertGradients
 from megamoe.training.kept import Kept
 
 if TYPE_CHECKING:
@@ -35,9 +36,13 @@ class Apply(Function):
         # read before the call takes the group's turn: a checkpoint runs the forward again to get them
         topk_ids, topk_weights, *saved = ctx.saved_tensors
         size = len(fields(Kept))
-        kept, hidden = Kept(*saved[:size]), saved[size + ctx.num_masters :]
-        found = ctx.layer.backward_of(
-            ctx.origin, kept, topk_ids, topk_weights, gradient, hidden[0] if hidden else None, ctx.needs_input_grad[4:]
+        kept, masters, hidden = (
+            Kept(*saved[:size]),
+            saved[size : size + ctx.num_masters],
+            saved[size + ctx.num_masters :],
         )
-        of_hidden, of_weights, of_masters = found
-        return None, of_hidden.to(ctx.dtype), None, of_weights, *of_masters
+        of_masters = ExpertGradients.like(masters, ctx.needs_input_grad[4:])
+        of_hidden, of_weights = ctx.layer.backward_of(
+            ctx.origin, kept, topk_ids, topk_weights, gradient, hidden[0] if hidden else None, of_masters
+        )
+        return None, of_hidden.to(ctx.dtype), None, of_weights, *of_masters.each()[: ctx.num_masters]

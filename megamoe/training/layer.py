@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from megamoe.routing.wire import Wire
 from megamoe.schedule.backward import DATA, RECOMPUTE, WEIGHTS, BackwardLoad, schedule_backward
 from megamoe.schedule.schedule import LOOKAHEAD
 from megamoe.training.call import BackwardCall, BackwardParts, ExpertGradients
+from megamoe.training.distributed.mesh import check_mesh
 from megamoe.training.experts import Captured, TrainableExperts
 from megamoe.training.function import Apply
 from megamoe.training.kept import SAVED, Kept, keep
@@ -33,15 +35,19 @@ from megamoe.training.pages import empty
 from megamoe.training.rounding import ROUNDINGS
 from megamoe.training.wire import GradientWire, check_gradient_format
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 MASTER_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The forward call that a backward belongs to: its number, and the group it was made in."""
+    """The forward call that a backward belongs to: its number, its group, and how often weights had been rounded."""
 
     call: int
     group: EPGroup
+    rounding_step: int
 
 
 class TrainableMoE(MegaMoE):
@@ -93,6 +99,7 @@ class TrainableMoE(MegaMoE):
         self._latest: Call | None = None
         self._keeping = False  # whether the forward that runs has a backward
         self.experts.make_masters(master_dtype, seed, rounding)
+        _living.add(self)
 
     def _begin(self) -> None:
         """As MegaMoE's, but all calls go by waves: what they leave in the workspace is what a backward needs."""
@@ -113,15 +120,29 @@ class TrainableMoE(MegaMoE):
         with self._turn(), undisturbed(self.device):
             self.experts.quantize()
 
+    def distribute(self, mesh: DeviceMesh) -> TrainableMoE:
+        """Makes the parameters DTensors, Shard(0) on the mesh, and so their gradients -> this layer.
+
+        mesh has one dimension, the ranks of the layer's group in their order; of a larger mesh take that dimension,
+        mesh["ep"]. The parameters are new ones: make optimisers afterwards. torch.distributed.checkpoint then saves
+        and loads whole stacks [E, ...] for any number of ranks. ValueError for another mesh, and for numbers of
+        experts that DTensor would lay out otherwise, which is said with the numbers.
+        """
+        with self._turn():
+            check_mesh(mesh, self.group)
+            self.experts.distribute(mesh)
+        return self
+
     # ---- forward ----
 
     @eager
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """As MegaMoE.forward(); where a gradient is asked for, of anything, its backward is one call of all ranks."""
-        asked = (hidden, topk_weights, *self.experts.masters)
+        masters = self.experts.values()
+        asked = (hidden, topk_weights, *masters)
         if torch.is_grad_enabled() and any(getattr(each, "requires_grad", False) for each in asked):
             out: Tensor = Apply.apply(  # type: ignore[no-untyped-call]
-                self, hidden, topk_ids, topk_weights, *self.experts.masters
+                self, hidden, topk_ids, topk_weights, *masters
             )
             return out
         return super().forward(hidden, topk_ids, topk_weights)
@@ -139,7 +160,7 @@ class TrainableMoE(MegaMoE):
                 finally:
                     self._latest = self.experts.captured = None
                     self._keeping = False
-        return out, kept, Origin(self._calls.number, self.group)
+        return out, kept, Origin(self._calls.number, self.group, self.experts.rounding_step)
 
     def _open(self, given: Input, agreed: Agreement, record: CallRecord, notes: Notes) -> Call:
         """As MegaMoE's; every rank gets its tokens from their own rank, so that all that it read lies in its inbox."""
@@ -169,11 +190,11 @@ class TrainableMoE(MegaMoE):
         topk_weights: Tensor,
         gradient: Tensor,
         hidden: Tensor | None,
-        needed: tuple[bool, ...],
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """gradient [T, H] of a call's output -> gradients of hidden [T, H], topk_weights [T, K] and the masters.
+        of_masters: ExpertGradients,
+    ) -> tuple[Tensor, Tensor]:
+        """gradient [T, H] of a call's output -> gradients of hidden [T, H] and topk_weights [T, K]; fills of_masters.
 
-        hidden is given where tokens are dispatched again; needed: whether each master needs a gradient.
+        hidden is given where tokens are dispatched again.
         """
         with self._turn(), undisturbed(self.device), on_device(self.device):
             name, record = f"{self.name} (backward)", CallRecord()
@@ -181,18 +202,22 @@ class TrainableMoE(MegaMoE):
             with notes.lane("call"), self.group.unbroken(name, origin.call), record.timing("total_s"):
                 agreed = self._agree_backward(name, origin, kept, record)
                 call = self._open_backward(
-                    name, agreed, kept, topk_ids, topk_weights, gradient, hidden, needed, record, notes
+                    name, agreed, kept, topk_ids, topk_weights, gradient, hidden, of_masters, record, notes
                 )
                 self._run(call)
-                of_hidden, of_weights = call.reduce()
+                found = call.reduce()
             self.last_backward = record
-        return of_hidden, of_weights, call.expert_gradients.each()[: len(needed)]
+        return found
 
     def _agree_backward(self, name: str, origin: Origin, kept: Kept, record: CallRecord) -> Agreement:
         """Keeps ranks in step: all say the backward of which call this is."""
         complaint = None
         if origin.group is not self.group:
             complaint = ValueError(f"layer {self.name!r} is in another group than when its forward ran")
+        elif not self.experts.unchanged_since(origin.rounding_step):
+            complaint = ValueError(
+                f"weights of layer {self.name!r} were modified between a forward and its backward: step after it"
+            )
         agreed, rank = kept.agreement(), self.group.rank
         counts = torch.stack((agreed.counts[rank], agreed.firsts[rank])).to(torch.int32).numpy()
         part = Part(agreed.tokens[rank], counts, self.tuner.row_s)
@@ -211,7 +236,7 @@ class TrainableMoE(MegaMoE):
         topk_weights: Tensor,
         gradient: Tensor,
         hidden: Tensor | None,
-        needed: tuple[bool, ...],
+        of_masters: ExpertGradients,
         record: CallRecord,
         notes: Notes,
     ) -> BackwardCall:
@@ -229,9 +254,8 @@ class TrainableMoE(MegaMoE):
             route = route_rows(topk_ids, topk_weights, plan, group.rank, num_rows, messages, group.workspace)
             gradient = gradient.to(torch.bfloat16).contiguous()
             tokens = gradient if hidden is None else hidden.to(torch.bfloat16).contiguous()
-            gradients = ExpertGradients.like(self.experts.masters, needed)
         parts = BackwardParts(name, group, self.experts, token_wire, wire, plan, messages, agreed, notes)
-        return BackwardCall(parts, kept, route, tokens, gradient, gradients, record)
+        return BackwardCall(parts, kept, route, tokens, gradient, of_masters, record)
 
     def _backward_plan(self, kept: Kept) -> WavePlan:
         """The forward's waves."""
@@ -279,3 +303,11 @@ class TrainableMoE(MegaMoE):
             dispatch=[byte * each for each in dispatch],
             combine=[byte * each for each in combine],
         )
+
+
+_living: WeakSet[TrainableMoE] = WeakSet()
+
+
+def living_layers() -> tuple[TrainableMoE, ...]:
+    """All layers of this process that have not been let go of."""
+    return tuple(_living)

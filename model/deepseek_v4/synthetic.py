@@ -9,13 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megamoe.ambient import undisturbed
 from megamoe.formats import quantize_e4m3_blocks, quantize_mxfp4
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
-from megamoe.model.loading.files import INDEX
+from megamoe.model.loading.files import INDEX, write_tensors
 
 VOCABULARY = 129_280  # DeepSeek-V4's
 
@@ -78,7 +77,7 @@ def _write_shards(path: Path, config: DeepSeekV4Config, seed: int, progress: Cal
 
 
 def _save(path: Path, shard: str, tensors: dict[str, Tensor], weight_map: dict[str, str]) -> None:
-    save_file(tensors, path / shard)
+    write_tensors(tensors, path / shard)
     weight_map |= dict.fromkeys(tensors, shard)
 
 

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -215,3 +217,22 @@ def _entry(file: Path, name: str, described: Mapping[str, Any], data: int) -> En
     if end - begin != size:
         raise ValueError(f"{name} is {dtype} {list(shape)}, which takes {size} bytes, and has {end - begin}")
     return Entry(name, file, dtype, shape, data + begin, size)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """A safetensors file of these tensors, in place of one that is there, with the rights of any other new file.
+
+    safetensors itself makes it readable by its owner alone.
+    """
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, {"format": "pt"})
+    _give_usual_rights(file)
+
+
+def _give_usual_rights(file: Path) -> None:
+    """Those that a file has which this process makes in the same folder: what its umask leaves."""
+    beside = file.with_name(f".{uuid4().hex}")
+    beside.touch()
+    try:
+        file.chmod(beside.stat().st_mode)
+    finally:
+        beside.unlink()

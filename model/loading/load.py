@@ -135,10 +135,14 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(Path(path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(Path(path), local_files_only=True)
     except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError) as refusal:
         said = str(refusal).strip().partition("\n")[0]
         raise ValueError(f"{path} has no tokenizer that can be read: {said}") from refusal
+    if not tokenizer.vocab_size or set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # what transformers makes of a model's type alone, where there are no files
+        raise ValueError(f"{path} has no tokenizer: no tokenizer.json or vocabulary is there")
+    return tokenizer
 
 
 def _read_all(loading: _Loading, group: EPGroup, progress: Callable[[Progress], None] | None) -> None:

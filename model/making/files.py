@@ -12,9 +12,10 @@ from io import StringIO
 from pathlib import Path
 from uuid import uuid4
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
+
+from megamoe.model.loading.files import write_tensors
 
 INDEX = "model.safetensors.index.json"
 _WAIT_S = 600.0  # for another process that makes the same
@@ -99,7 +100,7 @@ class Shards:
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         self._written += 1
         name = f"model-{self._written:05d}-of-{self.num_shards:05d}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.path / name, {"format": "pt"})
+        write_tensors(tensors, self.path / name)
         self._weight_map |= dict.fromkeys(tensors, name)
         self._bytes += sum(tensor.nbytes for tensor in tensors.values())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +25,7 @@ from transformers import (
 
 from megamoe.ambient import undisturbed
 from megamoe.formats import quantize_e4m3_blocks, quantize_mxfp4
+from megamoe.model.loading.files import write_tensors
 from megamoe.model.making.files import new_folder, no_bars
 from megamoe.model.making.tokenizer import VOCABULARY, byte_tokenizer, write_tokenizer
 
@@ -232,5 +233,5 @@ def _fill(model: Any) -> None:
 def _store(folder: Path, native: Callable[[str, Tensor], Stored], entries: dict[str, Any]) -> None:
     file, config = folder / "model.safetensors", folder / "config.json"
     tensors = {key: part for name, tensor in load_file(file).items() for key, part in native(name, tensor).items()}
-    save_file({key: each.contiguous() for key, each in tensors.items()}, file, {"format": "pt"})
+    write_tensors(tensors, file)
     config.write_text(json.dumps({**json.loads(config.read_text()), **entries}, indent=1))

@@ -13,7 +13,9 @@ from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, WORKI
 
 DEAD, UNREACHABLE, STOPPED, STALLED = "dead", "unreachable", "stopped", "stalled"
 ABSENT, UNDELIVERED, SLOW, CUT_OFF = "absent", "undelivered", "slow", "cut off"
-_NEVER_S, _FAR_S = 10.0, 0.005
+_NEVER_S = 10.0
+_FAR_S = 0.005  # answers that take longer come over a slow link
+_STARVED_S = 0.25  # or, where ranks share memory and no link lies between, from a process that hardly runs
 _ARRIVES_S, _ONE_ARRIVES_S = 0.25, 0.5  # what is under way for longer is missing; where it is one message
 _MEANING = {
     DEAD: "is dead, its process is gone",
@@ -40,6 +42,7 @@ class PeerStatus:
     reachable   whether its host takes a connection: None where nobody tried
     unheard     ranks that it says are silent to it
     answers     (rank, seconds) of those whose answers take longest to come to it
+    near        whether the rank that knows this shares memory with it
     """
 
     rank: int
@@ -51,6 +54,7 @@ class PeerStatus:
     reachable: bool | None = None
     unheard: tuple[int, ...] = ()
     answers: tuple[tuple[int, float], ...] = ()
+    near: bool = False
 
     @property
     def condition(self) -> str:
@@ -162,10 +166,11 @@ def _under_way(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> 
         return Verdict(sender, UNDELIVERED, certain=False)
     sender, _ = _most_missed(statuses, _ONE_ARRIVES_S)
     links = _links(statuses)
+    late_s = _STARVED_S if all(status.near for status in statuses if status.rank != me) else _FAR_S
     if len(ranks) == 2:
-        far = ranks[1 - ranks.index(me)] if sender is None or max(links.values(), default=0.0) > _FAR_S else None
+        far = ranks[1 - ranks.index(me)] if sender is None or max(links.values(), default=0.0) > late_s else None
     else:
-        far = _farthest(ranks, links)
+        far = _farthest(ranks, links, late_s)
     if far is not None:
         return Verdict(far, SLOW, certain=True)
     if sender is not None:
@@ -198,8 +203,8 @@ def _links(statuses: Sequence[PeerStatus]) -> dict[frozenset[int], float]:
     return links
 
 
-def _farthest(ranks: Sequence[int], links: dict[frozenset[int], float]) -> int | None:
-    """The rank whose best link is by far the worst, None where there is none."""
+def _farthest(ranks: Sequence[int], links: dict[frozenset[int], float], late_s: float) -> int | None:
+    """The rank whose best link is by far the worst and takes longer than late_s, None where there is none."""
     best = {rank: min((each for pair, each in links.items() if rank in pair), default=0.0) for rank in ranks}
     worst, second = sorted(ranks, key=lambda rank: -best[rank])[:2]
-    return worst if best[worst] > max(_FAR_S, 3 * best[second]) else None
+    return worst if best[worst] > max(late_s, 3 * best[second]) else None

@@ -41,7 +41,10 @@ _TOLD = 16  # peers of which a rank tells that
 
 @dataclass(slots=True)
 class _Peer:
-    """What is known of another rank. Times are of time.monotonic()."""
+    """What is known of another rank. Times are of time.monotonic().
+
+    deaf_s   seconds since it was last heard in which this process did not run, and could not have heard it
+    """
 
     rank: int
     host: str
@@ -50,6 +53,7 @@ class _Peer:
     line: Line | None = None
     position: RankStatus | None = None
     heard: float = field(default_factory=time.monotonic)
+    deaf_s: float = 0.0
     closed: bool = False
     answered_s: deque[float] = field(default_factory=lambda: deque(maxlen=_ANSWERS))
     asked: float = 0.0
@@ -64,6 +68,7 @@ class HeartbeatMonitor:
     address    IP address of this rank that the others reach
     trouble    called, in the heartbeat's thread, when a peer is found dead or has raised while this rank is in a call
     pulse      called there at every beat
+    near       says which ranks share memory with this one
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class HeartbeatMonitor:
         self.rank, self.size, self.host, self.own_status = rank, size, host, own_status
         self.trouble: Callable[[], None] = lambda: None
         self.pulse: Callable[[], None] = lambda: None
+        self.near: Callable[[], Sequence[int]] = tuple
         self._beat_s = max(BEAT_S, size / 64)
         self._changed = threading.Condition()
         self._selector = selectors.DefaultSelector()
@@ -88,6 +94,7 @@ class HeartbeatMonitor:
         self._wake_in, self._wake_out = socket.socketpair()
         self._stopping = False
         self._told = threading.Event()
+        self._listened = time.monotonic()  # when the thread last looked for what has come
         try:
             self._peers = self._meet(store, deadline_s)
         except BaseException:
@@ -166,8 +173,8 @@ class HeartbeatMonitor:
     def statuses(self) -> list[PeerStatus]:
         """All ranks as this one sees them, itself included."""
         with self._changed:
-            now = time.monotonic()
-            statuses = [self._status(peer, now) for peer in self._peers.values()]
+            now, near = time.monotonic(), set(self.near())
+            statuses = [replace(self._status(peer, now), near=peer.rank in near) for peer in self._peers.values()]
         unheard = tuple(status.rank for status in statuses if status.silent)
         own = self.own_status.position()
         statuses.append(PeerStatus(self.rank, self.host, own, 0.0, unheard=unheard, answers=self._answers()))
@@ -178,10 +185,28 @@ class HeartbeatMonitor:
         position = peer.position
         if position is not None:
             position = replace(position, age_s=position.age_s + heard_s)
-        silent = heard_s > 4 * self._beat_s
+        silent = self._is_silent(peer, now)
         return PeerStatus(
             peer.rank, peer.host, position, heard_s, silent, peer.closed, None, peer.unheard, peer.answers
         )
+
+    def _is_silent(self, peer: _Peer, now: float) -> bool:
+        """Whether it said nothing for four beats of this rank's listening.
+
+        A process that was stopped finds what the others said meanwhile when it goes on, and not at once.
+        """
+        until = min(now, self._listened + self._beat_s)
+        return until - peer.heard - peer.deaf_s > 4 * self._beat_s
+
+    def _listen_again(self) -> None:
+        """Notes that the thread looks for what has come; the time in which it should have and did not is no silence."""
+        with self._changed:
+            now = time.monotonic()
+            deaf_s = now - self._listened - self._beat_s
+            if deaf_s > self._beat_s:
+                for peer in self._peers.values():
+                    peer.deaf_s += deaf_s
+            self._listened = now
 
     def _answers(self) -> tuple[tuple[int, float], ...]:
         """(rank, seconds) of the peers that take longest to answer: a median over beats, or what is awaited."""
@@ -248,9 +273,10 @@ class HeartbeatMonitor:
         try:
             while True:
                 stopping = self._stopping
-                now = time.monotonic()
                 woken = False
-                for key, _ in self._selector.select(max(0.0, beat - now)) if not stopping else []:
+                ready = self._selector.select(max(0.0, beat - time.monotonic())) if not stopping else []
+                self._listen_again()
+                for key, _ in ready:
                     if key.data is self._listener:
                         self._accept(strangers)
                     elif key.data is self._wake_in:
@@ -333,7 +359,7 @@ class HeartbeatMonitor:
         said = record if isinstance(record, dict) else {}
         answered, beat = said.get("answer"), Heartbeat.of(said, self.size)
         with self._changed:
-            peer.heard = now
+            peer.heard, peer.deaf_s = now, 0.0
             if isinstance(answered, int | float):
                 peer.answered_s.append(now - answered)
                 peer.asked = 0.0
@@ -348,7 +374,7 @@ class HeartbeatMonitor:
     def _tell(self) -> None:
         self.pulse()
         now = time.monotonic()
-        unheard = [peer.rank for peer in self._peers.values() if now - peer.heard > 4 * self._beat_s]
+        unheard = [peer.rank for peer in self._peers.values() if self._is_silent(peer, now)]
         position = self.own_status.position().as_dict()
         record = {"at": now, "position": position, "unheard": unheard, "answers": self._answers()}
         for peer in self._peers.values():

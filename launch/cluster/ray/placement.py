@@ -41,16 +41,19 @@ class Placement:
         self._bundles: list[int] = []
         self.group: Any = None
 
-    def reserve(self, deadline_s: float) -> None:
-        """Returns when the cluster has set the bundles apart. RuntimeError, with what there is, where it cannot."""
+    def reserve(self, deadline_s: float, *, grows: bool = True) -> None:
+        """Returns when the cluster has set the bundles apart. RuntimeError, with what there is, where it cannot.
+
+        grows   whether nodes may join the cluster while it waits; without, what it lacks is said at once
+        """
+        wanted = f"for {self.num_workers} bundles of 1 {self.resource}"
+        if not grows and sum(node.total for node in self.nodes()) < self.num_workers:
+            raise RuntimeError(f"there is no room {wanted}: {self.describe()}")
         self.group = ray.util.placement_group([{self.resource: 1}] * self.num_workers, strategy="PACK")
         if not self.group.wait(deadline_s):
             there = self.describe()
             self.release()
-            raise RuntimeError(
-                f"Ray found no room within {deadline_s:g} s "
-                f"for {self.num_workers} bundles of 1 {self.resource}: {there}"
-            )
+            raise RuntimeError(f"Ray found no room within {deadline_s:g} s {wanted}: {there}")
         addresses = {node.node_id: node.address for node in self.nodes()}
         driver = str(ray.get_runtime_context().get_node_id())
         self._bundles = order_bundles(self.node_ids(), addresses, driver)

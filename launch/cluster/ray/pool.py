@@ -107,7 +107,7 @@ class RayPool:
                     self._ends.callback(self._keep_logs, session.place, self._log_dir)
                 placement = Placement(self.num_workers, self._resource)
                 self._ends.callback(placement.release)
-                placement.reserve(self.deadline_s)
+                placement.reserve(self.deadline_s, grows=session.place is None)
                 self._ends.callback(self._end_workers)
             except BaseException:
                 self.close()

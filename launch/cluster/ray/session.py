@@ -109,8 +109,10 @@ def _start(num_workers: int) -> RaySession:
                 log_to_driver=True,
                 **of_directory(place),
             )
-    except BaseException:
+    except BaseException as refusal:
         session.close()
+        if isinstance(refusal, Exception):  # of any type: a machine that is too busy gives a bare Exception
+            raise RuntimeError(f"Ray does not start on this machine: {refusal}") from refusal
         raise
     return session
 

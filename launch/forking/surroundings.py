@@ -1,0 +1,52 @@
+"""What a new process inherits: two of these that are equal say that a server's fork is as good as a fresh process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+# variables that are read when they are used, if ever, and are handed over with every start: of terminals, of pytest,
+# which changes its own for every test, and of Ray, which sets some when it is imported
+_READ_WHEN_USED = {"COLUMNS", "LINES", "NO_COLOR", "PYTEST_CURRENT_TEST", "PYTHONBREAKPOINT"}
+_OF_RAY = "RAY_"
+_STATUS = {"Uid", "Gid", "Groups", "Umask", "SigIgn", "CapInh", "CapPrm", "NoNewPrivs", "Seccomp", "Cpus_allowed"}
+_LIMITS = [value for name, value in sorted(vars(resource).items()) if name.startswith("RLIMIT_")]
+
+
+def surroundings() -> dict[str, Any]:
+    """What a process that this one starts now has from it, by Linux's /proc: none of it is this process's alone.
+
+    Its id is among it, so that a fork of the process that began a server is told apart. Streams, working directory
+    and sys.path are not: they are handed over with every start.
+    """
+    own = Path("/proc/self")
+    return {
+        "process": os.getpid(),
+        "group": os.getpgrp(),
+        "session": os.getsid(0),
+        "program": (sys.executable, *sys.flags),
+        "environment": {name: value for name, value in os.environ.items() if _read_early(name)},
+        "status": _status((own / "status").read_text()),
+        "limits": [resource.getrlimit(limit) for limit in _LIMITS],
+        "scheduling": (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)),
+        "cgroup": (own / "cgroup").read_text(),
+        "memory": (own / "oom_score_adj").read_text(),
+        "namespaces": {kind.name: os.readlink(kind) for kind in (own / "ns").iterdir()},
+        "root": os.readlink(own / "root"),
+    }
+
+
+def _read_early(name: str) -> bool:
+    """Whether a library may read the variable while it is imported, as far as is known."""
+    return name not in _READ_WHEN_USED and not name.startswith(_OF_RAY)
+
+
+def _status(text: str) -> dict[str, str]:
+    lines = dict(line.split(":", 1) for line in text.splitlines())
+    found = {name: value.strip() for name, value in lines.items() if name in _STATUS}
+    ignored = int(found["SigIgn"], 16) & ~(1 << (signal.SIGINT - 1))  # which every start settles by itself
+    return {**found, "SigIgn": f"{ignored:x}"}

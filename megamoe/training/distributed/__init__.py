@@ -1,0 +1,1 @@
+"""What frameworks need around a layer that trains: DTensors, norms of gradients over ranks, replicas."""

@@ -1,0 +1,145 @@
+"""clip_grad_norm_() over experts that are spread over ranks and parameters that are not: each counts once."""
+
+# P ranks   E experts in all   n stacks of experts
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
+
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.placement import Placement
+from megamoe.parallel.transport.pairs import Label
+from megamoe.routing.agreement import Page, Part, Terms, agree
+from megamoe.training.distributed.norms import Norm
+from megamoe.training.layer import TrainableMoE, living_layers
+from megamoe.training.steps import local
+
+_NAME = "clip_grad_norm_"
+_SHARDS = "megamoe.training.distributed.shards"
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_() for models with expert-parallel layers: scales gradients in place -> their norm.
+
+    As torch's, gradients are multiplied by max_norm / (norm + 1e-6) where that is below 1, and the norm, a scalar of
+    float32, is that before. It is of all parameters of the model, each once: those of a TrainableMoE over the ranks of
+    its group, DTensors over their mesh, others as this rank has them, which are taken to be the same on all ranks.
+
+    Every rank must call, with the same parameters in the same order; parameters without a gradient count as 0. Bits of
+    the norm are the same for any number of ranks that experts, or DTensors along dimension 0, are spread over, since
+    sums are in a written order (norms.py). They are not promised where a DTensor is sharded along another dimension,
+    nor for a norm_type other than 1, 2 and math.inf.
+
+    RuntimeError, on every rank, for a norm that is not finite where error_if_nonfinite; CallRefusedError where ranks do
+    not call alike; PeerError within the deadline of a layer's group for a rank that does not. ValueError for a
+    norm_type that is not above 0, and for sparse gradients.
+    """
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    total = grad_norm(given, norm_type)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(
+            f"the norm of order {norm_type} of the gradients is {float(total)}, so they cannot be clipped: with "
+            "error_if_nonfinite=False they are scaled by it anyway"
+        )
+    with torch.no_grad():
+        for some in _by_mesh(given):
+            clip_grads_with_norm_(some, max_norm, total, foreach)
+    return total
+
+
+@torch.no_grad()
+def grad_norm(parameters: Tensor | Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of clip_grad_norm_(), a scalar of float32, and nothing is scaled. All that is said there holds."""
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    norm = Norm(float(norm_type))
+    for each in given:
+        if each.grad is not None and each.grad.layout != torch.strided:
+            raise ValueError(f"a gradient is {each.grad.layout}: only dense ones have a norm here")
+    layers = {id(master): layer for layer in living_layers() for master in layer.experts.masters}
+    experts: dict[int, Tensor] = {}
+    for group in {id(layer.group): layer.group for each in given if (layer := layers.get(id(each)))}.values():
+        own = [(each, layers[id(each)]) for each in given if id(each) in layers]
+        experts |= _of_experts(group, [(each, layer) for each, layer in own if layer.group is group], norm)
+    device = next((each.grad.device for each in given if each.grad is not None), torch.device("cpu"))
+    partials = [experts[id(each)] if id(each) in layers else _of_others(each, norm) for each in given]
+    return norm.total(norm.joined(torch.stack([each.to(device) for each in partials]) if partials else torch.zeros(0)))
+
+
+def _of_others(parameter: Tensor, norm: Norm) -> Tensor:
+    """What a parameter that no layer has adds to the norm, a scalar of float64."""
+    if parameter.grad is None:
+        return torch.zeros((), dtype=torch.float64, device=parameter.device)
+    slices = norm.of_slices(local(parameter.grad))
+    if hasattr(parameter.grad, "to_local"):
+        slices = import_module(_SHARDS).summed_over_shards(parameter.grad, slices, norm.largest)
+    return norm.joined(slices)
+
+
+def _of_experts(group: EPGroup, own: Sequence[tuple[Tensor, TrainableMoE]], norm: Norm) -> dict[int, Tensor]:
+    """What each stack of experts adds over all ranks of the group, a scalar of float64, by the parameter's id."""
+    sizes = [Placement(layer.shape.num_experts, group.size) for _, layer in own]
+    partials = torch.zeros(len(own), max(each.most for each in sizes), dtype=torch.float64, device="cpu")
+    for row, (parameter, _) in zip(partials, own, strict=True):
+        if parameter.grad is not None:
+            slices = norm.of_slices(local(parameter.grad))
+            row[: len(slices)] = slices
+    everyones = _gathered(group, partials, own, norm)
+    found = {}
+    for index, ((parameter, _), placement) in enumerate(zip(own, sizes, strict=True)):
+        each = [everyones[rank, index, : len(placement.experts(rank))] for rank in range(group.size)]
+        found[id(parameter)] = norm.joined(torch.cat(each))
+    return found
+
+
+def _gathered(group: EPGroup, partials: Tensor, own: Sequence[tuple[Tensor, TrainableMoE]], norm: Norm) -> Tensor:
+    """Every rank's partials: [n, most] float64 -> [P, n, most], after all have agreed on what is summed."""
+    if group.transport is None:
+        return partials.unsqueeze(0)
+    device = own[0][1].device
+    with group.turn(_NAME, device), group.unbroken(_NAME, 0):
+        agree(group, Page(_terms(group, own, norm), group.host), 0, Part(0, np.zeros((2, 1), np.int32), 0.0), None)
+        pages = group.transport.gather(partials.view(torch.uint8).flatten(), Label(_NAME, "more counts"))
+    return pages.view(torch.float64).view(group.size, *partials.shape)
+
+
+def _terms(group: EPGroup, own: Sequence[tuple[Tensor, TrainableMoE]], norm: Norm) -> Terms:
+    """What ranks must have in common: told apart from a layer's call, and by the stacks that are summed."""
+    sizes = ", ".join(f"{layer.name} {'x'.join(map(str, parameter.shape[1:]))}" for parameter, layer in own)
+    return Terms(
+        layer=f"{_NAME} of {sizes}",
+        number=1,
+        hidden=0,
+        intermediate=0,
+        num_experts=max(layer.shape.num_experts for _, layer in own),
+        topk=0,
+        activation=f"norm {norm.p:g}",
+        bias=False,
+        node_limited=group.node_limited,
+        weight_format="",
+        dispatch_format="",
+        combine_format="",
+        arithmetic="",
+        waves="",
+    )
+
+
+def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Parameters that torch can scale together: it takes DTensors of one mesh, or none."""
+    found: dict[object, list[Tensor]] = defaultdict(list)
+    for each in parameters:
+        if each.grad is not None:
+            found[getattr(each.grad, "device_mesh", None)].append(each)
+    return list(found.values())

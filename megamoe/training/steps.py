@@ -1,0 +1,48 @@
+"""Steps of optimisers, which change weights without torch counting it, and the part of a parameter that a rank has."""
+
+from __future__ import annotations
+
+from typing import Protocol
+from weakref import WeakSet
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+
+class Watching(Protocol):
+    """Experts that have to know of every step that changes their weights."""
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """The parameters that optimisers hold."""
+        ...
+
+    def has_stepped(self) -> None:
+        """An optimiser has changed one of them."""
+        ...
+
+
+_living: WeakSet[Watching] = WeakSet()
+_hooks: list[RemovableHandle] = []
+
+
+def watch(experts: Watching) -> None:
+    """Has the experts know of every step that an optimiser of torch makes with one of their parameters."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+    _living.add(experts)
+
+
+def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    del args, kwargs
+    stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for experts in _living:
+        if any(id(each) in stepped for each in experts.sources()):
+            experts.has_stepped()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Of a DTensor what this rank has of it, through autograd where that is on; another tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    found: Tensor = tensor if to_local is None else to_local()
+    return found
