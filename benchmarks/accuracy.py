@@ -40,8 +40,8 @@ rows of the first table, the 8 of DeepGEMM's pull request 316, and every other r
 table; to every other skewed row of the first table one constant alone, link_incast. How a hot expert is spread over the
 waves was decided with the skewed rows in sight, and the terms of the model with all tables in sight. What grouped
 products and DeepEP's kernels add, to every other row of their tables. Links are DeepEP's own figures, the NIC was
-fitted to its dispatch on H800. Five constants of the `ascend` profile were fitted to 11 of the 13 rows of one guide, in the
-knowledge of all 13. Nothing else was fitted.
+fitted to its dispatch on H800. Five constants of the `ascend` profile were fitted to 11 of the 13 rows of one guide, in
+the knowledge of all 13. Nothing else was fitted.
 """
 
 

@@ -115,9 +115,11 @@ def _link_terms(planned: Plan) -> list[Term]:
     else:
         crowd = min(1.0, (8 / inside) ** device.link_congestion)
         rate = f"{g(device.scaleup_gb_s)} x {g(device.link_efficiency)} x {g(crowd)}"
+        plain = layer.rows * there * slowest.f_remote * fuller / device.link_bytes_s(inside) * 1e6
+        incast = layer.dispatch_us / plain  # a mean over draws
         rate += f" / {g(incast)}" if incast > 1 + 1e-9 else ""
     shared = f"{g(slowest.f_remote)} x {g(fuller)} / ({rate} x 1000)"
-    formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion)"
+    formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion / incast)"
     terms = [
         Term(
             f"link, {request.hardware.tier_names[slowest.name]}: {name}",
