@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ class RoutedExperts(nn.Module):
     ValueError as MegaMoE raises it.
     """
 
+    layer_type: ClassVar[type[MegaMoE]] = MegaMoE
+
     def __init__(
         self,
         structure: Structure,
@@ -48,7 +50,7 @@ class RoutedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.structure = structure
-        self.layer = MegaMoE(
+        self.layer = self.layer_type(
             structure.shape(topk),
             group,
             weight_format=weight_format,

@@ -33,6 +33,7 @@ GCS_PORT = 6379
 START_S = 60.0
 # a node that is gone is missed after a second or two, not after half a minute
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+FAIR = {"worker_niceness": 0}  # else any two processes that compute keep workers from starting for minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def two_nodes(num_cpus: int = 2) -> Iterator[Nodes]:
     with tempfile.TemporaryDirectory(prefix="megamoe-nodes-", dir="/tmp") as place, lab(2, "1gbit") as hosts:
         nodes = Nodes(hosts, f"{hosts[0].address}:{GCS_PORT}", _environment(Path(place)), num_cpus)
         head = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false", f"--temp-dir={place}/ray"]
-        _start(nodes, hosts[0], num_cpus, *head, f"--system-config={json.dumps(HEALTH)}")
+        _start(nodes, hosts[0], num_cpus, *head, f"--system-config={json.dumps({**HEALTH, **FAIR})}")
         nodes.join()
         yield nodes
 

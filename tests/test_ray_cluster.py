@@ -94,6 +94,10 @@ def test_workers_meet_as_a_group_and_meet_again(pair: list[RayHandle]) -> None:
         assert [each.result(timeout=WAIT_S) for each in summing] == [21.0, 21.0]
 
 
+def test_workers_have_the_right_to_the_cpu_of_any_process(pair: list[RayHandle]) -> None:
+    assert [os.getpriority(os.PRIO_PROCESS, handle.pid) for handle in pair] == [os.getpriority(os.PRIO_PROCESS, 0)] * 2
+
+
 def test_errors_arrive_as_they_were_raised_with_where_in_a_note(pair: list[RayHandle]) -> None:
     meet(pair, 3)
     wrong = pair[1].call("run", raise_value_error).exception(timeout=WAIT_S)

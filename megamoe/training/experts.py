@@ -184,6 +184,13 @@ class TrainableExperts(Experts):
         pairs = ((each, local(each.detach())) for each in self.sources())
         return tuple((part.data_ptr(), part._version, whole._version) for whole, part in pairs)
 
+    def inference_state_dict(self) -> dict[str, Tensor]:
+        """A state dict of Experts in place of one of master weights: what the forward multiplies by."""
+        self.quantize_what_changed()
+        found: dict[str, Tensor] = {}
+        super()._save_to_state_dict(found, "", keep_vars=False)
+        return found
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         if not self.distributed:  # a DTensor knows which part of the whole it is

@@ -71,6 +71,7 @@ class TrainableMoE(MegaMoE):
 
     Bits of all gradients depend on the global batch alone: on no number of ranks, waves or schedule. Every rank must
     run the backward of each call, in the same order, also one without tokens. last_backward holds its CallRecord.
+    tokens_per_expert, int64 [E] on the CPU, is what the latest forward had of all ranks: the same on each of them.
     """
 
     experts_type: ClassVar[type[Experts]] = TrainableExperts
@@ -96,6 +97,7 @@ class TrainableMoE(MegaMoE):
         check_gradient_format(gradient_format, self.shape.hidden)
         self.gradient_format, self.saved = gradient_format, saved
         self.last_backward = CallRecord()
+        self.tokens_per_expert = torch.zeros(self.shape.num_experts, dtype=torch.int64, device="cpu")
         self._latest: Call | None = None
         self._keeping = False  # whether the forward that runs has a backward
         self.experts.make_masters(master_dtype, seed, rounding)
@@ -119,6 +121,11 @@ class TrainableMoE(MegaMoE):
         """
         with self._turn(), undisturbed(self.device):
             self.experts.quantize()
+
+    def inference_state_dict(self) -> dict[str, Tensor]:
+        """What the forward multiplies by, as the state dict of a MegaMoE of this shape, format and rank."""
+        with self._turn(), undisturbed(self.device):
+            return {f"experts.{name}": each for name, each in self.experts.inference_state_dict().items()}
 
     def distribute(self, mesh: DeviceMesh) -> TrainableMoE:
         """Makes the parameters DTensors, Shard(0) on the mesh, and so their gradients -> this layer.
@@ -165,6 +172,7 @@ class TrainableMoE(MegaMoE):
     def _open(self, given: Input, agreed: Agreement, record: CallRecord, notes: Notes) -> Call:
         """As MegaMoE's; every rank gets its tokens from their own rank, so that all that it read lies in its inbox."""
         self._latest = call = super()._open(given, replace(agreed, landed=None), record, notes)
+        self.tokens_per_expert = agreed.counts.sum(0)
         if self._keeping and self.saved == "activations":
             own = self.local_experts
             num_rows = int(call.parts.agreed.counts[:, own.start : own.stop].sum())

@@ -346,10 +346,10 @@ class _Writer:
                     part = self.target / f".{file.name}.part"
                     shutil.copyfile(file, part)
                     part.replace(self.target / file.name)
-        _write_json(self.target / CONFIG, _config(config, experts, dense_fp8=dense_fp8))
+        _write_json(self.target / CONFIG, config_with(config, experts, dense_fp8=dense_fp8))
 
 
-def _config(config: dict[str, Any], experts: str, *, dense_fp8: bool) -> dict[str, Any]:
+def config_with(config: dict[str, Any], experts: str, *, dense_fp8: bool) -> dict[str, Any]:
     """What config.json says of formats: dense FP8 stays as it was; experts are what they are now."""
     known = config.get("quantization_config") or {}
     if dense_fp8:

@@ -89,7 +89,7 @@ def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
         model = kind(config)
     model.config.dtype = dtype
     _fill_buffers(model)
-    blocks = tuple(_blocks(model))
+    blocks = tuple(find_blocks(model))
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no routed experts")
     tensors = model.state_dict()
@@ -104,7 +104,8 @@ def _fill_buffers(model: Any) -> None:
     model.initialize_weights()
 
 
-def _blocks(model: nn.Module) -> Iterator[Block]:
+def find_blocks(model: nn.Module) -> Iterator[Block]:
+    """The routed experts of a model of transformers, one after another. ValueError for experts that do not fit."""
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         above, _, leaf = name.rpartition(".")

@@ -25,6 +25,7 @@ from transformers import (
 
 from megamoe.ambient import undisturbed
 from megamoe.formats import quantize_e4m3_blocks, quantize_mxfp4
+from megamoe.model.deepseek_v4.names import FP4_EXPERTS, native_name
 from megamoe.model.loading.files import write_tensors
 from megamoe.model.making.files import new_folder, no_bars
 from megamoe.model.making.tokenizer import VOCABULARY, byte_tokenizer, write_tokenizer
@@ -124,20 +125,12 @@ def _gpt_oss(num_experts: int, topk: int) -> PreTrainedConfig:
 
 Stored = dict[str, Tensor]
 
-
-_NAMES = (  # what transformers writes, and DeepSeek's own names
-    (r"^model\.", ""),
-    (r"^embed_tokens\.", "embed."),
-    (r"^hc_head\.hc_", "hc_head_"),
-    (r"\.attn\.norm\.", ".attn.kv_norm."),
-)
 _FP32 = re.compile(r"(\.attn_sink|\.ape|\.gate\.bias|hc_(attn|ffn|head)_\w+)$")
 
 
 def _native_deepseek_v4(name: str, tensor: Tensor) -> Stored:
     """Experts in MXFP4, I8 and E8M0; shared experts in E4M3 blocks with E8M0 scales; what is added or mixes in FP32."""
-    for pattern, own in _NAMES:
-        name = re.sub(pattern, own, name)
+    name = native_name(name)
     scale = name.replace(".weight", ".scale")
     if ".ffn.experts." in name:
         q = quantize_mxfp4(tensor)
@@ -162,13 +155,6 @@ def _as_it_is(name: str, tensor: Tensor) -> Stored:
     return {name: tensor}
 
 
-_FP8 = {
-    "quant_method": "fp8",
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "scale_fmt": "ue8m0",
-    "weight_block_size": [128, 128],
-}
 _MXFP4 = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
@@ -184,7 +170,7 @@ FAMILIES: dict[str, tuple[Callable[[int, int], PreTrainedConfig], Callable[[str,
     "deepseek-v4-flash": (
         _deepseek_v4,
         _native_deepseek_v4,
-        {"quantization_config": _FP8, "expert_dtype": "fp4", "num_hash_layers": 1, "topk_method": "noaux_tc"},
+        {**FP4_EXPERTS, "num_hash_layers": 1, "topk_method": "noaux_tc"},
     ),
     "deepseek-v3": (_deepseek_v3, _as_it_is, {}),
     "gpt-oss": (_gpt_oss, _native_gpt_oss, {"quantization_config": _MXFP4}),

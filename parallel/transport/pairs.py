@@ -215,7 +215,7 @@ class PairTransport:
     """Point-to-point pairs with every peer: gloo's fast path. Tags keep the phases and waves of a call apart."""
 
     early, device_type = True, "cpu"
-    _PHASES = ("counts", "more counts", "dispatch", "combine", "link", "load", "landed")
+    _PHASES = ("counts", "more counts", "dispatch", "combine", "link", "load", "landed", "sum")
     _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
     TAIL_TAG = _TAGS_PER_PHASE // 2
     _NO_TAG = _FIRST_TAG - 1  # nothing is ever sent with it

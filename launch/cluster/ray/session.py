@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import ray
 
-from megamoe.launch.cluster.ray.private import logs_on_stderr, of_directory
+from megamoe.launch.cluster.ray.private import logs_on_stderr, of_own_cluster
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _start(num_workers: int) -> RaySession:
                 include_dashboard=False,
                 logging_level=logging.ERROR,  # of Ray's own notes; without, it warns that tokens are on, as they should
                 log_to_driver=True,
-                **of_directory(place),
+                **of_own_cluster(place),
             )
     except BaseException as refusal:
         session.close()

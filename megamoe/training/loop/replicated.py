@@ -1,0 +1,102 @@
+"""Sums over the ranks of a group in order of rank: gradients of weights that every rank has whole, and other values."""
+
+# P ranks   n values
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.parallel.errors import CallRefusedError
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport.pairs import Label
+
+_WHAT = "replicated gradients"
+_BUCKET = 1 << 20  # values that are exchanged at a time
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[nn.Parameter], group: EPGroup) -> None:
+    """Replaces each parameter's gradient by the sum over the group's ranks, the same bits on all of them.
+
+    parameters   those that every rank has whole, in the same order on all ranks: attention, norms, embeddings. Not an
+                 expert layer's, whose gradients are of the global batch already. Those without requires_grad are left
+                 out; a rank without a gradient adds zeros
+
+    Sums are in FP32, rank 0 first, and rounded once to the gradient's dtype. A rank receives every other rank's values:
+    for a model whose dense part is large, over many ranks, DistributedDataParallel moves less. With a loss that each
+    rank divides by the global batch's tokens the sum is the global batch's gradient. ValueError on all ranks, and no
+    gradient has changed, where they bring different sizes; PeerError where a rank is lost.
+    """
+    trained = [each for each in parameters if each.requires_grad]
+    if group.transport is None or not trained:
+        return
+    with group.turn(_WHAT, trained[0].device), group.unbroken(_WHAT, group.own_status.calls):
+        _check_sizes(len(trained), sum(each.numel() for each in trained), group)
+        for bucket in _buckets(trained):
+            total = _sum(torch.cat([_flat(each) for each in bucket]), group)
+            for each, part in zip(bucket, torch.split(total, [each.numel() for each in bucket]), strict=True):
+                if each.grad is None:
+                    each.grad = torch.empty_like(each)
+                each.grad.copy_(part.view_as(each))
+
+
+def sum_over_ranks(values: Tensor, group: EPGroup) -> Tensor:
+    """values [...] of a float or integer dtype -> their sum over the group's ranks, rank 0 first, in that dtype.
+
+    For a loss, counts, and other few values. Errors as sum_gradients() has them.
+    """
+    if group.transport is None:
+        return values.clone()
+    with group.turn(_WHAT, values.device), group.unbroken(_WHAT, group.own_status.calls):
+        _check_sizes(1, values.numel(), group)
+        total = _sum(values.detach().to("cpu").contiguous().reshape(-1), group)
+    return total.view(values.shape).to(values.device)
+
+
+def _sum(mine: Tensor, group: EPGroup) -> Tensor:
+    """mine [n], on the CPU -> the sum, in order of rank"""
+    pages = _gather(mine, group)
+    total = pages[0]
+    for other in pages[1:]:
+        total += other
+    return total
+
+
+def _check_sizes(tensors: int, values: int, group: EPGroup) -> None:
+    """CallRefusedError, on all ranks, where these are not what rank 0 brings."""
+    pages = _gather(torch.tensor([tensors, values]), group).tolist()
+    for rank, page in enumerate(pages):
+        if page != pages[0]:
+            raise CallRefusedError(
+                f"{group.named(rank)} sums {page[1]} values in {page[0]} tensors, {group.named(0)} {pages[0][1]} in "
+                f"{pages[0][0]}"
+            )
+
+
+def _buckets(trained: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in order, about as many values at a time as are exchanged at once."""
+    bucket, values = list[nn.Parameter](), 0
+    for each in trained:
+        bucket.append(each)
+        values += each.numel()
+        if values >= _BUCKET:
+            yield bucket
+            bucket, values = [], 0
+    if bucket:
+        yield bucket
+
+
+def _flat(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        return torch.zeros(parameter.numel(), dtype=torch.float32, device="cpu")
+    return parameter.grad.detach().to("cpu", torch.float32).reshape(-1)
+
+
+def _gather(mine: Tensor, group: EPGroup) -> Tensor:
+    """mine [n], on the CPU -> [P, n], in order of rank"""
+    assert group.transport is not None
+    pages = group.transport.gather(mine.view(torch.uint8), Label(_WHAT, "sum"))
+    return pages.view(mine.dtype)
