@@ -196,6 +196,7 @@ def test_a_ray_that_does_not_start_is_said_in_a_line_and_leaves_nothing(monkeypa
     there = set(Path("/tmp").glob("megamoe-ray-*"))
     monkeypatch.setattr("ray.init", fails)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)  # of the cluster that other tests have
     with pytest.raises(RuntimeError, match="Ray does not start on this machine: The current node timed out"):
         session.connect("local", 2, 10.0)
     assert set(Path("/tmp").glob("megamoe-ray-*")) <= there
