@@ -2,6 +2,7 @@
 
 python benchmarks/prediction.py      # root and iproute2; three minutes; measures the machine's constants first
 python benchmarks/prediction.py --repeats 5 --links 1gbit
+python benchmarks/prediction.py --backward      # forward and backward together; five minutes
 
 The constants come from one probe at the first rate, in a cache folder of this run's own, and hold for all rows: nothing
 that is predicted was fitted. Exit code 1 where a prediction is off by more than --within.
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-rank", default=TOKENS)
     parser.add_argument("--weight-formats", default=WEIGHTS)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--backward", action="store_true", help="forward and backward together")
     parser.add_argument("--within", type=float, default=0.15, help="the largest share that a prediction may be off by")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +49,12 @@ def compare(asked: argparse.Namespace) -> int:
     rows = product(asked.links.split(","), map(int, asked.tokens_per_rank.split(",")), asked.weight_formats.split(","))
     for link, tokens, weights in rows:
         request = BenchRequest(
-            link=link, tokens_per_rank=tokens, weight_format=weights, repeats=asked.repeats, check=False
+            link=link,
+            tokens_per_rank=tokens,
+            weight_format=weights,
+            repeats=asked.repeats,
+            backward=asked.backward,
+            check=False,
         )
         found = run_bench(request)
         assert found.predicted_ms is not None

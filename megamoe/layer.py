@@ -318,6 +318,9 @@ class MegaMoE(nn.Module):
         if complaint is None:
             hidden = hidden.to(torch.bfloat16).contiguous()
         with self.group.unbroken(self.name, calls.number), record.timing("total_s"):
+            if not self._fused.opened:
+                nobody = Part(0, np.zeros((2, self.shape.num_experts), np.int32), 0.0)
+                agree(self.group, self._current_page(), calls.number, nobody, complaint, self._place())
             out: Tensor = self._fused.compute(hidden, topk_ids, topk_weights, complaint)
         calls.last = record
         self._fused.complain()
@@ -327,8 +330,7 @@ class MegaMoE(nn.Module):
         """Agrees with all ranks on the call, before any row moves but those that lie behind a page."""
         self._calls.number += 1
         self.tuner.learn()
-        begun, transport = perf_counter(), self.group.transport
-        place = transport.place(self._page.label) if isinstance(transport, HostTransport) else None
+        begun, place = perf_counter(), self._place()
         placed = perf_counter()
         part, complaint = self._part(given, complaint, place)
         packed = perf_counter()
@@ -336,6 +338,11 @@ class MegaMoE(nn.Module):
         record.compute_s += packed - placed
         record.counts_s += placed - begun + perf_counter() - packed
         return agreed
+
+    def _place(self) -> Place | None:
+        """Where this rank's page goes in memory that it shares with others, if it shares any."""
+        transport = self.group.transport
+        return transport.place(self._page.label) if isinstance(transport, HostTransport) else None
 
     def _part(self, given: Input, complaint: ValueError | None, place: Place | None) -> tuple[Part, ValueError | None]:
         """What this rank brings, which few tokens are among, and what is wrong with the values of its routing."""
@@ -429,11 +436,16 @@ class MegaMoE(nn.Module):
             combine_format=self.combine_format,
             arithmetic=self.experts.arithmetic,
             waves=self._waves_term(),
+            transport=self._transport_term(),
         )
 
     def _waves_term(self) -> str:
         """What "auto" chooses follows from what a wave costs the machine."""
         return f"{self.waves}" if self.machine is None else f"{self.waves} at {exact(self.machine.wave_us.value)} us"
+
+    def _transport_term(self) -> str:
+        bound = "" if self.max_tokens_per_rank is None else f", {self.max_tokens_per_rank} tokens"
+        return f"{self.transport}{bound}"
 
     def extra_repr(self) -> str:
         return (

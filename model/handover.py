@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 from megamoe.execution.experts import Weight
@@ -13,6 +14,7 @@ from megamoe.model.experts import RoutedExperts
 from megamoe.model.packed import PackedExperts
 from megamoe.model.private import empty
 from megamoe.model.structure import Structure, read_structure
+from megamoe.model.training.stock import TrainedExperts
 from megamoe.parallel.group import EPGroup
 
 # layers without a group of ranks share buffers and turns with the first layer of their model that lives
@@ -67,17 +69,43 @@ def _refuse_state_dict(experts: nn.Module, prefix: str, keep_vars: bool) -> None
     )
 
 
+def refuse_late_training(experts: nn.Module, hidden_states: Tensor) -> None:
+    """ValueError where a gradient is asked for of experts whose weights have left the module."""
+    if experts.training and torch.is_grad_enabled() and hidden_states.requires_grad:
+        raise ValueError(
+            f"the weights of {type(experts).__name__} went over into this rank's layer, which does not train, since "
+            "the model's first call was in eval mode: load the model again and have a call in train mode come first "
+            "(of a Trainer: eval_on_start=False)"
+        )
+
+
 def run_alone(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The module's forward on the layer, without other ranks: [T, H], [T, K] int64, [T, K] -> [T, H].
 
     Where transformers has spread the experts over ranks, the module's e experts are all that the layer knows, and ids
-    of e or more add nothing.
+    of e or more add nothing. A module whose first call is in train mode keeps its weights and trains.
     """
-    routed = getattr(experts, "routed", None)
-    if routed is None:
-        model = id(getattr(experts, "config", experts))
-        group = _FIRST[model].layer.group if model in _FIRST else None
-        routed = hand_over(experts, structure_of(experts), group, top_k_index.shape[-1])
-        _FIRST.setdefault(model, routed)
+    trained: TrainedExperts | None = getattr(experts, "trained", None)
+    routed: RoutedExperts | None = getattr(experts, "routed", None)
+    if trained is None and routed is None:
+        trained, routed = _begin_alone(experts, top_k_index.shape[-1])
+    if trained is not None:
+        return trained(hidden_states, top_k_index, top_k_weights)
+    assert routed is not None
+    refuse_late_training(experts, hidden_states)
     out: Tensor = routed(hidden_states, top_k_index, top_k_weights)
     return out
+
+
+def _begin_alone(experts: nn.Module, topk: int) -> tuple[TrainedExperts | None, RoutedExperts | None]:
+    """The module's first call: in train mode its weights stay, else they go over into the layer."""
+    model = id(getattr(experts, "config", experts))
+    group = _FIRST[model].layer.group if model in _FIRST else None
+    structure = structure_of(experts)
+    if experts.training:
+        trained = TrainedExperts(experts, structure, group, topk)
+        _FIRST.setdefault(model, trained.routed)
+        return trained, None
+    routed = hand_over(experts, structure, group, topk)
+    _FIRST.setdefault(model, routed)
+    return None, routed

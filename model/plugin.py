@@ -2,7 +2,8 @@
 
 Over ranks `from_pretrained(..., distributed_config=DistributedConfig(ep_size=N, ep_implementation="megamoe", ...))`;
 on one rank `from_pretrained(..., experts_implementation="megamoe")`. Loading is transformers' own. At a module's first
-call its weights go over into the layer of this rank, and are gone from the module.
+call in eval mode its weights go over into the layer of this rank, and are gone from the module. Where the first call is
+in train mode they stay the module's parameters, and train (training.md).
 """
 
 # T tokens of this rank   H hidden   K experts per token
@@ -17,7 +18,9 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megamoe.model.experts import RoutedExperts
-from megamoe.model.handover import hand_over, run_alone, structure_of
+from megamoe.model.handover import hand_over, refuse_late_training, run_alone, structure_of
+from megamoe.model.training.slices import gather_slices, take_slice
+from megamoe.model.training.stock import TrainedExperts, owners_of
 from megamoe.parallel.group import EPGroup
 
 NAME = "megamoe"
@@ -33,27 +36,32 @@ class MegaMoEExperts(EPImplementation):  # type: ignore[misc]
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts, self.structure = experts, structure_of(experts)
-        self.routed: RoutedExperts | None = None
+        self.computed: RoutedExperts | TrainedExperts | None = None
+        self._owners: list[Tensor] = []
+        experts.register_forward_pre_hook(self._note_owners)
+
+    def _note_owners(self, experts: nn.Module, args: object) -> None:
+        """The parameters as optimisers know them, for which transformers and FSDP stand others in during the call."""
+        del args
+        self._owners = owners_of(experts)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H]"""
-        if self.routed is None:
-            self.routed = hand_over(self.experts, self.structure, self._group(hidden_states), top_k_index.shape[-1])
         if self.tp_mesh.size() == 1:
-            out: Tensor = self.routed(hidden_states, top_k_index, top_k_weights)
-            return out
-        # a slice for each rank, of equal size but for the last ones, which may be shorter or empty
-        size = -(-len(hidden_states) // self.tp_mesh.size())
-        start = self.tp_mesh.get_local_rank() * size
-        rows = slice(start, start + size)
-        own = self.routed(hidden_states[rows], top_k_index[rows], top_k_weights[rows])
-        slices = own.new_zeros(self.tp_mesh.size() * size, own.shape[1])
-        filled = own.new_zeros(size, own.shape[1])
-        filled[: len(own)] = own
-        if size:
-            dist.all_gather_into_tensor(slices, filled, group=self.tp_mesh.get_group())
-        whole: Tensor = slices[: len(hidden_states)]
-        return whole
+            return self._compute(hidden_states, top_k_index, top_k_weights)
+        group = self.tp_mesh.get_group()
+        own = (take_slice(each, group) for each in (hidden_states, top_k_index, top_k_weights))
+        return gather_slices(self._compute(*own), len(hidden_states), group)
+
+    def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self.computed is None:
+            begin = TrainedExperts if self.experts.training else hand_over
+            self.computed = begin(self.experts, self.structure, self._group(hidden_states), top_k_index.shape[-1])
+        if isinstance(self.computed, TrainedExperts):
+            return self.computed(hidden_states, top_k_index, top_k_weights, self._owners)
+        refuse_late_training(self.experts, hidden_states)
+        out: Tensor = self.computed(hidden_states, top_k_index, top_k_weights)
+        return out
 
     def _group(self, hidden_states: Tensor) -> EPGroup:
         """One EPGroup for all layers of the model: they share buffers, and the link is measured once."""

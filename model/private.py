@@ -22,6 +22,16 @@ def empty(module: nn.Module) -> None:
         module._parameters[name] = None
 
 
+def sharded_parameters(module: nn.Module) -> list[Tensor]:
+    """The parameters that FSDP shards for the module, as optimisers know them; none where FSDP does not manage it.
+
+    Around a call the module itself has others, whose counts of changes FSDP keeps as they are.
+    """
+    if not isinstance(module, FSDPModule):
+        return []
+    return [parameter.sharded_param for group in _groups(module._get_fsdp_state()) for parameter in group.fsdp_params]
+
+
 def with_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """A shallow copy whose own parameters are plain tensors, None for names that are not given: setattr() would refuse
     them, and on a shallow copy change the module itself."""
@@ -31,16 +41,22 @@ def with_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def _release(state: Any) -> None:
-    several = hasattr(state, "_fsdp_param_groups")  # torch before 2.13 has one group, or none
-    for group in state._fsdp_param_groups if several else filter(None, [state._fsdp_param_group]):
+    for group in _groups(state):
         for parameter in group.fsdp_params:
             parameter.free_unsharded_param()
             for name in ("sharded_param", "_sharded_param_data", "_unsharded_param"):
                 vars(parameter).pop(name, None)  # hooks of the module keep the object
-    if several:
+    if hasattr(state, "_fsdp_param_groups"):
         state._fsdp_param_groups.clear()
     else:
         state._fsdp_param_group = None
+
+
+def _groups(state: Any) -> list[Any]:
+    """torch before 2.13 has one group, or none."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group else []
 
 
 def model_class(config: Any) -> Any:

@@ -135,11 +135,17 @@ class PackedExpertsQuantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         return [WeightConverter(names, name, [operation(self)]) for name, names in self.serialized_names.items()]
 
     def is_serializable(self) -> bool:
-        return False
+        """Where experts keep the weights that the checkpoint had, until a call in eval mode takes them."""
+        return self.packing is None
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Where experts keep their master weights, and each step's are rounded to FP4."""
+        return self.packing is None
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:

@@ -16,6 +16,7 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.schedule import kept
 from megamoe.schedule.kept import Setting
 from megamoe.schedule.machine import intervals, predict
+from megamoe.schedule.training import backward_work, predict_step
 from tests.test_planner_machine import machine
 
 SETTING = Setting("a CPU", 2, "fma", "0.1", 1, 2, shaped=True)
@@ -86,11 +87,15 @@ def as_measured(behind: Any, link_gb_s: float) -> list[list[dict[str, float]]]:
         said = asdict(predict(run, behind))
         said["compute_ms"] += len(intervals(run, behind, run.waves)) * behind.wave_us.value / 1e3
         times = {key: value for key, value in said.items() if key.endswith("_ms")}
+        if small.backward:
+            times["backward_ms"] = backward_work(run, behind).total / 1e3
         found.append(times | {"wall_ms": said["compute_ms"]})
     return [found, found]
 
 
-@pytest.mark.parametrize("behind", [machine(), machine(product_gflops=400, value_ns=0.6, weight_ns=0.1, byte_ns=4.2)])
+@pytest.mark.parametrize(
+    "behind", [machine(), machine(product_gflops=400, value_ns=0.6, weight_ns=0.1, byte_ns=4.2, gradient_ns=0.4)]
+)
 def test_the_fit_predicts_larger_layers_than_it_saw(behind: Any) -> None:
     here = probe.fitted(as_measured(behind, 0.125), replace(SETTING, cores=behind.cores), 0.125)
     assert "this machine, measured" in here.title
@@ -98,6 +103,8 @@ def test_the_fit_predicts_larger_layers_than_it_saw(behind: Any) -> None:
         for link in (0.0625, 0.125, 0.25):
             run = replace(small.run(2, link, 1), tokens_per_rank=2048, hidden=1024, intermediate=512, waves=4)
             assert predict(run, here).overlapped_ms == pytest.approx(predict(run, behind).overlapped_ms, rel=0.05)
+            step, wanted = (predict_step(replace(run, backward=True), each) for each in (here, behind))
+            assert step.overlapped_ms == pytest.approx(wanted.overlapped_ms, rel=0.05)
 
 
 def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
@@ -126,11 +133,15 @@ def test_ranks_measure_every_workload(ranks: LocalRanks) -> None:
     assert [len(each) for each in found] == [2, 2]
     for times in (*found[0], *found[1]):
         assert all(value > 0 for value in times.values())
+        assert ("backward_ms" in times) == (times is found[0][0] or times is found[1][0])
         assert times["serial_ms"] == times["compute_ms"] + times["communication_ms"]
 
 
 def few_workloads(group: Any) -> list[dict[str, float]]:
-    every, probe.SMALL = probe.SMALL, (probe.Small("bf16", 32, 64, 32, 2), probe.Small("mxfp4", 16, 64, 32, 1))
+    every, probe.SMALL = (
+        probe.SMALL,
+        (probe.Small("bf16", 32, 64, 32, 2, backward=True), probe.Small("mxfp4", 16, 64, 32, 1)),
+    )
     try:
         return probe.measure_rank(group)
     finally:

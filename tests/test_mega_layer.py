@@ -27,8 +27,8 @@ from tests.mega_ranks import on_ranks
 SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=3, topk=2, swiglu_limit=3.0)
 
 
-def fused(group: EPGroup | None, tokens: int = 6, *, load: bool = True) -> MegaMoE:
-    layer = MegaMoE(SHAPE, group, transport="fused", max_tokens_per_rank=tokens)
+def fused(group: EPGroup | None, tokens: int = 6, *, load: bool = True, name: str = "moe") -> MegaMoE:
+    layer = MegaMoE(SHAPE, group, transport="fused", max_tokens_per_rank=tokens, name=name)
     if load:
         layer.load_experts(*make_weights(SHAPE))
     return layer
@@ -54,7 +54,7 @@ def said_by(layer: MegaMoE, batch: Batch) -> str:
 
 
 def serve(rank: int, exchange: Exchange, folder: str) -> tuple[list[Tensor], list[str]]:
-    """Two ranks: a refused first call, calls that are right, a wrong one of rank 1 alone, and rank 1 ends."""
+    """Two ranks: refused first calls, calls that are right, a wrong one of rank 1 alone, and rank 1 ends."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     outputs, said = [], []
     store = dist.FileStore(str(Path(folder) / "store"), 2)
@@ -62,6 +62,10 @@ def serve(rank: int, exchange: Exchange, folder: str) -> tuple[list[Tensor], lis
         batch = make_batch(SHAPE, 5 - rank, rank)
         unloaded = fused(group, load=False) if rank else fused(group)
         said.append(said_by(unloaded, batch))
+        by_waves = MegaMoE(SHAPE, group, name="mixed")
+        by_waves.load_experts(*make_weights(SHAPE))
+        said.append(said_by(fused(group, name="mixed") if rank else by_waves, batch))
+        said.append(said_by(fused(group, 6 + rank), batch))
         layer = fused(group)
         outputs.append(layer(batch.hidden, batch.ids, batch.weights))
         assert layer.last_call.tokens == 5 - rank
@@ -86,12 +90,16 @@ def test_a_fused_layer_has_the_staged_bits_and_names_who_complains_and_who_is_go
     for rank, (outputs, _) in enumerate((here, there)):
         expected = alone(make_batch(SHAPE, 5 - rank, rank))
         assert all(torch.equal(out, expected) for out in outputs)
-    refused, others, lost, broken = here[1]
+    refused, mixed, bounds, others, lost, broken = here[1]
     assert "CallRefusedError: rank 1 on " in refused
-    assert "layer 'moe' has no weights for experts" in refused
-    assert refused == there[1][0]
+    assert "was called wrongly, so no rank computed: layer 'moe' has no weights for experts" in refused
+    assert there[1][0].startswith("CallRefusedError: layer 'moe' has no weights for experts")
+    assert "transport is auto on rank 0, fused, 6 tokens on rank 1" in mixed
+    assert "transport is fused, 6 tokens on rank 0, fused, 7 tokens on rank 1" in bounds
+    assert all(each.startswith("CallRefusedError: ranks disagree, so no rank computed: ") for each in (mixed, bounds))
+    assert [mixed, bounds] == there[1][1:3]
     assert others == "", "a rank that brings too many tokens keeps nobody waiting"
-    assert "max_tokens_per_rank 6, got 7 tokens" in there[1][1]
+    assert "max_tokens_per_rank 6, got 7 tokens" in there[1][3]
     assert lost.startswith("PeerError: rank 1 on ")
     assert "phase dispatch" in lost
     assert "rank 0 waited in the kernel for the counts of rank 1" in lost

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.catalog import find_profile, load_hardware, load_model, load_profile
-from megamoe.planner.layer.cost import LayerTime, dispatch_us, layer_time
+from megamoe.planner.layer.cost import LayerTime, dispatch_us, layer_time, row_us
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.plan import PlanRequest, plan
@@ -450,3 +450,14 @@ def test_each_stack_has_its_own_verdict() -> None:
     assert found["megamoe"].request.compute_format == "bf16"
     times = {name: each.layer.layer_us for name, each in found.items()}
     assert times["fused"] < times["two"] < times["staged"]
+
+
+def test_a_rank_that_all_others_send_to_waits_longer_for_each_row() -> None:
+    """16 rows, 4 pairs of its own: (16 / 4)^0.5 times as long a row; no rank takes less than where all are even."""
+
+    def both(rows: float, incast: float) -> tuple[float, float]:
+        return row_us(replace(GB200, link_incast=incast), 8, rows, 4.0, 100.0, 200.0)
+
+    assert [hot / plain for hot, plain in zip(both(16, 0.5), both(16, 0), strict=True)] == pytest.approx([2.0, 2.0])
+    assert both(4, 0.5) == both(4, 0)
+    assert both(2, 0.5) == both(2, 0)

@@ -16,6 +16,8 @@ from megamoe.catalog import Machine, figures, load_machine
 from megamoe.launch.cli.main import app
 from megamoe.planner.validation.calibrate import as_yaml, calibrate, check, median_error, nonnegative
 from megamoe.schedule.machine import Run, choose_waves, communication_us, predict, read_runs
+from megamoe.schedule.schedule import Link
+from megamoe.schedule.training import predict_step
 
 CPU = load_machine("cpu")
 RUN = Run(2, 0.125, 2048, 1024, 512, 16, 4, "bf16", "bf16", 4)
@@ -31,7 +33,7 @@ def machine(**values: float) -> Machine:
 
 ONLY_PRODUCTS = machine(
     product_gflops=100, weight_ns=0, decode_ns=0, value_ns=0, round_ns=0, call_us=0, wave_us=0, byte_ns=0,
-    exchange_us=0, link_efficiency=1, burst_us=0,
+    exchange_us=0, link_efficiency=1, burst_us=0, link_share=0, gradient_ns=0,
 )  # fmt: skip
 
 
@@ -121,6 +123,17 @@ def test_a_byte_that_costs_the_core_shows_only_where_both_run() -> None:
     assert costly.overlapped_ms > free.overlapped_ms
 
 
+def test_a_link_that_carries_takes_its_share_of_the_core_the_longer_the_slower_it_is() -> None:
+    free, costly = (machine(byte_ns=0, link_share=value) for value in (0, 0.2))
+    for link_gb_s in (0.125, 0.5):
+        run = replace(RUN, link_gb_s=link_gb_s, tokens_per_rank=512)
+        took = (run.dispatch_bytes + run.combine_bytes) / link_gb_s / CPU.link_efficiency.value / 1e6
+        more = predict(run, costly).overlapped_ms - predict(run, free).overlapped_ms
+        assert 0.8 * 0.2 * took < more < 1.2 * 0.2 * took
+    loopback = replace(RUN, link_gb_s=None)
+    assert predict(loopback, costly) == predict(loopback, free)
+
+
 def test_one_rank_has_no_link() -> None:
     found = predict(replace(RUN, ranks=1, link_gb_s=None, waves=0), CPU)
     assert found.communication_ms == 0
@@ -132,6 +145,35 @@ def test_a_link_takes_a_burst_at_once() -> None:
     assert communication_us(RUN, machine(burst_us=0), 1) - with_burst == pytest.approx(
         4000 / CPU.link_efficiency.value, rel=1e-6
     )
+
+
+def test_a_link_that_has_rested_passes_a_burst_again() -> None:
+    link = Link(burst=3.0, least=0.5)
+    assert link.carry(0.0, 2.0) == (0.0, 0.5)
+    assert link.carry(0.0, 2.0) == (0.5, 1.0)
+    assert link.carry(2.0, 4.0) == (2.0, 5.0), "one unit of the bucket was left over, and one has come in"
+    assert link.carry(20.0, 2.0) == (20.0, 20.5)
+    plain = Link()
+    assert [plain.carry(0.0, 2.0), plain.carry(1.0, 3.0), plain.carry(9.0, 1.0)] == [(0, 2), (2, 5), (9, 10)]
+
+
+def test_a_step_that_only_multiplies_takes_eight_thirds_more_in_its_backward() -> None:
+    forward, step = (predict_step(replace(RUN, backward=backward), ONLY_PRODUCTS) for backward in (False, True))
+    assert forward == predict(RUN, ONLY_PRODUCTS)
+    assert step.compute_ms == pytest.approx(forward.compute_ms * (1 + 16 / 6))
+    sent = RUN.gradient_tokens * 2048 + 4096 * (8 + 2048 + 16)
+    assert step.communication_ms - forward.communication_ms == pytest.approx(sent / 125e6 * 1e3)
+    backward = step.overlapped_ms - forward.overlapped_ms
+    assert forward.compute_ms * 16 / 6 * (1 - 1e-9) <= backward < step.serial_ms - forward.serial_ms
+
+
+def test_gradients_cost_what_the_machine_says_and_ranks_alone_send_none() -> None:
+    cheap, dear = (machine(gradient_ns=value) for value in (0, 2))
+    alone = replace(RUN, ranks=1, link_gb_s=None, waves=0, backward=True)
+    more = predict_step(alone, dear).compute_ms - predict_step(alone, cheap).compute_ms
+    assert more == pytest.approx(2 * 3 * 16 * 1024 * 512 / 1e6)
+    assert predict_step(alone, dear).communication_ms == 0
+    assert predict_step(alone, dear).overlapped_ms == predict_step(alone, dear).compute_ms
 
 
 def test_auto_waves_are_few_where_the_link_is_fast() -> None:
@@ -170,7 +212,16 @@ def found(behind: Machine) -> Machine:
 
 def test_a_fit_finds_the_machine_behind_the_runs(behind: Machine, found: Machine) -> None:
     assert median_error(check(reports(behind), found)) < 1
-    for key in ("product_gflops", "decode_ns", "link_efficiency", "loopback_gb_s", "exchange_us", "byte_ns", "wave_us"):
+    for key in (
+        "product_gflops",
+        "decode_ns",
+        "link_efficiency",
+        "loopback_gb_s",
+        "exchange_us",
+        "byte_ns",
+        "wave_us",
+        "link_share",
+    ):
         assert getattr(found, key).value == pytest.approx(getattr(behind, key).value, rel=0.05), key
     assert (found.name, found.product_gflops.tag, found.product_gflops.source) == ("found", "measured", "made up")
 
@@ -187,6 +238,8 @@ def test_too_few_or_mixed_runs() -> None:
     mixed = [*reports(CPU)[:8], {**reports(CPU)[8], "threads_per_rank": 2}]
     with pytest.raises(ValueError, match="1 and 2 threads a rank"):
         calibrate(mixed, CPU, name="x", cores=2, source="made up")
+    with pytest.raises(ValueError, match="runs of --backward make no machine"):
+        calibrate([{**each, "backward": True} for each in reports(CPU)], CPU, name="x", cores=2, source="made up")
 
 
 def test_a_profile_survives_its_file(tmp_path: Path, found: Machine) -> None:

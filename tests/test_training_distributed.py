@@ -16,7 +16,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.launch.ranks import LocalRanks
@@ -55,7 +57,7 @@ def test_a_slice_is_summed_in_the_order_that_is_written(num_values: int, dtype: 
 
 
 def test_many_slices_have_the_bits_of_each_alone() -> None:
-    x = torch.randn(1100, 120, generator=torch.Generator().manual_seed(1))  # two lots of rows
+    x = torch.randn(600, 120, generator=torch.Generator().manual_seed(1))  # two lots of rows
     for p in (1.0, 2.0, math.inf):
         together = Norm(p).of_slices(x)
         alone = torch.cat([Norm(p).of_slices(each[None]) for each in x])
@@ -340,6 +342,7 @@ def go_on(group: EPGroup, path: Path) -> dict[str, Tensor]:
     return whole_of(layer)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_of_four_ranks_goes_on_in_two_and_in_one(ranks: LocalRanks, tmp_path: Path) -> None:
     expected = ranks.run(save_sharded, tmp_path)[0]
     for size in (2, 1, 4):
@@ -448,3 +451,36 @@ def test_a_replica_that_does_not_call_ends_the_wait(ranks: LocalRanks) -> None:
     said = ranks.run(replica_that_stays_away, size=2)[0]
     assert said.startswith("PeerError: rank 1")
     assert "gradients of replicas" in said
+
+
+# ---- beside DDP and FSDP ----
+
+
+def beside(group: EPGroup, wrap: str) -> dict[str, Tensor]:
+    """Gradients of a model whose dense part a wrapper of torch's takes care of."""
+    model = Model(group)
+    experts = {name: each for name, each in model.named_parameters() if ".experts." in name}
+    wrapped: nn.Module = model
+    if wrap == "ddp":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(experts))  # type: ignore[no-untyped-call]
+        wrapped = DistributedDataParallel(model)
+    elif wrap == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (group.size,)), ignored_params=set(experts.values()))
+    mine = split(len(BATCH.hidden), group.size)[group.rank]
+    batch = BATCH.part(mine)
+    wrapped(batch.hidden, batch.ids, batch.weights).square().sum().backward()
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    norm = {"norm": grad_norm(model.parameters())} if wrap != "none" else {}
+    whole = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in found.items()}
+    return whole | norm
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_wrappers_that_ignore_the_layer_reduce_the_rest(ranks: LocalRanks, wrap: str) -> None:
+    (alone,) = ranks.run(beside, "none", size=1)
+    plain, wrapped = ranks.run(beside, "none", size=2), ranks.run(beside, wrap, size=2)
+    for mine, theirs in zip(plain, wrapped, strict=True):
+        assert all(torch.equal(theirs[name], each) for name, each in mine.items() if ".experts." in name)
+        assert torch.equal(theirs["norm"], wrapped[0]["norm"])
+    for name in ("head.weight", "head.bias"):
+        torch.testing.assert_close(2 * wrapped[1][name], alone[name], rtol=1e-3, atol=1e3)

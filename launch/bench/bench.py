@@ -36,7 +36,8 @@ from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Recording
 from megamoe.reference import moe
 from megamoe.routing.waves import Waves, check_waves
-from megamoe.schedule.machine import Predicted, Run, predict
+from megamoe.schedule.machine import Predicted, Run
+from megamoe.schedule.training import predict_step
 from megamoe.shape import MoEShape
 from megamoe.trace.timeline import Share, Timeline
 from megamoe.training import TrainableMoE
@@ -113,18 +114,18 @@ class BenchRequest:
 def predict_run(
     request: BenchRequest, machine: Machine, waves: int = 0, dispatch_format: str | None = None
 ) -> Predicted | None:
-    """What a machine's constants say of a request; None where nobody can say: delayed links, a backward.
+    """What a machine's constants say of a request; None where nobody can say: delayed links.
 
     waves and dispatch_format: as they turned out, where the layer decides. Uneven waves count by their number.
     """
-    if request.latency_ms or request.backward:
+    if request.latency_ms:
         return None
     if not waves and request.waves != "auto":
         waves = request.waves if isinstance(request.waves, int) else len(request.waves)
     wire = dispatch_format or request.dispatch_format
     asked = {each.name: getattr(request, each.name) for each in fields(Run) if hasattr(request, each.name)}
     asked |= {"dispatch_format": "mxfp8" if wire == "auto" else wire, "waves": waves}
-    return predict(Run(**asked), machine)
+    return predict_step(Run(**asked), machine)
 
 
 @dataclass(frozen=True, slots=True)

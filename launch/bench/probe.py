@@ -4,7 +4,9 @@ Eleven workloads: both formats of weights and of the wire, few rows and many, on
 is timed overlapped, computing alone and communicating alone, as the benchmark does; no time depends on values.
 Compute is a sum of amounts times constants, an interval of work one of them: least squares, no constant below zero.
 What a byte costs the core that computes is the value that leaves the least error of the overlapped times. What a
-shaped link makes of its rate is tc's and not the machine's: it is taken from the profile that ships.
+shaped link makes of its rate is tc's and not the machine's: it is taken from the profile that ships, and so is the
+share of a core that the link takes while it carries, which links of several rates alone would tell. Of two workloads a
+backward is timed as well, on a rank by itself: what is left of it beside products and values is its gradients'.
 """
 
 # H hidden   I intermediate   E experts of all ranks
@@ -26,13 +28,16 @@ from megamoe.catalog import Figure, Machine, load_machine
 from megamoe.execution.products import products_of
 from megamoe.formats import MXFP4
 from megamoe.launch.bench.replay import Replay, StillTransport, together
+from megamoe.launch.bench.training import make_gradient
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.planner.validation.calibrate import nonnegative
 from megamoe.schedule.kept import Setting, find, keep
 from megamoe.schedule.machine import Amounts, Run, communication_us, intervals, predict
+from megamoe.schedule.training import backward_work
 from megamoe.shape import MoEShape
+from megamoe.training import TrainableMoE
 
 REPEATS = 3
 QUIET = 0.1  # of the time; what was measured while others took more is not kept
@@ -41,7 +46,7 @@ _TOPK, _EXPERTS_PER_RANK = 2, 4
 
 @dataclass(frozen=True, slots=True)
 class Small:
-    """One workload: tokens of a rank, H and I, in so many waves."""
+    """One workload: tokens of a rank, H and I, in so many waves; backward: whether one is timed too."""
 
     weight_format: str
     tokens: int
@@ -49,6 +54,7 @@ class Small:
     intermediate: int
     waves: int
     dispatch_format: str = "mxfp8"
+    backward: bool = False
 
     def run(self, ranks: int, link_gb_s: float | None, threads_per_rank: int) -> Run:
         """As calibration and prediction take it."""
@@ -59,10 +65,10 @@ class Small:
 SMALL: tuple[Small, ...] = (
     Small("bf16", 768, 1024, 512, 1),
     Small("bf16", 768, 1024, 512, 4),
-    Small("bf16", 128, 1024, 512, 1),
+    Small("bf16", 128, 1024, 512, 1, backward=True),
     Small("bf16", 768, 1024, 512, 2, "bf16"),
     Small("bf16", 512, 512, 1024, 4),
-    Small("bf16", 512, 1024, 1024, 2),
+    Small("bf16", 512, 1024, 1024, 2, backward=True),
     Small("mxfp4", 768, 1024, 512, 1),
     Small("mxfp4", 768, 1024, 512, 4),
     Small("mxfp4", 128, 1024, 512, 1),
@@ -123,6 +129,7 @@ def fitted(found: list[list[dict[str, float]]], setting: Setting, link_gb_s: flo
         return machine.model_copy(update=figures)
 
     machine = having(**_compute(runs, [each["compute_ms"] for each in slowest], machine))
+    machine = having(**_gradients(runs, slowest, machine))
     if setting.ranks > 1:
         machine = having(**_link(runs, [each["communication_ms"] for each in slowest], machine))
     overlapped = [each["overlapped_ms"] for each in slowest]
@@ -147,6 +154,17 @@ def _compute(runs: list[Run], measured: list[float], machine: Machine) -> dict[s
     found = dict(zip(_COMPUTE, nonnegative(np.array(rows), np.array(measured)), strict=True))
     found["product_gflops"] = min(_FASTEST_GFLOPS, 1 / max(found["product_gflops"], 1e-12))
     return found
+
+
+def _gradients(runs: list[Run], slowest: list[dict[str, float]], machine: Machine) -> dict[str, float]:
+    """What a weight's gradient takes, from backwards beside which everything else is known."""
+    bare = machine.model_copy(update={"gradient_ns": machine.gradient_ns.model_copy(update={"value": 0.0})})
+    found = []
+    for run, times in zip(runs, slowest, strict=True):
+        if "backward_ms" in times:
+            left_ms = times["backward_ms"] - backward_work(run, bare).total / 1e3
+            found.append(left_ms * 1e6 / (3 * run.hidden * run.intermediate * run.spread.experts_per_rank))
+    return {"gradient_ns": max(0.0, median(found))} if found else {}
 
 
 def _link(runs: list[Run], measured: list[float], machine: Machine) -> dict[str, float]:
@@ -178,7 +196,27 @@ def measure_rank(group: EPGroup) -> list[dict[str, float]]:
     workloads = [_Workload(group, small) for small in SMALL]
     rounds = [[each.measure() for each in workloads] for _ in range(REPEATS)]
     found = [{name: min(each[name] for each in times) for name in times[0]} for times in zip(*rounds, strict=True)]
+    for small, times in zip(SMALL, found, strict=True):
+        if small.backward and torch.get_num_threads() == 1:
+            times["backward_ms"] = measure_backward(small)
     return [each | {"serial_ms": each["compute_ms"] + each["communication_ms"]} for each in found]
+
+
+def measure_backward(small: Small) -> float:
+    """Milliseconds of core time of a backward of so many tokens, by a rank alone that has its experts of the layer."""
+    shape = MoEShape(small.hidden, small.intermediate, _EXPERTS_PER_RANK, _TOPK)
+    formats = {"weight_format": small.weight_format, "dispatch_format": small.dispatch_format}
+    layer = TrainableMoE(shape, name="probe backward", **formats)  # type: ignore[arg-type]
+    batch, gradient = _batch(shape, 0, small.tokens), make_gradient(0, shape, small.tokens)
+    times = []
+    for _ in range(REPEATS):
+        hidden = batch[0].detach().requires_grad_()
+        with torch.enable_grad():
+            out = layer(hidden, *batch[1:])
+            begun = time.thread_time()
+            torch.autograd.grad(out, (hidden, *layer.experts.masters), gradient)
+            times.append((time.thread_time() - begun) * 1e3)
+    return min(times)
 
 
 class _Workload:

@@ -279,13 +279,6 @@ class Model(Entry):
         return self.routed_hidden or self.hidden
 
 
-_FITTED = "fitted to every other row of"
-_LOW_LATENCY = f"{_FITTED} deepep_ll_h100_1node and deepep_ll_gb200_1node; see docs/accuracy.md"
-_NODES = f"{_FITTED} deepep_ll_h100_nodes; see docs/accuracy.md"
-_NORMAL = f"{_FITTED} the DeepEP column of deepgemm_pr383_h200_fp8_flash; see docs/accuracy.md"
-_GROUPED = f"{_FITTED} sglang_grouped_gemm_h100_fp8_decode and _prefill; see docs/accuracy.md"
-
-
 class Staged(Entry):
     """What separate kernels take, the same on every device that was measured; see planner/layer/staged.py.
 
@@ -296,51 +289,15 @@ class Staged(Entry):
     host_us    the least that a host takes to launch the latter
     """
 
-    ll_dispatch_us: Figure = Figure(
-        value=7.38,
-        tag="derived",
-        source=_LOW_LATENCY,
-    )
-    ll_dispatch_token_us: Figure = Figure(
-        value=2.36,
-        tag="derived",
-        source=_LOW_LATENCY,
-    )
-    ll_combine_us: Figure = Figure(
-        value=10.2,
-        tag="derived",
-        source=_LOW_LATENCY,
-    )
-    ll_combine_token_us: Figure = Figure(
-        value=0.27,
-        tag="derived",
-        source=_LOW_LATENCY,
-    )
-    ll_node_us: Figure = Figure(
-        value=4.07,
-        tag="derived",
-        source=_NODES,
-    )
-    normal_efficiency: Figure = Figure(
-        value=0.573,
-        tag="derived",
-        source=_NORMAL,
-    )
-    masked_us: Figure = Figure(
-        value=15.8,
-        tag="derived",
-        source=_GROUPED,
-    )
-    contiguous_us: Figure = Figure(
-        value=182,
-        tag="derived",
-        source=_GROUPED,
-    )
-    host_us: Figure = Figure(
-        value=398,
-        tag="derived",
-        source=_GROUPED,
-    )
+    ll_dispatch_us: Figure
+    ll_dispatch_token_us: Figure
+    ll_combine_us: Figure
+    ll_combine_token_us: Figure
+    ll_node_us: Figure
+    normal_efficiency: Figure
+    masked_us: Figure
+    contiguous_us: Figure
+    host_us: Figure
 
 
 class Profile(Staged):
@@ -351,6 +308,7 @@ class Profile(Staged):
     tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
     memory_efficiency   of the memory bandwidth
     link_efficiency     of the scale-up link, in an all-to-all of up to 8 ranks; (8 / ranks)^link_congestion of it above
+    link_incast         many ranks sending to one: (rows of the busiest / its own pairs)^link_incast times as long
     nic_efficiency      of the NIC, likewise
     exchange_us         a dispatch or combine of its own, in no kernel
     overlap             p of the norm in which compute, memory and link add up within the fused kernel
@@ -379,6 +337,7 @@ class Profile(Staged):
     memory_efficiency: Figure
     link_efficiency: Figure
     link_congestion: Figure
+    link_incast: Figure
     nic_efficiency: Figure
     exchange_us: Figure
     overlap: Figure
@@ -430,6 +389,8 @@ class Machine(Entry):
     link_efficiency       of a link's nominal rate                      burst_us           that a link takes at once
     loopback_gb_s         where ranks are joined by no link             exchange_us        a message more
     byte_ns               of a core's time, for every byte that a rank sends or receives
+    link_share            of a core, taken by the threads that move bytes while a shaped link carries any
+    gradient_ns           writing a weight's gradient, in a backward, and what turning rows into columns costs for it
     """
 
     name: str
@@ -450,6 +411,8 @@ class Machine(Entry):
     loopback_gb_s: Figure
     exchange_us: Figure
     byte_ns: Figure
+    link_share: Figure
+    gradient_ns: Figure
 
     @model_validator(mode="after")
     def _checked(self) -> Self:

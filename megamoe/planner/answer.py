@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamoe.planner.layer.plan import Plan, plan
 from megamoe.planner.layer.rule import Rule, hides_tflops
 from megamoe.planner.layer.traffic import traffic
-from megamoe.planner.question import Question, Subject
-from megamoe.planner.search.choose import Choice, choose, deployment_of, holding, request_of
+from megamoe.planner.question import Question, Subject, check_phase
+from megamoe.planner.search.choose import Choice, choose, deployment_of, holding, request_of, sizes, training_of
 from megamoe.planner.serving.deployment import Deployment
 from megamoe.planner.serving.memory import Memory, memory, smallest_ep
 from megamoe.planner.serving.serving import Serving, costs_of, serve
+
+if TYPE_CHECKING:
+    from megamoe.planner.training.plan import TrainingPlan
 
 LAYER_PARTS = (
     *(
@@ -43,7 +46,10 @@ SERVED = (
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One plan. serving, step and devices are None without a workload; smallest_* only where it does not fit."""
+    """One plan. serving, step and devices are None without a workload; smallest_* only where it does not fit.
+
+    training: the step of a layer that trains, whose forward plan is; None where none was asked for.
+    """
 
     choice: Choice
     subject: Subject
@@ -52,6 +58,7 @@ class Answer:
     serving: Serving | None
     smallest_ep: int | None = None
     smallest_devices: int | None = None
+    training: TrainingPlan | None = None
 
     @property
     def question(self) -> Question:
@@ -85,13 +92,28 @@ class Answer:
     @property
     def verdict(self) -> str:
         """The first line: the plan's, or that it does not fit and what would."""
-        return self.plan.sentence if self.fits else self.no_room
+        return self.sentence if self.fits else self.no_room
+
+    @property
+    def sentence(self) -> str:
+        """Whether communication hides, of the plan or of a training step."""
+        return self.training.sentence if self.training else self.plan.sentence
+
+    @property
+    def hidden(self) -> bool:
+        return self.training.hidden if self.training else self.plan.hidden
+
+    @property
+    def binding(self) -> Rule | None:
+        """The rule with the least margin, of all passes."""
+        return self.training.tightest if self.training else self.plan.binding
 
     @property
     def no_room(self) -> str:
         """DOES NOT FIT  deepseek-v4-pro on h100, EP8: 134.6 GB a device, 73.6 usable; EP24 would (24 devices)"""
         request = self.plan.request
-        where = f"DOES NOT FIT  {request.model.name} on {request.hardware.name}, EP{request.ep}"
+        what = "training the routed experts of " if self.training else ""
+        where = f"DOES NOT FIT  {what}{request.model.name} on {request.hardware.name}, EP{request.ep}"
         would = f"EP{self.smallest_ep} would ({self.smallest_devices} devices)" if self.smallest_ep else self._no_ep
         return f"{where}: {self.memory.total_gb:.1f} GB a device, {self.memory.capacity_gb:.1f} usable; {would}"
 
@@ -103,14 +125,14 @@ class Answer:
 
     def as_dict(self) -> dict[str, Any]:
         """What `megamoe plan --format json` prints. null where nothing is asked, sent or known."""
-        request, rule = self.plan.request, self.plan.binding
+        request, rule = self.plan.request, self.binding
         keys: dict[str, Any] = finite(
             {
                 "model": request.model.name,
                 "hardware": request.hardware.name,
                 "profile": request.profile.name,
                 "ep": request.ep,
-                "verdict": self.plan.verdict,
+                "verdict": "hidden" if self.hidden else "exposed",
                 "fits": self.fits,
                 "sentence": self.verdict,
                 "threshold_flops_per_byte": rule and rule.threshold,
@@ -139,6 +161,7 @@ class Answer:
                 "smallest_ep": self.smallest_ep,
                 "smallest_devices": self.smallest_devices,
                 **self._workload(),
+                "training": self._training(),
                 "picked": {key: getattr(self.question, key) for key in self.choice.picked},
                 "tried": self.choice.tried,
                 "set": list(self.question.settings),
@@ -161,6 +184,15 @@ class Answer:
         shares = {"communication_hidden": layer.hidden, "rows": layer.rows, "experts_touched": layer.experts_touched}
         return {"waves": layer.waves, "layer_us": layer.layer_us, **parts, **shares}
 
+    def _training(self) -> dict[str, Any] | None:
+        if self.training is None:
+            return None
+        tiers, rules = self.plan.request.hardware.tier_names, counts(self.training)
+        return {
+            **self.training.as_dict(),
+            "backward_rules": [{"count": count, **rule_dict(each), "tier": tiers[each.tier]} for count, each in rules],
+        }
+
     def _memory(self) -> dict[str, Any]:
         parts = {f"memory_{part}_gb": getattr(self.memory, f"{part}_gb") for part in MEMORY_PARTS}
         return {"memory_gb": self.memory.total_gb, **parts}
@@ -169,7 +201,8 @@ class Answer:
         served = self.serving
         keys = ("phase", "batch", "context", "attention_tp", "mtp", "microbatches")
         if served is None:
-            return dict.fromkeys((*keys, "devices", *SERVED, "tokens_per_s", "step_us"), None) | {"missed": []}
+            nothing = dict.fromkeys((*keys, "devices", *SERVED, "tokens_per_s", "step_us"), None)
+            return {**nothing, "phase": "train" if self.training else None, "missed": []}
         d = served.deployment
         step = asdict(served.step)
         return {
@@ -185,11 +218,13 @@ class Answer:
 
 def answer(question: Question, subject: Subject | None = None) -> Answer:
     """Plans. ValueError for what makes no sense, or what cannot be calculated with."""
+    check_phase(question)
     subject = subject or Subject.of(question)
     try:
         found = _answer(choose(question, subject), subject)
         results = [found.plan.layer.layer_us, *(rule.margin for _, rule in counts(found.plan))]
         results += [found.serving.tokens_per_s_per_device] if found.serving else []
+        results += [found.training.step_us] if found.training else []
     except (OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"these figures cannot be calculated with: {error.args[-1]}") from error
     if not all(map(math.isfinite, results)):
@@ -199,6 +234,8 @@ def answer(question: Question, subject: Subject | None = None) -> Answer:
 
 def _answer(choice: Choice, subject: Subject) -> Answer:
     question = choice.question
+    if question.trains:
+        return _training_answer(choice, subject)
     if question.has_workload:
         served = serve(deployment_of(question, subject))
         planned = plan(request_of(question, subject, tokens_at_once(served.deployment)))
@@ -210,14 +247,24 @@ def _answer(choice: Choice, subject: Subject) -> Answer:
     return Answer(choice, subject, planned, room, None, smallest, smallest)
 
 
+def _training_answer(choice: Choice, subject: Subject) -> Answer:
+    question = choice.question
+    found = training_of(question, subject)
+    held, smallest = found.memory.memory, None
+    if not held.fits:
+        steps = ((ep, training_of(question.but(ep=ep, links=()), subject)) for ep in sizes(question, subject))
+        smallest = next((ep for ep, step in steps if step.memory.memory.fits), None)
+    return Answer(choice, subject, found.forward, held, None, smallest, smallest, found)
+
+
 def tokens_at_once(d: Deployment) -> int:
     """Tokens that a rank takes through a layer at once: of a micro-batch, and of a chunk in prefill."""
     chunks = 1 if d.phase == "decode" else -(-d.new_tokens // (d.chunk * d.microbatches))
     return max(1, round(d.new_tokens / (d.microbatches * chunks)))
 
 
-def counts(planned: Plan) -> list[tuple[str, Rule]]:
-    """Every rule of a plan with how it counts: paper, counted (scales, what leaves), achieved."""
+def counts(planned: Plan | TrainingPlan) -> list[tuple[str, Rule]]:
+    """Every rule of a plan, or of a backward, by how it counts: paper, counted (scales, what leaves), achieved."""
     named = (("paper", planned.rules), ("counted", planned.counted), ("achieved", planned.achieved))
     return [(name, rule) for name, rules in named for rule in rules]
 

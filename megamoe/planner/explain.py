@@ -15,6 +15,7 @@ from megamoe.planner.layer_terms import g, layer_terms
 from megamoe.planner.links import Links
 from megamoe.planner.serving.flops import Term
 from megamoe.planner.serving.serving import explain as explain_serving
+from megamoe.planner.training.terms import training_terms
 from megamoe.schedule.formats import value_bytes
 
 
@@ -22,6 +23,8 @@ def explain(found: Answer) -> list[Term]:
     """The rule, the traffic, the layer, and with a workload memory and serving."""
     slowest = [_slowest_term(Links.parse(text)) for text in found.question.links]
     terms = [*slowest, *rule_terms(found.plan), *traffic_terms(found.plan), *layer_terms(found.plan)]
+    if found.training is not None:
+        terms += training_terms(found.training)
     if found.serving is not None:
         own_layer = found.question.tokens_per_rank is None
         served = explain_serving(found.serving.deployment)

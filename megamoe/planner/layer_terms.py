@@ -7,7 +7,7 @@ from __future__ import annotations
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan
 from megamoe.planner.layer.rule import tiers
-from megamoe.planner.layer.stacks import launched
+from megamoe.planner.layer.stacks import launched, sent_once
 from megamoe.planner.layer.tiles import COLUMNS, block_of, reached_tflops, tile_us
 from megamoe.planner.serving.flops import Term
 from megamoe.schedule.formats import value_bytes
@@ -102,18 +102,24 @@ def _link_terms(planned: Plan) -> list[Term]:
     found = tiers(request.ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s)
     if not found:
         return []
-    rates = {"scale-up": device.link_bytes_s(inside) / 1e9, "nic": device.nic_bytes_s / 1e9}
+    own = request.tokens_per_rank * expert.topk
+    incast = device.incast(layer.rows, own)
+    rates = {"scale-up": device.link_bytes_s(inside) / incast / 1e9, "nic": device.nic_bytes_s / 1e9}
     slowest = max(found, key=lambda tier: tier.f_remote / rates[tier.name])
     there, back = expert.dispatch_bytes, expert.combine_bytes
-    own = request.tokens_per_rank * expert.topk
+    if request.stack == "megamoe":
+        there *= sent_once(expert, request.ep)  # a token goes once to each rank
     fuller = max(layer.rows * there + own * back, layer.rows * back + own * there) / layer.rows / (there + back)
     if slowest.name == "nic":
         rate = f"{g(device.nic_gb_s or 0)} x {g(device.nic_efficiency)}"
     else:
         crowd = min(1.0, (8 / inside) ** device.link_congestion)
         rate = f"{g(device.scaleup_gb_s)} x {g(device.link_efficiency)} x {g(crowd)}"
+        plain = layer.rows * there * slowest.f_remote * fuller / device.link_bytes_s(inside) * 1e6
+        incast = layer.dispatch_us / plain  # a mean over draws
+        rate += f" / {g(incast)}" if incast > 1 + 1e-9 else ""
     shared = f"{g(slowest.f_remote)} x {g(fuller)} / ({rate} x 1000)"
-    formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion)"
+    formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion / incast)"
     terms = [
         Term(
             f"link, {request.hardware.tier_names[slowest.name]}: {name}",

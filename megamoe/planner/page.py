@@ -29,6 +29,7 @@ from megamoe.planner.search.choose import explore
 from megamoe.planner.search.sensitivity import result_of, sensitivity
 from megamoe.planner.serving.memory import PARTS, USABLE
 from megamoe.planner.serving.serving import Serving
+from megamoe.planner.training.spans import step_timeline
 
 LANES = {"dispatch": "dispatch", "compute": "linear", "combine": "combine"}
 UNITS = {
@@ -51,13 +52,13 @@ def page(found: Answer, command: str = "") -> ReportData:
     of, _, unit = result_of(found)
     return ReportData(
         title=f"{request.model.name} on {request.hardware.name}, EP{request.ep}",
-        verdict="HIDDEN" if found.plan.hidden else "EXPOSED",
-        sentence=found.plan.sentence.partition("  ")[2],
+        verdict="HIDDEN" if found.hidden else "EXPOSED",
+        sentence=found.sentence.partition("  ")[2],
         tiles=tiles(found),
         warnings=warnings(found),
         timeline=timeline(found),
         roofline=roofline(found),
-        pareto=pareto(found),
+        pareto=None if found.training else pareto(found),
         memory=(memory(found),),
         sensitivities=tuple(Sensitivity(each.key, each.low, each.high, each.base, unit) for each in sensitivity(found)),
         sensitivity_of=of,
@@ -71,14 +72,16 @@ def page(found: Answer, command: str = "") -> ReportData:
 
 
 def tiles(found: Answer) -> tuple[Tile, ...]:
-    layer, rule, served, held = found.plan.layer, found.plan.binding, found.serving, found.memory
+    layer, rule, served, held = found.plan.layer, found.binding, found.serving, found.memory
     tokens = f"{found.plan.request.tokens_per_rank} tokens a rank, {layer.waves} waves"
     shown = [Tile("layer", layer.layer_us, "us", tokens)]
+    if found.training is not None:
+        shown = [Tile("step", found.training.step_us, "us", f"forward and backward of a layer, {tokens}")]
+        shown.append(Tile("backward", found.training.backward.backward_us, "us", f"saved {found.training.saved}"))
     if rule is not None:
         shown.append(Tile("margin", rule.margin, "", f"threshold over C/B, {rule.tier}"))
         shown.append(Tile("link needed", rule.required_gb_s, "GB/s", f"has {rule.gb_s:g} one way"))
-        hidden = f"{100 * layer.hidden:.1f} % of communication hidden"
-        shown.append(Tile("exposed", layer.exposed_us, "us", hidden))
+        shown.append(_exposed(found))
     if served is not None:
         d = served.deployment
         shown.append(Tile("rate of a device", served.tokens_per_s_per_device, "tokens/s", f"{d.devices} devices"))
@@ -94,6 +97,15 @@ def tiles(found: Answer) -> tuple[Tile, ...]:
             shown.append(Tile("cost", served.usd_per_million_tokens, "$ per M tokens", hour))
     shown.append(Tile("memory", held.total_gb, "GB", f"of {held.capacity_gb:.1f} GB usable"))
     return tuple(shown)
+
+
+def _exposed(found: Answer) -> Tile:
+    """Of the layer, or of both passes of a step."""
+    exposed, links = found.plan.layer.exposed_us, found.plan.layer.communication_us
+    if found.training is not None:
+        exposed, links = found.training.exposed_us, links + found.training.backward.communication_us
+    hidden = max(0.0, 1 - exposed / links) if links else 1.0
+    return Tile("exposed", exposed, "us", f"{100 * hidden:.1f} % of communication hidden")
 
 
 def warnings(found: Answer) -> tuple[str, ...]:
@@ -124,7 +136,8 @@ def timeline(found: Answer) -> Timeline:
             spans.append(Span(lane, f"wave {span.wave + 1}", start + span.start, start + span.end))
     end = start + played.total
     spans.append(Span("tail", "slot sum", end, end + layer.sum_us))
-    return Timeline(tuple(spans), end + layer.sum_us, start + played.head, layer.sum_us + played.tail)
+    forward = Timeline(tuple(spans), end + layer.sum_us, start + played.head, layer.sum_us + played.tail)
+    return step_timeline(forward, found.training) if found.training else forward
 
 
 def roofline(found: Answer) -> Roofline | None:
@@ -231,7 +244,10 @@ def assumptions(found: Answer) -> tuple[str, ...]:
         f"{100 * USABLE:.0f} % of the memory can be used; the rest is the runtime's.",
     ]
     workload = _workload(found)
-    if found.serving is None:
+    if found.training is not None:
+        said.append("A training step is this package's, whose backward has not run on a GPU: assumed throughout.")
+        said.append("Memory is that of the routed experts of all layers; the rest of the model is not counted.")
+    elif found.serving is None:
         said.append(
             f"The Pareto front is that of decode at {workload['context']} tokens of context; no workload was given."
         )

@@ -45,13 +45,15 @@ WORKLOAD = (
     *("head_split", "chunk"),
     *("target_tps", "tpot_ms", "ttft_ms"),
 )
+TRAINING = ("saved", "gradient_format")
 
 
 class Question(BaseModel):
     """None is left to the planner: formats to the model, waves, EP size and batch to what is best.
 
     `settings` (in files: set) are overrides of the catalog, such as hardware.scaleup_gb_s=450. Without any key of
-    WORKLOAD one layer is asked for, and no serving. batch is sequences (prefill: prompts) of one device.
+    WORKLOAD one layer is asked for, and no serving. batch is sequences (prefill: prompts) of one device. phase "train"
+    asks for a step of a layer, forward and backward, of tokens_per_rank; saved and gradient_format are of it alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
@@ -71,7 +73,7 @@ class Question(BaseModel):
     stack: Literal["fused", "staged", "megamoe"] = "fused"
     two_batch: bool = False
     links: tuple[str, ...] = ()
-    phase: Literal["decode", "prefill"] | None = None
+    phase: Literal["decode", "prefill", "train"] | None = None
     batch: int | None = None
     context: int | None = None
     cached: int | None = None
@@ -88,6 +90,8 @@ class Question(BaseModel):
     target_tps: float | None = None
     tpot_ms: float | None = None
     ttft_ms: float | None = None
+    saved: Literal["tokens", "activations", "dispatch-again"] | None = None
+    gradient_format: Literal["bf16", "mxfp8"] | None = None
 
     @field_validator("links", mode="before")
     @classmethod
@@ -105,7 +109,11 @@ class Question(BaseModel):
 
     @property
     def has_workload(self) -> bool:
-        return any(getattr(self, key) is not None for key in WORKLOAD)
+        return not self.trains and any(getattr(self, key) is not None for key in WORKLOAD)
+
+    @property
+    def trains(self) -> bool:
+        return self.phase == "train"
 
     def but(self, **changes: Any) -> Question:
         """The same question with other values, checked again."""
@@ -115,6 +123,8 @@ class Question(BaseModel):
 def ask(keys: dict[str, Any]) -> Question:
     """A question from the keys of a file or of the command line. ValueError of one line for what is wrong with them."""
     keys = {key: value for key, value in keys.items() if value != "" or key not in ("model", "hardware")}
+    if keys.get("phase") == "train":
+        keys = {"stack": "megamoe", **keys}  # what a training step is planned of
     try:
         question = Question.model_validate(keys)
     except ValidationError as error:
@@ -130,6 +140,16 @@ def ask(keys: dict[str, Any]) -> Question:
         if value is not None and value <= 0:
             raise ValueError(f"{key} is {value:g}; a target is above 0")
     return question
+
+
+def check_phase(question: Question) -> None:
+    """ValueError for keys of serving in training, and the other way round."""
+    others = WORKLOAD if question.trains else TRAINING
+    wrong = [key for key in others if key != "phase" and getattr(question, key) is not None]
+    if wrong and question.trains:
+        raise ValueError(f"{wrong[0]} is of serving; phase train plans one layer's step of tokens_per_rank")
+    if wrong:
+        raise ValueError(f"{wrong[0]} is of training: give --phase train")
 
 
 def keys_of_questions() -> list[str]:

@@ -42,6 +42,7 @@ _PAGE = np.dtype(
         ("combine_format", "S16"),
         ("arithmetic", "S16"),
         ("waves", "S64"),
+        ("transport", "S32"),
         ("layer", "S64"),
         ("host", "S64"),
         ("complaint", "S200"),
@@ -56,7 +57,7 @@ def _offset(name: str) -> int:
     return int(fields[name][1])
 
 
-_MAGIC = 0x4D4D0006  # "MM", and the version of this layout and the wire's
+_MAGIC = 0x4D4D0007  # "MM", and the version of this layout and the wire's
 _COMPARED = (
     "layer",
     "call",
@@ -72,6 +73,7 @@ _COMPARED = (
     "combine_format",
     "arithmetic",
     "waves",
+    "transport",
 )
 # where a page holds what is compared: these fields stand next to each other
 _TERMS = slice(_offset("hidden"), _offset("host"))
@@ -87,6 +89,7 @@ class Terms:
     activation: the experts', in words; bias: whether they add biases
     node_limited: whether a token may go to a host once for all of its ranks
     arithmetic: how experts are summed where they are, as Experts.arithmetic has it
+    transport: what carries rows: "auto", or "fused, 64 tokens", the most of a rank
     layer, number: the layer's name, and which it is of the layers of that name that share the group, from 1
     """
 
@@ -104,6 +107,7 @@ class Terms:
     combine_format: str
     arithmetic: str
     waves: str
+    transport: str
 
     @property
     def who(self) -> str:

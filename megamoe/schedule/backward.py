@@ -10,11 +10,12 @@ intermediate results and no link. Recomputing fills the head, weight gradients f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from megamoe.schedule.schedule import LOOKAHEAD
+from megamoe.schedule.schedule import LOOKAHEAD, Link
 
 RECOMPUTE, DATA, WEIGHTS = "recompute", "data", "weights"
+Transfers = list[tuple[str, int, float, float]]  # "dispatch" or "combine", wave, begin and end
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +49,32 @@ def schedule_backward(load: BackwardLoad) -> list[BackwardStep]:
 
 @dataclass(frozen=True, slots=True)
 class PlayedBackward:
-    """total: from the first dispatch to the last result and the last weight gradient; steps with begin and end."""
+    """total: from the first dispatch to the last result and the last weight gradient; steps with begin and end.
+
+    links: what the link carried, in order
+    """
 
     total: float
     steps: list[tuple[BackwardStep, float, float]]
+    links: Transfers = field(default_factory=list)
 
 
-def play_backward(load: BackwardLoad) -> PlayedBackward:
+def play_backward(load: BackwardLoad, link: Link | None = None) -> PlayedBackward:
     """The schedule with its times. The link carries one thing after the other, as in schedule.play()."""
-    num_waves, clock, link = len(load.data), 0.0, 0.0
+    num_waves, clock, home, link = len(load.data), 0.0, 0.0, link or Link()
     arrivals: list[float] = []
     steps: list[tuple[BackwardStep, float, float]] = []
+    links: Transfers = []
     recomputed, pending = 0, list[int]()  # waves recomputed so far; waves whose weight gradients are to be computed
 
+    def carry(lane: str, wave: int, time: float) -> float:
+        begin, end = link.carry(clock, time)
+        links.append((lane, wave, begin, end))
+        return end
+
     def send() -> None:
-        nonlocal link
         if len(arrivals) < num_waves:
-            link = max(link, clock) + load.dispatch[len(arrivals)]
-            arrivals.append(link)
+            arrivals.append(carry("dispatch", len(arrivals), load.dispatch[len(arrivals)]))
 
     def compute(work: str, wave: int, time: float) -> None:
         nonlocal clock
@@ -88,8 +97,8 @@ def play_backward(load: BackwardLoad) -> PlayedBackward:
         send()
         clock = max(clock, arrivals[wave])
         compute(DATA, wave, load.data[wave])
-        link = max(link, clock) + load.combine[wave]
+        home = carry("combine", wave, load.combine[wave])
         pending.append(wave)
     for wave in pending:
         compute(WEIGHTS, wave, load.weights[wave])
-    return PlayedBackward(max(clock, link), steps)
+    return PlayedBackward(max(clock, home), steps, links)

@@ -8,9 +8,11 @@ Of one rank, on a core that it may share:
     rounding    H a token and H + I a row, where MXFP8 is used, and 2H a row where results are MXFP8 * round_ns
     a call                                                       call_us
 
-The waves are then played as the layer runs them (schedule.py, cost_model.py), over a link of a nominal rate. Every byte
-that is sent or received takes byte_ns of the core that computes, and over loopback the cores are the link; every
-interval of work takes wave_us beside its rows. What comes before the first dispatch (counting, encoding) and after the
+The waves are then played as the layer runs them (schedule.py, cost_model.py), over a link of a nominal rate, through
+which burst_us pass at once where it has rested. Every byte that is sent or received takes byte_ns of the core that
+computes, and the threads that move bytes take link_share of it as long as the link carries: they wake for every packet,
+and packets of a slow link come one by one. Over loopback the cores are the link. Every interval of work takes wave_us
+beside its rows. What comes before the first dispatch (counting, encoding) and after the
 last result (the sum of the slots) nothing covers.
 """
 
@@ -28,7 +30,7 @@ from typing import Any
 from megamoe.catalog.schema import Machine
 from megamoe.schedule.cost_model import CostModel, Spread, best_waves
 from megamoe.schedule.formats import value_bytes
-from megamoe.schedule.schedule import Work, play, schedule
+from megamoe.schedule.schedule import Link, Work, play, schedule
 
 PAIR_BYTES = 8  # said of a token-expert pair on the wire: its token's place and its weight
 
@@ -38,7 +40,7 @@ class Run:
     """A layer on a machine: keys of `megamoe bench --format json`. waves 0 is "auto", link_gb_s None is loopback.
 
     With a link ranks_per_host ranks share it, and memory; node_limited: a token then goes once to each other host.
-    Reports that do not say how results travel are of bf16.
+    Reports that do not say how results travel are of bf16. backward: forward and backward together, training.py.
     """
 
     ranks: int
@@ -55,11 +57,12 @@ class Run:
     combine_format: str = "bf16"
     ranks_per_host: int = 1
     node_limited: bool = True
+    backward: bool = False
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Run:
         """From a report's keys. ValueError names those that are missing, but for hosts of one rank."""
-        known = {"combine_format": "bf16", "ranks_per_host": 1, "node_limited": True, **found}
+        known = {"combine_format": "bf16", "ranks_per_host": 1, "node_limited": True, "backward": False, **found}
         missing = [key for key in cls.__slots__ if key not in known]
         if missing:
             raise ValueError(f"no report of megamoe bench --format json: it has no {', '.join(missing)}")
@@ -90,8 +93,12 @@ class Run:
     @property
     def dispatch_bytes(self) -> float:
         """Sent by a rank: a token once to every rank that has one of its experts, and what is said of its pairs."""
-        tokens = self.tokens_per_rank * (self.ranks - 1) * self._found_on(1)
-        return tokens * self._token_bytes + self.rows * self.f_remote * PAIR_BYTES
+        return self.gradient_tokens * self._token_bytes + self.rows * self.f_remote * PAIR_BYTES
+
+    @property
+    def gradient_tokens(self) -> float:
+        """Tokens whose gradients a rank sends in a backward, once to every rank that has one of its experts."""
+        return self.tokens_per_rank * (self.ranks - 1) * self._found_on(1)
 
     @property
     def combine_bytes(self) -> float:
@@ -171,19 +178,24 @@ class Predicted:
 
 
 def predict(run: Run, machine: Machine) -> Predicted:
-    """What a run takes. ValueError where ranks have other threads than the machine was calibrated with."""
+    """What a run's forward takes. ValueError where ranks have other threads than the machine was calibrated with."""
     if run.threads_per_rank != machine.threads_per_rank:
         raise ValueError(
             f"{machine.name} was calibrated with {machine.threads_per_rank} threads a rank, not {run.threads_per_rank}"
         )
     waves = run.waves or choose_waves(run, machine)
-    crowd = max(1.0, run.ranks * run.threads_per_rank / machine.cores)
+    crowd = crowd_of(run, machine)
     steps = intervals(run, machine, waves)
     compute = compute_us(run, machine, sum(experts for _, experts in steps)) * crowd
     alone = communication_us(run, machine, waves)
     serial = compute_us(run, machine, run.spread.experts_per_rank) * crowd + communication_us(run, machine, 1)
     overlapped = _overlapped_us(run, machine, steps, crowd) if run.ranks > 1 else compute
     return Predicted(waves, *(each / 1e3 for each in (compute, alone, serial, overlapped)))
+
+
+def crowd_of(run: Run, machine: Machine) -> float:
+    """How many ranks share a core, at least 1."""
+    return max(1.0, run.ranks * run.threads_per_rank / machine.cores)
 
 
 def choose_waves(run: Run, machine: Machine) -> int:
@@ -196,7 +208,7 @@ def choose_waves(run: Run, machine: Machine) -> int:
 def row_us(run: Run, machine: Machine) -> float:
     """Microseconds that a row takes, its share of the weights included, as a layer measures it."""
     amounts = Amounts.of(run, run.spread.experts_per_rank)
-    return _weighed_us(run, machine, amounts) / max(run.rows, 1.0)
+    return weighed_us(run, machine, amounts) / max(run.rows, 1.0)
 
 
 def product_row_us(machine: Machine, hidden: int, intermediate: int, *, packed: bool) -> float:
@@ -208,7 +220,7 @@ def product_row_us(machine: Machine, hidden: int, intermediate: int, *, packed: 
 
 def compute_us(run: Run, machine: Machine, made_ready: float) -> float:
     """A call's compute alone: all of it but what the link takes."""
-    return machine.call_us.value + _weighed_us(run, machine, Amounts.of(run, made_ready))
+    return machine.call_us.value + weighed_us(run, machine, Amounts.of(run, made_ready))
 
 
 def communication_us(run: Run, machine: Machine, waves: int) -> float:
@@ -219,16 +231,24 @@ def communication_us(run: Run, machine: Machine, waves: int) -> float:
     num_bytes = run.link_dispatch_bytes + run.link_combine_bytes
     if run.link_gb_s:
         num_bytes = max(0.0, num_bytes - run.link_gb_s * machine.burst_us.value * 1e3)
-    return messages * machine.exchange_us.value + num_bytes / _link_bytes_us(run, machine)
+    return messages * machine.exchange_us.value + num_bytes / link_bytes_us(run, machine)
 
 
 def moved_us(run: Run, machine: Machine) -> float:
     """What the core that computes spends on sending and receiving; without a link that is all there is to it."""
     num_bytes = run.dispatch_bytes + run.combine_bytes if run.ranks > 1 else 0.0
-    return 2 * num_bytes * machine.byte_ns.value / 1e3 if run.link_gb_s else num_bytes / _link_bytes_us(run, machine)
+    return bytes_moved_us(run, machine, num_bytes, run.link_dispatch_bytes + run.link_combine_bytes)
 
 
-def _weighed_us(run: Run, machine: Machine, amounts: Amounts) -> float:
+def bytes_moved_us(run: Run, machine: Machine, num_bytes: float, link_bytes: float) -> float:
+    """The same of so many bytes of a rank, and of so many on its host's link."""
+    if not run.link_gb_s:
+        return num_bytes / link_bytes_us(run, machine)
+    carried = link_bytes / link_bytes_us(run, machine) if num_bytes else 0.0
+    return 2 * num_bytes * machine.byte_ns.value / 1e3 + carried * machine.link_share.value
+
+
+def weighed_us(run: Run, machine: Machine, amounts: Amounts) -> float:
     per_weight = machine.decode_ns.value if run.packed else machine.weight_ns.value
     nanoseconds = (
         amounts.flops / machine.product_gflops.value
@@ -239,7 +259,7 @@ def _weighed_us(run: Run, machine: Machine, amounts: Amounts) -> float:
     return nanoseconds / 1e3
 
 
-def _link_bytes_us(run: Run, machine: Machine) -> float:
+def link_bytes_us(run: Run, machine: Machine) -> float:
     if run.link_gb_s:
         return run.link_gb_s * machine.link_efficiency.value * 1e3
     return machine.loopback_gb_s.value * 1e3
@@ -247,7 +267,7 @@ def _link_bytes_us(run: Run, machine: Machine) -> float:
 
 def _cost_model(run: Run, machine: Machine) -> CostModel:
     remote = max(run.rows * run.f_remote, 1e-9)
-    link = _link_bytes_us(run, machine)
+    link = link_bytes_us(run, machine)
     row = row_us(run, machine)
     decode_rows = 3 * run.hidden * run.intermediate * machine.decode_ns.value / 1e3 / row if run.packed else 0.0
     return CostModel(
@@ -279,20 +299,25 @@ def _overlapped_us(run: Run, machine: Machine, steps: list[tuple[Work, int]], cr
     amounts = Amounts.of(run, 0)
     front = machine.call_us.value / 2 + run.tokens_per_rank * run.hidden * machine.round_ns.value / 1e3 * run.rounds
     end = machine.call_us.value / 2 + run.rows * run.hidden * machine.value_ns.value / 1e3
-    between = _weighed_us(run, machine, amounts) - (front + end - machine.call_us.value)
+    between = weighed_us(run, machine, amounts) - (front + end - machine.call_us.value)
     per_row = (max(between, 0.0) + moved_us(run, machine)) / max(run.rows, 1.0)
-    per_expert = _weighed_us(run, machine, Amounts(0.0, 3 * run.hidden * run.intermediate, 0.0, 0.0))
+    per_expert = weighed_us(run, machine, Amounts(0.0, 3 * run.hidden * run.intermediate, 0.0, 0.0))
     works = [
         Work(work.wave, (work.time * per_row + made_ready * per_expert + machine.wave_us.value) * crowd, work.arrived)
         for work, made_ready in steps
     ]
-    link, number = _link_bytes_us(run, machine), max(work.wave for work, _ in steps) + 1
+    link, number = link_bytes_us(run, machine), max(work.wave for work, _ in steps) + 1
     share = [len(ids) / run.spread.experts_per_rank for ids in run.spread.waves(number)]
-    burst = machine.burst_us.value if run.link_gb_s else 0.0
-    there = [run.link_dispatch_bytes / link * part + machine.exchange_us.value for part in share]
-    back = [run.link_combine_bytes / link * part + machine.exchange_us.value for part in share]
-    there[0] = max(machine.exchange_us.value, there[0] - burst)
-    return (front + end) * crowd + machine.exchange_us.value + play(works, there, back).total
+    message = machine.exchange_us.value
+    there = [run.link_dispatch_bytes / link * part + message for part in share]
+    back = [run.link_combine_bytes / link * part + message for part in share]
+    return (front + end) * crowd + message + play(works, there, back, link=link_of(run, machine)).total
+
+
+def link_of(run: Run, machine: Machine) -> Link:
+    """The link between hosts as it is played, rested when a call begins."""
+    burst = machine.burst_us.value / machine.link_efficiency.value if run.link_gb_s else 0.0
+    return Link(burst, machine.exchange_us.value)
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:

@@ -126,28 +126,55 @@ class Played:
     spans: tuple[Span, ...]
 
 
+class Link:
+    """A link that carries one thing after the other.
+
+    burst: a shaped link is a bucket of tokens: what it did not carry while it rested, up to so much time, passes at
+    once. least: what a message takes even then.
+    """
+
+    def __init__(self, burst: float = 0.0, least: float = 0.0) -> None:
+        self._burst, self._least = burst, least
+        self._used = -burst  # the time up to which the bucket's tokens are spent
+        self._end = 0.0
+
+    def carry(self, clock: float, time: float) -> tuple[float, float]:
+        """What takes so much time and is sent now -> when it begins to travel, and when it has arrived.
+
+        burst 3, rested: 2 at 0 -> 0, 0    2 at 0 -> 0, 1    2 at 10 -> 10, 10
+        """
+        begin = max(self._end, clock)
+        self._used = max(self._used, clock - self._burst) + time
+        self._end = max(self._used, begin + min(self._least, time))
+        return begin, self._end
+
+
 def play(
-    works: Sequence[Work], dispatch: Sequence[float], combine: Sequence[float], lookahead: int = LOOKAHEAD
+    works: Sequence[Work],
+    dispatch: Sequence[float],
+    combine: Sequence[float],
+    lookahead: int = LOOKAHEAD,
+    link: Link | None = None,
 ) -> Played:
     """Plays steps. dispatch[w] and combine[w]: the time that a wave's rows, and its results, keep the link busy.
 
     The link carries one thing after the other in the order in which they are sent: `lookahead` waves at once at the
-    start, another wave when one begins to compute, and a wave's results when it has been computed.
+    start, another wave when one begins to compute, and a wave's results when it has been computed. link: None for one
+    without a burst.
 
     one wave: dispatch 100, compute 300, combine 200 -> 600; of two halves each: arrive at 50 and 100, computed at 200
     and 350, home at 300 and 450 -> 450
     """
-    clock = link = stalls = 0.0
+    clock = stalls = home = 0.0
+    link = link or Link()
     arrivals: list[float] = []
     spans: list[Span] = []
 
     def send(wave: int) -> None:
-        nonlocal link
         if wave < len(dispatch):
-            start = max(link, clock)
-            link = start + dispatch[wave]
-            arrivals.append(link)
-            spans.append(Span("dispatch", wave, start, link))
+            start, end = link.carry(clock, dispatch[wave])
+            arrivals.append(end)
+            spans.append(Span("dispatch", wave, start, end))
 
     for wave in range(lookahead):
         send(wave)
@@ -159,9 +186,8 @@ def play(
         spans.append(Span("compute", work.wave, clock, clock + work.time))
         clock += work.time
         if work.arrived:
-            start = max(link, clock)
-            link = start + combine[work.wave]
-            spans.append(Span("combine", work.wave, start, link))
-    total = max(clock, link)
+            start, home = link.carry(clock, combine[work.wave])
+            spans.append(Span("combine", work.wave, start, home))
+    total = max(clock, home, *arrivals)
     head = next((span.start for span in spans if span.lane == "compute"), 0.0)
     return Played(total, head, total - clock, stalls, tuple(spans))

@@ -1,1 +1,1 @@
-"""A transformers model that trains with its experts over ranks, and the checkpoint that is written of it."""
+"""Transformers models that train with their experts over ranks, and the checkpoint that is written of one."""

@@ -82,11 +82,14 @@ def _print_rows(rows: list[Row], by: By) -> None:
 def _sent(found: Answer) -> tuple[Any, ...]:
     from megamoe.planner.layer.traffic import traffic
 
-    sent, layer, rule = traffic(found.plan.request), found.plan.layer, found.plan.binding
+    sent, layer, rule = traffic(found.plan.request), found.plan.layer, found.binding
     kilobytes = (sent.across_devices_bytes / 1e3, sent.across_domains_bytes / 1e3)
     times = (layer.communication_us, layer.layer_us)
+    if found.training is not None:
+        back = found.training.backward
+        times = (layer.communication_us + back.communication_us, found.training.step_us)
     where = f"{sent.domains} of {sent.domain}"
-    return (sent.ep, where, *kilobytes, *times, found.plan.verdict, rule.margin if rule else None)
+    return (sent.ep, where, *kilobytes, *times, "hidden" if found.hidden else "exposed", rule.margin if rule else None)
 
 
 def _needed(found: Answer) -> tuple[Any, ...]:

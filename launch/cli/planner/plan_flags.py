@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megamoe.planner.question import Question
 
 _LAYER, _WORKLOAD, _TARGETS = "The layer", "A workload", "Targets"
+_TRAINING = "Training"
 
 
 def _flag(kind: Any, help_text: str, panel: str, *names: str) -> Any:
@@ -56,7 +57,9 @@ FLAGS: dict[str, Any] = {
     "config": _flag(
         Path | None, "A file with these keys, as `megamoe recommend --write` makes it; flags win over it.", _LAYER
     ),
-    "phase": _flag(str | None, "decode (default) or prefill.", _WORKLOAD),
+    "phase": _flag(
+        str | None, "decode (default) or prefill; train: a layer's forward and backward, and no workload.", _WORKLOAD
+    ),
     "batch": _flag(int | None, "Sequences of one device (prefill: prompts of a step); the best by default.", _WORKLOAD),
     "context": _flag(int | None, "Tokens of a sequence in the cache; 4096 by default.", _WORKLOAD),
     "cached": _flag(int | None, "Prefill: tokens of a prompt that are in the cache already.", _WORKLOAD),
@@ -75,6 +78,12 @@ FLAGS: dict[str, Any] = {
     "target_tps": _flag(float | None, "Tokens per second of all devices together.", _TARGETS),
     "tpot_ms": _flag(float | None, "Most milliseconds per output token.", _TARGETS),
     "ttft_ms": _flag(float | None, "Most milliseconds to the first token (prefill).", _TARGETS),
+    "saved": _flag(
+        str | None,
+        "What a forward keeps for its backward: tokens (default), activations, or dispatch-again for neither.",
+        _TRAINING,
+    ),
+    "gradient_format": _flag(str | None, "Of gradients on their way, both ways: bf16 (default), mxfp8.", _TRAINING),
 }
 
 

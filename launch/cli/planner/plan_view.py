@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from megamoe.launch.cli.planner.training_view import print_training
 from megamoe.launch.output import say, show
 
 if TYPE_CHECKING:
@@ -16,11 +17,13 @@ def print_answer(found: Answer) -> None:
     """The verdict, then the rule, the layer, the memory and the serving."""
     say(found.verdict)
     if not found.fits:
-        say(found.plan.sentence)
+        say(found.sentence)
     for missed in found.missed:
         say(f"MISSES  {missed}")
     _print_rules(found.plan)
     _print_layer(found)
+    if found.training is not None:
+        print_training(found.training)
     _print_memory(found)
     if found.serving is not None:
         _print_step(found)
@@ -55,6 +58,7 @@ def _print_layer(found: Answer) -> None:
     planned, layer = found.plan, found.plan.layer
     request = planned.request
     name = "" if request.stack == "fused" else f", {request.stack}"
+    name += ", forward" if found.training is not None else ""
     title = f"\none layer{name}: {request.tokens_per_rank} tokens a rank, {request.routing}, "
     title += f"{layer.waves} waves, {layer.rows:,.0f} rows in {layer.experts_touched:.4g} experts"
     parts = (
@@ -85,12 +89,18 @@ def _print_memory(found: Answer) -> None:
     from megamoe.planner.serving.memory import PARTS
 
     held = found.memory
-    sizes = {name: getattr(held, part) for part, name in PARTS.items() if found.serving or part != "cache_gb"}
+    sizes = {name: getattr(held, part) for part, name in PARTS.items() if _shown(found, part)}
     sizes |= {"all": held.total_gb, "usable": held.capacity_gb}
     rows = [(name, gb, 100 * gb / held.capacity_gb) for name, gb in sizes.items()]
     without = "" if found.serving is not None else "; caches come with a workload"
+    without = "; routed experts of all layers, nothing else of the model" if found.training is not None else without
     columns = {"part": "", "GB": ",.2f", "% of usable": ",.1f"}
     show(columns, rows, f"\nmemory of a device, 1 GB is 1e9 bytes{without}")
+
+
+def _shown(found: Answer, part: str) -> bool:
+    """Caches come with a workload, and training counts routed experts alone."""
+    return found.serving is not None or part not in ("cache_gb", *(["weights_gb"] if found.training else []))
 
 
 def _print_step(found: Answer) -> None:

@@ -24,6 +24,8 @@ def require(given: dict[str, Any], output: Output = Format.table) -> None:
     """Say what would hide a plan's communication: bandwidth, EP size, tokens, formats, each changed alone."""
     with exit_codes():
         found = answered(given)
+        if found.training is not None:
+            raise ValueError("require is of one pass; plan --phase train says what both need, sweep what else does")
         from megamoe.planner.layer.require import require as requirements
 
         needs = requirements(found.plan)
@@ -117,13 +119,16 @@ def _print_sweep(over: str, points: list[Point]) -> None:
     serves = points[0].answer.serving is not None
     time = "TTFT ms" if points[0].answer.question.phase == "prefill" else "TPOT ms"
     more = {"tok/s/dev": ",.0f", time: "~", "$/M tok": "~"} if serves else {"exposed us": ",.1f"}
-    columns = {over.rpartition(".")[2]: ",g", "verdict": "", "margin": ".2f", "needs": ",.0f", "layer us": ",.1f"}
+    took = "step us" if points[0].answer.training is not None else "layer us"
+    columns = {over.rpartition(".")[2]: ",g", "verdict": "", "margin": ".2f", "needs": ",.0f", took: ",.1f"}
     show({**columns, **more, "GB": ",.1f", "fits": ""}, [_row(point, serves) for point in points])
     say("needs: GB/s one way that would hide it; GB of a device's memory")
 
 
 def _row(point: Point, serves: bool) -> tuple[Any, ...]:
-    keys = point.answer.as_dict()
+    keys, trains = point.answer.as_dict(), point.answer.training
+    if trains is not None:
+        keys |= {"layer_us": trains.step_us, "exposed_us": trains.exposed_us}
     time = keys["ttft_ms"] if keys["tpot_ms"] is None else keys["tpot_ms"]
     more = (keys["tokens_per_s_per_device"], time, keys["usd_per_million_tokens"]) if serves else (keys["exposed_us"],)
     figures = (keys["margin"], keys["required_link_gb_s"], keys["layer_us"], *more, keys["memory_gb"])

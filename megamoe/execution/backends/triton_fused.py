@@ -1,8 +1,9 @@
 """A call of the layer as one kernel on every rank: dispatch, experts and combine over memory that all ranks map.
 
 The host waits for nothing, counts never leave the devices, and sizes follow from T alone, so a CUDA graph can be
-captured of it. Ranks meet on the host once, in the first call, where they map each other's memory. What went wrong in a
-call is raised by a later one on a GPU, and at once on a CPU, whose kernel Triton interprets.
+captured of it. Ranks meet on the host once, in the first call, where they exchange pages, as in each call that is no
+kernel (layer.py), and then map each other's memory. What went wrong in a call is raised by a later one on a GPU, and at
+once on a CPU, whose kernel Triton interprets.
 """
 
 # P ranks   T tokens of this rank   H hidden   K experts per token
@@ -32,8 +33,6 @@ from megamoe.parallel.transport.buffers import Exchange, SymmetricBuffer, exchan
 from megamoe.parallel.transport.pairs import Label
 from megamoe.shape import MoEShape
 
-_MOST_CARD = 900  # bytes of a complaint that ranks tell each other
-
 
 def check_fused(device: torch.device, shape: MoEShape, combine_format: str) -> None:
     """ValueError where transport="fused" cannot run on a device, or a layer."""
@@ -54,17 +53,13 @@ def check_fused(device: torch.device, shape: MoEShape, combine_format: str) -> N
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What all ranks must have alike.
+    """What all ranks must have alike, beside what their pages have.
 
-    tokens   most of a rank in a call   wire   "mxfp8" or "bf16"   owners   [E], the rank of each expert
+    owners   [E], the rank of each expert   columns   of a tile
     """
 
-    layer: str
-    tokens: int
-    weight_format: str
-    wire: str
-    shape: str
     owners: Sequence[int]
+    columns: int
 
 
 class Fused:
@@ -73,9 +68,8 @@ class Fused:
     def __init__(
         self, layer: str, group: EPGroup, experts: Experts, placement: Placement, tokens: int, wire: str
     ) -> None:
-        self._layer, self._group, self._experts, self._tokens = layer, group, experts, tokens
-        owners = tuple(placement.ranks())
-        self._terms = Terms(layer, tokens, experts.weight_format, wire, str(experts.shape), owners)
+        self._layer, self._group, self._experts = layer, group, experts
+        self._tokens, self._wire, self._owners = tokens, wire, tuple(placement.ranks())
         self._kernel: MegaKernel | None = None
         self._complaints: list[ValueError] = []
 
@@ -93,9 +87,9 @@ class Fused:
         """hidden [T, H] bfloat16, topk_ids [T, K] int64 (-1 masks), topk_weights [T, K] float32 -> [T, H] bfloat16.
 
         A rank with a complaint takes part without tokens, so that nobody waits for it, and complain() raises it then;
-        in the first call all ranks raise it. PeerError where a rank was not there in time, now or in an earlier call.
+        in the first call none has one. PeerError where a rank was not there in time, now or in an earlier call.
         """
-        kernel = self._kernel or self._open(complaint)
+        kernel = self._kernel or self._open()
         self._look(kernel)
         if complaint is not None:
             self._complaints.append(complaint)
@@ -149,23 +143,21 @@ class Fused:
 
     # ---- once ----
 
-    def _open(self, complaint: ValueError | None) -> MegaKernel:
-        """Agrees with all ranks on sizes, maps their memory, compiles. CallRefusedError on all where one complains."""
+    def _open(self) -> MegaKernel:
+        """Maps the memory of all ranks, compiles. CallRefusedError on all where their tiles differ."""
         group, experts = self._group, self._experts
         exchange = _alone if group.transport is None else exchange_over(group.transport, self._layer)
-        group.hosts.update(enumerate(each.decode() for each in exchange(group.host.encode())))
-        self._refuse_together(exchange, "" if complaint is None else str(complaint))
         tile = self.tile()
-        self._compare(exchange, f"{self._terms}, {tile.columns} columns a tile")
+        self._compare(exchange, Terms(self._owners, tile.columns))
         devices = exchange(_identity(experts.device, group).encode())
         sharing = devices.count(devices[group.rank])
         layout = self.lay_out(tile, programs_of(experts.device, tile, sharing), group.size)
-        key = (layout, tile, tuple(self._terms.owners))
+        key = (layout, tile, self._owners)
         kernels = group.workspace.kernels
         if key not in kernels:
             buffer = self._buffer(layout.num_bytes)
             programs = programs_of(experts.device, tile, sharing)
-            kernels[key] = MegaKernel(layout, tile, buffer, self._terms.owners, programs, group.deadline_s)
+            kernels[key] = MegaKernel(layout, tile, buffer, self._owners, programs, group.deadline_s)
         kernel = kernels[key]
         assert isinstance(kernel, MegaKernel)
         kernel.prepare(*self._nothing(), self._weights())
@@ -173,14 +165,8 @@ class Fused:
         self._kernel = kernel
         return kernel
 
-    def _refuse_together(self, exchange: Exchange, complaint: str) -> None:
-        group = self._group
-        for rank, said in enumerate(exchange(complaint.encode()[:_MOST_CARD])):
-            if said:
-                raise CallRefusedError(f"{group.named(rank)} on {group.hosts[rank]}: {said.decode(errors='replace')}")
-
-    def _compare(self, exchange: Exchange, mine: str) -> None:
-        group, digest = self._group, sha256(mine.encode()).digest()
+    def _compare(self, exchange: Exchange, mine: Terms) -> None:
+        group, digest = self._group, sha256(str(mine).encode()).digest()
         for rank, theirs in enumerate(exchange(digest)):
             if theirs != digest:
                 raise CallRefusedError(
@@ -208,7 +194,7 @@ class Fused:
 
     def lay_out(self, tile: Tile, programs: int, ranks: int) -> Layout:
         """Sizes of all ranks. A wave has two tiles of Linear-1 for each program, and four blocks at least."""
-        shape, owners = self._experts.shape, self._terms.owners
+        shape, owners = self._experts.shape, self._owners
         return Layout.of(
             ranks=ranks,
             num_experts=shape.num_experts,
@@ -219,7 +205,7 @@ class Fused:
             intermediate=shape.intermediate,
             linear1_rows=shape.linear1_rows,
             kind=self._kind,
-            wire=self._terms.wire,
+            wire=self._wire,
             rows=tile.rows,
             columns=tile.columns,
             wave=max(4, -(-2 * programs * tile.columns // shape.linear1_rows)),

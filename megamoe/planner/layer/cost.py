@@ -102,10 +102,12 @@ def layer_time(
     waves: int | None = None,
     most_waves: int = 16,
     staging: bool = True,
+    sent: float = 1.0,
 ) -> LayerTime:
     """Time of one layer. waves None: as many as are best, up to most_waves.
 
-    staging=False: the fused kernel without the module that feeds it.
+    staging=False: the fused kernel without the module that feeds it. sent: tokens that travel for a row, less than 1
+    where a token goes once to a rank that has several of its experts.
 
     ValueError for sizes that make no sense, or where ranks lie in domains that nothing is known to join.
     """
@@ -113,7 +115,10 @@ def layer_time(
     drawn = busiest(routing, expert.num_experts, expert.topk, ep, tokens_per_rank, redundant)
     numbers = [waves] if waves else [each for each in _NUMBERS_OF_WAVES if each <= most_waves]
     last = [
-        max((_core(expert, device, load, ep, tokens_per_rank, numbers) for load in ranks), key=lambda c: c.played.total)
+        max(
+            (_core(expert, device, load, ep, tokens_per_rank, numbers, sent) for load in ranks),
+            key=lambda c: c.played.total,
+        )
         for ranks in drawn
     ]
     values = tokens_per_rank * expert.hidden
@@ -171,12 +176,14 @@ class _Core:
     latency_us: float
 
 
-def _core(expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float, waves: list[int]) -> _Core:
+def _core(
+    expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float, waves: list[int], sent: float
+) -> _Core:
     """One rank's waves in microseconds."""
     rows = load.rows
     if not rows:
         return _Core(load, Played(0.0, 0.0, 0.0, 0.0, ()), 1, *[0.0] * 6)
-    there, back = _row_us(expert, device, ep, rows, tokens)
+    there, back = row_us(device, ep, rows, tokens * expert.topk, expert.dispatch_bytes * sent, expert.combine_bytes)
     compute_us = memory_us = alone_us = 0.0
     busy: Busy = []
     counts, numbers = zip(*load.groups, strict=True)
@@ -195,20 +202,23 @@ def dispatch_us(expert: Expert, device: Device, *, ep: int, tokens_per_rank: flo
     """A dispatch alone, in no kernel, of evenly spread tokens: every row to its expert's rank, nothing computed."""
     _check(expert, ep, tokens_per_rank, 0, None)
     rows = tokens_per_rank * expert.topk
-    return device.exchange_us + (rows * _row_us(expert, device, ep, rows, tokens_per_rank)[0] if rows else 0.0)
+    row = row_us(device, ep, rows, rows, expert.dispatch_bytes, expert.combine_bytes)[0] if rows else 0.0
+    return device.exchange_us + rows * row
 
 
-def _row_us(expert: Expert, device: Device, ep: int, rows: float, tokens: float) -> tuple[float, float]:
+def row_us(device: Device, ep: int, rows: float, own: float, there: float, back: float) -> tuple[float, float]:
     """Microseconds of link time that a row of this rank takes there and back, over the tier that is slowest.
 
-    A rank's link carries, each way, what it receives and what it gives out for its own T tokens; the fuller way counts.
+    A rank's link carries, each way, what it receives and what it gives out for its `own` pairs; the fuller way counts.
+    there, back: bytes of a row. Where many ranks send to one, its switch port serves them worse than an even exchange.
     """
-    own = tokens * expert.topk
-    there, back = expert.dispatch_bytes, expert.combine_bytes
     fuller = max(rows * there + own * back, rows * back + own * there) / rows / (there + back)
     slowest = 0.0
     for tier in tiers(ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s):
-        bytes_s = device.link_bytes_s(min(ep, device.scaleup_domain)) if tier.name == "scale-up" else device.nic_bytes_s
+        if tier.name == "scale-up":
+            bytes_s = device.link_bytes_s(min(ep, device.scaleup_domain)) / device.incast(rows, own)
+        else:
+            bytes_s = device.nic_bytes_s
         slowest = max(slowest, tier.f_remote * fuller / bytes_s)
     return there * slowest * 1e6, back * slowest * 1e6
 

@@ -37,6 +37,7 @@ class Device:
     memory_efficiency: float
     link_efficiency: float
     link_congestion: float
+    link_incast: float
     nic_efficiency: float
     exchange_us: float
     overlap: float
@@ -72,6 +73,7 @@ class Device:
             memory_efficiency=profile.memory_efficiency.value,
             link_efficiency=profile.link_efficiency.value,
             link_congestion=profile.link_congestion.value,
+            link_incast=profile.link_incast.value,
             nic_efficiency=profile.nic_efficiency.value,
             exchange_us=profile.exchange_us.value,
             overlap=profile.overlap.value,
@@ -96,6 +98,13 @@ class Device:
         """What an all-to-all of so many ranks gets out of the scale-up link: less the more ranks there are above 8."""
         congestion = min(1.0, float((8 / ep) ** self.link_congestion))
         return self.scaleup_gb_s * 1e9 * self.link_efficiency * congestion
+
+    def incast(self, rows: float, own: float) -> float:
+        """How much longer the scale-up link of a rank takes for a row, to which others send more than it sends itself.
+
+        16 rows, 4 pairs of its own, link_incast 0.5 -> 2
+        """
+        return float((rows / own) ** self.link_incast) if rows > own > 0 else 1.0
 
     @property
     def nic_bytes_s(self) -> float:

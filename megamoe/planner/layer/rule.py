@@ -67,9 +67,21 @@ def threshold(
 
     d 3072, fp8 there, bf16 back -> 6144      d 2048 -> 4096      d 3072 with nvfp4 both ways -> 16384
     """
-    flops = (GATED_FLOPS if gated else PLAIN_FLOPS) * intermediate
     per_value = value_bytes(dispatch) + value_bytes(combine)
-    return flops / per_value / f_remote if f_remote > 0 else float("inf")
+    return allowed(GATED_FLOPS if gated else PLAIN_FLOPS, intermediate, per_value, f_remote)
+
+
+def allowed(flops: float, intermediate: int, per_value: float, f_remote: float) -> float:
+    """threshold() of a pass with other FLOPs of a pair and h*d, and other bytes of a value there and back."""
+    return flops * intermediate / per_value / f_remote if f_remote > 0 else float("inf")
+
+
+def found_among(num_experts: int, topk: int, share: float) -> float:
+    """How likely one of a token's experts, all different, is among a share of all experts.    16, 4, 1/2 -> 0.962"""
+    held, missed = share * num_experts, 1.0
+    for taken in range(topk):
+        missed *= max(0.0, num_experts - held - taken) / (num_experts - taken)
+    return 1 - missed
 
 
 def hides_tflops(intermediate: int, gated: bool = True) -> float:

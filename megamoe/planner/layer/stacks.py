@@ -11,6 +11,7 @@ from megamoe.catalog import Profile
 from megamoe.planner.layer.cost import LayerTime, layer_time
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.expert import Expert
+from megamoe.planner.layer.rule import found_among
 from megamoe.planner.layer.staged import staged_time
 
 Stack = Literal["fused", "staged", "megamoe"]
@@ -69,12 +70,18 @@ def own_time(
     """This package's layer: waves of launched kernels, whose exchanges run on a stream of their own.
 
     Assumed throughout, nothing of it was run on a GPU: a wave is eight launches, tokens are quantised before the first
-    and slots are summed after the last, up to 8 waves. Products run in BF16 (`device` is that format's).
+    and slots are summed after the last, up to 8 waves. Products run in BF16 (`device` is that format's), and a token
+    goes once to each rank.
     """
     return layer_time(
         expert, launched(device, profile), ep=ep, tokens_per_rank=tokens_per_rank, routing=routing,
-        redundant=redundant, waves=waves, most_waves=_MOST_WAVES, staging=False,
+        redundant=redundant, waves=waves, most_waves=_MOST_WAVES, staging=False, sent=sent_once(expert, ep),
     )  # fmt: skip
+
+
+def sent_once(expert: Expert, ep: int) -> float:
+    """Tokens that travel for a row where each goes once to a rank.    16 experts, top-4, 2 ranks -> 0.481"""
+    return ep * found_among(expert.num_experts, expert.topk, 1 / ep) / expert.topk
 
 
 def launched(device: Device, profile: Profile) -> Device:

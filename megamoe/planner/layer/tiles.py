@@ -30,7 +30,7 @@ GROUPED_BLOCKS = (64, 128)  # rows of a tile of grouped products
 _TILE_NORM = 2.0
 
 
-def tile_us(device: Device, block: int, k: int) -> float:
+def tile_us(device: Device, block: int, k: float) -> float:
     """One tile of block x 128 over K."""
     size = block * COLUMNS
     tensor = 2e-6 * size * k / (device.tflops / device.sms)
@@ -52,6 +52,12 @@ def products_us(expert: Expert, device: Device, rows: Sequence[float], number: S
     least = min(sum(each) for _, each in tiles)
     total = sum(map(mul, found, number))
     return found if total >= least else [each * least / total for each in found]
+
+
+def matrix_us(device: Device, rows: float, columns: int, k: float) -> float:
+    """One product of rows x columns over K, its tiles spread over all SMs, in the blocks that take least."""
+    across = -(-columns // COLUMNS)
+    return min(math.ceil(rows / block) * across * tile_us(device, block, k) / device.sms for block in device.blocks)
 
 
 def grouped_us(expert: Expert, device: Device, rows: Sequence[float], number: Sequence[int]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.planner.layer.plan import PlanRequest
+from megamoe.planner.layer.rule import found_among
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,9 @@ def traffic(request: PlanRequest) -> Traffic:
     expert, ep = request.expert, request.ep
     domain = int(request.hardware.scaleup_domain.value)
     whole = expert.topk * (expert.dispatch_bytes + expert.combine_bytes)
-    leaving, found = max(0.0, 1 - domain / ep), _found(request.model.num_experts, expert.topk, min(1.0, domain / ep))
+    leaving, found = (
+        max(0.0, 1 - domain / ep),
+        found_among(request.model.num_experts, expert.topk, min(1.0, domain / ep)),
+    )
     once = max(0.0, ep / domain - 1) * found * expert.dispatch_bytes + expert.topk * leaving * expert.combine_bytes
     return Traffic(ep, domain, whole * (1 - 1 / ep), whole * leaving, once, found)
-
-
-def _found(num_experts: int, topk: int, share: float) -> float:
-    """How likely one of a token's experts, all different, is among a share of all experts.    16, 4, 1/2 -> 0.962"""
-    held, missed = share * num_experts, 1.0
-    for taken in range(topk):
-        missed *= max(0.0, num_experts - held - taken) / (num_experts - taken)
-    return 1 - missed

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamoe.planner.layer.plan import TOKENS_PER_RANK, PlanRequest
-from megamoe.planner.question import Question, Subject
+from megamoe.planner.question import TRAINING, Question, Subject
 from megamoe.planner.search.search import (
     ATTENTION_TP,
     DECODE_BATCHES,
@@ -23,6 +23,9 @@ from megamoe.planner.search.search import pareto_front as front_of
 from megamoe.planner.serving.deployment import Deployment
 from megamoe.planner.serving.memory import memory
 from megamoe.planner.serving.serving import Serving, costs_of, measure
+
+if TYPE_CHECKING:
+    from megamoe.planner.training.plan import TrainingPlan
 
 CONTEXT = 4096  # tokens of a sequence where a workload does not say
 WORTH = 0.01  # more devices in a group are taken for no less gain than this
@@ -43,6 +46,8 @@ class Choice:
 def choose(question: Question, subject: Subject) -> Choice:
     """Fills in what is missing. ValueError where nothing that was tried meets the targets, with what comes nearest."""
     _check_targets(question)
+    if question.trains:
+        return _training_choice(question, subject) if question.ep is None else Choice(question)
     if not question.has_workload:
         return _layer_choice(question, subject) if question.ep is None else Choice(question)
     filled = question.but(phase=question.phase or "decode", context=question.context or _context(subject))
@@ -73,8 +78,17 @@ def request_of(question: Question, subject: Subject, tokens: int | None = None) 
         question.ep,
         tokens_per_rank=tokens or TOKENS_PER_RANK if question.tokens_per_rank is None else question.tokens_per_rank,
         waves=question.waves,
-        **_as_asked(question),
+        **(_as_asked(question) | _trained(question, subject)),
     )
+
+
+def _trained(question: Question, subject: Subject) -> dict[str, Any]:
+    """Weights of a format that does not train are trained in BF16, unless the format was asked for."""
+    if not question.trains or question.weight_format:
+        return {}
+    from megamoe.planner.training.plan import WEIGHT_FORMATS
+
+    return {} if subject.model.weight_format in WEIGHT_FORMATS else {"weight_format": "bf16"}
 
 
 def _as_asked(question: Question) -> dict[str, Any]:
@@ -97,7 +111,7 @@ def deployment_of(question: Question, subject: Subject) -> Deployment:
         ep=question.ep,
         batch_per_device=question.batch,
         context=question.context,
-        phase=question.phase or "decode",
+        phase="prefill" if question.phase == "prefill" else "decode",
         attention_tp=tp,
         cached=question.cached or 0,
         mtp=question.mtp or 0,
@@ -135,6 +149,28 @@ def sizes(question: Question, subject: Subject) -> list[int]:
     experts, hardware = subject.model.num_experts + question.redundant, subject.hardware
     most = experts if hardware.nic_gb_s else min(experts, int(hardware.scaleup_domain.value))
     return [ep for ep in range(1, most + 1) if experts % ep == 0]
+
+
+def training_of(question: Question, subject: Subject) -> TrainingPlan:
+    """The step of a question that trains; its EP size is known."""
+    from megamoe.planner.training.plan import plan_training  # other plans start sooner without
+
+    options = {key: getattr(question, key) for key in TRAINING if getattr(question, key) is not None}
+    return plan_training(request_of(question, subject), **options)
+
+
+def _training_choice(question: Question, subject: Subject) -> Choice:
+    """The shortest step of the EP sizes that fit, the smaller of two that hardly differ; else the least memory."""
+    tried = [(ep, training_of(question.but(ep=ep), subject)) for ep in sizes(question, subject)]
+    fitting = [(ep, found) for ep, found in tried if found.memory.memory.fits]
+    if fitting:
+        least = min(found.step_us for _, found in fitting)
+        ep = next(ep for ep, found in fitting if found.step_us <= least * (1 + WORTH))
+        why = f"the shortest step of {len(tried)} EP sizes"
+    else:
+        ep = min(tried, key=lambda each: each[1].memory.memory.total_gb)[0]
+        why = f"none of {len(tried)} EP sizes fits, this needs least memory"
+    return Choice(question.but(ep=ep), ("ep",), len(tried), why)
 
 
 # ---- a deployment ----

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megamoe.catalog import Hardware, Model, Profile
-from megamoe.planner.search.search import Space, Targets, deployments
+from megamoe.planner.search.search import Space, Split, Targets, deployments, splits
 from megamoe.planner.serving.deployment import Deployment
-from megamoe.planner.serving.memory import memory
+from megamoe.planner.serving.memory import Memory, memory
 from megamoe.planner.serving.serving import Serving, measure
 from megamoe.planner.serving.step import Costs, least_us
 
@@ -105,33 +106,52 @@ def recommend(
 def _smallest(base: Deployment, space: Space, targets: Targets, load: float) -> Pool:
     """The pool with the fewest devices; of equals the one that is fastest for a user.
 
-    What would need more devices even if its experts took no time is not measured.
+    What could not be better even if its experts took no time is not measured. Large batches come first, which need the
+    fewest devices.
     """
     best: Pool | None = None
-    for costs, d in deployments(base, space):
-        held = memory(costs, d)
-        if not held.fits or (best is not None and _fewest(costs, d, load) > best.devices):
+    for split in splits(base, space):
+        if best is not None and split.devices > best.devices:
             continue
-        served = measure(costs, d, held)
-        if targets.missed(served):
-            continue
-        pool = Pool(served, _replicas(load, served.tokens_per_s_per_device * d.devices), load)
-        if best is None or _rank(pool) < _rank(best):
-            best = pool
+        for mtp, halves in itertools.product(space.mtps, space.microbatches):
+            for d, held in reversed(_fitting(split, mtp, halves, space)):
+                if best is not None and _best_rank(split.costs, d, load) > _rank(best):
+                    continue
+                served = measure(split.costs, d, held)
+                if not targets.missed(served):
+                    pool = _pool(served, load)
+                    best = pool if best is None or _rank(pool) < _rank(best) else best
     if best is None:
         raise ValueError(_why_not(base, space, targets))
     return best
+
+
+def _fitting(split: Split, mtp: int, halves: int, space: Space) -> list[tuple[Deployment, Memory]]:
+    """By batch; a larger one never needs less memory."""
+    found = []
+    for batch in sorted(space.batches):
+        if halves <= batch:
+            d = split.deployment(batch, mtp, halves)
+            held = memory(split.costs, d)
+            if not held.fits:
+                break
+            found.append((d, held))
+    return found
+
+
+def _pool(served: Serving, load: float) -> Pool:
+    return Pool(served, _replicas(load, served.tokens_per_s_per_device * served.deployment.devices), load)
 
 
 def _replicas(load: float, tokens_per_s: float) -> int:
     return math.ceil(load / (tokens_per_s * UTILIZATION))
 
 
-def _fewest(costs: Costs, d: Deployment, load: float) -> int:
-    """Devices that a deployment would need if all its steps took no longer than attention and the head."""
-    tokens = d.batch_per_device * d.accepted if d.phase == "decode" else d.new_tokens
-    most = tokens / (least_us(costs, d) / 1e6) * (1 + 1e-9)  # sums of floats in another order
-    return _replicas(load, most * d.devices) * d.devices
+def _best_rank(costs: Costs, d: Deployment, load: float) -> tuple[int, float]:
+    """The rank of a deployment if all its steps took no longer than attention and the head."""
+    decodes, seconds = d.phase == "decode", least_us(costs, d) / 1e6 * (1 - 1e-9)  # sums of floats in another order
+    tokens, of_user = (d.batch_per_device * d.accepted, d.accepted) if decodes else (d.new_tokens, d.context - d.cached)
+    return _replicas(load, tokens / seconds * d.devices) * d.devices, -of_user / seconds
 
 
 def _rank(pool: Pool) -> tuple[int, float]:

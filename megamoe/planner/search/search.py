@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from megamoe.catalog import Hardware, Model, Profile
 from megamoe.planner.serving.deployment import Deployment, Formats, Phase
@@ -137,8 +137,32 @@ def search(
     return tally.result()
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Deployments that share formats, EP size and attention groups. costs: those of all of the same formats.
+
+    keys: of a Deployment, but for batch, drafts and micro-batches
+    """
+
+    costs: Costs
+    devices: int
+    keys: dict[str, Any]
+
+    def deployment(self, batch: int, mtp: int, halves: int) -> Deployment:
+        """replace() would go through the fields of thousands."""
+        return Deployment(**{**self.keys, "batch_per_device": batch, "mtp": mtp, "microbatches": halves})
+
+
 def deployments(base: Deployment, space: Space, devices: int | None = None) -> Iterator[tuple[Costs, Deployment]]:
-    """Every deployment of a space that makes sense, with costs that those of the same formats share."""
+    """Every deployment of a space that makes sense."""
+    for split in splits(base, space, devices):
+        for batch, mtp, halves in itertools.product(space.batches, space.mtps, space.microbatches):
+            if halves <= batch:
+                yield split.costs, split.deployment(batch, mtp, halves)
+
+
+def splits(base: Deployment, space: Space, devices: int | None = None) -> Iterator[Split]:
+    """The same by what is shared, in the same order."""
     shared: dict[Formats, Costs] = {}
     formats = (space.weight_formats, space.kv_formats, space.dispatch_formats, space.combine_formats)
     for weight, kv, dispatch, combine in itertools.product(*formats):
@@ -149,10 +173,7 @@ def deployments(base: Deployment, space: Space, devices: int | None = None) -> I
             if number % ep or number % tp or tp > min(attention.heads for attention in base.model.attention):
                 continue
             split = replace(like, devices=number, ep=ep, attention_tp=tp)
-            keys = {field.name: getattr(split, field.name) for field in fields(split)}
-            for batch, mtp, halves in itertools.product(space.batches, space.mtps, space.microbatches):
-                if halves <= batch:  # replace() would go through the fields of thousands
-                    yield costs, Deployment(**{**keys, "batch_per_device": batch, "mtp": mtp, "microbatches": halves})
+            yield Split(costs, number, {field.name: getattr(split, field.name) for field in fields(split)})
 
 
 class _Tally:

@@ -35,6 +35,8 @@ class Moved:
 
 def result_of(found: Answer) -> tuple[str, float, str]:
     """Name, value and unit of what is looked at."""
+    if found.training is not None:
+        return "step time", found.training.step_us, "us"
     if found.serving is None:
         return "layer time", found.plan.layer.layer_us, "us"
     return "rate of a device", found.serving.tokens_per_s_per_device, "tokens/s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megamoe.planner.answer import Answer
 from megamoe.planner.report.charts.scales import Scale
 from megamoe.planner.report.charts.svg import FONT, SMALL, Drawing
 from megamoe.planner.report.render import templates
@@ -37,8 +38,8 @@ def draw(key: str, points: Sequence[Point]) -> str:
     out.text((LEFT + WIDE - RIGHT) / 2, HIGH - 10, key, "ink", anchor="middle")
     out.polyline([(place, y(result)) for place, result in zip(places, results, strict=True)], "curve")
     for place, result, point in zip(places, results, points, strict=True):
-        title = f"{key} {point.value}: {number(result)} {unit}, {point.answer.plan.verdict}"
-        out.circle(place, y(result), 4.5, "hidden" if point.answer.plan.hidden else "exposed", title)
+        title = f"{key} {point.value}: {number(result)} {unit}, {_said(point.answer)}"
+        out.circle(place, y(result), 4.5, _said(point.answer), title)
         if not point.answer.fits:
             out.circle(place, y(result), 9, "full", f"{title}, does not fit")
     return _alone(out.render())
@@ -46,7 +47,7 @@ def draw(key: str, points: Sequence[Point]) -> str:
 
 def _described(key: str, points: Sequence[Point], results: Sequence[float], unit: str) -> str:
     pairs = zip(points, results, strict=True)
-    return "; ".join(f"{key} {p.value}: {number(result)} {unit}, {p.answer.plan.verdict}" for p, result in pairs)
+    return "; ".join(f"{key} {p.value}: {number(result)} {unit}, {_said(p.answer)}" for p, result in pairs)
 
 
 def _across(points: Sequence[Point]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -81,3 +82,7 @@ def _alone(svg: str) -> str:
     style = templates().get_template("sweep.css").render()
     head, _, rest = svg.partition(">")
     return f'{head} width="{WIDE:.0f}" height="{HIGH:.0f}"><style>{style}</style>{rest}\n'
+
+
+def _said(found: Answer) -> str:
+    return "hidden" if found.hidden else "exposed"

@@ -1,13 +1,14 @@
 """Fits a machine to runs of `megamoe bench --format json`, and holds one against runs that it did not see.
 
 Compute and communication, each measured alone, are sums of amounts times constants: least squares of relative errors,
-no constant below zero, and runs that something disturbed count less. What a byte costs the core that computes, and what
-a wave costs, show only where both run at once: they are the values that leave the least error of the overlapped times.
+no constant below zero, and runs that something disturbed count less. What a byte costs the core that computes, what a
+link does while it carries, and what a wave costs, show only where both run at once: they are the values that leave the
+least error of the overlapped times. Links of several rates tell bytes from time on the link.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import log
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megamoe.catalog.schema import Figure, Machine
-from megamoe.schedule.machine import Amounts, Predicted, Run, intervals, predict
+from megamoe.schedule.machine import Amounts, Predicted, Run, intervals
+from megamoe.schedule.training import predict_step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +29,9 @@ _ROUNDS = 3  # the order of steps depends on the constants that are fitted, a li
 _COMPUTE = ("product_gflops", "weight_ns", "decode_ns", "value_ns", "round_ns", "call_us")
 _REWEIGHTED = 8
 _NEAR = 0.03  # a run this far off counts in full; one that something disturbed, less
-_BYTE_NS = [0.1 * step for step in range(31)]
+_BYTE_NS = [0.3 * step for step in range(11)]
+_LINK_SHARES = [0.06 * step for step in range(7)]
+_FINER = (-0.2, -0.1, 0.0, 0.1, 0.2)  # of both, around the best: ns, and a fifth of it as a share
 _WAVES_US = [50.0 * step for step in range(11)]  # more than sweeps of the number of waves ever showed
 _BURSTS_US = [500.0 * step for step in range(17)]
 
@@ -53,7 +57,8 @@ def check(reports: Sequence[dict[str, Any]], machine: Machine) -> list[Check]:
     """ValueError for reports that lack a key, or were made with other threads than the machine."""
     times = ("compute_ms", "communication_ms", "serial_ms", "overlapped_ms")
     return [
-        Check(Run.of(each), predict(Run.of(each), machine), *(float(each[key]) for key in times)) for each in reports
+        Check(Run.of(each), predict_step(Run.of(each), machine), *(float(each[key]) for key in times))
+        for each in reports
     ]
 
 
@@ -71,6 +76,8 @@ def calibrate(reports: Sequence[dict[str, Any]], start: Machine, *, name: str, c
     threads = {int(each["threads_per_rank"]) for each in reports}
     if len(reports) < FEWEST_RUNS:
         raise ValueError(f"{len(reports)} runs are too few to fit {len(_COMPUTE)} constants: at least {FEWEST_RUNS}")
+    if any(each.get("backward") for each in reports):
+        raise ValueError("runs of --backward make no machine: what they take follows from forwards and gradient_ns")
     if len(threads) > 1:
         raise ValueError(f"runs with {' and '.join(map(str, sorted(threads)))} threads a rank cannot make one machine")
     title = f"Fitted to {len(reports)} runs of megamoe bench"
@@ -157,10 +164,20 @@ def _fit_together(reports: Sequence[dict[str, Any]], machine: Machine, source: s
         checks = check(reports, machine)
         return sum(abs(log(each.predicted.overlapped_ms / each.overlapped_ms)) for each in checks)
 
-    tried = (
-        _with(machine, source, byte_ns=byte_ns, wave_us=wave_us) for byte_ns, wave_us in product(_BYTE_NS, _WAVES_US)
-    )
-    return min(tried, key=off)
+    def best(tried: Iterable[dict[str, float]]) -> dict[str, float]:
+        return min(tried, key=lambda values: off(_with(machine, source, **values)))
+
+    rates = {each["link_gb_s"] for each in reports if each["link_gb_s"]}
+    shares = _LINK_SHARES if len(rates) > 1 else [machine.link_share.value]
+    finer = [share / 5 for share in _FINER] if len(rates) > 1 else [0.0]
+    found = best({"byte_ns": ns, "link_share": share} for ns, share in product(_BYTE_NS, shares))
+    for _ in range(2):
+        around = {
+            key: [max(0.0, found[key] + by) for by in steps] for key, steps in zip(found, (_FINER, finer), strict=False)
+        }
+        found = best({**found, "byte_ns": ns, "link_share": share} for ns, share in product(*around.values()))
+        found |= {"wave_us": best({**found, "wave_us": us} for us in _WAVES_US)["wave_us"]}
+    return _with(machine, source, **found)
 
 
 def nonnegative(amounts: NDArray[np.float64], measured: NDArray[np.float64]) -> list[float]:

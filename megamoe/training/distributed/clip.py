@@ -133,6 +133,7 @@ def _terms(group: EPGroup, own: Sequence[tuple[Tensor, TrainableMoE]], norm: Nor
         combine_format="",
         arithmetic="",
         waves="",
+        transport="",
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 14
-_AT_ONCE = 1 << 17  # values that are in FP64 at one time
+_AT_ONCE = 1 << 16  # values that are in FP64 at one time
 
 
 @dataclass(frozen=True, slots=True)
