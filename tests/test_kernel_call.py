@@ -245,7 +245,8 @@ def alone_in_triton(shape: MoEShape, batch: Batch, formats: tuple[str, str, str]
         assert torch.equal(layer(batch.hidden, batch.ids, batch.weights), expected)
 
 
-def test_through_triton_the_bits_are_the_same_on_one_rank_and_on_two() -> None:
+def test_through_triton_the_bits_are_the_same_on_one_rank_and_on_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAMOE_TEST_GIVEN", "so that ranks are spawned: a fork may have triton already")
     batch = make_batch(SHAPE, 23)
     with LocalRanks(2, threads_per_rank=1) as ranks:  # Triton looks once in a process whether it interprets
         outputs = ranks.run(interpreted_ranks, batch, split(23, 2))

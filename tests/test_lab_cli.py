@@ -134,7 +134,7 @@ def test_the_lines_that_up_prints_start_ranks_that_meet(room: Room) -> None:
     assert len(lines) == 2, done.stdout
     with ExitStack() as stack:
         ranks = [stack.enter_context(room.start(*line.split(), sys.executable, "-c", PROGRAM)) for line in lines]
-        said = [rank.communicate(timeout=60) for rank in ranks]
+        said = [rank.communicate(timeout=180) for rank in ranks]
     assert [out for out, _ in said] == ["[[7], [8]]\n"] * 2, said
 
 

@@ -155,7 +155,8 @@ def test_a_seat_that_is_put_out_has_no_process_and_comes_back_later(
     assert numbers(membership) == [0, 1]
 
 
-def test_closing_ends_a_process_that_is_still_starting() -> None:
+def test_closing_ends_a_process_that_is_still_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAMOE_TEST_GIVEN", "so that it is spawned: a fork is there in time")
     before = started()
     membership = Membership(SpawnPool(1, threads=1), 1, start_s=60.0, retry_s=1.0, tell=lambda *_: None)
     assert list(membership.open([0], 0.05)) == [0]
