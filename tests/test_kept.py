@@ -94,7 +94,7 @@ def as_measured(behind: Any, link_gb_s: float) -> list[list[dict[str, float]]]:
 
 
 @pytest.mark.parametrize(
-    "behind", [machine(), machine(product_gflops=400, value_ns=0.6, weight_ns=0.1, byte_ns=4.2, gradient_ns=0.4)]
+    "behind", [machine(), machine(product_gflops=400, value_ns=0.6, weight_ns=0.1, link_share=0.44, gradient_ns=0.4)]
 )
 def test_the_fit_predicts_larger_layers_than_it_saw(behind: Any) -> None:
     here = probe.fitted(as_measured(behind, 0.125), replace(SETTING, cores=behind.cores), 0.125)

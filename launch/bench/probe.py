@@ -3,9 +3,9 @@
 Eleven workloads: both formats of weights and of the wire, few rows and many, one wave and several, three sizes. Each
 is timed overlapped, computing alone and communicating alone, as the benchmark does; no time depends on values.
 Compute is a sum of amounts times constants, an interval of work one of them: least squares, no constant below zero.
-What a byte costs the core that computes is the value that leaves the least error of the overlapped times. What a
-shaped link makes of its rate is tc's and not the machine's: it is taken from the profile that ships, and so is the
-share of a core that the link takes while it carries, which links of several rates alone would tell. Of two workloads a
+What threads that move bytes take of the core that computes is the link_share that leaves the least error of the
+overlapped times. What a shaped link makes of its rate is tc's and not the machine's: it is taken from the profile that
+ships, and so is what each byte takes beside, byte_ns, which links of several rates alone would tell. Of two workloads a
 backward is timed as well, on a rank by itself: what is left of it beside products and values is its gradients'.
 """
 
@@ -77,7 +77,7 @@ SMALL: tuple[Small, ...] = (
 )
 _COMPUTE = ("product_gflops", "weight_ns", "decode_ns", "value_ns", "round_ns", "call_us", "wave_us")
 _FASTEST_GFLOPS = 1e6  # products too fast to show
-_BYTE_NS = [0.1 * step for step in range(81)]
+_LINK_SHARES = [0.02 * step for step in range(51)]
 
 
 def machine_here(
@@ -138,7 +138,9 @@ def fitted(found: list[list[dict[str, float]]], setting: Setting, link_gb_s: flo
         predicted = (predict(run, machine).overlapped_ms for run in runs)
         return sum(abs(log(ms / measured)) for ms, measured in zip(predicted, overlapped, strict=True))
 
-    return min((having(byte_ns=byte_ns) for byte_ns in _BYTE_NS), key=off)
+    if link_gb_s is None:
+        return machine
+    return min((having(link_share=share) for share in _LINK_SHARES), key=off)
 
 
 def _compute(runs: list[Run], measured: list[float], machine: Machine) -> dict[str, float]:
