@@ -127,6 +127,7 @@ with init_group("cpu", rank=rank, size=size, init_method="env://", deadline_s=30
 
 @needs_lab
 @needs_room
+@pytest.mark.timeout(600)  # three seconds alone, three minutes were seen beside other tests
 def test_the_lines_that_up_prints_start_ranks_that_meet(room: Room) -> None:
     done = room.megamoe("up", "--ranks", 2, "--name", "mine")
     assert "it stands until: megamoe lab down mine" in done.stderr
@@ -134,7 +135,7 @@ def test_the_lines_that_up_prints_start_ranks_that_meet(room: Room) -> None:
     assert len(lines) == 2, done.stdout
     with ExitStack() as stack:
         ranks = [stack.enter_context(room.start(*line.split(), sys.executable, "-c", PROGRAM)) for line in lines]
-        said = [rank.communicate(timeout=180) for rank in ranks]
+        said = [rank.communicate(timeout=500) for rank in ranks]
     assert [out for out, _ in said] == ["[[7], [8]]\n"] * 2, said
 
 
