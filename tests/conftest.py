@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megamoe.kernels.cpu.library import prepare
-from megamoe.launch.forking.server import MODELS, preload
+from megamoe.launch.forking.server import MODELS, context, preload
 from megamoe.launch.ranks import LocalRanks
 from tests import interpreter, two_workers
 
@@ -41,10 +41,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         prepare(partial(print, file=sys.stderr))
 
 
-def pytest_collection_finish() -> None:
-    """Ranks have transformers from the start where tests that were collected have it."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The fork server begins before a test changes the environment; with transformers where collected tests have it."""
     if "transformers" in sys.modules:
         preload(MODELS)
+    if not session.config.option.collectonly:
+        context(forked=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
