@@ -39,7 +39,35 @@ Busy = list[tuple[float, float, int]]  # rows and microseconds of an expert, and
 
 
 @dataclass(frozen=True, slots=True)
-class LayerTime:
+class Hiding:
+    """What the waves of a pass took, in microseconds, and how much of its communication does not show in that.
+
+    core_us   the waves, from the first dispatch to the end      alone_us   what they would be without any link
+    """
+
+    core_us: float
+    alone_us: float
+    dispatch_us: float
+    combine_us: float
+
+    @property
+    def communication_us(self) -> float:
+        return self.dispatch_us + self.combine_us
+
+    @property
+    def exposed_us(self) -> float:
+        return max(0.0, self.core_us - self.alone_us)
+
+    @property
+    def hidden(self) -> float:
+        """0 to 1; 1 where nothing is sent."""
+        if not self.communication_us:
+            return 1.0
+        return max(0.0, 1 - self.exposed_us / self.communication_us)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime(Hiding):
     """Microseconds of one layer; rows and experts_touched of the rank that is last, means over draws of the routing.
 
     layer_us          fixed_us + core_us + sum_us
@@ -56,13 +84,9 @@ class LayerTime:
     kernel_us: float
     graph_us: float
     stack_us: float
-    core_us: float
     sum_us: float
     compute_us: float
     memory_us: float
-    alone_us: float
-    dispatch_us: float
-    combine_us: float
     head_us: float
     stalls_us: float
     tail_us: float
@@ -74,21 +98,6 @@ class LayerTime:
     @property
     def fixed_us(self) -> float:
         return self.kernel_us + self.graph_us + self.stack_us
-
-    @property
-    def communication_us(self) -> float:
-        return self.dispatch_us + self.combine_us
-
-    @property
-    def exposed_us(self) -> float:
-        return max(0.0, self.core_us - self.alone_us)
-
-    @property
-    def hidden(self) -> float:
-        """0 to 1; 1 where nothing is sent."""
-        if not self.communication_us:
-            return 1.0
-        return max(0.0, 1 - self.exposed_us / self.communication_us)
 
 
 def layer_time(

@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Literal
 
 from megamoe.catalog import Profile
-from megamoe.planner.layer.cost import row_us
+from megamoe.planner.layer.cost import Hiding, row_us
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.routing import RankLoad, busiest
@@ -40,7 +40,7 @@ _HOME_BYTES = 16  # beside a row's gradient: that of its top-k weight
 
 
 @dataclass(frozen=True, slots=True)
-class Backward:
+class Backward(Hiding):
     """Microseconds of one backward on the rank that is last, means over draws of the routing.
 
     backward_us    fixed_us + core_us + sum_us      latency_us   of core_us, where ranks lie in several domains
@@ -52,32 +52,13 @@ class Backward:
     backward_us: float
     fixed_us: float
     latency_us: float
-    core_us: float
     sum_us: float
     recompute_us: float
     data_us: float
     weights_us: float
-    alone_us: float
-    dispatch_us: float
-    combine_us: float
     waves: int
     rows: float
     played: PlayedBackward
-
-    @property
-    def communication_us(self) -> float:
-        return self.dispatch_us + self.combine_us
-
-    @property
-    def exposed_us(self) -> float:
-        return max(0.0, self.core_us - self.alone_us)
-
-    @property
-    def hidden(self) -> float:
-        """0 to 1; 1 where nothing is sent."""
-        if not self.communication_us:
-            return 1.0
-        return max(0.0, 1 - self.exposed_us / self.communication_us)
 
 
 def backward_time(
