@@ -17,9 +17,9 @@ from megamoe.planner.layer.stacks import sent_once
 from megamoe.planner.layer.tiles import matrix_us, tile_us
 from megamoe.planner.page import page
 from megamoe.planner.question import ask
-from megamoe.planner.training.backward import SAVED, Saved
 from megamoe.planner.training.memory import kept_bytes
 from megamoe.planner.training.plan import TrainingPlan, backward_flops, plan_training
+from megamoe.schedule.backward import SAVED, Saved
 
 ABOUT = {"model": "deepseek-v4-pro", "hardware": "gb200", "ep": 64, "phase": "train"}
 

@@ -11,10 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megamoe.schedule.schedule import LOOKAHEAD, Link
 
 RECOMPUTE, DATA, WEIGHTS = "recompute", "data", "weights"
+Saved = Literal["tokens", "activations", "dispatch-again"]  # what a forward keeps for its backward
+SAVED: tuple[Saved, ...] = ("tokens", "activations", "dispatch-again")
+GRADIENT_FORMATS = ("bf16", "mxfp8")
+HOME_BYTES = 16  # beside a row's gradient on its way home: that of its top-k weight
 Transfers = list[tuple[str, int, float, float]]  # "dispatch" or "combine", wave, begin and end
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe.catalog.schema import Machine
-from megamoe.schedule.backward import BackwardLoad, play_backward
+from megamoe.schedule.backward import HOME_BYTES, BackwardLoad, play_backward
 from megamoe.schedule.machine import (
     PAIR_BYTES,
     Amounts,
@@ -32,7 +32,6 @@ from megamoe.schedule.machine import (
     weighed_us,
 )
 
-_HOME_BYTES = 16  # beside a row's gradient: that of its top-k weight
 _VALUES = 2.0  # of a row in the backward, of those in the forward
 
 
@@ -88,7 +87,7 @@ def _bytes(run: Run) -> tuple[float, float]:
     """Sent by a rank: gradients of outputs, and of rows on their way home."""
     remote = run.rows * run.f_remote
     out = run.gradient_tokens * 2 * run.hidden + remote * PAIR_BYTES
-    return out, remote * (2 * run.hidden + _HOME_BYTES)
+    return out, remote * (2 * run.hidden + HOME_BYTES)
 
 
 def _communication_us(run: Run, machine: Machine, waves: int) -> float:

@@ -27,8 +27,6 @@ from megamoe.routing.wire import read_records
 from megamoe.schedule.schedule import Step
 from megamoe.training.experts import Captured
 
-SAVED = ("tokens", "dispatch-again", "activations")
-
 
 @dataclass(frozen=True, slots=True)
 class Kept:

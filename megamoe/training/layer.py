@@ -24,13 +24,13 @@ from megamoe.routing.messages import Messages
 from megamoe.routing.permutation import route_rows
 from megamoe.routing.waves import WavePlan, plan_waves
 from megamoe.routing.wire import Wire
-from megamoe.schedule.backward import DATA, RECOMPUTE, WEIGHTS, BackwardLoad, schedule_backward
+from megamoe.schedule.backward import DATA, RECOMPUTE, SAVED, WEIGHTS, BackwardLoad, schedule_backward
 from megamoe.schedule.schedule import LOOKAHEAD
 from megamoe.training.call import BackwardCall, BackwardParts, ExpertGradients
 from megamoe.training.distributed.mesh import check_mesh
 from megamoe.training.experts import Captured, TrainableExperts
 from megamoe.training.function import Apply
-from megamoe.training.kept import SAVED, Kept, keep
+from megamoe.training.kept import Kept, keep
 from megamoe.training.pages import empty
 from megamoe.training.rounding import ROUNDINGS
 from megamoe.training.wire import GradientWire, check_gradient_format

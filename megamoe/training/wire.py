@@ -11,8 +11,7 @@ from torch import Tensor
 
 from megamoe.formats import BLOCK
 from megamoe.routing.wire import Wire
-
-GRADIENT_FORMATS = ("bf16", "mxfp8")
+from megamoe.schedule.backward import GRADIENT_FORMATS
 
 
 @dataclass(frozen=True, slots=True)

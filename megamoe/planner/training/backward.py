@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
 
 from megamoe.catalog import Profile
 from megamoe.planner.layer.cost import Hiding, row_us
@@ -26,17 +25,22 @@ from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.routing import RankLoad, busiest
 from megamoe.planner.layer.stacks import sent_once
 from megamoe.planner.layer.tiles import matrix_us
-from megamoe.schedule.backward import DATA, RECOMPUTE, WEIGHTS, BackwardLoad, PlayedBackward, play_backward
+from megamoe.schedule.backward import (
+    DATA,
+    HOME_BYTES,
+    RECOMPUTE,
+    WEIGHTS,
+    BackwardLoad,
+    PlayedBackward,
+    Saved,
+    play_backward,
+)
 from megamoe.schedule.formats import value_bytes
 
-Saved = Literal["tokens", "activations", "dispatch-again"]
-SAVED: tuple[Saved, ...] = ("tokens", "activations", "dispatch-again")
-GRADIENT_FORMATS = ("bf16", "mxfp8")
 # launches of a wave: Linear-1; its rows packed and decoded, Linear-2's gradient, the activation's, Linear-1's; both
 # weights' gradients. Around all waves: the gradients packed and encoded, the sum of the slots
 _LAUNCHES = {RECOMPUTE: 1, DATA: 5, WEIGHTS: 2}
 _AROUND = 3
-_HOME_BYTES = 16  # beside a row's gradient: that of its top-k weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,7 @@ class Pass:
     @property
     def home_bytes(self) -> float:
         """Of a row on its way home."""
-        return self.gradient_bytes + _HOME_BYTES
+        return self.gradient_bytes + HOME_BYTES
 
     @property
     def there_bytes(self) -> float:

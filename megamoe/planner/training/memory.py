@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.stacks import sent_once
 from megamoe.planner.serving.memory import USABLE, Memory
-from megamoe.planner.training.backward import Saved
+from megamoe.schedule.backward import Saved
 from megamoe.schedule.formats import value_bytes
 
 MASTER_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 4, 4, 8  # of a weight: FP32 both, AdamW's two moments

@@ -9,8 +9,9 @@ from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan, PlanRequest, plan
 from megamoe.planner.layer.rule import GATED_FLOPS, PLAIN_FLOPS, Rule, allowed
 from megamoe.planner.layer.tiles import reached_tflops
-from megamoe.planner.training.backward import GRADIENT_FORMATS, SAVED, Backward, Saved, backward_time
+from megamoe.planner.training.backward import Backward, backward_time
 from megamoe.planner.training.memory import TrainingMemory, training_memory
+from megamoe.schedule.backward import GRADIENT_FORMATS, SAVED, Saved
 from megamoe.schedule.formats import value_bytes
 
 WEIGHT_FORMATS = ("mxfp4", "bf16")  # that the training layer has
