@@ -2,6 +2,7 @@
 
     python -m benchmarks.small_calls                     # 1 and 2 ranks, 1, 8 and 64 tokens, both weight formats
     python -m benchmarks.small_calls --ranks 2 --tokens 1 --format json
+    python -m benchmarks.small_calls --ranks 2 --sockets # as ranks of different hosts do
 
 Every part is the lower quartile over the calls of the rank that is slowest in all, since other work on a machine only
 adds. "agree": the exchange of pages and waiting for it; "bring": slots checked, counted and put behind the page, tokens
@@ -22,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
 from megamoe.launch.output import note, show
@@ -79,15 +81,19 @@ def watch(layer: MegaMoE, clock: Clock) -> None:
     functions = library._functions
     for name, part in (*_STEPS.items(), ("products", "products"), ("activate", "activation")):
         functions[name] = clock.timed(part, functions[name])
-    transport = layer.group.transport
+    transport, small = layer.group.transport, layer._small
+    assert small is not None
+    small._exchange_results = clock.timed("results", small._exchange_results)  # type: ignore[method-assign]
+    small._expect_results = clock.timed("results", small._expect_results)  # type: ignore[method-assign]
     if isinstance(transport, HostTransport):
-        for name, part in (("share", "agree"), ("signal", "results"), ("await_signal", "results")):
-            setattr(transport, name, clock.timed(part, getattr(transport, name)))
+        transport.share = clock.timed("agree", transport.share)  # type: ignore[method-assign]
 
 
-def measure(group: EPGroup, tokens: int, weight_format: str, calls: int) -> list[Row]:
+def measure(group: EPGroup, tokens: int, weight_format: str, calls: int, sockets: bool) -> list[Row]:
     """This rank's calls: the short way and by one wave in turn."""
     layers = {}
+    if sockets and group.size > 1:
+        group = EPGroup.of(dist.group.WORLD, deadline_s=group.deadline_s, shared_memory=False)
     for way, waves in (("small", "auto"), ("one wave", 1)):
         layers[way] = MegaMoE(
             SHAPE, group, weight_format=weight_format, dispatch_format=FORMATS[weight_format], waves=waves, name=way
@@ -103,8 +109,7 @@ def measure(group: EPGroup, tokens: int, weight_format: str, calls: int) -> list
             if number >= 0:
                 found.append(row)
     layers["small"].experts.products.library._functions.update(kept)  # type: ignore[attr-defined]
-    for name in ("share", "signal", "await_signal"):
-        vars(group.transport).pop(name, None) if group.transport else None
+    vars(group.transport).pop("share", None) if group.transport else None
     return found
 
 
@@ -118,7 +123,7 @@ def summary(found: list[list[Row]], way: str) -> Row:
     slowest = max(by_rank, key=lambda rows: lower_quartile([row["call"] for row in rows]))
     parts = {name: lower_quartile([row.get(name, 0.0) for row in slowest]) for name in ("call", *PARTS)}
     if way == "small" and not all(row["small"] for row in slowest):
-        raise SystemExit("error: calls of few tokens went by waves: there are no kernels, or ranks share no memory")
+        raise SystemExit("error: calls of few tokens went by waves: there are no kernels, or the tokens are too many")
     return {"way": way, **parts}
 
 
@@ -127,6 +132,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--sockets", action="store_true", help="without shared memory")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     options = parser.parse_args()
     rows = []
@@ -135,7 +141,7 @@ def main() -> int:
             for weight_format in FORMATS:
                 for tokens in options.tokens:
                     note(f"{size} ranks, {tokens} tokens, {weight_format} ...")
-                    found = ranks.run(partial(measure), tokens, weight_format, options.calls)
+                    found = ranks.run(partial(measure), tokens, weight_format, options.calls, options.sockets)
                     head = {"ranks": size, "tokens": tokens, "weights": weight_format}
                     rows += [{**head, **summary(found, way)} for way in ("small", "one wave")]
     if options.format == "json":

@@ -73,7 +73,7 @@ class MegaMoE(nn.Module):
     combine_format    "bf16", or "mxfp8" (H + H/32 bytes a row): every expert's result is rounded once more, which is an
                       error of 2.6 % at the root mean square, for links that are too slow otherwise
     waves             "auto", a number, or relative sizes of uneven waves; the bits are the same. "auto" on CPUs has
-                      ranks that share a host's memory and bring few tokens do without waves: see last_call.small
+                      ranks on CPUs that bring few tokens do without waves: see last_call.small
     device            where the weights are and the tokens must be; the CPU by default
     name              how errors call this layer; must be the same on all ranks
     overlap           False runs one wave, and nothing at the same time: the serial layer that overlap is held against
@@ -257,7 +257,7 @@ class MegaMoE(nn.Module):
                 return self._compute(hidden, topk_ids, topk_weights, complaint)
 
     def _compute(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, complaint: ValueError | None) -> Tensor:
-        """The call: in one step where all ranks bring few tokens to memory that they share, else wave by wave."""
+        """The call: in one step where all ranks bring few tokens on CPUs, else wave by wave."""
         calls, group = self._calls, self.group
         record, notes = CallRecord(), group.notes(self.name, calls.number + 1)
         unbroken = group.unbroken(self.name, calls.number + 1)

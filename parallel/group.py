@@ -202,10 +202,10 @@ class EPGroup:
         returned as it is.
 
         What the group has for the layer's device decides: gloo gets point-to-point pairs, and memory between ranks
-        that share a host where shared_memory is True on both; every other backend all-to-all. Where ranks share memory
-        on a host, and there are other hosts, a token goes once to each of those: node_limited=False, on all ranks,
-        sends it to each rank that needs it instead. The group stays its owner's: no thread, setting or deadline of it
-        is changed, and nothing of it is ended.
+        that share a host, which shared_memory=False, on all ranks, does without; every other backend all-to-all. Where
+        ranks share memory on a host, and there are other hosts, a token goes once to each of those: node_limited=False,
+        on all ranks, sends it to each rank that needs it instead. The group stays its owner's: no thread, setting or
+        deadline of it is changed, and nothing of it is ended.
         ValueError for anything else, for a group that this rank is not in, and for one without a backend for
         the device.
         """
@@ -225,8 +225,7 @@ class EPGroup:
         shared = _SHARED.setdefault(group, _Shared())
         transport: Transport | None = None
         if size > 1 and backend_for(group, device) == "gloo":
-            pairs = PairTransport(group, clock)
-            transport = HostTransport(pairs, shared.host) if shared_memory else pairs
+            transport = HostTransport(PairTransport(group, clock), shared.hosts[shared_memory])
         elif size > 1:
             transport = AllToAllTransport(group, clock, device)
         return cls(
@@ -237,7 +236,7 @@ class EPGroup:
             clock,
             hosts=hosts,
             own_status=own_status,
-            workspace=Workspace(shared.host.regions if shared_memory else None),
+            workspace=Workspace(shared.hosts[shared_memory].regions),
             broken=shared.broken,
             turns=shared.turns,
             node_limited=node_limited,
@@ -276,7 +275,7 @@ class _Shared:
 
     broken: list[str] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
-    host: Host = field(default_factory=Host)
+    hosts: dict[bool, Host] = field(default_factory=lambda: {shares: Host(shares) for shares in (False, True)})
 
 
 _SHARED: WeakKeyDictionary[dist.ProcessGroup, _Shared] = WeakKeyDictionary()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -36,17 +33,13 @@ from megamoe.schedule.schedule import Step
 from megamoe.shape import MoEShape
 from tests.cases import Batch, make_batch, make_layer, oracle, split
 from tests.protocol_hosts import FAULTS, Case, search, walk
+from tests.several_hosts import hosts, nodes_of
 from tests.test_lab import needs_lab
 
 shares = pytest.mark.skipif(not symmetric.available(), reason="ranks share memory on Linux and x86-64")
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
 TOKENS = 61
 WIRE = Wire("bf16", 16, False)  # four records in a row
-
-
-def nodes_of(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Hosts of so many ranks.    (2, 1) -> (0, 0, 2)"""
-    return tuple(begin for begin, end in pairwise(accumulate(sizes, initial=0)) for _ in range(begin, end))
 
 
 # ---- where tokens land, and what is fetched from there ----
@@ -190,16 +183,6 @@ def check_slices(plan: WavePlan, rank: int, counts: Tensor, messages: Messages, 
 
 
 # ---- layers on ranks that take themselves for several hosts ----
-
-
-@contextmanager
-def hosts(group: EPGroup, sizes: tuple[int, ...]) -> Iterator[None]:
-    """Ranks of this machine take themselves for hosts of so many ranks, if they have not met yet, and save any byte."""
-    node = nodes_of(sizes)[group.rank]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(symmetric, "host_key", lambda: f"host{node}")
-        patch.setattr("megamoe.routing.messages.LEAST_SAVED_BYTES", 1)
-        yield
 
 
 @dataclass

@@ -24,10 +24,12 @@ from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.symmetric import PLACE_BYTES, available
+from megamoe.parallel.transport.host import MESSAGE_BYTES
 from megamoe.shape import MoEShape
 from megamoe.trace.recording import record
 from megamoe.trace.timeline import CALL, LANES, Timeline
 from tests.cases import ACTIVATIONS, Batch, computing, make_batch, make_layer, make_weights, oracle, split
+from tests.several_hosts import hosts
 
 pytestmark = [
     pytest.mark.skipif(not available(), reason="ranks share memory on Linux and x86-64"),
@@ -65,31 +67,44 @@ def call(layer: MegaMoE, batch: Batch) -> Tensor:
     return out
 
 
-def in_a_row(group: EPGroup) -> tuple[dict[tuple[str, str], list[Tensor]], list[bool]]:
-    outputs: dict[tuple[str, str], list[Tensor]] = {}
-    for weights, wire in FORMATS:
-        layer, small = make_layer(SHAPE, group, weight_format=weights, dispatch_format=wire), []
-        for batch, empty in SEQUENCE:
-            part = split(len(batch.hidden), group.size, empty=empty)[group.rank]
-            outputs.setdefault((weights, wire), []).append(call(layer, batch.part(part)))
-            small.append(layer.last_call.small)
-    return outputs, small
+Outputs = dict[tuple[str, str], list[tuple[Tensor, bool]]]
 
 
-@pytest.mark.parametrize("ep_size", [1, 2, 3, 4], ids="ep{}".format)
-def test_calls_of_few_and_of_many_tokens_in_a_row_have_the_oracles_bits(ranks: LocalRanks, ep_size: int) -> None:
-    found = ranks.run(in_a_row, size=ep_size)
-    few = [
-        all(part.stop - part.start <= small_call.MAX_TOKENS for part in split(len(batch.hidden), ep_size, empty=empty))
-        for batch, empty in SEQUENCE
-    ]
-    assert True in few
-    assert False in few
-    assert all(small == few for _, small in found), "ranks that went different ways, or the wrong one"
+def in_a_row(group: EPGroup, sizes: tuple[int, ...]) -> Outputs:
+    """Of each call by formats: the output, and whether it was small."""
+    outputs: Outputs = {}
+    with hosts(group, sizes):
+        for weights, wire in FORMATS:
+            layer = make_layer(SHAPE, group, weight_format=weights, dispatch_format=wire)
+            for batch, empty in SEQUENCE:
+                part = split(len(batch.hidden), group.size, empty=empty)[group.rank]
+                out = call(layer, batch.part(part))
+                outputs.setdefault((weights, wire), []).append((out, layer.last_call.small))
+    return outputs
+
+
+def most_tokens(wire: str, sizes: tuple[int, ...]) -> int:
+    """Of a rank in a small call: a row of the wire and its slots, behind a page."""
+    room = PLACE_BYTES if len(sizes) == 1 else MESSAGE_BYTES
+    row_bytes = {"mxfp8": SHAPE.hidden + SHAPE.hidden // 32, "bf16": 2 * SHAPE.hidden}[wire]
+    return min(small_call.MAX_TOKENS, (room - small_call._BEHIND - 64) // (row_bytes + 8 * SHAPE.topk))
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2,), (3,), (4,), (1, 1), (2, 1), (2, 2), (1, 1, 1, 1)], ids=str)
+def test_calls_of_few_and_of_many_tokens_in_a_row_have_the_oracles_bits(
+    ranks: LocalRanks, sizes: tuple[int, ...]
+) -> None:
+    found = ranks.run(in_a_row, sizes, size=sum(sizes))
     for weights, wire in FORMATS:
-        for number, (batch, _) in enumerate(SEQUENCE):
-            got = torch.cat([outputs[weights, wire][number] for outputs, _ in found])
+        most, few = most_tokens(wire, sizes), []
+        for number, (batch, empty) in enumerate(SEQUENCE):
+            parts = split(len(batch.hidden), sum(sizes), empty=empty)
+            few.append(all(part.stop - part.start <= most for part in parts))
+            got = torch.cat([outputs[weights, wire][number][0] for outputs in found])
             assert torch.equal(got, oracle(SHAPE, batch, weights, wire)), (weights, wire, number)
+        assert {True, False} == set(few)
+        for outputs in found:
+            assert [small for _, small in outputs[weights, wire]] == few, "ranks went different ways, or the wrong one"
 
 
 def activations(group: EPGroup, name: str, bias: bool) -> list[Tensor]:
@@ -147,6 +162,19 @@ def test_one_rank_with_many_tokens_has_all_go_by_waves(ranks: LocalRanks, counts
     assert ranks.run(brings, counts, size=2) == [small, small]
 
 
+def uneven(group: EPGroup, counts: list[int]) -> Tensor:
+    parts = torch.tensor([0, *counts]).cumsum(0).tolist()
+    with hosts(group, (2, 2)):
+        layer = make_layer(SHAPE, group)
+        return call(layer, make_batch(SHAPE, sum(counts)).part(slice(*parts[group.rank : group.rank + 2])))
+
+
+def test_ranks_with_few_tokens_beside_one_with_many_count_what_lands_on_other_hosts(ranks: LocalRanks) -> None:
+    """Whether tokens go to a host once is found out from pages of either kind."""
+    found = ranks.run(uneven, [7, MANY, 3, 20])
+    assert torch.equal(torch.cat(found), oracle(SHAPE, make_batch(SHAPE, MANY + 30), "mxfp4", "mxfp8"))
+
+
 def test_tokens_are_few_where_they_fit_behind_a_page(ranks: LocalRanks) -> None:
     width = 8192
     most = (PLACE_BYTES - small_call._BEHIND - 64) // (2 * width + 16)
@@ -171,8 +199,8 @@ def ways(group: EPGroup) -> list[bool]:
 
 
 def test_what_asks_for_waves_gets_them(ranks: LocalRanks) -> None:
-    """A number of waves, no overlap, sockets, and torch's products."""
-    assert ranks.run(ways, size=2) == [[True, False, False, False, False, False]] * 2
+    """A number of waves, no overlap, and torch's products; sockets do not ask for them."""
+    assert ranks.run(ways, size=2) == [[True, False, False, True, False, False]] * 2
 
 
 def chooses(group: EPGroup) -> list[bool]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megamoe.execution.pipeline import CallRecord
 from megamoe.launch.ranks import LocalRanks
-from megamoe.parallel.errors import PeerError
+from megamoe.parallel.errors import CallRefusedError, PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.health.diagnosis import PeerStatus, diagnose
 from megamoe.parallel.health.status import WAITING, WORKING, OwnStatus, RankStatus
@@ -26,6 +26,7 @@ from megamoe.shape import MoEShape
 from megamoe.trace.recording import record
 from megamoe.trace.timeline import CALL, COMMUNICATION, LANES, Timeline
 from tests.cases import Batch, make_batch, make_layer, oracle, split
+from tests.several_hosts import hosts
 from tests.test_ranks import monkey
 
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
@@ -55,6 +56,25 @@ def recorded(
         during = trace.gather()
     outputs.append(layer(mine.hidden, mine.ids, mine.weights))
     return outputs, records, during, trace.gather()
+
+
+def calls_another(group: EPGroup, sizes: tuple[int, ...]) -> str:
+    """Rank 0 gathers a trace while the other calls the layer."""
+    batch = make_batch(SHAPE, 2)
+    with hosts(group, sizes):
+        layer = make_layer(SHAPE, group)
+        layer(batch.hidden, batch.ids, batch.weights)
+        with record(layer.group) as trace, pytest.raises((CallRefusedError, PeerError)) as refusal:
+            trace.gather() if group.rank == 0 else layer(batch.hidden, batch.ids, batch.weights)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (1, 1)], ids=["shared memory", "sockets"])
+def test_a_rank_that_gathers_while_others_call_is_told(sizes: tuple[int, ...]) -> None:
+    with LocalRanks(2, threads_per_rank=1, deadline_s=2.0) as ranks:
+        gathers, calls = ranks.run(calls_another, sizes, timeout_s=30)
+    assert ("rank 1 called something else" in gathers) if len(sizes) == 1 else ("rank 1" in gathers)
+    assert "rank 0" in calls
 
 
 @pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "all_to_all"])

@@ -1,8 +1,9 @@
 """Calls of few tokens on a CPU: one exchange carries pages and tokens, results are summed from where they were made.
 
-Where all ranks share a host's memory and every rank brings few tokens, a rank writes its slots and its encoded tokens
-behind its page, where all ranks read them. Each computes the rows of its own experts in one step and leaves the results
-in its own memory; a token's home rank sums its slots from there. A call waits twice: for pages, and for results.
+Where every rank brings few tokens, a rank writes its slots and its encoded tokens behind its page: ranks that share its
+memory read them there, others get page and tokens as one message. Each computes the rows of its own experts in one step
+and leaves the results in its own memory, in the order of the ranks that they are for; a token's home rank sums its
+slots from there, or from the one message that brought them. A call waits twice: for pages, and for results.
 What is done with rows is done by kernels/cpu/routing.cpp, in the oracle's arithmetic. A rank alone computes in the same
 way, without an exchange.
 """
@@ -27,17 +28,20 @@ from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import CallNotes, Notes, now_ns
 from megamoe.parallel.symmetric import PLACE_BYTES, Place, SymmetricMemory
-from megamoe.parallel.transport.host import HostTransport
-from megamoe.parallel.transport.pairs import Label
+from megamoe.parallel.transport.host import MESSAGE_BYTES, HostTransport
+from megamoe.parallel.transport.pairs import Label, PairTransfer
 from megamoe.routing.agreement import PAGE_BYTES, Part, SmallAgreement
+from megamoe.routing.landing import Order, order_of
 from megamoe.routing.messages import ranks_of
 from megamoe.routing.wire import Wire
 
 MAX_TOKENS = 256  # of a rank: above, encoding them all before any is sent costs more than waves do
+_SENT_BYTES = 128 * 1024  # to all ranks of other hosts, who may not want them all: more would cost what is saved
 _BEHIND = -(-PAGE_BYTES // 64) * 64  # where slots begin, behind the page
 _STAGES = ("linear-1", "activation", "linear-2")
-_RESULTS = "results"
+_RESULTS, _FAR_RESULTS = "results", "results of other hosts"
 _ALIGNED = 64  # bytes, where a cache line begins
+_CPU = torch.empty(0)
 # hidden [T, H] bfloat16, topk_ids [T, K] int64, topk_weights [T, K] float32, each contiguous
 Input = tuple[Tensor, Tensor, Tensor]
 
@@ -62,9 +66,13 @@ class SmallCalls:
         self._wire: Wire | None = None
         self._memory: SymmetricMemory | None = None
         shape, size = experts.shape, group.size
-        self._rank_of = ranks_of(Placement(shape.num_experts, size), experts.device)
-        self._pairs = np.zeros((2, shape.num_experts), np.int32)
+        self._placement = Placement(shape.num_experts, size)
+        self._rank_of = ranks_of(self._placement, experts.device)
+        self._pairs = np.zeros((3, shape.num_experts), np.int32)
+        self._counts = self._pairs[:2]
+        self._order: Order | None = None
         self._tokens, self._owed = (ctypes.c_int64 * size)(), (ctypes.c_int64 * (2 * size))()
+        self._starts = (ctypes.c_int64 * size)()
         self._brought, self._results = (ctypes.c_void_p * size)(), (ctypes.c_void_p * size)()
         few = self._few = _FewTokens()
         assert library.few_bytes() == ctypes.sizeof(few), "megamoe_few of routing.cpp and _FewTokens differ"
@@ -75,6 +83,7 @@ class SmallCalls:
         few.rank_of, few.pairs = self._rank_of.data_ptr(), self._pairs.ctypes.data
         few.tokens, few.owed = ctypes.addressof(self._tokens), ctypes.addressof(self._owed)
         few.brought, few.results = ctypes.addressof(self._brought), ctypes.addressof(self._results)
+        few.starts = ctypes.addressof(self._starts)
         self._point_at_experts()
 
     def __reduce__(self) -> tuple[type[SmallCalls], tuple[str, EPGroup, Experts, Library]]:
@@ -97,8 +106,17 @@ class SmallCalls:
             matrix.bias = experts.bias(name, experts.ids).data_ptr() if experts.shape.bias else None
             matrix.outputs = held.matrix.outputs
 
+    @property
+    def _far(self) -> list[int]:
+        """Ranks of other hosts."""
+        transport = self._group.transport
+        return transport.host.far if isinstance(transport, HostTransport) else []
+
     def takes(self, num_tokens: int, wire: Wire) -> bool:
-        """Whether so many tokens of a rank are few: there is room for them behind a page, and they are MAX_TOKENS."""
+        """Whether so many tokens of a rank are few: there is room for them behind a page, and they are MAX_TOKENS.
+
+        Asked once the transport has found out who shares this rank's memory.
+        """
         if wire is not self._wire:
             few, self._wire = self._few, wire
             few.row_bytes, few.mxfp8, few.rounds = (
@@ -107,7 +125,13 @@ class SmallCalls:
                 wire.round_on_arrival,
             )
             self._token_bytes = wire.row_bytes + 8 * self._experts.shape.topk
-            self._most = min(MAX_TOKENS, (PLACE_BYTES - _BEHIND - _ALIGNED) // self._token_bytes)
+            nodes = self._group.nodes(self._name)
+            if nodes:
+                self._counts, self._order = self._pairs, order_of(self._placement, nodes, self._group.rank)
+                few.place_of, few.column_of = self._order.places.data_ptr(), self._order.columns.data_ptr()
+                few.expert_at = self._order.experts.data_ptr()
+            room = min(MESSAGE_BYTES, _BEHIND + _SENT_BYTES // len(self._far)) if self._far else PLACE_BYTES
+            self._most = min(MAX_TOKENS, (room - _BEHIND - _ALIGNED) // self._token_bytes)
         return num_tokens <= self._most
 
     def bring(self, given: Input, place: Place | None, row_s: float) -> Part | None:
@@ -125,7 +149,8 @@ class SmallCalls:
         few.hidden, few.ids, few.topk_weights = hidden.data_ptr(), ids.data_ptr(), weights.data_ptr()
         if not self._library.few_tokens("bring", self._address):
             return None
-        return Part(num_tokens, self._pairs, row_s, small=True)
+        rows = _aligned(8 * num_tokens * few.topk)
+        return Part(num_tokens, self._counts, row_s, small=True, message=_BEHIND + rows + num_tokens * few.row_bytes)
 
     def compute(self, hidden: Tensor, agreed: SmallAgreement, sent_ns: int, notes: Notes, record: CallRecord) -> Tensor:
         """The call from where all pages are there -> [T, H] bfloat16
@@ -137,12 +162,13 @@ class SmallCalls:
         library.few_tokens("route", self._address)
         num_rows = few.num_rows
         self._make_room(num_rows, sum(agreed.tokens))
+        incoming = self._expect_results()
         notes.work(_STAGES[0], 0)
         computed_ns = now_ns()
         if num_rows:
             self.run_experts()
         waited = perf_counter()
-        combined_ns = now_ns(), self._exchange_results()
+        combined_ns = now_ns(), self._exchange_results(incoming)
         ended = perf_counter()
         owed = self._owed[: few.ranks]
         with notes.lane("reduce", rows=sum(owed)):
@@ -163,23 +189,15 @@ class SmallCalls:
         for rank, place in enumerate(agreed.places):
             self._tokens[rank], self._brought[rank] = agreed.tokens[rank], place.address + _BEHIND
         slots = num_tokens * few.topk
-        counts = workspace.address("small rows", 8 * few.experts + 20 * slots + num_tokens)
+        counts = workspace.address("small rows", 8 * few.experts + 28 * slots + num_tokens)
         few.counts, few.sources = counts, counts + 8 * few.experts
         few.goes = few.sources + 8 * slots
-        few.weights = few.goes + 8 * slots
+        few.places = few.goes + 8 * slots
+        few.weights = few.places + 8 * slots
         few.wanted = few.weights + 4 * slots
-        transport = self._group.transport
-        if not isinstance(transport, HostTransport):
-            self._results[0] = workspace.address(_RESULTS, slots * few.width * 2)
-            return
-        assert slots * few.width * 2 <= len(transport.host.regions[_RESULTS]), "larger than this machine's memory"
-        if self._memory is not transport.host.memory:
-            self._memory = transport.host.memory
-            for rank, address in enumerate(transport.regions(_RESULTS)):
-                self._results[rank] = address
 
     def _make_room(self, num_rows: int, num_tokens: int) -> None:
-        """Buffers of n rows, and of all tokens."""
+        """Buffers of n rows, and of all tokens; where the ranks of this host have their results."""
         few, matrices = self._few, self._experts.matrices
         outputs, inner = matrices["gate_up"].outputs, matrices["down"].inputs
         tokens, linear1, activated = (
@@ -190,21 +208,49 @@ class SmallCalls:
         few.linear1 = few.x + tokens
         few.activated = few.linear1 + linear1
         few.sums = few.activated + activated
+        transport, num_bytes = self._group.transport, 2 * num_rows * few.width
+        if not isinstance(transport, HostTransport) or transport.host.memory is None:
+            self._results[few.rank] = self._group.workspace.address(_RESULTS, num_bytes)
+            return
+        assert num_bytes <= len(transport.host.regions[_RESULTS]), "larger than this machine's memory"
+        if self._memory is not transport.host.memory:
+            self._memory = transport.host.memory
+            for rank, address in transport.regions(_RESULTS).items():
+                self._results[rank] = address
 
     def run_experts(self) -> None:
         """Both products and the activation of all rows that were routed."""
         self._library.few_tokens("compute", self._address)
 
-    def _exchange_results(self) -> int:
+    def _expect_results(self) -> PairTransfer | None:
+        """Opens the way of results from and to other hosts, if there are any; theirs come to a buffer of this rank."""
+        transport, far = self._group.transport, self._far
+        if not far or not isinstance(transport, HostTransport):
+            return None
+        owed, width = self._owed[: self._group.size], self._few.width
+        buffer = self._group.workspace.take(_FAR_RESULTS, (sum(owed), width), _CPU, torch.bfloat16)
+        for peer in far:
+            self._results[peer] = buffer.data_ptr() + 2 * width * sum(owed[:peer])
+            self._starts[peer] = 0
+        return transport.pairs.expect(buffer, owed, self._label, far)
+
+    def _exchange_results(self, incoming: PairTransfer | None) -> int:
         """Says that this rank's results are there, and waits for those of ranks that have some of its slots -> when."""
         transport, size = self._group.transport, self._group.size
         if not isinstance(transport, HostTransport):
             return 0
         near, owed = transport.host.near, self._owed
-        transport.signal(_RESULTS, [peer for peer in near if owed[size + peer]])
+        if incoming is not None:
+            results = self._group.workspace.take(_RESULTS, (self._few.num_rows, self._few.width), _CPU, torch.bfloat16)
+            incoming.send(results, owed[size:])
+        if near:
+            transport.signal(_RESULTS, [peer for peer in near if owed[size + peer]])
         for peer in near:
             if owed[peer]:
                 transport.await_signal(_RESULTS, peer, self._label)
+        if incoming is not None:
+            incoming.wait()
+            incoming.finish()
         return now_ns()
 
     # ---- what is noted of a call ----
@@ -216,6 +262,9 @@ class SmallCalls:
         record.small = True
         record.dispatch_bytes = (size - 1) * record.tokens * self._token_bytes
         record.combine_bytes = record.rows_received * 2 * self._few.width
+        far = self._far
+        record.far_bytes = len(far) * record.tokens * self._token_bytes
+        record.far_bytes += 2 * self._few.width * sum(self._owed[size + peer] for peer in far)
 
     def _note_lanes(self, notes: CallNotes, begin_ns: int) -> None:
         for lane, took_ns in zip(_STAGES, self._few.stage_ns, strict=True):
@@ -263,9 +312,10 @@ class _FewTokens(ctypes.Structure):
         *[(name, _Long) for name in ("gated", "quantized")],
         *[(name, _Pointer) for name in ("table", "up_table")],
         *[(name, _Float) for name in ("limit", "shift")],
-        *[(name, _Pointer) for name in ("rank_of", "brought", "tokens", "results", "owed")],
+        *[(name, _Pointer) for name in ("rank_of", "place_of", "column_of", "expert_at")],
+        *[(name, _Pointer) for name in ("brought", "tokens", "results", "owed", "starts")],
         *[(name, _Long) for name in ("threads", "num_rows")],
         *[(name, _Pointer) for name in ("hidden", "ids", "topk_weights", "pairs", "counts", "sources", "goes")],
-        *[(name, _Pointer) for name in ("weights", "wanted", "x", "linear1", "activated", "out", "sums")],
+        *[(name, _Pointer) for name in ("places", "weights", "wanted", "x", "linear1", "activated", "out", "sums")],
         ("stage_ns", _Long * len(_STAGES)),
     )

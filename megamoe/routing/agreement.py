@@ -145,12 +145,14 @@ class Part:
 
     row_s: as in Agreement
     small: whether this rank's slots and tokens lie behind its page already
+    message: bytes of the page and what lies behind it
     """
 
     num_tokens: int
     counts: npt.NDArray[np.int32]
     row_s: float
     small: bool = False
+    message: int = PAGE_BYTES
 
 
 class Page:
@@ -191,7 +193,7 @@ def agree(
     if place is not None:
         assert isinstance(group.transport, HostTransport)
         page.write(place.view, call, part, complaint)
-        places = group.transport.share(page.label)
+        places = group.transport.share(page.label, part.message)
         if complaint is None and len(group.hosts) == group.size and part.small:
             tokens = _all_small(places, place)
             if tokens is not None:
@@ -250,7 +252,7 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
         return
     strangers = [rank for rank in range(group.size) if pages[rank]["magic"] != _MAGIC]
     if strangers:
-        raise CallRefusedError(f"{_ranks(group, strangers)} sent no page of this version of megamoe")
+        raise CallRefusedError(f"{_ranks(group, strangers)} called something else, or has another version of megamoe")
     for rank in range(group.size):
         if pages[rank]["wrong"]:
             host, text = group.hosts[rank], _text(pages[rank]["complaint"])

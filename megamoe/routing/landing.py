@@ -38,7 +38,7 @@ class Landing:
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
+class Order:
     """places [E + 1] of experts in the order in which they can be first, columns [E + 1]; experts [E], ranks [E + 1] by
     place. The last entries are those of masked slots and of no expert.
     """
@@ -56,7 +56,7 @@ def land(topk_ids: Tensor, placement: Placement, nodes: tuple[int, ...], ep_rank
         ranks [[0, 1, -1, -1], [-1, -1, 2, -1]]: token 0 goes to both ranks of its own host, token 1 lands on rank 2
     Ids that there are not are counted as if there were, and are for others to refuse.
     """
-    columns, order = _columns(nodes, ep_rank), _order(placement, nodes, ep_rank)
+    columns, order = _columns(nodes, ep_rank), order_of(placement, nodes, ep_rank)
     ids = topk_ids.clamp(-1, placement.num_experts - 1)  # -1 finds the last entry
     first = torch.full((len(ids), len(nodes) + 1), placement.num_experts, dtype=torch.int64)
     first.scatter_reduce_(1, order.columns[ids], order.places[ids], "amin")
@@ -71,7 +71,8 @@ def _columns(nodes: tuple[int, ...], ep_rank: int) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _order(placement: Placement, nodes: tuple[int, ...], ep_rank: int) -> _Order:
+def order_of(placement: Placement, nodes: tuple[int, ...], ep_rank: int) -> Order:
+    """In which order the experts can be a token's first on a host, of tokens of ep_rank."""
     size, columns = placement.ep_size, _columns(nodes, ep_rank)
     ranked = []
     for rank in range(size):
@@ -81,7 +82,7 @@ def _order(placement: Placement, nodes: tuple[int, ...], ep_rank: int) -> _Order
     places = torch.empty(len(experts) + 1, dtype=torch.int64)
     places[torch.tensor([*experts, -1])] = torch.arange(len(experts) + 1)
     ranks = placement.ranks()
-    return _Order(
+    return Order(
         places=places,
         columns=torch.tensor([*(columns[rank] for rank in ranks), size]),
         experts=torch.tensor(experts),

@@ -16,10 +16,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import Flight, Recording, Span
 from megamoe.parallel.transport.pairs import Label
 from megamoe.trace.timeline import Timeline
+
+_MAGIC = 0x4D4D7472616365  # "MMtrace": who sends it first gathers a trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +33,22 @@ class Trace:
     recording: Recording
 
     def gather(self) -> Timeline:
-        """All ranks' recordings on one time axis. Every rank must call; PeerError where one does not answer."""
+        """All ranks' recordings on one time axis. Every rank must call.
+
+        PeerError where one does not answer, CallRefusedError where one has called something else.
+        """
         transport = self.group.transport
         if transport is None:
             return Timeline.merge([self.recording])
         page = torch.frombuffer(bytearray(_packed(self.recording)), dtype=torch.uint8)
-        size = torch.tensor([len(page)]).view(torch.uint8)
-        sizes = transport.gather(size, Label("trace", "counts")).view(torch.int64).flatten().tolist()
+        size = torch.tensor([_MAGIC, len(page)]).view(torch.uint8)
+        marks, sizes = transport.gather(size, Label("trace", "trace")).view(torch.int64).T.tolist()
+        others = ", ".join(self.group.named(rank) for rank, mark in enumerate(marks) if mark != _MAGIC)
+        if others:
+            raise CallRefusedError(f"no trace was gathered, since {others} called something else meanwhile")
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(page)] = page
-        pages = transport.gather(padded, Label("trace", "more counts"))
+        pages = transport.gather(padded, Label("trace", "trace"))
         return Timeline.merge([_unpacked(bytes(p[:n].tolist())) for p, n in zip(pages, sizes, strict=True)])
 
 

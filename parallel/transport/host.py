@@ -18,9 +18,10 @@ from torch import Tensor
 
 from megamoe.parallel.symmetric import MAX_WAVES, PLACE_BYTES, REGIONS, Place, SymmetricMemory, available
 from megamoe.parallel.transport.landings import Landings
-from megamoe.parallel.transport.pairs import Label, PairTransfer, PairTransport
+from megamoe.parallel.transport.pairs import WHOLE_BYTES, Label, PairTransfer, PairTransport
 
 _log = logging.getLogger(__name__)
+MESSAGE_BYTES = WHOLE_BYTES  # of what a rank brings to an exchange with ranks of other hosts
 _CARD_BYTES = 256
 _SLICE_S = 0.01
 _REGION_OF = {"dispatch": "rows", "combine": "results", "link": "rows"}
@@ -30,19 +31,19 @@ _REGION_OF = {"dispatch": "rows", "combine": "results", "link": "rows"}
 class Host:
     """What the ranks of one process group that share a host have in common, whatever EPGroups they make of it.
 
+    shares    whether this rank offers its memory
     near      those ranks but this one, from the nearest neighbour on; none before the first exchange
     far       the other ranks
     nodes     of each rank the lowest rank of its host, where several hosts hold the ranks and one holds two; else ()
-    whole     whether all ranks share one host, on which all ranks agree
     exchange  number of the latest exchange of pages, which all ranks count alike
     regions   buffers of this rank that others write to, by name
     """
 
+    shares: bool = True
     memory: SymmetricMemory | None = None
     near: list[int] = field(default_factory=list)
     far: list[int] = field(default_factory=list)
     nodes: tuple[int, ...] = ()
-    whole: bool = False
     exchange: int = 0
     met: bool = False
     regions: dict[str, Tensor] = field(default_factory=dict)
@@ -53,7 +54,6 @@ class Host:
             self.memory.close()
         self.memory = None
         self.near.clear()
-        self.whole = False
         self.regions.clear()
 
     def holds(self, region: str, rows: Tensor) -> bool:
@@ -115,6 +115,9 @@ class HostTransport:
         self.pairs, self.clock, self.host = pairs, pairs.clock, host
         self.rank, self.size = pairs.group.rank(), pairs.group.size()
         self.aborted = False
+        self._alone: tuple[Place, ...] = ()  # where this rank writes pages, where it shares no memory
+        self._inboxes = torch.empty(0, MESSAGE_BYTES, dtype=torch.uint8)
+        self._far_places: list[Place] = []
 
     def nodes(self, layer: str) -> tuple[int, ...]:
         """As in Host; all ranks must ask, for the first time they do they find out who shares a host."""
@@ -133,25 +136,47 @@ class HostTransport:
         pairs = self.pairs.expect(receive, counts, label, host.far) if host.far else None
         return HostTransfer(self, label, counts, pairs)
 
-    def place(self, label: Label) -> Place | None:
-        """Where this rank writes what it brings to the next exchange, for share(). None where not all share a host.
+    def place(self, label: Label) -> Place:
+        """Where this rank writes what it brings to the next exchange, for share(): PLACE_BYTES, for far MESSAGE_BYTES.
 
         To be asked by all ranks in the same order, and followed by share() or gather().
         """
         if not self.host.met:
             self._meet(label)
-        memory = self.host.memory
-        return memory.own.places[(self.host.exchange + 1) % 2] if self.host.whole and memory is not None else None
+        return self._own_places()[(self.host.exchange + 1) % 2]
 
-    def share(self, label: Label) -> list[Place]:
+    def _own_places(self) -> Sequence[Place]:
+        if self.host.memory is not None:
+            return self.host.memory.own.places
+        if not self._alone:
+            self._alone = tuple(Place.of(torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)) for _ in range(2))
+        return self._alone
+
+    def share(self, label: Label, num_bytes: int) -> list[Place]:
         """An exchange of what all ranks have written to their places -> the place of each, in order of rank.
 
-        They stay as they are until this rank's next exchange but one: where a rank has come to the next, it has read.
+        num_bytes that this rank has written; other ranks may have written more or fewer. Places stay as they are until
+        this rank's next exchange: where a rank of this host has come to the next but one, it has read.
         """
-        memory, host = self.host.memory, self.host
-        assert memory is not None
+        memory, host, own = self.host.memory, self.host, self._own_places()
+        far = None
+        if host.far:
+            if not self._far_places:
+                self._inboxes = torch.empty(len(host.far), MESSAGE_BYTES, dtype=torch.uint8)
+                self._far_places = [Place.of(inbox) for inbox in self._inboxes]
+            far = self._open(self._inboxes, label)
+            far.send_all(torch.frombuffer(own[(host.exchange + 1) % 2].view, dtype=torch.uint8, count=num_bytes))
         self._share(label)
-        return [memory.peers[rank].places[host.exchange % 2] for rank in range(self.size)]
+        places = [own[host.exchange % 2]] * self.size
+        for peer in host.near:
+            assert memory is not None
+            places[peer] = memory.peers[peer].places[host.exchange % 2]
+        if far is not None:
+            far.wait()
+            far.finish()
+            for peer, place in zip(host.far, self._far_places, strict=True):
+                places[peer] = place
+        return places
 
     def signal(self, region: str, peers: Sequence[int]) -> None:
         """Tells peers that this rank has written to its own region what they read there, in the latest exchange."""
@@ -168,11 +193,11 @@ class HostTransport:
         word = memory.words.rows(REGIONS.index(region), 0, peer)
         self.wait_for(peer, word, self.host.exchange, label, None)
 
-    def regions(self, region: str) -> list[int]:
-        """Addresses of that region of all ranks, where all share a host."""
+    def regions(self, region: str) -> dict[int, int]:
+        """Addresses of that region of this rank and those that share its memory."""
         memory = self.host.memory
         assert memory is not None
-        return [memory.peers[rank].addresses[region] for rank in range(self.size)]
+        return {rank: memory.peers[rank].addresses[region] for rank in (self.rank, *self.host.near)}
 
     def gather(self, page: Tensor, label: Label) -> Tensor:
         if not self.host.met:
@@ -191,41 +216,40 @@ class HostTransport:
         assert memory is not None
         number, num_bytes, rows = (host.exchange + 1) % 2, len(page), into.numpy()
         memory.own.places[number].view[:num_bytes] = page.numpy().data
-        far = self._share(label, page)
+        far, incoming = None, page.new_empty(len(host.far), num_bytes)
+        if host.far:
+            far = self._open(incoming, label)
+            far.send(page.expand(len(host.far), -1).contiguous(), [int(peer in host.far) for peer in range(self.size)])
+        self._share(label)
         for rank in (self.rank, *host.near):
             rows[rank] = memory.peers[rank].places[number].view[:num_bytes]
         if far is not None:
-            transfer, incoming = far
-            transfer.wait()
-            transfer.finish()
+            far.wait()
+            far.finish()
             into[host.far] = incoming
 
-    def _share(self, label: Label, page: Tensor | None = None) -> tuple[PairTransfer, Tensor] | None:
-        """The exchange with ranks of this host; what it has begun with those of others, which get the page."""
+    def _share(self, label: Label) -> None:
+        """The exchange with ranks of this host."""
         host, memory = self.host, self.host.memory
-        assert memory is not None
         host.exchange += 1
-        far = self._post(page, label) if page is not None and host.far else None
+        if memory is None:
+            return
         word = memory.words.page(host.exchange, self.rank)
         for peer in host.near:
             memory.peers[peer].set(word, host.exchange)
         for peer in host.near:
             self.wait_for(peer, memory.words.page(host.exchange, peer), host.exchange, label, None)
-        return far
 
-    def _post(self, page: Tensor, label: Label) -> tuple[PairTransfer, Tensor]:
-        """This rank's page to the ranks of other hosts, and room for theirs."""
-        far = self.host.far
-        one_each = [int(peer in far) for peer in range(self.size)]
-        incoming = page.new_empty(len(far), len(page))
-        transfer = self.pairs.expect(incoming, one_each, label)
-        transfer.send(page.expand(len(far), -1).contiguous(), one_each)
-        return transfer, incoming
+    def _open(self, inboxes: Tensor, label: Label) -> PairTransfer:
+        """A transfer that receives one message from each rank of another host."""
+        return self.pairs.expect(
+            inboxes, [int(peer in self.host.far) for peer in range(self.size)], label, self.host.far
+        )
 
     def _meet(self, label: Label) -> None:
         """Finds out who shares this rank's memory: two ranks do where each has mapped the other's segment."""
         host, rank = self.host, self.rank
-        memory = _own_memory(rank, self.size)
+        memory = _own_memory(rank, self.size) if host.shares else None
         cards = self.pairs.gather(_padded(b"" if memory is None else memory.card()), label)
         vote = torch.zeros(self.size, dtype=torch.uint8)
         for peer in range(self.size):
@@ -235,8 +259,6 @@ class HostTransport:
         host.met, host.nodes = True, _nodes(votes.bool())
         host.near = [peer for peer in self.pairs.receivers if vote[peer] and votes[peer, rank]]
         host.far = [peer for peer in range(self.size) if peer != rank and peer not in host.near]
-        # alike on all ranks, since all have all votes
-        host.whole = bool((votes + torch.eye(self.size, dtype=torch.uint8) > 0).all())
         if host.near and memory is not None:
             memory.keep(host.near)
             host.memory = memory

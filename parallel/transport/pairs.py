@@ -24,6 +24,8 @@ from megamoe.parallel.errors import PeerError
 from megamoe.parallel.health.heartbeat import HeartbeatMonitor
 from megamoe.parallel.health.status import OwnStatus
 
+WHOLE_BYTES = 32 * 1024  # of the largest message that goes as one
+
 
 @dataclass(frozen=True, slots=True)
 class Label:
@@ -149,7 +151,7 @@ class PairTransfer:
     for that one waits until the deadline.
     """
 
-    _LARGE_BYTES, _TAIL = 32 * 1024, 32
+    _TAIL = 32
 
     def __init__(self, pairs: PairTransport, label: Label, tag: int, among: Collection[int] | None) -> None:
         self._pairs, self._label, self._tag, self._among = pairs, label, tag, among
@@ -164,6 +166,16 @@ class PairTransfer:
     def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
         del starts
         self._post(self._outgoing, self._pairs.group.send, rows, counts, self._pairs.receivers)
+
+    def send_all(self, message: Tensor) -> None:
+        """Starts sending the same message to all ranks of the transfer; it can be shorter than their room for it.
+
+        Neither may be larger than WHOLE_BYTES. gloo ends the process of a receiver whose room is smaller.
+        """
+        assert message.nbytes <= WHOLE_BYTES
+        for peer in self._pairs.receivers:
+            if self._among is None or peer in self._among:
+                self._post_one(self._outgoing, self._pairs.group.send, message, peer)
 
     def wait(self, within_s: float | None = None) -> None:
         """within_s in place of what is left of the call's deadline"""
@@ -183,18 +195,26 @@ class PairTransfer:
         starts = list(accumulate(counts, initial=0))
         for peer in order:
             if counts[peer] and (self._among is None or peer in self._among):
-                part = rows[starts[peer] : starts[peer + 1]]
-                begun = time.monotonic()
-                try:
-                    if part.nbytes > self._LARGE_BYTES:
-                        flat = part.view(-1)
-                        body = post([flat[: -self._TAIL]], peer, self._tag)
-                        works.append((peer, post([flat[-self._TAIL :]], peer, self._tag + self._pairs.TAIL_TAG)))
-                        works.append((peer, body))
-                    else:
-                        works.append((peer, post([part], peer, self._tag)))
-                except RuntimeError as cause:  # gloo refuses at once on a pair that has failed before
-                    raise self._pairs.clock.error(peer, self._label, begun, cause) from cause
+                self._post_one(works, post, rows[starts[peer] : starts[peer + 1]], peer)
+
+    def _post_one(
+        self,
+        works: list[tuple[int, dist.Work]],
+        post: Callable[[list[Tensor], int, int], dist.Work],
+        part: Tensor,
+        peer: int,
+    ) -> None:
+        begun = time.monotonic()
+        try:
+            if part.nbytes > WHOLE_BYTES:
+                flat = part.view(-1)
+                body = post([flat[: -self._TAIL]], peer, self._tag)
+                works.append((peer, post([flat[-self._TAIL :]], peer, self._tag + self._pairs.TAIL_TAG)))
+                works.append((peer, body))
+            else:
+                works.append((peer, post([part], peer, self._tag)))
+        except RuntimeError as cause:  # gloo refuses at once on a pair that has failed before
+            raise self._pairs.clock.error(peer, self._label, begun, cause) from cause
 
     def _wait_all(self, works: list[tuple[int, dist.Work]], phase: str, within_s: float | None = None) -> None:
         """phase: as others see it"""
@@ -215,7 +235,7 @@ class PairTransport:
     """Point-to-point pairs with every peer: gloo's fast path. Tags keep the phases and waves of a call apart."""
 
     early, device_type = True, "cpu"
-    _PHASES = ("counts", "more counts", "dispatch", "combine", "link", "load", "landed", "sum")
+    _PHASES = ("counts", "more counts", "dispatch", "combine", "link", "load", "landed", "sum", "trace")
     _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
     TAIL_TAG = _TAGS_PER_PHASE // 2
     _NO_TAG = _FIRST_TAG - 1  # nothing is ever sent with it

@@ -112,18 +112,21 @@ struct megamoe_few {
     const float *table, *up_table;
     float limit, shift;
     const int64_t* rank_of;  // [num_experts]
+    const int64_t *place_of, *column_of, *expert_at;  // landing.Order: [num_experts + 1] twice, [num_experts]; or null
     uint8_t** brought;       // [ranks]
     const int64_t* tokens;   // [ranks]
-    uint16_t** results;      // [ranks]: of all slots, [., width]; each rank writes those of its own experts
+    uint16_t** results;      // [ranks]: the rows that each rank has computed, [., width], by rank, token and slot
     int64_t* owed;           // [2, ranks]: rows that each rank computes for this one, and this one for each
+    int64_t* starts;         // [ranks]: which row of each rank's results is the first for this one
     // of one call
     int64_t threads, num_rows;
     const uint16_t* hidden;
     const int64_t* ids;
     const float* topk_weights;
-    int32_t* pairs;  // [2, num_experts]
+    int32_t* pairs;  // [3, num_experts]
     int64_t* counts;  // [experts]
-    int64_t *sources, *goes;  // [num_rows]: the row's token among those of all ranks, its slot
+    int64_t *sources, *goes;  // [num_rows]: the row's token among those of all ranks, its row of the results
+    int64_t* places;          // [tokens of this rank, topk]: each slot's row among those that its rank computes for this one
     float* weights;           // [num_rows]
     uint8_t* wanted;          // [tokens of all ranks]
     uint16_t *x, *linear1, *activated, *out;
@@ -134,8 +137,24 @@ struct megamoe_few {
 // For whoever fills one in elsewhere: two layouts that differ would be read as each other.
 extern "C" int megamoe_few_bytes() { return int(sizeof(megamoe_few)); }
 
-// Puts this rank's slots and tokens where its peers read them, and counts pairs and firsts as megamoe_count_rows() does.
-// Whether all ids are experts or -1, and all weights of experts finite.
+// Tokens that land for each expert's sake -> the third row of pairs.
+static void count_landed(const megamoe_few& c, int64_t tokens) {
+    thread_local std::vector<int64_t> first;  // by column: the least place of a token's experts in it
+    for (int64_t t = 0; t < tokens; t++) {
+        first.assign(c.ranks, c.num_experts);
+        for (int64_t k = 0; k < c.topk; k++) {
+            const int64_t expert = c.ids[t * c.topk + k];
+            if (expert < 0) continue;
+            int64_t& least = first[c.column_of[expert]];
+            least = std::min(least, c.place_of[expert]);
+        }
+        for (const int64_t place : first)
+            if (place < c.num_experts) c.pairs[2 * c.num_experts + c.expert_at[place]]++;
+    }
+}
+
+// Puts this rank's slots and tokens where its peers read them, and counts pairs and firsts as megamoe_count_rows() does,
+// and what lands for an expert's sake as landing.land() does, where the order for it is given. Whether all ids are experts or -1, and all weights of experts finite.
 extern "C" int megamoe_few_bring(megamoe_few* call) {
     const megamoe_few& c = *call;
     const int64_t tokens = c.tokens[c.rank], slots = tokens * c.topk;
@@ -146,8 +165,9 @@ extern "C" int megamoe_few_bring(megamoe_few* call) {
         own.experts()[slot] = int32_t(id);
     }
     std::memcpy(own.weights(), c.topk_weights, slots * sizeof(float));
-    std::fill(c.pairs, c.pairs + 2 * c.num_experts, 0);
+    std::fill(c.pairs, c.pairs + 3 * c.num_experts, 0);
     count_rows(c.ids, tokens, c.topk, c.rank_of, c.num_experts, c.pairs, c.pairs + c.num_experts);
+    if (c.place_of != nullptr) count_landed(c, tokens);
     if (c.mxfp8) {
         megamoe_quantize(c.hidden, c.width, tokens, c.width, own.rows(), c.row_bytes, own.rows() + c.width, c.row_bytes,
                          nullptr, int(c.threads));
@@ -159,13 +179,14 @@ extern "C" int megamoe_few_bring(megamoe_few* call) {
 }
 
 // The rows of this rank's experts among the slots of all ranks, by expert and slot: counts, sources, goes, weights,
-// wanted, num_rows and owed.
+// wanted, num_rows; and whose results are where: owed, starts, places.
 extern "C" void megamoe_few_route(megamoe_few* call) {
     megamoe_few& c = *call;
     thread_local std::vector<int64_t> next;
     next.assign(c.experts + 1, 0);
     std::fill(c.counts, c.counts + c.experts, 0);
     std::fill(c.owed, c.owed + 2 * c.ranks, 0);
+    std::fill(c.starts, c.starts + c.ranks, 0);
     auto each = [&](auto&& take) {
         for (int64_t rank = 0, slot = 0; rank < c.ranks; rank++) {
             const Brought brought{c.brought[rank], c.tokens[rank], c.topk};
@@ -179,17 +200,23 @@ extern "C" void megamoe_few_route(megamoe_few* call) {
         c.counts[expert]++;
         c.owed[c.ranks + rank]++;
     });
+    for (int64_t rank = 0; rank < c.rank; rank++) {
+        const int32_t* ids = Brought{c.brought[rank], c.tokens[rank], c.topk}.experts();
+        for (int64_t i = 0; i < c.tokens[rank] * c.topk; i++)
+            if (ids[i] >= 0) c.starts[c.rank_of[ids[i]]]++;
+    }
     for (int64_t i = 0; i < c.tokens[c.rank] * c.topk; i++)
-        if (c.ids[i] >= 0) c.owed[c.rank_of[c.ids[i]]]++;
+        if (c.ids[i] >= 0) c.places[i] = c.owed[c.rank_of[c.ids[i]]]++;
     for (int64_t expert = 0; expert < c.experts; expert++) next[expert + 1] = next[expert] + c.counts[expert];
     c.num_rows = next[c.experts];
     int64_t all = 0;
     for (int64_t rank = 0; rank < c.ranks; rank++) all += c.tokens[rank];
     std::fill(c.wanted, c.wanted + all, 0);
+    int64_t result = 0;
     each([&](int64_t expert, int64_t, int64_t slot, float weight) {
         const int64_t row = next[expert]++;
         c.sources[row] = slot / c.topk;
-        c.goes[row] = slot;
+        c.goes[row] = result++;
         c.weights[row] = weight;
         c.wanted[slot / c.topk] = 1;
     });
@@ -232,7 +259,7 @@ static void multiply(const megamoe_few& c, const Matrix& matrix, const uint16_t*
                          int(c.threads));
 }
 
-// The experts on the rows that were routed; each row's result to its slot. stage_ns: Linear-1, activation, Linear-2.
+// The experts on the rows that were routed, their results by rank, token and slot. stage_ns: Linear-1, activation, Linear-2.
 extern "C" void megamoe_few_compute(megamoe_few* call) {
     megamoe_few& c = *call;
     using Clock = std::chrono::steady_clock;
@@ -257,8 +284,6 @@ extern "C" void megamoe_few_compute(megamoe_few* call) {
 extern "C" void megamoe_few_reduce(megamoe_few* call) {
     const megamoe_few& c = *call;
     constexpr int64_t CHUNK = 512, AT_ONCE = 16384;  // values, below which a second thread is not worth waking
-    int64_t first = 0;  // slot of this rank
-    for (int64_t rank = 0; rank < c.rank; rank++) first += c.tokens[rank] * c.topk;
     const int64_t tokens = c.tokens[c.rank], values = tokens * c.topk * c.width;
     const int threads = int(std::max<int64_t>(1, std::min(c.threads, values / AT_ONCE)));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -268,9 +293,10 @@ extern "C" void megamoe_few_reduce(megamoe_few* call) {
             float sums[CHUNK] = {};
             const int64_t count = std::min(CHUNK, c.width - begin);
             for (int64_t k = 0; k < c.topk; k++) {
-                const int64_t expert = c.ids[t * c.topk + k], slot = first + t * c.topk + k;
+                const int64_t slot = t * c.topk + k, expert = c.ids[slot];
                 if (expert < 0) continue;
-                const uint16_t* row = c.results[c.rank_of[expert]] + slot * c.width + begin;
+                const int64_t rank = c.rank_of[expert], result = c.starts[rank] + c.places[slot];
+                const uint16_t* row = c.results[rank] + result * c.width + begin;
                 for (int64_t i = 0; i < count; i++) sums[i] += megamoe::from_bf16(row[i]);
             }
             for (int64_t i = 0; i < count; i++) c.out[t * c.width + begin + i] = megamoe::to_bf16(sums[i]);
