@@ -100,7 +100,8 @@ class TrainableMoE(MegaMoE):
         self.tokens_per_expert = torch.zeros(self.shape.num_experts, dtype=torch.int64, device="cpu")
         self._latest: Call | None = None
         self._keeping = False  # whether the forward that runs has a backward
-        self.experts.make_masters(master_dtype, seed, rounding)
+        with undisturbed(self.device):
+            self.experts.make_masters(master_dtype, seed, rounding)
         _living.add(self)
 
     def _begin(self) -> None:
