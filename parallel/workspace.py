@@ -54,7 +54,8 @@ class Workspace:
         return buffer[:num_bytes].view(dtype).view(shape)
 
     def address(self, name: Hashable, num_bytes: int) -> int:
-        """Of a buffer on the CPU, as take() grows and keeps it."""
+        """Of a buffer on the CPU, as take() grows and keeps it; of no bytes too, where a tensor has no address."""
+        num_bytes = max(num_bytes, 1)
         buffer = self._buffers.get((name, _CPU))
         if buffer is None or buffer.numel() < num_bytes:
             buffer = self._buffers[name, _CPU] = torch.empty(num_bytes, dtype=torch.uint8, device=_CPU)

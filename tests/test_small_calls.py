@@ -203,6 +203,27 @@ def test_what_asks_for_waves_gets_them(ranks: LocalRanks) -> None:
     assert ranks.run(ways, size=2) == [[True, False, False, True, False, False]] * 2
 
 
+def begins_without_tokens(group: EPGroup, sizes: tuple[int, ...], num_experts: int) -> list[bool]:
+    """Layers whose first call has no token on any rank, or no slot that is not masked, on a group of its own."""
+    shape, found = replace(SHAPE, num_experts=num_experts, topk=1), []
+    with hosts(group, sizes):
+        own = EPGroup.of(dist.group.WORLD)
+        for num_tokens in (0, 3):
+            batch = make_batch(shape, num_tokens)
+            out = make_layer(shape, own)(batch.hidden, torch.full_like(batch.ids, -1), batch.weights)
+            found.append(out.shape == batch.hidden.shape and not out.any())
+        after = make_batch(shape, 5)
+        found.append(torch.equal(call(make_layer(shape, own), after), oracle(shape, after, "mxfp4", "mxfp8")))
+    return found
+
+
+@pytest.mark.parametrize("num_experts", [2, 10], ids="{}_experts".format)
+@pytest.mark.parametrize("sizes", [(1,), (2,), (1, 1), (2, 1)], ids=str)
+def test_the_first_call_may_have_no_tokens(ranks: LocalRanks, sizes: tuple[int, ...], num_experts: int) -> None:
+    """Nothing has a buffer yet; with two experts on three ranks one has none."""
+    assert ranks.run(begins_without_tokens, sizes, num_experts, size=sum(sizes)) == [[True] * 3] * sum(sizes)
+
+
 def chooses(group: EPGroup) -> list[bool]:
     batch, found = make_batch(SHAPE, 3), []
     layer = make_layer(SHAPE, group, weight_format="bf16", dispatch_format="auto")

@@ -168,7 +168,9 @@ def run_generate(
 
 def tokens_of(request: GenerateRequest, tokenizer: Any) -> GenerationRequest:
     """The request as the ranks take it. ValueError where the model cannot take it, before any rank is started."""
-    config = AutoConfig.from_pretrained(request.model, local_files_only=True).get_text_config(decoder=True)
+    config = AutoConfig.from_pretrained(request.model, local_files_only=True, trust_remote_code=False).get_text_config(
+        decoder=True
+    )
     stops = config.eos_token_id
     generation = request.model / "generation_config.json"
     if generation.is_file():

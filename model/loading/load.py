@@ -135,7 +135,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(Path(path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(Path(path), local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError) as refusal:
         said = str(refusal).strip().partition("\n")[0]
         raise ValueError(f"{path} has no tokenizer that can be read: {said}") from refusal

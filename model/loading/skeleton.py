@@ -75,7 +75,7 @@ def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
     """
     read_config(path)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as refusal:
         raise ValueError(f"{path / CONFIG}: {str(refusal).strip().partition(chr(10))[0]}") from refusal
     if hasattr(config, "quantization_config"):
