@@ -273,6 +273,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no_config": (lambda p: (p / "config.json").unlink(), "holds no config.json"),
     "config_unreadable": (lambda p: (p / "config.json").write_text("{"), "config.json cannot be read"),
     "unknown_model": (lambda p: edit_config(p, model_type="nothing_at_all"), "nothing_at_all"),
+    "code_of_its_own": (
+        lambda p: edit_config(p, model_type="nothing_at_all", auto_map={"AutoConfig": "code.Config"}),
+        "contains custom code",
+    ),
     "no_experts": (lambda p: edit_config(p, model_type="llama"), "has no routed experts"),
     "no_language_model": (lambda p: edit_config(p, model_type="vit"), "is no language model"),
     "pickle": (as_pickle, "pytorch_model.bin and no safetensors: pickles run code"),

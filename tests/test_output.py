@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -77,3 +80,20 @@ def test_numbers_and_nouns() -> None:
         "2 ranks",
         "0 processes",
     ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+@pytest.mark.parametrize("verb", [("--version",), ("--help",), ("plan", "--help"), ("catalog", "list")], ids=" ".join)
+def test_an_output_that_is_full_or_closed_is_no_traceback(verb: tuple[str, ...]) -> None:
+    command = " ".join([sys.executable, "-m", "megamoe", *verb])
+    found = {
+        where: subprocess.run(
+            ["sh", "-c", f"{command} {where}"], capture_output=True, text=True, timeout=60, check=False
+        )
+        for where in (">/dev/full", ">&-")
+    }
+    full, closed = found.values()
+    assert full.returncode == 1
+    assert full.stderr.strip() == "the output cannot be written: No space left on device"
+    assert closed.returncode == 0
+    assert closed.stderr == ""

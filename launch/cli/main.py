@@ -6,6 +6,9 @@ imported when the command is chosen, so that a plan waits for nothing else.
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any
@@ -78,6 +81,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 
 @app.callback(invoke_without_command=True)
@@ -88,5 +92,19 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """Entry point of the megamoe command."""
-    app()
+    """Entry point of the megamoe command. A stdout that is closed is nobody's; one that is full ends it with code 1."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 as long as the process
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OSError as failure:
+        if failure.errno not in _UNWRITABLE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is flushed when the process ends
+        if failure.errno != errno.EPIPE:
+            what = failure.filename or "the output"
+            sys.stderr.write(f"{what} cannot be written: {failure.strerror}\n")
+        raise SystemExit(1) from None
