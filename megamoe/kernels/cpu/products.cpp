@@ -31,8 +31,8 @@ constexpr int UNIT = 2 * LANES;         // outputs
 constexpr int AHEAD = 4096;             // bytes, by which the memory is asked before they are read
 constexpr int CHAINS = 8;               // of additions side by side, where each addition waits for the one before
 constexpr int DEPTH = 8 * GROUP;        // of K, that a decoded tile holds: 16 KB for each 8 lanes
-constexpr int PANEL_ROWS = 192;         // whose sums for a unit stay in the first or second cache
-constexpr int PANEL_BYTES = 448 * 1024; // of a panel's tokens, as elements, so that they stay in the second cache
+constexpr int PANEL_ROWS = 192;         // whose tokens, as FP32 and DEPTH deep, stay in the second cache
+constexpr int PANEL_UNITS = 8;          // whose sums for these rows stay there too
 
 // First output, of its block, of the first or second vector of a unit.
 constexpr int output_of(int unit, int second) { return second * (BLOCK / 2) + unit * LANES; }
@@ -113,7 +113,7 @@ public:
     Element* take_x(int64_t rows, int64_t depth) { return take(x, size_t(rows * depth / STEP) + LANES); }
     Element* take_tile() { return take(tile, DEPTH / STEP * UNIT); }
     float* take_scales() { return take(scales, DEPTH / GROUP * UNIT); }
-    float* take_sums() { return take(sums, PANEL_ROWS * UNIT); }
+    float* take_sums() { return take(sums, PANEL_UNITS * PANEL_ROWS * UNIT); }
 };
 thread_local Scratch scratch;
 
@@ -265,8 +265,10 @@ void sum_rows(int rows, const Element* x, const Element* tile, const float* scal
 }
 
 // One unit's values of `groups` groups as elements [K / STEP][UNIT], and their scales [groups][UNIT], if they have any.
+// soon: what is asked of the memory meanwhile, as many bytes as are read.
 template <class Weights>
-void decode_unit(const Weights& weights, int unit, int64_t first, int groups, Element* tile, float* scales) {
+void decode_unit(const Weights& weights, int unit, int64_t first, int groups, Element* tile, float* scales,
+                 const uint8_t* soon) {
     const DecodeE2M1 decode;
     for (int group = 0; group < groups; group++, scales += UNIT) {
         if constexpr (Weights::SCALED)
@@ -274,7 +276,7 @@ void decode_unit(const Weights& weights, int unit, int64_t first, int groups, El
                 store(scales + half * LANES, weights.scale(first + group, output_of(unit, half)));
         for (int four = 0; four < GROUP / 4; four++) {
             Words pairs[4];
-            MEGAMOE_PREFETCH(weights.packed + ((first + group) * (GROUP / 4) + four) * Weights::BYTES + AHEAD);
+            for (int line = 0; line < Weights::BYTES; line += 64, soon += 64) MEGAMOE_PREFETCH(soon);
             weights.pairs(decode, (first + group) * (GROUP / 4) + four, unit, pairs);
             for (int k = 0; k < 4; k += STEP, tile += UNIT)
                 for (int half = 0; half < 2; half++)
@@ -283,48 +285,61 @@ void decode_unit(const Weights& weights, int unit, int64_t first, int groups, El
     }
 }
 
-// The i-th of as few parts of `whole` as have at most `most` each, of even sizes: where it begins; it ends where the next does.
+// The i-th of as few parts of `whole` as have at most `most` each, of even sizes: where it begins. It ends where the next
+// does.
 int64_t part_of(int64_t whole, int64_t most, int64_t i) {
     const int64_t parts = (whole + most - 1) / most;
     return whole * i / parts;
 }
 
-// A panel of rows by all of the share's blocks: what it reads of x stays in the second cache.
+// A panel of rows by all of the share's blocks: some units, DEPTH of K of each, then the next DEPTH of the same units.
 template <class At>
 void run_panel(const Share& share, int64_t first, int rows, const At& at) {
     using Weights = std::decay_t<decltype(at(0))>;
-    const int64_t depth = share.groups * GROUP;
+    constexpr int GROUPS = DEPTH / GROUP;
+    const int64_t depth = share.groups * GROUP, last = share.end * UNITS;
     const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const auto row_of = [=](int tile) { return part_of(rows, TILE_ROWS, tile); };
+    const auto packed_of = [&](int64_t unit, int64_t group) {
+        return at(unit / UNITS).packed + group * (GROUP / 4) * Weights::BYTES;
+    };
     Element *x = scratch.take_x(rows, depth), *decoded = scratch.take_tile();
     float *scales = scratch.take_scales(), *sums = scratch.take_sums();
     for (int64_t k = 0; k < depth; k += DEPTH)
         for (int tile = 0; tile < tiles; tile++) {
-            const int64_t row = part_of(rows, TILE_ROWS, tile), end = part_of(rows, TILE_ROWS, tile + 1);
-            const int64_t deep = std::min<int64_t>(DEPTH, depth - k);
-            share.rows.spread(first + row, int(end - row), k, k + deep, x + (rows * k + row * deep) / STEP);
+            const int64_t row = row_of(tile), more = row_of(tile + 1) - row, deep = std::min<int64_t>(DEPTH, depth - k);
+            share.rows.spread(first + row, int(more), k, k + deep, x + (rows * k + row * deep) / STEP);
         }
-    for (int64_t unit = share.begin * UNITS; unit < share.end * UNITS; unit++) {
-        const Weights weights = at(unit / UNITS);
-        std::fill(sums, sums + rows * UNIT, 0.0f);
-        for (int64_t group = 0; group < share.groups; group += DEPTH / GROUP) {
-            const int groups = int(std::min<int64_t>(DEPTH / GROUP, share.groups - group));
-            const Element* values = decoded;
-            if constexpr (Weights::AS_TILES) {
-                values = reinterpret_cast<const Element*>(weights.packed) + group * GROUP / STEP * UNIT;
-            } else {
-                decode_unit(weights, int(unit % UNITS), group, groups, decoded, scales);
-            }
-            for (int tile = 0; tile < tiles; tile++) {
-                const int64_t row = part_of(rows, TILE_ROWS, tile), end = part_of(rows, TILE_ROWS, tile + 1);
-                sum_rows<Weights::SCALED>(int(end - row), x + (rows * group + row * groups) * GROUP / STEP, values, scales,
-                                          groups, sums + row * UNIT,
-                                          Weights::AS_TILES && !tile ? values + DEPTH / STEP * UNIT : values);
+    for (int64_t begin = share.begin * UNITS; begin < last; begin += PANEL_UNITS) {
+        const int64_t end = std::min(begin + PANEL_UNITS, last);
+        std::fill(sums, sums + (end - begin) * rows * UNIT, 0.0f);
+        for (int64_t group = 0; group < share.groups; group += GROUPS) {
+            const int groups = int(std::min<int64_t>(GROUPS, share.groups - group));
+            for (int64_t unit = begin; unit < end; unit++) {
+                // what is read next
+                const uint8_t* soon = unit + 1 < end                 ? packed_of(unit + 1, group)
+                                      : group + GROUPS < share.groups ? packed_of(begin, group + GROUPS)
+                                                                      : packed_of(end, 0);
+                const Element* values = decoded;
+                if constexpr (Weights::AS_TILES) {
+                    values = reinterpret_cast<const Element*>(packed_of(unit, group));
+                } else {
+                    decode_unit(at(unit / UNITS), int(unit % UNITS), group, groups, decoded, scales, soon);
+                }
+                for (int tile = 0; tile < tiles; tile++) {
+                    const int64_t row = row_of(tile), more = row_of(tile + 1) - row;
+                    const bool asks = Weights::AS_TILES && !tile;
+                    sum_rows<Weights::SCALED>(int(more), x + (rows * group + row * groups) * GROUP / STEP, values, scales,
+                                              groups, sums + ((unit - begin) * rows + row) * UNIT,
+                                              asks ? reinterpret_cast<const Element*>(soon) : values);
+                }
             }
         }
         for (int row = 0; row < rows; row++)
-            for (int half = 0; half < 2; half++)
-                share.out.write<LANES>(first + row, unit / UNITS * BLOCK + output_of(int(unit % UNITS), half),
-                                       sums + row * UNIT + half * LANES);
+            for (int64_t unit = begin; unit < end; unit++)
+                for (int half = 0; half < 2; half++)
+                    share.out.write<LANES>(first + row, unit / UNITS * BLOCK + output_of(int(unit % UNITS), half),
+                                           sums + ((unit - begin) * rows + row) * UNIT + half * LANES);
     }
 }
 
@@ -342,10 +357,8 @@ void run_share(const Share& share, const At& at) {
             case 7: return run_few<7>(share, at);
             case 8: return run_few<8>(share, at);
         }
-    const int64_t row_bytes = share.groups * GROUP / STEP * int64_t(sizeof(Element));
-    const int64_t most = std::min<int64_t>(PANEL_ROWS, std::max<int64_t>(PANEL_BYTES / row_bytes, 2 * TILE_ROWS));
-    for (int64_t panel = 0; part_of(share.count, most, panel) < share.count; panel++) {
-        const int64_t row = part_of(share.count, most, panel), end = part_of(share.count, most, panel + 1);
+    for (int64_t panel = 0; part_of(share.count, PANEL_ROWS, panel) < share.count; panel++) {
+        const int64_t row = part_of(share.count, PANEL_ROWS, panel), end = part_of(share.count, PANEL_ROWS, panel + 1);
         run_panel(share, share.first + row, int(end - row), at);
     }
 }
