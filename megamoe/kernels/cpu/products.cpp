@@ -67,8 +67,8 @@ struct Rows {
     int64_t stride, depth;
     const int64_t* source;
 
-    // Elements of up to TILE_ROWS rows, [end - begin][num_rows] in values of K, zero beyond K. begin and end are multiples
-    // of GROUP. What follows in `to`, up to LANES elements, is lost.
+    // Elements of up to TILE_ROWS rows, [end - begin][num_rows] in values of K, zero beyond K. begin and end are
+    // multiples of GROUP. What follows in `to`, up to LANES elements, is lost.
     void spread(int64_t first, int num_rows, int64_t begin, int64_t end, Element* to) const {
         constexpr int AT_ONCE = LANES * STEP;
         const uint16_t* of_row[TILE_ROWS];
@@ -217,10 +217,12 @@ void run_few(const Share& share, const At& at) {
 
 // ---- many rows: weights are decoded into a tile, which all rows of a panel read ----
 
-// Adds to the sums of ROWS rows [ROWS][UNIT] what `groups` groups of K bring: x [K / STEP][ROWS], tile [K / STEP][UNIT],
-// scales [groups][UNIT], or null where all are 1. soon: what is asked of the memory meanwhile, as much as the tile.
+// Adds to the sums of ROWS rows [ROWS][UNIT] what `groups` groups of K bring: x [K / STEP][ROWS], tile
+// [K / STEP][UNIT], scales [groups][UNIT], or null where all are 1. soon: what is asked of the memory meanwhile, as much
+// as the tile.
 template <int ROWS, bool SCALED>
-void sum_tile(const Element* x, const Element* tile, const float* scales, int groups, float* sums, const Element* soon) {
+void sum_tile(const Element* x, const Element* tile, const float* scales, int groups, float* sums,
+              const Element* soon) {
     for (int group = 0; group < groups; group++) {
         MEGAMOE_IN_MEMORY();  // the sums, for which registers have no room
         Vector part[ROWS][2];
@@ -285,8 +287,8 @@ void decode_unit(const Weights& weights, int unit, int64_t first, int groups, El
     }
 }
 
-// The i-th of as few parts of `whole` as have at most `most` each, of even sizes: where it begins. It ends where the next
-// does.
+// The i-th of as few parts of `whole` as have at most `most` each, of even sizes: where it begins. It ends where the
+// next does.
 int64_t part_of(int64_t whole, int64_t most, int64_t i) {
     const int64_t parts = (whole + most - 1) / most;
     return whole * i / parts;
@@ -329,8 +331,8 @@ void run_panel(const Share& share, int64_t first, int rows, const At& at) {
                 for (int tile = 0; tile < tiles; tile++) {
                     const int64_t row = row_of(tile), more = row_of(tile + 1) - row;
                     const bool asks = Weights::AS_TILES && !tile;
-                    sum_rows<Weights::SCALED>(int(more), x + (rows * group + row * groups) * GROUP / STEP, values, scales,
-                                              groups, sums + ((unit - begin) * rows + row) * UNIT,
+                    sum_rows<Weights::SCALED>(int(more), x + (rows * group + row * groups) * GROUP / STEP, values,
+                                              scales, groups, sums + ((unit - begin) * rows + row) * UNIT,
                                               asks ? reinterpret_cast<const Element*>(soon) : values);
                 }
             }

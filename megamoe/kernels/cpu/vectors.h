@@ -88,7 +88,8 @@ inline void transpose(Words w[LANES]) {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        const Words a = _mm512_shuffle_i32x4(pairs[i], pairs[i + 4], 0x88), b = _mm512_shuffle_i32x4(pairs[i], pairs[i + 4], 0xDD);
+        const Words a = _mm512_shuffle_i32x4(pairs[i], pairs[i + 4], 0x88);
+        const Words b = _mm512_shuffle_i32x4(pairs[i], pairs[i + 4], 0xDD);
         const Words c = _mm512_shuffle_i32x4(pairs[i + 8], pairs[i + 12], 0x88);
         const Words d = _mm512_shuffle_i32x4(pairs[i + 8], pairs[i + 12], 0xDD);
         w[i] = _mm512_shuffle_i32x4(a, c, 0x88), w[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
@@ -97,7 +98,8 @@ inline void transpose(Words w[LANES]) {
 }
 // as to_bf16() rounds
 inline void store_bf16(uint16_t* to, Vector v) {
-    const Words bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const Words bits = _mm512_castps_si512(v);
+    const Words odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const Words sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
     const Words rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
                                                 _mm512_set1_epi32(0x7FC0));
@@ -174,7 +176,8 @@ inline void transpose(Words w[LANES]) {
 }
 // as to_bf16() rounds
 inline void store_bf16(uint16_t* to, Vector v) {
-    const Words bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const Words bits = _mm256_castps_si256(v);
+    const Words odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const Words sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
     const Words rounded = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7FC0),
                                              _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
