@@ -128,7 +128,7 @@ def begun_beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     """For each module that has a function `beside`: a folder, and what the function makes of it, begun at once."""
     modules = {item.module for item in request.session.items if isinstance(item, pytest.Function)}
     begun: Beside = {}
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for module in modules:
             if hasattr(module, "beside") and two_workers.begins_beside():
                 out = tmp_path_factory.mktemp("beside")
