@@ -58,7 +58,7 @@ def _offset(name: str) -> int:
     return int(fields[name][1])
 
 
-_MAGIC = 0x4D4D0007  # "MM", and the version of this layout and the wire's
+_MAGIC = 0x4D4D0008  # "MM", and the version of this layout and the wire's
 _COMPARED = (
     "layer",
     "call",
