@@ -232,6 +232,13 @@ def test_two_demos_at_once_make_the_model_once(monkeypatch: pytest.MonkeyPatch, 
     assert list((tmp_path / "cache" / "megamoe").iterdir()) == made
 
 
+def test_a_config_with_a_size_that_is_no_number_is_refused(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_bytes())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"hidden_size": "many"}))
+    assert "'hidden_size' expected int, got str" in refused("generate", "--model", tmp_path / "model", "--text", "a")
+
+
 def test_a_folder_that_another_process_makes_meanwhile_is_refused(tmp_path: Path) -> None:
     def make() -> None:
         with new_folder(tmp_path / "a") as draft:

@@ -273,6 +273,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no_config": (lambda p: (p / "config.json").unlink(), "holds no config.json"),
     "config_unreadable": (lambda p: (p / "config.json").write_text("{"), "config.json cannot be read"),
     "unknown_model": (lambda p: edit_config(p, model_type="nothing_at_all"), "nothing_at_all"),
+    "size_that_is_no_number": (lambda p: edit_config(p, hidden_size="x"), "'hidden_size' expected int, got str"),
     "code_of_its_own": (
         lambda p: edit_config(p, model_type="nothing_at_all", auto_map={"AutoConfig": "code.Config"}),
         "contains custom code",

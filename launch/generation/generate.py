@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from transformers import AutoConfig
-
 from megamoe.launch.cluster.cluster import LAUNCHERS, Event, MegaMoECluster
 from megamoe.launch.cluster.generation import GenerationJob, shared
 from megamoe.launch.cluster.recovery import RestartPolicy
@@ -23,7 +21,7 @@ from megamoe.model.generation.request import STOP, GenerationRequest, Token, che
 from megamoe.model.generation.sampling import Sampling
 from megamoe.model.loading.files import TensorFiles
 from megamoe.model.loading.load import EXPERTS, load_tokenizer
-from megamoe.model.loading.skeleton import read_config
+from megamoe.model.loading.skeleton import config_of, read_config
 from megamoe.routing.waves import Waves, check_waves
 
 OnText = Callable[[str, str, bool], None]  # prompt's id, more of its text, whether that is all
@@ -168,9 +166,7 @@ def run_generate(
 
 def tokens_of(request: GenerateRequest, tokenizer: Any) -> GenerationRequest:
     """The request as the ranks take it. ValueError where the model cannot take it, before any rank is started."""
-    config = AutoConfig.from_pretrained(request.model, local_files_only=True, trust_remote_code=False).get_text_config(
-        decoder=True
-    )
+    config = config_of(request.model).get_text_config(decoder=True)
     stops = config.eos_token_id
     generation = request.model / "generation_config.json"
     if generation.is_file():

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from megamoe.formats import WEIGHT_FORMATS
@@ -136,6 +137,8 @@ def load_tokenizer(path: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(Path(path), local_files_only=True, trust_remote_code=False)
+    except StrictDataclassError as refusal:  # of the config, which transformers reads for it
+        raise ValueError(f"{path}: {' '.join(str(refusal).split())}") from refusal
     except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError) as refusal:
         said = str(refusal).strip().partition("\n")[0]
         raise ValueError(f"{path} has no tokenizer that can be read: {said}") from refusal

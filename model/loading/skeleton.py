@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -67,17 +68,24 @@ def fp8_block(config: dict[str, Any]) -> tuple[int, int]:
     return int(tall), int(wide)
 
 
+def config_of(path: Path) -> Any:
+    """transformers' config of path/config.json. ValueError where there is none, or has values that it does not take."""
+    read_config(path)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except StrictDataclassError as refusal:
+        raise ValueError(f"{path / CONFIG}: {' '.join(str(refusal).split())}") from refusal
+    except (ValueError, KeyError, OSError) as refusal:
+        raise ValueError(f"{path / CONFIG}: {str(refusal).strip().partition(chr(10))[0]}") from refusal
+
+
 def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
     """The model of path/config.json. stored_dtype: where the config names none.
 
     ValueError for an architecture that transformers does not know, that is no language model, has no routed experts, or
     experts that do not fit the layer.
     """
-    read_config(path)
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as refusal:
-        raise ValueError(f"{path / CONFIG}: {str(refusal).strip().partition(chr(10))[0]}") from refusal
+    config = config_of(path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = config.dtype or stored_dtype or torch.float32
