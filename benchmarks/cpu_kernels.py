@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from megamoe.kernels.cpu import build as building
 from megamoe.kernels.cpu.layout import bf16_shape, mxfp4_shapes
 from megamoe.kernels.cpu.library import Library, Rows, load
 from megamoe.kernels.cpu.paths import Path, runnable
+from megamoe.schedule.kept import processor
 
 FEW, MANY = (1, 2, 4, 8), 512
 SIZE, EXPERTS = 2048, 64  # 64 matrices of 2048 x 2048: 143 MB in MXFP4, so that no cache holds them
@@ -45,7 +45,7 @@ def main() -> None:
         parser.error(f"--repeats must be at least 1, got {asked.repeats}")
     torch.set_num_threads(1)
     date = datetime.date.today().isoformat()
-    print(f"{_processor()}, one core, torch {torch.__version__}, {date}, {asked.repeats} repeats")
+    print(f"{processor()}, one core, torch {torch.__version__}, {date}, {asked.repeats} repeats")
     for path in runnable():
         if path.name == asked.path:
             print(f"\n{path.name} ({path.arithmetic})\n\n  compiled from a clean cache in {compile_s(path):.1f} s")
@@ -142,12 +142,6 @@ def packed_stacks(experts: int) -> tuple[Tensor, Tensor]:
 
 def dense_stack(experts: int) -> Tensor:
     return torch.randn(experts, *bf16_shape(SIZE, SIZE)).to(torch.bfloat16)
-
-
-def _processor() -> str:
-    info = FilePath("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import platform
 from pathlib import Path
 
 import torch
 
 from megamoe.launch.bench.bench import BenchReport, BenchRequest, run_bench
+from megamoe.schedule.kept import processor
 
 SMALL = {"hidden": 1024, "intermediate": 512, "num_experts": 16, "topk": 4}
 BF16 = {"weight_format": "bf16", "dispatch_format": "bf16"}
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
-    machine = f"{os.cpu_count()} cores of {_processor()}"
+    machine = f"{os.cpu_count()} cores of {processor()}"
     today = datetime.date.today().isoformat()
     lines = HEAD.format(date=today, machine=machine, repeats=arguments.repeats).splitlines()
     print("\n".join(lines[-2:]))
@@ -82,13 +82,6 @@ def main() -> None:
         print(lines[-1], flush=True)
     if arguments.write:
         arguments.write.write_text("\n".join(lines) + "\n")
-
-
-def _processor() -> str:
-    """What /proc/cpuinfo calls the processor, or what platform does."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

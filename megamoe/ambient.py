@@ -124,6 +124,11 @@ class Keeping:
         return changed
 
 
+def settled(tensor: Tensor) -> Tensor:
+    """Contiguous, and with a negation that torch has put off carried out: kernels read memory as it is."""
+    return tensor.resolve_neg().contiguous() if tensor.is_neg() else tensor.contiguous()
+
+
 def in_a_transform() -> str:
     """What of torch only pretends to compute here, "" where nothing does: a layer could not but give wrong numbers."""
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamoe.ambient import eager, undisturbed
+from megamoe.ambient import eager, settled, undisturbed
 from megamoe.execution.autotune import Tuner
 from megamoe.execution.checks import (
     any_wrong,
@@ -265,8 +265,8 @@ class MegaMoE(nn.Module):
             begun_ns = now_ns()
             given = hidden, topk_ids, topk_weights
             if complaint is None:
-                hidden = hidden.to(torch.bfloat16).contiguous()
-                given = hidden, topk_ids.contiguous(), topk_weights.contiguous()
+                hidden = settled(hidden.to(torch.bfloat16))
+                given = hidden, settled(topk_ids), settled(topk_weights)
             agreed = self._agree(given, complaint, record)
             if isinstance(agreed, SmallAgreement):
                 assert self._small is not None
@@ -300,7 +300,8 @@ class MegaMoE(nn.Module):
             raise complaint
         self._calls.number += 1
         self._calls.last = CallRecord(tokens=len(hidden), waves=1)
-        hidden, rounds = hidden.to(torch.bfloat16).contiguous(), self.tuner.choose_format() == "mxfp8"
+        hidden, topk_weights = settled(hidden.to(torch.bfloat16)), settled(topk_weights)
+        rounds = self.tuner.choose_format() == "mxfp8"
         with self.last_call.timing("total_s"):
             out: Tensor = self._alone.compute(hidden, topk_ids, topk_weights, self.group.workspace, rounds=rounds)
         return out
@@ -316,7 +317,7 @@ class MegaMoE(nn.Module):
         calls.number += 1
         record = CallRecord(tokens=0 if complaint else len(hidden), waves=1)
         if complaint is None:
-            hidden = hidden.to(torch.bfloat16).contiguous()
+            hidden, topk_weights = settled(hidden.to(torch.bfloat16)), settled(topk_weights)
         with self.group.unbroken(self.name, calls.number), record.timing("total_s"):
             if not self._fused.opened:
                 nobody = Part(0, np.zeros((2, self.shape.num_experts), np.int32), 0.0)

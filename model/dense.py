@@ -61,7 +61,6 @@ class DenseWeight:
         self.shape = (outputs, inputs)
         self._library = chosen()
         self._pieces: list[Tensor] = []
-        self._joined: dict[int, Tensor] = {}
 
     @classmethod
     def of(cls, weight: Tensor) -> DenseWeight:

@@ -20,7 +20,7 @@ from megamoe.parallel.errors import CallRefusedError, PeerError, named
 from megamoe.parallel.health.heartbeat import HeartbeatMonitor
 from megamoe.parallel.health.runs import check_name, list_rank
 from megamoe.parallel.health.status import RAISED, OwnStatus
-from megamoe.parallel.recorder import Notes, Recorder, Recording
+from megamoe.parallel.recorder import CallNotes, Notes, Recorder, Recording
 from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
 from megamoe.parallel.streams import Streams
 from megamoe.parallel.transport.all_to_all import AllToAllTransport
@@ -36,6 +36,7 @@ from megamoe.parallel.transport.process_group import (
     global_ranks,
 )
 from megamoe.parallel.transport.threads import calm_gloo_threads, gloo_threads
+from megamoe.parallel.transport.watch import WatchedTransport
 from megamoe.parallel.turns import Turns
 from megamoe.parallel.workspace import Workspace
 
@@ -144,6 +145,11 @@ class EPGroup:
             return self.recorders[0].call(layer, call, self.own_status)
         on_gpu = getattr(self.transport, "device_type", None) == "cuda"
         return Notes(self.own_status, torch.cuda.nvtx.range if on_gpu else None)
+
+    def watched(self, notes: Notes) -> Transport | None:
+        """The transport as a call uses it: watched while the group is recorded."""
+        transport = self.transport
+        return WatchedTransport(transport, notes) if transport and isinstance(notes, CallNotes) else transport
 
     def turn(self, layer: str, device: torch.device) -> AbstractContextManager[None]:
         """This group's turn for the block: see Turns.take()."""

@@ -16,10 +16,10 @@ def resources_of(operation: str, chip: str) -> list[Resources]:
 
 
 class AheadBuilds:
-    """Begun when made. The compilers give way to whatever else runs on this machine."""
+    """Begun when made. The compilers have the time that the tests wait, and all of it once a test waits for them."""
 
     def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(10,))
+        self._pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(19,))
         self._underway: dict[tuple[str, str], Future[list[Resources]]] = {
             (operation, chip.name): self._pool.submit(resources_of, operation, chip.name)
             for chip in TARGETS

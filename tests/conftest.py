@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,11 +43,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """The fork server begins before a test changes the environment; with transformers where collected tests have it."""
+    """The fork server begins before a test changes the environment; with transformers where collected tests have it.
+
+    What was imported stays: load() and many a test collect garbage, and would look through a million objects each time.
+    """
     if "transformers" in sys.modules:
         preload(MODELS)
     if not session.config.option.collectonly:
         context(forked=True)
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # libraries would call what is left at the end a leak
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -118,7 +128,7 @@ def begun_beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     """For each module that has a function `beside`: a folder, and what the function makes of it, begun at once."""
     modules = {item.module for item in request.session.items if isinstance(item, pytest.Function)}
     begun: Beside = {}
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for module in modules:
             if hasattr(module, "beside") and two_workers.begins_beside():
                 out = tmp_path_factory.mktemp("beside")

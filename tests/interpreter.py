@@ -53,7 +53,7 @@ def interpret() -> None:
 
 
 def _interpret_beside() -> None:
-    os.nice(5)  # it gives way to the tests of the suite's own process
+    os.nice(15)  # it gives way to the tests of the suite's own process
     interpret()
 
 

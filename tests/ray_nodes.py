@@ -43,11 +43,11 @@ class Nodes:
     hosts: list[Host]
     address: str
     environment: dict[str, str]
-    num_cpus: int
+    num_cpus: tuple[int, int]
 
     def join(self) -> None:
         """Has hosts[1] become a node, for the first time or again."""
-        _start(self, self.hosts[1], self.num_cpus, f"--address={self.address}")
+        _start(self, self.hosts[1], self.num_cpus[1], f"--address={self.address}")
 
     def command(self, host: Host, *arguments: str) -> list[str]:
         """A command line that runs in a host's network."""
@@ -62,15 +62,15 @@ class Nodes:
 
 
 @contextmanager
-def two_nodes(num_cpus: int = 2) -> Iterator[Nodes]:
-    """Two nodes of num_cpus each behind links of 1 Gbit/s; nothing of them is left when the block ends.
+def two_nodes(num_cpus: tuple[int, int] = (2, 2)) -> Iterator[Nodes]:
+    """Two nodes, the head first, of num_cpus behind links of 1 Gbit/s; nothing of them is left when the block ends.
 
     The directory goes last: the lab ends what runs in its networks, and that writes there.
     """
     with tempfile.TemporaryDirectory(prefix="megamoe-nodes-", dir="/tmp") as place, lab(2, "1gbit") as hosts:
         nodes = Nodes(hosts, f"{hosts[0].address}:{GCS_PORT}", _environment(Path(place)), num_cpus)
         head = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false", f"--temp-dir={place}/ray"]
-        _start(nodes, hosts[0], num_cpus, *head, f"--system-config={json.dumps({**HEALTH, **FAIR})}")
+        _start(nodes, hosts[0], num_cpus[0], *head, f"--system-config={json.dumps({**HEALTH, **FAIR})}")
         nodes.join()
         yield nodes
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from megamoe.layer import MegaMoE
 from megamoe.model.router import Router
 from megamoe.shape import MoEShape
+from megamoe.training import TrainableMoE
 from tests.cases import Batch, make_batch, make_layer, make_weights, oracle
 from tests.test_surroundings import AMBIENT
 
@@ -42,6 +43,36 @@ def test_a_layer_made_loaded_and_called_within_has_the_bits_of_one_outside(aroun
         assert out.device.type == "cpu"
         assert torch.equal(out, expected)
         assert not out.requires_grad
+
+
+def negated(tensor: Tensor) -> Tensor:
+    """As the imaginary part of a conjugate has it: the memory of one value, read as another."""
+    found = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert found.is_neg()
+    return found
+
+
+@pytest.mark.parametrize("num_tokens", [5, 600], ids=["few tokens", "by waves"])
+@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
+def test_a_negation_that_torch_has_put_off_counts(weight_format: str, num_tokens: int) -> None:
+    batch, layer = make_batch(SHAPE, num_tokens), make_layer(SHAPE, weight_format=weight_format, dispatch_format="bf16")
+    hidden = torch._neg_view(-batch.hidden)
+    assert torch.equal(layer(hidden, batch.ids, negated(batch.weights)), call(layer, batch))
+
+
+def test_a_negation_that_torch_has_put_off_counts_in_a_backward() -> None:
+    batch, layer = make_batch(SHAPE, 9), TrainableMoE(SHAPE, saved="dispatch-again")
+    found = []
+    for hidden, weights, again in (
+        (batch.hidden.float(), batch.weights, lambda gradient: gradient),
+        (negated(batch.hidden.float()), negated(batch.weights), lambda gradient: torch._neg_view(-gradient)),
+    ):
+        asked, gradient = hidden.detach().requires_grad_(), torch.ones(9, SHAPE.hidden, dtype=torch.bfloat16)
+        layer.zero_grad()
+        layer(asked, batch.ids, weights).backward(again(gradient))
+        found.append([asked.grad, *(each.grad for each in layer.parameters())])
+    for plain, put_off in zip(*found, strict=True):
+        assert torch.equal(plain, put_off)
 
 
 @pytest.mark.parametrize("around", AMBIENT)

@@ -199,11 +199,18 @@ def test_shapes_are_validated(arguments: tuple[int, ...], message: str) -> None:
         ({"waves": "many"}, "waves must be"),
         ({"group": "world"}, "group must be a torch ProcessGroup, an EPGroup or None, got str"),
         ({"deadline_s": 0}, "deadline_s must be positive, got 0"),
+        ({"device": "gpu"}, "device must be one that torch knows, got 'gpu'"),
+        ({"device": "privateuseone:7"}, "device privateuseone:7 is none of this machine's, or not of this build"),
     ],
 )
 def test_options_are_validated(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MegaMoE(SHAPE, **options)  # type: ignore[arg-type]
+
+
+def test_what_is_no_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"shape must be a MoEShape\(.*\), got tuple"):
+        MegaMoE((64, 32, 6, 2))  # type: ignore[arg-type]
 
 
 def test_sizes_that_do_not_fill_blocks_are_refused_for_mx_formats_only() -> None:

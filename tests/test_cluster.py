@@ -370,7 +370,7 @@ def test_work_of_ones_own_runs_on_every_rank(cluster: MegaMoECluster) -> None:
     assert cluster.run(squared, 7) == [(0, 49), (1, 49)]
 
 
-def test_without_a_seat_a_group_that_is_not_elastic_waits_for_it(
+def test_without_a_worker_a_group_that_is_not_elastic_waits_for_it(
     handles: WatchedPool, cluster: MegaMoECluster, cases: Cases
 ) -> None:
     handles.refused = {1}
@@ -411,7 +411,7 @@ def grown_to(cluster: MegaMoECluster, ranks: int, cases: Cases) -> bool:
     return cluster.ranks == ranks
 
 
-def test_without_a_seat_an_elastic_group_goes_on_and_takes_it_back(checkpoint: Path, cases: Cases) -> None:
+def test_without_a_worker_an_elastic_group_goes_on_and_takes_it_back(checkpoint: Path, cases: Cases) -> None:
     handles, cluster = watched(4, RestartPolicy(restarts=9, backoff_s=0.01, elastic=(2, 4), retry_s=0.1))
     with cluster:
         cluster.load(checkpoint)

@@ -108,8 +108,8 @@ def outlive_a_node(address: str, other: str, checkpoint: str, signals: str) -> d
         seen["wrong"] += not torch.equal(cluster.forward(ids), expected)
         seen["batches"] += 1
 
-    policy = RestartPolicy(restarts=9, backoff_s=0.1, elastic=(2, 4), retry_s=1.0)
-    with MegaMoECluster(4, address=address, deadline_s=10.0, threads=1, policy=policy, on_event=tell) as cluster:
+    policy = RestartPolicy(restarts=9, backoff_s=0.1, elastic=(2, 3), retry_s=0.5)
+    with MegaMoECluster(3, address=address, deadline_s=6.0, threads=1, policy=policy, on_event=tell) as cluster:
         cluster.load(checkpoint)
         run(cluster)
         before = [handle.pid for handle in cluster.members]
@@ -125,8 +125,9 @@ def outlive_a_node(address: str, other: str, checkpoint: str, signals: str) -> d
         Path(signals).touch()
         until = time.monotonic() + 120.0
         asked = time.monotonic()
-        while cluster.ranks < 4 and time.monotonic() < until:
+        while cluster.ranks < 3 and time.monotonic() < until:
             run(cluster)
+            time.sleep(0.1)  # what joins needs the cores as well
         seen |= {"grown_s": time.monotonic() - asked, "grown": cluster.ranks}
         run(cluster)
         seen["kinds"] = [event.kind for event in cluster.events]
@@ -154,9 +155,9 @@ def drive(nodes: Nodes, checkpoint: Path, place: Path) -> dict[str, Any]:
 
 @pytest.mark.skipif(not CAN_HOLD_A_LAB, reason="two networks on one machine need Linux, root, ip and tc")
 def test_an_elastic_group_outlives_a_node_and_grows_when_one_joins(checkpoint: Path, tmp_path: Path) -> None:
-    with two_nodes() as nodes:
+    with two_nodes((2, 1)) as nodes:
         seen = drive(nodes, checkpoint, tmp_path)
-    assert (seen["wrong"], seen["shrunk"], seen["grown"], seen["stayed"]) == (0, 2, 4, True)
+    assert (seen["wrong"], seen["shrunk"], seen["grown"], seen["stayed"]) == (0, 2, 3, True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from megamoe.model.making.tiny import write_tiny
 from megamoe.model.making.tokenizer import byte_tokenizer
 from tests.commands import invoked, refused
 from tests.processes import ranks_of
-from tests.test_demo import COMMAND, command
+from tests.test_demo import COMMAND
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,9 @@ def reports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     found = {}
     for launcher, check in (("spawn", ["--check"]), ("torchrun", [])):
         arguments = ("--model", model, "--prompts", prompts, "--launcher", launcher, "--max-new-tokens", 10, *check)
-        if launcher == "spawn":
-            within = invoked("generate", *arguments, "--format", "json")
-            assert within.exit_code == 0, within.output
-            found[launcher] = json.loads(within.stdout)
-        else:
-            done = command("generate", *arguments, "--format", "json")
-            assert done.returncode == 0, done.stderr
-            found[launcher] = json.loads(done.stdout)
+        done = invoked("generate", *arguments, "--format", "json")
+        assert done.exit_code == 0, done.output
+        found[launcher] = json.loads(done.stdout)
     return found
 
 

@@ -53,7 +53,7 @@ def without(names: tuple[str, ...], code: str, *arguments: str) -> subprocess.Co
 
 def beside(out: Path) -> subprocess.CompletedProcess[str]:
     """The chosen stages on the CPU. Begun with the session, beside other tests, to which it gives way."""
-    code = "import os; os.nice(5); from benchmarks.gpu_kernels.run import main; sys.exit(main(sys.argv[1:]))"
+    code = "import os; os.nice(15); from benchmarks.gpu_kernels.run import main; sys.exit(main(sys.argv[1:]))"
     stages = ",".join(STAGES)
     return without((*LACKING, *PYDANTIC), code, "--budget-s", "600", "--out", str(out), "--stages", stages)
 

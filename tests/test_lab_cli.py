@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from tests.test_lab import needs_lab
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
+# torch asks for the name of every address that it connects to: 10 s each where a resolver swallows the question
+ENVIRONMENT |= {"RES_OPTIONS": "timeout:1 attempts:1"}
 needs_room = pytest.mark.skipif(
     shutil.which("unshare") is None or shutil.which("nsenter") is None, reason="needs util-linux's unshare and nsenter"
 )
@@ -116,6 +119,8 @@ def test_a_lab_outlives_its_command_until_it_is_taken_down(room: Room) -> None:
 
 
 PROGRAM = """
+import faulthandler
+faulthandler.dump_traceback_later(60)
 import os, torch
 from megamoe import init_group
 from megamoe.parallel.transport.pairs import Label
@@ -136,6 +141,8 @@ def test_the_lines_that_up_prints_start_ranks_that_meet(room: Room) -> None:
     with ExitStack() as stack:
         ranks = [stack.enter_context(room.start(*line.split(), sys.executable, "-c", PROGRAM)) for line in lines]
         said = [rank.communicate(timeout=500) for rank in ranks]
+    for slow in [err for _, err in said if "Timeout" in err]:
+        warnings.warn(f"a rank took longer than a minute, and was here after one:\n{slow}", stacklevel=1)
     assert [out for out, _ in said] == ["[[7], [8]]\n"] * 2, said
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -74,7 +76,8 @@ def fails(group: EPGroup) -> None:
     group.own_status.leave()
 
 
-def test_what_a_rank_raised_under_torchrun_is_raised() -> None:
+def test_what_a_rank_raised_under_torchrun_is_raised_where_stderr_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # as in a notebook
     with pytest.raises(ValueError, match="rank 1 was asked for too much"):
         run_under_torchrun(2, fails)
 

@@ -97,7 +97,7 @@ def test_members_are_in_order_of_their_numbers(membership: Membership) -> None:
     assert membership.take_back() == []
 
 
-def test_a_seat_that_is_refused_is_out_and_tried_again_later(
+def test_a_worker_that_is_refused_is_out_and_tried_again_later(
     membership: Membership, handles: FakePool, told: list[tuple[str, str]]
 ) -> None:
     handles.refusals[1] = [RuntimeError("nor now"), RuntimeError("not now")]
@@ -111,7 +111,7 @@ def test_a_seat_that_is_refused_is_out_and_tried_again_later(
     assert handles.refusals[1] == []
 
 
-def test_a_seat_that_takes_long_is_out_until_it_is_there(membership: Membership, handles: FakePool) -> None:
+def test_a_worker_that_takes_long_is_out_until_it_is_there(membership: Membership, handles: FakePool) -> None:
     handles.late = {1}
     begun = time.monotonic()
     assert "has no process after 0.1 s" in str(membership.open(range(3), 0.1)[1])
@@ -129,7 +129,7 @@ def test_what_is_no_refusal_is_raised(membership: Membership, handles: FakePool)
         membership.open([0], 10.0)
 
 
-def test_forgotten_seats_are_not_tried_again(membership: Membership, handles: FakePool) -> None:
+def test_forgotten_workers_are_not_tried_again(membership: Membership, handles: FakePool) -> None:
     handles.refusals[0] = [RuntimeError("not now")]
     handles.late = {1}
     membership.open(range(3), 0.05)
@@ -142,13 +142,13 @@ def test_forgotten_seats_are_not_tried_again(membership: Membership, handles: Fa
     assert membership.vacant == [0, 1]
 
 
-def test_a_seat_that_is_put_out_has_no_process_and_comes_back_later(
+def test_a_worker_that_is_put_out_has_no_process_and_comes_back_later(
     membership: Membership, told: list[tuple[str, str]]
 ) -> None:
     membership.open([0, 1], 10.0)
-    sitting = membership.members[1]
+    member = membership.members[1]
     membership.put_out([1], "does not reach the others")
-    assert not sitting.alive
+    assert not member.alive
     assert numbers(membership) == [0]
     assert told[-1] == ("out", "worker 1 does not reach the others")
     assert back(membership) == [1]

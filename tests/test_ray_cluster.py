@@ -119,7 +119,7 @@ def test_what_cannot_travel_is_said_and_the_worker_serves_on(pair: list[RayHandl
     assert pair[0].call("info").result(timeout=WAIT_S).pid == pair[0].pid
 
 
-def test_a_killed_process_is_noticed_at_once_and_its_seat_opens_again(places: RayPool) -> None:
+def test_a_killed_process_is_noticed_at_once_and_its_worker_opens_again(places: RayPool) -> None:
     handles = [places.open(number, WAIT_S) for number in range(2)]
     meet(handles, 5)
     asked = handles[1].call("run", nap)
@@ -215,7 +215,7 @@ def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch)
     [("x", [1, 3, 0, 2]), ("b", [0, 2, 1, 3]), ("a", [1, 3, 0, 2])],
     ids=["driver_elsewhere", "driver_on_b", "driver_on_a"],
 )
-def test_seats_of_a_node_follow_each_other(first: str, order: list[int]) -> None:
+def test_workers_of_a_node_follow_each_other(first: str, order: list[int]) -> None:
     nodes = {0: "b", 1: "a", 2: "b", 3: "a"}
     assert order_bundles(nodes, {"a": "10.0.0.9", "b": "10.0.0.10"}, first) == order
 
@@ -250,7 +250,7 @@ def test_a_local_cluster_leaves_stdout_alone_and_nothing_behind_but_logs(tmp_pat
 
 @pytest.mark.soak  # the suite has two nodes in test_cluster_ray.py
 @pytest.mark.skipif(not CAN_HOLD_A_LAB, reason="two networks on one machine need Linux, root, ip and tc")
-def test_seats_on_two_nodes() -> None:
+def test_workers_on_two_nodes() -> None:
     with two_nodes() as nodes:
         head, other = (host.address for host in nodes.hosts)
         done = nodes.python("-m", "tests.ray_nodes", nodes.address, timeout_s=120.0)

@@ -24,7 +24,7 @@ from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.symmetric import PLACE_BYTES, available
-from megamoe.parallel.transport.host import MESSAGE_BYTES
+from megamoe.parallel.transport.heads import MESSAGE_BYTES
 from megamoe.shape import MoEShape
 from megamoe.trace.recording import record
 from megamoe.trace.timeline import CALL, LANES, Timeline

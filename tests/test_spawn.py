@@ -41,7 +41,7 @@ def handles(logs: Path) -> Iterator[SpawnPool]:
         yield opened
 
 
-class Sitting:
+class OpenWorkers:
     """The workers that are open, each opened when it is asked for and again where its process has ended."""
 
     def __init__(self, handles: SpawnPool) -> None:
@@ -55,8 +55,8 @@ class Sitting:
 
 
 @pytest.fixture(scope="module")
-def sitting(handles: SpawnPool) -> Sitting:
-    return Sitting(handles)
+def workers(handles: SpawnPool) -> OpenWorkers:
+    return OpenWorkers(handles)
 
 
 def meet(*handles: SpawnHandle, generation: int = 1) -> None:
@@ -83,16 +83,16 @@ def squared(_: EPGroup, number: int) -> int:
     return number**2
 
 
-def test_a_worker_says_who_it_is(sitting: Sitting) -> None:
-    handle = sitting[0]
+def test_a_worker_says_who_it_is(workers: OpenWorkers) -> None:
+    handle = workers[0]
     info = handle.call("info").result(QUICK_S)
     assert (info.host, info.pid, info.device) == (handle.host, handle.pid, "cpu")
     assert psutil.Process(handle.pid) in started()
     assert handle.alive
 
 
-def test_answers_come_in_the_order_of_the_calls(sitting: Sitting) -> None:
-    handle = alone(sitting[0])
+def test_answers_come_in_the_order_of_the_calls(workers: OpenWorkers) -> None:
+    handle = alone(workers[0])
     order: list[int] = []
     answers = [handle.call("run", squared, number) for number in range(50)]
     for number, answer in enumerate(answers):
@@ -107,9 +107,9 @@ def summed(group: EPGroup, start: int) -> tuple[int, float, str, int]:
     return group.rank, total.item(), os.environ["GLOO_SOCKET_IFNAME"], torch.get_num_threads()
 
 
-def test_seats_meet_and_meet_again_in_another_order(sitting: Sitting) -> None:
+def test_workers_meet_and_meet_again_in_another_order(workers: OpenWorkers) -> None:
     for generation, order in enumerate([(0, 1, 2), (2, 0), (1, 2, 0)], 1):
-        members = [sitting[number] for number in order]
+        members = [workers[number] for number in order]
         meet(*members, generation=generation)
         found = [answer.result(QUICK_S) for answer in [handle.call("run", summed, 10) for handle in members]]
         expected = 10.0 * len(order) + sum(range(len(order)))
@@ -128,8 +128,8 @@ def raises(_: EPGroup, kind: str) -> None:
     raise errors[kind]
 
 
-def test_an_exception_keeps_its_type_and_the_seat_goes_on(sitting: Sitting) -> None:
-    handle = alone(sitting[0])
+def test_an_exception_keeps_its_type_and_the_worker_goes_on(workers: OpenWorkers) -> None:
+    handle = alone(workers[0])
     failed = handle.call("run", raises, "value").exception(QUICK_S)
     assert isinstance(failed, ValueError)
     assert str(failed) == "too many"
@@ -147,8 +147,8 @@ def returns_a_lock(_: EPGroup) -> object:
     return threading.Lock()
 
 
-def test_what_cannot_be_sent_is_said_and_the_seat_goes_on(sitting: Sitting) -> None:
-    handle = alone(sitting[0])
+def test_what_cannot_be_sent_is_said_and_the_worker_goes_on(workers: OpenWorkers) -> None:
+    handle = alone(workers[0])
     with pytest.raises(TypeError, match="cannot pickle"):
         handle.call("run", squared, threading.Lock())
     assert isinstance(handle.call("run", returns_a_lock).exception(QUICK_S), TypeError)
@@ -160,8 +160,8 @@ def echoed(_: EPGroup, data: bytes) -> bytes:
     return data
 
 
-def test_large_questions_and_answers_pass_and_no_call_waits_for_the_worker(sitting: Sitting) -> None:
-    handle = alone(sitting[0])
+def test_large_questions_and_answers_pass_and_no_call_waits_for_the_worker(workers: OpenWorkers) -> None:
+    handle = alone(workers[0])
     data = os.urandom(8_000_000)
     os.kill(handle.pid, signal.SIGSTOP)
     begun = time.monotonic()
@@ -183,10 +183,10 @@ def ends(_: EPGroup, code: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["killed", "exits"])
-def test_all_that_a_worker_was_asked_fails_when_it_dies_and_the_seat_can_be_opened_again(
-    handles: SpawnPool, sitting: Sitting, how: str
+def test_all_that_a_worker_was_asked_fails_when_it_dies_and_it_can_be_opened_again(
+    handles: SpawnPool, workers: OpenWorkers, how: str
 ) -> None:
-    handle = alone(sitting[1])
+    handle = alone(workers[1])
     waiting = [handle.call("run", hangs) if how == "killed" else handle.call("run", ends, 7), handle.call("info")]
     begun = time.monotonic()
     if how == "killed":
@@ -206,8 +206,8 @@ def test_all_that_a_worker_was_asked_fails_when_it_dies_and_the_seat_can_be_open
     assert again.call("info").result(QUICK_S).pid == again.pid
 
 
-def test_a_worker_that_is_stopped_can_be_killed(sitting: Sitting) -> None:
-    handle = sitting[1]
+def test_a_worker_that_is_stopped_can_be_killed(workers: OpenWorkers) -> None:
+    handle = workers[1]
     os.kill(handle.pid, signal.SIGSTOP)
     waiting = handle.call("info")
     begun = time.monotonic()
@@ -217,8 +217,8 @@ def test_a_worker_that_is_stopped_can_be_killed(sitting: Sitting) -> None:
     assert isinstance(waiting.exception(QUICK_S), WorkerLostError)
 
 
-def test_what_waits_for_an_answer_may_kill_the_seat(sitting: Sitting) -> None:
-    handle, done = alone(sitting[1]), threading.Event()
+def test_what_waits_for_an_answer_may_kill_the_worker(workers: OpenWorkers) -> None:
+    handle, done = alone(workers[1]), threading.Event()
 
     def kill(_: object) -> None:
         handle.kill()
@@ -228,15 +228,15 @@ def test_what_waits_for_an_answer_may_kill_the_seat(sitting: Sitting) -> None:
     assert done.wait(5)
 
 
-def test_whoever_sits_in_a_seat_leaves_it_when_it_is_opened_again(handles: SpawnPool, sitting: Sitting) -> None:
-    handle = sitting[1]
+def test_the_process_of_a_worker_ends_when_the_worker_is_opened_again(handles: SpawnPool, workers: OpenWorkers) -> None:
+    handle = workers[1]
     again = handles.open(1, 60)
     assert not handle.alive
     assert not psutil.pid_exists(handle.pid)
     assert again.alive
 
 
-def test_a_seat_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     before = started()
     descriptors = psutil.Process().num_fds()
     with SpawnPool(1, hosts=[Host("megamoe-not-there-r0", "10.77.0.1", "link0")], log_dir=tmp_path) as opened:
@@ -247,7 +247,7 @@ def test_a_seat_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) ->
     assert psutil.Process().num_fds() <= descriptors
 
 
-def test_a_seat_that_does_not_answer_in_time_is_ended() -> None:
+def test_a_worker_that_does_not_answer_in_time_is_ended() -> None:
     before = started()
     with SpawnPool(1) as opened:
         with pytest.raises(RuntimeError, match=r"worker 0 did not answer within 0.01 s"):
@@ -255,7 +255,7 @@ def test_a_seat_that_does_not_answer_in_time_is_ended() -> None:
         assert started() <= before
 
 
-def test_closed_seats_are_gone_and_stay_closed() -> None:
+def test_workers_of_a_closed_pool_are_gone_and_stay_so() -> None:
     with SpawnPool(2, threads=1) as opened:
         pids = [opened.open(number, 60).pid for number in range(2)]
         os.kill(pids[1], signal.SIGSTOP)
@@ -275,7 +275,7 @@ if __name__ == "__main__":
 """
 
 
-def test_seats_go_when_their_parent_is_killed(tmp_path: Path) -> None:
+def test_workers_go_when_their_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(ORPHANS)
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
@@ -354,10 +354,10 @@ def prints_and_dies(group: EPGroup, num_lines: int) -> None:
     prints(group, num_lines, then_dies=True)
 
 
-def test_lines_go_to_stderr_with_the_seats_name_and_to_its_log(
-    sitting: Sitting, logs: Path, capfd: pytest.CaptureFixture[str]
+def test_lines_go_to_stderr_with_the_workers_name_and_to_its_log(
+    workers: OpenWorkers, logs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    handle = alone(sitting[2])
+    handle = alone(workers[2])
     handle.call("run", prints, 2).result(QUICK_S)
     handle.label = "rank 7"
     handle.call("run", prints, 1).result(QUICK_S)
@@ -372,9 +372,9 @@ def test_lines_go_to_stderr_with_the_seats_name_and_to_its_log(
 
 
 def test_what_was_printed_before_a_kill_is_shown_and_kept_to_the_last_letter(
-    sitting: Sitting, logs: Path, capfd: pytest.CaptureFixture[str]
+    workers: OpenWorkers, logs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    handle = alone(sitting[2])
+    handle = alone(workers[2])
     lost = handle.call("run", prints_and_dies, 20_000).exception(QUICK_S)
     assert isinstance(lost, WorkerLostError)
     ours = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[rank 2] ")]
@@ -403,6 +403,6 @@ def test_a_wrong_request_is_refused(arguments: dict[str, object], said: str) -> 
         SpawnPool(**arguments)  # type: ignore[arg-type]
 
 
-def test_there_are_as_many_seats_as_were_asked_for(handles: SpawnPool) -> None:
+def test_there_are_as_many_workers_as_were_asked_for(handles: SpawnPool) -> None:
     with pytest.raises(ValueError, match="there are workers 0 to 2, no worker 3"):
         handles.open(3, 60)

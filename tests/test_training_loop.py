@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
@@ -101,6 +102,33 @@ def test_backward_twice_over_a_kept_graph_gives_the_same_bits() -> None:
     out = layer(hidden, BATCH.ids, BATCH.weights)
     first, second = (torch.autograd.grad(out, hidden, make_gradient(BATCH), retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("depends", [False, True], ids=["sum", "square"])
+def test_gradients_of_gradients_are_refused_by_name(depends: bool) -> None:
+    """Also where the gradient that came in has none: the term would be a constant."""
+    layer = TrainableMoE(SHAPE, name="layers.3")
+    hidden = BATCH.hidden.float().requires_grad_()
+    out = layer(hidden, BATCH.ids, BATCH.weights).float()
+    (first,) = torch.autograd.grad((out.square() if depends else out).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"layer 'layers.3' has no gradients of gradients"):
+        first.square().sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_forward_mode_is_refused_by_name() -> None:
+    layer = TrainableMoE(SHAPE, name="layers.3")
+    hidden = BATCH.hidden.float()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"layer 'layers.3' has no forward-mode derivative"):
+        layer(forward_ad.make_dual(hidden, hidden), BATCH.ids, BATCH.weights)  # type: ignore[no-untyped-call]
+
+
+def test_a_layer_made_in_inference_mode_trains() -> None:
+    with torch.inference_mode():
+        layer = TrainableMoE(SHAPE)
+    out = layer(BATCH.hidden, BATCH.ids, BATCH.weights)
+    assert torch.equal(out, TrainableMoE(SHAPE)(BATCH.hidden, BATCH.ids, BATCH.weights))
+    out.sum().backward()
+    assert layer.experts.down.grad is not None
 
 
 def partly_frozen(group: EPGroup) -> None:

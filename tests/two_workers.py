@@ -14,8 +14,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 RAY = ("cluster_ray", "ray_cluster", "demo", "launch", "generate_cli", "doctor")
 BESIDE = ("kernels_", "gpu_kernels", "mega_kernel", "mega_layer")
-LONG: tuple[str, ...] = ("ray", "cluster", "loading", "cpu_kernels", "worker", "products", "plugin", "generate_ranks")
-LONG += ("lab_cli", "layer", "kernel_call", "training_loop", "spawn", "generate", "bench", "lab", "house")
+LONG: tuple[str, ...] = ("ray", "cluster", "loading", "worker", "plugin", "generate_ranks", "lab_cli", "cpu_kernels")
+LONG += ("products", "layer", "kernel_call", "training_loop", "spawn", "generate", "bench", "lab", "house")
 BESIDE_SCOPE = "beside"
 _WORKER, _FIRST = "PYTEST_XDIST_WORKER", "gw0"
 

@@ -17,6 +17,7 @@ import torch
 from torch.distributed import TCPStore
 
 from benchmarks.generation.contenders import DEADLINE_S, Contender, Passage, Prompts
+from benchmarks.loading import resident
 from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.process import Child, cause, start, uninterrupted
 
@@ -114,14 +115,14 @@ def _live(pipe: Connection, rank: int, size: int, address: str, contender: Conte
         import megamoe.model.generation.engine
         import megamoe.model.loading.load  # noqa: F401
 
-        before = _resident_mb()
+        before = resident("VmRSS") / 1e6
         with contender.on_rank(rank, size, store, path) as writer:
             _say(pipe, None)
             while True:
                 prompts, new_tokens = pickle.loads(pipe.recv_bytes())
                 passage = writer.write(prompts, new_tokens)
                 gc.collect()
-                _say(pipe, (passage, _resident_mb() - before))
+                _say(pipe, (passage, resident("VmRSS") / 1e6 - before))
     except EOFError:
         return
     except BaseException as failure:  # noqa: BLE001  raised where the rank was started
@@ -131,10 +132,3 @@ def _live(pipe: Connection, rank: int, size: int, address: str, contender: Conte
 
 def _say(pipe: Connection, answer: Any) -> None:
     pipe.send_bytes(pickle.dumps((False, answer)))
-
-
-def _resident_mb() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError("/proc/self/status has no VmRSS")

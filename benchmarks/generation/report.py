@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 
 from benchmarks.generation.contenders import Contender, Passage
-from benchmarks.peers.report import machine, versions
+from benchmarks.peers.report import aligned, machine, versions
 
 COLUMNS = ("", "prefill tokens/s", "decode tokens/s", "MB a rank", "first tokens as transformers")
 PREFILL_GOAL, DECODE_GOAL = 1.5, 1.0  # of the fastest configuration of transformers
@@ -103,11 +103,7 @@ class Comparison:
 
     def table(self) -> str:
         """Markdown whose columns line up, and a line for each of ours."""
-        cells = [COLUMNS, *(self._cells(each) for each in self.series)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
-        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-        return "\n".join([*lines, "", *self.verdicts()])
+        return "\n".join([*aligned([COLUMNS, *(self._cells(each) for each in self.series)]), "", *self.verdicts()])
 
     def _cells(self, series: Series) -> tuple[str, ...]:
         if series.problem:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from statistics import median
 
 from benchmarks.peers.measure import RankOutcome, Workload
 from benchmarks.peers.peer import INSTALL_TORCHTITAN, Peer
+from megamoe.schedule.kept import processor
 
 PACKAGES = ("torch", "transformers", "torchtitan", "deepspeed")
 COLUMNS = ("layer", "median ms", "min", "max", "speed, fastest peer = 1", "error against FP32", "note")
@@ -58,16 +57,19 @@ class Comparison:
 
     def table(self) -> str:
         """Markdown whose columns line up, with a line on each of our layers below."""
-        cells = [COLUMNS, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
-        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-        return "\n".join([*lines, "", *self.verdicts()])
+        return "\n".join([*aligned([COLUMNS, *(_cells(row) for row in self.rows)]), "", *self.verdicts()])
 
     def verdicts(self) -> list[str]:
         """What the ratios say in words, a line for each of our layers that was timed."""
         ours = [row for row in self.rows if row.ours and row.speed is not None]
         return [f"{row.name}: {_words(row.speed or 0.0)} than the fastest peer, {self.fastest_peer}  " for row in ours]
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table whose columns line up; the first cells are its head."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
 def compare(
@@ -142,10 +144,8 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """Cores, and what /proc/cpuinfo calls the processor, or what platform does."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+    """Cores, and what the system calls the processor."""
+    return f"{os.cpu_count()} cores of {processor()}"
 
 
 PROSE = """Every layer computes y = sum over k of w_k * down(silu(gate(x)) * up(x)) for the same tokens, BF16 weights

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from benchmarks.peers.measure import WORKLOADS, run_workload
 from benchmarks.peers.peer import PEERS, choose
 from benchmarks.peers.report import Comparison, compare, document, machine, versions
 from benchmarks.peers.training import TRAINING_PEERS
+from megamoe.planner.answer import finite
 
 TRAINED = ("prefill-1gbit", "loopback-2048")
 
@@ -81,14 +81,5 @@ def _json(command: str, comparisons: Sequence[Comparison]) -> dict[str, object]:
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "versions": versions(),
-        "results": [_finite(each.as_dict()) for each in comparisons],
+        "results": [finite(each.as_dict()) for each in comparisons],
     }
-
-
-def _finite(value: object) -> object:
-    """NaN is not JSON: it becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

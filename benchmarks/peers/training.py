@@ -1,4 +1,7 @@
-"""Forward and backward: peers whose layers have gradients, each held against FP32 autograd before it is timed."""
+"""Forward and backward: peers whose layers have gradients, each held against FP32 autograd before it is timed.
+
+deepspeed.moe is not among them: its gate makes the given weights a softmax of its own, whose gradient is another one.
+"""
 
 # T tokens of this rank   H hidden   I intermediate   K experts per token   E experts in all   e experts of this rank
 
@@ -15,7 +18,7 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import embedding, grouped_mm, linear, silu
 
-from benchmarks.peers.peer import HERE, ExpertWeights, Peer
+from benchmarks.peers.peer import HERE, INSTALL_TORCHTITAN, ExpertWeights, Layer, Peer
 from megamoe.launch.bench.bench import make_workload
 from megamoe.launch.bench.training import make_gradient
 from megamoe.parallel.group import EPGroup
@@ -34,7 +37,7 @@ class TrainingLayer(Protocol):
         ...
 
     def masters(self) -> Sequence[nn.Parameter]:
-        """This rank's experts: gate_up [e, 2I, H] and down [e, H, I]."""
+        """This rank's experts: gate_up [e, 2I, H] and down [e, H, I], or gate [e, I, H], up and down."""
         ...
 
 
@@ -42,6 +45,8 @@ TRAINING_PEERS = (
     Peer("torch by hand", f"{HERE}.training:PlainTorch", bound=PRECISE),
     Peer("transformers eager", f"{HERE}.training:transformers_eager", "transformers", bound=PRECISE),
     Peer("transformers grouped_mm", f"{HERE}.training:transformers_grouped_mm", "transformers", bound=PRECISE),
+    Peer("torchtitan", f"{HERE}.training:torchtitan", "torchtitan", INSTALL_TORCHTITAN, bound=PRECISE),
+    Peer("deepspeed AutoEP", f"{HERE}.training:deepspeed_autoep", "deepspeed", bound=PRECISE),
     Peer("megamoe bf16, bf16 wire", f"{HERE}.training:bf16_rows", bound=PRECISE, ours=True),
     Peer("megamoe bf16, mxfp8 wire", f"{HERE}.training:bf16", bound=FP8_TOKENS, ours=True),
     Peer("megamoe mxfp4", f"{HERE}.training:mxfp4", bound=FP4_LAYER, ours=True),
@@ -129,6 +134,33 @@ def transformers_grouped_mm(group: EPGroup, shape: MoEShape, weights: ExpertWeig
     return _Transformers("GroupedMM", group, shape, weights)
 
 
+class _OfModule:
+    """Another peer of the inference table, whose experts hold gate, up and down as parameters of their own."""
+
+    def __init__(self, peer: Layer, masters: Sequence[nn.Parameter]) -> None:
+        self._peer, self._masters = peer, masters
+
+    def masters(self) -> Sequence[nn.Parameter]:
+        return self._masters
+
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self._peer(hidden, ids, weights)
+
+
+def torchtitan(group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> TrainingLayer:
+    """Its routed experts, which its trainer runs under autograd as they are."""
+    peer = import_module(f"{HERE}.torchtitan_ep").TorchTitan(group, shape, weights)
+    experts = peer.routed.inner_experts
+    return _OfModule(peer, (experts.w1_EFD, experts.w3_EFD, experts.w2_EDF))
+
+
+def deepspeed_autoep(group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> TrainingLayer:
+    """AutoEP's layer; DeepSpeed's engine would reduce the gradients of what is replicated, and here nothing is."""
+    peer = import_module(f"{HERE}.deepspeed_ep").DeepSpeedAutoEP(group, shape, weights)
+    experts = peer.layer.experts
+    return _OfModule(peer, (experts.w1, experts.w3, experts.w2))
+
+
 class _Ours:
     def __init__(self, group: EPGroup, shape: MoEShape, weights: ExpertWeights, formats: tuple[str, str]) -> None:
         self._layer = TrainableMoE(
@@ -172,7 +204,7 @@ class Step:
         self._layer, self._batch, self._gradient = layer, batch, gradient
 
     def __call__(self) -> list[Tensor]:
-        """The gradients of tokens, top-k weights, gate_up and down."""
+        """The gradients of tokens, top-k weights and masters."""
         hidden, weights = (self._batch[index].detach().requires_grad_() for index in (0, 2))
         with torch.enable_grad():
             out = self._layer(hidden, self._batch[1], weights)
@@ -201,8 +233,13 @@ def reference_gradients(group: EPGroup, shape: MoEShape, weights: ExpertWeights,
 
 
 def squared_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
-    """Squares of the relative errors of all kinds of gradients, added, and how many there are."""
+    """Squares of the relative errors of all kinds of gradients, added, and how many there are.
+
+    found as a Step returns it: where gate and up have gradients of their own they are one matrix here.
+    """
     total, kinds = 0.0, 0
+    if len(found) > len(expected):
+        found = [*found[:2], torch.cat(tuple(found[2:4]), 1), *found[4:]]
     for given, wanted in zip(found, expected, strict=True):
         each = given.to_local() if isinstance(given, DTensor) else given
         if each.shape != wanted.shape:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megamoe.catalog import Figure, Machine, load_machine
+from megamoe.catalog import Machine, load_machine
 from megamoe.execution.products import products_of
 from megamoe.formats import MXFP4
 from megamoe.launch.bench.replay import Replay, StillTransport, together
@@ -32,7 +32,7 @@ from megamoe.launch.bench.training import make_gradient
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.planner.validation.calibrate import nonnegative
+from megamoe.planner.validation.calibrate import nonnegative, with_measured
 from megamoe.schedule.kept import Setting, find, keep
 from megamoe.schedule.machine import Amounts, Run, communication_us, intervals, predict
 from megamoe.schedule.training import backward_work
@@ -122,16 +122,10 @@ def fitted(found: list[list[dict[str, float]]], setting: Setting, link_gb_s: flo
         }
     )
 
-    def having(**values: float) -> Machine:
-        figures = {
-            key: Figure(value=float(f"{each:.4g}"), tag="measured", source=source) for key, each in values.items()
-        }
-        return machine.model_copy(update=figures)
-
-    machine = having(**_compute(runs, [each["compute_ms"] for each in slowest], machine))
-    machine = having(**_gradients(runs, slowest, machine))
+    machine = with_measured(machine, source, **_compute(runs, [each["compute_ms"] for each in slowest], machine))
+    machine = with_measured(machine, source, **_gradients(runs, slowest, machine))
     if setting.ranks > 1:
-        machine = having(**_link(runs, [each["communication_ms"] for each in slowest], machine))
+        machine = with_measured(machine, source, **_link(runs, [each["communication_ms"] for each in slowest], machine))
     overlapped = [each["overlapped_ms"] for each in slowest]
 
     def off(machine: Machine) -> float:
@@ -140,7 +134,7 @@ def fitted(found: list[list[dict[str, float]]], setting: Setting, link_gb_s: flo
 
     if link_gb_s is None:
         return machine
-    return min((having(link_share=share) for share in _LINK_SHARES), key=off)
+    return min((with_measured(machine, source, link_share=share) for share in _LINK_SHARES), key=off)
 
 
 def _compute(runs: list[Run], measured: list[float], machine: Machine) -> dict[str, float]:

@@ -18,10 +18,8 @@ from __future__ import annotations
 import datetime
 import math
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,6 +30,7 @@ from megamoe.launch.bench.bench import BenchReport, BenchRequest, run_bench
 from megamoe.parallel.placement import Placement
 from megamoe.routing.waves import Waves
 from megamoe.routing.wire import Wire
+from megamoe.schedule.kept import processor
 
 POINTS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)
 CALIBRATION_REPEATS = 3
@@ -257,11 +256,7 @@ def link_for(x: float, flops_per_s: float, threshold: float) -> str:
 
 def machine() -> str:
     """Cores, processor and torch, for captions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    return f"{os.cpu_count()} cores of {processor}, torch {torch.__version__}"
+    return f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}"
 
 
 def _calibration(request: RuleRequest, intermediate: int) -> BenchRequest:

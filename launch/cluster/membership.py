@@ -1,4 +1,4 @@
-"""Who sits where: the workers of a cluster that have a process, and those that are out and are tried again."""
+"""The workers of a cluster that have a process, and those that are out and are tried again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Membership:
         return [number for number in range(self._num_workers) if number not in self._members]
 
     def open(self, numbers: Iterable[int], within_s: float) -> dict[int, RuntimeError]:
-        """Starts processes in workers, in place of those that sit there; the workers that are out now, and why.
+        """Starts processes of workers, in place of those that they have; the workers that are out now, and why.
 
         One that takes longer than within_s is out until it is there.
         """
@@ -67,7 +67,7 @@ class Membership:
         return [number for number in list(self._tries) if self._tries[number].done() and self._take(number) is None]
 
     def put_out(self, numbers: Iterable[int], why: str) -> None:
-        """Ends who sits there; the workers are out, and tried again later."""
+        """Ends their processes; the workers are out, and tried again later."""
         numbers = list(numbers)
         self.close_pool(numbers)
         for number in numbers:
@@ -75,7 +75,7 @@ class Membership:
             self._tell("out", f"worker {number} {why}")
 
     def close_pool(self, numbers: Iterable[int]) -> None:
-        """Ends who sits there, and returns when they are gone."""
+        """Ends their processes, and returns when they are gone."""
         for handle in [self._members.pop(number) for number in numbers]:
             handle.kill()
 

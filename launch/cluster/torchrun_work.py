@@ -17,6 +17,7 @@ from megamoe.launch.cluster.worker import Worker
 from megamoe.launch.process import share_of_cores
 
 _ENDING_S = 20.0
+_STDERR = 2  # of this process, whatever stands for it as sys.stderr: in a notebook that is no file
 
 
 def run_under_torchrun(
@@ -32,7 +33,7 @@ def run_under_torchrun(
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["--log-dir", place, "--module", "megamoe.launch.cluster.torchrun_work", place]
         environment = {"OMP_NUM_THREADS": str(share_of_cores(ranks)), **os.environ}  # else torchrun warns and sets 1
-        process = subprocess.Popen(command, stdout=sys.stderr.fileno(), env=environment)
+        process = subprocess.Popen(command, stdout=_STDERR, env=environment)
         try:
             code = process.wait(deadline_s)
         except subprocess.TimeoutExpired as late:

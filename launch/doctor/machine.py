@@ -18,6 +18,7 @@ from megamoe.launch.doctor.check import GIB, Check, Examination, LookAt, gib
 from megamoe.launch.lab.namespaces import check_lab
 from megamoe.launch.output import plural
 from megamoe.parallel.interfaces import candidates, choose, list_interfaces
+from megamoe.schedule import kept
 
 SHARED_MEMORY = Path("/dev/shm")
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -30,7 +31,7 @@ _CLOCK_UNSYNCHRONISED = 5  # what adjtimex() returns: TIME_ERROR in <sys/timex.h
 
 def cores(examination: Examination) -> Check:
     """Cores that this process may use; ranks that share one wait for each other."""
-    there, allowed, quota = os.cpu_count() or 1, _affinity(), _cpu_quota()
+    there, allowed, quota = os.cpu_count() or 1, kept.cores(), _cpu_quota()
     usable = min(allowed, quota or allowed)
     found = f"{usable:g} usable of {there}"
     if allowed < there:
@@ -147,12 +148,6 @@ LOOK_AT: tuple[LookAt, ...] = (
     interfaces,
     lab,
 )
-
-
-def _affinity() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu_quota() -> float | None:

@@ -19,6 +19,7 @@ from megamoe.kernels.cpu.paths import may_use_tiles
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices
 from megamoe.launch.doctor.check import Check, Examination, LookAt, gib
 from megamoe.launch.output import plural
+from megamoe.schedule.kept import processor
 
 LEAST_TORCH, LEAST_RAY = (2, 11), (2, 40)
 _TRITONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-ascend")
@@ -65,7 +66,7 @@ def devices(examination: Examination) -> Check:
     if name == "cpu":
         counts = {other: num_devices(other) for other in DEVICE_TYPES if other != name}
         idle = [f"{number} {other}" for other, number in counts.items() if number]
-        return Check.ok("devices", f"cpu, {_processor()}" + (f"; not used: {', '.join(idle)}" if idle else ""))
+        return Check.ok("devices", f"cpu, {processor()}" + (f"; not used: {', '.join(idle)}" if idle else ""))
     number, variable = num_devices(name), device_type(name).visible_devices or ""
     bound = f", {variable}={os.environ[variable]}" if variable in os.environ else ""
     if not number:
@@ -152,13 +153,6 @@ def _installed(*packages: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _reason(name: str) -> str:

@@ -118,6 +118,11 @@ def check_device(device: torch.device | str | None) -> torch.device:
         raise ValueError(f"device must be one that torch knows, got {device!r}") from wrong
     if found.type == "meta":
         raise ValueError("device must be one that can hold weights, got 'meta': leave it out for the CPU")
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as none:
+        said = str(none).partition("\n")[0]
+        raise ValueError(f"device {found} is none of this machine's, or not of this build of torch: {said}") from none
     return found
 
 
@@ -197,7 +202,11 @@ def _check_known(name: str, value: str, known: Iterable[str]) -> None:
 
 
 def check_formats(shape: MoEShape, weight_format: str, dispatch_format: str, combine_format: str) -> None:
-    """ValueError for formats that there are not, and for sizes that theirs cannot hold."""
+    """ValueError for what is no shape, for formats that there are not, and for sizes that theirs cannot hold."""
+    if not isinstance(shape, MoEShape):
+        raise ValueError(
+            f"shape must be a MoEShape(hidden, intermediate, num_experts, topk), got {type(shape).__name__}"
+        )
     _check_known("weight_format", weight_format, WEIGHT_FORMATS)
     check_wire(dispatch_format, combine_format)
     packed = WEIGHT_FORMATS[weight_format].block > 1

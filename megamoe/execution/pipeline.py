@@ -19,11 +19,10 @@ from megamoe.execution.experts import Experts
 from megamoe.execution.fetching import Fetching
 from megamoe.execution.ops import reduce_slots
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.recorder import CallNotes, Notes
+from megamoe.parallel.recorder import Notes
 from megamoe.parallel.streams import Stopwatch
 from megamoe.parallel.transport.landings import Landings
-from megamoe.parallel.transport.pairs import Label, Transfer, Transport
-from megamoe.parallel.transport.watch import WatchedTransport
+from megamoe.parallel.transport.pairs import Label, Transfer
 from megamoe.parallel.workspace import Workspace
 from megamoe.routing.agreement import Agreement
 from megamoe.routing.messages import Messages
@@ -103,12 +102,6 @@ class Parts:
         landings: Landings = self.group.transport.landings(self.name)  # type: ignore[union-attr]
         return Fetching(landings, self.nodes, self.group.rank, self.messages, plan, rows)
 
-    @property
-    def transport(self) -> Transport | None:
-        """The group's, watched while it is recorded."""
-        transport, notes = self.group.transport, self.notes
-        return WatchedTransport(transport, notes) if transport and isinstance(notes, CallNotes) else transport
-
 
 class Call:
     """One call in flight, on any device: its expert backend packs and computes, its transport moves messages.
@@ -124,7 +117,8 @@ class Call:
     def __init__(self, parts: Parts, route: Route, hidden: Tensor, record: CallRecord) -> None:
         self.parts = parts
         self._name, self._rank, self._messages = parts.name, parts.group.rank, parts.messages
-        self._transport, self._notes, self._route, self._record = parts.transport, parts.notes, route, record
+        self._transport, self._notes = parts.group.watched(parts.notes), parts.notes
+        self._route, self._record = route, record
         self._streams = parts.group.streams_of(hidden.device)
         self.stopwatch = Stopwatch(hidden.device) if hidden.device.type == "cuda" else None
         self._dispatches: dict[int, Transfer] = {}

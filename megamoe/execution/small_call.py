@@ -28,7 +28,8 @@ from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import CallNotes, Notes, now_ns
 from megamoe.parallel.symmetric import PLACE_BYTES, Place, SymmetricMemory
-from megamoe.parallel.transport.host import MESSAGE_BYTES, HostTransport
+from megamoe.parallel.transport.heads import MESSAGE_BYTES
+from megamoe.parallel.transport.host import HostTransport
 from megamoe.parallel.transport.pairs import Label, PairTransfer
 from megamoe.routing.agreement import PAGE_BYTES, Part, SmallAgreement
 from megamoe.routing.landing import Order, order_of

@@ -71,12 +71,13 @@ def activate_fp32(gate_up: Tensor, weights: Tensor, tables: Tables) -> Tensor:
     """
     activation = tables.activation
     gate, up = gate_up.chunk(2, -1) if activation.gated else (gate_up, None)
-    activated = _looked_up(tables.gate, gate)
+    activated = look_up(tables.gate, gate)
     if up is not None:
-        activated.mul_(up_factor(up, activation) if tables.up is None else _looked_up(tables.up, up))
+        activated.mul_(up_factor(up, activation) if tables.up is None else look_up(tables.up, up))
     return activated.mul_(weights.unsqueeze(-1))
 
 
-def _looked_up(table: Tensor, values: Tensor) -> Tensor:
+def look_up(table: Tensor, values: Tensor) -> Tensor:
+    """table [65536], by bits of bfloat16; values [...] bfloat16 -> [...] of the table's dtype"""
     codes = values.view(torch.uint16).to(torch.int32).flatten()
     return table.index_select(0, codes).view(values.shape)

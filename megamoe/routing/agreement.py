@@ -18,6 +18,7 @@ from torch import Tensor
 from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.symmetric import Place
+from megamoe.parallel.transport.heads import described
 from megamoe.parallel.transport.host import HostTransport
 from megamoe.parallel.transport.pairs import Label
 
@@ -57,7 +58,7 @@ def _offset(name: str) -> int:
     return int(fields[name][1])
 
 
-_MAGIC = 0x4D4D0007  # "MM", and the version of this layout and the wire's
+_MAGIC = 0x4D4D0008  # "MM", and the version of this layout and the wire's
 _COMPARED = (
     "layer",
     "call",
@@ -184,14 +185,14 @@ class Page:
 def agree(
     group: EPGroup, page: Page, call: int, part: Part, complaint: ValueError | None, place: Place | None = None
 ) -> Agreement | SmallAgreement:
-    """Exchanges pages with all ranks of the group; from place, where all ranks have one.
+    """Exchanges pages with all ranks of the group; from place, where this rank has written to it already.
 
     SmallAgreement where every rank's slots and tokens lie behind its page. Raises the complaint, if this rank has one,
     after all others have heard of it. CallRefusedError, on every rank alike, where any rank complained or the terms
     differ; PeerError for a rank that does not answer within the deadline.
     """
-    if place is not None:
-        assert isinstance(group.transport, HostTransport)
+    if isinstance(group.transport, HostTransport):
+        place = group.transport.place(page.label) if place is None else place
         page.write(place.view, call, part, complaint)
         places = group.transport.share(page.label, part.message)
         if complaint is None and len(group.hosts) == group.size and part.small:
@@ -211,7 +212,7 @@ def agree(
         page.write(own.numpy().data, call, part, complaint)
         raw = group.transport.gather(own, page.label).numpy()
     pages: npt.NDArray[np.void] = raw.view(_PAGE).reshape(-1)
-    group.hosts.update({rank: _text(pages[rank]["host"]) for rank in range(group.size)})
+    group.hosts.update({rank: _text(page["host"]) for rank, page in enumerate(pages) if page["magic"] == _MAGIC})
     if complaint is not None:
         raise CallRefusedError(str(complaint)) from complaint
     _refuse_differences(group, pages)
@@ -252,7 +253,12 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
         return
     strangers = [rank for rank in range(group.size) if pages[rank]["magic"] != _MAGIC]
     if strangers:
-        raise CallRefusedError(f"{_ranks(group, strangers)} called something else, or has another version of megamoe")
+        known = dict.fromkeys(filter(None, (described(raw[rank].data) for rank in strangers)))
+        else_ = f": {', '.join(known)}" if known else ", or has another version of megamoe"
+        raise CallRefusedError(
+            f"{_ranks(group, strangers)} called something else{else_}; every rank must call the same in the same "
+            "order, from whatever threads"
+        )
     for rank in range(group.size):
         if pages[rank]["wrong"]:
             host, text = group.hosts[rank], _text(pages[rank]["complaint"])

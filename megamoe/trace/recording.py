@@ -19,9 +19,10 @@ import torch
 from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.recorder import Flight, Recording, Span
-from megamoe.parallel.transport.pairs import Label
+from megamoe.parallel.transport.pairs import Label, Transport
 from megamoe.trace.timeline import Timeline
 
+_WHAT = "trace"
 _MAGIC = 0x4D4D7472616365  # "MMtrace": who sends it first gathers a trace
 
 
@@ -37,18 +38,21 @@ class Trace:
 
         PeerError where one does not answer, CallRefusedError where one has called something else.
         """
-        transport = self.group.transport
-        if transport is None:
+        if self.group.transport is None:
             return Timeline.merge([self.recording])
+        with self.group.turn(_WHAT, torch.device("cpu")), self.group.unbroken(_WHAT, 0):
+            return self._gather(self.group.transport)
+
+    def _gather(self, transport: Transport) -> Timeline:
         page = torch.frombuffer(bytearray(_packed(self.recording)), dtype=torch.uint8)
         size = torch.tensor([_MAGIC, len(page)]).view(torch.uint8)
-        marks, sizes = transport.gather(size, Label("trace", "trace")).view(torch.int64).T.tolist()
+        marks, sizes = transport.gather(size, Label(_WHAT, "trace")).view(torch.int64).T.tolist()
         others = ", ".join(self.group.named(rank) for rank, mark in enumerate(marks) if mark != _MAGIC)
         if others:
             raise CallRefusedError(f"no trace was gathered, since {others} called something else meanwhile")
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(page)] = page
-        pages = transport.gather(padded, Label("trace", "trace"))
+        pages = transport.gather(padded, Label(_WHAT, "trace"))
         return Timeline.merge([_unpacked(bytes(p[:n].tolist())) for p, n in zip(pages, sizes, strict=True)])
 
 

@@ -16,9 +16,8 @@ from megamoe.execution.ops import reduce_slots
 from megamoe.execution.pipeline import CallRecord
 from megamoe.kernels.cpu.library import Rows
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.recorder import CallNotes, Notes
-from megamoe.parallel.transport.pairs import Label, Transfer, Transport
-from megamoe.parallel.transport.watch import WatchedTransport
+from megamoe.parallel.recorder import Notes
+from megamoe.parallel.transport.pairs import Label, Transfer
 from megamoe.routing.agreement import Agreement
 from megamoe.routing.messages import Messages
 from megamoe.routing.permutation import Route
@@ -69,12 +68,6 @@ class BackwardParts:
     agreed: Agreement
     notes: Notes
 
-    @property
-    def transport(self) -> Transport | None:
-        """The group's, watched while it is recorded."""
-        transport, notes = self.group.transport, self.notes
-        return WatchedTransport(transport, notes) if transport and isinstance(notes, CallNotes) else transport
-
 
 class BackwardCall:
     """One backward call. A rank alone has no transport: nothing is dispatched and nothing arrives.
@@ -96,7 +89,7 @@ class BackwardCall:
     ) -> None:
         self._parts, self._kept, self._route, self._record = parts, kept, route, record
         self._rank, self._experts, self._notes = parts.group.rank, parts.experts, parts.notes
-        self._transport, self.expert_gradients = parts.transport, expert_gradients
+        self._transport, self.expert_gradients = parts.group.watched(parts.notes), expert_gradients
         self._dispatches: dict[int, Transfer] = {}
         self._combines: dict[int, Transfer] = {}
         self._home = HomeWire(parts.wire.dispatch_format, parts.wire.hidden)

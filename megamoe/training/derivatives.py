@@ -13,7 +13,7 @@ from torch import Tensor
 from megamoe.activations import Activation
 from megamoe.formats import BLOCK, chunks, dequantize_mxfp8, quantize_mxfp8
 from megamoe.kernels.cpu.library import chosen
-from megamoe.kernels.gating import Tables, gate_fp64, up_factor
+from megamoe.kernels.gating import Tables, gate_fp64, look_up, up_factor
 
 LANES = BLOCK
 
@@ -81,17 +81,17 @@ def activate_backward(
     for rows in chunks(len(linear1), linear1.shape[1]):
         part, weight, incoming = linear1[rows], weights[rows].unsqueeze(-1), gradient[rows]
         gate, up = part.chunk(2, -1) if tables.activation.gated else (part, None)
-        value, slope = _looked_up(tables.gate, gate), _looked_up(derivatives.gate, gate)
+        value, slope = look_up(tables.gate, gate), look_up(derivatives.gate, gate)
         scaled = incoming * weight
         if up is None:
             product, of_gate = value, scaled * slope
         else:
-            factor = up_factor(up, tables.activation) if tables.up is None else _looked_up(tables.up, up)
+            factor = up_factor(up, tables.activation) if tables.up is None else look_up(tables.up, up)
             product = value * factor
             of_gate = scaled * factor * slope
             of_up = scaled * value
             if derivatives.up is not None:
-                of_up = of_up * _looked_up(derivatives.up, up)
+                of_up = of_up * look_up(derivatives.up, up)
             part[:, part.shape[1] // 2 :] = of_up
         result = product * weight
         activated[rows] = dequantize_mxfp8(quantize_mxfp8(result)) if quantized else result
@@ -116,8 +116,3 @@ def sum_in_lanes(values: Tensor, dim: int) -> Tensor:
     for lane in lanes:
         total += lane
     return total
-
-
-def _looked_up(table: Tensor, values: Tensor) -> Tensor:
-    codes = values.contiguous().view(torch.uint16).to(torch.int32).flatten()
-    return table.index_select(0, codes).view(values.shape)

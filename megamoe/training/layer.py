@@ -11,7 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from megamoe.ambient import eager, undisturbed
+from megamoe.ambient import eager, settled, undisturbed
 from megamoe.execution.experts import Experts
 from megamoe.execution.pipeline import Call, CallRecord
 from megamoe.execution.small_call import Input
@@ -100,7 +100,8 @@ class TrainableMoE(MegaMoE):
         self.tokens_per_expert = torch.zeros(self.shape.num_experts, dtype=torch.int64, device="cpu")
         self._latest: Call | None = None
         self._keeping = False  # whether the forward that runs has a backward
-        self.experts.make_masters(master_dtype, seed, rounding)
+        with undisturbed(self.device):
+            self.experts.make_masters(master_dtype, seed, rounding)
         _living.add(self)
 
     def _begin(self) -> None:
@@ -259,9 +260,10 @@ class TrainableMoE(MegaMoE):
             plan = self._backward_plan(kept)
             messages = Messages.of(plan, wire, agreed.tokens, agreed.counts, agreed.firsts)
             num_rows = int(agreed.counts[group.rank].sum())
+            topk_ids, topk_weights = settled(topk_ids), settled(topk_weights)
             route = route_rows(topk_ids, topk_weights, plan, group.rank, num_rows, messages, group.workspace)
-            gradient = gradient.to(torch.bfloat16).contiguous()
-            tokens = gradient if hidden is None else hidden.to(torch.bfloat16).contiguous()
+            gradient = settled(gradient.to(torch.bfloat16))
+            tokens = gradient if hidden is None else settled(hidden.to(torch.bfloat16))
         parts = BackwardParts(name, group, self.experts, token_wire, wire, plan, messages, agreed, notes)
         return BackwardCall(parts, kept, route, tokens, gradient, of_masters, record)
 

@@ -59,14 +59,6 @@ class Stored:
         """Bytes in the file."""
         return self.values.size + (self.scales.size if self.scales else 0)
 
-    @property
-    def is_exact_in_bf16(self) -> bool:
-        """Whether BF16 holds every value that it can have."""
-        if self.encoding is Encoding.plain:
-            return self.values.dtype not in ("F64", "F32", "F16")
-        assert self.scales is not None
-        return self.scales.dtype in ("F8_E8M0", "U8")
-
     def read(self, files: TensorFiles, expert: int | None = None) -> Tensor | MXFP4:
         """Whole, or one of a stack of experts: MXFP4 as such, else a float tensor of the stored values (FP8: FP32)."""
         parts = [self._part(files, entry, expert) for entry in (self.values, self.scales) if entry is not None]

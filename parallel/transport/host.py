@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from megamoe.parallel.symmetric import MAX_WAVES, PLACE_BYTES, REGIONS, Place, SymmetricMemory, available
+from megamoe.parallel.transport.heads import FIRST_BYTES, HEAD_BYTES, MESSAGE_BYTES, check_heads, write_head
 from megamoe.parallel.transport.landings import Landings
-from megamoe.parallel.transport.pairs import WHOLE_BYTES, Label, PairTransfer, PairTransport
+from megamoe.parallel.transport.pairs import Label, PairTransfer, PairTransport
 
 _log = logging.getLogger(__name__)
-MESSAGE_BYTES = WHOLE_BYTES  # of what a rank brings to an exchange with ranks of other hosts
 _CARD_BYTES = 256
 _SLICE_S = 0.01
 _REGION_OF = {"dispatch": "rows", "combine": "results", "link": "rows"}
@@ -164,7 +164,8 @@ class HostTransport:
             if not self._far_places:
                 self._inboxes = torch.empty(len(host.far), MESSAGE_BYTES, dtype=torch.uint8)
                 self._far_places = [Place.of(inbox) for inbox in self._inboxes]
-            far = self._open(self._inboxes, label)
+            assert num_bytes <= MESSAGE_BYTES
+            far = self.pairs.expect_first(self._inboxes, label, host.far)
             far.send_all(torch.frombuffer(own[(host.exchange + 1) % 2].view, dtype=torch.uint8, count=num_bytes))
         self._share(label)
         places = [own[host.exchange % 2]] * self.size
@@ -200,28 +201,35 @@ class HostTransport:
         return {rank: memory.peers[rank].addresses[region] for rank in (self.rank, *self.host.near)}
 
     def gather(self, page: Tensor, label: Label) -> Tensor:
-        if not self.host.met:
-            self._meet(label)
-        if not self.host.near:
-            self.host.exchange += -(-page.numel() // PLACE_BYTES)  # as ranks count that have a host in common
-            return self.pairs.gather(page, label)
-        whole = page.new_empty(self.size, page.numel())
-        for begin in range(0, page.numel(), PLACE_BYTES):
-            part = slice(begin, min(begin + PLACE_BYTES, page.numel()))
+        """As Transport says. CallRefusedError, on all ranks, where one gathers something else or calls a layer."""
+        place, num_bytes = self.place(label), page.numel()
+        first = min(num_bytes, FIRST_BYTES)
+        write_head(place.view, label, num_bytes)
+        place.view[HEAD_BYTES : HEAD_BYTES + first] = page[:first].numpy().data
+        views = [each.view for each in self.share(label, HEAD_BYTES + first)]
+        check_heads(views, self.rank, self.clock.global_ranks)
+        whole = page.new_empty(self.size, num_bytes)
+        for row, view in zip(whole.numpy(), views, strict=True):
+            row[:first] = view[HEAD_BYTES : HEAD_BYTES + first]
+        for begin in range(first, num_bytes, PLACE_BYTES):
+            part = slice(begin, min(begin + PLACE_BYTES, num_bytes))
             self._gather(page[part], whole[:, part], label)
         return whole
 
     def _gather(self, page: Tensor, into: Tensor, label: Label) -> None:
+        """Parts of pages, once all ranks know how long each other's are."""
         host, memory = self.host, self.host.memory
-        assert memory is not None
         number, num_bytes, rows = (host.exchange + 1) % 2, len(page), into.numpy()
-        memory.own.places[number].view[:num_bytes] = page.numpy().data
         far, incoming = None, page.new_empty(len(host.far), num_bytes)
+        if memory is not None:
+            memory.own.places[number].view[:num_bytes] = page.numpy().data
         if host.far:
-            far = self._open(incoming, label)
-            far.send(page.expand(len(host.far), -1).contiguous(), [int(peer in host.far) for peer in range(self.size)])
+            far = self.pairs.expect(incoming, [int(peer in host.far) for peer in range(self.size)], label, host.far)
+            far.send_all(page)
         self._share(label)
-        for rank in (self.rank, *host.near):
+        rows[self.rank] = page.numpy()
+        for rank in host.near:
+            assert memory is not None
             rows[rank] = memory.peers[rank].places[number].view[:num_bytes]
         if far is not None:
             far.wait()
@@ -240,22 +248,31 @@ class HostTransport:
         for peer in host.near:
             self.wait_for(peer, memory.words.page(host.exchange, peer), host.exchange, label, None)
 
-    def _open(self, inboxes: Tensor, label: Label) -> PairTransfer:
-        """A transfer that receives one message from each rank of another host."""
-        return self.pairs.expect(
-            inboxes, [int(peer in self.host.far) for peer in range(self.size)], label, self.host.far
-        )
+    def _ask_all(self, page: Tensor, label: Label) -> Tensor:
+        """As gather(), of few bytes and by messages alone, before it is known who shares memory."""
+        num_bytes, rank = HEAD_BYTES + len(page), self.rank
+        message = torch.zeros(num_bytes, dtype=torch.uint8)
+        write_head(message.numpy().data, Label(label.layer, "meeting"), len(page))
+        message[HEAD_BYTES:] = page
+        inboxes = torch.zeros(self.size - 1, MESSAGE_BYTES, dtype=torch.uint8)
+        transfer = self.pairs.expect_first(inboxes, label, sorted(self.pairs.receivers))
+        transfer.send_all(message)
+        transfer.wait()
+        transfer.finish()
+        everyones = torch.cat((inboxes[:rank, :num_bytes], message[None], inboxes[rank:, :num_bytes]))
+        check_heads([each.numpy().data for each in everyones], rank, self.clock.global_ranks)
+        return everyones[:, HEAD_BYTES:]
 
     def _meet(self, label: Label) -> None:
         """Finds out who shares this rank's memory: two ranks do where each has mapped the other's segment."""
         host, rank = self.host, self.rank
         memory = _own_memory(rank, self.size) if host.shares else None
-        cards = self.pairs.gather(_padded(b"" if memory is None else memory.card()), label)
+        cards = self._ask_all(_padded(b"" if memory is None else memory.card()), label)
         vote = torch.zeros(self.size, dtype=torch.uint8)
         for peer in range(self.size):
             card = bytes(cards[peer].numpy()).rstrip(b"\0")
             vote[peer] = peer != rank and memory is not None and bool(card) and memory.attach(peer, card)
-        votes = self.pairs.gather(vote, label)
+        votes = self._ask_all(vote, label)
         host.met, host.nodes = True, _nodes(votes.bool())
         host.near = [peer for peer in self.pairs.receivers if vote[peer] and votes[peer, rank]]
         host.far = [peer for peer in range(self.size) if peer != rank and peer not in host.near]

@@ -168,11 +168,11 @@ class PairTransfer:
         self._post(self._outgoing, self._pairs.group.send, rows, counts, self._pairs.receivers)
 
     def send_all(self, message: Tensor) -> None:
-        """Starts sending the same message to all ranks of the transfer; it can be shorter than their room for it.
+        """Starts sending the same message to all ranks of the transfer.
 
-        Neither may be larger than WHOLE_BYTES. gloo ends the process of a receiver whose room is smaller.
+        Up to WHOLE_BYTES it can be shorter than their room for it. gloo ends the process of a receiver whose room is
+        smaller.
         """
-        assert message.nbytes <= WHOLE_BYTES
         for peer in self._pairs.receivers:
             if self._among is None or peer in self._among:
                 self._post_one(self._outgoing, self._pairs.group.send, message, peer)
@@ -239,13 +239,13 @@ class PairTransport:
     _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
     TAIL_TAG = _TAGS_PER_PHASE // 2
     _NO_TAG = _FIRST_TAG - 1  # nothing is ever sent with it
+    _OPENING_TAG = _FIRST_TAG - 2
 
     def __init__(self, group: dist.ProcessGroup, clock: Clock) -> None:
         self.group, self.clock = group, clock
         rank, size = group.rank(), group.size()
         # from the nearest neighbour on, so that no one is everybody's first
         self.receivers = [(rank + distance) % size for distance in range(1, size)]
-        self._gathered: PairTransfer | None = None
         self.senders = [(rank - distance) % size for distance in range(1, size)]
 
     def expect(
@@ -254,6 +254,15 @@ class PairTransport:
         """among: moves the rows of these peers only, both ways; the others' have another way."""
         transfer = self.open(label, among)
         transfer.receive(receive, counts)
+        return transfer
+
+    def expect_first(self, inboxes: Tensor, label: Label, among: Sequence[int]) -> PairTransfer:
+        """Opens an exchange whose messages have the same tag whatever it is for, so that any two meet.
+
+        inboxes [n, WHOLE_BYTES] uint8: room for the message of each rank of among, in ascending order.
+        """
+        transfer = PairTransfer(self, label, self._OPENING_TAG, among)
+        transfer.receive(inboxes, [int(peer in among) for peer in range(self.group.size())])
         return transfer
 
     def open(self, label: Label, among: Collection[int] | None = None) -> PairTransfer:
@@ -272,15 +281,3 @@ class PairTransport:
                 self.group.recv([torch.empty(1)], peer, self._NO_TAG).wait(timedelta(milliseconds=1))
             except RuntimeError:
                 continue
-
-    def gather(self, page: Tensor, label: Label) -> Tensor:
-        rank, size = self.group.rank(), self.group.size()
-        one_each = [int(peer != rank) for peer in range(size)]
-        pages = page.expand(size - 1, -1).contiguous()
-        incoming = page.new_empty(size - 1, page.numel())
-        transfer = self.expect(incoming, one_each, label)
-        transfer.send(pages, one_each)
-        transfer.wait()
-        transfer.finish()
-        self._gathered = transfer
-        return torch.cat((incoming[:rank], page.unsqueeze(0), incoming[rank:]))

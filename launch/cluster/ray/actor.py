@@ -18,6 +18,7 @@ from ray import cloudpickle
 from megamoe.launch.cluster.worker import Worker, WorkerInfo, WorkerOptions
 from megamoe.launch.devices import device_of, device_type
 from megamoe.parallel.interfaces import interface_of
+from megamoe.schedule.kept import cores
 
 GRACE_S = 1.0  # a stopped or busy process does not hear that it is to end
 
@@ -94,7 +95,7 @@ class WorkerActor:
                 device=device_of(order.device, 0),
                 address=address,
                 interface=interface,
-                threads=order.threads or max(1, _num_cores() // order.num_workers),
+                threads=order.threads or max(1, cores() // order.num_workers),
                 deadline_s=order.deadline_s,
                 run=order.run,
             )
@@ -141,11 +142,6 @@ def _portable(error: Exception) -> Exception:
     except Exception:  # noqa: BLE001  whatever a class's own pickling does
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _log() -> str:

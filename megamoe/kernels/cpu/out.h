@@ -15,25 +15,17 @@ struct Out {
     bool wide;
 
     // Outputs first to first + COUNT - 1 of row r; those beyond the width are left out.
+    // COUNT is a multiple of LANES.
     template <int COUNT>
     void write(int64_t r, int64_t first, const float* sums) const {
         const int64_t at = (goes ? goes[r] : r) * stride + first;
-        if (first + COUNT <= width) {
-            put<COUNT>(at, sums, COUNT);
-        } else {
-            put<COUNT>(at, sums, int(std::max<int64_t>(width - first, 0)));
-        }
-    }
-
-private:
-    template <int COUNT>
-    void put(int64_t at, const float* sums, int count) const {
+        const int64_t count = std::min<int64_t>(COUNT, width - first);
         if (wide) {
-            std::memcpy(static_cast<float*>(to) + at, sums, count * sizeof *sums);
+            if (count > 0) std::memcpy(static_cast<float*>(to) + at, sums, count * sizeof *sums);
+        } else if (count == COUNT) {
+            for (int i = 0; i < COUNT; i += LANES) store_bf16(static_cast<uint16_t*>(to) + at + i, load(sums + i));
         } else {
-            uint16_t rounded[COUNT];
-            for (int i = 0; i < COUNT; i++) rounded[i] = to_bf16(sums[i]);
-            std::memcpy(static_cast<uint16_t*>(to) + at, rounded, count * sizeof *rounded);
+            for (int i = 0; i < count; i++) static_cast<uint16_t*>(to)[at + i] = to_bf16(sums[i]);
         }
     }
 };

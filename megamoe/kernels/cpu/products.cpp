@@ -32,7 +32,7 @@ constexpr int AHEAD = 4096;             // bytes, by which the memory is asked b
 constexpr int CHAINS = 8;               // of additions side by side, where each addition waits for the one before
 constexpr int DEPTH = 8 * GROUP;        // of K, that a decoded tile holds: 16 KB for each 8 lanes
 constexpr int PANEL_ROWS = 192;         // whose tokens, as FP32 and DEPTH deep, stay in the second cache
-constexpr int PANEL_BLOCKS = 32;        // whose sums for these rows stay there too
+constexpr int PANEL_UNITS = 8;          // whose sums for these rows stay there too
 
 // First output, of its block, of the first or second vector of a unit.
 constexpr int output_of(int unit, int second) { return second * (BLOCK / 2) + unit * LANES; }
@@ -41,6 +41,7 @@ constexpr int output_of(int unit, int second) { return second * (BLOCK / 2) + un
 // four values of K, all outputs.
 struct E2M1 {
     static constexpr int BYTES = 64;
+    static constexpr bool SCALED = true, AS_TILES = false;
     const uint8_t* packed;
     const uint8_t* scales;
 
@@ -52,6 +53,7 @@ struct E2M1 {
 
 struct BF16 {
     static constexpr int BYTES = 256;
+    static constexpr bool SCALED = false, AS_TILES = STEP == 2 && UNITS == 1;  // whether values lie as tiles have them
     const uint8_t* packed;
 
     void pairs(const DecodeE2M1&, int64_t four, int unit, Words out[4]) const {
@@ -65,11 +67,21 @@ struct Rows {
     int64_t stride, depth;
     const int64_t* source;
 
-    // Elements of rows, [end - begin][num_rows] in values of K, zero beyond K. begin and end are multiples of GROUP.
+    // Elements of up to TILE_ROWS rows, [end - begin][num_rows] in values of K, zero beyond K. begin and end are
+    // multiples of GROUP. What follows in `to`, up to LANES elements, is lost.
     void spread(int64_t first, int num_rows, int64_t begin, int64_t end, Element* to) const {
+        constexpr int AT_ONCE = LANES * STEP;
+        const uint16_t* of_row[TILE_ROWS];
+        for (int r = 0; r < num_rows; r++) of_row[r] = x + (source ? source[first + r] : first + r) * stride;
         const int64_t whole = std::min(end, depth) / STEP * STEP;
+        for (; begin + AT_ONCE <= whole; begin += AT_ONCE) {
+            Words square[LANES];
+            for (int r = 0; r < LANES; r++) square[r] = r < num_rows ? load_elements(of_row[r] + begin) : Words{};
+            transpose(square);
+            for (int k = 0; k < LANES; k++, to += num_rows) store_words(to, square[k]);
+        }
         for (int r = 0; r < num_rows; r++) {
-            const uint16_t* from = x + (source ? source[first + r] : first + r) * stride;
+            const uint16_t* from = of_row[r];
             Element* at = to + r;
             int64_t k = begin;
             for (; k < whole; k += STEP, at += num_rows) *at = element(from + k);
@@ -98,10 +110,10 @@ class Scratch {
     }
 
 public:
-    Element* take_x(int64_t rows, int64_t depth) { return take(x, size_t(rows * depth / STEP)); }
+    Element* take_x(int64_t rows, int64_t depth) { return take(x, size_t(rows * depth / STEP) + LANES); }
     Element* take_tile() { return take(tile, DEPTH / STEP * UNIT); }
     float* take_scales() { return take(scales, DEPTH / GROUP * UNIT); }
-    float* take_sums() { return take(sums, PANEL_ROWS * PANEL_BLOCKS * BLOCK); }
+    float* take_sums() { return take(sums, PANEL_UNITS * PANEL_ROWS * UNIT); }
 };
 thread_local Scratch scratch;
 
@@ -205,54 +217,68 @@ void run_few(const Share& share, const At& at) {
 
 // ---- many rows: weights are decoded into a tile, which all rows of a panel read ----
 
-// Adds to the sums of ROWS rows, of stride `width`, what `groups` groups of K bring: x [K / STEP][ROWS], tile
-// [K / STEP][UNIT], scales [groups][UNIT].
-template <int ROWS>
-void sum_tile(const Element* x, const Element* tile, const float* scales, int groups, float* sums, int64_t width) {
+// Adds to the sums of ROWS rows [ROWS][UNIT] what `groups` groups of K bring: x [K / STEP][ROWS], tile
+// [K / STEP][UNIT], scales [groups][UNIT], or null where all are 1. soon: what is asked of the memory meanwhile, as much
+// as the tile.
+template <int ROWS, bool SCALED>
+void sum_tile(const Element* x, const Element* tile, const float* scales, int groups, float* sums,
+              const Element* soon) {
     for (int group = 0; group < groups; group++) {
+        MEGAMOE_IN_MEMORY();  // the sums, for which registers have no room
         Vector part[ROWS][2];
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) part[r][0] = part[r][1] = zero();
 #pragma GCC unroll 2
         for (int k = 0; k < GROUP; k += STEP) {
             const Weight first = load_weight(tile), second = load_weight(tile + LANES);
+            MEGAMOE_PREFETCH(soon);
+            MEGAMOE_PREFETCH(soon + LANES);
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++) {
                 part[r][0] = add_product(x[r], first, part[r][0]);
                 part[r][1] = add_product(x[r], second, part[r][1]);
             }
             tile += UNIT;
+            soon += UNIT;
             x += ROWS;
         }
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++)
             for (int half = 0; half < 2; half++) {
-                float* at = sums + r * width + half * LANES;
-                store(at, fma(part[r][half], load(scales + half * LANES), load(at)));
+                float* at = sums + r * UNIT + half * LANES;
+                if constexpr (SCALED) {
+                    store(at, fma(part[r][half], load(scales + half * LANES), load(at)));
+                } else {
+                    store(at, add(part[r][half], load(at)));
+                }
             }
-        scales += UNIT;
+        if constexpr (SCALED) scales += UNIT;
     }
 }
 
-template <int ROWS = TILE_ROWS>
+template <bool SCALED, int ROWS = TILE_ROWS>
 void sum_rows(int rows, const Element* x, const Element* tile, const float* scales, int groups, float* sums,
-              int64_t width) {
+              const Element* soon) {
     if (rows == ROWS) {
-        sum_tile<ROWS>(x, tile, scales, groups, sums, width);
+        sum_tile<ROWS, SCALED>(x, tile, scales, groups, sums, soon);
     } else if constexpr (ROWS > 1) {
-        sum_rows<ROWS - 1>(rows, x, tile, scales, groups, sums, width);
+        sum_rows<SCALED, ROWS - 1>(rows, x, tile, scales, groups, sums, soon);
     }
 }
 
-// One unit's values of `groups` groups as elements [K / STEP][UNIT], and their scales [groups][UNIT].
+// One unit's values of `groups` groups as elements [K / STEP][UNIT], and their scales [groups][UNIT], if they have any.
+// soon: what is asked of the memory meanwhile, as many bytes as are read.
 template <class Weights>
-void decode_unit(const Weights& weights, int unit, int64_t first, int groups, Element* tile, float* scales) {
+void decode_unit(const Weights& weights, int unit, int64_t first, int groups, Element* tile, float* scales,
+                 const uint8_t* soon) {
     const DecodeE2M1 decode;
     for (int group = 0; group < groups; group++, scales += UNIT) {
-        for (int half = 0; half < 2; half++)
-            store(scales + half * LANES, weights.scale(first + group, output_of(unit, half)));
+        if constexpr (Weights::SCALED)
+            for (int half = 0; half < 2; half++)
+                store(scales + half * LANES, weights.scale(first + group, output_of(unit, half)));
         for (int four = 0; four < GROUP / 4; four++) {
             Words pairs[4];
+            for (int line = 0; line < Weights::BYTES; line += 64, soon += 64) MEGAMOE_PREFETCH(soon);
             weights.pairs(decode, (first + group) * (GROUP / 4) + four, unit, pairs);
             for (int k = 0; k < 4; k += STEP, tile += UNIT)
                 for (int half = 0; half < 2; half++)
@@ -261,32 +287,62 @@ void decode_unit(const Weights& weights, int unit, int64_t first, int groups, El
     }
 }
 
-// A panel of rows by the blocks begin to end. Within a panel sums lie unit by unit: [rows][blocks][UNITS][UNIT].
+// The i-th of as few parts of `whole` as have at most `most` each, of even sizes: where it begins. It ends where the
+// next does.
+int64_t part_of(int64_t whole, int64_t most, int64_t i) {
+    const int64_t parts = (whole + most - 1) / most;
+    return whole * i / parts;
+}
+
+// A panel of rows by all of the share's blocks: some units, DEPTH of K of each, then the next DEPTH of the same units.
 template <class At>
-void run_panel(const Share& share, int64_t first, int rows, int64_t begin, int64_t end, const At& at) {
-    const int64_t width = (end - begin) * BLOCK;
-    Element *x = scratch.take_x(PANEL_ROWS, DEPTH), *tile = scratch.take_tile();
+void run_panel(const Share& share, int64_t first, int rows, const At& at) {
+    using Weights = std::decay_t<decltype(at(0))>;
+    constexpr int GROUPS = DEPTH / GROUP;
+    const int64_t depth = share.groups * GROUP, last = share.end * UNITS;
+    const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const auto row_of = [=](int tile) { return part_of(rows, TILE_ROWS, tile); };
+    const auto packed_of = [&](int64_t unit, int64_t group) {
+        return at(unit / UNITS).packed + group * (GROUP / 4) * Weights::BYTES;
+    };
+    Element *x = scratch.take_x(rows, depth), *decoded = scratch.take_tile();
     float *scales = scratch.take_scales(), *sums = scratch.take_sums();
-    std::fill(sums, sums + rows * width, 0.0f);
-    for (int64_t group = 0; group < share.groups; group += DEPTH / GROUP) {
-        const int groups = int(std::min<int64_t>(DEPTH / GROUP, share.groups - group));
-        const int64_t depth = groups * GROUP;
-        for (int row = 0; row < rows; row += TILE_ROWS)
-            share.rows.spread(first + row, std::min(TILE_ROWS, rows - row), group * GROUP, group * GROUP + depth,
-                              x + row * depth / STEP);
-        for (int64_t unit = begin * UNITS; unit < end * UNITS; unit++) {
-            decode_unit(at(unit / UNITS), int(unit % UNITS), group, groups, tile, scales);
-            float* to = sums + (unit - begin * UNITS) * UNIT;
-            for (int row = 0; row < rows; row += TILE_ROWS)
-                sum_rows(std::min(TILE_ROWS, rows - row), x + row * depth / STEP, tile, scales, groups, to + row * width,
-                         width);
+    for (int64_t k = 0; k < depth; k += DEPTH)
+        for (int tile = 0; tile < tiles; tile++) {
+            const int64_t row = row_of(tile), more = row_of(tile + 1) - row, deep = std::min<int64_t>(DEPTH, depth - k);
+            share.rows.spread(first + row, int(more), k, k + deep, x + (rows * k + row * deep) / STEP);
         }
+    for (int64_t begin = share.begin * UNITS; begin < last; begin += PANEL_UNITS) {
+        const int64_t end = std::min(begin + PANEL_UNITS, last);
+        std::fill(sums, sums + (end - begin) * rows * UNIT, 0.0f);
+        for (int64_t group = 0; group < share.groups; group += GROUPS) {
+            const int groups = int(std::min<int64_t>(GROUPS, share.groups - group));
+            for (int64_t unit = begin; unit < end; unit++) {
+                // what is read next
+                const uint8_t* soon = unit + 1 < end                 ? packed_of(unit + 1, group)
+                                      : group + GROUPS < share.groups ? packed_of(begin, group + GROUPS)
+                                                                      : packed_of(end, 0);
+                const Element* values = decoded;
+                if constexpr (Weights::AS_TILES) {
+                    values = reinterpret_cast<const Element*>(packed_of(unit, group));
+                } else {
+                    decode_unit(at(unit / UNITS), int(unit % UNITS), group, groups, decoded, scales, soon);
+                }
+                for (int tile = 0; tile < tiles; tile++) {
+                    const int64_t row = row_of(tile), more = row_of(tile + 1) - row;
+                    const bool asks = Weights::AS_TILES && !tile;
+                    sum_rows<Weights::SCALED>(int(more), x + (rows * group + row * groups) * GROUP / STEP, values,
+                                              scales, groups, sums + ((unit - begin) * rows + row) * UNIT,
+                                              asks ? reinterpret_cast<const Element*>(soon) : values);
+                }
+            }
+        }
+        for (int row = 0; row < rows; row++)
+            for (int64_t unit = begin; unit < end; unit++)
+                for (int half = 0; half < 2; half++)
+                    share.out.write<LANES>(first + row, unit / UNITS * BLOCK + output_of(int(unit % UNITS), half),
+                                           sums + ((unit - begin) * rows + row) * UNIT + half * LANES);
     }
-    for (int row = 0; row < rows; row++)
-        for (int64_t unit = begin * UNITS; unit < end * UNITS; unit++)
-            for (int half = 0; half < 2; half++)
-                share.out.write<LANES>(first + row, unit / UNITS * BLOCK + output_of(int(unit % UNITS), half),
-                                       sums + row * width + (unit - begin * UNITS) * UNIT + half * LANES);
 }
 
 template <class At>
@@ -296,15 +352,17 @@ void run_share(const Share& share, const At& at) {
         case 2: return run_few<2>(share, at);
         case 3: return run_few<3>(share, at);
         case 4: return run_few<4>(share, at);
-        case 5: return run_few<5>(share, at);
-        case 6: return run_few<6>(share, at);
-        case 7: return run_few<7>(share, at);
-        case 8: return run_few<8>(share, at);
     }
-    for (int64_t row = 0; row < share.count; row += PANEL_ROWS)
-        for (int64_t block = share.begin; block < share.end; block += PANEL_BLOCKS)
-            run_panel(share, share.first + row, int(std::min<int64_t>(PANEL_ROWS, share.count - row)), block,
-                      std::min(block + PANEL_BLOCKS, share.end), at);
+    if constexpr (!std::decay_t<decltype(at(0))>::AS_TILES) switch (share.count) {
+            case 5: return run_few<5>(share, at);
+            case 6: return run_few<6>(share, at);
+            case 7: return run_few<7>(share, at);
+            case 8: return run_few<8>(share, at);
+        }
+    for (int64_t panel = 0; part_of(share.count, PANEL_ROWS, panel) < share.count; panel++) {
+        const int64_t row = part_of(share.count, PANEL_ROWS, panel), end = part_of(share.count, PANEL_ROWS, panel + 1);
+        run_panel(share, share.first + row, int(end - row), at);
+    }
 }
 
 }  // namespace

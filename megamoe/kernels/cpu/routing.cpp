@@ -126,7 +126,7 @@ struct megamoe_few {
     int32_t* pairs;  // [3, num_experts]
     int64_t* counts;  // [experts]
     int64_t *sources, *goes;  // [num_rows]: the row's token among those of all ranks, its row of the results
-    int64_t* places;          // [tokens of this rank, topk]: each slot's row among those that its rank computes for this one
+    int64_t* places;          // [tokens of this rank, topk]: a slot's row of those that its rank computes for this one
     float* weights;           // [num_rows]
     uint8_t* wanted;          // [tokens of all ranks]
     uint16_t *x, *linear1, *activated, *out;
@@ -154,7 +154,8 @@ static void count_landed(const megamoe_few& c, int64_t tokens) {
 }
 
 // Puts this rank's slots and tokens where its peers read them, and counts pairs and firsts as megamoe_count_rows() does,
-// and what lands for an expert's sake as landing.land() does, where the order for it is given. Whether all ids are experts or -1, and all weights of experts finite.
+// and what lands for an expert's sake as landing.land() does, where the order for it is given. Whether all ids are
+// experts or -1, and all weights of experts finite.
 extern "C" int megamoe_few_bring(megamoe_few* call) {
     const megamoe_few& c = *call;
     const int64_t tokens = c.tokens[c.rank], slots = tokens * c.topk;

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(MEGAMOE_AVX2) || defined(MEGAMOE_AVX512)
 #include <immintrin.h>
@@ -36,6 +37,13 @@ inline uint32_t as_bits(float value) {
 #define MEGAMOE_PREFETCH(from)
 #endif
 
+// What is stored before is in memory here, and is loaded from there after: the compiler keeps none of it in registers.
+#if defined(__GNUC__)
+#define MEGAMOE_IN_MEMORY() asm volatile("" : : : "memory")
+#else
+#define MEGAMOE_IN_MEMORY()
+#endif
+
 inline float from_bf16(uint16_t bits) { return as_float(uint32_t(bits) << 16); }
 
 // Round to nearest, ties to even; every NaN becomes 0x7FC0.
@@ -60,7 +68,43 @@ inline Vector broadcast(float value) { return _mm512_set1_ps(value); }
 inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Words load_words(const void* from) { return _mm512_loadu_si512(from); }
+inline void store_words(void* to, Words w) { _mm512_storeu_si512(to, w); }
+// of 16 values
+inline Words widened(const uint16_t* from) {
+    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16);
+}
+// 16 x 16 words: row and column change places.
+inline void transpose(Words w[LANES]) {
+    Words pairs[LANES];
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) {
+        const Words a = _mm512_unpacklo_epi32(w[i], w[i + 1]), b = _mm512_unpackhi_epi32(w[i], w[i + 1]);
+        const Words c = _mm512_unpacklo_epi32(w[i + 2], w[i + 3]), d = _mm512_unpackhi_epi32(w[i + 2], w[i + 3]);
+        pairs[i] = _mm512_unpacklo_epi64(a, c), pairs[i + 1] = _mm512_unpackhi_epi64(a, c);
+        pairs[i + 2] = _mm512_unpacklo_epi64(b, d), pairs[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const Words a = _mm512_shuffle_i32x4(pairs[i], pairs[i + 4], 0x88);
+        const Words b = _mm512_shuffle_i32x4(pairs[i], pairs[i + 4], 0xDD);
+        const Words c = _mm512_shuffle_i32x4(pairs[i + 8], pairs[i + 12], 0x88);
+        const Words d = _mm512_shuffle_i32x4(pairs[i + 8], pairs[i + 12], 0xDD);
+        w[i] = _mm512_shuffle_i32x4(a, c, 0x88), w[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+        w[i + 8] = _mm512_shuffle_i32x4(a, c, 0xDD), w[i + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
+    }
+}
+// as to_bf16() rounds
+inline void store_bf16(uint16_t* to, Vector v) {
+    const Words bits = _mm512_castps_si512(v);
+    const Words odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const Words sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    const Words rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                                                _mm512_set1_epi32(0x7FC0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+}
 // of each 32-bit word that holds two BF16 values: the lower, the upper
 inline Vector lower(Words w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
 inline Vector upper(Words w) {
@@ -107,7 +151,39 @@ inline Vector broadcast(float value) { return _mm256_set1_ps(value); }
 inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 inline Words load_words(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline void store_words(void* to, Words w) { _mm256_storeu_si256(static_cast<__m256i*>(to), w); }
+// of 8 values
+inline Words widened(const uint16_t* from) {
+    return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16);
+}
+// 8 x 8 words: row and column change places.
+inline void transpose(Words w[LANES]) {
+    Words pairs[LANES];
+#pragma GCC unroll 2
+    for (int i = 0; i < LANES; i += 4) {
+        const Words a = _mm256_unpacklo_epi32(w[i], w[i + 1]), b = _mm256_unpackhi_epi32(w[i], w[i + 1]);
+        const Words c = _mm256_unpacklo_epi32(w[i + 2], w[i + 3]), d = _mm256_unpackhi_epi32(w[i + 2], w[i + 3]);
+        pairs[i] = _mm256_unpacklo_epi64(a, c), pairs[i + 1] = _mm256_unpackhi_epi64(a, c);
+        pairs[i + 2] = _mm256_unpacklo_epi64(b, d), pairs[i + 3] = _mm256_unpackhi_epi64(b, d);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        w[i] = _mm256_permute2x128_si256(pairs[i], pairs[i + 4], 0x20);
+        w[i + 4] = _mm256_permute2x128_si256(pairs[i], pairs[i + 4], 0x31);
+    }
+}
+// as to_bf16() rounds
+inline void store_bf16(uint16_t* to, Vector v) {
+    const Words bits = _mm256_castps_si256(v);
+    const Words odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const Words sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    const Words rounded = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7FC0),
+                                             _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+}
 inline Vector lower(Words w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); }
 inline Vector upper(Words w) {
     return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(int(0xFFFF0000u))));
@@ -167,6 +243,25 @@ inline Vector fma(const Vector& a, const Vector& b, const Vector& c) {
     for (int i = 0; i < LANES; i++) v.lane[i] = std::fma(a.lane[i], b.lane[i], c.lane[i]);
     return v;
 }
+inline Vector add(const Vector& a, const Vector& b) {
+    Vector v;
+    for (int i = 0; i < LANES; i++) v.lane[i] = a.lane[i] + b.lane[i];
+    return v;
+}
+inline void store_bf16(uint16_t* to, const Vector& v) {
+    for (int i = 0; i < LANES; i++) to[i] = to_bf16(v.lane[i]);
+}
+inline void store_words(void* to, const Words& w) { std::memcpy(to, w.lane, sizeof w); }
+inline Words widened(const uint16_t* from) {
+    Words w;
+    for (int i = 0; i < LANES; i++) w.lane[i] = uint32_t(from[i]) << 16;
+    return w;
+}
+// LANES x LANES words: row and column change places.
+inline void transpose(Words w[LANES]) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) std::swap(w[i].lane[j], w[j].lane[i]);
+}
 inline Words load_words(const void* from) {
     Words w;
     std::memcpy(w.lane, from, sizeof w);
@@ -215,6 +310,7 @@ using Element = uint32_t;
 using Weight = Words;
 
 inline Element element(const uint16_t* x) { return x[0] | uint32_t(x[1]) << 16; }
+inline Words load_elements(const uint16_t* x) { return load_words(x); }
 inline Weight weight_of(const Words& pair, int) { return pair; }
 inline Weight load_weight(const Element* from) { return load_words(from); }
 #if defined(MEGAMOE_AVX512)
@@ -237,6 +333,7 @@ using Element = float;
 using Weight = Vector;
 
 inline Element element(const uint16_t* x) { return from_bf16(*x); }
+inline Words load_elements(const uint16_t* x) { return widened(x); }
 inline Weight weight_of(const Words& pair, int k) { return k % 2 ? upper(pair) : lower(pair); }
 inline Weight load_weight(const Element* from) { return load(from); }
 inline void store_weight(Element* to, const Weight& w) { store(to, w); }

@@ -85,7 +85,7 @@ def calibrate(reports: Sequence[dict[str, Any]], start: Machine, *, name: str, c
         update={"name": name, "title": title, "fitted": source, "cores": cores, "threads_per_rank": threads.pop()}
     )
     for _ in range(_ROUNDS):
-        machine = _with(machine, source, **_fit_compute(reports, machine))
+        machine = with_measured(machine, source, **_fit_compute(reports, machine))
         machine = _fit_link(reports, machine, source)
         machine = _fit_together(reports, machine, source)
     return machine
@@ -98,7 +98,8 @@ def as_yaml(machine: Machine) -> str:
     return yaml.safe_dump(machine.model_dump(exclude_defaults=True), sort_keys=False, width=120)
 
 
-def _with(machine: Machine, source: str, **values: float) -> Machine:
+def with_measured(machine: Machine, source: str, **values: float) -> Machine:
+    """The machine with other constants, to four digits."""
     figures = {key: Figure(value=float(f"{value:.4g}"), tag="measured", source=source) for key, value in values.items()}
     return machine.model_copy(update=figures)
 
@@ -129,13 +130,13 @@ def _fit_link(reports: Sequence[dict[str, Any]], machine: Machine, source: str) 
     """Of all sizes of burst the one that leaves the least error of the communication that was measured alone."""
 
     def off(burst_us: float) -> float:
-        tried = _with(machine, source, burst_us=burst_us)
-        checks = check(reports, _with(tried, source, **_fit_communication(reports, tried)))
+        tried = with_measured(machine, source, burst_us=burst_us)
+        checks = check(reports, with_measured(tried, source, **_fit_communication(reports, tried)))
         found = [each.predicted.communication_ms / each.communication_ms for each in checks if each.run.ranks > 1]
         return sum(abs(each - 1) for each in found)
 
-    found = _with(machine, source, burst_us=min(_BURSTS_US, key=off))
-    return _with(found, source, **_fit_communication(reports, found))
+    found = with_measured(machine, source, burst_us=min(_BURSTS_US, key=off))
+    return with_measured(found, source, **_fit_communication(reports, found))
 
 
 def _fit_communication(reports: Sequence[dict[str, Any]], machine: Machine) -> dict[str, float]:
@@ -165,7 +166,7 @@ def _fit_together(reports: Sequence[dict[str, Any]], machine: Machine, source: s
         return sum(abs(log(each.predicted.overlapped_ms / each.overlapped_ms)) for each in checks)
 
     def best(tried: Iterable[dict[str, float]]) -> dict[str, float]:
-        return min(tried, key=lambda values: off(_with(machine, source, **values)))
+        return min(tried, key=lambda values: off(with_measured(machine, source, **values)))
 
     rates = {each["link_gb_s"] for each in reports if each["link_gb_s"]}
     shares = _LINK_SHARES if len(rates) > 1 else [machine.link_share.value]
@@ -177,7 +178,7 @@ def _fit_together(reports: Sequence[dict[str, Any]], machine: Machine, source: s
         }
         found = best({**found, "byte_ns": ns, "link_share": share} for ns, share in product(*around.values()))
         found |= {"wave_us": best({**found, "wave_us": us} for us in _WAVES_US)["wave_us"]}
-    return _with(machine, source, **found)
+    return with_measured(machine, source, **found)
 
 
 def nonnegative(amounts: NDArray[np.float64], measured: NDArray[np.float64]) -> list[float]:
