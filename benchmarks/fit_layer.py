@@ -33,7 +33,7 @@ PRODUCTS = "sglang_grouped_gemm_h100_fp8_decode", "sglang_grouped_gemm_h100_fp8_
 EXCHANGES = "deepep_ll_h100_1node", "deepep_ll_gb200_1node", "deepep_ll_h100_nodes"
 # what a table weighs in all, in rows: few rows of another device say as much as many of one
 WEIGHTS = {"pull request 316": 26.0, FUSED[0]: 80.0, FUSED[1]: 40.0, FUSED[2]: 20.0}
-SHARED = ("feed_ps", "epilogue_ps", "memory_efficiency", "fixed_us", "staging_us")
+SHARED = ("feed_ps", "epilogue_ps", "memory_efficiency", "memory_overlap", "fixed_us", "staging_us")
 CORE = (*(f"*.{key}" for key in SHARED), "blackwell.overlap", "hopper.overlap")
 STAGED = ("*.masked_us", "*.contiguous_us", "*.host_us")
 LOW_LATENCY = (
@@ -108,6 +108,8 @@ def fit(keys: Sequence[str], data: Sequence[Sample], fixed: Constants | None = N
     measured = np.log([each.row.latency_us for each in data])
     weights = np.array([each.weight for each in data])
 
+    least = np.array([0.0 if key.endswith("overlap") else -np.inf for key in keys])  # a norm's power is 1 or more
+
     def off(point: NDArray[np.float64]) -> NDArray[np.float64]:
         profile_of = profiles({**(fixed or {}), **dict(zip(keys, np.exp(point).tolist(), strict=True))})
         planned = [planned_us(each.row, profile_of(hardware_of(each.row.hardware))) for each in data]
@@ -125,9 +127,10 @@ def fit(keys: Sequence[str], data: Sequence[Sample], fixed: Constants | None = N
         before = loss(errors)
         for _ in range(6):
             step = np.linalg.solve(gram + damping * np.diag(np.diag(gram) + 1e-6), -goal).clip(-0.4, 0.4)
-            moved = off(point + step)
+            there = np.maximum(point + step, least)
+            moved = off(there)
             if loss(moved) < before:
-                point, errors, damping = point + step, moved, damping / 3
+                point, errors, damping = there, moved, damping / 3
                 break
             damping *= 5
         if before - loss(errors) < 1e-3 * before:
@@ -164,7 +167,8 @@ def staged_h200() -> list[Measured]:
 def left_out(device: str) -> dict[str, dict[str, float]]:
     """Errors of one device's rows with every constant fitted to the other devices' rows alone.
 
-    What only the device itself would tell of its generation is taken from the other generation, or left out.
+    What only the device itself would tell of its generation is taken from the other generation, or left out; of its
+    links, that they overlap as well as memory does.
     """
     keys = [key for key in CORE if not _own(device, key)]
     other = {"hopper": "blackwell", "blackwell": "hopper"}
@@ -176,7 +180,8 @@ def left_out(device: str) -> dict[str, dict[str, float]]:
     for key in (*CORE, *LOW_LATENCY):
         if key not in found and key.split(".")[0] in other:
             name, figure = key.split(".")
-            found[key] = found.get(f"{other[name]}.{figure}", values([key])[key])
+            same = "*.memory_overlap" if figure == "overlap" else f"{other[name]}.{figure}"
+            found[key] = found.get(same, values([key])[key])
     errors = {}
     for name in ("pull request 316", *FUSED, *PRODUCTS, *EXCHANGES):
         rows = [row for row in table(name) if row.hardware == device]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.catalog import find_profile, load_hardware, load_model, load_profile
 from megamoe.planner.layer.cost import LayerTime, dispatch_us, layer_time, row_us
-from megamoe.planner.layer.device import Device, compute_format
+from megamoe.planner.layer.device import Device, compute_format, norm
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.plan import PlanRequest, plan
-from megamoe.planner.layer.routing import KINDS, RankLoad, Routing, _replicated, busiest
+from megamoe.planner.layer.routing import KINDS, RankLoad, Routing, _dealt, _expected, _replicated, _spread, busiest
 from megamoe.planner.layer.rule import Rule, hides_tflops, threshold, tiers, transfer_us
 from megamoe.planner.layer.stacks import STACKS, own_time, stack_time
 from megamoe.planner.layer.staged import low_latency, normal, reached_by, staged_time
@@ -152,6 +155,57 @@ def test_copies_go_to_the_most_loaded_and_ranks_are_filled_evenly() -> None:
     assert all(len(rank) == 3 for rank in ranks)
 
 
+def test_fewer_pairs_than_experts_are_dealt_around_the_ranks() -> None:
+    """8 ranks of a token, top-6, 384 experts: 48 pairs, nearly all shares round to 0, and no rank has many more."""
+    (ranks,) = busiest("power_law_1.01", 384, 6, 8, 1)
+    assert max(load.rows for load in ranks) <= 8
+    assert sum(load.rows for load in ranks[:1]) >= 6
+
+
+@given(
+    shares=st.lists(st.floats(0.01, 100), min_size=4, max_size=40),
+    tokens=st.integers(1, 500),
+    topk=st.integers(1, 4),
+    ep=st.integers(1, 4),
+)
+@settings(deadline=None)
+def test_dealt_rows_are_whole_sum_to_the_pairs_and_stay_below_the_tokens(
+    shares: list[float], tokens: int, topk: int, ep: int
+) -> None:
+    counts = _dealt(np.array(shares), tokens * topk, tokens, ep)
+    assert sum(counts) == tokens * topk
+    assert all(0 <= rows <= tokens and rows == int(rows) for rows in counts)
+
+
+def test_rows_are_spread_as_if_one_by_one() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        most = rng.randint(1, 9)
+        ranks = [[float(rng.randint(0, most)) for _ in range(rng.randint(1, 5))] for _ in range(rng.randint(1, 4))]
+        number = rng.randint(0, int(sum(most - rows for rank in ranks for rows in rank)))
+        slow, left = [list(rank) for rank in ranks], number
+        while left:
+            for rank in slow:
+                if left and min(rank) < most:
+                    rank[rank.index(min(rank))] += 1
+                    left -= 1
+        found = _spread(ranks, number, float(most))
+        cut = 0
+        for rank in slow:
+            assert sorted(found[cut : cut + len(rank)]) == sorted(rank)
+            cut += len(rank)
+
+
+def test_chance_counts_less_the_more_tokens_there_are() -> None:
+    """The busiest of 8 ranks, over the mean: 4096 tokens of all ranks, 64 times as many."""
+    few, many = (
+        sum(draw[0].rows for draw in busiest("uniform", 256, 8, 8, tokens)) / 8 / (tokens * 8) - 1
+        for tokens in (512, 32768)
+    )
+    assert many == pytest.approx(few / 8, rel=0.05)
+    assert sum(_expected(np.geomspace(1, 1024, 384), 6)) == pytest.approx(6)
+
+
 @pytest.mark.parametrize("text", ["even", "zipf", "zipf_", "zipf_x", "balanced_2", "power_law_-1", "power_law_99", ""])
 def test_routings_that_are_not_known(text: str) -> None:
     with pytest.raises(ValueError, match="is not known; there are balanced"):
@@ -201,9 +255,8 @@ def test_the_parts_of_a_layer_add_up() -> None:
     assert time.layer_us == pytest.approx(time.fixed_us + time.core_us + time.sum_us)
     assert time.core_us == pytest.approx(time.alone_us + time.exposed_us)
     assert time.alone_us >= max(time.compute_us, time.memory_us)
-    tiles = 24 * 8 * (48 * tile_us(GB200, 128, 7168) + 56 * tile_us(GB200, 128, 3072))  # 1024 rows of each expert
-    assert time.compute_us <= tiles / 152 * (1 + 1e-9)
-    assert time.compute_us == pytest.approx(tiles / 152, rel=0.1)
+    whole, last = (48 * tile_us(GB200, rows, 7168, 0.5) + 56 * tile_us(GB200, rows, 3072, 0.5) for rows in (192, 64))
+    assert time.compute_us == pytest.approx(24 * (5 * whole + last) / 152), "1024 rows of each expert: 5 x 192 + 64"
     assert time.fixed_us == pytest.approx(time.kernel_us + time.graph_us + time.stack_us)
     sent = 4096 * 6 * 15 / 16 * 7168 * (1 + 1 / 32 + 2)
     assert time.communication_us == pytest.approx(sent / GB200.link_bytes_s(16) * 1e6)
@@ -241,7 +294,24 @@ def test_across_nodes_the_slowest_tier_counts_and_what_stays_inside_does_not() -
     assert across.communication_us > 4 * inside.communication_us
     sent = 4096 * 6 * (1 - 8 / 16) * 7168 * (1 + 1 / 32 + 2)
     assert across.communication_us == pytest.approx(sent / h100.nic_bytes_s * 1e6)
+    overlapping = replace(h100, overlap=3.0)
+    inside, across = (layer_time(PRO, overlapping, ep=ep, tokens_per_rank=4096) for ep in (8, 16))
     assert across.hidden < inside.hidden
+
+
+@given(
+    tokens=st.sampled_from([1, 30, 512, 8192]),
+    ep=st.sampled_from([2, 8, 16, 64]),
+    name=st.sampled_from(["h20", "h100", "gb200", "mi355x", "l40s"]),
+    routing=st.sampled_from(["balanced", "power_law_1.2"]),
+)
+@settings(deadline=None, max_examples=40)
+def test_waves_never_take_longer_than_one_thing_after_the_other(tokens: int, ep: int, name: str, routing: str) -> None:
+    on = device(name)
+    time = layer_time(PRO, on, ep=ep, tokens_per_rank=tokens, routing=routing)
+    latency = 2 * on.exchange_us if ep > on.scaleup_domain else 0.0
+    serial = time.alone_us + time.communication_us + on.wave_us + latency
+    assert time.core_us <= serial * (1 + 1e-9)
 
 
 def test_no_tokens_take_no_more_than_what_is_fixed() -> None:
@@ -301,17 +371,50 @@ V3 = Expert(7168, 2048, 256, 8, weight_format="fp8")
 
 
 def test_a_tile_by_hand() -> None:
-    """2 x 128 x 128 x 1000 FLOPs on an SM of 10 TFLOP/s: 3.2768 us; 5 ps x 256 x 1000 + 100 ps x 16384: 2.9184 us."""
+    """2 x 128 x 128 x 1000 FLOPs on an SM of 10 TFLOP/s: 3.2768 us, more than 5 ps x 256 x 1000, 1.28; 100 ps x 16384.
+
+    With 20 ps a byte 5.12 us count instead, 3.84 where weights have half a byte.
+    """
     plain = replace(GB200, tflops=1000.0, sms=100.0, feed_ps=5.0, epilogue_ps=100.0, operand_bytes=1.0)
-    assert tile_us(plain, 128, 1000) == pytest.approx(math.hypot(3.2768, 2.9184))
+    epilogue = 1.6384
+    assert tile_us(plain, 128, 1000) == pytest.approx((3.2768**3 + epilogue**3) ** (1 / 3))
+    slow = replace(plain, feed_ps=20.0)
+    assert tile_us(slow, 128, 1000) == pytest.approx((5.12**3 + epilogue**3) ** (1 / 3))
+    assert tile_us(slow, 128, 1000, 0.5) == pytest.approx((3.84**3 + epilogue**3) ** (1 / 3))
 
 
 def test_products_add_up_their_tiles_and_wait_for_one_of_each() -> None:
-    (few,) = products_us(PRO, GB200, [16], [1])
-    cost = (48 * tile_us(GB200, 16, 7168) + 56 * tile_us(GB200, 16, 3072)) / 152
-    longest = tile_us(GB200, 16, 7168) + tile_us(GB200, 16, 3072)
-    assert few == pytest.approx(max(cost, longest))
-    assert products_us(PRO, GB200, [16, 512], [90, 6])[0] == pytest.approx(cost)
+    def cost(rows: int) -> float:
+        return (48 * tile_us(GB200, rows, 7168, 0.5) + 56 * tile_us(GB200, rows, 3072, 0.5)) / 152
+
+    (few,) = products_us(PRO, GB200, [16], [1], 16)
+    assert few == pytest.approx(max(cost(16), tile_us(GB200, 16, 7168, 0.5) + tile_us(GB200, 16, 3072, 0.5)))
+    found = products_us(PRO, GB200, [16, 192, 200, 384], [90, 6, 1, 1], 192)
+    assert found == pytest.approx([cost(16), cost(192), cost(192) + cost(16), 2 * cost(192)])
+
+
+def test_the_last_tile_of_an_expert_computes_its_rows_alone() -> None:
+    """256 rows of each expert in tiles of 192: less than two whole ones, more than 4/3 of one."""
+    (one,), (more,), (two,) = (products_us(PRO, GB200, [rows], [48], 192) for rows in (192, 256, 384))
+    assert 4 / 3 * one < more < two == pytest.approx(2 * one)
+
+
+def test_a_call_has_tiles_of_one_size_by_the_mean_rows_of_an_expert() -> None:
+    found = {rows: block_of(GB200, rows) for rows in (0.1, 8, 8.5, 16, 17, 32, 33, 64, 65, 96, 97, 5000)}
+    assert list(found.values()) == [16, 16, 32, 32, 64, 64, 96, 96, 128, 128, 192, 192]
+
+
+def test_a_hot_expert_computes_while_the_weights_of_others_are_read() -> None:
+    """The rank's sums overlap: less than the experts one after the other, and not less than the longer sum."""
+    time = layer_time(PRO, GB200, ep=4, tokens_per_rank=1024, routing="power_law_1.01")
+    assert max(time.compute_us, time.memory_us) < time.alone_us
+    assert time.alone_us == pytest.approx(norm(time.compute_us, time.memory_us, GB200.memory_overlap))
+
+
+@pytest.mark.parametrize(("power", "took"), [(1.0, 7.0), (2.0, 5.0), (math.inf, 4.0)])
+def test_a_norm_goes_from_the_sum_to_the_longer(power: float, took: float) -> None:
+    assert norm(3.0, 4.0, power) == pytest.approx(took)
+    assert norm(0.0, 0.0, power) == 0.0
 
 
 def test_grouped_products_come_in_whole_waves() -> None:
@@ -339,12 +442,12 @@ def test_an_eighth_of_the_peak_is_not_eight_times_as_slow() -> None:
 @settings(deadline=None, max_examples=60)
 def test_more_rows_and_wider_experts_never_take_less(rows: float, wider: float, name: str) -> None:
     on = device(name)
-    for products in (products_us, grouped_us):
+    for products in (partial(products_us, block=block_of(on, rows)), grouped_us):
         (one,), (more,) = (products(V3, on, [each], [4]) for each in (rows, rows + 1))
         (wide,) = products(replace(V3, intermediate=int(2048 * wider)), on, [rows], [4])
         assert one <= more * (1 + 1e-9)
         assert one <= wide * (1 + 1e-9)
-    assert block_of(V3, on, rows) in on.blocks
+    assert block_of(on, rows) in on.blocks
 
 
 @given(
@@ -423,8 +526,8 @@ def test_one_rank_of_the_staged_stack_sends_nothing() -> None:
 
 def test_this_packages_layer_pays_for_its_launches() -> None:
     bf16 = Device.of(H100, HOPPER, "bf16")
-    one, four = (own_time(V3, bf16, HOPPER, ep=8, tokens_per_rank=64, waves=waves) for waves in (1, 4))
-    busy = [each.core_us - each.stalls_us - each.tail_us for each in (one, four)]
+    two, five = (own_time(V3, bf16, HOPPER, ep=8, tokens_per_rank=64, waves=waves) for waves in (2, 5))
+    busy = [each.core_us - each.stalls_us - each.tail_us for each in (two, five)]
     assert busy[1] - busy[0] == pytest.approx(3 * 8 * HOPPER.kernel_us.value)
     assert own_time(V3, bf16, HOPPER, ep=8, tokens_per_rank=16384).waves <= 8
 

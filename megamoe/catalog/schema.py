@@ -311,7 +311,8 @@ class Profile(Staged):
     link_incast         many ranks sending to one: (rows of the busiest / its own pairs)^link_incast times as long
     nic_efficiency      of the NIC, likewise
     exchange_us         a dispatch or combine of its own, in no kernel
-    overlap             p of the norm in which compute, memory and link add up within the fused kernel
+    memory_overlap      p of the norm in which products and their memory add up within the fused kernel
+    overlap             the same of both and the links
     fixed_us            a call of the kernel, whatever it does      barrier_us         for every doubling of ranks
     expert_us           for every expert of the rank: its counts, its place in the queue
     graph_us            a module's launches, in a captured graph    staging_us         its kernels around the layer's
@@ -340,6 +341,7 @@ class Profile(Staged):
     link_incast: Figure
     nic_efficiency: Figure
     exchange_us: Figure
+    memory_overlap: Figure
     overlap: Figure
     fixed_us: Figure
     expert_us: Figure
@@ -372,7 +374,7 @@ class Profile(Staged):
         for key, figure in figures(self).items():
             if key.endswith("_efficiency") and not 0 < figure.value <= 1:
                 raise ValueError(f"{key} is a share of the peak, above 0 and at most 1, not {figure.value:g}")
-        for key in ("overlap", "dense_overlap"):
+        for key in ("memory_overlap", "overlap", "dense_overlap"):
             if getattr(self, key).value < 1:
                 raise ValueError(f"{key} is 1 (nothing overlaps) or more, not {getattr(self, key).value:g}")
         return self

@@ -216,6 +216,9 @@ class Answer:
         }
 
 
+_LONGEST_US = 1e18  # of a layer: thirty thousand years, which no table is made for
+
+
 def answer(question: Question, subject: Subject | None = None) -> Answer:
     """Plans. ValueError for what makes no sense, or what cannot be calculated with."""
     check_phase(question)
@@ -229,6 +232,8 @@ def answer(question: Question, subject: Subject | None = None) -> Answer:
         raise ValueError(f"these figures cannot be calculated with: {error.args[-1]}") from error
     if not all(map(math.isfinite, results)):
         raise ValueError("these figures cannot be calculated with: the result is no number")
+    if found.plan.layer.layer_us > _LONGEST_US:
+        raise ValueError(f"these figures cannot be calculated with: a layer takes {found.plan.layer.layer_us:.1g} us")
     return found
 
 

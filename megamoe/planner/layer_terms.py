@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import ceil
+
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan
 from megamoe.planner.layer.rule import tiers
@@ -51,9 +54,9 @@ def _row_terms(planned: Plan) -> list[Term]:
 def _work_terms(planned: Plan) -> list[Term]:
     layer, expert, device = planned.layer, planned.request.expert, _device(planned)
     read = f"({g(layer.experts_touched)} x {g(expert.weight_bytes)} + {g(layer.rows)} x {g(expert.row_bytes)})"
-    power = g(device.overlap)
+    power = g(device.memory_overlap)
     alone = f"({g(layer.compute_us)}^{power} + {g(layer.memory_us)}^{power})^(1 / {power})"
-    balanced = planned.request.routing == "balanced"
+    drawn = planned.request.routing != "balanced"
     return [
         *_tile_terms(planned),
         Term(
@@ -62,8 +65,8 @@ def _work_terms(planned: Plan) -> list[Term]:
             layer.memory_us, "us",
         ),
         Term(
-            "both, without links", "sum over experts of (compute^p + memory^p)^(1/p)",
-            alone if balanced else g(layer.alone_us), layer.alone_us, "us",
+            "both, without links", "(compute^p + memory^p)^(1/p), p = memory_overlap" + ", mean of the draws" * drawn,
+            g(layer.alone_us) if drawn else alone, layer.alone_us, "us",
         ),
     ]  # fmt: skip
 
@@ -73,25 +76,36 @@ def _tile_terms(planned: Plan) -> list[Term]:
     layer, expert, device = planned.layer, planned.request.expert, _device(planned)
     reached = reached_tflops(expert, device)
     rate = Term("rate reached", "of an expert with many rows, without memory and links", g(reached), reached, "TFLOP/s")
-    balanced = planned.request.routing == "balanced"
-    rows = layer.rows / layer.experts_touched
-    block = block_of(expert, device, rows)
-    terms, tiles = [], []
-    for name, (k, n) in zip(("Linear-1", "Linear-2"), expert.products, strict=True):
-        size = f"{block} x {COLUMNS}"
-        tensor = f"2 x {size} x {k} / ({g(device.tflops)} x 10^6 / {g(device.sms)})"
-        feed = f"{g(device.feed_ps)} x {g(device.operand_bytes)} x ({block} + {COLUMNS}) x {k}"
-        numbers = f"(({tensor})^2 + (({feed} + {g(device.epilogue_ps)} x {size}) / 10^6)^2)^0.5"
-        one = tile_us(device, block, k)
-        formula = "norm of 2 rows columns K / peak of an SM, feed bytes (rows + columns) K + epilogue rows columns"
-        terms.append(Term(f"a tile of {name}", formula, numbers, one, "us"))
-        tiles.append(f"{-(-n // COLUMNS)} x {g(one)}")
-    spread = f"{g(layer.experts_touched)} x ceil({g(rows)} / {block}) x ({' + '.join(tiles)}) / {g(device.sms)}"
-    longest = sum(tile_us(device, each, k) for k, _ in expert.products for each in [min(device.blocks)])
-    whole = balanced and layer.compute_us > longest * (1 + 1e-9)
+    request, rows = planned.request, layer.rows / layer.experts_touched
+    slots = request.model.num_experts + request.redundant
+    block = block_of(device, request.tokens_per_rank * request.ep * expert.topk / slots)
+    step = device.tile_rows
+    whole, last = int(rows // block), min(block, ceil(rows % block / step) * step)
+    terms, parts = [], []
+    for count, size, which in ((whole, block, "a tile"), (1, last, "the last tile" if whole else "a tile")):
+        if count and size:
+            cost = " + ".join(f"{-(-n // COLUMNS)} x {g(_tile(planned, size, k).value)}" for k, n in expert.products)
+            parts.append(f"{count} x ({cost})")
+            for name, (k, _) in zip(("Linear-1", "Linear-2"), expert.products, strict=True):
+                terms.append(replace(_tile(planned, size, k), name=f"{which} of {name}, {size} rows"))
+    spread = f"{g(layer.experts_touched)} x ({' + '.join(parts)}) / {g(device.sms)}"
+    longest = sum(_tile(planned, step, k).value for k, _ in expert.products)
+    shown = request.routing == "balanced" and layer.compute_us > longest * (1 + 1e-9)
     formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs"
-    compute = Term("compute", formula, spread if whole else g(layer.compute_us), layer.compute_us, "us")
-    return [*(terms if whole else []), compute, rate]
+    compute = Term("compute", formula, spread if shown else g(layer.compute_us), layer.compute_us, "us")
+    return [*(terms if shown else []), compute, rate]
+
+
+def _tile(planned: Plan, rows: int, k: int) -> Term:
+    """One tile of rows x 128 over K."""
+    expert, device = planned.request.expert, _device(planned)
+    size = f"{rows} x {COLUMNS}"
+    tensor = f"2 x {size} x {k} / ({g(device.tflops)} x 10^6 / {g(device.sms)})"
+    moved = f"({rows} x {g(device.operand_bytes)} + {COLUMNS} x {g(expert.weight_element_bytes)})"
+    feed = f"{g(device.feed_ps)} x {moved} x {k} / 10^6"
+    numbers = f"(max({tensor}, {feed})^3 + ({g(device.epilogue_ps)} x {size} / 10^6)^3)^(1 / 3)"
+    formula = "3-norm of max(2 rows columns K / peak of an SM, feed (rows + columns in bytes) K), epilogue rows columns"
+    return Term("tile", formula, numbers, tile_us(device, rows, k, expert.weight_element_bytes), "us")
 
 
 def _link_terms(planned: Plan) -> list[Term]:
@@ -141,14 +155,15 @@ def _wave_terms(planned: Plan) -> list[Term]:
     busy = layer.core_us - layer.stalls_us - layer.tail_us - exchange
     if request.routing == "balanced":
         p, waves = g(device.overlap), layer.waves
-        numbers = (
-            f"({g(layer.alone_us)}^{p} + {g(layer.communication_us)}^{p})^(1 / {p}) + {waves} x {g(device.wave_us)}"
+        both = (
+            f"({g(layer.alone_us)}^{p} + {g(layer.communication_us)}^{p})^(1 / {p})" if waves > 1 else g(layer.alone_us)
         )
+        numbers = f"{both} + {waves} x {g(device.wave_us)}"
     else:
         numbers = g(busy)
     parts = f"{g(busy)} + {g(layer.stalls_us)} + {g(layer.tail_us)}" + (f" + {g(exchange)}" if exchange else "")
     exposed = f"{layer.core_us:.10g} - {layer.alone_us:.10g}"
-    formula = "sum over experts of (alone^p + link^p)^(1/p) + waves x wave_us"
+    formula = "(alone^p + link^p)^(1/p) + waves x wave_us, p = overlap; of one wave, which no link disturbs, alone"
     stalls, tail = "played: compute that waits for rows, head included", "played: last results under way"
     terms = [
         Term("waves: busy", formula, numbers, busy, "us"),

@@ -17,6 +17,11 @@ VALUE_BYTES = {
 WIRE_FORMATS = ("bf16", "fp8", "int8", "mxfp8", "mxfp4", "nvfp4")
 
 
+def element_bytes(name: str) -> float:
+    """Bytes per value without scales.    "mxfp8" -> 1.0    "nvfp4" -> 0.5"""
+    return int(2 * value_bytes(name)) / 2
+
+
 def value_bytes(name: str) -> float:
     """Bytes per value, scales included.    "bf16" -> 2.0    "mxfp8" -> 1.03125    ValueError names the nearest"""
     if name not in VALUE_BYTES:

@@ -1,14 +1,15 @@
 """How long one expert-parallel layer takes in the fused kernel, part by part, on the rank that is last.
 
-Per expert of that rank, with n rows:
+Of all experts of that rank, with R rows:
 
-    compute    its tiles, spread over the SMs (tiles.py)
+    compute    their tiles, spread over the SMs (tiles.py)
     memory     (weights + rows that are read and written) / (memory bandwidth * memory_efficiency)
-    link       n * bytes of a row there and back / (link * link_efficiency), over the slowest tier that it crosses
+    link       R * bytes of a row there and back / (link * link_efficiency), over the slowest tier that it crosses
 
-All three use the same device at once and get in each other's way, so that together they take the p-norm of the three
-with p = overlap: infinite where they overlap perfectly, 1 where one waits for the other. An expert is slow for its own
-reason, one that has many rows for its compute, one that has few for its weights; they are added up.
+All three use the same device at once and get in each other's way: products and memory take their p-norm with
+p = memory_overlap, both and the links that with p = overlap, infinite where they overlap perfectly, 1 where one waits
+for the other. Tiles of several experts are under way at once, so that one that has many rows computes while the weights
+of one that has few are read; what counts is the rank's sum of each.
 
 The waves are then played: dispatch, compute, combine, one link. On top come, once a call, the kernel itself with a
 barrier for every doubling of ranks; the sum of the slots, which nothing overlaps; and where a module runs it, the
@@ -23,19 +24,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import mul
 from statistics import fmean
 
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.routing import RankLoad, busiest
 from megamoe.planner.layer.rule import tiers
-from megamoe.planner.layer.tiles import products_us
+from megamoe.planner.layer.tiles import block_of, products_us
 from megamoe.schedule.formats import value_bytes
 from megamoe.schedule.schedule import Played, Work, play
 
 _NUMBERS_OF_WAVES = (1, 2, 3, 4, 6, 8, 12, 16)
-
-Busy = list[tuple[float, float, int]]  # rows and microseconds of an expert, and how many experts are like that
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +123,10 @@ def layer_time(
     _check(expert, ep, tokens_per_rank, redundant, waves)
     drawn = busiest(routing, expert.num_experts, expert.topk, ep, tokens_per_rank, redundant)
     numbers = [waves] if waves else [each for each in _NUMBERS_OF_WAVES if each <= most_waves]
+    block = block_of(device, tokens_per_rank * ep * expert.topk / (expert.num_experts + redundant))
     last = [
         max(
-            (_core(expert, device, load, ep, tokens_per_rank, numbers, sent) for load in ranks),
+            (_core(expert, device, load, ep, tokens_per_rank, block, numbers, sent) for load in ranks),
             key=lambda c: c.played.total,
         )
         for ranks in drawn
@@ -186,25 +187,24 @@ class _Core:
 
 
 def _core(
-    expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float, waves: list[int], sent: float
+    expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float, block: int, waves: list[int], sent: float
 ) -> _Core:
     """One rank's waves in microseconds."""
     rows = load.rows
     if not rows:
         return _Core(load, Played(0.0, 0.0, 0.0, 0.0, ()), 1, *[0.0] * 6)
-    there, back = row_us(device, ep, rows, tokens * expert.topk, expert.dispatch_bytes * sent, expert.combine_bytes)
-    compute_us = memory_us = alone_us = 0.0
-    busy: Busy = []
+    own = tokens * expert.topk
+    there, back = (
+        rows * each for each in row_us(device, ep, rows, own, expert.dispatch_bytes * sent, expert.combine_bytes)
+    )
     counts, numbers = zip(*load.groups, strict=True)
-    for count, number, compute in zip(counts, numbers, products_us(expert, device, counts, numbers), strict=True):
-        memory = device.memory_us(expert.weight_bytes + count * expert.row_bytes)
-        alone = device.together(compute, memory)
-        compute_us, memory_us = compute_us + compute * number, memory_us + memory * number
-        alone_us += alone * number
-        busy.append((count, device.together(alone, count * (there + back)), number))
-    played, best = _play(busy, there, back, device, waves)
+    products = products_us(expert, device, counts, numbers, block)
+    compute = sum(map(mul, products, numbers))
+    memory = device.memory_us(load.touched * expert.weight_bytes + rows * expert.row_bytes)
+    alone = device.with_memory(compute, memory)
+    played, best = _play(alone, load.touched, there, back, device, waves)
     latency = 2 * device.exchange_us if ep > device.scaleup_domain else 0.0
-    return _Core(load, played, best, compute_us, memory_us, alone_us, there * rows, back * rows, latency)
+    return _Core(load, played, best, compute, memory, alone, there, back, latency)
 
 
 def dispatch_us(expert: Expert, device: Device, *, ep: int, tokens_per_rank: float) -> float:
@@ -232,20 +232,21 @@ def row_us(device: Device, ep: int, rows: float, own: float, there: float, back:
     return there * slowest * 1e6, back * slowest * 1e6
 
 
-def _play(busy: Busy, there: float, back: float, device: Device, waves: list[int]) -> tuple[Played, int]:
+def _play(
+    alone: float, experts: int, there: float, back: float, device: Device, waves: list[int]
+) -> tuple[Played, int]:
     """The schedule that takes least time, of any of these numbers of waves.
 
     The fused kernel computes a block as soon as the block's rows are there, so that a wave is a share of all rows, not
-    of all experts: one expert that most rows want is spread over the waves like the rest.
+    of all experts: one expert that most rows want is spread over the waves like the rest. One wave has its links before
+    and after it, where they are in nobody's way.
     """
-    experts = sum(number for _, _, number in busy)
-    rows = sum(count * number for count, _, number in busy)
-    time = sum(took * number for _, took, number in busy)
     numbers = waves if len(waves) == 1 else [each for each in waves if each <= experts] or [1]
     best: tuple[Played, int] | None = None
     for number in numbers if there else numbers[:1]:
+        time = device.with_links(alone, there + back) if number > 1 else alone
         works = [Work(wave, time / number + device.wave_us) for wave in range(number)]
-        played = play(works, [rows * there / number] * number, [rows * back / number] * number)
+        played = play(works, [there / number] * number, [back / number] * number)
         if best is None or played.total < best[0].total:
             best = played, number
     assert best is not None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.catalog import Hardware, Profile
-from megamoe.schedule.formats import value_bytes
+from megamoe.schedule.formats import element_bytes, value_bytes
 
 # dense TFLOP/s of one SM of GB200 (5000, 10000, 2500 of 152): the unit of a device whose SMs nobody counted
 _SM_TFLOPS = {"fp8": 32.9, "int8": 32.9, "fp4": 65.8, "bf16": 16.4}
-_OPERAND_BYTES = {"fp8": 1.0, "int8": 1.0, "fp4": value_bytes("nvfp4"), "bf16": 2.0}
+_OPERAND_BYTES = {"fp4": 0.5} | {name: element_bytes(name) for name in ("fp8", "int8", "bf16")}
 _BLOCKS = (1, 2, 4, 6, 8, 12)  # rows of a tile, in steps of the smallest: DeepGEMM's 16, 32, 64, 96, 128, 192
 
 
@@ -17,7 +17,8 @@ _BLOCKS = (1, 2, 4, 6, 8, 12)  # rows of a tile, in steps of the smallest: DeepG
 class Device:
     """Peaks, one-way bandwidths per second, and the profile's constants, whose names it shares.
 
-    tflops          dense peak of the format that products run in       operand_bytes   of one value of that format
+    tflops          dense peak of the format that products run in
+    operand_bytes   of one value of that format, without its scale
     sms             SMs or compute units; where nobody counted them, as many of GB200's as the peak is worth
     """
 
@@ -40,6 +41,7 @@ class Device:
     link_incast: float
     nic_efficiency: float
     exchange_us: float
+    memory_overlap: float
     overlap: float
     fixed_us: float
     expert_us: float
@@ -76,6 +78,7 @@ class Device:
             link_incast=profile.link_incast.value,
             nic_efficiency=profile.nic_efficiency.value,
             exchange_us=profile.exchange_us.value,
+            memory_overlap=profile.memory_overlap.value,
             overlap=profile.overlap.value,
             fixed_us=profile.fixed_us.value,
             expert_us=profile.expert_us.value,
@@ -114,9 +117,19 @@ class Device:
     def memory_us(self, num_bytes: float) -> float:
         return num_bytes / (self.memory_bytes_s * self.memory_efficiency) * 1e6
 
-    def together(self, a: float, b: float) -> float:
-        """What two things take that overlap as well as this device can: 3 and 4 at overlap 2 -> 5"""
-        return float((a**self.overlap + b**self.overlap) ** (1 / self.overlap))
+    def with_memory(self, products: float, memory: float) -> float:
+        """What products and their memory take, which overlap as well as this device can: 3 and 4 at 2 -> 5"""
+        return norm(products, memory, self.memory_overlap)
+
+    def with_links(self, alone: float, links: float) -> float:
+        """The same of both and the links: 3 and 4 at overlap 2 -> 5"""
+        return norm(alone, links, self.overlap)
+
+
+def norm(a: float, b: float, power: float) -> float:
+    """The p-norm of two times: the longer for an infinite p, their sum for 1.    3, 4, 2 -> 5"""
+    less, more = sorted((a, b))
+    return float(more * (1 + (less / more) ** power) ** (1 / power)) if more else 0.0
 
 
 def compute_format(hardware: Hardware, weight_format: str, dispatch_format: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megamoe.catalog import Model
 from megamoe.planner.layer.rule import GATED_FLOPS, PLAIN_FLOPS
-from megamoe.schedule.formats import value_bytes
+from megamoe.schedule.formats import element_bytes, value_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,11 @@ class Expert:
         """Of one expert, scales included."""
         products = 3 if self.gated else 2
         return products * self.hidden * self.intermediate * value_bytes(self.weight_format)
+
+    @property
+    def weight_element_bytes(self) -> float:
+        """Of one weight without its scale."""
+        return element_bytes(self.weight_format)
 
     @property
     def dispatch_bytes(self) -> float:

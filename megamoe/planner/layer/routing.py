@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 KINDS = ("balanced", "uniform", "zipf", "power_law_sampled", "power_law")
 _DRAWS = {"balanced": 1, "power_law": 1, "power_law_sampled": 10, "uniform": 8, "zipf": 8}
 _SAMPLED_MAX = 1024.0  # the largest share of power_law_sampled, the smallest being 1
-_MOST_TOKENS = 4096  # tokens drawn one by one; more are these, scaled
+_MOST_TOKENS = 4096  # tokens drawn one by one; of more, chance counts as the root of their number
 
 Groups = tuple[tuple[float, int], ...]
 
@@ -106,7 +106,7 @@ def _drawn(
 ) -> tuple[tuple[RankLoad, ...], ...]:
     draws = []
     for seed in range(_DRAWS[routing.kind]):
-        counts = _counts(routing, num_experts, topk, tokens, seed)
+        counts = _counts(routing, num_experts, topk, ep, tokens, seed)
         ranks = list(_replicated(counts, ep, redundant) if redundant else _contiguous(counts, ep))
         fullest, widest = max(ranks, key=sum), max(ranks, key=lambda rank: sum(rows > 0 for rows in rank))
         draws.append(tuple(_load(rank) for rank in ([fullest] if fullest is widest else [fullest, widest])))
@@ -151,19 +151,27 @@ def _replicated(counts: list[float], ep: int, redundant: int) -> list[list[float
     return full + [inside for _, _, inside in ranks]
 
 
-def _counts(routing: Routing, num_experts: int, topk: int, tokens: int, seed: int) -> list[float]:
+def _counts(routing: Routing, num_experts: int, topk: int, ep: int, tokens: int, seed: int) -> list[float]:
     """Rows of every expert of all ranks."""
     pairs = tokens * topk
     if routing.kind == "power_law":
         bounds = (1.0, tokens * 0.8) if pairs > num_experts else (0.01, 2.0)
-        return _rounded(_power_law(num_experts, routing.exponent, *bounds, seed), pairs, tokens)
-    drawn = min(tokens, _MOST_TOKENS)
-    return [rows * (tokens / drawn) for rows in _token_by_token(routing, num_experts, topk, drawn, seed)]
+        return _dealt(_power_law(num_experts, routing.exponent, *bounds, seed), pairs, tokens, ep)
+    drawn, expected = _token_by_token(routing, num_experts, topk, min(tokens, _MOST_TOKENS), seed)
+    if tokens <= _MOST_TOKENS:
+        return list(drawn)
+    chance = math.sqrt(tokens / _MOST_TOKENS)
+    return [
+        min(float(tokens), max(0.0, mean * tokens + (rows - mean * _MOST_TOKENS) * chance))
+        for rows, mean in zip(drawn, expected, strict=True)
+    ]
 
 
 @lru_cache(maxsize=1024)
-def _token_by_token(routing: Routing, num_experts: int, topk: int, tokens: int, seed: int) -> tuple[int, ...]:
-    """Rows of every expert when each token draws K of them by their shares, none twice."""
+def _token_by_token(
+    routing: Routing, num_experts: int, topk: int, tokens: int, seed: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Rows of every expert when each token draws K of them by their shares, none twice; and what a token may expect."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -175,7 +183,22 @@ def _token_by_token(routing: Routing, num_experts: int, topk: int, tokens: int, 
         shares = np.ones(num_experts)
     keys = rng.standard_exponential((tokens, num_experts), dtype=np.float32) / shares.astype(np.float32)
     chosen = np.argpartition(keys, topk - 1, axis=1)[:, :topk]  # the K that come first in a race at these rates
-    return tuple(np.bincount(chosen.ravel(), minlength=num_experts).tolist())
+    return tuple(np.bincount(chosen.ravel(), minlength=num_experts).tolist()), tuple(_expected(shares, topk).tolist())
+
+
+def _expected(shares: NDArray[np.float64], topk: int) -> NDArray[np.float64]:
+    """How likely each expert is among the K that come first: 1 - exp(-share * t) at the time t when K are expected."""
+    import numpy as np
+
+    if topk >= len(shares):
+        return np.ones_like(shares)
+    low, high = 0.0, 1.0
+    while (1 - np.exp(-shares * high)).sum() < topk:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (1 - np.exp(-shares * middle)).sum() < topk else (low, middle)
+    return 1 - np.exp(-shares * high)
 
 
 def _power_law(size: int, exponent: float, low: float, high: float, seed: int) -> NDArray[np.float64]:
@@ -189,15 +212,52 @@ def _power_law(size: int, exponent: float, low: float, high: float, seed: int) -
     return ((high**power - low**power) * uniform + low**power) ** (1 / power)  # type: ignore[no-any-return]
 
 
-def _rounded(shares: NDArray[np.float64], pairs: int, tokens: int) -> list[float]:
-    """Shares as whole rows that sum to `pairs`, the largest remainders rounded up.
+def _dealt(shares: NDArray[np.float64], pairs: int, tokens: int, ep: int) -> list[float]:
+    """Shares as whole rows that sum to `pairs`, as the published workloads round them.
 
-    A token chooses an expert once: no expert has more rows than there are tokens.
+    Each is rounded by itself, at most to the number of tokens, since a token chooses an expert once. The rows that then
+    lack or are too many go around the ranks, one each, to the expert of the rank that has least, or from the one that
+    has most: where there are fewer pairs than experts nearly every share rounds to 0, and each rank has as many rows.
     """
     import numpy as np
 
-    exact = shares / shares.sum() * pairs
-    counts = np.floor(exact)
-    up = np.argsort(counts - exact, kind="stable")[: int(pairs - counts.sum())]
-    counts[up] += 1
-    return np.minimum(counts, tokens).tolist()  # type: ignore[no-any-return]
+    counts = np.minimum(np.round(shares / shares.sum() * pairs), tokens)
+    ranks = list(_contiguous(counts.tolist(), ep))
+    lack = round(pairs - counts.sum())
+    if lack > 0:
+        return _spread(ranks, lack, float(tokens))
+    return [-rows for rows in _spread([[-rows for rows in rank] for rank in ranks], -lack, 0.0)]
+
+
+def _spread(ranks: list[list[float]], number: int, most: float) -> list[float]:
+    """`number` rows more, one for each rank in turn, for the expert that has least and fewer than `most`.
+
+    ranks [[0, 2], [5, 5]], 3 rows, most 6 -> 1, 2, 6, 5 and then 2, 2, 6, 5
+    """
+    room = [sum(most - rows for rows in rank) for rank in ranks]
+    given = [0.0] * len(ranks)
+    while number:
+        open_ranks = [at for at, left in enumerate(room) if left > 0]
+        each = max(1, min(number // len(open_ranks), int(min(room[at] for at in open_ranks))))
+        for at in open_ranks[:number]:
+            given[at], room[at], number = given[at] + each, room[at] - each, number - each
+    return [rows for rank, more in zip(ranks, given, strict=True) for rows in _raised(rank, more, most)]
+
+
+def _raised(rows: list[float], number: float, most: float) -> list[float]:
+    """`number` added one by one to the smallest.    [0, 2, 9], 5 -> [4, 3, 9]"""
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    raised, lowest = list(rows), 0
+    while number > 0:
+        lowest = sum(rows[at] <= raised[order[0]] for at in order)  # how many stand at the level
+        level = raised[order[0]]
+        above = min(rows[order[lowest]] if lowest < len(rows) else most, most)
+        steps = min(number // lowest, above - level)
+        for at in order[:lowest]:
+            raised[at] = level + steps
+        number -= steps * lowest
+        if number < lowest and steps < above - level:
+            for at in order[: int(number)]:
+                raised[at] += 1
+            return raised
+    return raised

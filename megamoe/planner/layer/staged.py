@@ -103,7 +103,7 @@ def masked_us(expert: Expert, device: Device, profile: Profile, load: RankLoad) 
     rows, number = zip(*load.groups, strict=True)
     compute = grouped_us(expert, device, rows, number)
     memory = [device.memory_us(expert.weight_bytes + each * _row_bytes(expert)) for each in rows]
-    both = [math.hypot(c, m) for c, m in zip(compute, memory, strict=True)]
+    both = [device.with_memory(c, m) for c, m in zip(compute, memory, strict=True)]
     total = [
         sum(each * count for each, count in zip(values, number, strict=True)) for values in (both, compute, memory)
     ]
@@ -122,7 +122,7 @@ def contiguous_us(
     weights = device.memory_us(expert.weight_bytes)
     moved = expert.dispatch_bytes + 2 * expert.hidden
     rows_us = device.memory_us(load.rows * (_row_bytes(expert) + moved) + tokens * moved)
-    products = sum(math.hypot(each, weights) * count for each, count in zip(compute, number, strict=True))
+    products = sum(device.with_memory(each, weights) * count for each, count in zip(compute, number, strict=True))
     alone = sum(each * count for each, count in zip(compute, number, strict=True))
     total = profile.contiguous_us.value + products + rows_us
     return max(profile.host_us.value, total), alone, weights * load.touched + rows_us

@@ -1,17 +1,18 @@
 """What the products of a rank's experts take: tiles, spread over the SMs of a device.
 
-A tile has `block` rows of one expert and 128 columns of its weights. One step of K costs an SM
+A tile has rows of one expert and 128 columns of its weights. One step of K costs an SM
 
-    tensor    2 * block * 128 FLOPs / (peak of an SM)
-    feed      feed_ps * bytes of a value * (block + 128)    bringing both operands to the tensor core
+    tensor    2 * rows * 128 FLOPs / (peak of an SM)
+    feed      feed_ps * (rows * bytes of a token's value + 128 * bytes of a weight)    bringing both to the tensor core
 and once a tile
 
-    epilogue  epilogue_ps * block * 128                     activation, quantisation, the way home
+    epilogue  epilogue_ps * rows * 128                      activation, quantisation, the way home
 
-Tensor core on one side, the rest of the SM on the other, overlap as the 2-norm: a chip whose tensor peak is small
-against the rest of its SMs reaches nearly all of it, and one whose peak is large does not. A narrow expert has fewer
-steps of K in the second product, over which the epilogue is spread. The fused kernel keeps the tiles of all experts
-and of both products in one queue; grouped products are two launches, of which each ends in a wave that is not full.
+The slower of tensor core and feed counts: a chip whose tensor peak is small against the rest of its SMs reaches nearly
+all of it, and one whose peak is large does not. The epilogue belongs to other warps, which work on one tile while the
+next is multiplied: the 3-norm of both. A narrow expert has fewer steps of K in the second product, which hide less of
+it. The fused kernel keeps the tiles of all experts and of both products in one queue, and has one size of
+tiles for a call; grouped products are two launches, of which each ends in a wave that is not full.
 """
 
 # n rows of an expert   K, N of a product   T_n tiles
@@ -22,36 +23,52 @@ import math
 from collections.abc import Sequence
 from operator import mul
 
-from megamoe.planner.layer.device import Device
+from megamoe.planner.layer.device import Device, norm
 from megamoe.planner.layer.expert import Expert
 
 COLUMNS = 128  # of a tile: DeepGEMM's
 GROUPED_BLOCKS = (64, 128)  # rows of a tile of grouped products
-_TILE_NORM = 2.0
+_EPILOGUE_NORM = 3.0
 
 
-def tile_us(device: Device, block: int, k: float) -> float:
-    """One tile of block x 128 over K."""
-    size = block * COLUMNS
+def tile_us(device: Device, rows: int, k: float, weight_bytes: float | None = None) -> float:
+    """One tile of rows x 128 over K. weight_bytes: of a weight's value, None for that of the device's format."""
+    size = rows * COLUMNS
     tensor = 2e-6 * size * k / (device.tflops / device.sms)
-    feed = device.feed_ps * device.operand_bytes * (block + COLUMNS) * k
-    rest = 1e-6 * (feed + device.epilogue_ps * size)
-    return float((tensor**_TILE_NORM + rest**_TILE_NORM) ** (1 / _TILE_NORM))
+    columns = COLUMNS * (device.operand_bytes if weight_bytes is None else weight_bytes)
+    feed = 1e-6 * device.feed_ps * (rows * device.operand_bytes + columns) * k
+    return norm(max(tensor, feed), 1e-6 * device.epilogue_ps * size, _EPILOGUE_NORM)
 
 
-def products_us(expert: Expert, device: Device, rows: Sequence[float], number: Sequence[int]) -> list[float]:
+def products_us(
+    expert: Expert, device: Device, rows: Sequence[float], number: Sequence[int], block: int
+) -> list[float]:
     """Of one expert of each kind, all tiles in one queue. rows of an expert, and how many experts are like that.
 
-    An expert's rows are cut into the tiles that take least: the kernel computes no more of its last one than is there.
+    An expert's rows are cut into blocks; the last tile has the rows that are left, in whole steps of the smallest.
     However few tiles there are, a rank waits for one of each product.
     """
-    tiles = [(block, [tile_us(device, block, k) for k, _ in expert.products]) for block in device.blocks]
-    across = [-(-n // COLUMNS) for _, n in expert.products]
-    costs = [(block, sum(map(mul, across, each)) / device.sms) for block, each in tiles]
-    found = [min(math.ceil(each / block) * cost for block, cost in costs) for each in rows]
-    least = min(sum(each) for _, each in tiles)
+    across, step = [(-(-n // COLUMNS), k) for k, n in expert.products], device.tile_rows
+
+    def cost(size: int) -> float:
+        return sum(many * tile_us(device, size, k, expert.weight_element_bytes) for many, k in across) / device.sms
+
+    costs = [0.0, *(cost(min(size, block)) for size in range(step, block + step, step))]
+    found = [each // block * costs[-1] + costs[math.ceil(each % block / step)] for each in rows]
+    least = sum(tile_us(device, step, k, expert.weight_element_bytes) for k, _ in expert.products)
     total = sum(map(mul, found, number))
     return found if total >= least else [each * least / total for each in found]
+
+
+def block_of(device: Device, rows: float) -> int:
+    """Rows of a tile where experts have so many on average: one size for all of a call, chosen before they are counted.
+
+    Not the smallest that holds them, but the next, so that chance makes no second tile.    8 -> 16, 16 -> 32, 97 -> 192
+    """
+    sizes = device.blocks
+    return next(
+        (block for block, holds in zip(sizes, [sizes[0] / 2, *sizes], strict=False) if rows <= holds), sizes[-1]
+    )
 
 
 def matrix_us(device: Device, rows: float, columns: int, k: float) -> float:
@@ -68,7 +85,12 @@ def grouped_us(expert: Expert, device: Device, rows: Sequence[float], number: Se
         best: tuple[float, int, float] | None = None
         for block in GROUPED_BLOCKS:
             blocks = sum(math.ceil(each / block) * count for each, count in zip(rows, number, strict=True))
-            one = across * tile_us(device, block, k) / device.sms * _whole_waves(blocks * across, device.sms)
+            one = (
+                across
+                * tile_us(device, block, k, expert.weight_element_bytes)
+                / device.sms
+                * _whole_waves(blocks * across, device.sms)
+            )
             if best is None or blocks * one < best[0]:
                 best = blocks * one, block, one
         assert best is not None
@@ -81,17 +103,8 @@ def _whole_waves(tiles: float, sms: float) -> float:
     return math.ceil(tiles / sms - 1e-9) * sms / tiles if tiles else 1.0
 
 
-def block_of(expert: Expert, device: Device, rows: float) -> int:
-    """Rows of the tiles that an expert of so many rows is cut into."""
-    across = [(-(-n // COLUMNS), k) for k, n in expert.products]
-    return min(
-        device.blocks,
-        key=lambda block: math.ceil(rows / block) * sum(many * tile_us(device, block, k) for many, k in across),
-    )
-
-
 def reached_tflops(expert: Expert, device: Device) -> float:
     """Of an expert that has many rows: what its products reach, without memory and links."""
     block = max(device.blocks)
-    tiles = sum(-(-n // COLUMNS) * tile_us(device, block, k) for k, n in expert.products)
+    tiles = sum(-(-n // COLUMNS) * tile_us(device, block, k, expert.weight_element_bytes) for k, n in expert.products)
     return expert.flops * block / tiles * device.sms / 1e6

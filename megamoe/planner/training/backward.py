@@ -159,7 +159,7 @@ class Pass:
         )
         products = sum(work.values())
         # links and products get in each other's way, as in the forward
-        slower = self.device.together(products, there + back) / products
+        slower = self.device.with_links(products, there + back) / products
         steps = {
             kind: us * slower + (self.waves * _LAUNCHES[kind] * self.profile.kernel_us.value if us else 0.0)
             for kind, us in work.items()
@@ -195,12 +195,12 @@ class Pass:
         return {
             RECOMPUTE: 0.0
             if self.saved == "activations"
-            else device.together(matrix_us(device, rows, first, h), device.memory_us(read)),
-            DATA: device.together(
+            else device.with_memory(matrix_us(device, rows, first, h), device.memory_us(read)),
+            DATA: device.with_memory(
                 matrix_us(device, rows, d, h) + matrix_us(device, rows, h, first),
                 device.memory_us(2 * weights + rows * (self.gradient_bytes + 8 * d + between + self.home_bytes)),
             ),
-            WEIGHTS: device.together(
+            WEIGHTS: device.with_memory(
                 matrix_us(device, first, h, rows) + matrix_us(device, h, d, rows),
                 device.memory_us(4 * weights + rows * (4 * h + 2 * d + 2 * first)),
             ),
