@@ -167,15 +167,15 @@ def activated_fp32(first: Tensor, weights: Tensor, activation: Activation) -> Te
     first [n, 2I] or [n, I] bfloat16, weights [n, 1] float32 -> [n, I] float32
     """
     if not activation.gated:
-        return _function(first.to(torch.float64), activation).to(torch.float32) * weights
+        return gate_function(first.to(torch.float64), activation).to(torch.float32) * weights
     gate, up = first.chunk(2, -1)
-    factor = _limited(up.to(torch.float64), activation.limit_of_up, activation.clamp == "tanh").to(torch.float32)
+    factor = bounded_up(up.to(torch.float64), activation).to(torch.float32)
     if activation.up_shift:
         factor = factor + activation.up_shift
-    return _function(gate.to(torch.float64), activation).to(torch.float32) * factor * weights
+    return gate_function(gate.to(torch.float64), activation).to(torch.float32) * factor * weights
 
 
-def _function(gate: Tensor, activation: Activation) -> Tensor:
+def gate_function(gate: Tensor, activation: Activation) -> Tensor:
     """f(gate) with its clamp, float64"""
     limit, clamp = activation.limit, activation.clamp
     if clamp == "tanh":
@@ -190,6 +190,11 @@ def _function(gate: Tensor, activation: Activation) -> Tensor:
     else:
         found = x * torch.sigmoid(activation.alpha * x)
     return found.clamp(max=limit) if limit is not None and clamp == "after" else found
+
+
+def bounded_up(up: Tensor, activation: Activation) -> Tensor:
+    """up's factor before its shift, float64"""
+    return _limited(up, activation.limit_of_up, activation.clamp == "tanh")
 
 
 def _limited(x: Tensor, limit: float | None, smooth: bool) -> Tensor:

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -90,9 +91,9 @@ class LabPlace:
 
 
 @contextmanager
-def in_lab(ranks: int) -> Iterator[LabPlace]:
-    with lab(ranks, LINK) as hosts:
-        yield LabPlace(hosts)
+def in_lab(ranks: int, kind: type[LabPlace] = LabPlace, ranks_per_host: int = 1) -> Iterator[LabPlace]:
+    with lab(ranks, LINK, ranks_per_host=ranks_per_host) as hosts:
+        yield kind(hosts)
     if hosts[0].lab in runs():
         raise RuntimeError(f"the lab {hosts[0].lab} is there still")
 
@@ -105,12 +106,7 @@ class SharingPlace(LabPlace):
         return {**_signals(pids), "slow": lambda: starved(pids[0])}
 
 
-@contextmanager
-def in_lab_of_two(ranks: int) -> Iterator[SharingPlace]:
-    with lab(ranks, LINK, ranks_per_host=2) as hosts:
-        yield SharingPlace(hosts)
-    if hosts[0].lab in runs():
-        raise RuntimeError(f"the lab {hosts[0].lab} is there still")
+in_lab_of_two = partial(in_lab, kind=SharingPlace, ranks_per_host=2)
 
 
 # ---- one host ----

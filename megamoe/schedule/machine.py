@@ -225,13 +225,16 @@ def compute_us(run: Run, machine: Machine, made_ready: float) -> float:
 
 def communication_us(run: Run, machine: Machine, waves: int) -> float:
     """A call's messages alone, both ways over a link that carries them one after the other."""
+    return messages_us(run, machine, waves, run.link_dispatch_bytes + run.link_combine_bytes)
+
+
+def messages_us(run: Run, machine: Machine, waves: int, num_bytes: float) -> float:
+    """The same of so many bytes on the link."""
     if run.ranks == 1:
         return 0.0
-    messages = 1 + 2 * waves
-    num_bytes = run.link_dispatch_bytes + run.link_combine_bytes
     if run.link_gb_s:
         num_bytes = max(0.0, num_bytes - run.link_gb_s * machine.burst_us.value * 1e3)
-    return messages * machine.exchange_us.value + num_bytes / link_bytes_us(run, machine)
+    return (1 + 2 * waves) * machine.exchange_us.value + num_bytes / link_bytes_us(run, machine)
 
 
 def moved_us(run: Run, machine: Machine) -> float:

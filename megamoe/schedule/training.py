@@ -28,6 +28,7 @@ from megamoe.schedule.machine import (
     crowd_of,
     link_bytes_us,
     link_of,
+    messages_us,
     predict,
     weighed_us,
 )
@@ -57,7 +58,8 @@ def predict_step(run: Run, machine: Machine) -> Predicted:
     crowd, waves = crowd_of(run, machine), forward.waves
     work = backward_work(run, machine)
     compute = (work.total + 3 * waves * machine.wave_us.value) * crowd
-    alone, serial_alone = (_communication_us(run, machine, number) for number in (waves, 1))
+    sent = sum(_bytes(run)) * _of_a_host(run)
+    alone, serial_alone = (messages_us(run, machine, number, sent) for number in (waves, 1))
     serial = work.total * crowd + serial_alone
     overlapped = _overlapped_us(run, machine, work, waves) if run.ranks > 1 else compute
     both = {"compute_ms": compute, "communication_ms": alone, "serial_ms": serial, "overlapped_ms": overlapped}
@@ -88,15 +90,6 @@ def _bytes(run: Run) -> tuple[float, float]:
     remote = run.rows * run.f_remote
     out = run.gradient_tokens * 2 * run.hidden + remote * PAIR_BYTES
     return out, remote * (2 * run.hidden + HOME_BYTES)
-
-
-def _communication_us(run: Run, machine: Machine, waves: int) -> float:
-    if run.ranks == 1:
-        return 0.0
-    num_bytes = sum(_bytes(run)) * _of_a_host(run)
-    if run.link_gb_s:
-        num_bytes = max(0.0, num_bytes - run.link_gb_s * machine.burst_us.value * 1e3)
-    return (1 + 2 * waves) * machine.exchange_us.value + num_bytes / link_bytes_us(run, machine)
 
 
 def _of_a_host(run: Run) -> float:

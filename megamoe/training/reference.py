@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from megamoe.activations import Activation
 from megamoe.execution.products import linear
 from megamoe.formats import WEIGHT_FORMATS
-from megamoe.reference import activated_fp32, round_mxfp8
+from megamoe.reference import activated_fp32, bounded_up, gate_function, round_mxfp8
 from megamoe.shape import MoEShape
 
 
@@ -160,10 +161,10 @@ def _zeros(p: Problem, dtype: torch.dtype) -> Gradients:
 def _activation_backward(first: Tensor, scaled: Tensor, activation: Activation) -> Tensor:
     """first [n, 2I] or [n, I] bfloat16, scaled [n, I] float32: the gradient times weight -> float32 like first"""
     gate, up = first.chunk(2, -1) if activation.gated else (first, None)
-    value, slope = (each.to(torch.float32) for each in _with_slope(_gate_only(activation), gate))
+    value, slope = (each.to(torch.float32) for each in _with_slope(partial(gate_function, activation=activation), gate))
     if up is None:
         return scaled * slope
-    factor, of_factor = (each.to(torch.float32) for each in _with_slope(_up_only(activation), up))
+    factor, of_factor = (each.to(torch.float32) for each in _with_slope(partial(bounded_up, activation=activation), up))
     if activation.up_shift:
         factor = factor + activation.up_shift
     return torch.cat((scaled * factor * slope, scaled * value * of_factor), -1)
@@ -178,42 +179,11 @@ def _with_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor
     return value.detach(), slope
 
 
-def _gate_only(activation: Activation) -> Callable[[Tensor], Tensor]:
-    """f in FP64"""
-    limit, alpha = activation.limit, activation.alpha
-
-    def function(x: Tensor) -> Tensor:
-        if activation.clamp == "tanh" and limit is not None:
-            return limit * torch.tanh(x / limit) * torch.sigmoid(alpha * x)
-        x = x.clamp(max=limit) if limit is not None and activation.clamp == "before" else x
-        if activation.function == "gelu_tanh":
-            found = x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
-        elif activation.function == "relu2":
-            found = torch.relu(x) ** 2
-        else:
-            found = torch.nn.functional.silu(x) if alpha == 1 else x * torch.sigmoid(alpha * x)
-        return found.clamp(max=limit) if limit is not None and activation.clamp == "after" else found
-
-    return function
-
-
-def _up_only(activation: Activation) -> Callable[[Tensor], Tensor]:
-    """up's factor before its shift, in FP64"""
-    limit = activation.limit_of_up
-
-    def function(x: Tensor) -> Tensor:
-        if limit is None:
-            return x * 1
-        return limit * torch.tanh(x / limit) if activation.clamp == "tanh" else x.clamp(-limit, limit)
-
-    return function
-
-
 def _activation_fp64(first: Tensor, activation: Activation) -> Tensor:
     if not activation.gated:
-        return _gate_only(activation)(first)
+        return gate_function(first, activation)
     gate, up = first.chunk(2, -1)
-    return _gate_only(activation)(gate) * (_up_only(activation)(up) + activation.up_shift)
+    return gate_function(gate, activation) * (bounded_up(up, activation) + activation.up_shift)
 
 
 def _straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
