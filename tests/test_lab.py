@@ -287,6 +287,6 @@ def test_a_link_that_is_slowed_down_takes_longer_by_the_ratio_until_it_is_healed
         seconds.append(max(ranks.run(transfer, num_bytes, size=2)))
         heal(run, 1)
         assert [link.bits_per_s for link in links(run)] == [200e6] * 3
-    for fast, slowed in zip(seconds[::2], seconds[1::2], strict=True):
-        assert 0.95 * (num_bytes - burst_bytes(25e6)) * 8 / 25e6 < slowed < 1.5 * num_bytes * 8 / 25e6
-        assert slowed > 4 * fast, "8 by the rates, less what a bucket lets through at once and a busy machine's delays"
+    fast, slowed = min(seconds[::2]), min(seconds[1::2])  # other work on the machine only adds
+    assert 0.95 * (num_bytes - burst_bytes(25e6)) * 8 / 25e6 < slowed < 1.5 * num_bytes * 8 / 25e6
+    assert slowed > 4 * fast, "8 by the rates, less what a bucket lets through at once and a busy machine's delays"
