@@ -15,6 +15,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 
@@ -65,12 +66,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Pool:
-    """Ranks started when first needed, and again after a test that killed them."""
+    """Ranks started when first needed, and again after a test that killed them or after many that left threads.
+
+    torch's caches of DTensors hold meshes, and those the threads of groups that have ended: each wakes a hundred times
+    a second, and with some hundred of them the tests beside wait for minutes.
+    """
+
+    MOST_THREADS = 100  # of a rank between tests
 
     def __init__(self) -> None:
         self._ranks: LocalRanks | None = None
 
     def get(self) -> LocalRanks:
+        if self._ranks is not None and any(_threads(pid) > self.MOST_THREADS for pid in self._ranks.pids):
+            self._ranks.stop()
         if self._ranks is None or not self._ranks.pids:
             self._ranks = LocalRanks(4, threads_per_rank=1, deadline_s=60.0).__enter__()
         return self._ranks
@@ -78,6 +87,13 @@ class Pool:
     def stop(self) -> None:
         if self._ranks is not None:
             self._ranks.stop()
+
+
+def _threads(pid: int) -> int:
+    try:
+        return psutil.Process(pid).num_threads()
+    except psutil.NoSuchProcess:
+        return 0
 
 
 @pytest.fixture(scope="session")
