@@ -37,7 +37,7 @@ def demo(
     ] = None,
     question: Annotated[
         str, typer.Option(help='What a model is asked at the end; "" asks nothing.')
-    ] = "Explain in one sentence why leaves are green.",
+    ] = "Explain in one sentence what a computer is.",
     deadline_s: Annotated[float, typer.Option(help="Seconds that a run, and any wait in it, may take.")] = 120.0,
     output: Output = Format.table,
 ) -> None:
