@@ -223,16 +223,27 @@ void run_few(const Share& share, const At& at) {
 template <int ROWS, bool SCALED>
 void sum_tile(const Element* x, const Element* tile, const float* scales, int groups, float* sums,
               const Element* soon) {
+    Vector total[ROWS][2];
+    const auto load_sums = [&] {
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++)
+            for (int half = 0; half < 2; half++) total[r][half] = load(sums + r * UNIT + half * LANES);
+    };
+    const auto store_sums = [&] {
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++)
+            for (int half = 0; half < 2; half++) store(sums + r * UNIT + half * LANES, total[r][half]);
+    };
+    if constexpr (HOLDS_SUMS) load_sums();
     for (int group = 0; group < groups; group++) {
-        MEGAMOE_IN_MEMORY();  // the sums, for which registers have no room
         Vector part[ROWS][2];
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) part[r][0] = part[r][1] = zero();
 #pragma GCC unroll 2
         for (int k = 0; k < GROUP; k += STEP) {
             const Weight first = load_weight(tile), second = load_weight(tile + LANES);
-            MEGAMOE_PREFETCH(soon);
-            MEGAMOE_PREFETCH(soon + LANES);
+            MEGAMOE_PREFETCH_SECOND(soon);
+            MEGAMOE_PREFETCH_SECOND(soon + LANES);
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++) {
                 part[r][0] = add_product(x[r], first, part[r][0]);
@@ -242,18 +253,20 @@ void sum_tile(const Element* x, const Element* tile, const float* scales, int gr
             soon += UNIT;
             x += ROWS;
         }
+        if constexpr (!HOLDS_SUMS) {
+            MEGAMOE_IN_MEMORY();  // the sums, for which registers have no room before
+            load_sums();
+        }
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++)
             for (int half = 0; half < 2; half++) {
-                float* at = sums + r * UNIT + half * LANES;
-                if constexpr (SCALED) {
-                    store(at, fma(part[r][half], load(scales + half * LANES), load(at)));
-                } else {
-                    store(at, add(part[r][half], load(at)));
-                }
+                Vector& sum = total[r][half];
+                sum = SCALED ? fma(part[r][half], load(scales + half * LANES), sum) : add(part[r][half], sum);
             }
         if constexpr (SCALED) scales += UNIT;
+        if constexpr (!HOLDS_SUMS) store_sums();
     }
+    if constexpr (HOLDS_SUMS) store_sums();
 }
 
 template <bool SCALED, int ROWS = TILE_ROWS>

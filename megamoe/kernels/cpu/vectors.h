@@ -30,11 +30,14 @@ inline uint32_t as_bits(float value) {
     return bits;
 }
 
-// Has the memory bring what is read later. GCC takes a function that does nothing else for one that does nothing.
+// Has the memory bring what is read later: next to the core, or no closer than the second cache, where the first is
+// full of what is read now. GCC takes a function that does nothing else for one that does nothing.
 #if defined(__GNUC__)
 #define MEGAMOE_PREFETCH(from) __builtin_prefetch(from)
+#define MEGAMOE_PREFETCH_SECOND(from) __builtin_prefetch(from, 0, 2)
 #else
 #define MEGAMOE_PREFETCH(from)
+#define MEGAMOE_PREFETCH_SECOND(from)
 #endif
 
 // What is stored before is in memory here, and is loaded from there after: the compiler keeps none of it in registers.
@@ -59,7 +62,8 @@ inline float from_e8m0(uint8_t byte) { return as_float(byte ? uint32_t(byte) << 
 #if defined(MEGAMOE_AVX512)
 
 constexpr int LANES = 16;
-constexpr int TILE_ROWS = 12;  // of a tile of sums, two vectors wide, that stays in registers
+constexpr int TILE_ROWS = 7;  // of a tile of sums, two vectors wide, that stays in registers
+constexpr bool HOLDS_SUMS = true;  // whether registers have room for the tile's sums of all groups beside it
 using Vector = __m512;
 using Words = __m512i;
 
@@ -143,6 +147,7 @@ struct DecodeE2M1 {
 
 constexpr int LANES = 8;
 constexpr int TILE_ROWS = 6;
+constexpr bool HOLDS_SUMS = false;
 using Vector = __m256;
 using Words = __m256i;
 
@@ -219,6 +224,7 @@ struct DecodeE2M1 {
 
 constexpr int LANES = 8;
 constexpr int TILE_ROWS = 4;
+constexpr bool HOLDS_SUMS = false;
 struct Vector {
     float lane[LANES];
 };
