@@ -318,6 +318,24 @@ def test_subnormals_are_kept_whatever_the_caller_asked_of_its_thread(path: Path)
 
 
 @pytest.mark.parametrize("path", TESTED, ids=ids)
+@pytest.mark.parametrize("scale", [0, 1, 50, 78, 79, 80, 127, 174, 175, 176, 220, 254])
+def test_many_rows_have_the_bits_of_one_whatever_the_powers_of_rows_and_scales(path: Path, scale: int) -> None:
+    """Of many rows scales may be multiplied into the weights, where that rounds nothing: never of a single one."""
+    library, n, k = load(path), 33, 128
+    rows, weight = cancelling(n, k)
+    packed = quantize_mxfp4(weight.float())
+    some = torch.rand(packed.scales.shape, generator=torch.Generator().manual_seed(5)) < 0.3
+    packed = MXFP4(packed.packed, torch.where(some, scale, packed.scales))
+    for power in (0.0, -133.0, -118.0, -73.0, -66.0, -63.0, 60.0, 63.0, 100.0, 124.0):
+        x = rows[:19].clone()
+        x[7] = (x[7].float() * 2.0**power).to(torch.bfloat16)
+        x[8, ::3] = 0.0
+        x[9, 4] = (x[9, 4].float() * 2.0**power).to(torch.bfloat16)
+        alone = torch.cat([product(library, row[None], packed) for row in x])
+        assert same_bits(product(library, x, packed), alone), power
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
 def test_every_code_and_scale_of_mxfp4_is_multiplied_by(path: Path) -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(253, 2)  # [253, 32], a row for each scale byte
     scales = torch.arange(253, dtype=torch.uint8).view(253, 1)

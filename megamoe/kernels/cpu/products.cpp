@@ -9,7 +9,8 @@
 //         sum = fma(part, s[o][these 32], sum)
 //     out[r][o] = sum, rounded once to BF16, or as it is
 //
-// BF16 weights have s = 1. Neither the number of rows, nor a row's place, nor tiles, threads or the width of vectors
+// BF16 weights have s = 1. Where neither x nor s is extreme, w * s is multiplied in place of w, and part added as it is:
+// s is a power of two, so each rounding is that of the above times s. Neither the number of rows, nor a row's place, nor tiles, threads or the width of vectors
 // enter: each output has a chain of its own. The two ways below, for few rows and for many, differ in what they keep in
 // registers and in nothing else.
 //
@@ -34,6 +35,11 @@ constexpr int DEPTH = 8 * GROUP;        // of K, that a decoded tile holds: 16 K
 constexpr int PANEL_ROWS = 192;         // whose tokens, as FP32 and DEPTH deep, stay in the second cache
 constexpr int PANEL_UNITS = 8;          // whose sums for these rows stay there too
 
+// Not extreme: scales 2^-48 to 2^48, and values of x that are 0 or 2^-64 to 2^64 (as bits without the sign). Products
+// with E2M1 are then multiples of 2^-72, and sums of 32 below 2^72; times a scale they are normal numbers still.
+constexpr uint8_t LEAST_SCALE = 127 - 48, MOST_SCALE = 127 + 48;
+constexpr uint16_t LEAST_X = (127 - 64) << 7, MOST_X = (127 + 64) << 7;
+
 // First output, of its block, of the first or second vector of a unit.
 constexpr int output_of(int unit, int second) { return second * (BLOCK / 2) + unit * LANES; }
 
@@ -49,6 +55,14 @@ struct E2M1 {
         decode(packed + four * 64 + unit * LANES * 4, out);
     }
     Vector scale(int64_t group, int output) const { return load_e8m0(scales + group * BLOCK + output); }
+
+    // No scale of these groups is extreme.
+    bool is_moderate(int64_t first, int groups) const {
+        uint8_t least = MOST_SCALE, most = LEAST_SCALE;
+        for (const uint8_t* at = scales + first * BLOCK; at < scales + (first + groups) * BLOCK; at++)
+            least = std::min(least, *at), most = std::max(most, *at);
+        return least >= LEAST_SCALE && most <= MOST_SCALE;
+    }
 };
 
 struct BF16 {
@@ -66,6 +80,19 @@ struct Rows {
     const uint16_t* x;
     int64_t stride, depth;
     const int64_t* source;
+
+    // No value of these rows is extreme.
+    bool is_moderate(int64_t first, int num_rows) const {
+        uint16_t least = 0xFFFF, most = 0;  // least: of value - 1, where 0 is the largest
+        for (int r = 0; r < num_rows; r++) {
+            const uint16_t* from = x + (source ? source[first + r] : first + r) * stride;
+            for (int64_t k = 0; k < depth; k++) {
+                const uint16_t value = from[k] & 0x7FFF;
+                least = std::min<uint16_t>(least, value - 1), most = std::max(most, value);
+            }
+        }
+        return least >= LEAST_X - 1 && most <= MOST_X;
+    }
 
     // Elements of up to TILE_ROWS rows, [end - begin][num_rows] in values of K, zero beyond K. begin and end are
     // multiples of GROUP. What follows in `to`, up to LANES elements, is lost.
@@ -279,23 +306,34 @@ void sum_rows(int rows, const Element* x, const Element* tile, const float* scal
     }
 }
 
-// One unit's values of `groups` groups as elements [K / STEP][UNIT], and their scales [groups][UNIT], if they have any.
-// soon: what is asked of the memory meanwhile, as many bytes as are read.
-template <class Weights>
+// One unit's values of `groups` groups as elements [K / STEP][UNIT], times their scales (FOLDED), or else the scales
+// beside them [groups][UNIT], if they have any. soon: what is asked of the memory meanwhile, as many bytes as are read.
+template <bool FOLDED, class Weights>
 void decode_unit(const Weights& weights, int unit, int64_t first, int groups, Element* tile, float* scales,
                  const uint8_t* soon) {
     const DecodeE2M1 decode;
     for (int group = 0; group < groups; group++, scales += UNIT) {
-        if constexpr (Weights::SCALED)
-            for (int half = 0; half < 2; half++)
+        Scales by[2];
+        for (int half = 0; half < 2; half++) {
+            if constexpr (FOLDED) {
+                by[half] = load_scales(weights.scales + (first + group) * BLOCK + output_of(unit, half));
+            } else if constexpr (Weights::SCALED) {
                 store(scales + half * LANES, weights.scale(first + group, output_of(unit, half)));
+            }
+        }
         for (int four = 0; four < GROUP / 4; four++) {
             Words pairs[4];
             for (int line = 0; line < Weights::BYTES; line += 64, soon += 64) MEGAMOE_PREFETCH(soon);
             weights.pairs(decode, (first + group) * (GROUP / 4) + four, unit, pairs);
             for (int k = 0; k < 4; k += STEP, tile += UNIT)
-                for (int half = 0; half < 2; half++)
-                    store_weight(tile + half * LANES, weight_of(pairs[k / 2 * 2 + half], k));
+                for (int half = 0; half < 2; half++) {
+                    const Weight weight = weight_of(pairs[k / 2 * 2 + half], k);
+                    if constexpr (FOLDED) {
+                        store_weight(tile + half * LANES, folded(weight, by[half]));
+                    } else {
+                        store_weight(tile + half * LANES, weight);
+                    }
+                }
         }
     }
 }
@@ -320,6 +358,7 @@ void run_panel(const Share& share, int64_t first, int rows, const At& at) {
     };
     Element *x = scratch.take_x(rows, depth), *decoded = scratch.take_tile();
     float *scales = scratch.take_scales(), *sums = scratch.take_sums();
+    const bool moderate = Weights::SCALED && share.rows.is_moderate(first, rows);
     for (int64_t k = 0; k < depth; k += DEPTH)
         for (int tile = 0; tile < tiles; tile++) {
             const int64_t row = row_of(tile), more = row_of(tile + 1) - row, deep = std::min<int64_t>(DEPTH, depth - k);
@@ -336,17 +375,24 @@ void run_panel(const Share& share, int64_t first, int rows, const At& at) {
                                       : group + GROUPS < share.groups ? packed_of(begin, group + GROUPS)
                                                                       : packed_of(end, 0);
                 const Element* values = decoded;
+                bool folds = false;
                 if constexpr (Weights::AS_TILES) {
                     values = reinterpret_cast<const Element*>(packed_of(unit, group));
                 } else {
-                    decode_unit(at(unit / UNITS), int(unit % UNITS), group, groups, decoded, scales, soon);
+                    const Weights weights = at(unit / UNITS);
+                    if constexpr (Weights::SCALED) {
+                        folds = moderate && weights.is_moderate(group, groups);
+                        if (folds) decode_unit<true>(weights, int(unit % UNITS), group, groups, decoded, scales, soon);
+                    }
+                    if (!folds) decode_unit<false>(weights, int(unit % UNITS), group, groups, decoded, scales, soon);
                 }
                 for (int tile = 0; tile < tiles; tile++) {
                     const int64_t row = row_of(tile), more = row_of(tile + 1) - row;
                     const bool asks = Weights::AS_TILES && !tile;
-                    sum_rows<Weights::SCALED>(int(more), x + (rows * group + row * groups) * GROUP / STEP, values,
-                                              scales, groups, sums + ((unit - begin) * rows + row) * UNIT,
-                                              asks ? reinterpret_cast<const Element*>(soon) : values);
+                    const auto sum = folds ? sum_rows<false> : sum_rows<Weights::SCALED>;
+                    sum(int(more), x + (rows * group + row * groups) * GROUP / STEP, values, scales, groups,
+                        sums + ((unit - begin) * rows + row) * UNIT,
+                        asks ? reinterpret_cast<const Element*>(soon) : values);
                 }
             }
         }

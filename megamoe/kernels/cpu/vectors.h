@@ -73,6 +73,7 @@ inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Words load_words(const void* from) { return _mm512_loadu_si512(from); }
 inline void store_words(void* to, Words w) { _mm512_storeu_si512(to, w); }
 // of 16 values
@@ -157,6 +158,7 @@ inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Words load_words(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline void store_words(void* to, Words w) { _mm256_storeu_si256(static_cast<__m256i*>(to), w); }
 // of 8 values
@@ -254,6 +256,11 @@ inline Vector add(const Vector& a, const Vector& b) {
     for (int i = 0; i < LANES; i++) v.lane[i] = a.lane[i] + b.lane[i];
     return v;
 }
+inline Vector multiply(const Vector& a, const Vector& b) {
+    Vector v;
+    for (int i = 0; i < LANES; i++) v.lane[i] = a.lane[i] * b.lane[i];
+    return v;
+}
 inline void store_bf16(uint16_t* to, const Vector& v) {
     for (int i = 0; i < LANES; i++) to[i] = to_bf16(v.lane[i]);
 }
@@ -308,6 +315,8 @@ struct DecodeE2M1 {
 #endif
 
 // ---- elements: what is broadcast of x and multiplied with a vector of weights ----
+//
+// folded(): weights times their scales, where neither x nor scales are extreme (products.cpp).
 
 #if defined(MEGAMOE_BF16_DOT)
 
@@ -324,11 +333,29 @@ inline void store_weight(Element* to, const Weight& w) { _mm512_storeu_si512(to,
 inline Vector add_product(Element x, const Weight& w, Vector part) {
     return _mm512_dpbf16_ps(part, (__m512bh)w, (__m512bh)_mm512_set1_epi32(int(x)));
 }
+using Scales = Words;  // what is added to the bits of both BF16 values of a word, unless they are zero
+inline Scales load_scales(const uint8_t* from) {
+    const Words bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm512_mullo_epi16(_mm512_sub_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 16)),
+                                               _mm512_set1_epi16(127)), _mm512_set1_epi16(128));
+}
+inline Weight folded(const Weight& w, const Scales& scales) {
+    return _mm512_mask_add_epi16(w, _mm512_test_epi16_mask(w, _mm512_set1_epi16(0x7FFF)), w, scales);
+}
 #else
 inline void store_weight(Element* to, const Weight& w) { std::memcpy(to, &w, sizeof w); }
 inline Vector add_product(Element x, const Weight& w, const Vector& part) {
     const Vector sum = fma(broadcast(as_float(x & 0xFFFF0000u)), upper(w), part);
     return fma(broadcast(as_float(x << 16)), lower(w), sum);
+}
+using Scales = const uint8_t*;
+inline Scales load_scales(const uint8_t* from) { return from; }
+inline Weight folded(const Weight& w, const Scales& scales) {
+    uint16_t values[2 * LANES];
+    std::memcpy(values, &w, sizeof w);
+    for (int i = 0; i < 2 * LANES; i++)
+        values[i] = to_bf16(from_bf16(values[i]) * from_e8m0(scales[i / 2]));
+    return load_words(values);
 }
 #endif
 
@@ -344,6 +371,9 @@ inline Weight weight_of(const Words& pair, int k) { return k % 2 ? upper(pair) :
 inline Weight load_weight(const Element* from) { return load(from); }
 inline void store_weight(Element* to, const Weight& w) { store(to, w); }
 inline Vector add_product(Element x, const Weight& w, const Vector& part) { return fma(broadcast(x), w, part); }
+using Scales = Vector;
+inline Scales load_scales(const uint8_t* from) { return load_e8m0(from); }
+inline Weight folded(const Weight& w, const Scales& scales) { return multiply(w, scales); }
 
 #endif
 
