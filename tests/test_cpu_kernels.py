@@ -327,7 +327,7 @@ def test_many_rows_have_the_bits_of_one_whatever_the_powers_of_rows_and_scales(p
     some = torch.rand(packed.scales.shape, generator=torch.Generator().manual_seed(5)) < 0.3
     packed = MXFP4(packed.packed, torch.where(some, scale, packed.scales))
     for power in (0.0, -133.0, -118.0, -73.0, -66.0, -63.0, 60.0, 63.0, 100.0, 124.0):
-        x = rows[:19].clone()
+        x = rows[:37].clone()  # more than are few for any path
         x[7] = (x[7].float() * 2.0**power).to(torch.bfloat16)
         x[8, ::3] = 0.0
         x[9, 4] = (x[9, 4].float() * 2.0**power).to(torch.bfloat16)

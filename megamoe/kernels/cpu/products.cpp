@@ -31,6 +31,8 @@ constexpr int UNITS = BLOCK / 2 / LANES;  // of a block
 constexpr int UNIT = 2 * LANES;         // outputs
 constexpr int AHEAD = 4096;             // bytes, by which the memory is asked before they are read
 constexpr int CHAINS = 8;               // of additions side by side, where each addition waits for the one before
+constexpr int FEW = 4;                  // rows, whose sums stay in registers with those of a group
+constexpr int FEW_DECODED = STEP == 2 ? 24 : 8;  // rows, for which weights are decoded anew for each FEW
 constexpr int DEPTH = 8 * GROUP;        // of K, that a decoded tile holds: 16 KB for each 8 lanes
 constexpr int PANEL_ROWS = 192;         // whose tokens, as FP32 and DEPTH deep, stay in the second cache
 constexpr int PANEL_UNITS = 8;          // whose sums for these rows stay there too
@@ -153,6 +155,13 @@ struct Share {
     int64_t groups;        // of K
 };
 
+// The i-th of as few parts of `whole` as have at most `most` each, of even sizes: where it begins. It ends where the
+// next does.
+int64_t part_of(int64_t whole, int64_t most, int64_t i) {
+    const int64_t parts = (whole + most - 1) / most;
+    return whole * i / parts;
+}
+
 // ---- few rows: weights go from memory to the sums through registers alone ----
 
 // The sums of NUM units side by side for ROWS rows: x [K / STEP][ROWS], sums [NUM][2][ROWS][LANES].
@@ -223,23 +232,35 @@ void run_units(const Share& share, int first, int64_t unit, const Element* x, co
                                        (unit + n) / UNITS * BLOCK + output_of(units[n], half), from);
 }
 
-// As many units as run side by side for all rows, then the next; what the second four rows read is still in a cache.
-template <int ROWS, class At>
+// NUM units from `unit` on for `rows` rows, as run_units().
+template <int NUM, int ROWS, class At>
+void run_rows(int rows, const Share& share, int first, int64_t unit, const Element* x, const At& at) {
+    if (rows == ROWS) {
+        run_units<ROWS, NUM>(share, first, unit, x, at);
+    } else if constexpr (ROWS > 1) {
+        run_rows<NUM, ROWS - 1>(rows, share, first, unit, x, at);
+    }
+}
+
+// NUM units side by side for all rows, MOST of them at a time, then the next units; what more rows read is in a cache.
+template <int NUM, int MOST, class At>
 void run_few(const Share& share, const At& at) {
-    constexpr int FIRST = std::min(ROWS, 4), SECOND = ROWS - FIRST, NUM = std::max(1, CHAINS / (2 * FIRST));
     const int64_t depth = share.groups * GROUP, end = share.end * UNITS;
-    Element *x = scratch.take_x(ROWS, depth), *second = x + depth / STEP * FIRST;
-    share.rows.spread(share.first, FIRST, 0, depth, x);
-    if constexpr (SECOND > 0) share.rows.spread(share.first + FIRST, SECOND, 0, depth, second);
+    const int rows = int(share.count), parts = (rows + MOST - 1) / MOST;
+    const auto row_of = [=](int part) { return int(part_of(rows, MOST, part)); };
+    Element* x = scratch.take_x(rows, depth);
+    for (int part = 0; part < parts; part++)
+        share.rows.spread(share.first + row_of(part), row_of(part + 1) - row_of(part), 0, depth,
+                          x + depth / STEP * row_of(part));
     int64_t unit = share.begin * UNITS;
-    for (; unit + NUM <= end; unit += NUM) {
-        run_units<FIRST, NUM>(share, 0, unit, x, at);
-        if constexpr (SECOND > 0) run_units<SECOND, NUM>(share, FIRST, unit, second, at);
-    }
-    for (; unit < end; unit++) {
-        run_units<FIRST, 1>(share, 0, unit, x, at);
-        if constexpr (SECOND > 0) run_units<SECOND, 1>(share, FIRST, unit, second, at);
-    }
+    const auto run = [&](auto num) {
+        for (; unit + num <= end; unit += num)
+            for (int part = 0; part < parts; part++)
+                run_rows<num, MOST>(row_of(part + 1) - row_of(part), share, row_of(part), unit,
+                                   x + depth / STEP * row_of(part), at);
+    };
+    run(std::integral_constant<int, NUM>());
+    run(std::integral_constant<int, 1>());
 }
 
 // ---- many rows: weights are decoded into a tile, which all rows of a panel read ----
@@ -338,13 +359,6 @@ void decode_unit(const Weights& weights, int unit, int64_t first, int groups, El
     }
 }
 
-// The i-th of as few parts of `whole` as have at most `most` each, of even sizes: where it begins. It ends where the
-// next does.
-int64_t part_of(int64_t whole, int64_t most, int64_t i) {
-    const int64_t parts = (whole + most - 1) / most;
-    return whole * i / parts;
-}
-
 // A panel of rows by all of the share's blocks: some units, DEPTH of K of each, then the next DEPTH of the same units.
 template <class At>
 void run_panel(const Share& share, int64_t first, int rows, const At& at) {
@@ -406,18 +420,10 @@ void run_panel(const Share& share, int64_t first, int rows, const At& at) {
 
 template <class At>
 void run_share(const Share& share, const At& at) {
-    switch (share.count) {
-        case 1: return run_few<1>(share, at);
-        case 2: return run_few<2>(share, at);
-        case 3: return run_few<3>(share, at);
-        case 4: return run_few<4>(share, at);
-    }
-    if constexpr (!std::decay_t<decltype(at(0))>::AS_TILES) switch (share.count) {
-            case 5: return run_few<5>(share, at);
-            case 6: return run_few<6>(share, at);
-            case 7: return run_few<7>(share, at);
-            case 8: return run_few<8>(share, at);
-        }
+    using Weights = std::decay_t<decltype(at(0))>;
+    if (share.count == 1) return run_few<CHAINS / 2, 1>(share, at);
+    if (share.count == 2) return run_few<CHAINS / 4, 2>(share, at);
+    if (share.count <= (Weights::AS_TILES ? FEW : FEW_DECODED)) return run_few<1, FEW>(share, at);
     for (int64_t panel = 0; part_of(share.count, PANEL_ROWS, panel) < share.count; panel++) {
         const int64_t row = part_of(share.count, PANEL_ROWS, panel), end = part_of(share.count, PANEL_ROWS, panel + 1);
         run_panel(share, share.first + row, int(end - row), at);
