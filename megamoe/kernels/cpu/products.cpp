@@ -10,9 +10,11 @@
 //     out[r][o] = sum, rounded once to BF16, or as it is
 //
 // BF16 weights have s = 1. Where neither x nor s is extreme, w * s is multiplied in place of w, and part added as it is:
-// s is a power of two, so each rounding is that of the above times s. Neither the number of rows, nor a row's place, nor tiles, threads or the width of vectors
-// enter: each output has a chain of its own. The two ways below, for few rows and for many, differ in what they keep in
-// registers and in nothing else.
+// s is a power of two, so each rounding is that of the above times s.
+//
+// Neither the number of rows, nor a row's place, nor tiles, threads or the width of vectors enter: each output has a
+// chain of its own. The two ways below, for few rows and for many, differ in what they keep in registers and in nothing
+// else.
 //
 // Weights are held in blocks of 32 outputs (layout.py). For each 4 of K a block has 64 bytes of E2M1, or 2 x 32 pairs of
 // BF16. What is decoded at once, a unit, is one vector of those bytes: 4 values of K for two vectors of outputs.
