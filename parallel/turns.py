@@ -152,7 +152,7 @@ class _Turn:
 
 
 def queue_of(device: torch.device) -> Queue | None:
-    """The current stream of a device that has some; None on a CPU, and while a graph is captured.
+    """The current stream of a device that has some; None on a CPU or Apple's GPU, and while a graph is captured.
 
     A graph's capture must not wait for what lies outside of it, and need not: its buffers are its own.
     """
@@ -160,7 +160,8 @@ def queue_of(device: torch.device) -> Queue | None:
         return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
-    stream: Queue = torch.get_device_module(device).current_stream(device)
+    current = getattr(torch.get_device_module(device), "current_stream", None)
+    stream: Queue | None = None if current is None else current(device)
     return stream
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class Experts(nn.Module):
     interprets.
     """
 
+    by_kernels_of_gpus: ClassVar[bool] = True  # where a device has Triton kernels; else torch multiplies there
+
     def __init__(
         self,
         shape: MoEShape,
@@ -63,7 +65,7 @@ class Experts(nn.Module):
         self.shape, self.ids, self.weight_format, self.device = shape, ids, weight_format, device
         self.format = WEIGHT_FORMATS[weight_format]
         self.packed = weight_format == "mxfp4"  # which GPUs' kernels read in ways of its own
-        self.grouped = (interpreted or has_kernels(device)) and self.format.kernels
+        self.grouped = self.by_kernels_of_gpus and (interpreted or has_kernels(device)) and self.format.kernels
         self.products = products_of(device, arithmetic, kernels=self.format.kernels)
         self.layout = self.products.layout
         if self.grouped:

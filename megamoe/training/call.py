@@ -109,15 +109,16 @@ class BackwardCall:
         self._note(len(hidden), int(rows.own.sum()))
         order = in_batch_order(rows, self._rank)
         sources, destinations = (each[order] for each in plan.computed.expand())
-        self._sources, self._destinations = torch.from_numpy(sources), torch.from_numpy(destinations)
-        records = torch.from_numpy(plan.records.expand())
+        device = hidden.device
+        self._sources, self._destinations = (torch.from_numpy(each).to(device) for each in (sources, destinations))
+        records = torch.from_numpy(plan.records.expand()).to(device)
         self._records.index_copy_(0, records, pair_records(self._route.token_rows, self._route.weights))
         self._encode(hidden, gradient)
         num_rows, inbox = len(sources), self._rows[plan.own.start :]
         self._linear1 = workspace.take("backward linear1", (num_rows, shape.linear1_rows), hidden, torch.bfloat16)
         self._activated = workspace.take("backward activated", (num_rows, shape.intermediate), hidden, torch.bfloat16)
-        self._gradient_rows = torch.empty(num_rows, dtype=torch.int64)
-        self._weights = torch.empty(num_rows, dtype=torch.float32)
+        self._gradient_rows = torch.empty(num_rows, dtype=torch.int64, device=device)
+        self._weights = torch.empty(num_rows, dtype=torch.float32, device=device)
         self._gradients = self._decoded(parts.wire, parts.wire.gradients(inbox), "backward gradients")
         self._read_own = False
         self._tokens = self._open_tokens(inbox)
@@ -273,7 +274,7 @@ class BackwardCall:
     def _of_bias(self, step: StepRows) -> Tensor:
         """What Linear-2's bias adds to the gradients of the step's top-k weights, [n] float32."""
         bias = self._experts.bias("down", step.experts)
-        of_rows = bias.repeat_interleave(torch.from_numpy(step.counts), 0)
+        of_rows = bias.repeat_interleave(torch.from_numpy(step.counts).to(bias.device), 0)
         return sum_in_lanes(self._gradients[self._gradient_rows[step.rows]].to(torch.float32) * of_rows, 1)
 
     def weights(self, wave: int) -> None:
@@ -293,7 +294,7 @@ class BackwardCall:
                     each[index] = 0
             return
         gradients = Picked(self._gradients, self._gradient_rows[rows])
-        own = torch.arange(rows.start, rows.stop)
+        own = torch.arange(rows.start, rows.stop, device=gradients.rows.device)
         if found.down is not None:
             self._experts.weight_gradient(gradients, Picked(self._activated, own), found.down[index])
         if found.gate_up is not None:

@@ -42,15 +42,11 @@ class TrainableExperts(Experts):
     gate_up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
     captured: Captured | None = None
+    by_kernels_of_gpus = False  # those are of the forward alone
     distributed = False  # whether the parameters are DTensors
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.grouped:
-            raise ValueError(
-                f"training on {self.device} is not supported: it runs on CPUs and on devices where torch multiplies; "
-                'make the layer with device="cpu"'
-            )
         self._backward = {
             name: Matrix(f"{name}, transposed", matrix.inputs, matrix.outputs, _BF16)
             for name, matrix in self.matrices.items()

@@ -61,24 +61,25 @@ def keep(call: Call, workspace: Workspace, num_tokens: int, saved: str, captured
 
     captured: Linear-1's results, where they are kept
     """
-    parts, rank = call.parts, call.parts.group.rank
+    parts, rank, device = call.parts, call.parts.group.rank, call.parts.experts.device
     wire, messages, agreed = parts.wire, parts.messages, parts.agreed
     said = torch.cat((torch.tensor(agreed.tokens)[:, None], agreed.counts, agreed.firsts), 1)
     num_waves = torch.tensor([parts.plan.num_waves])
     if saved == "dispatch-again":
-        nothing = torch.empty(0, dtype=torch.int64)
-        rows = torch.empty(0, wire.row_bytes, dtype=torch.uint8)
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        rows = torch.empty(0, wire.row_bytes, dtype=torch.uint8, device=device)
         return Kept(said, num_waves, rows, nothing, nothing.to(torch.float32), *_no_rows(parts.experts))
     arrived = RankRows.of(agreed.counts.numpy(), rank, parts.experts.ids)
     row_plan = plan_rows(parts.plan, rank, whole_waves(parts.plan, rank), arrived, messages, wire, num_tokens)
-    buffer = workspace.take("rows", (row_plan.num_rows, wire.row_bytes), parts.agreed.counts, torch.uint8)
+    like = torch.empty(0, device=device)
+    buffer = workspace.take("rows", (row_plan.num_rows, wire.row_bytes), like, torch.uint8)
     order = in_batch_order(arrived, rank)
-    places = torch.from_numpy(row_plan.computed.expand()[0][order])
+    places = torch.from_numpy(row_plan.computed.expand()[0][order]).to(device)
     inbox_rows, weights = read_records(buffer.view(torch.int32).view(-1, 2).index_select(0, places))
-    tokens = _token_rows(messages, rank, num_tokens)
+    tokens = _token_rows(messages, rank, num_tokens).to(device)
     inbox = buffer[row_plan.own.start :]
-    compact = torch.empty(len(inbox), dtype=torch.int64)
-    compact[tokens] = torch.arange(len(tokens))
+    compact = torch.empty(len(inbox), dtype=torch.int64, device=device)
+    compact[tokens] = torch.arange(len(tokens), device=device)
     linear1, found = _no_rows(parts.experts)
     if captured is not None:
         linear1, found = captured.rows, _places(call, row_plan, order)
@@ -105,14 +106,15 @@ def in_batch_order(rows: RankRows, rank: int) -> Array:
 
 
 def _no_rows(experts: Experts) -> tuple[Tensor, Tensor]:
-    return torch.empty(0, experts.shape.linear1_rows, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
+    linear1 = torch.empty(0, experts.shape.linear1_rows, dtype=torch.bfloat16, device=experts.device)
+    return linear1, linear1.new_empty(0, dtype=torch.int64)
 
 
 def _places(call: Call, row_plan: RowPlan, order: Array) -> Tensor:
     """[n] int64: which row of all steps each row by expert is, found by where the call wrote its result."""
-    step_rows = torch.empty(row_plan.num_results, dtype=torch.int64)
-    step_rows[call.destinations] = torch.arange(len(order))
-    return step_rows[torch.from_numpy(row_plan.computed.expand()[1][order])]
+    step_rows = call.destinations.new_empty(row_plan.num_results, dtype=torch.int64)
+    step_rows[call.destinations] = torch.arange(len(order), device=step_rows.device)
+    return step_rows[torch.from_numpy(row_plan.computed.expand()[1][order]).to(step_rows.device)]
 
 
 def _token_rows(messages: Messages, rank: int, num_tokens: int) -> Tensor:

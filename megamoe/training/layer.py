@@ -87,6 +87,8 @@ class TrainableMoE(MegaMoE):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("transport") == "fused":
+            raise ValueError("transport='fused' has no backward pass: leave transport out, or make a MegaMoE")
         super().__init__(*args, **kwargs)
         if master_dtype not in MASTER_DTYPES:
             raise ValueError(f"master_dtype must be torch.float32 or torch.bfloat16, got {master_dtype}")
