@@ -1,5 +1,7 @@
-"""A device that there is not, to hold the layer on every device that torch runs on: its tensors lie in CPU memory, and an
-operation that mixes them with tensors of the CPU fails as it would on one that there is."""
+"""A device that there is not, to hold the layer on every device that torch runs on.
+
+Its tensors lie in CPU memory, and an operation that mixes them with the CPU's fails as it would on one that there is.
+"""
 
 from __future__ import annotations
 
@@ -24,39 +26,38 @@ _tensor = torch.tensor
 
 
 class Elsewhere(Tensor):
-    """A tensor on DEVICE: `inner`, of the CPU, has its values."""
+    """A tensor on DEVICE: `behind`, of the CPU, has its values."""
 
-    inner: Tensor
+    behind: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> Elsewhere:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, behind: Tensor) -> Elsewhere:
+        made: Elsewhere = Tensor._make_wrapper_subclass(
             cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
+            behind.size(),
+            strides=behind.stride(),
+            storage_offset=behind.storage_offset(),
+            dtype=behind.dtype,
             device=DEVICE,
         )
-        made.inner = inner
-        found: Elsewhere = made
-        return found
+        made.behind = behind
+        return made
 
     def tolist(self) -> Any:
-        return self.inner.tolist()
+        return self.behind.tolist()
 
     def record_stream(self, _: object) -> None:
         """As tensors of devices with streams have it."""
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
         return _run(func, args, kwargs or {})
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -67,7 +68,7 @@ class _Mode(TorchDispatchMode):
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation on the CPU, its results where they belong. RuntimeError where operands are on both devices."""
     name, tensors = str(func), [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-    there = {id(each.inner): each for each in tensors if isinstance(each, Elsewhere)}
+    there = {id(each.behind): each for each in tensors if isinstance(each, Elsewhere)}
     here = [each for each in tensors if not isinstance(each, Elsewhere) and each.dim()]
     copies, device = name.startswith(_COPIES), kwargs.get("device")
     if there and here and not copies and not name.startswith(_TAKE_INDICES_OF_THE_CPU):
@@ -85,12 +86,12 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     return tree_map(placed, found)
 
 
-def _there(inner: Tensor, known: dict[int, Elsewhere]) -> Elsewhere:
-    return known[id(inner)] if id(inner) in known else Elsewhere(inner)
+def _there(behind: Tensor, known: dict[int, Elsewhere]) -> Elsewhere:
+    return known[id(behind)] if id(behind) in known else Elsewhere(behind)
 
 
 def _inner(each: Any) -> Any:
-    return each.inner if isinstance(each, Elsewhere) else each
+    return each.behind if isinstance(each, Elsewhere) else each
 
 
 class _Event:
@@ -113,18 +114,19 @@ def _module(streams: bool) -> SimpleNamespace:
 def pretended(*, streams: bool = True) -> Iterator[None]:
     """A block in which there is DEVICE, in this thread, with or without streams."""
 
-    def filled(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+    def filled(data: Any, **options: Any) -> Tensor:
         """torch.tensor(), which fills a device's memory itself."""
+        device = options.get("device")
         if device is None or torch.device(device).type != DEVICE.type:
-            return _tensor(*args, device=device, **kwargs)
-        return _tensor(*args, **kwargs).to(DEVICE)
+            return _tensor(data, **options)
+        return _tensor(data, **{**options, "device": None}).to(DEVICE)
 
     with (
         _Mode(),  # type: ignore[no-untyped-call]
         mock.patch("torch.tensor", filled),
-        mock.patch("torch.get_device_module", lambda *_: _module(streams)),
+        mock.patch("torch.get_device_module", return_value=_module(streams)),
         mock.patch("megamoe.execution.checks._check_plain"),  # which refuses subclasses of tensors
-        mock.patch("megamoe.parallel.group.backend_for", lambda *_: "pretended"),
+        mock.patch("megamoe.parallel.group.backend_for", return_value="pretended"),
     ):
         yield
 
@@ -132,5 +134,6 @@ def pretended(*, streams: bool = True) -> Iterator[None]:
 def group_there(group: EPGroup) -> EPGroup:
     """The ranks of a group, on CPUs, as a group that moves rows between their pretended devices."""
     processes = dist.group.WORLD
-    assert processes is not None and dist.get_world_size() == group.size
+    assert processes is not None
+    assert processes.size() == group.size
     return EPGroup.of(processes, DEVICE, deadline_s=30.0)

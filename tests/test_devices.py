@@ -1,4 +1,4 @@
-"""Devices without kernels of ours, where torch multiplies: the layer and its backward stay on them, with the CPU's bits."""
+"""Devices where torch multiplies: the layer and its backward stay on them, and have the bits of torch on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.shape import MoEShape
-from megamoe.training import TrainableMoE, clip_grad_norm_
+from megamoe.training import TrainableMoE, clip_grad_norm_, sum_gradients
 from tests.cases import ACTIVATIONS, Batch, make_batch, make_biases, make_weights, split
 from tests.pretended import DEVICE, Elsewhere, group_there, pretended
 from tests.training_cases import joined, make_gradient
@@ -29,7 +29,7 @@ BATCH = make_batch(SHAPE, 23)
 @contextmanager
 def by_torch() -> Iterator[None]:
     """torch multiplies on the CPU too, and in the dtype that it does elsewhere."""
-    with using(None), mock.patch("megamoe.execution.products.multiply_dtype", lambda _: torch.bfloat16):
+    with using(None), mock.patch("megamoe.execution.products.multiply_dtype", return_value=torch.bfloat16):
         yield
 
 
@@ -40,7 +40,7 @@ def there(batch: Batch) -> Batch:
 def here(each: Tensor) -> Tensor:
     """On the CPU; it was on the device."""
     assert isinstance(each, Elsewhere)
-    return each.inner
+    return each.behind
 
 
 def called(device: torch.device | str, group: EPGroup | None, batch: Batch, **options: Any) -> Tensor:
@@ -55,8 +55,9 @@ def trained(device: torch.device | str, group: EPGroup | None, batch: Batch, row
     layer.load_experts(*make_weights(SHAPE), **make_biases(SHAPE))
     hidden, weights = batch.hidden.clone().requires_grad_(), batch.weights.clone().requires_grad_()
     layer(hidden, batch.ids, weights).backward(make_gradient(BATCH)[rows].to(device))
-    found = {"hidden": hidden.grad, "topk_weights": weights.grad}
-    found |= {name: each.grad.clone() for name, each in layer.experts.named_parameters()}
+    leaves = {"hidden": hidden, "topk_weights": weights, **dict(layer.experts.named_parameters())}
+    found = {name: each.grad.clone() for name, each in leaves.items() if each.grad is not None}
+    assert len(found) == len(leaves)
     clip_grad_norm_(layer.parameters(), 0.1)
     torch.optim.SGD(layer.parameters(), lr=0.1).step()
     return found | {f"{name}, stepped": each.detach() for name, each in layer.experts.named_parameters()}
@@ -106,13 +107,21 @@ def test_training_on_another_device_has_the_bits_of_torch_on_the_cpu(
 
 def on_ranks(group: EPGroup, sweep: list[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """This rank's part of the batch on its device, forward and trained, for each of the options."""
-    rows, found = split(len(BATCH.hidden), group.size)[group.rank], []
+    rows = split(len(BATCH.hidden), group.size)[group.rank]
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
     with by_torch(), pretended():
         ranks, mine = group_there(group), there(BATCH.part(rows))
         for options in sweep:
             out = here(called(DEVICE, ranks, mine, **options))
+            if options.get("combine_format") == "mxfp8":
+                found.append((out, {}))
+                continue
             of_rank = trained(DEVICE, ranks, mine, rows, **options)
             found.append((out, {name: here(each) for name, each in of_rank.items()}))
+        dense = torch.nn.Parameter(torch.zeros(3, 5, device=DEVICE))
+        dense.grad = torch.full_like(dense, group.rank + 1.0)
+        sum_gradients([dense], ranks)
+        assert (here(dense.grad) == sum(range(1, group.size + 1))).all()
     return found
 
 
@@ -121,9 +130,39 @@ def test_ranks_on_other_devices_have_the_bits_of_one_on_the_cpu(ranks: LocalRank
         {"weight_format": weight_format, "dispatch_format": wire, "waves": waves}
         for (weight_format, wire), waves in zip(FORMATS.items(), (3, "auto"), strict=True)
     ]
+    sweep.append({"weight_format": "mxfp4", "combine_format": "mxfp8"})
     parts = ranks.run(on_ranks, sweep, size=3)
     with by_torch():
         for number, options in enumerate(sweep):
             assert torch.equal(torch.cat([part[number][0] for part in parts]), called("cpu", None, BATCH, **options))
+            if "combine_format" in options:
+                continue
             expected, found = trained("cpu", None, BATCH, slice(None), **options), joined([p[number][1] for p in parts])
             assert [name for name, each in found.items() if not torch.equal(each, expected[name])] == []
+
+
+def test_what_a_layer_holds_goes_from_one_device_to_another() -> None:
+    with by_torch():
+        layer = MegaMoE(SHAPE)
+        layer.load_experts(*make_weights(SHAPE), **make_biases(SHAPE))
+        expected = layer(BATCH.hidden, BATCH.ids, BATCH.weights)
+        with pretended():
+            moved, back = MegaMoE(SHAPE, device=DEVICE, keep_dequantized=True), MegaMoE(SHAPE)
+            moved.load_state_dict(layer.state_dict())
+            batch = there(BATCH)
+            assert torch.equal(here(moved(batch.hidden, batch.ids, batch.weights)), expected)
+            back.load_state_dict({name: each.cpu() for name, each in moved.state_dict().items()})
+        assert torch.equal(back(BATCH.hidden, BATCH.ids, BATCH.weights), expected)
+
+
+def test_an_operation_on_two_devices_is_refused_there_as_on_a_real_one() -> None:
+    with pretended():
+        on_it = torch.ones(3, device=DEVICE)
+        with pytest.raises(RuntimeError, match="was given tensors on lazy:0 and on the CPU"):
+            on_it + torch.ones(3)
+        assert here(on_it + 1).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_training_by_the_mega_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="transport='fused' has no backward pass"):
+        TrainableMoE(SHAPE, transport="fused", max_tokens_per_rank=8)

@@ -290,7 +290,7 @@ class Experts(nn.Module):
         """A weight to where it is held."""
         places = {key: stack[index] for key, stack in self._stacks[name].items()}
         if self.keep_dequantized:
-            self.format.dense(weight, places.pop(DEQUANTIZED))
+            places.pop(DEQUANTIZED).copy_(self.format.dense(weight))  # which may be on another device
         self.layout.pack_into(matrix, weight, places)
 
     def check(

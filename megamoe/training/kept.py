@@ -112,9 +112,10 @@ def _no_rows(experts: Experts) -> tuple[Tensor, Tensor]:
 
 def _places(call: Call, row_plan: RowPlan, order: Array) -> Tensor:
     """[n] int64: which row of all steps each row by expert is, found by where the call wrote its result."""
-    step_rows = call.destinations.new_empty(row_plan.num_results, dtype=torch.int64)
-    step_rows[call.destinations] = torch.arange(len(order), device=step_rows.device)
-    return step_rows[torch.from_numpy(row_plan.computed.expand()[1][order]).to(step_rows.device)]
+    device = call.parts.experts.device
+    step_rows = torch.empty(row_plan.num_results, dtype=torch.int64, device=device)
+    step_rows[call.destinations] = torch.arange(len(order), device=device)
+    return step_rows[torch.from_numpy(row_plan.computed.expand()[1][order]).to(device)]
 
 
 def _token_rows(messages: Messages, rank: int, num_tokens: int) -> Tensor:

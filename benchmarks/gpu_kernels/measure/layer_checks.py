@@ -22,13 +22,15 @@ from benchmarks.gpu_kernels.process import first_line
 from megamoe import MegaMoE
 from megamoe.formats import MXFP4, dequantize_mxfp4
 from megamoe.reference import moe_fp64, relative_error
+from megamoe.training import TrainableMoE
+from megamoe.training.reference import Problem, moe_backward_fp64
 
 _CALLS = 20
 
 
 def layer_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Check]]]:
     """Of a small shape; two of each format are of a GPU alone."""
-    of_all, of_gpus = (check_against_fp64, check_bits), (check_waits, check_memory)
+    of_all, of_gpus = (check_against_fp64, check_bits, check_training), (check_waits, check_memory)
     for weight_format in DISPATCH_FORMATS:
         for check in (*of_all, *(of_gpus if device.type == "cuda" else ())):
             yield f"{weight_format} layer, {check.__name__}", partial(check, weight_format, device)
@@ -65,6 +67,34 @@ def check_bits(weight_format: str, device: torch.device) -> Check:
     again = torch.equal(made(*given), first)
     alone = torch.equal(made(*(each[200:201].clone() for each in given))[0], first[200])
     return Check(f"{weight_format} layer, bits in another run and of a token alone", again and alone)
+
+
+def check_training(weight_format: str, device: torch.device) -> Check:
+    """All gradients against FP64 of the same quantised operands on the host, and their bits in another run."""
+    given, wire = inputs(CHECKED, 33, device), DISPATCH_FORMATS[weight_format]
+    gate_up, down = (as_float(each).to(torch.float32) for each in weights(CHECKED, weight_format, device))
+    gradient = inputs(CHECKED, 33, device, seed=1)[0]
+    made = TrainableMoE(CHECKED, weight_format=weight_format, dispatch_format=wire, device=device)
+    made.load_experts(gate_up, down)
+
+    def found() -> dict[str, Tensor]:
+        hidden, ids, topk_weights = (each.clone() for each in given)
+        leaves = {"hidden": hidden, "topk_weights": topk_weights, **dict(made.experts.named_parameters())}
+        out = made(hidden.requires_grad_(), ids, topk_weights.requires_grad_())
+        gradients = torch.autograd.grad(out, list(leaves.values()), gradient)
+        return {name: each.cpu() for name, each in zip(leaves, gradients, strict=True)}
+
+    first, again = found(), found()
+    hidden, ids, topk_weights = (each.cpu() for each in given)
+    problem = Problem(
+        CHECKED, hidden, ids, topk_weights, gate_up, down, weight_format=weight_format, dispatch_format=wire
+    )
+    exact = moe_backward_fp64(problem, gradient.cpu())
+    errors = {name: relative_error(each, getattr(exact, name)) for name, each in first.items()}
+    same = all(torch.equal(each, again[name]) for name, each in first.items())
+    said = ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
+    passed = same and all(error < BOUND for error in errors.values())
+    return Check(f"{weight_format} training, bits in another run, gradients against FP64", passed, f"errors {said}")
 
 
 def check_waits(weight_format: str, device: torch.device) -> Check:
