@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from megamoe.kernels.cpu.library import using
+from megamoe.kernels.cpu.library import KernelWarning, using
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
+from megamoe.model import load
+from megamoe.model.making.tiny import write_tiny
 from megamoe.parallel.group import EPGroup
+from megamoe.reference import relative_error
 from megamoe.shape import MoEShape
 from megamoe.training import TrainableMoE, clip_grad_norm_, sum_gradients
 from tests.cases import ACTIVATIONS, Batch, make_batch, make_biases, make_weights, split
@@ -153,6 +158,34 @@ def test_what_a_layer_holds_goes_from_one_device_to_another() -> None:
             assert torch.equal(here(moved(batch.hidden, batch.ids, batch.weights)), expected)
             back.load_state_dict({name: each.cpu() for name, each in moved.state_dict().items()})
         assert torch.equal(back(BATCH.hidden, BATCH.ids, BATCH.weights), expected)
+
+
+@pytest.mark.parametrize("family", ["deepseek-v4-flash", "gpt-oss"])
+def test_a_whole_model_computes_on_its_device(tmp_path: Path, family: str) -> None:
+    write_tiny(tmp_path / family, family, num_experts=8, topk=2)
+    ids = torch.arange(3, 12)[None]
+    with by_torch(), torch.no_grad():
+        expected = load(tmp_path / family).generate(ids, max_new_tokens=3, do_sample=False)
+        with pretended():
+            with pytest.warns(KernelWarning, match="dense products on lazy:0 are torch's"):
+                model = load(tmp_path / family, device=DEVICE)
+            found = model.generate(ids.to(DEVICE), max_new_tokens=3, do_sample=False)
+    assert here(found).tolist() == expected.tolist()
+
+
+def test_a_stock_model_trains_on_the_device_that_it_was_moved_to(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "mixtral", "mixtral", num_experts=8, topk=2)
+    ids, results = torch.arange(3, 12)[None], []
+    with by_torch(), pretended():
+        for device in ("cpu", DEVICE):
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral", experts_implementation="megamoe")
+            model = model.train().to(device)
+            model(input_ids=ids.to(device), labels=ids.to(device)).loss.backward()
+            results.append({name: each.grad for name, each in model.named_parameters()})
+    for name, each in results[0].items():
+        assert relative_error(here(results[1][name]), each) < 3e-2, (
+            name
+        )  # attention's own products differ in a last bit
 
 
 def test_an_operation_on_two_devices_is_refused_there_as_on_a_real_one() -> None:
