@@ -87,6 +87,7 @@ class TrainableMoE(MegaMoE):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        self.gradient_format, self.saved = gradient_format, saved
         super().__init__(*args, **kwargs)
         if master_dtype not in MASTER_DTYPES:
             raise ValueError(f"master_dtype must be torch.float32 or torch.bfloat16, got {master_dtype}")
@@ -95,7 +96,6 @@ class TrainableMoE(MegaMoE):
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         check_gradient_format(gradient_format, self.shape.hidden)
-        self.gradient_format, self.saved = gradient_format, saved
         self.last_backward = CallRecord()
         self.tokens_per_expert = torch.zeros(self.shape.num_experts, dtype=torch.int64, device="cpu")
         self._latest: Call | None = None
@@ -108,6 +108,10 @@ class TrainableMoE(MegaMoE):
         """As MegaMoE's, but all calls go by waves: what they leave in the workspace is what a backward needs."""
         super()._begin()
         self._small = None
+
+    def _training_term(self) -> str:
+        again = ", dispatch-again" if self.saved == "dispatch-again" else ""
+        return f"{self.gradient_format} gradients{again}"
 
     # ---- master weights ----
 

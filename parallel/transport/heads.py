@@ -9,12 +9,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from megamoe.parallel.errors import CallRefusedError, named
+from megamoe.parallel.errors import CallRefusedError, listed, named
 from megamoe.parallel.transport.pairs import WHOLE_BYTES, Label
 
 MESSAGE_BYTES = WHOLE_BYTES  # of the first message of an exchange
-_MAGIC = 0x4D4D4748  # "HGMM"; a layer's page, which has a magic of its own, has no head
-_HEAD = struct.Struct("<I4xq16s64s")
+FIRST_EXCHANGE = "shared_memory="  # what the phase of a group's first exchange begins with, before True or False
+_MAGIC = (
+    0x4D4D4749  # "IGMM", the next version's has the next letter; a layer's page has a magic of its own, and no head
+)
+_HEAD = struct.Struct("<I4xq24s64s")
 HEAD_BYTES = _HEAD.size
 FIRST_BYTES = MESSAGE_BYTES - HEAD_BYTES  # of a page behind its head
 
@@ -29,12 +32,14 @@ def check_heads(views: Sequence[memoryview], own: int, global_ranks: Sequence[in
     """CallRefusedError where ranks gather something else than the rank `own`, or pages of other sizes."""
     if all(_terms(view) == _terms(views[own]) for view in views):
         return
-    whom = dict[str, list[str]]()
+    whom = dict[str, list[int]]()
     for rank, view in enumerate(views):
-        whom.setdefault(described(view) or "a layer", []).append(
-            named(rank, global_ranks[rank] if global_ranks else None)
-        )
-    found = "; ".join(f"{', '.join(ranks)}: {each}" for each, ranks in whom.items())
+        whom.setdefault(described(view) or "a layer", []).append(rank)
+
+    def name(rank: int) -> str:
+        return named(rank, global_ranks[rank] if global_ranks else None)
+
+    found = "; ".join(f"{listed(ranks, name)}: {each}" for each, ranks in whom.items())
     raise CallRefusedError(
         f"ranks called something else than one another, so nothing was exchanged: {found}; every rank must call the "
         "same in the same order, from whatever threads"
@@ -46,6 +51,8 @@ def described(view: memoryview) -> str:
     magic, num_bytes, phase, layer = _HEAD.unpack_from(view)
     if magic != _MAGIC:
         return ""
+    if _text(phase).startswith(FIRST_EXCHANGE):
+        return f"{_text(layer)} (the first exchange of an EPGroup with {_text(phase)})"
     return f"{_text(layer)} (phase {_text(phase)}, {num_bytes} bytes)"
 
 
