@@ -1,7 +1,8 @@
 """What a page begins with when ranks gather: what it is for and its size, so that ranks which do different things know.
 
-gloo ends the process of a rank that gets more bytes than it has room for. So the first message of every exchange has
-the same tag and room for MESSAGE_BYTES on all ranks, and nothing longer is sent before all have seen all heads.
+gloo ends the process of a rank that gets more bytes than it has room for, and a collective of different sizes may
+never end. So the first message of every exchange by pairs has the same tag and room for MESSAGE_BYTES on all ranks, the
+first collective of one by collectives has one size, and nothing longer is sent before all have seen all heads.
 """
 
 from __future__ import annotations
