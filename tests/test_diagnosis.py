@@ -96,6 +96,12 @@ CASES = {
         1,
         "absent",
     ),
+    "of two, the other found that this one is behind a slow link": (
+        [waits(0, 1), raised(1, "slow", peer=0)],
+        1,
+        1,
+        "slow",
+    ),
     "one raised by itself, one about it": (
         [waits(0, 2), raised(1, "OSError: full"), raised(2, "raised", peer=1, age_s=0.5)],
         2,

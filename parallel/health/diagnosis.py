@@ -112,6 +112,8 @@ def diagnose(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Ve
     if raised:  # errors about a peer: the first that was raised
         first = max((status.position for status in raised if status.position), key=lambda position: position.age_s)
         assert first.peer is not None
+        if first.complaint == SLOW and len(statuses) == 2:  # of two each names the other
+            return Verdict(others[0].rank, SLOW, certain=True)
         return Verdict(first.peer, first.complaint if first.complaint in _MEANING else STALLED, certain=True)
     return _follow(me, awaited, statuses)
 
