@@ -211,7 +211,7 @@ CASES |= {
             near(stuck(0, 2, 9, "counts"), 1),
             near(stuck(1, 2, 9, "counts")),
             near(gave_up(stuck(2, 3, 8, "combine", 0), 0.2), 3),
-            near(stuck(3, 2, 9, "counts", age_s=0.5), 2),
+            near(stuck(3, 2, 9, "counts", age_s=0.6), 2),
         ],
         2,
         3,

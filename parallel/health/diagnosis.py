@@ -16,8 +16,7 @@ ABSENT, UNDELIVERED, SLOW, CUT_OFF = "absent", "undelivered", "slow", "cut off"
 _NEVER_S = 10.0
 _FAR_S = 0.005  # answers that take longer come over a slow link
 _STARVED_S = 0.25  # or, where ranks share memory and no link lies between, from a process that hardly runs
-_ARRIVES_S, _ONE_ARRIVES_S = 0.25, 0.5  # what is under way for longer is missing; where it is one message
-_NEAR_ARRIVES_S = 0.1  # within a host nothing is under way: as exact as is known who was where, and when
+_ARRIVES_S, _ONE_ARRIVES_S = 0.25, 0.5  # what is under way for longer is missing; where it is one, between hosts
 _MEANING = {
     DEAD: "is dead, its process is gone",
     UNREACHABLE: "cannot be reached: its host or its link is down",
@@ -154,7 +153,7 @@ def _is_missing(waiter: PeerStatus, sender: PeerStatus, arrives_s: float = _ONE_
     if waits is None or sent is None or waits.state != WAITING or waits.peer != sender.rank:
         return False
     if sender.rank in waiter.near:
-        arrives_s = _NEAR_ARRIVES_S
+        arrives_s = _ARRIVES_S
     return sent.is_past(waits) and sent.age_s - waiter.heard_s - waits.looked_s >= arrives_s
 
 
