@@ -332,8 +332,8 @@ def init_group(
     if run is not None:
         check_name(run)
     store = _meet(store, init_method, rank, size, deadline_s)
-    said = {"size": size, "device": device.type, "shared_memory": shared_memory, "node_limited": node_limited}
-    compare_starts(store, rank, {**said, "megamoe": megamoe.__version__}, deadline_s)
+    said = {"device": device.type, "shared_memory": shared_memory, "node_limited": node_limited}
+    compare_starts(store, rank, size, {**said, "megamoe": megamoe.__version__}, deadline_s)
     others = gloo_threads()  # of groups that are not ours, and stay as they are
     world = _start(device, store, rank, size, deadline_s)
     group: EPGroup | None = None

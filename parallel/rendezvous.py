@@ -34,18 +34,19 @@ def fresh_store(store: Store, rank: int, within_s: float) -> Store:
     return PrefixStore(f"megamoe group {number}", store)
 
 
-def compare_starts(store: Store, rank: int, terms: dict[str, object], within_s: float) -> None:
-    """What all ranks start a group with, terms["size"] among it, before they connect: texts, numbers and booleans.
+def compare_starts(store: Store, rank: int, size: int, terms: dict[str, object], within_s: float) -> None:
+    """Compares, before ranks connect, what they start a group with: its size and terms, which are texts or booleans.
 
     ValueError, on all ranks, where some start it with something else than others. RuntimeError where a rank does not
     come in time.
     """
+    terms = {"size": size, **terms}
     store.set(f"terms of rank {rank}", json.dumps(terms))
     found = {rank: terms}
-    for other in range(int(str(terms["size"]))):
+    for other in range(size):
         wait_for(store, {f"terms of rank {other}": f"rank {other}"}, within_s)
         found[other] = json.loads(store.get(f"terms of rank {other}"))
-        if found[other].get("size") != terms["size"]:  # ranks that come after it may be no ranks of its group
+        if found[other]["size"] != size:  # ranks that come after it may be no ranks of its group
             break
     store.set(f"terms read by rank {rank}", "")
     apart = (difference(name, {each: found[each].get(name) for each in sorted(found)}) for name in terms)

@@ -273,7 +273,7 @@ def test_ranks_of_other_versions_start_no_group_together() -> None:
     store = HashStore()
     with ThreadPoolExecutor(2) as pool:
         starts = [
-            pool.submit(compare_starts, store, rank, {"size": 2, "megamoe": version}, 5.0)
+            pool.submit(compare_starts, store, rank, 2, {"megamoe": version}, 5.0)
             for rank, version in enumerate(("0.1.0", "0.2.0"))
         ]
         for start in starts:
