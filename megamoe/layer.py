@@ -432,6 +432,8 @@ class MegaMoE(nn.Module):
             activation=str(self.shape.activation),
             bias=self.shape.bias,
             node_limited=self.group.node_limited,
+            shared_memory=self.group.shared_memory,
+            training=self._training_term(),
             weight_format=self.weight_format,
             dispatch_format=self.dispatch_format,
             combine_format=self.combine_format,
@@ -443,6 +445,9 @@ class MegaMoE(nn.Module):
     def _waves_term(self) -> str:
         """What "auto" chooses follows from what a wave costs the machine."""
         return f"{self.waves}" if self.machine is None else f"{self.waves} at {exact(self.machine.wave_us.value)} us"
+
+    def _training_term(self) -> str:
+        return "no"
 
     def _transport_term(self) -> str:
         bound = "" if self.max_tokens_per_rank is None else f", {self.max_tokens_per_rank} tokens"

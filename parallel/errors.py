@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 
@@ -54,3 +55,19 @@ class PeerError(RuntimeError):
 def named(rank: int, global_rank: int | None) -> str:
     """A rank as messages call it.    1, None -> "rank 1"    1, 5 -> "rank 1 (global rank 5)" """
     return f"rank {rank}" if global_rank in (None, rank) else f"rank {rank} (global rank {global_rank})"
+
+
+def listed(ranks: Sequence[int], name: Callable[[int], str] = "rank {}".format) -> str:
+    """[2] -> "rank 2"    [0, 1] -> "ranks 0, 1"    name: how messages call a rank"""
+    names = [name(rank) for rank in ranks]
+    return names[0] if len(names) == 1 else f"ranks {', '.join(each.removeprefix('rank ') for each in names)}"
+
+
+def difference(term: str, values: Mapping[int, object], name: Callable[[int], str] = "rank {}".format) -> str:
+    """What ranks have otherwise than one another; "" where the values, by rank, are alike.
+
+    "waves", {0: 1, 1: 2, 2: 1} -> "waves is 1 on ranks 0, 2, 2 on rank 1"
+    """
+    having = {value: [rank for rank, other in values.items() if other == value] for value in values.values()}
+    said = ", ".join(f"{value} on {listed(ranks, name)}" for value, ranks in having.items())
+    return f"{term} is {said}" if len(having) > 1 else ""

@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous
 
+import megamoe
 from megamoe.parallel.errors import CallRefusedError, PeerError, named
 from megamoe.parallel.health.heartbeat import HeartbeatMonitor
 from megamoe.parallel.health.runs import check_name, list_rank
 from megamoe.parallel.health.status import RAISED, OwnStatus
 from megamoe.parallel.recorder import CallNotes, Notes, Recorder, Recording
-from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
+from megamoe.parallel.rendezvous import compare_starts, fresh_store, heartbeat_address
 from megamoe.parallel.streams import Streams
 from megamoe.parallel.transport.all_to_all import AllToAllTransport
 from megamoe.parallel.transport.host import Host, HostTransport
@@ -130,6 +131,11 @@ class EPGroup:
         """Ranks that this one shares memory with; none before the first exchange has found out."""
         return list(getattr(getattr(self.transport, "host", None), "near", ()))
 
+    @property
+    def shared_memory(self) -> bool:
+        """Whether ranks of a host share memory where they can; True where the transport does not ask."""
+        return bool(getattr(getattr(self.transport, "host", None), "shares", True))
+
     def wave_cost(self, layer: str, own_s: float) -> float:
         """Seconds that a wave takes beside its rows, the most of all ranks'; when first asked for, all must ask."""
         assert self.transport is not None, "a rank alone has no waves"
@@ -231,7 +237,8 @@ class EPGroup:
         shared = _SHARED.setdefault(group, _Shared())
         transport: Transport | None = None
         if size > 1 and backend_for(group, device) == "gloo":
-            transport = HostTransport(PairTransport(group, clock), shared.hosts[shared_memory])
+            pairs = PairTransport(group, clock)
+            transport = HostTransport(pairs, shared.hosts[shared_memory], shared.hosts[True])
         elif size > 1:
             transport = AllToAllTransport(group, clock, device)
         return cls(
@@ -306,9 +313,9 @@ def init_group(
     cuda uses nccl, npu hccl, cpu gloo. Give the store where the ranks meet, or an init_method ("env://" under
     torchrun). deadline_s bounds the rendezvous, every collective and every wait. Every rank has a heartbeat monitor,
     which listens on address, by default the one that this rank reaches the store's host from. Under the name of a
-    run, `megamoe doctor --run` finds the ranks of this machine. ValueError for an unknown device type or a rank outside
-    of [0, size). shared_memory and
-    node_limited are those of EPGroup.of().
+    run, `megamoe doctor --run` finds the ranks of this machine. shared_memory and node_limited are those of
+    EPGroup.of(). ValueError for an unknown device type or a rank outside of [0, size), and, on all ranks before they
+    connect, where they differ in device type, size, shared_memory, node_limited or version of megamoe.
     """
     device = torch.device(device)
     if device.type not in BACKENDS:
@@ -325,6 +332,8 @@ def init_group(
     if run is not None:
         check_name(run)
     store = _meet(store, init_method, rank, size, deadline_s)
+    said = {"device": device.type, "shared_memory": shared_memory, "node_limited": node_limited}
+    compare_starts(store, rank, size, {**said, "megamoe": megamoe.__version__}, deadline_s)
     others = gloo_threads()  # of groups that are not ours, and stay as they are
     world = _start(device, store, rank, size, deadline_s)
     group: EPGroup | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from contextlib import suppress
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store
 
+from megamoe.parallel.errors import difference
 from megamoe.parallel.interfaces import told
 
 
@@ -30,6 +32,28 @@ def fresh_store(store: Store, rank: int, within_s: float) -> Store:
         number = store.add("megamoe groups", 0)
         store.add(known, number - latest)
     return PrefixStore(f"megamoe group {number}", store)
+
+
+def compare_starts(store: Store, rank: int, size: int, terms: dict[str, object], within_s: float) -> None:
+    """Compares, before ranks connect, what they start a group with: its size and terms, which are texts or booleans.
+
+    ValueError, on all ranks, where some start it with something else than others. RuntimeError where a rank does not
+    come in time.
+    """
+    terms = {"size": size, **terms}
+    store.set(f"terms of rank {rank}", json.dumps(terms))
+    found = {rank: terms}
+    for other in range(size):
+        wait_for(store, {f"terms of rank {other}": f"rank {other}"}, within_s)
+        found[other] = json.loads(store.get(f"terms of rank {other}"))
+        if found[other]["size"] != size:  # ranks that come after it may be no ranks of its group
+            break
+    store.set(f"terms read by rank {rank}", "")
+    apart = (difference(name, {each: found[each].get(name) for each in sorted(found)}) for name in terms)
+    if said := "; ".join(filter(None, apart)):
+        with suppress(RuntimeError):  # a rank that is gone needs none; the store of those that are here may be rank 0's
+            wait_for(store, {f"terms read by rank {each}": f"rank {each}" for each in found}, within_s)
+        raise ValueError(f"ranks start a group with different arguments, so none starts it: {said}")
 
 
 def wait_for(store: Store, keys: dict[str, str], within_s: float) -> None:

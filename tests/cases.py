@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.activations import SWIGLU, Activation
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport.all_to_all import AllToAllTransport
+from megamoe.parallel.transport.pairs import Clock
 from megamoe.reference import moe
 from megamoe.routing.waves import Waves
 from megamoe.shape import MoEShape
@@ -105,6 +108,17 @@ def computing(layer: MegaMoE, instead: Callable[..., Any]) -> Iterator[None]:
         if layer._small is not None:
             patch.setattr(layer._small, "run_experts", instead)
         yield
+
+
+def with_all_to_all(group: EPGroup) -> EPGroup:
+    """The same ranks, whose transport is that of NCCL and HCCL, over gloo."""
+    world = dist.group.WORLD
+    assert world is not None
+    assert group.clock is not None
+    clock = Clock(group.deadline_s, group.hosts, group.own_status)
+    return EPGroup(
+        group.rank, group.size, AllToAllTransport(world, clock, torch.device("cpu")), group.deadline_s, clock
+    )
 
 
 def make_layer(

@@ -112,7 +112,7 @@ def different(group: EPGroup, shapes: list[MoEShape], options: list[dict[str, ob
         ({"topk": 3}, {}, "topk is 2 on ranks 0, 2, 3 on rank 1"),
         ({"swiglu_limit": 10.0}, {}, "activation is silu on ranks 0, 2, silu clamp before 10.0 on rank 1"),
         ({"activation": Activation("relu2")}, {}, "activation is silu on ranks 0, 2, relu2 on rank 1"),
-        ({"bias": True}, {}, "bias is 0 on ranks 0, 2, 1 on rank 1"),
+        ({"bias": True}, {}, "bias is False on ranks 0, 2, True on rank 1"),
         ({}, {"weight_format": "bf16"}, "weight_format is mxfp4 on ranks 0, 2, bf16 on rank 1"),
         ({}, {"dispatch_format": "bf16"}, "dispatch_format is mxfp8 on ranks 0, 2, bf16 on rank 1"),
         ({}, {"waves": 3}, "waves is auto on ranks 0, 2, 3 on rank 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
@@ -57,8 +58,9 @@ def far(status: PeerStatus, *answers: tuple[int, float]) -> PeerStatus:
     return replace(status, answers=answers)
 
 
-def near(status: PeerStatus) -> PeerStatus:
-    return replace(status, near=True)
+def near(status: PeerStatus, *ranks: int) -> PeerStatus:
+    """One that shares memory with these ranks, with rank 0 if none is given."""
+    return replace(status, near=ranks or (0,))
 
 
 def gone(status: PeerStatus) -> PeerStatus:
@@ -93,6 +95,12 @@ CASES = {
         1,
         1,
         "absent",
+    ),
+    "of two, the other found that this one is behind a slow link": (
+        [waits(0, 1), raised(1, "slow", peer=0)],
+        1,
+        1,
+        "slow",
     ),
     "one raised by itself, one about it": (
         [waits(0, 2), raised(1, "OSError: full"), raised(2, "raised", peer=1, age_s=0.5)],
@@ -187,6 +195,39 @@ CASES |= {
         1,
         "slow",
     ),
+    "one misses what its neighbour left in its memory, on a machine so busy that one's answers are late": (
+        [
+            far(near(stuck(0, 2, 9, "counts"), 1), (1, 0.03), (2, 0.03), (3, 0.03)),
+            near(stuck(1, 2, 9, "counts")),
+            near(stuck(2, 3, 8, "combine", 0), 3),
+            near(stuck(3, 2, 9, "counts"), 2),
+        ],
+        2,
+        3,
+        "undelivered",
+    ),
+    "one misses what its neighbour has left in its memory only just": (
+        [
+            near(stuck(0, 2, 9, "counts"), 1),
+            near(stuck(1, 2, 9, "counts")),
+            near(gave_up(stuck(2, 3, 8, "combine", 0), 0.2), 3),
+            near(stuck(3, 2, 9, "counts", age_s=0.6), 2),
+        ],
+        2,
+        3,
+        "undelivered",
+    ),
+    "one misses what its neighbour left in its memory, and hardly runs": (
+        [
+            far(near(stuck(0, 2, 9, "counts"), 1), (2, 0.5), (3, 0.01)),
+            far(near(stuck(1, 2, 9, "counts")), (0, 0.01), (3, 0.01)),
+            far(near(stuck(2, 3, 8, "combine", 0), 3), (0, 0.5), (1, 0.5), (3, 0.5)),
+            near(stuck(3, 2, 9, "counts"), 2),
+        ],
+        2,
+        2,
+        "slow",
+    ),
     "of two, this one has only just gone ahead": (
         [stuck(0, 1, 9, "counts", age_s=0.3), stuck(1, 0, 8, "combine", 0)],
         1,
@@ -269,12 +310,18 @@ def few_of(call: int) -> list[tuple[str, Message]]:
 
 
 def played(
-    size: int, victim: int, num_waves: int, lost_from: int, unsent: set[tuple[Message, int, int]]
+    size: int,
+    victim: int,
+    num_waves: int,
+    lost_from: int,
+    unsent: set[tuple[Message, int, int]],
+    lost_to: Collection[int] = range(9),
 ) -> list[PeerStatus]:
     """Where ranks come to rest that call again and again, when all is lost that a victim sends from so many sends on.
 
     num_waves   0 for calls of few tokens
     unsent      (message, sender, receiver) of those that have no rows
+    lost_to     receivers for which it is lost; others get it
     """
     calls = [waves_of(call, num_waves) if num_waves else few_of(call) for call in range(1, 9)]
     program = [step for call in calls for step in call]
@@ -291,8 +338,9 @@ def played(
         moved = False
         for rank in range(size):
             what, message = program[at[rank]]
-            if what == "send" and not (rank == victim and sent >= lost_from):
-                arrived |= {(message, rank, peer) for peer in range(size)}
+            if what == "send":
+                lost = lost_to if rank == victim and sent >= lost_from else ()
+                arrived |= {(message, rank, peer) for peer in range(size) if peer not in lost}
             if what == "send" or missing(rank) is None:
                 sent += what == "send" and rank == victim
                 at[rank], moved = at[rank] + 1, True
@@ -316,6 +364,21 @@ def test_every_rank_names_the_one_whose_messages_are_lost_wherever_that_begins(s
     for victim in range(size):
         for lost_from in range(of_a_call, 3 * of_a_call):
             statuses = played(size, victim, num_waves, lost_from, set())
+            assert all_verdicts(statuses) == {Verdict(victim, "undelivered", certain=False)}, (victim, lost_from)
+
+
+@pytest.mark.parametrize("num_waves", [0, 1, 2, 5], ids=["few", "waves1", "waves2", "waves5"])
+@pytest.mark.parametrize("busy", range(4))
+def test_signals_lost_within_a_host_are_their_senders_whosever_answers_are_late(busy: int, num_waves: int) -> None:
+    """Four ranks on two hosts; what a rank signals to its neighbour is lost, what it sends to the other host is not."""
+    of_a_call = sum(what == "send" for what, _ in (waves_of(1, num_waves) if num_waves else few_of(1)))
+    for victim in range(4):
+        for lost_from in range(of_a_call, 3 * of_a_call):
+            statuses = [
+                near(status, status.rank ^ 1)
+                for status in played(4, victim, num_waves, lost_from, set(), lost_to=[victim ^ 1])
+            ]
+            statuses[busy] = far(statuses[busy], *((peer, 0.05) for peer in range(4) if peer != busy))
             assert all_verdicts(statuses) == {Verdict(victim, "undelivered", certain=False)}, (victim, lost_from)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from megamoe.parallel.group import EPGroup, init_group
 from megamoe.parallel.health.heartbeat import HeartbeatMonitor
 from megamoe.parallel.health.status import OwnStatus
 from megamoe.parallel.interfaces import Interface, told
-from megamoe.parallel.rendezvous import fresh_store, heartbeat_address
+from megamoe.parallel.rendezvous import compare_starts, fresh_store, heartbeat_address
 from megamoe.parallel.transport.host import HostTransport
 from megamoe.parallel.transport.threads import gloo_threads
 from megamoe.shape import MoEShape
@@ -229,6 +230,55 @@ def test_a_start_that_failed_on_one_rank_can_be_tried_again() -> None:
     parts = [fresh_store(store, rank, 1.0) for rank in (0, 2, 1)]
     parts[0].set("token", "third")
     assert [each.get("token") for each in parts] == [b"third"] * 3
+
+
+# ---- ranks that start a group differently ----
+
+
+def starts_otherwise(group: EPGroup, given: dict[str, Any]) -> tuple[str, bool]:
+    """Rank 1 starts it with other arguments -> what it is refused with, and whether all can start one afterwards."""
+    store, said = left_store(), ""
+    try:
+        other = {"size": group.size, **(given if group.rank == 1 else {})}
+        with init_group(rank=group.rank, store=store, deadline_s=20.0, **other):
+            pass
+    except ValueError as refusal:
+        said = str(refusal)
+    with init_group(rank=group.rank, size=group.size, store=store, deadline_s=20.0) as fresh:
+        return said, len(output(fresh)) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"shared_memory": False}, "shared_memory is True on ranks 0, 2, False on rank 1"),
+        ({"node_limited": False}, "node_limited is True on ranks 0, 2, False on rank 1"),
+        ({"device": "cuda"}, "device is cpu on ranks 0, 2, cuda on rank 1"),
+        ({"size": 4}, "size is 3 on rank"),
+        ({"size": 2}, "size is 3 on rank"),
+    ],
+    ids=str,
+)
+def test_no_rank_starts_a_group_that_one_starts_otherwise(
+    ranks: LocalRanks, given: dict[str, Any], expected: str
+) -> None:
+    begun = time.monotonic()
+    for said, goes_on in ranks.run(starts_otherwise, given, size=3):
+        assert expected in said
+        assert goes_on
+    assert time.monotonic() - begun < 15.0
+
+
+def test_ranks_of_other_versions_start_no_group_together() -> None:
+    store = HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        starts = [
+            pool.submit(compare_starts, store, rank, 2, {"megamoe": version}, 5.0)
+            for rank, version in enumerate(("0.1.0", "0.2.0"))
+        ]
+        for start in starts:
+            with pytest.raises(ValueError, match=r"megamoe is 0\.1\.0 on rank 0, 0\.2\.0 on rank 1"):
+                start.result(10)
 
 
 # ---- where the heartbeat is ----

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import pytest
 from torch.distributed import HashStore
 
 from megamoe.parallel.health import heartbeat, runs
-from megamoe.parallel.health.heartbeat import HeartbeatMonitor, ask
+from megamoe.parallel.health.heartbeat import HeartbeatMonitor, _Peer, ask
 from megamoe.parallel.health.records import Heartbeat, Line
 from megamoe.parallel.health.status import LEFT, OUTSIDE, RAISED, WAITING, OwnStatus, RankStatus
 
@@ -66,6 +67,22 @@ def test_every_rank_hears_where_the_others_are() -> None:
             assert str(seen).startswith("waits for rank 0, for ")
             assert other.lost() is None
         assert [status.host for status in lit[2].statuses()] == ["h0", "h1", "h2"]
+
+
+def test_one_answer_that_is_late_is_no_slow_link_until_a_beat_has_passed() -> None:
+    peer = _Peer(1, "h1", "127.0.0.1", 1, answered_s=deque([0.001] * 8), asked=100.0)
+    assert peer.answers_in_s(100.2, beat_s=0.25) == 0.001
+    assert peer.answers_in_s(100.4, beat_s=0.25) == pytest.approx(0.4)
+    peer.asked, peer.answered_s = 0.0, deque([0.001] * 3 + [0.05] * 5)
+    assert peer.answers_in_s(100.4, beat_s=0.25) == 0.05
+
+
+def test_every_rank_hears_which_ranks_share_memory() -> None:
+    with monitors(3) as lit:
+        lit[2].near = lambda: [1]
+        assert holds(lambda: lit[0].statuses()[2].near == (1,))
+        assert ask(lit[0].address, lit[0].port, lit[0].token)[2].near == (1,)
+        assert lit[2].statuses()[2].near == (1,)
 
 
 def test_a_rank_that_raises_is_heard_before_the_next_beat_and_ends_the_waits_of_those_in_a_call(

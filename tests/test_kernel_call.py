@@ -15,7 +15,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,12 +25,10 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.streams import Streams
-from megamoe.parallel.transport.all_to_all import AllToAllTransport
-from megamoe.parallel.transport.pairs import Clock
 from megamoe.reference import relative_error
 from megamoe.routing.waves import Waves, plan_waves
 from megamoe.shape import MoEShape
-from tests.cases import ACTIVATIONS, Batch, make_batch, make_layer, make_weights, oracle, split
+from tests.cases import ACTIVATIONS, Batch, make_batch, make_layer, make_weights, oracle, split, with_all_to_all
 from tests.interpreter import interpret, interpreted
 
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
@@ -100,14 +97,6 @@ def sweep(group: EPGroup, batch: Batch, shares: list[slice], all_to_all: bool) -
             home = layer_of(SHAPE, group, weight_format=weights, dispatch_format=wire, combine_format="mxfp8", waves=2)
             out[weights, wire, "mxfp8"] = home(mine.hidden, mine.ids, mine.weights)
     return out
-
-
-def with_all_to_all(group: EPGroup) -> EPGroup:
-    world = dist.group.WORLD
-    assert world is not None
-    assert group.clock is not None
-    clock = Clock(group.deadline_s, group.hosts, group.own_status)
-    return EPGroup(group.rank, group.size, AllToAllTransport(world, clock, CPU), group.deadline_s, clock)
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ def disagrees(group: EPGroup) -> str:
 @shares
 def test_ranks_that_disagree_are_refused_by_name(ranks: LocalRanks) -> None:
     for said in ranks.run(disagrees, size=3):
-        assert "node_limited is 1 on ranks 0, 2, 0 on rank 1" in said
+        assert "node_limited is True on ranks 0, 2, False on rank 1" in said
 
 
 def wrong_ids(group: EPGroup) -> tuple[str, Tensor]:

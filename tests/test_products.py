@@ -19,7 +19,7 @@ from megamoe.execution.weights import Matrix
 from megamoe.formats import WEIGHT_FORMATS, quantize_mxfp4
 from megamoe.kernels.cpu import build as building
 from megamoe.kernels.cpu.library import KernelWarning, Rows, using
-from megamoe.kernels.cpu.paths import runnable
+from megamoe.kernels.cpu.paths import Path, runnable
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
@@ -234,10 +234,12 @@ def test_a_refused_weight_leaves_the_expert_what_it_had() -> None:
 # ---- ranks whose CPUs sum in different ways ----
 
 
-def mixed(group: EPGroup, arithmetic: str, batch: Batch, shares: list[slice]) -> tuple[Tensor, str]:
+def mixed(
+    group: EPGroup, arithmetic: str, batch: Batch, shares: list[slice], other: Path | None = WRITTEN_OUT
+) -> tuple[Tensor, str]:
     """Rank 1 has another arithmetic by default than rank 0. The output, and what was said if there is none."""
     shape, mine = MoEShape(64, 32, 4, 2), batch.part(shares[group.rank])
-    with using(WRITTEN_OUT) if group.rank else using(runnable()[-1]):
+    with using(other) if group.rank else using(runnable()[-1]):
         layer = MegaMoE(shape, group, arithmetic=arithmetic)
         layer.load_experts(*make_weights(shape))
         try:
@@ -255,6 +257,14 @@ def test_ranks_must_sum_alike_and_can_be_told_to(ranks: LocalRanks) -> None:
     with using(runnable()[-1]):
         expected = oracle(shape, batch, "mxfp4", "mxfp8")
     assert torch.equal(torch.cat([out for out, _ in ranks.run(mixed, "fma", batch, shares, size=2)]), expected)
+
+
+def test_a_rank_without_kernels_is_no_matter_of_an_arithmetic(ranks: LocalRanks) -> None:
+    batch, shares = make_batch(MoEShape(64, 32, 4, 2), 20), split(20, 2)
+    for _, said in ranks.run(mixed, "auto", batch, shares, None, size=2):
+        assert "arithmetic is fma on rank 0, torch on rank 1" in said
+        assert "kernels are missing on rank 1, where torch multiplies: `megamoe doctor` says there why" in said
+        assert "in common" not in said
 
 
 def test_an_arithmetic_that_there_is_not_is_refused_by_name() -> None:

@@ -28,6 +28,7 @@ from megamoe.parallel.transport.pairs import Label, PairTransfer
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer, oracle, split
 from tests.protocol import FAULTS, search, wander
+from tests.several_hosts import hosts
 
 pytestmark = pytest.mark.skipif(not symmetric.available(), reason="ranks share memory on Linux and x86-64")
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
@@ -73,6 +74,27 @@ def test_ranks_of_one_host_share_memory(ranks: LocalRanks) -> None:
     found = ranks.run(all_share, size=3)
     assert [peers for peers, _ in found] == [[1, 2], [0, 2], [0, 1]]
     assert is_right([out for _, out in found])
+
+
+def with_and_without(group: EPGroup, sizes: tuple[int, ...]) -> list[list[Tensor]]:
+    """Both kinds of EPGroup of one process group in turn, first one without, and a few tokens in each as well."""
+    few = make_batch(SHAPE, 3 * group.size).part(split(3 * group.size, group.size)[group.rank])
+    found = []
+    with hosts(group, sizes):
+        for shared in (False, True, False, True):
+            made = own(shared)
+            found.append([*outputs(made), make_layer(SHAPE, made, name="few")(few.hidden, few.ids, few.weights)])
+            assert bool(made.near) == (shared and group.rank < 2 and sizes[0] == 2)
+    return found
+
+
+@pytest.mark.parametrize("sizes", [(2,), (1, 1), (2, 1)], ids=str)
+def test_groups_with_and_without_shared_memory_take_turns(ranks: LocalRanks, sizes: tuple[int, ...]) -> None:
+    by_rank = ranks.run(with_and_without, sizes, size=sum(sizes))
+    few = oracle(SHAPE, make_batch(SHAPE, 3 * sum(sizes)), "mxfp4", "mxfp8")
+    for number, made in enumerate(zip(*by_rank, strict=True)):
+        assert is_right([each[:-1] for each in made]), number
+        assert torch.equal(torch.cat([each[-1] for each in made]), few), number
 
 
 def without_messages(group: EPGroup) -> list[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megamoe.parallel.errors import CallRefusedError
+from megamoe.parallel.errors import CallRefusedError, difference, listed
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.symmetric import Place
 from megamoe.parallel.transport.heads import described
@@ -34,8 +35,10 @@ _PAGE = np.dtype(
         ("intermediate", "<i8"),
         ("num_experts", "<i8"),
         ("topk", "<i8"),
-        ("bias", "<i8"),
-        ("node_limited", "<i8"),
+        ("bias", "?"),
+        ("node_limited", "?"),
+        ("shared_memory", "?"),
+        ("training", "S37"),
         ("call", "<i8"),
         ("activation", "S64"),
         ("weight_format", "S16"),
@@ -58,7 +61,7 @@ def _offset(name: str) -> int:
     return int(fields[name][1])
 
 
-_MAGIC = 0x4D4D0008  # "MM", and the version of this layout and the wire's
+_MAGIC = 0x4D4D0009  # "MM", and the version of this layout and the wire's
 _COMPARED = (
     "layer",
     "call",
@@ -69,6 +72,8 @@ _COMPARED = (
     "activation",
     "bias",
     "node_limited",
+    "shared_memory",
+    "training",
     "weight_format",
     "dispatch_format",
     "combine_format",
@@ -89,6 +94,8 @@ class Terms:
 
     activation: the experts', in words; bias: whether they add biases
     node_limited: whether a token may go to a host once for all of its ranks
+    shared_memory: whether ranks of a host share memory
+    training: "no", or what the messages of a call's backward hold
     arithmetic: how experts are summed where they are, as Experts.arithmetic has it
     transport: what carries rows: "auto", or "fused, 64 tokens", the most of a rank
     layer, number: the layer's name, and which it is of the layers of that name that share the group, from 1
@@ -103,6 +110,8 @@ class Terms:
     activation: str
     bias: bool
     node_limited: bool
+    shared_memory: bool
+    training: str
     weight_format: str
     dispatch_format: str
     combine_format: str
@@ -256,35 +265,36 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
         known = dict.fromkeys(filter(None, (described(raw[rank].data) for rank in strangers)))
         else_ = f": {', '.join(known)}" if known else ", or has another version of megamoe"
         raise CallRefusedError(
-            f"{_ranks(group, strangers)} called something else{else_}; every rank must call the same in the same "
+            f"{listed(strangers, group.named)} called something else{else_}; every rank must call the same in the same "
             "order, from whatever threads"
         )
     for rank in range(group.size):
         if pages[rank]["wrong"]:
             host, text = group.hosts[rank], _text(pages[rank]["complaint"])
             raise CallRefusedError(f"{group.named(rank)} on {host} was called wrongly, so no rank computed: {text}")
-    found = []
-    for name in _COMPARED:
-        values = [_plain(pages[rank][name]) for rank in range(group.size)]
-        groups = []
-        for value in dict.fromkeys(values):
-            groups.append(f"{value} on {_ranks(group, [rank for rank, other in enumerate(values) if other == value])}")
-        if len(groups) > 1:
-            found.append(f"{name} is {', '.join(groups)}")
+    values = {name: {rank: _plain(page[name]) for rank, page in enumerate(pages)} for name in _COMPARED}
+    found = list(filter(None, (difference(name, each, group.named) for name, each in values.items())))
     if found:
         order = any(each.startswith(("layer is", "call is")) for each in found)
         hint = "; every rank must call the same layers in the same order, from whatever threads" if order else ""
-        if any(each.startswith("arithmetic is") for each in found):
-            hint += '; arithmetic="fma" is what CPUs with and without BF16 instructions have in common'
+        if not any(each.startswith("weight_format is") for each in found):  # what there are kernels for follows from it
+            hint += _hint_of_arithmetic(values["arithmetic"], group)
         raise CallRefusedError(f"ranks disagree, so no rank computed: {'; '.join(found)}{hint}")
 
 
-def _ranks(group: EPGroup, ranks: list[int]) -> str:
-    """[2] -> 'rank 2'    [0, 1] -> 'ranks 0, 1'    [1] of a group of ranks 4 and 5 -> 'rank 1 (global rank 5)'"""
-    names = [group.named(rank) for rank in ranks]
-    if len(names) == 1:
-        return names[0]
-    return f"ranks {', '.join(name.removeprefix('rank ') for name in names)}"
+def _hint_of_arithmetic(arithmetic: Mapping[int, object], group: EPGroup) -> str:
+    """What to do where ranks sum in different ways: kernels of CPUs have one in common, and "fma" is its name."""
+    kinds, without = set(arithmetic.values()), [rank for rank, each in arithmetic.items() if each == "torch"]
+    if len(kinds) == 1:
+        return ""
+    if "triton" in kinds:
+        return "; ranks of one group must have devices of one type"
+    if without:
+        return (
+            f"; kernels are missing on {listed(without, group.named)}, where torch multiplies: `megamoe doctor` says "
+            "there why, most often for want of a C++ compiler"
+        )
+    return '; arithmetic="fma" is what CPUs with and without BF16 instructions have in common'
 
 
 def fit_text(text: str, size: int) -> bytes:

@@ -89,6 +89,7 @@ class TrainableMoE(MegaMoE):
     ) -> None:
         if kwargs.get("transport") == "fused":
             raise ValueError("transport='fused' has no backward pass: leave transport out, or make a MegaMoE")
+        self.gradient_format, self.saved = gradient_format, saved
         super().__init__(*args, **kwargs)
         if master_dtype not in MASTER_DTYPES:
             raise ValueError(f"master_dtype must be torch.float32 or torch.bfloat16, got {master_dtype}")
@@ -97,7 +98,6 @@ class TrainableMoE(MegaMoE):
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         check_gradient_format(gradient_format, self.shape.hidden)
-        self.gradient_format, self.saved = gradient_format, saved
         self.last_backward = CallRecord()
         self.tokens_per_expert = torch.zeros(self.shape.num_experts, dtype=torch.int64, device="cpu")
         self._latest: Call | None = None
@@ -110,6 +110,10 @@ class TrainableMoE(MegaMoE):
         """As MegaMoE's, but all calls go by waves: what they leave in the workspace is what a backward needs."""
         super()._begin()
         self._small = None
+
+    def _training_term(self) -> str:
+        again = ", dispatch-again" if self.saved == "dispatch-again" else ""
+        return f"{self.gradient_format} gradients{again}"
 
     # ---- master weights ----
 

@@ -16,7 +16,7 @@ ABSENT, UNDELIVERED, SLOW, CUT_OFF = "absent", "undelivered", "slow", "cut off"
 _NEVER_S = 10.0
 _FAR_S = 0.005  # answers that take longer come over a slow link
 _STARVED_S = 0.25  # or, where ranks share memory and no link lies between, from a process that hardly runs
-_ARRIVES_S, _ONE_ARRIVES_S = 0.25, 0.5  # what is under way for longer is missing; where it is one message
+_ARRIVES_S, _ONE_ARRIVES_S = 0.25, 0.5  # what is under way for longer is missing; where it is one, between hosts
 _MEANING = {
     DEAD: "is dead, its process is gone",
     UNREACHABLE: "cannot be reached: its host or its link is down",
@@ -42,7 +42,7 @@ class PeerStatus:
     reachable   whether its host takes a connection: None where nobody tried
     unheard     ranks that it says are silent to it
     answers     (rank, seconds) of those whose answers take longest to come to it
-    near        whether the rank that knows this shares memory with it
+    near        ranks that it shares memory with
     """
 
     rank: int
@@ -54,7 +54,7 @@ class PeerStatus:
     reachable: bool | None = None
     unheard: tuple[int, ...] = ()
     answers: tuple[tuple[int, float], ...] = ()
-    near: bool = False
+    near: tuple[int, ...] = ()
 
     @property
     def condition(self) -> str:
@@ -111,6 +111,8 @@ def diagnose(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> Ve
     if raised:  # errors about a peer: the first that was raised
         first = max((status.position for status in raised if status.position), key=lambda position: position.age_s)
         assert first.peer is not None
+        if first.complaint == SLOW and len(statuses) == 2:  # of two each names the other
+            return Verdict(others[0].rank, SLOW, certain=True)
         return Verdict(first.peer, first.complaint if first.complaint in _MEANING else STALLED, certain=True)
     return _follow(me, awaited, statuses)
 
@@ -150,6 +152,8 @@ def _is_missing(waiter: PeerStatus, sender: PeerStatus, arrives_s: float = _ONE_
     waits, sent = waiter.position, sender.position
     if waits is None or sent is None or waits.state != WAITING or waits.peer != sender.rank:
         return False
+    if sender.rank in waiter.near:
+        arrives_s = _ARRIVES_S
     return sent.is_past(waits) and sent.age_s - waiter.heard_s - waits.looked_s >= arrives_s
 
 
@@ -158,15 +162,19 @@ def _under_way(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> 
     that whose messages one other misses; else the one that is in most waits.
 
     Of one missing message either end may be to blame, and a slow link explains it, but not that several miss the same
-    rank's. Two ranks cannot tell which end of a slow link it is: each names the other.
+    rank's, nor that a rank misses what another has left in its memory. Two ranks cannot tell which end of a slow link
+    it is: each names the other.
     """
     ranks = [status.rank for status in statuses]
     sender, waiters = _most_missed(statuses, _ARRIVES_S)
-    if sender is not None and waiters > 1:
+    if sender is not None and len(waiters) > 1:
         return Verdict(sender, UNDELIVERED, certain=False)
-    sender, _ = _most_missed(statuses, _ONE_ARRIVES_S)
+    sender, waiters = _most_missed(statuses, _ONE_ARRIVES_S)
     links = _links(statuses)
-    late_s = _STARVED_S if all(status.near for status in statuses if status.rank != me) else _FAR_S
+    within_host = any(sender in waiter.near for waiter in waiters) or all(
+        me in status.near for status in statuses if status.rank != me
+    )
+    late_s = _STARVED_S if within_host else _FAR_S
     if len(ranks) == 2:
         far = ranks[1 - ranks.index(me)] if sender is None or max(links.values(), default=0.0) > late_s else None
     else:
@@ -184,13 +192,14 @@ def _under_way(me: int, awaited: int | None, statuses: Sequence[PeerStatus]) -> 
     return Verdict(max(ranks, key=lambda rank: (in_waits[rank], rank == awaited, -rank)), SLOW, certain=False)
 
 
-def _most_missed(statuses: Sequence[PeerStatus], arrives_s: float) -> tuple[int | None, int]:
-    """The rank whose messages most others miss, and how many do; None where there is none, or no single one."""
-    pairs = ((waiter, sender) for waiter in statuses for sender in statuses)
-    missed = Counter(sender.rank for waiter, sender in pairs if _is_missing(waiter, sender, arrives_s))
-    most = max(missed.values(), default=0)
-    senders = [rank for rank, times in missed.items() if times == most]
-    return (senders[0], most) if len(senders) == 1 else (None, 0)
+def _most_missed(statuses: Sequence[PeerStatus], arrives_s: float) -> tuple[int | None, list[PeerStatus]]:
+    """The rank whose messages most others miss, and those others; None where there is none, or no single one."""
+    missed = {
+        sender.rank: [waiter for waiter in statuses if _is_missing(waiter, sender, arrives_s)] for sender in statuses
+    }
+    most = max(map(len, missed.values()))
+    senders = [rank for rank, waiters in missed.items() if len(waiters) == most]
+    return (senders[0], missed[senders[0]]) if most and len(senders) == 1 else (None, [])
 
 
 def _links(statuses: Sequence[PeerStatus]) -> dict[frozenset[int], float]:

@@ -59,6 +59,15 @@ class _Peer:
     asked: float = 0.0
     unheard: tuple[int, ...] = ()
     answers: tuple[tuple[int, float], ...] = ()
+    near: tuple[int, ...] = ()
+
+    def answers_in_s(self, now: float, beat_s: float) -> float:
+        """Seconds that its answers take: the median over beats, or what the present one has taken, once that is a beat.
+
+        On a busy machine an answer comes late now and then, which says nothing of a link.
+        """
+        awaited_s = now - self.asked if self.asked else 0.0
+        return max(median(self.answered_s), awaited_s if awaited_s > beat_s else 0.0)
 
 
 class HeartbeatMonitor:
@@ -68,7 +77,7 @@ class HeartbeatMonitor:
     address    IP address of this rank that the others reach
     trouble    called, in the heartbeat's thread, when a peer is found dead or has raised while this rank is in a call
     pulse      called there at every beat
-    near       says which ranks share memory with this one
+    near       says which ranks share memory with this one, in the heartbeat's thread too
     """
 
     def __init__(
@@ -173,11 +182,11 @@ class HeartbeatMonitor:
     def statuses(self) -> list[PeerStatus]:
         """All ranks as this one sees them, itself included."""
         with self._changed:
-            now, near = time.monotonic(), set(self.near())
-            statuses = [replace(self._status(peer, now), near=peer.rank in near) for peer in self._peers.values()]
+            now = time.monotonic()
+            statuses = [self._status(peer, now) for peer in self._peers.values()]
         unheard = tuple(status.rank for status in statuses if status.silent)
-        own = self.own_status.position()
-        statuses.append(PeerStatus(self.rank, self.host, own, 0.0, unheard=unheard, answers=self._answers()))
+        own, near = self.own_status.position(), tuple(self.near())
+        statuses.append(PeerStatus(self.rank, self.host, own, 0.0, unheard=unheard, answers=self._answers(), near=near))
         return sorted(statuses, key=lambda status: status.rank)
 
     def _status(self, peer: _Peer, now: float) -> PeerStatus:
@@ -187,7 +196,7 @@ class HeartbeatMonitor:
             position = replace(position, age_s=position.age_s + heard_s)
         silent = self._is_silent(peer, now)
         return PeerStatus(
-            peer.rank, peer.host, position, heard_s, silent, peer.closed, None, peer.unheard, peer.answers
+            peer.rank, peer.host, position, heard_s, silent, peer.closed, None, peer.unheard, peer.answers, peer.near
         )
 
     def _is_silent(self, peer: _Peer, now: float) -> bool:
@@ -209,10 +218,10 @@ class HeartbeatMonitor:
             self._listened = now
 
     def _answers(self) -> tuple[tuple[int, float], ...]:
-        """(rank, seconds) of the peers that take longest to answer: a median over beats, or what is awaited."""
-        now = time.monotonic()
+        """(rank, seconds) of the peers that take longest to answer."""
+        now, beat_s = time.monotonic(), self._beat_s
         took = [
-            (max(median(peer.answered_s), now - peer.asked if peer.asked else 0.0), peer.rank)
+            (peer.answers_in_s(now, beat_s), peer.rank)
             for peer in self._peers.values()
             if peer.answered_s and not peer.closed
         ]
@@ -366,6 +375,7 @@ class HeartbeatMonitor:
             if beat is None:
                 return
             peer.position, peer.unheard, peer.answers = beat.position, beat.unheard, beat.answers
+            peer.near = beat.near
             self._changed.notify_all()
         if peer.line is not None:
             peer.line.put({"answer": beat.at})
@@ -376,7 +386,8 @@ class HeartbeatMonitor:
         now = time.monotonic()
         unheard = [peer.rank for peer in self._peers.values() if self._is_silent(peer, now)]
         position = self.own_status.position().as_dict()
-        record = {"at": now, "position": position, "unheard": unheard, "answers": self._answers()}
+        near = list(self.near())
+        record = {"at": now, "position": position, "unheard": unheard, "answers": self._answers(), "near": near}
         for peer in self._peers.values():
             if peer.line is not None and not peer.closed:
                 peer.asked = peer.asked or now
@@ -452,5 +463,6 @@ def ask(address: str, port: int, token: str, timeout_s: float = 2.0) -> list[Pee
 
 def _status(record: dict[str, Any], size: int) -> PeerStatus:
     known = {each.name: record[each.name] for each in fields(PeerStatus) if each.name in record}
-    told = {"unheard": tuple(record["unheard"]), "answers": tuple(map(tuple, record["answers"]))}
+    told = {name: tuple(record[name]) for name in ("unheard", "near")}
+    told["answers"] = tuple(map(tuple, record["answers"]))
     return PeerStatus(**{**known, **told, "position": RankStatus.of(record["position"], size)})

@@ -84,26 +84,27 @@ class Heartbeat:
     position  where it is
     unheard   ranks that it does not hear
     answers   (rank, seconds) of those whose answers take longest to come to it
+    near      ranks that it shares memory with
     """
 
     at: float
     position: RankStatus
     unheard: tuple[int, ...]
     answers: tuple[tuple[int, float], ...]
+    near: tuple[int, ...]
 
     @classmethod
     def of(cls, record: dict[str, Any], size: int) -> Heartbeat | None:
         """None for a record that says nothing that could be used: it shows that the rank is there, and no more."""
         position = RankStatus.of(record.get("position"), size)
-        at, unheard, answers = record.get("at"), record.get("unheard", []), record.get("answers", [])
-        if position is None or not isinstance(at, int | float):
+        at, lists = record.get("at"), [record.get(name, []) for name in ("unheard", "answers", "near")]
+        if position is None or not isinstance(at, int | float) or not all(isinstance(each, list) for each in lists):
             return None
-        if not (isinstance(unheard, list) and isinstance(answers, list)):
-            return None
-        ranks = tuple(rank for rank in unheard if _is_rank(rank, size))
+        unheard, answers, near = lists
+        ranks, sharing = (tuple(rank for rank in each if _is_rank(rank, size)) for each in (unheard, near))
         pairs = (tuple(each) for each in answers if isinstance(each, list) and len(each) == 2)
         known = tuple(pair for pair in pairs if _is_rank(pair[0], size) and isinstance(pair[1], int | float))
-        return cls(at, position, ranks, known)
+        return cls(at, position, ranks, known, sharing)
 
 
 def _is_rank(value: object, size: int) -> bool:

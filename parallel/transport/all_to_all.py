@@ -13,7 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.parallel.private import abort_backend
+from megamoe.parallel.transport.heads import HEAD_BYTES, check_heads, write_head
 from megamoe.parallel.transport.pairs import Clock, Label, MissingPageError
+
+_MESSAGE_BYTES = 4096 - 8  # of the first collective of an exchange, but for the mark: a layer's page fits behind a head
+FIRST_BYTES = _MESSAGE_BYTES - HEAD_BYTES  # of a page that go with its head
 
 # torch 2.13 gave the collective this name and warns of the other
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -114,6 +118,22 @@ class AllToAllTransport:
         return AllToAllTransfer(self, label, receive, counts)
 
     def gather(self, page: Tensor, label: Label) -> Tensor:
+        """As Transport says. CallRefusedError, on all ranks, where one gathers something else or calls a layer.
+
+        One collective for a page of up to FIRST_BYTES, which that of a layer's call is; for a longer one a second.
+        """
+        first, message = page[:FIRST_BYTES], torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device="cpu")
+        write_head(message.numpy().data, label, len(page))
+        message[HEAD_BYTES : HEAD_BYTES + len(first)] = first
+        messages = self._gather(message, label)
+        check_heads([each.numpy().data for each in messages], self.group.rank(), self.clock.global_ranks)
+        pages = messages[:, HEAD_BYTES : HEAD_BYTES + len(first)]
+        if len(page) > len(first):
+            pages = torch.cat((pages, self._gather(page[len(first) :], label)), 1)
+        return pages.contiguous()
+
+    def _gather(self, page: Tensor, label: Label) -> Tensor:
+        """One collective of pages that are equally long on all ranks."""
         size, mark = self.group.size(), torch.tensor([self._MARK + self.group.rank()])
         mine = torch.cat((page, mark.view(torch.uint8))).to(self._device)
         pages = mine.new_zeros(size * mine.numel())

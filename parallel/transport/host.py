@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from megamoe.parallel.symmetric import MAX_WAVES, PLACE_BYTES, REGIONS, Place, SymmetricMemory, available
-from megamoe.parallel.transport.heads import FIRST_BYTES, HEAD_BYTES, MESSAGE_BYTES, check_heads, write_head
+from megamoe.parallel.transport.heads import (
+    FIRST_BYTES,
+    FIRST_EXCHANGE,
+    HEAD_BYTES,
+    MESSAGE_BYTES,
+    check_heads,
+    write_head,
+)
 from megamoe.parallel.transport.landings import Landings
 from megamoe.parallel.transport.pairs import Label, PairTransfer, PairTransport
 
@@ -111,13 +118,22 @@ class HostTransport:
 
     early, device_type = True, "cpu"
 
-    def __init__(self, pairs: PairTransport, host: Host) -> None:
-        self.pairs, self.clock, self.host = pairs, pairs.clock, host
+    def __init__(self, pairs: PairTransport, host: Host, sharing: Host) -> None:
+        """sharing: the one of the group's two Hosts that shares memory; host itself, unless that does without."""
+        self.pairs, self.clock, self.host, self._sharing = pairs, pairs.clock, host, sharing
         self.rank, self.size = pairs.group.rank(), pairs.group.size()
         self.aborted = False
         self._alone: tuple[Place, ...] = ()  # where this rank writes pages, where it shares no memory
         self._inboxes = torch.empty(0, MESSAGE_BYTES, dtype=torch.uint8)
         self._far_places: list[Place] = []
+
+    @property
+    def _pages(self) -> Host:
+        """Through whose memory pages go: once ranks have met to share some, all of the process group's pages.
+
+        A rank that does without then hears ranks that do not, and all of them find out that they differ.
+        """
+        return self._sharing if self._sharing.met else self.host
 
     def nodes(self, layer: str) -> tuple[int, ...]:
         """As in Host; all ranks must ask, for the first time they do they find out who shares a host."""
@@ -143,11 +159,12 @@ class HostTransport:
         """
         if not self.host.met:
             self._meet(label)
-        return self._own_places()[(self.host.exchange + 1) % 2]
+        return self._own_places()[(self._pages.exchange + 1) % 2]
 
     def _own_places(self) -> Sequence[Place]:
-        if self.host.memory is not None:
-            return self.host.memory.own.places
+        memory = self._pages.memory
+        if memory is not None:
+            return memory.own.places
         if not self._alone:
             self._alone = tuple(Place.of(torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)) for _ in range(2))
         return self._alone
@@ -158,10 +175,10 @@ class HostTransport:
         num_bytes that this rank has written; other ranks may have written more or fewer. Places stay as they are until
         this rank's next exchange: where a rank of this host has come to the next but one, it has read.
         """
-        memory, host, own = self.host.memory, self.host, self._own_places()
-        far = None
+        host, own = self._pages, self._own_places()
+        memory, far = host.memory, None
         if host.far:
-            if not self._far_places:
+            if len(self._far_places) != len(host.far):
                 self._inboxes = torch.empty(len(host.far), MESSAGE_BYTES, dtype=torch.uint8)
                 self._far_places = [Place.of(inbox) for inbox in self._inboxes]
             assert num_bytes <= MESSAGE_BYTES
@@ -218,7 +235,7 @@ class HostTransport:
 
     def _gather(self, page: Tensor, into: Tensor, label: Label) -> None:
         """Parts of pages, once all ranks know how long each other's are."""
-        host, memory = self.host, self.host.memory
+        host, memory = self._pages, self._pages.memory
         number, num_bytes, rows = (host.exchange + 1) % 2, len(page), into.numpy()
         far, incoming = None, page.new_empty(len(host.far), num_bytes)
         if memory is not None:
@@ -238,7 +255,7 @@ class HostTransport:
 
     def _share(self, label: Label) -> None:
         """The exchange with ranks of this host."""
-        host, memory = self.host, self.host.memory
+        host, memory = self._pages, self._pages.memory
         host.exchange += 1
         if memory is None:
             return
@@ -252,7 +269,7 @@ class HostTransport:
         """As gather(), of few bytes and by messages alone, before it is known who shares memory."""
         num_bytes, rank = HEAD_BYTES + len(page), self.rank
         message = torch.zeros(num_bytes, dtype=torch.uint8)
-        write_head(message.numpy().data, Label(label.layer, "meeting"), len(page))
+        write_head(message.numpy().data, Label(label.layer, f"{FIRST_EXCHANGE}{self.host.shares}"), len(page))
         message[HEAD_BYTES:] = page
         inboxes = torch.zeros(self.size - 1, MESSAGE_BYTES, dtype=torch.uint8)
         transfer = self.pairs.expect_first(inboxes, label, sorted(self.pairs.receivers))
@@ -264,9 +281,17 @@ class HostTransport:
         return everyones[:, HEAD_BYTES:]
 
     def _meet(self, label: Label) -> None:
-        """Finds out who shares this rank's memory: two ranks do where each has mapped the other's segment."""
+        """Finds out who shares this rank's memory: two ranks do where each has mapped the other's segment.
+
+        CallRefusedError, on all ranks, where some are to share memory and others are not.
+        """
         host, rank = self.host, self.rank
-        memory = _own_memory(rank, self.size) if host.shares else None
+        if not host.shares:
+            if not self._sharing.met:
+                self._ask_all(_padded(b""), label)
+            host.met, host.far = True, [peer for peer in range(self.size) if peer != rank]
+            return
+        memory = _own_memory(rank, self.size)
         cards = self._ask_all(_padded(b"" if memory is None else memory.card()), label)
         vote = torch.zeros(self.size, dtype=torch.uint8)
         for peer in range(self.size):
@@ -283,7 +308,7 @@ class HostTransport:
 
     def wait_for(self, peer: int, word: int, value: int, label: Label, within_s: float | None) -> None:
         """Waits for a peer to set a word of this rank. PeerError where it does not in time, or its process is gone."""
-        memory, clock = self.host.memory, self.clock
+        memory, clock = self._pages.memory, self.clock
         assert memory is not None
         status, begun = clock.own_status, time.monotonic()
         spin = threading.get_ident() == status.thread

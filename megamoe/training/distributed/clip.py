@@ -128,6 +128,8 @@ def _terms(group: EPGroup, own: Sequence[tuple[Tensor, TrainableMoE]], norm: Nor
         activation=f"norm {norm.p:g}",
         bias=False,
         node_limited=group.node_limited,
+        shared_memory=group.shared_memory,
+        training="",
         weight_format="",
         dispatch_format="",
         combine_format="",
