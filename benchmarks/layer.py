@@ -77,7 +77,7 @@ def main() -> None:
     lines = HEAD.format(date=today, machine=machine, repeats=arguments.repeats).splitlines()
     print("\n".join(lines[-2:]))
     for name, workload in WORKLOADS:
-        report = run_bench(BenchRequest(**{"repeats": arguments.repeats, "trace": True, **workload}))  # type: ignore[arg-type]
+        report = run_bench(BenchRequest(**{"repeats": arguments.repeats, "trace": True, **workload}))
         lines.append(row(name, report))
         print(lines[-1], flush=True)
     if arguments.write:

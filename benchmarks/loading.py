@@ -108,7 +108,8 @@ def write(path: Path, config: dict[str, Any], kind: str, tensors: dict[str, tupl
 
     AutoConfig.for_model(kind, **_COMMON, **config).save_pretrained(path)
     sizes = {"BF16": 2, "U8": 1}
-    header, end = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + sizes[dtype] * torch.Size(shape).numel()
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}

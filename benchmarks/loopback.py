@@ -15,12 +15,13 @@ import sys
 import time
 from statistics import median
 
+import torch
+
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
 from megamoe.launch.output import note, show
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.transport.host import HostTransport
 from megamoe.parallel.transport.pairs import Label
 from megamoe.shape import MoEShape
 
@@ -45,12 +46,11 @@ def measure(group: EPGroup, tokens: int, weight_format: str, repeats: int) -> tu
     for layer in layers.values():
         layer.load_experts(*make_expert_weights(SHAPE))
     batch, times = make_workload(SHAPE, group.rank, tokens), {name: list[float]() for name in layers}
-    transport, together = group.transport, Label("bench", "counts")
+    together = Label("bench", "counts")
     for repeat in range(-WARM_UP, repeats):
         for name in list(layers)[:: 1 if repeat % 2 else -1]:
-            if isinstance(transport, HostTransport):
-                transport.place(together)
-                transport.share(together)  # all begin together
+            if group.transport is not None:
+                group.transport.gather(torch.zeros(1, dtype=torch.uint8), together)  # all begin together
             begun = time.perf_counter()
             layers[name](*batch)
             if repeat >= 0:

@@ -65,10 +65,10 @@ def main() -> None:
         ratio = median(each[1] / base[1] for each, base in zip(seconds, found["--version"], strict=True))
         print(f"megamoe {name}: median {median(by):.2f} s ({min(by):.2f}-{max(by):.2f}), {median(own):.2f} s of cores,")
         print(f"  {ratio:.2f} times --version")
-    tried, seconds = searched()
-    per_5000 = [each * 5000 / tried for each in seconds]
+    tried, spent = searched()
+    per_5000 = [each * 5000 / tried for each in spent]
     print(
-        f"{tried} deployments searched: {median(seconds):.2f} s; "
+        f"{tried} deployments searched: {median(spent):.2f} s; "
         f"5,000 of them {median(per_5000):.2f} s ({min(per_5000):.2f}-{max(per_5000):.2f})"
     )
     print(f"torch imported: {'torch' in sys.modules}")
