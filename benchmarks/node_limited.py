@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.command import natural, positive, run
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
 from megamoe.launch.lab.counters import sent_bytes
 from megamoe.launch.lab.namespaces import INTERFACE, lab, parse_rate
@@ -76,9 +76,7 @@ def measure(group: EPGroup, request: Request) -> RankFound:
     layers = {}
     for limited in (True, False):
         own = EPGroup.of(dist.group.WORLD, node_limited=limited, deadline_s=group.deadline_s)
-        layers[limited] = MegaMoE(
-            shape, own, name=f"limited {limited}", dispatch_format=there, combine_format=back
-        )
+        layers[limited] = MegaMoE(shape, own, name=f"limited {limited}", dispatch_format=there, combine_format=back)
         layers[limited].load_experts(gate_up, down)
     identical = True
     for _ in range(_SETTLING):
@@ -152,18 +150,18 @@ def planned_bytes(request: Request, limited: bool) -> float:
     return run.link_dispatch_bytes + run.link_combine_bytes
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", default="1gbit", help="rate of each host's link")
-    parser.add_argument("--ranks-per-host", type=int, default=2)
-    parser.add_argument("--tokens-per-rank", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=128)
-    parser.add_argument("--num-experts", type=int, default=16)
-    parser.add_argument("--topk", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--ranks-per-host", type=positive, default=2)
+    parser.add_argument("--tokens-per-rank", type=natural, default=1024)
+    parser.add_argument("--hidden", type=positive, default=2048)
+    parser.add_argument("--intermediate", type=positive, default=128)
+    parser.add_argument("--num-experts", type=positive, default=16)
+    parser.add_argument("--topk", type=positive, default=6)
+    parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--format", choices=("table", "json"), default="table")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     shape, told = MoEShape(asked.hidden, asked.intermediate, asked.num_experts, asked.topk), []
     for formats in FORMATS:
         request = Request(asked.link, asked.ranks_per_host, asked.tokens_per_rank, shape, *formats, asked.repeats)
@@ -211,4 +209,4 @@ def _sizes(shape: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from datetime import date
-from pathlib import Path
 
 import torch
 import transformers
 
+from benchmarks.command import new_file, run
 from benchmarks.transformers_families.compare import BOUND, Row, compare
 from benchmarks.transformers_families.tiny import RULE, families
 from megamoe.launch.ranks import LocalRanks
@@ -17,15 +18,15 @@ from megamoe.launch.ranks import LocalRanks
 COMMAND = "python -m benchmarks.transformers_families --write docs/transformers.md"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """0 where every family works or is refused, 1 where one computes something else."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", default="", help="names, separated by commas; all by default")
-    parser.add_argument("--write", type=Path, help="the page to write")
-    arguments = parser.parse_args()
+    parser.add_argument("--write", type=new_file, help="the page to write")
+    asked = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    wanted = set(filter(None, arguments.families.split(",")))
+    wanted = set(filter(None, asked.families.split(",")))
     chosen = [family for family in families() if not wanted or family.name in wanted]
     unknown = wanted - {family.name for family in chosen}
     if unknown:
@@ -38,8 +39,8 @@ def main() -> int:
             print(_line(rows[-1]), file=sys.stderr, flush=True)
     page = _page(rows)
     print(page)
-    if arguments.write:
-        arguments.write.write_text(page)
+    if asked.write:
+        asked.write.write_text(page)
     return 1 if any(row.wrong for row in rows) else 0
 
 
@@ -90,4 +91,4 @@ written by `{command}`
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
