@@ -14,13 +14,20 @@ import typer
 from megamoe.launch.output import check_folder
 from megamoe.launch.terminal import exit_codes
 
+INSTALL = "pip install -c constraints.txt -e '.[dev]'"
+
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Ends the process with main's exit code; with 2 after a ValueError, 1 after a RuntimeError, 130 after Ctrl-C."""
+    """Ends the process with main's exit code; with 2 after a ValueError, 130 after Ctrl-C, 1 after a RuntimeError or
+    where a package is not installed.
+    """
     code: int | None
     try:
         with exit_codes():
-            code = main()
+            try:
+                code = main()
+            except ModuleNotFoundError as missing:
+                raise RuntimeError(f"{missing.name} is not installed; {INSTALL} has what benchmarks use") from missing
     except typer.Exit as ended:
         code = ended.exit_code
     sys.exit(code)

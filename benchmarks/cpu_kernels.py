@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compile_s(path: Path) -> float:
     """Seconds that the path takes to compile where no cache has it."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(building, "_cache", return_value=FilePath(folder)):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(building, "_caches", return_value=[FilePath(folder)] * 2),
+    ):
         begun = time.perf_counter()
         building.build(path)
         return time.perf_counter() - begun

@@ -203,6 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints are made; a temporary folder")
     parser.add_argument("--kind", choices=KINDS, default=None, help="one kind alone")
     asked = parser.parse_args(arguments)
+    if asked.folder is not None and not asked.folder.is_dir():
+        parser.error(f"--folder: there is no folder {asked.folder}")
     folder = Path(tempfile.mkdtemp(prefix="megamoe-loading-", dir=asked.folder))
     try:
         with LocalRanks(asked.ranks, threads_per_rank=1, deadline_s=300.0) as ranks:

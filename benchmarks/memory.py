@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = SMALL.model_copy(
         update={
             "n_routed_experts": asked.experts,
+            "num_experts_per_tok": min(asked.experts, SMALL.num_experts_per_tok),
             "hidden_size": asked.hidden,
             "moe_intermediate_size": asked.intermediate,
             "vocab_size": 1000,

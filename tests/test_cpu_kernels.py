@@ -507,7 +507,7 @@ def test_ranks_that_start_at_once_compile_once(tmp_path: FilePath) -> None:
 
 
 def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "_cache", lambda: tmp_path)
+    monkeypatch.setattr(building, "_caches", lambda: (tmp_path, tmp_path))
     with pytest.raises(BuildError, match="-mno-such-thing"):
         build(Path("odd", "fma", ("-mno-such-thing",)))
     monkeypatch.setenv("CXX", "no-such-compiler")
