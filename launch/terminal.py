@@ -35,6 +35,10 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
 _HINTS |= dict.fromkeys(_REFUSED[:3], "give a place that this user may use")
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGINT. Where a KeyboardInterrupt itself has passed an exec(), Python ends by the signal whatever catches it."""
+
+
 class Terminated(BaseException):
     """SIGTERM or SIGHUP, raised like KeyboardInterrupt so that everything is cleaned up on the way out."""
 
@@ -46,7 +50,7 @@ def exit_codes() -> Iterator[None]:
     def unwind(number: int, _: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        raise Interrupted if number == signal.SIGINT else Terminated
 
     before = {each: signal.signal(each, unwind) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     log = logging.getLogger("megamoe")
@@ -64,10 +68,10 @@ def exit_codes() -> Iterator[None]:
     except OSError as failure:
         if failure.filename is None:  # of no file: an output, which main() knows, or a mistake of ours
             raise
-        wrong, hint = failure.errno in _REFUSED, _HINTS.get(failure.errno or 0)
+        refused, hint = failure.errno in _REFUSED, _HINTS.get(failure.errno or 0)
         said = f"{failure.filename}: {failure.strerror}{f': {hint}' if hint else ''}"
-        stderr.print(Text(f"{'wrong request' if wrong else 'failed'}: {said}", "red"), soft_wrap=True)
-        raise typer.Exit(2 if wrong else 1) from failure
+        stderr.print(Text(f"{'wrong request' if refused else 'failed'}: {said}", "red"), soft_wrap=True)
+        raise typer.Exit(2 if refused else 1) from failure
     except KeyboardInterrupt as stopped:
         stderr.print("interrupted; all that was started is stopped and removed", highlight=False)
         raise typer.Exit(130) from stopped

@@ -42,8 +42,7 @@ SMALLEST = {
     "node_limited": ["--tokens-per-rank", "8", "--repeats", "1", "--ranks-per-host", "1", *FEW],
     "prediction": ["--links", "1gbit", "--tokens-per-rank", "8", "--weight-formats", "bf16", "--within", "1000"],
 }
-SOAK = ("cpu_kernels", "fit_layer", "generation", "gpu_kernels", "lab_runs", "launch", "loading", "node_limited")
-SOAK += ("prediction", "drills", "peers", "transformers_families")
+SOAK = list(SMALLEST)[list(SMALLEST).index("drills") :]
 QUICK = [name for name in SMALLEST if name not in SOAK]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -31,6 +32,16 @@ SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2)
 
 def where(group: EPGroup, factor: int) -> tuple[int, int, int]:
     return group.rank * factor, group.size, torch.get_num_threads()
+
+
+def locks(_: EPGroup) -> bool:
+    """Whether a lock of a library's, such as tqdm's, has a name, which would stay when this process is killed."""
+    lock = multiprocessing.RLock()
+    return Path(f"/dev/shm/sem.{lock._semlock.name.lstrip('/')}").exists()  # type: ignore[attr-defined]
+
+
+def test_a_lock_that_a_rank_makes_is_gone_with_it(ranks: LocalRanks) -> None:
+    assert ranks.run(locks, size=1) == [False]
 
 
 def fails(group: EPGroup) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -238,13 +237,29 @@ def _entry(file: Path, version: tuple[int, ...], name: str, described: Mapping[s
 
 
 @contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """A block that writes file: what the system refuses is an OSError that names it, also where a library in Rust says
+    so in words of its own.
+    """
+    try:
+        yield
+    except OSError as failure:
+        failure.filename = str(file)
+        raise
+    except Exception as failure:
+        number = re.search(r"\(os error (\d+)\)", str(failure))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from failure
+
+
+@contextmanager
 def writing(part: Path, file: Path) -> Iterator[None]:
     """A block that writes part, which is to become file. What ends it early removes part; an OSError names file."""
     try:
-        yield
-    except BaseException as failure:
-        if isinstance(failure, OSError):
-            failure.filename = str(file)
+        with naming(file):
+            yield
+    except BaseException:
         with suppress(OSError):
             if part.is_file():
                 part.unlink()
@@ -259,13 +274,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     special = file.exists() and not file.is_file()  # a device, which stays what it is
     part = file if special else file.with_name(f".{file.name}-{uuid4().hex}.part")
     with writing(part, file):
-        try:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, {"format": "pt"})
-        except SafetensorError as failure:
-            number = re.search(r"os error (\d+)", str(failure))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from failure
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, {"format": "pt"})
         if not special:
             _give_usual_rights(part)
             part.replace(file)
