@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import load, load_tokenizer, regroup
 from megamoe.model.dense import compute_in_fixed_order
-from megamoe.model.loading import load as loading
 from megamoe.model.loading.load import name_modules
 from megamoe.model.loading.report import Progress
+from megamoe.model.loading.skeleton import build
 from megamoe.parallel.group import EPGroup
 from tests import checkpoints
 from tests.checkpoints import FAMILIES, VOCABULARY
@@ -451,13 +451,12 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
 ) -> None:
     path = tmp_path / "mixtral"
     shutil.copytree(folder / "mixtral", path)
-    build = loading.build
 
     def changing(*given: Any) -> Any:
         change(path / "model.safetensors")
         return build(*given)
 
-    monkeypatch.setattr(loading, "build", changing)  # what comes after the headers
+    monkeypatch.setattr("megamoe.model.loading.load.build", changing)  # what comes after the headers
     with pytest.raises(ValueError, match=message):
         load(path)
     monkeypatch.undo()
