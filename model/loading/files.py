@@ -125,7 +125,7 @@ class TensorFiles:
                     f"are [{entry.start}, {entry.start + entry.size})"
                 )
             done += got
-        if _version(descriptor) != entry.version:
+        if _version_of(descriptor) != entry.version:
             raise ValueError(
                 f"{entry.file} was changed or replaced after its header was read, so {entry.name} is not what that "
                 "says: try again when nothing writes the checkpoint any more"
@@ -194,7 +194,7 @@ def read_header(file: Path) -> list[Entry]:
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            version, total = _version(opened.fileno()), os.fstat(opened.fileno()).st_size
+            version, total = _version_of(opened.fileno()), os.fstat(opened.fileno()).st_size
             if total < 8 or length > min(_LONGEST_HEADER, total - 8):
                 raise ValueError(f"{file} is truncated or no safetensors file: {total} bytes, a header of {length}")
             text = opened.read(length)
@@ -213,7 +213,7 @@ def read_header(file: Path) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.start)
 
 
-def _version(descriptor: int) -> tuple[int, ...]:
+def _version_of(descriptor: int) -> tuple[int, ...]:
     """What tells a file from one that took its place, and from itself before it was written to."""
     found = os.fstat(descriptor)
     return found.st_ino, found.st_size, found.st_mtime_ns
