@@ -36,8 +36,8 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.layer
 
 soak: .venv/installed
 	$(BIN)/python -m pytest -m soak

@@ -1,15 +1,16 @@
 """The planner against everything that was measured; prints the tables, and writes them with --write.
 
-python benchmarks/accuracy.py --write docs/accuracy.md      # reads docs/data; a few seconds
+python -m benchmarks.accuracy --write docs/accuracy.md      # reads docs/data; a few seconds
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.command import new_file, run
 from megamoe.catalog import figures, load_machine, load_model
 from megamoe.planner.serving.flops import ASSUMPTIONS, efficiency
 from megamoe.planner.validation.ascend_guides import guides, median_of
@@ -30,12 +31,12 @@ V4_EFFICIENCY = {"deepseek-v4-pro": (27, 10), "deepseek-v4-flash": (10, 7)}
 
 HEAD = """# How wrong the planner is
 
-`python benchmarks/accuracy.py --write docs/accuracy.md` prints this page from the tables in `docs/data` and the figures
+`python -m benchmarks.accuracy --write docs/accuracy.md` prints this page from the tables in `docs/data` and the figures
 in `megamoe/planner/validation/published*.py`; `megamoe validate` prints the same errors, and `megamoe validate
 FILE.csv` those of a table of your own. An error is 100 * (planned / measured - 1). Everything here is arithmetic:
 nothing was run on a GPU or NPU by us.
 
-What was fitted to what: `python benchmarks/fit_layer.py` prints the constants. The fused kernel's to the 64 balanced
+What was fitted to what: `python -m benchmarks.fit_layer` prints the constants. The fused kernel's to the 64 balanced
 rows of the first table, the 8 of DeepGEMM's pull request 316, and every other row of FlashInfer's and of the H200
 table; to every other skewed row of the first table one constant alone, link_incast. How a hot expert is spread over the
 waves was decided with the skewed rows in sight, and the terms of the model with all tables in sight. What grouped
@@ -248,7 +249,7 @@ def _machine() -> Iterator[str]:
     yield "## This package's own layer, in the lab\n"
     yield "`megamoe calibrate docs/data/lab_runs.json --check docs/data/lab_unseen.json`: two ranks of one thread on"
     yield "two cores of a Zen 4 CPU without BF16 instructions over gloo, 2026-11-29, runs made by"
-    yield "`python benchmarks/lab_runs.py`. Median error"
+    yield "`python -m benchmarks.lab_runs`. Median error"
     yield f"of the overlapped layer: {median_error(fitted):.1f} % over the {len(fitted)} runs of the fit,"
     yield f"**{median_error(held):.1f} %** over {len(held)} that it did not see.\n"
     yield "| not seen: tokens, H x I, experts, top-k, weights | link | waves | measured ms | planned ms | error |"
@@ -263,15 +264,15 @@ def _machine() -> Iterator[str]:
     yield f"\nThe constants, which ship as `megamoe/catalog/machines/cpu.yaml`: {constants}."
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="the Markdown file to write")
-    arguments = parser.parse_args()
+    parser.add_argument("--write", type=new_file, help="the Markdown file to write")
+    asked = parser.parse_args(arguments)
     text = "\n".join(lines()) + "\n"
-    if arguments.write:
-        arguments.write.write_text(text)
+    if asked.write:
+        asked.write.write_text(text)
     print(text, end="")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

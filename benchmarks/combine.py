@@ -11,11 +11,12 @@ comes to; weights that were trained in MXFP4 lose nothing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import natural, positive, run
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
 from megamoe.reference import RESULT_ROUNDING, moe_fp64, relative_error, results, sum_slots
 from megamoe.schedule.formats import value_bytes
@@ -61,25 +62,25 @@ def _exact(hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: 
     return total
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--intermediate", type=int, default=512)
-    parser.add_argument("--num-experts", type=int, default=16)
-    parser.add_argument("--topk", type=int, default=6)
-    options = parser.parse_args()
-    shape = MoEShape(options.hidden, options.intermediate, options.num_experts, options.topk)
+    parser.add_argument("--tokens", type=natural, default=256)
+    parser.add_argument("--hidden", type=positive, default=1024)
+    parser.add_argument("--intermediate", type=positive, default=512)
+    parser.add_argument("--num-experts", type=positive, default=16)
+    parser.add_argument("--topk", type=positive, default=6)
+    asked = parser.parse_args(arguments)
+    shape = MoEShape(asked.hidden, asked.intermediate, asked.num_experts, asked.topk)
     experts = f"{shape.num_experts} experts {shape.hidden} x {shape.intermediate}, top-{shape.topk}"
-    print(f"{options.tokens} tokens, {experts}; relative error")
+    print(f"{asked.tokens} tokens, {experts}; relative error")
     against = f"{'of the combine':>15} {'of the layer':>13} {'of all':>8}"
     print(f"{'weights':8} {'combine':8} {'bytes a value':>13} {against}")
     for weight_format in ("mxfp4", "bf16"):
-        for name, found in errors(shape, weight_format, options.tokens).items():
+        for name, found in errors(shape, weight_format, asked.tokens).items():
             combine, layer, everything = (f"{each:.2%}" for each in found)
             size = f"{value_bytes(name):.4g}"
             print(f"{weight_format:8} {name:8} {size:>13} {combine:>15} {layer:>13} {everything:>8}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.command import positive, run
 from megamoe.execution.products import multiply_dtype
 from megamoe.kernels.cpu import build as building
 from megamoe.kernels.cpu.layout import bf16_shape, mxfp4_shapes
@@ -34,15 +35,13 @@ FEW, MANY = (1, 2, 4, 8), 512
 SIZE, EXPERTS = 2048, 64  # 64 matrices of 2048 x 2048: 143 MB in MXFP4, so that no cache holds them
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables. Exit code 2 for a path that this CPU does not run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     names = [path.name for path in runnable()]
     parser.add_argument("--path", choices=names, default=names[0], help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=9)
-    asked = parser.parse_args()
-    if asked.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {asked.repeats}")
+    parser.add_argument("--repeats", type=positive, default=9)
+    asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     date = datetime.date.today().isoformat()
     print(f"{processor()}, one core, torch {torch.__version__}, {date}, {asked.repeats} repeats")
@@ -56,7 +55,10 @@ def main() -> None:
 
 def compile_s(path: Path) -> float:
     """Seconds that the path takes to compile where no cache has it."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(building, "_cache", return_value=FilePath(folder)):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(building, "_caches", return_value=[FilePath(folder)] * 2),
+    ):
         begun = time.perf_counter()
         building.build(path)
         return time.perf_counter() - begun
@@ -66,9 +68,9 @@ def in_turn(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str,
     """Seconds of each, the runs taking turns after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-1, repeats):
-        for name, run in runs.items():
+        for name, work in runs.items():
             begun = time.perf_counter()
-            run()
+            work()
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
@@ -145,4 +147,4 @@ def dense_stack(experts: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,7 +1,7 @@
 """Fits the constants of the layer model to the tables in docs/data, and leaves one device out after the other.
 
-python benchmarks/fit_layer.py                                      # prints the constants; two minutes
-python benchmarks/fit_layer.py --write docs/data/layer_fit.json     # also for benchmarks/accuracy.py
+python -m benchmarks.fit_layer                                      # prints the constants; two minutes
+python -m benchmarks.fit_layer --write docs/data/layer_fit.json     # also for benchmarks/accuracy.py
 
 Every other row of a table is fitted (the first, the third, ...), the rest is kept for docs/accuracy.md. Of the SGLang
 table the 64 balanced rows are fitted, and all 8 of DeepGEMM's; to every other skewed row link_incast alone. Errors
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.command import new_file, run
 from megamoe.catalog import Hardware, Profile, load_profile
 from megamoe.catalog.schema import Figure
 from megamoe.planner.validation.published_layers import pull_request_316_rows
@@ -198,10 +199,10 @@ def _own(device: str, key: str, links: bool = False) -> bool:
     return key.startswith(generation) and any(figure.startswith(each) for each in alone if links or each == "overlap")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="the JSON file to write")
-    arguments = parser.parse_args()
+    parser.add_argument("--write", type=new_file, help="the JSON file to write")
+    asked = parser.parse_args(arguments)
     begin = time.process_time()
     constants = fit_all()
     for key, value in constants.items():
@@ -211,9 +212,9 @@ def main() -> None:
         for name, found in errors.items():
             print(f"without {device}: {name}: median {found['median_abs_pct_error']:.1f} % of {found['rows']} rows")
     print(f"{time.process_time() - begin:.0f} s of CPU")
-    if arguments.write:
-        arguments.write.write_text(json.dumps({"constants": constants, "left_out": out}, indent=1) + "\n")
+    if asked.write:
+        asked.write.write_text(json.dumps({"constants": constants, "left_out": out}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """What knowing where every rank is costs: calls with heartbeat and notes against calls without, in turn, in one run.
 
-    python benchmarks/heartbeat.py                 # loopback; --link 1gbit needs root
+    python -m benchmarks.heartbeat                 # loopback; --link 1gbit needs root
 
 Prints, for a small, a middling and a large call, the median of each and of their ratio over the pairs.
 """
@@ -8,14 +8,15 @@ Prints, for a small, a middling and a large call, the median of each and of thei
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
 import torch
 
+from benchmarks.command import positive, run
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
 from megamoe.launch.lab.namespaces import lab
 from megamoe.launch.ranks import LocalRanks
@@ -61,27 +62,27 @@ def measure(group: EPGroup, tokens: int, pairs: int) -> tuple[list[float], list[
             monitor._beat_s = beat_s if on else NEVER_S
             where: Any = noted if on else Nowhere()
             clock.own_status = where
-            object.__setattr__(group, "status", where)
+            object.__setattr__(group, "own_status", where)
             monitor._wake()  # so that the change is seen now, and not after a beat
             transport.gather(torch.zeros(1, dtype=torch.uint8), _TOGETHER)
             begun = time.perf_counter()
             layer(*batch)
             times[on].append((time.perf_counter() - begun) * 1e3)
-    object.__setattr__(group, "status", noted)
+    object.__setattr__(group, "own_status", noted)
     return times[True], times[False]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", help="rate of the ranks' links, such as 1gbit")
-    parser.add_argument("--pairs", type=int, default=101)
-    options = parser.parse_args()
+    parser.add_argument("--pairs", type=positive, default=101)
+    asked = parser.parse_args(arguments)
     with (
-        lab(2, options.link) if options.link else nullcontext() as hosts,
+        lab(2, asked.link) if asked.link else nullcontext() as hosts,
         LocalRanks(2, threads_per_rank=1, deadline_s=300.0, hosts=hosts) as ranks,
     ):
         print(f"{'tokens':>6} {'with ms':>9} {'without':>9} {'median of ratios':>17} {'quartiles':>15}")
-        for tokens, pairs in ((1, 10 * options.pairs), (128, 3 * options.pairs), (2048, options.pairs)):
+        for tokens, pairs in ((1, 10 * asked.pairs), (128, 3 * asked.pairs), (2048, asked.pairs)):
             found = ranks.run(measure, tokens, pairs)
             on, off = ([max(each) for each in zip(*times, strict=True)] for times in zip(*found, strict=True))
             ratios = sorted(a / b for a, b in zip(on, off, strict=True))
@@ -94,4 +95,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

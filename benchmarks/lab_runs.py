@@ -1,6 +1,6 @@
 """Runs of the layer in the lab that a machine's profile is fitted to, and others to hold it against.
 
-python benchmarks/lab_runs.py      # root and iproute2; five minutes; writes docs/data/lab_runs.json and lab_unseen.json
+python -m benchmarks.lab_runs      # root and iproute2; five minutes; writes docs/data/lab_runs.json and lab_unseen.json
 megamoe calibrate docs/data/lab_runs.json --check docs/data/lab_unseen.json
 """
 
@@ -10,11 +10,13 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 import psutil
 
+from benchmarks.command import positive, run
 from megamoe.launch.bench.bench import BenchReport, BenchRequest, run_bench
 from megamoe.routing.waves import Waves
 
@@ -105,17 +107,22 @@ def undisturbed(request: BenchRequest) -> tuple[BenchReport, float]:
     return report, foreign
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "docs" / "data")
-    parser.add_argument("--repeats", type=int, default=9)
-    arguments = parser.parse_args()
+    parser.add_argument("--repeats", type=positive, default=9)
+    parser.add_argument("--runs", type=positive, help="only the first so many of each kind")
+    asked = parser.parse_args(arguments)
+    if not asked.folder.is_dir():
+        parser.error(f"--folder: there is no folder {asked.folder}")
     reports: dict[str, list[dict[str, object]]] = {"lab_runs": [], "lab_unseen": []}
-    for fitted, unseen in zip_longest(FITTED, UNSEEN):  # in turn, so that what changes meanwhile is in both
+    for fitted, unseen in zip_longest(
+        FITTED[: asked.runs], UNSEEN[: asked.runs]
+    ):  # in turn, so that what changes meanwhile is in both
         for name, workload in (("lab_runs", fitted), ("lab_unseen", unseen)):
             if workload is None:
                 continue
-            report, foreign = undisturbed(request(workload, arguments.repeats))
+            report, foreign = undisturbed(request(workload, asked.repeats))
             words = " ".join(map(str, workload))
             print(
                 f"{report.overlapped_ms:8.1f} ms  {words}  ({foreign:.0%} of the machine was somebody else's)",
@@ -123,8 +130,8 @@ def main() -> None:
             )
             reports[name].append({key: value for key, value in report.as_dict().items() if key != "predicted_ms"})
     for name, found in reports.items():
-        (arguments.folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (asked.folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

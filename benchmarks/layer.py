@@ -1,6 +1,6 @@
 """Serial against overlapped over a list of workloads and links; prints the table, and writes it with --write.
 
-python benchmarks/layer.py --write docs/overlap.md      # root and iproute2 for the shaped links; four minutes
+python -m benchmarks.layer --write docs/overlap.md      # root and iproute2 for the shaped links; four minutes
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
+from benchmarks.command import new_file, positive, run
 from megamoe.launch.bench.bench import BenchReport, BenchRequest, run_bench
 from megamoe.schedule.kept import processor
 
@@ -52,7 +53,7 @@ COLUMNS = (
 )
 HEAD = f"""# Overlap, measured
 
-`python benchmarks/layer.py --write docs/overlap.md`, {{date}}, {{machine}}, torch {torch.__version__}.
+`python -m benchmarks.layer --write docs/overlap.md`, {{date}}, {{machine}}, torch {torch.__version__}.
 
 16 experts, top-4, one thread a rank, waves as the layer chose them. Median (min-max) in milliseconds of the slowest
 rank over {{repeats}} repeats (61 for one token); the measures alternate within one run. Serial: one wave, and nothing
@@ -67,22 +68,26 @@ here. Times of a shared machine are noisy: read the ratios, and the spread.
 {"|---" * len(COLUMNS)}|"""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--write", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--repeats", type=positive, default=15)
+    names = dict.fromkeys(name for name, _ in WORKLOADS)
+    parser.add_argument("--only", action="append", choices=names, help="these workloads; may be given again")
+    parser.add_argument("--write", type=new_file)
+    asked = parser.parse_args(arguments)
     machine = f"{os.cpu_count()} cores of {processor()}"
     today = datetime.date.today().isoformat()
-    lines = HEAD.format(date=today, machine=machine, repeats=arguments.repeats).splitlines()
+    lines = HEAD.format(date=today, machine=machine, repeats=asked.repeats).splitlines()
     print("\n".join(lines[-2:]))
     for name, workload in WORKLOADS:
-        report = run_bench(BenchRequest(**{"repeats": arguments.repeats, "trace": True, **workload}))  # type: ignore[arg-type]
+        if asked.only and name not in asked.only:
+            continue
+        report = run_bench(BenchRequest(**{"repeats": asked.repeats, "trace": True, **workload}))
         lines.append(row(name, report))
         print(lines[-1], flush=True)
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n")
+    if asked.write:
+        asked.write.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,13 +18,14 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.command import above_zero, positive, run
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import load
 from megamoe.parallel.group import EPGroup
@@ -108,7 +109,8 @@ def write(path: Path, config: dict[str, Any], kind: str, tensors: dict[str, tupl
 
     AutoConfig.for_model(kind, **_COMMON, **config).save_pretrained(path)
     sizes = {"BF16": 2, "U8": 1}
-    header, end = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + sizes[dtype] * torch.Size(shape).numel()
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
@@ -193,14 +195,16 @@ def measure(path: Path, ranks: LocalRanks, repeats: int) -> Iterator[tuple[float
         yield plain, ranks.run(load_once, path)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--gb", type=float, default=4.0, help="gigabytes of experts in each checkpoint")
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gb", type=above_zero, default=4.0, help="gigabytes of experts in each checkpoint")
+    parser.add_argument("--ranks", type=positive, default=4)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints are made; a temporary folder")
     parser.add_argument("--kind", choices=KINDS, default=None, help="one kind alone")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
+    if asked.folder is not None and not asked.folder.is_dir():
+        parser.error(f"--folder: there is no folder {asked.folder}")
     folder = Path(tempfile.mkdtemp(prefix="megamoe-loading-", dir=asked.folder))
     try:
         with LocalRanks(asked.ranks, threads_per_rank=1, deadline_s=300.0) as ranks:
@@ -232,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

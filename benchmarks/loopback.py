@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
+from collections.abc import Sequence
 from statistics import median
 
+import torch
+
+from benchmarks.command import above_zero, natural, positive, run
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
 from megamoe.launch.output import note, show
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.transport.host import HostTransport
 from megamoe.parallel.transport.pairs import Label
 from megamoe.shape import MoEShape
 
@@ -45,12 +47,11 @@ def measure(group: EPGroup, tokens: int, weight_format: str, repeats: int) -> tu
     for layer in layers.values():
         layer.load_experts(*make_expert_weights(SHAPE))
     batch, times = make_workload(SHAPE, group.rank, tokens), {name: list[float]() for name in layers}
-    transport, together = group.transport, Label("bench", "counts")
+    together = Label("bench", "counts")
     for repeat in range(-WARM_UP, repeats):
         for name in list(layers)[:: 1 if repeat % 2 else -1]:
-            if isinstance(transport, HostTransport):
-                transport.place(together)
-                transport.share(together)  # all begin together
+            if group.transport is not None:
+                group.transport.gather(torch.zeros(1, dtype=torch.uint8), together)  # all begin together
             begun = time.perf_counter()
             layers[name](*batch)
             if repeat >= 0:
@@ -59,20 +60,20 @@ def measure(group: EPGroup, tokens: int, weight_format: str, repeats: int) -> tu
     return times, "small" if call.small else str(call.waves)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024, 2048])
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--most", type=float, default=1.03, help="ratio above which the exit code is 1")
+    parser.add_argument("--ranks", type=positive, default=2)
+    parser.add_argument("--tokens", type=natural, nargs="+", default=[32, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--repeats", type=positive, default=21)
+    parser.add_argument("--most", type=above_zero, default=1.03, help="ratio above which the exit code is 1")
     parser.add_argument("--format", choices=("table", "json"), default="table")
-    options = parser.parse_args()
+    asked = parser.parse_args(arguments)
     rows = []
-    with LocalRanks(options.ranks, threads_per_rank=1, deadline_s=300.0) as ranks:
+    with LocalRanks(asked.ranks, threads_per_rank=1, deadline_s=300.0) as ranks:
         for weight_format in FORMATS:
-            for tokens in options.tokens:
-                note(f"{options.ranks} ranks, {tokens} tokens, {weight_format} ...")
-                found = ranks.run(measure, tokens, weight_format, options.repeats)
+            for tokens in asked.tokens:
+                note(f"{asked.ranks} ranks, {tokens} tokens, {weight_format} ...")
+                found = ranks.run(measure, tokens, weight_format, asked.repeats)
                 slowest = {
                     name: [max(each) for each in zip(*(times[name] for times, _ in found), strict=True)]
                     for name in ("overlapped", "serial")
@@ -81,7 +82,7 @@ def main() -> int:
                 times = {f"{name} ms": median(each) for name, each in slowest.items()}
                 head = {"tokens": tokens, "weights": weight_format, "waves": found[0][1]}
                 rows.append({**head, **times, "ratio": median(ratios)})
-    if options.format == "json":
+    if asked.format == "json":
         print(json.dumps(rows, indent=2))
     else:
         columns = {
@@ -93,8 +94,8 @@ def main() -> int:
             "ratio": ".2f",
         }
         show(columns, [[row[name] for name in columns] for row in rows])
-    return int(any(row["ratio"] > options.most for row in rows))
+    return int(any(row["ratio"] > asked.most for row in rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

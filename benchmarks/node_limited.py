@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.command import natural, positive, run
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
 from megamoe.launch.lab.counters import sent_bytes
 from megamoe.launch.lab.namespaces import INTERFACE, lab, parse_rate
@@ -68,15 +69,14 @@ class RankFound:
 
 def measure(group: EPGroup, request: Request) -> RankFound:
     """A rank's part."""
-    shape, formats = request.shape, {"weight_format": "mxfp4", "dispatch_format": request.dispatch_format}
-    formats["combine_format"] = request.combine_format
+    shape, there, back = request.shape, request.dispatch_format, request.combine_format
     gate_up, down = make_expert_weights(shape)
     batch = make_workload(shape, group.rank, request.tokens_per_rank)
-    expected = moe(shape, *batch, gate_up, down, **formats)
+    expected = moe(shape, *batch, gate_up, down, dispatch_format=there, combine_format=back)
     layers = {}
     for limited in (True, False):
         own = EPGroup.of(dist.group.WORLD, node_limited=limited, deadline_s=group.deadline_s)
-        layers[limited] = MegaMoE(shape, own, name=f"limited {limited}", **formats)  # type: ignore[arg-type]
+        layers[limited] = MegaMoE(shape, own, name=f"limited {limited}", dispatch_format=there, combine_format=back)
         layers[limited].load_experts(gate_up, down)
     identical = True
     for _ in range(_SETTLING):
@@ -103,9 +103,9 @@ def _together(group: EPGroup) -> int:
     return sent_bytes(INTERFACE)
 
 
-def report(request: Request, found: list[RankFound]) -> dict[str, object]:
+def report(request: Request, found: list[RankFound]) -> dict[str, Any]:
     """What came of it, as JSON has it."""
-    told: dict[str, object] = {**asdict(request), "shape": asdict(request.shape), "ranks": request.ranks}
+    told: dict[str, Any] = {**asdict(request), "shape": asdict(request.shape), "ranks": request.ranks}
     told["identical"] = all(rank.identical for rank in found)
     slowest = {limited: _by_call(max, [rank.times[limited] for rank in found]) for limited in (True, False)}
     told["ratio"] = median(a / b for a, b in zip(slowest[False], slowest[True], strict=True))
@@ -150,18 +150,18 @@ def planned_bytes(request: Request, limited: bool) -> float:
     return run.link_dispatch_bytes + run.link_combine_bytes
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", default="1gbit", help="rate of each host's link")
-    parser.add_argument("--ranks-per-host", type=int, default=2)
-    parser.add_argument("--tokens-per-rank", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=128)
-    parser.add_argument("--num-experts", type=int, default=16)
-    parser.add_argument("--topk", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--ranks-per-host", type=positive, default=2)
+    parser.add_argument("--tokens-per-rank", type=natural, default=1024)
+    parser.add_argument("--hidden", type=positive, default=2048)
+    parser.add_argument("--intermediate", type=positive, default=128)
+    parser.add_argument("--num-experts", type=positive, default=16)
+    parser.add_argument("--topk", type=positive, default=6)
+    parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--format", choices=("table", "json"), default="table")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     shape, told = MoEShape(asked.hidden, asked.intermediate, asked.num_experts, asked.topk), []
     for formats in FORMATS:
         request = Request(asked.link, asked.ranks_per_host, asked.tokens_per_rank, shape, *formats, asked.repeats)
@@ -177,13 +177,14 @@ def main() -> int:
     return int(any(not each["identical"] or off(each) > _MOST_OFF for each in told))
 
 
-def off(told: dict[str, object]) -> float:
+def off(told: dict[str, Any]) -> float:
     """By how much bytes on the link differ from the planner's at most, as a share."""
     ways = [told[name] for name in ("node_limited", "to_each_rank")]
-    return max(abs(way["link_mb"] / way["planned_mb"] - 1) for way in ways)  # type: ignore[index]
+    largest: float = max(abs(way["link_mb"] / way["planned_mb"] - 1) for way in ways)
+    return largest
 
 
-def show(told: list[dict[str, object]]) -> None:
+def show(told: list[dict[str, Any]]) -> None:
     """The table."""
     first = told[0]
     print(
@@ -194,7 +195,7 @@ def show(told: list[dict[str, object]]) -> None:
     print("".join(f"{column:>13}" for column in columns))
     for each in told:
         for name in ("node_limited", "to_each_rank"):
-            way: dict[str, float] = each[name]  # type: ignore[assignment]
+            way: dict[str, float] = each[name]
             times = "".join(f"{way[key]:13.1f}" for key in ("ms", "ms_min", "ms_max"))
             sizes = "".join(f"{way[key]:13.3f}" for key in ("link_mb", "planned_mb", "counted_mb"))
             wire = f"{each['dispatch_format']}, {each['combine_format']}"
@@ -203,10 +204,9 @@ def show(told: list[dict[str, object]]) -> None:
         print(f"{'':13}{each['ratio']:.3f} times as fast node-limited, median of {each['repeats']} pairs; {same}")
 
 
-def _sizes(shape: object) -> str:
-    assert isinstance(shape, dict)
+def _sizes(shape: dict[str, Any]) -> str:
     return f"{shape['num_experts']} experts {shape['hidden']} x {shape['intermediate']}, top-{shape['topk']}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

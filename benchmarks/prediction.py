@@ -1,8 +1,8 @@
 """The planner's prediction beside the measured layer on a machine without a profile, at several link rates.
 
-python benchmarks/prediction.py      # root and iproute2; three minutes; measures the machine's constants first
-python benchmarks/prediction.py --repeats 5 --links 1gbit
-python benchmarks/prediction.py --backward      # forward and backward together; five minutes
+python -m benchmarks.prediction      # root and iproute2; three minutes; measures the machine's constants first
+python -m benchmarks.prediction --repeats 5 --links 1gbit
+python -m benchmarks.prediction --backward      # forward and backward together; five minutes
 
 The constants come from one probe at the first rate, in a cache folder of this run's own, and hold for all rows: nothing
 that is predicted was fitted. Exit code 1 where a prediction is off by more than --within.
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import product
 
+from benchmarks.command import above_zero, natural, positive, run
 from megamoe.catalog import figures
 from megamoe.launch.bench.bench import BenchRequest, run_bench
 from megamoe.launch.bench.probe import setting_here
@@ -25,18 +26,25 @@ from megamoe.schedule.kept import find, processor
 LINKS, TOKENS, WEIGHTS = "500mbit,1gbit,2gbit", "512,2048", "bf16,mxfp4"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--links", default=LINKS)
-    parser.add_argument("--tokens-per-rank", default=TOKENS)
+    parser.add_argument("--tokens-per-rank", type=token_counts, default=TOKENS)
     parser.add_argument("--weight-formats", default=WEIGHTS)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--backward", action="store_true", help="forward and backward together")
-    parser.add_argument("--within", type=float, default=0.15, help="the largest share that a prediction may be off by")
-    asked = parser.parse_args()
+    parser.add_argument(
+        "--within", type=above_zero, default=0.15, help="the largest share that a prediction may be off by"
+    )
+    asked = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
-        sys.exit(compare(asked))
+        return compare(asked)
+
+
+def token_counts(text: str) -> list[int]:
+    """ "512,2048" -> [512, 2048]"""
+    return [natural(each) for each in text.split(",")]
 
 
 def compare(asked: argparse.Namespace) -> int:
@@ -46,7 +54,7 @@ def compare(asked: argparse.Namespace) -> int:
     )
     print("link       tokens  weights  waves  compute  commun.  measured (min to max)      predicted   off", flush=True)
     worst, by = 0.0, ""
-    rows = product(asked.links.split(","), map(int, asked.tokens_per_rank.split(",")), asked.weight_formats.split(","))
+    rows = product(asked.links.split(","), asked.tokens_per_rank, asked.weight_formats.split(","))
     for link, tokens, weights in rows:
         request = BenchRequest(
             link=link,
@@ -73,4 +81,4 @@ def compare(asked: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

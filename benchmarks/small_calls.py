@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.command import natural, positive, run
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
 from megamoe.launch.output import note, show
 from megamoe.launch.ranks import LocalRanks
@@ -127,24 +127,24 @@ def summary(found: list[list[Row]], way: str) -> Row:
     return {"way": way, **parts}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2])
+    parser.add_argument("--tokens", type=natural, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--calls", type=positive, default=200)
     parser.add_argument("--sockets", action="store_true", help="without shared memory")
     parser.add_argument("--format", choices=("table", "json"), default="table")
-    options = parser.parse_args()
+    asked = parser.parse_args(arguments)
     rows = []
-    for size in options.ranks:
+    for size in asked.ranks:
         with LocalRanks(size, threads_per_rank=1, deadline_s=300.0) as ranks:
             for weight_format in FORMATS:
-                for tokens in options.tokens:
+                for tokens in asked.tokens:
                     note(f"{size} ranks, {tokens} tokens, {weight_format} ...")
-                    found = ranks.run(partial(measure), tokens, weight_format, options.calls, options.sockets)
+                    found = ranks.run(partial(measure), tokens, weight_format, asked.calls, asked.sockets)
                     head = {"ranks": size, "tokens": tokens, "weights": weight_format}
                     rows += [{**head, **summary(found, way)} for way in ("small", "one wave")]
-    if options.format == "json":
+    if asked.format == "json":
         print(json.dumps(rows, indent=2))
     else:
         words = {"ranks": ">", "tokens": ">", "weights": "", "way": ""}
@@ -154,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

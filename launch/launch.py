@@ -24,6 +24,7 @@ from megamoe.launch.cluster.job import (
 )
 from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.demo import checkpoint_or_small
+from megamoe.launch.output import check_folder
 from megamoe.launch.process import age_s
 from megamoe.model.loading.files import write_tensors
 from megamoe.parallel.health.runs import check_name
@@ -68,8 +69,8 @@ class LaunchRequest:
             raise ValueError(f"deadline_s must be positive, got {self.deadline_s}")
         if self.ray is not None and self.interface is not None:
             raise ValueError("interface is for ranks of this machine: Ray's nodes use the one of their own address")
-        if self.out is not None and not self.out.absolute().parent.is_dir():
-            raise ValueError(f"{self.out} cannot be written: there is no folder {self.out.absolute().parent}")
+        if self.out is not None:
+            check_folder(self.out)
         if self.run is not None:
             check_name(self.run)
         check_waves(self.waves)

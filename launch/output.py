@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ def check_folder(path: Path) -> None:
     """ValueError before anything is calculated where the file could not be written after."""
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise ValueError(f"{path} is a folder" if path.is_dir() else f"{path} is in no folder that exists")
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written by this user")
 
 
 def show(columns: Mapping[str, str], rows: Iterable[Sequence[Any]], title: str = "", *, folds: bool = False) -> None:

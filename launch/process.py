@@ -100,6 +100,8 @@ def _begin(pipe: Connection, streams: list[Connection], host: Host, environment:
         prints.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which takes this process down
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # it is killed in the end, and may start no process; locks of this method have no name that would be left behind
+    mp.set_start_method("fork", force=True)
     threading.Thread(target=_follow_parent, daemon=True).start()
     host.enter()
     for name in os.environ.keys() - environment.keys():

@@ -5,6 +5,7 @@ JSON alone goes to stdout, progress and notes to stderr; exit codes are 0 done, 
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,17 @@ class Format(str, Enum):
     json = "json"
 
 
+# what a file's error calls for
+_HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run it again")
+_HINTS |= {errno.EFBIG: "files may not be as large here: see ulimit -f"}
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_HINTS |= dict.fromkeys(_REFUSED[:3], "give a place that this user may use")
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT. Where a KeyboardInterrupt itself has passed an exec(), Python ends by the signal whatever catches it."""
+
+
 class Terminated(BaseException):
     """SIGTERM or SIGHUP, raised like KeyboardInterrupt so that everything is cleaned up on the way out."""
 
@@ -38,10 +50,9 @@ def exit_codes() -> Iterator[None]:
     def unwind(number: int, _: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        raise Interrupted if number == signal.SIGINT else Terminated
 
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, unwind)
+    before = {each: signal.signal(each, unwind) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     log = logging.getLogger("megamoe")
     log.addHandler(handler := _Lines(logging.WARNING))
     try:
@@ -54,6 +65,13 @@ def exit_codes() -> Iterator[None]:
     except RuntimeError as failed:
         stderr.print(f"[bold red]failed:[/] {_escaped(failed)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from failed
+    except OSError as failure:
+        if failure.filename is None:  # of no file: an output, which main() knows, or a mistake of ours
+            raise
+        refused, hint = failure.errno in _REFUSED, _HINTS.get(failure.errno or 0)
+        said = f"{failure.filename}: {failure.strerror}{f': {hint}' if hint else ''}"
+        stderr.print(Text(f"{'wrong request' if refused else 'failed'}: {said}", "red"), soft_wrap=True)
+        raise typer.Exit(2 if refused else 1) from failure
     except KeyboardInterrupt as stopped:
         stderr.print("interrupted; all that was started is stopped and removed", highlight=False)
         raise typer.Exit(130) from stopped
@@ -62,6 +80,9 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(143) from stopped
     finally:
         log.removeHandler(handler)
+        if signal.getsignal(signal.SIGINT) is unwind:
+            for each, handled in before.items():
+                signal.signal(each, handled or signal.SIG_DFL)
 
 
 class _Lines(logging.Handler):

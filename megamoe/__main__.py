@@ -1,7 +1,23 @@
-"""python -m megamoe: the same as the megamoe command."""
+"""python -m megamoe, and the megamoe command: Ctrl-C is heard before anything that takes time is imported."""
 
 from __future__ import annotations
 
-from megamoe.launch.cli.main import main
+import os
+import signal
 
-main()
+
+def main() -> None:
+    signal.signal(signal.SIGINT, _interrupted)
+    from megamoe.launch.cli.main import main as command
+
+    command()
+
+
+def _interrupted(*_: object) -> None:
+    """Ends the process at once: before a verb has begun, and after it, there is nothing to take down."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

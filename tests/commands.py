@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from typer.testing import CliRunner, Result
 
@@ -28,3 +31,14 @@ def refused(*arguments: object, **environment: str) -> str:
     assert done.exit_code == 2, (arguments, done.exit_code, done.output, done.exception)
     assert done.stdout == ""
     return " ".join(done.stderr.split())
+
+
+@contextmanager
+def files_no_larger_than(num_bytes: int) -> Iterator[None]:
+    """A block in which this process can write no file beyond so many bytes, as on a disk that becomes full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -282,6 +282,9 @@ def test_a_layer_without_all_its_weights_says_which_are_missing() -> None:
         layer(batch.hidden, batch.ids, batch.weights)
     with pytest.raises(ValueError, match="expert 6 is not of this rank, which holds experts 0 to 5"):
         layer.load_expert(6, GATE_UP[0], DOWN[0])
+    for wrong in ("3", 3.0, None, True):
+        with pytest.raises(ValueError, match=f"expert must be an integer, a global id, got {wrong!r}"):
+            layer.load_expert(wrong, GATE_UP[0], DOWN[0])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from megamoe.model import load
-from megamoe.model.loading.convert import MANIFEST, convert
+from megamoe.model.loading import convert as convert_module
+from megamoe.model.loading.convert import convert
+from megamoe.model.loading.skeleton import MANIFEST
 from tests import checkpoints
 from tests.checkpoints import FAMILIES
-from tests.commands import invoked, refused
+from tests.commands import files_no_larger_than, invoked, refused
 from tests.test_loading import batch, folder, logits_of  # noqa: F401 the fixture
 
 pytest.importorskip("transformers")
@@ -97,7 +101,7 @@ def test_it_goes_on_where_it_was_cut_off(folder: Path, tmp_path: Path) -> None: 
     with pytest.raises(CutOffError):
         convert(source, target, experts="mxfp4", progress=cut_off_after(3, target))
     assert not (target / "config.json").exists()
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
+    with pytest.raises(ValueError, match=r"holds no config\.json: megamoe convert was cut off; run it again"):
         load(target)
     damaged = sorted(target.glob("*.safetensors"))[1]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")  # a shard that the disk lost a byte of
@@ -115,6 +119,52 @@ def test_the_manifest_has_the_checksum_of_every_shard(folder: Path, tmp_path: Pa
     assert {file.name for file in files} == set(manifest["shards"])
     for file in files:
         assert hashlib.sha256(file.read_bytes()).hexdigest() == manifest["shards"][file.name]["sha256"]
+
+
+def test_a_source_that_is_written_to_meanwhile_is_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    source, target = tmp_path / "from", tmp_path / "to"
+    shutil.copytree(folder / "sharded", source)
+    last = sorted(source.glob("*.safetensors"))[-1]
+
+    def progress(done: int, total: int) -> None:  # noqa: ARG001
+        last.write_bytes(last.read_bytes())
+
+    with pytest.raises(ValueError, match=f"{last.name} was changed or replaced after its header was read"):
+        convert(source, target, experts="mxfp4", progress=progress)
+    assert not (target / "config.json").exists()
+    assert not list(target.glob(".*"))
+
+
+def test_a_full_disk_and_ctrl_c_leave_what_the_next_run_goes_on_from(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, target, whole = folder / "sharded", tmp_path / "to", tmp_path / "whole"
+    convert(source, whole, experts="mxfp4")
+    first = sorted(whole.glob("*.safetensors"))[0].name
+    with files_no_larger_than((whole / first).stat().st_size // 2):
+        full = invoked("convert", source, target, "--experts", "mxfp4", COLUMNS="200")
+    assert full.exit_code == 1
+    assert full.stderr.splitlines() == [
+        f"{target} keeps the shards that are whole: the same command goes on from there",
+        f"failed: {target / first}: File too large: files may not be as large here: see ulimit -f",
+    ]
+    assert {each.name for each in target.iterdir()} == {MANIFEST}
+    with monkeypatch.context() as patched:  # Ctrl-C once a shard is written
+        written = convert_module._write_json
+
+        def write(file: Path, content: dict[str, Any]) -> None:
+            written(file, content)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        patched.setattr(convert_module, "_write_json", write)
+        stopped = invoked("convert", source, target, "--experts", "mxfp4", COLUMNS="200")
+    assert stopped.exit_code == 130
+    assert "keeps the shards that are whole" in stopped.stderr
+    assert {each.name for each in target.iterdir()} == {MANIFEST, first}
+    assert invoked("convert", source, target, "--experts", "mxfp4").exit_code == 0
+    assert contents(target) == contents(whole)
 
 
 # ---- the command, and what it refuses ----

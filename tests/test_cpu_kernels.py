@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path as FilePath
 
@@ -525,13 +527,33 @@ def test_ranks_that_start_at_once_compile_once(tmp_path: FilePath) -> None:
 
 
 def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "_cache", lambda: tmp_path)
+    monkeypatch.setattr(building, "_caches", lambda: (tmp_path, tmp_path))
     with pytest.raises(BuildError, match="-mno-such-thing"):
         build(Path("odd", "fma", ("-mno-such-thing",)))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BuildError, match="no-such-compiler"):
         build(Path("none", "fma"))
     assert {each.suffix for each in tmp_path.iterdir()} == {".lock"}
+
+
+def test_where_a_cache_is_read_only_its_libraries_are_taken_and_others_go_to_the_users_own(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kept"))
+    kept, own = building._caches()
+    assert kept == building._cache() == tmp_path / "kept" / "megamoe"
+    path = Path("odd", "fma")
+    library = kept / f"odd-{building._fingerprint(path)}.so"
+    library.touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda place, mode: place != kept and access(place, mode))
+    assert build(path) == library
+    assert building._cache() == building._cache() == own  # the same for the ranks, which are other processes
+    assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)  # a folder in which others may put libraries
+    with pytest.raises(BuildError, match="set TORCH_EXTENSIONS_DIR"):
+        building._cache()
 
 
 def test_a_library_that_sums_in_another_order_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

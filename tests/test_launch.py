@@ -90,7 +90,7 @@ BAD = {
     "run": (["--run", "../x"], "run '../x' is not of letters, digits"),
     "waves": (["--waves", "none"], "waves must be"),
     "text": (["--text", "/nowhere.txt"], "text /nowhere.txt cannot be read"),
-    "out": (["--out", "/no/such/folder/out.safetensors"], "there is no folder /no/such/folder"),
+    "out": (["--out", "/no/such/folder/out.safetensors"], "out.safetensors is in no folder that exists"),
     "interface": (["--interface", "nosuch0"], "nosuch0"),
     "restarts": (["--restarts", "-1"], "must not be negative"),
     "device": (["--device", "tpu"], "tpu"),

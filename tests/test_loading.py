@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -22,6 +23,7 @@ from megamoe.model import load, load_tokenizer, regroup
 from megamoe.model.dense import compute_in_fixed_order
 from megamoe.model.loading.load import name_modules
 from megamoe.model.loading.report import Progress
+from megamoe.model.loading.skeleton import build
 from megamoe.parallel.group import EPGroup
 from tests import checkpoints
 from tests.checkpoints import FAMILIES, VOCABULARY
@@ -408,12 +410,58 @@ def test_a_rank_that_calls_while_another_loads_is_refused_on_both(ranks: LocalRa
         ({"experts": "fp4"}, "experts must be one of checkpoint, mxfp4, bf16, got 'fp4'"),
         ({"dense": "fp8"}, "dense must be one of checkpoint, bf16"),
         ({"scales": "worst"}, "scales must be one of contract, best"),
+        ({"device": "meta"}, "device must be one that can hold weights, got 'meta': leave it out for the CPU"),
+        ({"device": "abacus"}, "device must be one that torch knows, got 'abacus'"),
+        ({"path": None}, "path must be the folder of a checkpoint, a str or a Path, got None"),
+        ({"path": 3}, "path must be the folder of a checkpoint, a str or a Path, got 3"),
     ],
-    ids=["experts", "dense", "scales"],
+    ids=["experts", "dense", "scales", "meta", "device", "no_path", "number"],
 )
 def test_what_is_asked_wrongly_is_said(folder: Path, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load(folder / "mixtral", **asked)
+        load(**{"path": folder / "mixtral", **asked})
+
+
+def rewritten(file: Path) -> None:
+    """In place, as long as it was."""
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+def replaced(file: Path) -> None:
+    """By another file, which was written before this one's header was read."""
+    other = file.with_name("other")
+    other.write_bytes(file.read_bytes())
+    os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    other.replace(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rewritten, r"model.safetensors was changed or replaced after its header was read, so \S+ is not what"),
+        (replaced, "model.safetensors was changed or replaced after its header was read"),
+        (lambda file: os.truncate(file, file.stat().st_size // 2), "model.safetensors (is truncated|was changed)"),
+        (Path.unlink, "model.safetensors cannot be opened"),
+    ],
+    ids=["rewritten", "replaced", "truncated", "removed"],
+)
+def test_a_file_that_changes_while_it_is_loaded_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], message: str
+) -> None:
+    path = tmp_path / "mixtral"
+    shutil.copytree(folder / "mixtral", path)
+
+    def changing(*given: Any) -> Any:
+        change(path / "model.safetensors")
+        return build(*given)
+
+    monkeypatch.setattr("megamoe.model.loading.load.build", changing)  # what comes after the headers
+    with pytest.raises(ValueError, match=message):
+        load(path)
+    monkeypatch.undo()
+    if change in (rewritten, replaced):
+        assert load(path).megamoe_report.unused == ()
 
 
 def test_a_size_that_fp4_cannot_have_is_refused(tmp_path: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
 from megamoe.launch import output
-from megamoe.launch.output import emit, plural, say, short, show
-from megamoe.launch.terminal import Format
+from megamoe.launch.output import check_folder, emit, plural, say, short, show
+from megamoe.launch.terminal import Format, exit_codes
 
 ROWS = [("one", 1, 1234.56, 0.012345, None), (), ("a longer one", None, "loopback", 7.0, "x")]
 COLUMNS = {"name": "", "number": ">", "ms": ",.1f", "about": "~", "": ">"}
@@ -97,3 +101,78 @@ def test_an_output_that_is_full_or_closed_is_no_traceback(verb: tuple[str, ...])
     assert full.stderr.strip() == "the output cannot be written: No space left on device"
     assert closed.returncode == 0
     assert closed.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (errno.EACCES, 2, "wrong request: [a]: Permission denied: give a place that this user may use"),
+        (errno.EROFS, 2, "wrong request: [a]: Read-only file system: give a place that this user may use"),
+        (errno.EISDIR, 2, "wrong request: [a]: Is a directory"),
+        (errno.ENOSPC, 1, "failed: [a]: No space left on device: make room and run it again"),
+        (errno.ENOENT, 1, "failed: [a]: No such file or directory"),
+    ],
+    ids=["rights", "read-only", "folder", "full", "gone"],
+)
+def test_what_the_system_refuses_of_a_file_is_one_line(
+    capsys: pytest.CaptureFixture[str], number: int, code: int, said: str
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(typer.Exit) as ended, exit_codes():
+        raise OSError(number, os.strerror(number), "[a]")
+    assert ended.value.exit_code == code
+    assert capsys.readouterr().err.splitlines() == [said]
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(BrokenPipeError), exit_codes():  # of no file
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+STRUCK = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+WHILE_IMPORTING = f"""
+import sys
+class Strikes:
+    def find_spec(self, name, *_):
+        if name == "megamoe.launch.cli.main":
+            {STRUCK}
+sys.meta_path.insert(0, Strikes())
+from megamoe.__main__ import main
+main()
+"""
+IN_A_VERB = f"""
+from megamoe.launch.terminal import exit_codes
+import typer
+def verb():
+    with exit_codes():
+        exec({STRUCK!r})
+app = typer.Typer()
+app.command()(verb)
+app()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (WHILE_IMPORTING, "interrupted"),
+        (IN_A_VERB, "interrupted; all that was started is stopped and removed"),
+    ],
+    ids=["while_importing", "in_a_verb"],
+)
+def test_ctrl_c_ends_with_130_and_one_line_whatever_runs(program: str, said: str) -> None:
+    """Python itself ends by the signal, whatever catches it, where a KeyboardInterrupt has passed an exec()."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.splitlines()) == (130, [said])
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_calculated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_folder(tmp_path / "new")
+    (tmp_path / "old").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "old" and mode == os.W_OK)
+    check_folder(tmp_path / "new")
+    with pytest.raises(ValueError, match="old cannot be written by this user"):
+        check_folder(tmp_path / "old")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="new cannot be written by this user"):
+        check_folder(tmp_path / "new")

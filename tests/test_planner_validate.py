@@ -205,7 +205,7 @@ def test_august_says_the_same_in_both_of_its_columns() -> None:
 
 
 def test_the_constants_that_ship_are_those_that_were_fitted() -> None:
-    """`python benchmarks/fit_layer.py --write docs/data/layer_fit.json` found them."""
+    """`python -m benchmarks.fit_layer --write docs/data/layer_fit.json` found them."""
     fitted = json.loads((DATA / "layer_fit.json").read_text())["constants"]
     assert len(fitted) > 15
     for key, value in fitted.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -31,6 +32,16 @@ SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2)
 
 def where(group: EPGroup, factor: int) -> tuple[int, int, int]:
     return group.rank * factor, group.size, torch.get_num_threads()
+
+
+def name_of_a_lock(_: EPGroup) -> str | None:
+    """Of one such as tqdm makes: what has a name stays when this process is killed."""
+    name: str | None = multiprocessing.RLock()._semlock.name  # type: ignore[attr-defined]
+    return name
+
+
+def test_a_lock_that_a_rank_makes_has_no_name_that_would_stay(ranks: LocalRanks) -> None:
+    assert ranks.run(name_of_a_lock, size=1) == [None]
 
 
 def fails(group: EPGroup) -> int:

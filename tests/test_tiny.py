@@ -14,7 +14,7 @@ from megamoe.model.deepseek_v4.config import DeepSeekV4Config
 from megamoe.model.loading.load import load, load_tokenizer
 from megamoe.model.making.tiny import FAMILIES, write_tiny
 from megamoe.model.making.tokenizer import VOCABULARY, byte_tokenizer
-from tests.commands import invoked, refused
+from tests.commands import files_no_larger_than, invoked, refused
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,14 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     assert "cannot be made: Not a directory" in refused("tiny", tmp_path / "file" / "model")
+
+
+@pytest.mark.parametrize("most", [500, 4000, 50_000], ids=["config", "tokenizer", "weights"])
+def test_a_disk_that_is_full_is_said_and_leaves_nothing(tmp_path: Path, most: int) -> None:
+    with files_no_larger_than(most):
+        done = invoked("tiny", tmp_path / "made", "--like", "mixtral", COLUMNS="200")
+    assert done.exit_code == 1, done.output
+    assert done.stderr.splitlines() == [
+        f"failed: {tmp_path / 'made'}: File too large: files may not be as large here: see ulimit -f"
+    ]
+    assert not list(tmp_path.iterdir())

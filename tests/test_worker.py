@@ -312,7 +312,7 @@ PLACE = {
         ({**PLACE, "RANK": ""}, [], "the environment lacks RANK: start it with torchrun --nproc-per-node N -m"),
         ({**PLACE, "WORLD_SIZE": "two"}, [], "WORLD_SIZE must be a number, got 'two'"),
         (PLACE, ["--interface", "nothing0"], "no interface called 'nothing0' has an IP address"),
-        (PLACE, ["--out", "/nowhere/out.safetensors"], "there is no folder /nowhere"),
+        (PLACE, ["--out", "/nowhere/out.safetensors"], "/nowhere/out.safetensors is in no folder that exists"),
         (PLACE, ["--device", "abacus"], "device type 'abacus' is not one of"),
     ],
     ids=["no_environment", "no_rank", "no_number", "interface", "folder", "device"],

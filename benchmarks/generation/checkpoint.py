@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megamoe.ambient import undisturbed
+from megamoe.model.loading.skeleton import config_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,4 +63,4 @@ def described(path: Path) -> str:
 
 
 def vocabulary_of(path: Path) -> int:
-    return int(AutoConfig.from_pretrained(path, local_files_only=True).get_text_config(decoder=True).vocab_size)
+    return int(config_of(path).get_text_config(decoder=True).vocab_size)

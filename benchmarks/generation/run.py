@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command import new_file, positive
 from benchmarks.generation.checkpoint import Sizes, described, vocabulary_of, write_model
 from benchmarks.generation.contenders import Contender, choose
 from benchmarks.generation.ranks import Ranks
@@ -67,9 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     asked = parser.parse_args(given)
-    for name in ("repeats", "ranks", "prompts", "tokens"):
-        if getattr(asked, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(asked, name)}")
     if asked.new_tokens < 2:
         parser.error(f"--new-tokens must be at least 2, one to begin with and one to decode, got {asked.new_tokens}")
     comparisons: list[Comparison] = []
@@ -115,15 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     purpose = __doc__.splitlines()[0] if __doc__ else None
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=purpose)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=16, help="of all ranks together")
-    parser.add_argument("--tokens", type=int, default=128, help="of each prompt")
-    parser.add_argument("--new-tokens", type=int, default=32, help="after each prompt")
-    parser.add_argument("--layers", type=int, default=Sizes().layers, help="of the model that is made")
+    parser.add_argument("--repeats", type=positive, default=7, help="rounds that count")
+    parser.add_argument("--ranks", type=positive, default=2)
+    parser.add_argument("--prompts", type=positive, default=16, help="of all ranks together")
+    parser.add_argument("--tokens", type=positive, default=128, help="of each prompt")
+    parser.add_argument("--new-tokens", type=positive, default=32, help="after each prompt")
+    parser.add_argument("--layers", type=positive, default=Sizes().layers, help="of the model that is made")
     parser.add_argument("--model", type=Path, help="a checkpoint in BF16 instead of the one that is made")
     parser.add_argument("--only", action="append", choices=list(LINKS), help="this link; may be given again")
     parser.add_argument("--contenders", help="parts of names, separated by semicolons")
     parser.add_argument("--format", choices=("table", "json"), default="table")
-    parser.add_argument("--write", type=Path, help="writes the tables as a Markdown page")
+    parser.add_argument("--write", type=new_file, help="writes the tables as a Markdown page")
     return parser

@@ -131,5 +131,6 @@ class DeepSpeedAutoEP:
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         self.router.given = ids, weights
-        out = self.layer(hidden.unsqueeze(0))
-        return (out[0] if isinstance(out, tuple) else out).squeeze(0)
+        given = self.layer(hidden.unsqueeze(0))
+        out: Tensor = given[0] if isinstance(given, tuple) else given
+        return out.squeeze(0)

@@ -13,8 +13,8 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from benchmarks.command import new_file, positive
 from benchmarks.peers.measure import WORKLOADS, run_workload
 from benchmarks.peers.peer import PEERS, choose
 from benchmarks.peers.report import Comparison, compare, document, machine, versions
@@ -29,8 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     asked = parser.parse_args(given)
-    if asked.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {asked.repeats}")
     comparisons: list[Comparison] = []
     try:
         peers = choose(asked.peers, TRAINING_PEERS if asked.backward else PEERS)
@@ -61,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     purpose = __doc__.splitlines()[0] if __doc__ else None
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=purpose)
-    parser.add_argument("--repeats", type=int, default=9, help="rounds; workloads of one token take at least 31")
+    parser.add_argument("--repeats", type=positive, default=9, help="rounds; workloads of one token take at least 31")
     names = [workload.name for workload in WORKLOADS]
     parser.add_argument("--only", action="append", choices=names, help="this workload; may be given again")
     parser.add_argument("--peers", help="names or beginnings of names, separated by commas")
@@ -71,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"time forward and backward together; by default of {' and '.join(TRAINED)}",
     )
     parser.add_argument("--format", choices=("table", "json"), default="table")
-    parser.add_argument("--write", type=Path, help="writes the tables as a Markdown page")
+    parser.add_argument("--write", type=new_file, help="writes the tables as a Markdown page")
     return parser
 
 

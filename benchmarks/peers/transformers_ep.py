@@ -35,14 +35,14 @@ class Eager:
             experts_implementation=self.implementation,
         )
         assert config._experts_implementation == self.implementation
-        block = nn.Module()
-        block.experts = Qwen3MoeExperts(config).to(self.dtype)
-        block.experts.gate_up_proj.copy_(weights.gate_up)
-        block.experts.down_proj.copy_(weights.down)
+        block, experts = nn.Module(), Qwen3MoeExperts(config).to(self.dtype)
+        experts.gate_up_proj.copy_(weights.gate_up)
+        experts.down_proj.copy_(weights.down)
+        block.experts = experts
         mesh = init_device_mesh("cpu", (group.size, 1), mesh_dim_names=("ep", "tp"))
         plan = {name.removeprefix(PREFIX): style for name, style in config.base_model_ep_plan.items()}
         apply_expert_parallelism(block, mesh["ep"], mesh["tp"], plan, ep_implementation="all_to_all")
-        self.experts = block.experts
+        self.experts = block.get_submodule("experts")
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         hidden = hidden.to(self.dtype)

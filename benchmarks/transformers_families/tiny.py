@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,17 @@ class Family:
     model: type[PreTrainedModel]
 
 
-def families() -> list[Family]:
-    """All of them in the installed transformers, by name. Folders that only pass another's configuration on are not."""
+def families(names: Sequence[str] = ()) -> list[Family]:
+    """Those of these names, or all of them in the installed transformers, by name. ValueError for a name that none has.
+
+    Folders that only pass another's configuration on are not.
+    """
     root = Path(inspect.getfile(transformers)).parent / "models"
-    found = []
-    for file in sorted(root.glob("*/configuration_*.py")):
-        if RULE in file.read_text():
-            found.append(_family(file.parent.name, file.stem))
-    return found
+    files = {file.parent.name: file for file in sorted(root.glob("*/configuration_*.py")) if RULE in file.read_text()}
+    unknown = sorted(set(names) - files.keys())
+    if unknown:
+        raise ValueError(f"no family is called {', '.join(unknown)}; there are {', '.join(files)}")
+    return [_family(name, file.stem) for name, file in files.items() if not names or name in names]
 
 
 def _family(name: str, file: str) -> Family:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megamoe.launch.cli import rule
-from megamoe.launch.output import Output, check_folder, emit, note, say, show
+from megamoe.launch.output import Output, check_folder, emit, note, say, show, write
 from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def bench(
                 report, timeline = run_traced(each, lambda what: bar.update(task, description=what))
                 reports.append(report)
         if trace and timeline:
-            timeline.save(trace)
-            note(f"wrote {trace}: open it in Perfetto, or with megamoe timeline")
+            write(trace, timeline.text, ": open it in Perfetto, or with megamoe timeline")
         if link is None:
             note("links are not shaped: ranks talk over loopback; --link 1gbit gives each a link of its own")
         if waves == "sweep":

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megamoe.launch.output import Output, emit, plural, say
-from megamoe.launch.terminal import Format, exit_codes, progress
+from megamoe.launch.output import Output, emit, note, plural, say
+from megamoe.launch.terminal import Format, Terminated, exit_codes, progress
 
 if TYPE_CHECKING:
     from megamoe.model.loading.convert import Conversion
@@ -49,7 +49,12 @@ def convert(
                     task, description=f"read {done / 1e9:.2f} of {total / 1e9:.2f} GB", completed=done, total=total
                 )
 
-            done = convert_checkpoint(source, target, experts=experts.value, scales=scales.value, progress=show)
+            try:
+                done = convert_checkpoint(source, target, experts=experts.value, scales=scales.value, progress=show)
+            except (KeyboardInterrupt, Terminated, OSError):
+                if target.is_dir():
+                    note(f"{target} keeps the shards that are whole: the same command goes on from there")
+                raise
         emit(output, done.as_dict(), lambda: _print(done))
 
 

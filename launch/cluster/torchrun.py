@@ -29,7 +29,7 @@ from megamoe.launch.cluster.job import (
 )
 from megamoe.launch.cluster.worker import Load, LoadReport, Worker, WorkerOptions
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices, present_device
-from megamoe.launch.output import Output, emit
+from megamoe.launch.output import Output, check_folder, emit
 from megamoe.launch.process import share_of_cores
 from megamoe.launch.report import print_report
 from megamoe.launch.terminal import Format, exit_codes, parse_waves
@@ -81,8 +81,8 @@ class Job:
     @classmethod
     def of(cls, load: Load, text: Path | None, batch_tokens: int | None, out: Path | None) -> Job:
         """ValueError for a text or checkpoint that cannot be used, and for a file that could not be written."""
-        if out is not None and not out.absolute().parent.is_dir():
-            raise ValueError(f"{out} cannot be written: there is no folder {out.absolute().parent}")
+        if out is not None:
+            check_folder(out)
         token_ids = tokenise(read_text(text)[0])
         check_vocabulary(token_ids, DeepSeekV4Config.read(load.checkpoint))
         return cls(load, batches(token_ids, batch_tokens), out)

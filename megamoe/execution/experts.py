@@ -330,6 +330,8 @@ class Experts(nn.Module):
             self._loaded[expert - self.ids.start] = False
 
     def _refuse_stranger(self, expert: int) -> None:
+        if isinstance(expert, bool) or not hasattr(expert, "__index__"):
+            raise ValueError(f"expert must be an integer, a global id, got {expert!r}")
         if expert not in self.ids:
             raise ValueError(f"expert {expert} is not of this rank, which holds {describe(self.ids)}")
 

@@ -144,7 +144,12 @@ class Timeline:
 
     def save(self, path: Path) -> None:
         """Writes the trace as Chrome and Perfetto read it: a process for each rank, a thread for each lane."""
-        path.write_text(json.dumps(self.as_chrome()) + "\n")
+        path.write_text(self.text)
+
+    @property
+    def text(self) -> str:
+        """What save() writes."""
+        return json.dumps(self.as_chrome()) + "\n"
 
     def as_chrome(self) -> dict[str, Any]:
         """The trace in Chrome's JSON object format, times in microseconds; otherData has the shares that hid."""

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP4, WEIGHT_FORMATS
 from megamoe.model.loading.expert_weights import expert_source, parameter_names
-from megamoe.model.loading.files import DTYPES, INDEX, SINGLE, Entry, TensorFiles
+from megamoe.model.loading.files import DTYPES, INDEX, SINGLE, Entry, TensorFiles, writing
 from megamoe.model.loading.naming import made_by, name_tensors
 from megamoe.model.loading.quantization import RoundingError, check_scales, quantize
-from megamoe.model.loading.skeleton import CONFIG, build, fp8_block, read_config
+from megamoe.model.loading.skeleton import CONFIG, MANIFEST, build, fp8_block, read_config
 from megamoe.model.loading.stored import Encoding, Stored, stored_tensors
 
-MANIFEST = "megamoe_manifest.json"
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
 _AT_ONCE = 64 << 20  # bytes that are copied at a time
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -313,7 +312,7 @@ class _Writer:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         digest, file = hashlib.sha256(), self.target / f".{name}.part"
-        with file.open("wb") as opened:
+        with writing(file, self.target / name), file.open("wb") as opened:
             for chunk in (len(text).to_bytes(8, "little"), text):
                 opened.write(chunk)
                 digest.update(chunk)
@@ -344,7 +343,8 @@ class _Writer:
             for file in self.files.path.glob(pattern):
                 if file.name not in (CONFIG, INDEX, MANIFEST) and file.is_file():
                     part = self.target / f".{file.name}.part"
-                    shutil.copyfile(file, part)
+                    with writing(part, self.target / file.name):
+                        shutil.copyfile(file, part)
                     part.replace(self.target / file.name)
         _write_json(self.target / CONFIG, config_with(config, experts, dense_fp8=dense_fp8))
 
@@ -383,7 +383,7 @@ def _fingerprint(files: TensorFiles) -> str:
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
     part = file.with_name(f".{file.name}.part")
-    with part.open("w") as opened:
+    with writing(part, file), part.open("w") as opened:
         json.dump(content, opened, indent=1)
         opened.flush()
         os.fsync(opened.fileno())

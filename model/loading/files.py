@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file. shape: as torch holds it, F4 as bytes. start, size: of its bytes in the file."""
+    """One tensor of a file. shape: as torch holds it, F4 as bytes. start, size: of its bytes in the file.
+
+    version   of the file when its header was read
+    """
 
     name: str
     file: Path
@@ -49,6 +53,7 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     size: int
+    version: tuple[int, ...]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -91,7 +96,8 @@ class TensorFiles:
     def read(self, entry: Entry, out: Tensor | None = None, *, first: int = 0, count: int | None = None) -> Tensor:
         """Rows [first, first + count) of a tensor's first dimension, by default all, into out if there is one.
 
-        out is contiguous and has their bytes. ValueError where the file ends before them.
+        out is contiguous and has their bytes. ValueError where the file ends before them, or is not the one whose
+        header was read.
         """
         shape, start, size = entry.shape, entry.start, entry.size
         if count is not None:
@@ -119,6 +125,11 @@ class TensorFiles:
                     f"are [{entry.start}, {entry.start + entry.size})"
                 )
             done += got
+        if _version_of(descriptor) != entry.version:
+            raise ValueError(
+                f"{entry.file} was changed or replaced after its header was read, so {entry.name} is not what that "
+                "says: try again when nothing writes the checkpoint any more"
+            )
         with self._lock:
             self.bytes_read += done
 
@@ -183,7 +194,7 @@ def read_header(file: Path) -> list[Entry]:
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            total = file.stat().st_size
+            version, total = _version_of(opened.fileno()), os.fstat(opened.fileno()).st_size
             if total < 8 or length > min(_LONGEST_HEADER, total - 8):
                 raise ValueError(f"{file} is truncated or no safetensors file: {total} bytes, a header of {length}")
             text = opened.read(length)
@@ -192,7 +203,7 @@ def read_header(file: Path) -> list[Entry]:
     try:
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
-        entries = [_entry(file, name, each, 8 + length) for name, each in header.items()]
+        entries = [_entry(file, version, name, each, 8 + length) for name, each in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as broken:
         raise ValueError(f"{file} has a header that cannot be read: {broken}") from broken
     end = max((entry.start + entry.size for entry in entries), default=0)
@@ -202,7 +213,13 @@ def read_header(file: Path) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.start)
 
 
-def _entry(file: Path, name: str, described: Mapping[str, Any], data: int) -> Entry:
+def _version_of(descriptor: int) -> tuple[int, ...]:
+    """What tells a file from one that took its place, and from itself before it was written to."""
+    found = os.fstat(descriptor)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _entry(file: Path, version: tuple[int, ...], name: str, described: Mapping[str, Any], data: int) -> Entry:
     dtype, shape = described["dtype"], tuple(described["shape"])
     begin, end = described["data_offsets"]
     if dtype == _F4:
@@ -216,16 +233,51 @@ def _entry(file: Path, name: str, described: Mapping[str, Any], data: int) -> En
     size = math.prod(shape) * (1 if dtype == _F4 else DTYPES[dtype].itemsize)
     if end - begin != size:
         raise ValueError(f"{name} is {dtype} {list(shape)}, which takes {size} bytes, and has {end - begin}")
-    return Entry(name, file, dtype, shape, data + begin, size)
+    return Entry(name, file, dtype, shape, data + begin, size, version)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """A block that writes file: what the system refuses is an OSError that names it, also where a library in Rust says
+    so in words of its own.
+    """
+    try:
+        yield
+    except OSError as failure:
+        failure.filename = str(file)
+        raise
+    except Exception as failure:
+        number = re.search(r"\(os error (\d+)\)", str(failure))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from failure
+
+
+@contextmanager
+def writing(part: Path, file: Path) -> Iterator[None]:
+    """A block that writes part, which is to become file. What ends it early removes part; an OSError names file."""
+    try:
+        with naming(file):
+            yield
+    except BaseException:
+        with suppress(OSError):
+            if part.is_file():
+                part.unlink()
+        raise
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """A safetensors file of these tensors, in place of one that is there, with the rights of any other new file.
-
-    safetensors itself makes it readable by its owner alone.
+    """A safetensors file of these tensors, whole or not at all, in place of one that is there, with the rights of any
+    other new file: safetensors itself makes it readable by its owner alone. OSError where it cannot be written.
     """
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, {"format": "pt"})
-    _give_usual_rights(file)
+    file = file.resolve()
+    special = file.exists() and not file.is_file()  # a device, which stays what it is
+    part = file if special else file.with_name(f".{file.name}-{uuid4().hex}.part")
+    with writing(part, file):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, {"format": "pt"})
+        if not special:
+            _give_usual_rights(part)
+            part.replace(file)
 
 
 def _give_usual_rights(file: Path) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import threading
 import time
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from megamoe.execution.checks import check_device
 from megamoe.formats import WEIGHT_FORMATS
 from megamoe.kernels.cpu.layout import OUTPUTS
 from megamoe.kernels.cpu.library import KernelWarning
@@ -74,7 +76,7 @@ def load(
     on every rank alike, for a checkpoint that is incomplete, truncated or contradicts its config, and for an
     architecture that does not fit; PeerError where a rank is lost; RuntimeError where one calls a layer meanwhile.
     """
-    device = torch.device(device)
+    device = check_device(device)
     ranks = EPGroup.of(group, device)
     loading: list[_Loading] = []
 
@@ -85,6 +87,8 @@ def load(
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         check_scales(scales)
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"path must be the folder of a checkpoint, a str or a Path, got {path!r}")
         loading.append(_Loading.of(Path(path), ranks, device, _Wish(experts, dense, scales), options))
         return f"{experts} {dense} {scales} {len(loading[0].sources)} blocks"
 

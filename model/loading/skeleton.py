@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from megamoe.model.private import dtype_plan, model_class
 from megamoe.model.structure import Structure, read_structure
 
-CONFIG = "config.json"
+CONFIG, MANIFEST = "config.json", "megamoe_manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json as it is. ValueError where there is none, or it cannot be read."""
     file = path / CONFIG
     if not file.is_file():
+        if (path / MANIFEST).is_file():
+            raise ValueError(f"{path} holds no {CONFIG}: megamoe convert was cut off; run it again to go on")
         raise ValueError(f"{path} holds no {CONFIG}, so it is no checkpoint")
     try:
         config = json.loads(file.read_bytes())

@@ -15,7 +15,7 @@ from uuid import uuid4
 from torch import Tensor
 from transformers.utils import logging
 
-from megamoe.model.loading.files import write_tensors
+from megamoe.model.loading.files import naming, write_tensors
 
 INDEX = "model.safetensors.index.json"
 _WAIT_S = 600.0  # for another process that makes the same
@@ -25,7 +25,8 @@ _WAIT_S = 600.0  # for another process that makes the same
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside path to write to, which takes path's name when the block ends; an error or a signal removes it.
 
-    ValueError where path is there already and is no empty folder, also when the block ends, or cannot be made.
+    OSError, which names path, where the disk is full. ValueError where path is there already and is no empty folder,
+    also when the block ends, or cannot be made.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: give a folder that is new")
@@ -35,7 +36,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             draft.mkdir(parents=True)
         except OSError as refusal:
             raise ValueError(f"{path} cannot be made: {refusal.strerror}") from refusal
-        yield draft
+        with naming(path):
+            yield draft
         try:
             draft.replace(path)
         except OSError as refusal:

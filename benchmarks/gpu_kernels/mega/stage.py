@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_kernels.findings import Check, Fact, Finding
-from benchmarks.gpu_kernels.measure.clock import Times
+from benchmarks.gpu_kernels.measure.clock import Clock, Run, Times
 from benchmarks.gpu_kernels.measure.layer import CHECKED, DISPATCH_FORMATS, Inputs, inputs, layer
 from benchmarks.gpu_kernels.mega.virtual import Ranks, staged
 from benchmarks.gpu_kernels.plan import Task
@@ -77,15 +77,15 @@ def _compared(asked: Checked, device: torch.device) -> str:
 
         found = on_ranks(asked.ranks, _one_rank, asked, given)
         said = [said for _, said in found if said]
-        outputs = [[found[rank][0][number] for rank in range(asked.ranks)] for number in range(len(given))]
-        return "; ".join(said) or _difference(outputs, wanted)
+        by_call = [[found[rank][0][number] for rank in range(asked.ranks)] for number in range(len(given))]
+        return "; ".join(said) or _difference(by_call, wanted)
     ranks = Ranks(asked.sizes, asked.weight_format, device, asked.ranks, asked.tokens)
     ranks.prepare(given[0])
     wrong = torch.zeros(1, dtype=torch.int64, device=device)
     for number in range(asked.calls):
         outputs = ranks.call(given[number % len(given)])
         for out, expected in zip(outputs, wanted[number % len(given)], strict=True):
-            wrong += (out != expected).any()
+            wrong += torch.ne(out, expected).any()
         if number % 100 == 99 and (problem := ranks.problem()):
             return f"by call {number + 1}: {problem}"
     problem = ranks.problem()
@@ -122,7 +122,7 @@ def time_all(task: Task) -> Iterator[Finding]:
         for number in tokens:
             given = [inputs(sizes, number, device, seed=rank) for rank in range(size)]
             ranks.prepare(given)
-            found[f"{size} ranks, {number} tokens each"] = _timed(clock.compare, ranks, sizes, given)
+            found[f"{size} ranks, {number} tokens each"] = _timed(clock, ranks, sizes, given)
             yield Fact("mega-kernel, microseconds", dict(found))
             if problem := ranks.problem():
                 yield Check(f"{size} ranks, {number} tokens: nobody waits in vain", False, problem)
@@ -130,15 +130,15 @@ def time_all(task: Task) -> Iterator[Finding]:
     yield Check("nobody waited in vain while calls were timed", True)
 
 
-def _timed(compare: object, ranks: Ranks, sizes: MoEShape, given: list[Inputs]) -> dict[str, float | str]:
+def _timed(clock: Clock, ranks: Ranks, sizes: MoEShape, given: list[Inputs]) -> dict[str, float | str]:
     """Of the mega-kernel and the staged layer, as they are queued and as graphs on a GPU, and their ratios."""
     together: Inputs = tuple(torch.cat(each) for each in zip(*given, strict=True))  # type: ignore[assignment]
     made = layer(sizes, "mxfp4", ranks.device)
-    runs = {"mega": lambda _: ranks.call(given), "staged": lambda _: made(*together)}
+    runs: dict[str, Run] = {"mega": lambda _: ranks.call(given), "staged": lambda _: made(*together)}
     if ranks.device.type == "cuda":
         for name in ("mega", "staged"):
             runs[f"{name} graph"] = _captured(runs[name], ranks.device)
-    times: dict[str, Times | str] = compare(runs)  # type: ignore[operator]
+    times = clock.compare(runs)
     said: dict[str, float | str] = {
         name: round(each.us, 2) if isinstance(each, Times) else each for name, each in times.items()
     }
@@ -149,11 +149,11 @@ def _timed(compare: object, ranks: Ranks, sizes: MoEShape, given: list[Inputs]) 
     return said
 
 
-def _captured(run: object, device: torch.device) -> object:
+def _captured(run: Run, device: torch.device) -> Run:
     """A launch as a CUDA graph."""
-    run(0)  # type: ignore[operator]
+    run(0)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(0)  # type: ignore[operator]
+        run(0)
     return lambda _: graph.replay()

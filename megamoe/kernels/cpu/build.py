@@ -12,13 +12,13 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path as FilePath
 
@@ -47,9 +47,10 @@ def build(path: Path, note: Callable[[str], None] | None = None) -> FilePath:
 
     BuildError where the compiler is missing or fails, or does not end within DEADLINE_S.
     """
+    found = _built(path)
+    if found is not None:
+        return found
     library = _cache() / f"{path.name}-{_fingerprint(path)}.so"
-    if library.exists():
-        return library
     with _turn(library):
         if not library.exists():
             if note is not None:
@@ -60,21 +61,37 @@ def build(path: Path, note: Callable[[str], None] | None = None) -> FilePath:
 
 def is_built(path: Path) -> bool:
     """Whether the cache has the path's library."""
-    return (_cache() / f"{path.name}-{_fingerprint(path)}.so").exists()
+    return _built(path) is not None
 
 
-@lru_cache(maxsize=1)
-def _cache() -> FilePath:
-    """torch's folder of extensions; where it cannot be written, a folder of this process alone."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or FilePath.home() / ".cache" / "torch_extensions"
-    folder = FilePath(root) / "megamoe"
+def _built(path: Path) -> FilePath | None:
+    """The path's library, also where it lies in a cache that this user may only read."""
+    name = f"{path.name}-{_fingerprint(path)}.so"
+    return next((folder / name for folder in _caches() if (folder / name).exists()), None)
+
+
+def _caches() -> tuple[FilePath, FilePath]:
+    """torch's folder of extensions, and this user's own for where that cannot be written, which ranks share too."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass  # read-only or full: what comes next does without
-    return FilePath(tempfile.mkdtemp(prefix="megamoe-kernels-"))
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or FilePath.home() / ".cache" / "torch_extensions"
+    except RuntimeError:  # nobody's home is known
+        root = os.devnull
+    return FilePath(root) / "megamoe", FilePath(tempfile.gettempdir()) / f"megamoe-kernels-{os.getuid()}"
+
+
+def _cache() -> FilePath:
+    """The first cache that this user may write. BuildError where there is none."""
+    torchs, own = _caches()
+    with suppress(OSError):  # read-only or full: the other may not be
+        torchs.mkdir(parents=True, exist_ok=True)
+        if os.access(torchs, os.W_OK):
+            return torchs
+    with suppress(OSError):
+        own.mkdir(mode=0o700, exist_ok=True)
+        found = own.lstat()
+        if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700 and os.access(own, os.W_OK):
+            return own
+    raise BuildError(f"neither {torchs} nor {own} is a folder that this user alone may write: set TORCH_EXTENSIONS_DIR")
 
 
 def _fingerprint(path: Path) -> str:
