@@ -97,14 +97,18 @@ def transfer_us(values: float, dispatch: str, combine: str, gb_s: float, f_remot
     return values * (value_bytes(dispatch) + value_bytes(combine)) * f_remote / gb_s / 1e3
 
 
-def tiers(ep: int, scaleup_gb_s: float, domain: int, nic_gb_s: float | None) -> list[Tier]:
+def tiers(
+    ep: int, scaleup_gb_s: float, domain: int, nic_gb_s: float | None, *, host_bridge: bool = False
+) -> list[Tier]:
     """The tiers that EP ranks cross, of which G share a scale-up domain.
 
     ep 16, G 72 -> scale-up 15/16      ep 16, G 8 -> scale-up 7/16, nic 8/16      ep 1 -> none
+    host_bridge: cards that meet over PCIe, which is also their way to the NIC; ep 16, G 8 -> scale-up 15/16, nic 8/16
     ValueError where ranks lie in several domains and nothing is known of what joins them.
     """
     inside = min(ep, domain)
-    found = [Tier("scale-up", scaleup_gb_s, (inside - 1) / ep)] if inside > 1 else []
+    crossing = ((ep if host_bridge else inside) - 1) / ep
+    found = [Tier("scale-up", scaleup_gb_s, crossing)] if inside > 1 else []
     if ep > domain:
         if not nic_gb_s:
             raise ValueError(
