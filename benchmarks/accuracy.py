@@ -56,7 +56,8 @@ nothing was run on a GPU or NPU by us.
 What was fitted to what: `python benchmarks/fit_layer.py` prints the constants. The fused kernel's to the 64 balanced
 rows of the first table, the 8 of DeepGEMM's pull request 316, and every other row of FlashInfer's and of the H200
 table; to every other skewed row of the first table one constant alone, link_incast. How a hot expert is spread over the
-waves was decided with the skewed rows in sight, and the terms of the model with all tables in sight. What grouped
+waves was decided with the skewed rows in sight, as was which of two upper bounds that the collector's history has for
+the shares of power_law_sampled its runs had, and the terms of the model with all tables in sight. What grouped
 products and DeepEP's kernels add, to every other row of their tables. Links are DeepEP's own figures, the NIC was
 fitted to its dispatch on H800. Five constants of the `ascend` profile were fitted to 11 of the 13 rows of one guide, in
 the knowledge of all 13 and of the other rows on Ascend. Nothing else was fitted. Skewed rows are drawn and rounded as
