@@ -64,6 +64,35 @@ def test_the_host_bridge_is_a_tier_under_its_own_name() -> None:
     assert "scale-up" not in said
 
 
+def test_rows_bound_for_the_nic_cross_the_cards_own_pcie_link() -> None:
+    """EP16 in boxes of 8, H100 cards: 15/16 of the rows leave a card, over 64 GB/s; 8/16 go on over the NIC.
+
+    With NICs of 400 GB/s the link takes tokens * topk * bytes * 15/16 / (64 * efficiency), each way.
+    """
+    found = asked(hardware="h100-pcie", ep=16, tokens_per_rank=1024, set=["hardware.nic_gb_s=400"]).plan
+    assert [(rule.tier, rule.f_remote) for rule in found.counted] == [("scale-up", 15 / 16), ("nic", 0.5)]
+    efficiency = found.request.profile.link_efficiency.value
+    rows = 1024 * 6 * 15 / 16
+    assert found.layer.dispatch_us == pytest.approx(rows * 7168 * 33 / 32 / (64 * efficiency * 1e3))
+    assert found.layer.combine_us == pytest.approx(rows * 7168 * 2 / (64 * efficiency * 1e3))
+    board = asked(hardware="h100", ep=16).plan
+    assert [(rule.tier, rule.f_remote) for rule in board.counted] == [("scale-up", 7 / 16), ("nic", 0.5)]
+
+
+@pytest.mark.parametrize("name", PCIE)
+def test_more_boxes_never_take_load_off_a_cards_link(name: str) -> None:
+    """The same tokens a rank over more boxes: no layer is shorter, whatever the stack, and no plan is easier."""
+    domain = int(load_hardware(name).scaleup_domain.value)
+    for stack in ("fused", "staged", "megamoe"):
+        sizes = [domain * boxes for boxes in (1, 2, 4, 8)]
+        given = {"hardware": name, "model": "qwen3-30b-a3b", "stack": stack, "set": ["hardware.nic_gb_s=400"]}
+        plans = [asked(ep=ep, tokens_per_rank=1024, **given).plan for ep in sizes if ep <= 128]
+        links = [each.layer.communication_us for each in plans]
+        assert links == sorted(links)
+        bridge = [rule.threshold for each in plans for rule in each.counted if rule.tier == "scale-up"]
+        assert bridge == sorted(bridge, reverse=True)
+
+
 def test_boxes_of_one_device_are_joined_by_their_nics_alone() -> None:
     tiers = {each["tier"] for each in asked(hardware="dgx-spark", model="qwen3-30b-a3b", ep=2).as_dict()["rules"]}
     assert tiers == {"nic"}

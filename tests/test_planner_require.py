@@ -198,7 +198,8 @@ def test_each_input_moves_the_result_its_own_way(more: dict[str, Any]) -> None:
     for key in ("model.hidden", "model.topk", "profile.fixed_us"):
         assert sign * (moved[key].high - base) > 0 > sign * (moved[key].low - base)
     for key in ("hardware.memory_tb_s", "hardware.scaleup_gb_s"):
-        assert sign * (moved[key].low - base) > 0 >= sign * (moved[key].high - base)
+        assert sign * (moved[key].low - base) > 0
+        assert sign * (moved[key].high - base) <= 1e-12 * base, "no worse, but for a sum's last digit"
     spans = [each.span for each in moved.values()]
     assert spans == sorted(spans, reverse=True)
 

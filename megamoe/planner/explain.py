@@ -81,15 +81,15 @@ def traffic_terms(planned: Plan) -> list[Term]:
         terms.append(
             Term(
                 "a token's bytes across domains", "k h (b_dispatch + b_combine) (1 - G/P)",
-                f"{whole} x (1 - {sent.domain} / {sent.ep})", sent.across_domains_bytes, "bytes",
+                f"{whole} x (1 - {sent.fewest} / {sent.ep})", sent.across_domains_bytes, "bytes",
             )
         )  # fmt: skip
         there, back = f"{g(expert.dispatch_bytes)}", f"{expert.topk} x {g(expert.combine_bytes)}"
         terms.append(
             Term(
                 "a token's bytes, node-limited", "(P/G - 1) found h b_dispatch + k h b_combine (1 - G/P)",
-                f"({sent.ep} / {sent.domain} - 1) x {g(sent.found_in_domain)} x {there} + "
-                f"{back} x (1 - {sent.domain} / {sent.ep})", sent.node_limited_bytes, "bytes",
+                f"({sent.ep} / {sent.fewest} - 1) x {g(sent.found_in_domain)} x {there} + "
+                f"{back} x (1 - {sent.fewest} / {sent.ep})", sent.node_limited_bytes, "bytes",
             )
         )  # fmt: skip
     return terms

@@ -9,7 +9,6 @@ from math import ceil
 
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan
-from megamoe.planner.layer.rule import tiers
 from megamoe.planner.layer.stacks import launched, sent_once
 from megamoe.planner.layer.tiles import COLUMNS, block_of, reached_tflops, tile_us
 from megamoe.planner.serving.flops import Term
@@ -113,7 +112,7 @@ def _link_terms(planned: Plan) -> list[Term]:
     request, layer = planned.request, planned.layer
     expert, device = request.expert, request.device
     inside = min(request.ep, device.scaleup_domain)
-    found = tiers(request.ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s)
+    found = device.tiers(request.ep)
     if not found:
         return []
     own = request.tokens_per_rank * expert.topk

@@ -30,7 +30,6 @@ from statistics import fmean
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.routing import RankLoad, busiest
-from megamoe.planner.layer.rule import tiers
 from megamoe.planner.layer.tiles import block_of, products_us
 from megamoe.schedule.formats import value_bytes
 from megamoe.schedule.schedule import Played, Work, play
@@ -223,7 +222,7 @@ def row_us(device: Device, ep: int, rows: float, own: float, there: float, back:
     """
     fuller = max(rows * there + own * back, rows * back + own * there) / rows / (there + back)
     slowest = 0.0
-    for tier in tiers(ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s):
+    for tier in device.tiers(ep):
         if tier.name == "scale-up":
             bytes_s = device.link_bytes_s(min(ep, device.scaleup_domain)) / device.incast(rows, own)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.catalog import Hardware, Profile
+from megamoe.planner.layer.rule import Tier, tiers
 from megamoe.schedule.formats import element_bytes, value_bytes
 
 # dense TFLOP/s of one SM of GB200 (5000, 10000, 2500 of 152): the unit of a device whose SMs nobody counted
@@ -19,6 +20,7 @@ class Device:
 
     tflops          dense peak of the format that products run in
     operand_bytes   of one value of that format, without its scale
+    host_bridge     whether devices meet over PCIe, which then carries what goes to the NIC too
     sms             SMs or compute units; where nobody counted them, as many of GB200's as the peak is worth
     """
 
@@ -30,6 +32,7 @@ class Device:
     memory_bytes_s: float
     scaleup_gb_s: float
     scaleup_domain: int
+    host_bridge: bool
     nic_gb_s: float | None
     feed_ps: float
     epilogue_ps: float
@@ -67,6 +70,7 @@ class Device:
             memory_bytes_s=hardware.memory_tb_s.value * 1e12,
             scaleup_gb_s=hardware.scaleup_gb_s.one_way,
             scaleup_domain=int(hardware.scaleup_domain.value),
+            host_bridge=hardware.joined_by == "pcie",
             nic_gb_s=nic.one_way if nic else None,
             feed_ps=profile.feed_ps.value,
             epilogue_ps=profile.epilogue_ps.value,
@@ -96,6 +100,10 @@ class Device:
         """Rows that a tile of an expert's rows may have.    16 up to 192 -> 16, 32, 64, 96, 128, 192"""
         sizes = [self.tile_rows * number for number in _BLOCKS]
         return [size for size in sizes if size <= self.block_rows] or [self.tile_rows]
+
+    def tiers(self, ep: int) -> list[Tier]:
+        """The tiers of links that so many ranks cross. ValueError where nothing is known of one of them."""
+        return tiers(ep, self.scaleup_gb_s, self.scaleup_domain, self.nic_gb_s, host_bridge=self.host_bridge)
 
     def link_bytes_s(self, ep: int) -> float:
         """What an all-to-all of so many ranks gets out of the scale-up link: less the more ranks there are above 8."""

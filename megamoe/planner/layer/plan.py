@@ -8,7 +8,7 @@ from megamoe.catalog import Hardware, Model, Profile
 from megamoe.planner.layer.cost import LayerTime
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.expert import Expert
-from megamoe.planner.layer.rule import Rule, threshold, tiers
+from megamoe.planner.layer.rule import Rule, threshold
 from megamoe.planner.layer.stacks import Stack, stack_time
 from megamoe.planner.layer.tiles import reached_tflops
 
@@ -125,7 +125,7 @@ class Plan:
 def plan(request: PlanRequest) -> Plan:
     """ValueError for a request that makes no sense, or where nothing is known of a link that it needs."""
     device, expert = request.device, request.expert
-    found = tiers(request.ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s)
+    found = device.tiers(request.ep)
     plain = _UNSCALED.get(expert.dispatch_format, expert.dispatch_format)
     layer = stack_time(
         request.stack,

@@ -5,7 +5,8 @@
     zipf_S                  the n-th most wanted expert is chosen 1 / n^S as often; which rank holds it is chance
     power_law_A             experts' shares are drawn from a power law of exponent A between 1 and 0.8 times the tokens
                             (0.01 to 2 where there are fewer pairs than experts), then rounded to whole tokens
-    power_law_sampled_A     shares drawn between 1 and 1024; every token chooses by them, without taking one twice
+    power_law_sampled_A     shares drawn between 1 and 0.8 times the tokens, but at least 512; every token chooses by
+                            them, without taking one twice
 
 The last two are what the synthetic workloads of published mega-kernel tables are called (ai-dynamo/aiconfigurator), of
 which power_law_A is one draw, the same whenever sizes are the same, and power_law_sampled_A a mean over ten.
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 KINDS = ("balanced", "uniform", "zipf", "power_law_sampled", "power_law")
 _DRAWS = {"balanced": 1, "power_law": 1, "power_law_sampled": 10, "uniform": 8, "zipf": 8}
-_SAMPLED_MAX = 1024.0  # the largest share of power_law_sampled, the smallest being 1
+_SAMPLED_MAX = 512.0  # the largest share of power_law_sampled where 0.8 times the tokens are fewer
 _MOST_TOKENS = 4096  # tokens drawn one by one; of more, chance counts as the root of their number
 
 Groups = tuple[tuple[float, int], ...]
@@ -157,7 +158,8 @@ def _counts(routing: Routing, num_experts: int, topk: int, ep: int, tokens: int,
     if routing.kind == "power_law":
         bounds = (1.0, tokens * 0.8) if pairs > num_experts else (0.01, 2.0)
         return _dealt(_power_law(num_experts, routing.exponent, *bounds, seed), pairs, tokens, ep)
-    drawn, expected = _token_by_token(routing, num_experts, topk, min(tokens, _MOST_TOKENS), seed)
+    most = max(_SAMPLED_MAX, 0.8 * tokens)
+    drawn, expected = _token_by_token(routing, num_experts, topk, min(tokens, _MOST_TOKENS), most, seed)
     if tokens <= _MOST_TOKENS:
         return list(drawn)
     chance = math.sqrt(tokens / _MOST_TOKENS)
@@ -169,14 +171,17 @@ def _counts(routing: Routing, num_experts: int, topk: int, ep: int, tokens: int,
 
 @lru_cache(maxsize=1024)
 def _token_by_token(
-    routing: Routing, num_experts: int, topk: int, tokens: int, seed: int
+    routing: Routing, num_experts: int, topk: int, tokens: int, most: float, seed: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Rows of every expert when each token draws K of them by their shares, none twice; and what a token may expect."""
+    """Rows of every expert when each token draws K of them by their shares, none twice; and what a token may expect.
+
+    most: the largest share of power_law_sampled, the smallest being 1
+    """
     import numpy as np
 
     rng = np.random.default_rng(seed)
     if routing.kind == "power_law_sampled":
-        shares = _power_law(num_experts, routing.exponent, 1.0, _SAMPLED_MAX, seed)
+        shares = _power_law(num_experts, routing.exponent, 1.0, most, seed)
     elif routing.kind == "zipf":
         shares = rng.permutation(np.arange(1.0, num_experts + 1) ** -routing.exponent)
     else:

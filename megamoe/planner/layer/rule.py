@@ -97,19 +97,33 @@ def transfer_us(values: float, dispatch: str, combine: str, gb_s: float, f_remot
     return values * (value_bytes(dispatch) + value_bytes(combine)) * f_remote / gb_s / 1e3
 
 
-def tiers(ep: int, scaleup_gb_s: float, domain: int, nic_gb_s: float | None) -> list[Tier]:
-    """The tiers that EP ranks cross, of which G share a scale-up domain.
+def tiers(
+    ep: int, scaleup_gb_s: float, domain: int, nic_gb_s: float | None, *, host_bridge: bool = False
+) -> list[Tier]:
+    """The tiers that EP ranks cross, of which G share a scale-up domain; the share that the worst rank sends.
 
     ep 16, G 72 -> scale-up 15/16      ep 16, G 8 -> scale-up 7/16, nic 8/16      ep 1 -> none
+    ep 12, G 8: two domains of 6 -> scale-up 5/12, nic 6/12
+    host_bridge: cards that meet over PCIe, which is also their way to the NIC; ep 16, G 8 -> scale-up 15/16, nic 8/16
     ValueError where ranks lie in several domains and nothing is known of what joins them.
     """
-    inside = min(ep, domain)
-    found = [Tier("scale-up", scaleup_gb_s, (inside - 1) / ep)] if inside > 1 else []
+    fewest, most = inside(ep, domain)
+    crossing = ((ep if host_bridge else most) - 1) / ep
+    found = [Tier("scale-up", scaleup_gb_s, crossing)] if most > 1 else []
     if ep > domain:
         if not nic_gb_s:
             raise ValueError(
                 f"EP{ep} spans {-(-ep // domain)} scale-up domains of {domain}, and no bandwidth between them is "
                 f"known; give hardware.nic_gb_s, or an EP size of at most {domain}"
             )
-        found.append(Tier("nic", nic_gb_s, 1 - domain / ep))
+        found.append(Tier("nic", nic_gb_s, 1 - fewest / ep))
     return found
+
+
+def inside(ep: int, domain: int) -> tuple[int, int]:
+    """The fewest and the most ranks of a domain, where as few domains as hold EP ranks share them evenly.
+
+    ep 16, G 8 -> 8, 8      ep 13, G 8 -> 6, 7      ep 4, G 72 -> 4, 4
+    """
+    domains = -(-ep // domain)
+    return ep // domains, -(-ep // domains)

@@ -29,7 +29,6 @@ from megamoe.planner.layer.cost import LayerTime
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.routing import RankLoad, busiest
-from megamoe.planner.layer.rule import tiers
 from megamoe.planner.layer.tiles import grouped_us
 from megamoe.schedule.formats import value_bytes
 from megamoe.schedule.schedule import Work, play
@@ -65,7 +64,7 @@ def low_latency(
         slowest = max(
             (
                 tier.f_remote / (tier.gb_s * (efficiency if tier.name == "scale-up" else device.nic_efficiency))
-                for tier in tiers(ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s)
+                for tier in device.tiers(ep)
             ),
             default=0.0,
         )
@@ -81,7 +80,7 @@ def normal(expert: Expert, device: Device, profile: Profile, *, ep: int, tokens:
     """Both journeys where a token goes once to every rank that wants it, and once to every node."""
     skew = max(1.0, rows / (tokens * expert.topk)) if tokens else 1.0
     slowest = 0.0
-    for tier in tiers(ep, device.scaleup_gb_s, device.scaleup_domain, device.nic_gb_s):
+    for tier in device.tiers(ep):
         if tier.name == "scale-up":
             copies, rate = reached_by(ep, expert.topk), tier.gb_s * profile.normal_efficiency.value
         else:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.planner.layer.plan import PlanRequest
-from megamoe.planner.layer.rule import found_among
+from megamoe.planner.layer.rule import found_among, inside
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """Bytes of one token in one layer, there and back, scales included; domains of so many devices each.
 
-    k * h * (b_dispatch + b_combine) * f, where f is 1 - 1/EP across devices and 1 - G/EP across domains of G
+    k * h * (b_dispatch + b_combine) * f, where f is 1 - 1/EP across devices and 1 - G/EP across domains of G (of
+    domains that are not full, of the emptiest)
         top-4, 6144 values, BF16 both ways, EP8 -> 86016 bytes across devices, 84 KiB
     node_limited_bytes: across domains where dispatch is node-limited: a token goes once to each other domain that has
     one of its experts (found_in_domain: how likely one does), and results come home one by one, since a sum on the way
@@ -31,6 +32,11 @@ class Traffic:
         return -(-self.ep // self.domain)
 
     @property
+    def fewest(self) -> int:
+        """Devices of the domain that has fewest."""
+        return inside(self.ep, self.domain)[0]
+
+    @property
     def where(self) -> str:
         """ "1 device", "within 1 of 72", "2 domains of 8" """
         if self.ep == 1:
@@ -43,9 +49,7 @@ def traffic(request: PlanRequest) -> Traffic:
     expert, ep = request.expert, request.ep
     domain = int(request.hardware.scaleup_domain.value)
     whole = expert.topk * (expert.dispatch_bytes + expert.combine_bytes)
-    leaving, found = (
-        max(0.0, 1 - domain / ep),
-        found_among(request.model.num_experts, expert.topk, min(1.0, domain / ep)),
-    )
-    once = max(0.0, ep / domain - 1) * found * expert.dispatch_bytes + expert.topk * leaving * expert.combine_bytes
+    fewest, _ = inside(ep, domain)
+    leaving, found = 1 - fewest / ep, found_among(request.model.num_experts, expert.topk, fewest / ep)
+    once = (ep / fewest - 1) * found * expert.dispatch_bytes + expert.topk * leaving * expert.combine_bytes
     return Traffic(ep, domain, whole * (1 - 1 / ep), whole * leaving, once, found)
