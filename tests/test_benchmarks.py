@@ -16,6 +16,8 @@ import pytest
 from benchmarks import command
 from tests.commands import SIGNALS
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package:RuntimeWarning")
+
 BENCHMARKS = Path(command.__file__).parent
 FEW = ["--hidden", "64", "--intermediate", "32", "--num-experts", "4", "--topk", "2"]
 # name -> its smallest form; {} is a folder
