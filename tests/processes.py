@@ -6,15 +6,21 @@ from contextlib import suppress
 
 import psutil
 
+_BESIDE = 15  # how much nicer than the tests what is built beside them is, at least
 _PYTHONS_OWN = ("multiprocessing.resource_tracker import main", "multiprocessing.forkserver import main")
 
 
 def started(process: psutil.Process | None = None) -> set[psutil.Process]:
-    """What a process, this one by default, has started, however indirectly, but for Python's tracker and server."""
+    """What a process, this one by default, has started, however indirectly, but for Python's tracker and server.
+
+    What is built beside the tests, at a niceness of its own, is left out: compilers come and go there.
+    """
     process = process or psutil.Process()
     found = set()
     for child in process.children(recursive=True):
         with suppress(psutil.NoSuchProcess):
+            if child.nice() >= process.nice() + _BESIDE:
+                continue
             own = child.ppid() == process.pid and any(each in " ".join(child.cmdline()) for each in _PYTHONS_OWN)
             found |= set() if own else {child}
     return found

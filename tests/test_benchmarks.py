@@ -23,12 +23,12 @@ FEW = ["--hidden", "64", "--intermediate", "32", "--num-experts", "4", "--topk",
 # name -> its smallest form; {} is a folder
 SMALLEST = {
     "combine": ["--tokens", "2", *FEW],
-    "heartbeat": ["--pairs", "1"],
     "loopback": ["--tokens", "1", "--repeats", "1", "--most", "1000", "--format", "json"],
+    # behind the soak marker
+    "heartbeat": ["--pairs", "1"],
     "memory": ["--experts", "2", "--hidden", "64", "--intermediate", "64"],
     "planner": ["--repeats", "1"],
     "small_calls": ["--ranks", "2", "--tokens", "1", "--calls", "1"],
-    # behind the soak marker
     "accuracy": ["--write", "{}/accuracy.md"],
     "layer": ["--only", "loopback", "--repeats", "1", "--write", "{}/overlap.md"],
     "drills": ["--place", "host", "--times", "1", "--faults", "kill", "--json", "{}/drills.json"],
@@ -44,7 +44,7 @@ SMALLEST = {
     "node_limited": ["--tokens-per-rank", "1024", "--repeats", "1", "--ranks-per-host", "1"],
     "prediction": ["--links", "1gbit", "--tokens-per-rank", "8", "--weight-formats", "bf16", "--within", "1000"],
 }
-SOAK = list(SMALLEST)[list(SMALLEST).index("accuracy") :]
+SOAK = list(SMALLEST)[list(SMALLEST).index("heartbeat") :]
 QUICK = [name for name in SMALLEST if name not in SOAK]
 
 

@@ -182,7 +182,7 @@ def test_the_command_prints_json_alone_and_writes_the_page(
     ("arguments", "said"),
     [
         (["--peers", "vllm"], "no peer is called 'vllm'"),
-        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--repeats", "0"], "argument --repeats: must be at least 1, got 0"),
         (["--only", "decode"], "invalid choice: 'decode'"),
     ],
 )

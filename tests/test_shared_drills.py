@@ -148,7 +148,7 @@ def work(rank, place):
     layer = make_layer(SHAPE, group, weight_format="bf16", dispatch_format="bf16")
     batch = make_batch(SHAPE, TOKENS).part(split(TOKENS, 2)[rank])
     layer(batch.hidden, batch.ids, batch.weights)
-    print("shared", near(group), layer.last_call.bytes_sent, flush=True)
+    os.write(1, f"shared {near(group)} {layer.last_call.bytes_sent}\\n".encode())  # whole, whatever the other does
     os._exit(0)
 
 for number, options in enumerate(("size=64m", "ro,size=4k")):

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 # variables that are read when they are used, if ever, and are handed over with every start: of terminals, of pytest,
-# which changes its own for every test, and of Ray, which sets some when it is imported
-_READ_WHEN_USED = {"COLUMNS", "LINES", "NO_COLOR", "PYTEST_CURRENT_TEST", "PYTHONBREAKPOINT"}
+# which changes its own for every test, of torch, which sets one when transformers asks what it can compile, and of Ray,
+# which sets some when it is imported
+_READ_WHEN_USED = {"COLUMNS", "LINES", "NO_COLOR", "PYTEST_CURRENT_TEST", "PYTHONBREAKPOINT", "TORCHINDUCTOR_CACHE_DIR"}
 _OF_RAY = "RAY_"
 _STATUS = {"Uid", "Gid", "Groups", "Umask", "SigIgn", "CapInh", "CapPrm", "NoNewPrivs", "Seccomp", "Cpus_allowed"}
 _LIMITS = [value for name, value in sorted(vars(resource).items()) if name.startswith("RLIMIT_")]
