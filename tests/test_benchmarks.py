@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -50,9 +52,10 @@ QUICK = [name for name in SMALLEST if name not in SOAK]
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """A benchmark handles signals."""
+    """A benchmark handles signals, and sets variables for the ranks that it starts."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
+    with mock.patch.dict(os.environ):
+        yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
