@@ -14,6 +14,8 @@ from torch.distributed import PrefixStore, Store
 from megamoe.parallel.errors import difference
 from megamoe.parallel.interfaces import told
 
+_MOMENT_S = 2.0
+
 
 def fresh_store(store: Store, rank: int, within_s: float) -> Store:
     """A part of the store for the next group: under torchrun one store serves a program for as long as it runs.
@@ -51,8 +53,12 @@ def compare_starts(store: Store, rank: int, size: int, terms: dict[str, object],
     store.set(f"terms read by rank {rank}", "")
     apart = (difference(name, {each: found[each].get(name) for each in sorted(found)}) for name in terms)
     if said := "; ".join(filter(None, apart)):
-        with suppress(RuntimeError):  # a rank that is gone needs none; the store of those that are here may be rank 0's
-            wait_for(store, {f"terms read by rank {each}": f"rank {each}" for each in found}, within_s)
+        # A rank that is gone needs none; the store of those that are here may be rank 0's. Whoever comes after the others
+        # gave this start up takes the next for it: ranks that only some count with are waited for too, for a moment.
+        largest = max(int(str(each["size"])) for each in found.values())
+        for some, patience_s in ((found, within_s), (range(largest), min(_MOMENT_S, within_s))):
+            with suppress(RuntimeError):
+                wait_for(store, {f"terms read by rank {each}": f"rank {each}" for each in some}, patience_s)
         raise ValueError(f"ranks start a group with different arguments, so none starts it: {said}")
 
 

@@ -238,6 +238,8 @@ def test_a_start_that_failed_on_one_rank_can_be_tried_again() -> None:
 def starts_otherwise(group: EPGroup, given: dict[str, Any]) -> tuple[str, bool]:
     """Rank 1 starts it with other arguments -> what it is refused with, and whether all can start one afterwards."""
     store, said = left_store(), ""
+    store.set(f"{given}: rank {group.rank} is here", "")
+    store.wait([f"{given}: rank {each} is here" for each in range(group.size)], timedelta(seconds=20))
     try:
         other = {"size": group.size, **(given if group.rank == 1 else {})}
         with init_group(rank=group.rank, store=store, deadline_s=20.0, **other):
