@@ -53,7 +53,7 @@ def compare_starts(store: Store, rank: int, size: int, terms: dict[str, object],
     store.set(f"terms read by rank {rank}", "")
     apart = (difference(name, {each: found[each].get(name) for each in sorted(found)}) for name in terms)
     if said := "; ".join(filter(None, apart)):
-        # A rank that is gone needs none; the store of those that are here may be rank 0's. Whoever comes after the others
+        # A rank that is gone needs none; the store of those here may be rank 0's. Whoever comes after the others
         # gave this start up takes the next for it: ranks that only some count with are waited for too, for a moment.
         largest = max(int(str(each["size"])) for each in found.values())
         for some, patience_s in ((found, within_s), (range(largest), min(_MOMENT_S, within_s))):
