@@ -551,7 +551,10 @@ def test_where_a_cache_is_read_only_its_libraries_are_taken_and_others_go_to_the
     assert build(path) == library
     assert building._cache() == building._cache() == own  # the same for the ranks, which are other processes
     assert own.stat().st_mode & 0o777 == 0o700
+    library.rename(own / library.name)
+    assert building.is_built(path)
     own.chmod(0o777)  # a folder in which others may put libraries
+    assert not building.is_built(path)
     with pytest.raises(BuildError, match="set TORCH_EXTENSIONS_DIR"):
         building._cache()
 

@@ -66,8 +66,9 @@ def is_built(path: Path) -> bool:
 
 def _built(path: Path) -> FilePath | None:
     """The path's library, also where it lies in a cache that this user may only read."""
-    name = f"{path.name}-{_fingerprint(path)}.so"
-    return next((folder / name for folder in _caches() if (folder / name).exists()), None)
+    name, (torchs, own) = f"{path.name}-{_fingerprint(path)}.so", _caches()
+    folders = (torchs, own) if _is_own(own) else (torchs,)
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
 def _caches() -> tuple[FilePath, FilePath]:
@@ -76,7 +77,8 @@ def _caches() -> tuple[FilePath, FilePath]:
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or FilePath.home() / ".cache" / "torch_extensions"
     except RuntimeError:  # nobody's home is known
         root = os.devnull
-    return FilePath(root) / "megamoe", FilePath(tempfile.gettempdir()) / f"megamoe-kernels-{os.getuid()}"
+    own = "" if sys.platform == "win32" else f"-{os.getuid()}"  # temporary files are a user's own there
+    return FilePath(root) / "megamoe", FilePath(tempfile.gettempdir()) / f"megamoe-kernels{own}"
 
 
 def _cache() -> FilePath:
@@ -88,10 +90,20 @@ def _cache() -> FilePath:
             return torchs
     with suppress(OSError):
         own.mkdir(mode=0o700, exist_ok=True)
-        found = own.lstat()
-        if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700 and os.access(own, os.W_OK):
+        if _is_own(own) and os.access(own, os.W_OK):
             return own
     raise BuildError(f"neither {torchs} nor {own} is a folder that this user alone may write: set TORCH_EXTENSIONS_DIR")
+
+
+def _is_own(folder: FilePath) -> bool:
+    """Whether it is there, and nobody else can have put a library into it."""
+    if sys.platform == "win32":
+        return folder.is_dir()
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o700
 
 
 def _fingerprint(path: Path) -> str:
