@@ -61,14 +61,14 @@ def keep(call: Call, workspace: Workspace, num_tokens: int, saved: str, captured
 
     captured: Linear-1's results, where they are kept
     """
-    parts, rank, device = call.parts, call.parts.group.rank, call.parts.experts.device
+    parts, rank, device = call.parts, call.parts.group.rank, call.destinations.device
     wire, messages, agreed = parts.wire, parts.messages, parts.agreed
     said = torch.cat((torch.tensor(agreed.tokens)[:, None], agreed.counts, agreed.firsts), 1)
     num_waves = torch.tensor([parts.plan.num_waves])
     if saved == "dispatch-again":
         nothing = torch.empty(0, dtype=torch.int64, device=device)
         rows = torch.empty(0, wire.row_bytes, dtype=torch.uint8, device=device)
-        return Kept(said, num_waves, rows, nothing, nothing.to(torch.float32), *_no_rows(parts.experts))
+        return Kept(said, num_waves, rows, nothing, nothing.to(torch.float32), *_no_rows(parts.experts, device))
     arrived = RankRows.of(agreed.counts.numpy(), rank, parts.experts.ids)
     row_plan = plan_rows(parts.plan, rank, whole_waves(parts.plan, rank), arrived, messages, wire, num_tokens)
     like = torch.empty(0, device=device)
@@ -80,7 +80,7 @@ def keep(call: Call, workspace: Workspace, num_tokens: int, saved: str, captured
     inbox = buffer[row_plan.own.start :]
     compact = torch.empty(len(inbox), dtype=torch.int64, device=device)
     compact[tokens] = torch.arange(len(tokens), device=device)
-    linear1, found = _no_rows(parts.experts)
+    linear1, found = _no_rows(parts.experts, device)
     if captured is not None:
         linear1, found = captured.rows, _places(call, row_plan, order)
     sources = compact[inbox_rows.to(torch.int64)]
@@ -105,14 +105,14 @@ def in_batch_order(rows: RankRows, rank: int) -> Array:
     return Segments(lengths[:, columns].ravel(), starts[:, columns].ravel()).expand()
 
 
-def _no_rows(experts: Experts) -> tuple[Tensor, Tensor]:
-    linear1 = torch.empty(0, experts.shape.linear1_rows, dtype=torch.bfloat16, device=experts.device)
+def _no_rows(experts: Experts, device: torch.device) -> tuple[Tensor, Tensor]:
+    linear1 = torch.empty(0, experts.shape.linear1_rows, dtype=torch.bfloat16, device=device)
     return linear1, linear1.new_empty(0, dtype=torch.int64)
 
 
 def _places(call: Call, row_plan: RowPlan, order: Array) -> Tensor:
     """[n] int64: which row of all steps each row by expert is, found by where the call wrote its result."""
-    device = call.parts.experts.device
+    device = call.destinations.device
     step_rows = torch.empty(row_plan.num_results, dtype=torch.int64, device=device)
     step_rows[call.destinations] = torch.arange(len(order), device=device)
     return step_rows[torch.from_numpy(row_plan.computed.expand()[1][order]).to(device)]

@@ -15,9 +15,8 @@ from megamoe.parallel.transport.pairs import WHOLE_BYTES, Label
 
 MESSAGE_BYTES = WHOLE_BYTES  # of the first message of an exchange
 FIRST_EXCHANGE = "shared_memory="  # what the phase of a group's first exchange begins with, before True or False
-_MAGIC = (
-    0x4D4D4749  # "IGMM", the next version's has the next letter; a layer's page has a magic of its own, and no head
-)
+# "IGMM", the next version's has the next letter; a layer's page, which has a magic of its own, has no head
+_MAGIC = 0x4D4D4749
 _HEAD = struct.Struct("<I4xq24s64s")
 HEAD_BYTES = _HEAD.size
 FIRST_BYTES = MESSAGE_BYTES - HEAD_BYTES  # of a page behind its head
