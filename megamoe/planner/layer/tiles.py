@@ -45,10 +45,10 @@ def products_us(
 ) -> list[float]:
     """Of one expert of each kind, all tiles in one queue. rows of an expert, and how many experts are like that.
 
-    An expert's rows are cut into blocks; the last tile has the rows that are left, in whole steps of the smallest.
+    An expert's rows are cut into blocks; the last tile has the rows that are left, in whole steps of last_rows.
     However few tiles there are, a rank waits for one of each product.
     """
-    across, step = [(-(-n // COLUMNS), k) for k, n in expert.products], device.tile_rows
+    across, step = [(-(-n // COLUMNS), k) for k, n in expert.products], min(device.last_rows, block)
 
     def cost(size: int) -> float:
         return sum(many * tile_us(device, size, k, expert.weight_element_bytes) for many, k in across) / device.sms

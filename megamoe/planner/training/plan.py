@@ -8,6 +8,7 @@ from typing import Any
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan, PlanRequest, plan
 from megamoe.planner.layer.rule import GATED_FLOPS, PLAIN_FLOPS, Rule, allowed
+from megamoe.planner.layer.stacks import launched
 from megamoe.planner.layer.tiles import reached_tflops
 from megamoe.planner.training.backward import Backward, backward_time
 from megamoe.planner.training.memory import TrainingMemory, training_memory
@@ -120,7 +121,7 @@ def plan_training(request: PlanRequest, saved: Saved = "tokens", gradient_format
     forward = plan(request)
     expert, device = request.expert, request.device
     backward = backward_time(
-        expert, device, request.profile, ep=request.ep, tokens_per_rank=request.tokens_per_rank,
+        expert, launched(device, request.profile), request.profile, ep=request.ep, tokens_per_rank=request.tokens_per_rank,
         routing=request.routing, redundant=request.redundant, waves=forward.layer.waves, saved=saved,
         gradient_format=gradient_format,
     )  # fmt: skip
