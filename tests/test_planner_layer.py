@@ -276,7 +276,7 @@ def test_the_parts_of_a_layer_add_up() -> None:
     assert time.compute_us == pytest.approx(24 * (5 * whole + last) / 152), "1024 rows of each expert: 5 x 192 + 64"
     assert time.fixed_us == pytest.approx(time.kernel_us + time.graph_us + time.stack_us)
     sent = 4096 * 6 * 15 / 16 * 7168 * (1 + 1 / 32 + 2)
-    assert time.communication_us == pytest.approx(sent / GB200.link_bytes_s(16) * 1e6)
+    assert time.communication_us == pytest.approx(sent / GB200.link_bytes_s(16, fused=True) * 1e6)
     assert time.rows == 4096 * 6
     assert time.experts_touched == 24
 
