@@ -30,35 +30,35 @@ _WORST = """
 Where it is worst: a handful of tokens, where which expert is touched is chance; 16 ranks, which took less than 8 and
 32 did with the same work a rank; and 32 ranks.
 
-Of the 64 balanced rows 13 err by more than 5 %. Their neighbours in the table say why no term of the model brings all of
-them in:
+Of the 64 balanced rows 13 err by more than 5 %. Their neighbours in the table say why no term of the model brings all
+of them in:
 
-- EP4 and EP16 with 1 or 2 tokens, EP32 with 1 (-7 to +18 %): a token touches six experts of one row at any EP size, and
-  takes 118, 107, 91 and 103 us at EP4 to EP32. At EP4 the two power laws give every rank the same six experts of one row,
-  94 and 103 us. EP32 has one barrier more than EP16 and 12 experts less, 2 us in all, and took 12 us longer: one of the
-  two errs by 5.2 % at least.
-- EP32 with 4 to 128 and with 512 tokens (-5 to -9 %): what rows of 16 tokens took beside reading their weights is 93, 79,
-  69 and 84 us at EP4 to EP32. Experts that halve explain that it falls; nothing that EP32 has more of than EP16 explains
-  15 us.
-- EP16 with 2048 to 8192 tokens (+6 to +10 %): every rank multiplies as many rows at any EP size. With 4096 tokens EP8 took
-  1572 us, EP16 1427 and EP32 1613, and EP16 sends more than EP8: one of the two errs by 4.8 % at least. Where memory is
-  the limit (8 to 256 tokens) EP16 is planned 3 % too long, from 16384 on within 1 %: as if the SMs of that job had had a
-  higher clock until power was the limit. The table has no clocks.
-- EP32 with 32768 tokens (-9 %): they took 2.13 times as long as 16384, at EP4 to EP16 1.94 to 2.02 times as long. No term
-  here grows faster than rows do.
+- EP4 and EP16 with 1 or 2 tokens, EP32 with 1 (-7 to +18 %): a token touches six experts of one row at any EP size,
+  and takes 118, 107, 91 and 103 us at EP4 to EP32. At EP4 the two power laws give every rank the same six experts of
+  one row, 94 and 103 us. EP32 has one barrier more than EP16 and 12 experts less, 2 us in all, and took 12 us longer:
+  one of the two errs by 5.2 % at least.
+- EP32 with 4 to 128 and with 512 tokens (-5 to -9 %): what rows of 16 tokens took beside reading their weights is 93,
+  79, 69 and 84 us at EP4 to EP32. Experts that halve explain that it falls; nothing that EP32 has more of than EP16
+  explains 15 us.
+- EP16 with 2048 to 8192 tokens (+6 to +10 %): every rank multiplies as many rows at any EP size. With 4096 tokens EP8
+  took 1572 us, EP16 1427 and EP32 1613, and EP16 sends more than EP8: one of the two errs by 4.8 % at least. Where
+  memory is the limit (8 to 256 tokens) EP16 is planned 3 % too long, from 16384 on within 1 %: as if the SMs of that
+  job had had a higher clock until power was the limit. The table has no clocks.
+- EP32 with 32768 tokens (-9 %): they took 2.13 times as long as 16384, at EP4 to EP16 1.94 to 2.02 times as long. No
+  term here grows faster than rows do.
 
-Each EP size was measured by a job of its own, prefill and decode apart. A constant for an EP size would mend these rows
-and tell nothing of other sizes. A barrier in proportion to the ranks would mend decode at EP32, and would plan EP320 on
-Atlas A3 a tenth too slow on top of what it is.
+Each EP size was measured by a job of its own, prefill and decode apart. A constant for an EP size would mend these
+rows and tell nothing of other sizes. A barrier in proportion to the ranks would mend decode at EP32, and would plan
+EP320 on Atlas A3 a tenth too slow on top of what it is.
 
-Skewed rows that an earlier state of this page met better, by 3 to 12 points, met two errors that cancelled. It drew the
-shares of power_law_sampled_1.9 up to 1024, which the runs did not have: at thousands of tokens the loads of the busiest
-rank that the table itself implies are those of shares up to 0.8 times the tokens, so that it planned 6 to 33 % too little
-at 32768. And it took experts one after the other, each for its weights or for its rows, which is too long where a hot
-expert computes while weights of others are read. With power_law_sampled_1.9, EP8 with 256 tokens was at 0 % that way and
-is at -5 %; EP16 with 1024 to 4096 was at -5 to +1 % and is at +8 to +12 %, as its other skewed rows are. The rest are EP16
-with 32 tokens (+5, now +9 %), and EP32 with 1024 and 2048, which was at 0 % and is at +3 to +8 %: its rows of 32768 were
-17 to 33 % too short and are 6 to 11 % too short.
+Skewed rows that an earlier state of this page met better, by 3 to 12 points, met two errors that cancelled. It drew
+the shares of power_law_sampled_1.9 up to 1024, which the runs did not have: at thousands of tokens the loads of the
+busiest rank that the table itself implies are those of shares up to 0.8 times the tokens, so that it planned 6 to 33
+% too little at 32768. And it took experts one after the other, each for its weights or for its rows, which is too
+long where a hot expert computes while weights of others are read. With power_law_sampled_1.9, EP8 with 256 tokens was
+at 0 % that way and is at -5 %; EP16 with 1024 to 4096 was at -5 to +1 % and is at +8 to +12 %, as its other skewed
+rows are. The rest are EP16 with 32 tokens (+5, now +9 %), and EP32 with 1024 and 2048, which was at 0 % and is at +3
+to +8 %: its rows of 32768 were 17 to 33 % too short and are 6 to 11 % too short.
 """
 
 DATA = Path(__file__).parents[1] / "docs" / "data"
@@ -73,14 +73,15 @@ nothing was run on a GPU or NPU by us.
 
 What was fitted to what: `python -m benchmarks.fit_layer` prints the constants. The fused kernel's to the 64 balanced
 rows of the first table, the 8 of DeepGEMM's pull request 316, and every other row of FlashInfer's and of the H200
-table; to every other skewed row of the first table one constant alone, link_incast. That Blackwell's fused kernel takes
-what is longer, products or links, is what the fit goes to without end, and a constant that is not fitted. How a hot expert is spread over the
-waves was decided with the skewed rows in sight, as was which of two upper bounds that the collector's history has for
-the shares of power_law_sampled its runs had, and the terms of the model with all tables in sight. What grouped
-products and DeepEP's kernels add, to every other row of their tables. Links are DeepEP's own figures, the NIC was
-fitted to its dispatch on H800. Five constants of the `ascend` profile were fitted to 11 of the 13 rows of one guide, in
-the knowledge of all 13 and of the other rows on Ascend. Nothing else was fitted. Skewed rows are drawn and rounded as
-the table's own workloads are; the tiles of a call have the size that DeepGEMM gives them.
+table; to every other skewed row of the first table one constant alone, link_incast. That Blackwell's fused kernel
+takes what is longer, products or links, is what the fit goes to without end, and a constant that is not fitted. How a
+hot expert is spread over the waves was decided with the skewed rows in sight, as was which of two upper bounds that
+the collector's history has for the shares of power_law_sampled its runs had, and the terms of the model with all
+tables in sight. What grouped products and DeepEP's kernels add, to every other row of their tables. Links are
+DeepEP's own figures, the NIC was fitted to its dispatch on H800. Five constants of the `ascend` profile were fitted
+to 11 of the 13 rows of one guide, in the knowledge of all 13 and of the other rows on Ascend. Nothing else was
+fitted. Skewed rows are drawn and rounded as the table's own workloads are; the tiles of a call have the size that
+DeepGEMM gives them.
 """
 
 
@@ -235,12 +236,12 @@ def _left_out() -> Iterator[str]:
         for name, errors in tables.items():
             values = (errors[f"{key}_abs_pct_error"] for key in ("median", "p95", "max"))
             yield f"| {device} | {name} | {errors['rows']} | {' | '.join(f'{value:.1f} %' for value in values)} |"
-    yield "\nThe constants of an SM, of memory and of grouped products carry over, and so does how much of its link a fused"
-    yield "kernel reaches, as a share of what DeepEP's low-latency kernels reach of it: H200's rows are planned with"
-    yield "Blackwell's share of what H100 reached. With an all-to-all's rate in its place the rows of 512 tokens and more"
-    yield "were a third too short. Without GB200 no module is known: its kernels' time and the passes over its tokens that"
-    yield "nobody can count are left out, a tenth of a small layer, where an earlier state of this page had let them in from"
-    yield "GB200 itself (a median of 5.3 % in place of what stands above).\n"
+    yield "\nThe constants of an SM, of memory and of grouped products carry over, and so does how much of its link a"
+    yield "fused kernel reaches, as a share of what DeepEP's low-latency kernels reach of it: H200's rows are"
+    yield "planned with Blackwell's share of what H100 reached. With an all-to-all's rate in its place the rows of"
+    yield "512 tokens and more were a third too short. Without GB200 no module is known: its kernels' time and the"
+    yield "passes over its tokens that nobody can count are left out, a tenth of a small layer, where an earlier"
+    yield "state of this page had let them in from GB200 itself (a median of 5.3 % in place of what stands above).\n"
 
 
 def _efficiency() -> Iterator[str]:
@@ -263,11 +264,11 @@ def _serving() -> Iterator[str]:
     for each in published():
         numbers = f"{each.published:.0f} | {each.ours:.0f} | {each.error_pct:+.1f} %"
         yield f"| {each.result.what} | {numbers} | {each.result.role} | {each.result.assumed or '-'} |"
-    yield "\nNo host time between steps, and balanced routing, are taken for all of these. V3 decode on EP72 was +52 %"
-    yield "while the links of a half were taken to hide behind all that the other half computes. In a decode they hide"
-    yield "behind its attention alone: the engines of these runs cut attention in two, and an expert's rows of one half"
-    yield "are sent while the other half's attention runs. V3 decode on EP144 has a third of the tokens and waits for no"
-    yield "link.\n"
+    yield "\nNo host time between steps, and balanced routing, are taken for all of these. V3 decode on EP72 was +52"
+    yield "% while the links of a half were taken to hide behind all that the other half computes. In a decode they"
+    yield "hide behind its attention alone: the engines of these runs cut attention in two, and an expert's rows of"
+    yield "one half are sent while the other half's attention runs. V3 decode on EP144 has a third of the tokens"
+    yield "and waits for no link.\n"
 
 
 def _guides() -> Iterator[str]:

@@ -46,7 +46,7 @@ LOW_LATENCY = (
 )
 NORMAL = ("*.normal_efficiency",)
 INCAST = ("*.link_incast",)
-# of modules and of skewed rows GB200 alone tells: no kernels around the layer's, the bytes that can be counted, no incast
+# GB200 alone tells of modules and of skewed rows: no kernels around the layer's, bytes that can be counted, no incast
 UNTOLD_WITHOUT_GB200 = {"*.link_incast": 0.0, "*.staging_us": 0.0, "*.staging_bytes": 13.0}
 Constants = dict[str, float]
 _NEAR, _ROUNDS, _STEP = 0.02, 12, 0.02
@@ -172,8 +172,8 @@ def staged_h200() -> list[Measured]:
 def left_out(device: str) -> dict[str, dict[str, float]]:
     """Errors of one device's rows with every constant fitted to the other devices' rows alone.
 
-    What only the device itself would tell of its generation is taken from the other generation, or left out; of the links
-    in its fused kernel, that they overlap as well as memory does.
+    What only the device itself would tell of its generation is taken from the other generation, or left out; of the
+    links in its fused kernel, that they overlap as well as memory does.
     """
     other = {"hopper": "blackwell", "blackwell": "hopper"}
     data = samples(("pull request 316", *FUSED, *PRODUCTS), without=device)

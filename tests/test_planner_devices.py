@@ -87,7 +87,7 @@ def test_more_of_any_resource_is_never_slower(
 
 
 def _tiles(expert: Expert, device: Device, rows: float, stack: Stack) -> float:
-    """What the tiles of an expert's rows take, of many experts. Grouped products also fill whole waves: at most twice."""
+    """What the tiles of an expert's rows take, of many experts; of grouped products, how many tiles."""
     if stack == "staged":
         return math.ceil(rows / min(GROUPED_BLOCKS))
     return products_us(expert, device, [rows], [1 << 20], block_of(device, rows))[0]

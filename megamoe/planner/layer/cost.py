@@ -221,7 +221,8 @@ def row_us(
     """Microseconds of link time that a row of this rank takes there and back, over the tier that is slowest.
 
     A rank's link carries, each way, what it receives and what it gives out for its `own` pairs; the fuller way counts.
-    there, back: bytes of a row. fused: a fused kernel carries it. Where many ranks send to one, its switch port serves them worse than an even exchange.
+    there, back: bytes of a row. fused: a fused kernel carries it. Where many ranks send to one, its switch port serves
+    them worse than an even exchange.
     """
     fuller = max(rows * there + own * back, rows * back + own * there) / rows / (there + back)
     slowest = 0.0

@@ -63,8 +63,9 @@ def products_us(
 def block_of(device: Device, rows: float) -> int:
     """Rows of a tile where experts have so many on average: one size for all of a call, chosen before they are counted.
 
-    Not the smallest that holds them, but the next, so that chance makes no second tile: 8 -> 16, 16 -> 32, 97 -> 192. Where
-    a last tile is computed whole, that would cost more than a second tile does, and it is the smallest: 64 -> 64, 65 -> 128
+    Not the smallest that holds them, but the next, so that chance makes no second tile: 8 -> 16, 16 -> 32, 97 -> 192.
+    Where a last tile is computed whole, that would cost more than a second tile does, and it is the smallest that holds
+    them: 64 -> 64, 65 -> 128
     """
     sizes = device.blocks
     holds = sizes if device.last_rows > device.tile_rows else [sizes[0] / 2, *sizes]

@@ -121,9 +121,9 @@ def plan_training(request: PlanRequest, saved: Saved = "tokens", gradient_format
     forward = plan(request)
     expert, device = request.expert, request.device
     backward = backward_time(
-        expert, launched(device, request.profile), request.profile, ep=request.ep, tokens_per_rank=request.tokens_per_rank,
-        routing=request.routing, redundant=request.redundant, waves=forward.layer.waves, saved=saved,
-        gradient_format=gradient_format,
+        expert, launched(device, request.profile), request.profile, ep=request.ep,
+        tokens_per_rank=request.tokens_per_rank, routing=request.routing, redundant=request.redundant,
+        waves=forward.layer.waves, saved=saved, gradient_format=gradient_format,
     )  # fmt: skip
     memory = training_memory(
         expert, device.memory_gb, layers=request.model.moe_layers, slots=request.model.num_experts + request.redundant,
