@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import resource
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,16 @@ def refused(*arguments: object) -> str:
 
 def test_the_first_line_is_the_verdict() -> None:
     assert run("plan", *PRO, "--ep", 16).stdout.splitlines()[0] == SENTENCE
+
+
+def test_the_readme_shows_what_the_planner_prints() -> None:
+    """Each `$ megamoe plan ...` or compare in it, and the indented lines below, which the command prints in a row."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = re.findall(r"^    \$ megamoe ((?:plan|compare) .*)\n((?:    .+\n)+)", readme, re.MULTILINE)
+    assert len(shown) == 2
+    for command, below in shown:
+        printed = "\n".join(line.rstrip() for line in run(*command.split()).stdout.splitlines())
+        assert textwrap.dedent(below).rstrip() in printed, command
 
 
 def test_tables_fit_in_80_columns() -> None:
