@@ -310,7 +310,7 @@ def _machine() -> Iterator[str]:
     yield "`python -m benchmarks.lab_runs`. Median error"
     yield f"of the overlapped layer: {median_error(fitted):.1f} % over the {len(fitted)} runs of the fit,"
     yield f"**{median_error(held):.1f} %** over {len(held)} that it did not see. Before links took a share of a"
-    yield "core that was 4.2 %, and two runs were met better by chance: the first and the fifteenth, by 1.4 and 0.2 %.\n"
+    yield "core that was 4.2 %, and two runs were met better then: the first and the fifteenth (1.4, 0.2 %).\n"
     yield "| not seen: tokens, H x I, experts, top-k, weights | link | waves | measured ms | planned ms | error |"
     yield "|---|---|---|---|---|---|"
     for each in held:
