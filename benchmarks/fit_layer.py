@@ -27,6 +27,7 @@ from megamoe.catalog.schema import Figure
 from megamoe.planner.validation.published_layers import pull_request_316_rows
 from megamoe.planner.validation.tables import Measured, hardware_of, read_table
 from megamoe.planner.validation.validate import Errors, compare, planned_us
+from megamoe.schedule.formats import value_bytes
 
 DATA = Path(__file__).parents[1] / "docs" / "data"
 FUSED = "mega_moe_gb200_deepseek_v4_pro", "flashinfer_fused_gb200_ep4", "deepgemm_pr383_h200_fp8_flash"
@@ -34,8 +35,9 @@ PRODUCTS = "sglang_grouped_gemm_h100_fp8_decode", "sglang_grouped_gemm_h100_fp8_
 EXCHANGES = "deepep_ll_h100_1node", "deepep_ll_gb200_1node", "deepep_ll_h100_nodes"
 # what a table weighs in all, in rows: few rows of another device say as much as many of one
 WEIGHTS = {"pull request 316": 26.0, FUSED[0]: 80.0, FUSED[1]: 40.0, FUSED[2]: 20.0}
-SHARED = ("feed_ps", "epilogue_ps", "memory_efficiency", "memory_overlap", "fixed_us", "staging_us")
-CORE = (*(f"*.{key}" for key in SHARED), "blackwell.overlap", "hopper.overlap")
+SHARED = ("feed_ps", "epilogue_ps", "memory_efficiency", "memory_overlap", "fixed_us", "staging_us", "staging_bytes")
+# blackwell.overlap is none of them: fitted, it grows without end, since that kernel's links and products wait for none
+CORE = (*(f"*.{key}" for key in SHARED), "hopper.overlap", "blackwell.fused_link_efficiency")
 STAGED = ("*.masked_us", "*.contiguous_us", "*.host_us")
 LOW_LATENCY = (
     *("*.ll_dispatch_us", "*.ll_dispatch_token_us", "*.ll_combine_us", "*.ll_combine_token_us", "*.ll_node_us"),
@@ -44,6 +46,8 @@ LOW_LATENCY = (
 )
 NORMAL = ("*.normal_efficiency",)
 INCAST = ("*.link_incast",)
+# GB200 alone tells of modules and of skewed rows: no kernels around the layer's, bytes that can be counted, no incast
+UNTOLD_WITHOUT_GB200 = {"*.link_incast": 0.0, "*.staging_us": 0.0, "*.staging_bytes": 13.0}
 Constants = dict[str, float]
 _NEAR, _ROUNDS, _STEP = 0.02, 12, 0.02
 
@@ -168,21 +172,22 @@ def staged_h200() -> list[Measured]:
 def left_out(device: str) -> dict[str, dict[str, float]]:
     """Errors of one device's rows with every constant fitted to the other devices' rows alone.
 
-    What only the device itself would tell of its generation is taken from the other generation, or left out; of its
-    links, that they overlap as well as memory does.
+    What only the device itself would tell of its generation is taken from the other generation, or left out; of the
+    links in its fused kernel, that they overlap as well as memory does.
     """
-    keys = [key for key in CORE if not _own(device, key)]
     other = {"hopper": "blackwell", "blackwell": "hopper"}
     data = samples(("pull request 316", *FUSED, *PRODUCTS), without=device)
-    untold = dict.fromkeys(INCAST, 0.0) if device == "gb200" else {}  # no other device's rows are skewed
+    untold = UNTOLD_WITHOUT_GB200 if device == "gb200" else {}
+    keys = [key for key in CORE if not _own(device, key) and key not in untold]
     found = untold | (fit([*keys, *STAGED], data, untold) if device != "h100" else fit(keys, data))
     links = [key for key in LOW_LATENCY if not _own(device, key, links=True)]
     found |= fit(links, samples(EXCHANGES, without=device), found) if device != "h200" else {}
-    for key in (*CORE, *LOW_LATENCY):
-        if key not in found and key.split(".")[0] in other:
+    for key in (*CORE, "blackwell.overlap", *LOW_LATENCY):
+        if _own(device, key, links=True):
             name, figure = key.split(".")
             same = "*.memory_overlap" if figure == "overlap" else f"{other[name]}.{figure}"
-            found[key] = found.get(same, values([key])[key])
+            found[key] = found.get(same, values([same])[same])
+    found |= _links_of_h200(found) if device == "h200" else {}
     errors = {}
     for name in ("pull request 316", *FUSED, *PRODUCTS, *EXCHANGES):
         rows = [row for row in table(name) if row.hardware == device]
@@ -191,12 +196,27 @@ def left_out(device: str) -> dict[str, dict[str, float]]:
     return errors
 
 
+def _links_of_h200(found: Constants) -> Constants:
+    """What a fused kernel reaches of Hopper's link, if that is the share of what DeepEP's kernels reach that it is on
+    Blackwell."""
+    share = found["blackwell.fused_link_efficiency"] / _exchanges_reach("blackwell")
+    return {"hopper.fused_link_efficiency": share * _exchanges_reach("hopper")}
+
+
+def _exchanges_reach(name: str) -> float:
+    """Of the link, by DeepEP's low-latency kernels, of a row that goes out in MXFP8 and comes home in BF16."""
+    there, back = value_bytes("mxfp8"), value_bytes("bf16")
+    profile = load_profile(name)
+    slower = there / profile.ll_dispatch_efficiency.value + back / profile.ll_combine_efficiency.value
+    return (there + back) / slower
+
+
 def _own(device: str, key: str, links: bool = False) -> bool:
-    """Whether no other device tells this constant: the overlap of a generation's kernel, its links in DeepEP."""
+    """Whether no other device tells this constant: a generation's links in the fused kernel, and in DeepEP."""
     generation = {"gb200": "blackwell", "h200": "hopper", "h100": "hopper"}[device]
-    alone = {"gb200": ("overlap", "ll_"), "h200": ("overlap",), "h100": ("ll_",)}[device]
+    alone = {"gb200": ("overlap", "fused_link", "ll_"), "h200": ("overlap",), "h100": ("ll_",)}[device]
     figure = key.split(".")[1]
-    return key.startswith(generation) and any(figure.startswith(each) for each in alone if links or each == "overlap")
+    return key.startswith(generation) and any(figure.startswith(each) for each in alone if links or each != "ll_")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

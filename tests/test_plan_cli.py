@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import resource
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,16 @@ def refused(*arguments: object) -> str:
 
 def test_the_first_line_is_the_verdict() -> None:
     assert run("plan", *PRO, "--ep", 16).stdout.splitlines()[0] == SENTENCE
+
+
+def test_the_readme_shows_what_the_planner_prints() -> None:
+    """Each `$ megamoe plan ...` or compare in it, and the indented lines below, which the command prints in a row."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = re.findall(r"^    \$ megamoe ((?:plan|compare) .*)\n((?:    .+\n)+)", readme, re.MULTILINE)
+    assert len(shown) == 2
+    for command, below in shown:
+        printed = "\n".join(line.rstrip() for line in run(*command.split()).stdout.splitlines())
+        assert textwrap.dedent(below).rstrip() in printed, command
 
 
 def test_tables_fit_in_80_columns() -> None:
@@ -372,7 +384,7 @@ def test_validate_names_the_file_and_the_row(tmp_path: Path) -> None:
         ((*PRO, "--ep", 16, "--waves", 10**9), "waves is 1000000000; the planner goes up to 4096"),
         ((*PRO, "--ep", 16, "--set", "hardware.scaleup_gb_s=-3"), "hardware.scaleup_gb_s is -3"),
         ((*PRO, "--ep", 16, "--set", "hardware.scaleup=3"), "the nearest are scaleup_gb_s"),
-        ((*PRO, "--ep", 16, "--set", "hardware.scaleup_gb_s=1e-300"), "a layer takes 7e+305 us"),
+        ((*PRO, "--ep", 16, "--set", "hardware.scaleup_gb_s=1e-300"), "a layer takes 1e+306 us"),
         ((*PRO, "--ep", 16, "--set", "hardware.scaleup_gb_s=1e-308"), "the result is no number"),
         ((*PRO, "--ep", 16, "--set", "hardware.scaleup_gb_s=1e300"), "cannot be calculated with"),
         ((*PRO, "--ep", 16, "--routing", "zipff"), "routing 'zipff' is not known"),

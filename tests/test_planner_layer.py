@@ -276,7 +276,7 @@ def test_the_parts_of_a_layer_add_up() -> None:
     assert time.compute_us == pytest.approx(24 * (5 * whole + last) / 152), "1024 rows of each expert: 5 x 192 + 64"
     assert time.fixed_us == pytest.approx(time.kernel_us + time.graph_us + time.stack_us)
     sent = 4096 * 6 * 15 / 16 * 7168 * (1 + 1 / 32 + 2)
-    assert time.communication_us == pytest.approx(sent / GB200.link_bytes_s(16) * 1e6)
+    assert time.communication_us == pytest.approx(sent / GB200.link_bytes_s(16, fused=True) * 1e6)
     assert time.rows == 4096 * 6
     assert time.experts_touched == 24
 
@@ -419,6 +419,31 @@ def test_the_last_tile_of_an_expert_computes_its_rows_alone() -> None:
 def test_a_call_has_tiles_of_one_size_by_the_mean_rows_of_an_expert() -> None:
     found = {rows: block_of(GB200, rows) for rows in (0.1, 8, 8.5, 16, 17, 32, 33, 64, 65, 96, 97, 5000)}
     assert list(found.values()) == [16, 16, 32, 32, 64, 64, 96, 96, 128, 128, 192, 192]
+
+
+def test_on_hopper_a_tile_is_the_smallest_that_holds_the_mean_and_is_computed_whole() -> None:
+    """40 rows: one tile of 64. 96 rows: one of 128. 192 rows: two of 128, not one and a half."""
+    h200 = device("h200")
+    assert [block_of(h200, rows) for rows in (1, 40, 64, 65, 96, 192)] == [64, 64, 64, 128, 128, 128]
+    few, one, two = (products_us(V3, h200, [rows], [32], block_of(h200, rows))[0] for rows in (40, 96, 192))
+    assert few < one
+    assert two == pytest.approx(2 * one)
+    assert products_us(V3, h200, [128], [32], 128)[0] == pytest.approx(one)
+
+
+def test_rows_of_a_fused_kernel_reach_less_of_the_link_than_an_all_to_all() -> None:
+    """What a fused kernel's link takes follows from its own share; launched exchanges and one alone from the other."""
+    assert GB200.link_bytes_s(8) == 900e9 * GB200.link_efficiency
+    assert GB200.link_bytes_s(8, fused=True) == 900e9 * GB200.fused_link_efficiency
+    assert GB200.link_bytes_s(64) == pytest.approx(450e9, rel=0.01), "half of the link at 64 ranks, as measured"
+    half = replace(GB200, fused_link_efficiency=GB200.fused_link_efficiency / 2)
+    one, slower = (layer_time(PRO, each, ep=8, tokens_per_rank=4096).communication_us for each in (GB200, half))
+    assert slower == pytest.approx(2 * one)
+    profile = load_profile("blackwell")
+    own = [own_time(PRO, each, profile, ep=8, tokens_per_rank=4096).layer_us for each in (GB200, half)]
+    alone = [dispatch_us(PRO, each, ep=8, tokens_per_rank=128) for each in (GB200, half)]
+    assert own[0] == own[1]
+    assert alone[0] == alone[1]
 
 
 def test_a_hot_expert_computes_while_the_weights_of_others_are_read() -> None:

@@ -71,7 +71,7 @@ def test_rows_bound_for_the_nic_cross_the_cards_own_pcie_link() -> None:
     """
     found = asked(hardware="h100-pcie", ep=16, tokens_per_rank=1024, set=["hardware.nic_gb_s=400"]).plan
     assert [(rule.tier, rule.f_remote) for rule in found.counted] == [("scale-up", 15 / 16), ("nic", 0.5)]
-    efficiency = found.request.profile.link_efficiency.value
+    efficiency = found.request.profile.fused_link_efficiency.value
     rows = 1024 * 6 * 15 / 16
     assert found.layer.dispatch_us == pytest.approx(rows * 7168 * 33 / 32 / (64 * efficiency * 1e3))
     assert found.layer.combine_us == pytest.approx(rows * 7168 * 2 / (64 * efficiency * 1e3))

@@ -306,8 +306,10 @@ class Profile(Staged):
     feed_ps             an SM, bringing a byte of an operand to its tensor core
     epilogue_ps         an SM, one value of a tile's result: activation, quantisation, the way home
     tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
+    last_rows           what the rows of an expert's last tile are filled up to whole steps of
     memory_efficiency   of the memory bandwidth
     link_efficiency     of the scale-up link, in an all-to-all of up to 8 ranks; (8 / ranks)^link_congestion of it above
+    fused_link_efficiency    the same of rows that a fused kernel carries
     link_incast         many ranks sending to one: (rows of the busiest / its own pairs)^link_incast times as long
     nic_efficiency      of the NIC, likewise
     exchange_us         a dispatch or combine of its own, in no kernel
@@ -335,8 +337,10 @@ class Profile(Staged):
     epilogue_ps: Figure
     tile_rows: Figure
     block_rows: Figure
+    last_rows: Figure
     memory_efficiency: Figure
     link_efficiency: Figure
+    fused_link_efficiency: Figure
     link_congestion: Figure
     link_incast: Figure
     nic_efficiency: Figure

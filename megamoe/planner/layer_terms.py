@@ -78,7 +78,7 @@ def _tile_terms(planned: Plan) -> list[Term]:
     request, rows = planned.request, layer.rows / layer.experts_touched
     slots = request.model.num_experts + request.redundant
     block = block_of(device, request.tokens_per_rank * request.ep * expert.topk / slots)
-    step = device.tile_rows
+    step = min(device.last_rows, block)
     whole, last = int(rows // block), min(block, ceil(rows % block / step) * step)
     terms, parts = [], []
     for count, size, which in ((whole, block, "a tile"), (1, last, "the last tile" if whole else "a tile")):
@@ -110,14 +110,15 @@ def _tile(planned: Plan, rows: int, k: int) -> Term:
 def _link_terms(planned: Plan) -> list[Term]:
     """Both journeys over the tier that is slowest for them."""
     request, layer = planned.request, planned.layer
-    expert, device = request.expert, request.device
+    expert, device = request.expert, _device(planned)
     inside = min(request.ep, device.scaleup_domain)
     found = device.tiers(request.ep)
     if not found:
         return []
     own = request.tokens_per_rank * expert.topk
     incast = device.incast(layer.rows, own)
-    rates = {"scale-up": device.link_bytes_s(inside) / incast / 1e9, "nic": device.nic_bytes_s / 1e9}
+    bytes_s = device.link_bytes_s(inside, fused=True)
+    rates = {"scale-up": bytes_s / incast / 1e9, "nic": device.nic_bytes_s / 1e9}
     slowest = max(found, key=lambda tier: tier.f_remote / rates[tier.name])
     there, back = expert.dispatch_bytes, expert.combine_bytes
     if request.stack == "megamoe":
@@ -127,8 +128,8 @@ def _link_terms(planned: Plan) -> list[Term]:
         rate = f"{g(device.nic_gb_s or 0)} x {g(device.nic_efficiency)}"
     else:
         crowd = min(1.0, (8 / inside) ** device.link_congestion)
-        rate = f"{g(device.scaleup_gb_s)} x {g(device.link_efficiency)} x {g(crowd)}"
-        plain = layer.rows * there * slowest.f_remote * fuller / device.link_bytes_s(inside) * 1e6
+        rate = f"{g(device.scaleup_gb_s)} x {g(device.fused_link_efficiency)} x {g(crowd)}"
+        plain = layer.rows * there * slowest.f_remote * fuller / bytes_s * 1e6
         incast = layer.dispatch_us / plain  # a mean over draws
         rate += f" / {g(incast)}" if incast > 1 + 1e-9 else ""
     shared = f"{g(slowest.f_remote)} x {g(fuller)} / ({rate} x 1000)"

@@ -4,7 +4,7 @@ Of all experts of that rank, with R rows:
 
     compute    their tiles, spread over the SMs (tiles.py)
     memory     (weights + rows that are read and written) / (memory bandwidth * memory_efficiency)
-    link       R * bytes of a row there and back / (link * link_efficiency), over the slowest tier that it crosses
+    link       R * bytes of a row there and back / (link * fused_link_efficiency), over the slowest tier that it crosses
 
 All three use the same device at once and get in each other's way: products and memory take their p-norm with
 p = memory_overlap, both and the links that with p = overlap, infinite where they overlap perfectly, 1 where one waits
@@ -194,7 +194,8 @@ def _core(
         return _Core(load, Played(0.0, 0.0, 0.0, 0.0, ()), 1, *[0.0] * 6)
     own = tokens * expert.topk
     there, back = (
-        rows * each for each in row_us(device, ep, rows, own, expert.dispatch_bytes * sent, expert.combine_bytes)
+        rows * each
+        for each in row_us(device, ep, rows, own, expert.dispatch_bytes * sent, expert.combine_bytes, fused=True)
     )
     counts, numbers = zip(*load.groups, strict=True)
     products = products_us(expert, device, counts, numbers, block)
@@ -214,17 +215,20 @@ def dispatch_us(expert: Expert, device: Device, *, ep: int, tokens_per_rank: flo
     return device.exchange_us + rows * row
 
 
-def row_us(device: Device, ep: int, rows: float, own: float, there: float, back: float) -> tuple[float, float]:
+def row_us(
+    device: Device, ep: int, rows: float, own: float, there: float, back: float, *, fused: bool = False
+) -> tuple[float, float]:
     """Microseconds of link time that a row of this rank takes there and back, over the tier that is slowest.
 
     A rank's link carries, each way, what it receives and what it gives out for its `own` pairs; the fuller way counts.
-    there, back: bytes of a row. Where many ranks send to one, its switch port serves them worse than an even exchange.
+    there, back: bytes of a row. fused: a fused kernel carries it. Where many ranks send to one, its switch port serves
+    them worse than an even exchange.
     """
     fuller = max(rows * there + own * back, rows * back + own * there) / rows / (there + back)
     slowest = 0.0
     for tier in device.tiers(ep):
         if tier.name == "scale-up":
-            bytes_s = device.link_bytes_s(min(ep, device.scaleup_domain)) / device.incast(rows, own)
+            bytes_s = device.link_bytes_s(min(ep, device.scaleup_domain), fused=fused) / device.incast(rows, own)
         else:
             bytes_s = device.nic_bytes_s
         slowest = max(slowest, tier.f_remote * fuller / bytes_s)

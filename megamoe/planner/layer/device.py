@@ -38,8 +38,10 @@ class Device:
     epilogue_ps: float
     tile_rows: int
     block_rows: int
+    last_rows: int
     memory_efficiency: float
     link_efficiency: float
+    fused_link_efficiency: float
     link_congestion: float
     link_incast: float
     nic_efficiency: float
@@ -76,8 +78,10 @@ class Device:
             epilogue_ps=profile.epilogue_ps.value,
             tile_rows=max(1, round(profile.tile_rows.value)),
             block_rows=max(1, round(profile.block_rows.value)),
+            last_rows=max(1, round(profile.last_rows.value)),
             memory_efficiency=profile.memory_efficiency.value,
             link_efficiency=profile.link_efficiency.value,
+            fused_link_efficiency=profile.fused_link_efficiency.value,
             link_congestion=profile.link_congestion.value,
             link_incast=profile.link_incast.value,
             nic_efficiency=profile.nic_efficiency.value,
@@ -105,10 +109,14 @@ class Device:
         """The tiers of links that so many ranks cross. ValueError where nothing is known of one of them."""
         return tiers(ep, self.scaleup_gb_s, self.scaleup_domain, self.nic_gb_s, host_bridge=self.host_bridge)
 
-    def link_bytes_s(self, ep: int) -> float:
-        """What an all-to-all of so many ranks gets out of the scale-up link: less the more ranks there are above 8."""
+    def link_bytes_s(self, ep: int, *, fused: bool = False) -> float:
+        """What an all-to-all of so many ranks gets out of the scale-up link: less the more ranks there are above 8.
+
+        fused: where a fused kernel carries the rows.
+        """
         congestion = min(1.0, float((8 / ep) ** self.link_congestion))
-        return self.scaleup_gb_s * 1e9 * self.link_efficiency * congestion
+        reached = self.fused_link_efficiency if fused else self.link_efficiency
+        return self.scaleup_gb_s * 1e9 * reached * congestion
 
     def incast(self, rows: float, own: float) -> float:
         """How much longer the scale-up link of a rank takes for a row, to which others send more than it sends itself.

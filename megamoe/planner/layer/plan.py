@@ -151,7 +151,9 @@ def plan(request: PlanRequest) -> Plan:
         )
         counted.append(Rule(tier.name, device.tflops, tier.gb_s, tier.f_remote, limit))
         inside = min(request.ep, device.scaleup_domain)
-        reached = device.link_bytes_s(inside) / 1e9 if scale_up else device.nic_bytes_s / 1e9
+        reached = (
+            device.link_bytes_s(inside, fused=request.stack == "fused") / 1e9 if scale_up else device.nic_bytes_s / 1e9
+        )
         achieved.append(Rule(tier.name, reached_tflops(expert, device), reached, tier.f_remote, limit))
     return Plan(request, tuple(rules), tuple(counted), tuple(achieved), layer)
 

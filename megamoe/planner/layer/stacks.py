@@ -85,11 +85,16 @@ def sent_once(expert: Expert, ep: int) -> float:
 
 
 def launched(device: Device, profile: Profile) -> Device:
-    """The device with launches in place of what a persistent kernel takes."""
+    """The device with launches in place of what a persistent kernel takes, and exchanges in kernels of their own.
+
+    Those share SMs and memory with products: they overlap as well as memory does, at most.
+    """
     return replace(
         device,
         fixed_us=_AROUND * profile.kernel_us.value,
         expert_us=0.0,
         barrier_us=0.0,
         wave_us=_LAUNCHES * profile.kernel_us.value,
+        fused_link_efficiency=device.link_efficiency,
+        overlap=min(device.overlap, device.memory_overlap),
     )

@@ -45,10 +45,10 @@ def products_us(
 ) -> list[float]:
     """Of one expert of each kind, all tiles in one queue. rows of an expert, and how many experts are like that.
 
-    An expert's rows are cut into blocks; the last tile has the rows that are left, in whole steps of the smallest.
+    An expert's rows are cut into blocks; the last tile has the rows that are left, in whole steps of last_rows.
     However few tiles there are, a rank waits for one of each product.
     """
-    across, step = [(-(-n // COLUMNS), k) for k, n in expert.products], device.tile_rows
+    across, step = [(-(-n // COLUMNS), k) for k, n in expert.products], min(device.last_rows, block)
 
     def cost(size: int) -> float:
         return sum(many * tile_us(device, size, k, expert.weight_element_bytes) for many, k in across) / device.sms
@@ -63,12 +63,13 @@ def products_us(
 def block_of(device: Device, rows: float) -> int:
     """Rows of a tile where experts have so many on average: one size for all of a call, chosen before they are counted.
 
-    Not the smallest that holds them, but the next, so that chance makes no second tile.    8 -> 16, 16 -> 32, 97 -> 192
+    Not the smallest that holds them, but the next, so that chance makes no second tile: 8 -> 16, 16 -> 32, 97 -> 192.
+    Where a last tile is computed whole, that would cost more than a second tile does, and it is the smallest that holds
+    them: 64 -> 64, 65 -> 128
     """
     sizes = device.blocks
-    return next(
-        (block for block, holds in zip(sizes, [sizes[0] / 2, *sizes], strict=False) if rows <= holds), sizes[-1]
-    )
+    holds = sizes if device.last_rows > device.tile_rows else [sizes[0] / 2, *sizes]
+    return next((block for block, most in zip(sizes, holds, strict=False) if rows <= most), sizes[-1])
 
 
 def matrix_us(device: Device, rows: float, columns: int, k: float) -> float:

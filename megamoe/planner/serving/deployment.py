@@ -29,7 +29,7 @@ class Deployment:
     cached             prefill: how many of them are in the cache already
     mtp, accept        tokens drafted in a step, and how many of those are accepted on average (None: ACCEPT_RATE each)
     redundant          copies of experts beside the model's
-    microbatches       2: a batch in two halves, the links of each behind the compute of the other
+    microbatches       2: a batch in two halves, the links of each behind what the other computes meanwhile (step.py)
     head_split         devices that share embedding and output head (None: attention_tp)
     stack, two_batch   what runs the expert layers, and whether the staged stack runs them in two halves
     chunk              prefill: most tokens that a device takes through a layer at once

@@ -262,14 +262,32 @@ def _experts(costs: Costs, d: Deployment, tokens: float, layers: int, times: int
         shared = [piece.hiding(min(piece.us, exposed)) for piece in shared]
     hidden = 0.0
     if d.microbatches > 1:
-        # the links of one half run beside all that the other half computes; only what takes longer than that shows
-        beside = _beside(costs, d, tokens) + sum(piece.us for piece in (router, *shared)) + layer.layer_us - exposed
-        hidden = exposed - min(exposed, max(0.0, layer.communication_us - beside))
+        beside, cut = _beside(costs, d, tokens) + router.us, d.phase == "decode"
+        waits = waits_us(layer, beside, sum(piece.us for piece in shared), cut=cut)
+        hidden = exposed - min(exposed, waits)
     routed = Piece(
         "routed experts", part, layers * times, layer.layer_us, layer.rows * costs.expert.flops,
         layer.experts_touched * costs.expert.weight_bytes, layer.compute_us, layer.memory_us, 0, hidden,
     )  # fmt: skip
     return [router, *shared, routed]
+
+
+def waits_us(layer: LayerTime, attention: float, shared: float, *, cut: bool) -> float:
+    """How long compute waits for links in a layer of one micro-batch, where another's compute is all that is beside it.
+
+    Compute alternates between the halves. Whole (a prefill, in SGLang and as DeepSeek describes its own): a dispatch
+    hides behind the other half's attention, a combine behind its experts. cut (a decode): attention is two stages of
+    five, and both hide behind attention, but nothing behind experts, whose results the other half waits for; the cut is
+    where it is best. Shared experts lie beside the combine. Nor is a layer shorter than its links.
+        attention 300, shared 20, experts 100, links 140 and 280: 160 whole, 100 cut
+    """
+    late = max(0.0, layer.exposed_us - layer.communication_us) / 2  # latency of an exchange
+    there, back = layer.dispatch_us + late, layer.combine_us + late
+    experts = layer.layer_us - layer.exposed_us
+    if cut:
+        return max(0.0, there + back - attention - shared)
+    apart = max(0.0, there - attention) + max(0.0, back - experts - shared)
+    return max(apart, there + back - attention - shared - experts)
 
 
 def _router_and_shared(costs: Costs, tokens: float, layers: int, times: int, part: str) -> list[Piece]:

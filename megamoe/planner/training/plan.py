@@ -8,6 +8,7 @@ from typing import Any
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan, PlanRequest, plan
 from megamoe.planner.layer.rule import GATED_FLOPS, PLAIN_FLOPS, Rule, allowed
+from megamoe.planner.layer.stacks import launched
 from megamoe.planner.layer.tiles import reached_tflops
 from megamoe.planner.training.backward import Backward, backward_time
 from megamoe.planner.training.memory import TrainingMemory, training_memory
@@ -120,9 +121,9 @@ def plan_training(request: PlanRequest, saved: Saved = "tokens", gradient_format
     forward = plan(request)
     expert, device = request.expert, request.device
     backward = backward_time(
-        expert, device, request.profile, ep=request.ep, tokens_per_rank=request.tokens_per_rank,
-        routing=request.routing, redundant=request.redundant, waves=forward.layer.waves, saved=saved,
-        gradient_format=gradient_format,
+        expert, launched(device, request.profile), request.profile, ep=request.ep,
+        tokens_per_rank=request.tokens_per_rank, routing=request.routing, redundant=request.redundant,
+        waves=forward.layer.waves, saved=saved, gradient_format=gradient_format,
     )  # fmt: skip
     memory = training_memory(
         expert, device.memory_gb, layers=request.model.moe_layers, slots=request.model.num_experts + request.redundant,
