@@ -111,14 +111,14 @@ def mega_kernel(
     stuck, wrong = record + 2 * L.ranks, record + 2 * L.ranks + 1
 
     dealt = num_tokens * L.encodes
-    for task in range(tl.program_id(0), dealt, num_programs):
+    for task in tl.range(tl.program_id(0), dealt, num_programs, disable_licm=True):
         encode_part(task, hidden, hidden_stride, own, L)
         add(state + _ENCODED, 1, "gpu")
     if _first(dealt, num_programs) == 0:
         find_wrong(topk_ids, topk_weights, num_slots, wrong, L)
 
     wait_for(state + _ENCODED, dealt, end_ns, stuck, CLOCK)
-    for task in range(_first(dealt, num_programs), PUSHES, num_programs):
+    for task in tl.range(_first(dealt, num_programs), PUSHES, num_programs, disable_licm=True):
         owner, place, count = push_slots(task, topk_ids, topk_weights, owners, places, bases, rank, num_slots, L)
         tl.atomic_add(state + L.expected_word + owner, tl.cast(count * L.tiles2, tl.int64), sem="relaxed", scope="gpu")
         row = (call % 2) * L.ranks + rank
@@ -136,10 +136,10 @@ def mega_kernel(
 
     counts, _row_ends, block_ends = lay_out(scratch + L.totals_place, num_local, 1, ROWS, WIDTH)
     num_blocks = tl.max(block_ends, 0)
-    for wave in range((num_blocks + L.wave - 1) // L.wave + 1):
+    for wave in tl.range((num_blocks + L.wave - 1) // L.wave + 1, disable_licm=True):
         first = wave * L.wave
         pulled = tl.maximum(tl.minimum(num_blocks - first, L.wave), 0)
-        for task in range(_first(dealt, num_programs), pulled * L.pulls, num_programs):
+        for task in tl.range(_first(dealt, num_programs), pulled * L.pulls, num_programs, disable_licm=True):
             expert, skipped, num_rows, slot, turn = _block(first + task % pulled, counts, block_ends, L)
             done2 = state + L.linear2_word + slot * _WORD
             wait_for(done2, turn * L.tiles2, end_ns, stuck, CLOCK)
@@ -151,7 +151,7 @@ def mega_kernel(
 
         first -= L.wave  # the wave before is computed: none in the first turn
         ready = tl.where(wave == 0, 0, tl.minimum(num_blocks - first, L.wave))
-        for task in range(_first(dealt, num_programs), ready * L.tiles1, num_programs):
+        for task in tl.range(_first(dealt, num_programs), ready * L.tiles1, num_programs, disable_licm=True):
             expert, skipped, num_rows, slot, turn = _block(first + task % ready, counts, block_ends, L)
             pulled1 = state + L.pulled_word + slot * _WORD
             wait_for(pulled1, (turn + 1) * L.pulls, end_ns, stuck, CLOCK)
@@ -188,7 +188,7 @@ def mega_kernel(
             )
             add(state + L.linear1_word + slot * _WORD, 1, "gpu")
         dealt += ready * L.tiles1
-        for task in range(_first(dealt, num_programs), ready * L.tiles2, num_programs):
+        for task in tl.range(_first(dealt, num_programs), ready * L.tiles2, num_programs, disable_licm=True):
             expert, skipped, num_rows, slot, turn = _block(first + task % ready, counts, block_ends, L)
             done1 = state + L.linear1_word + slot * _WORD
             wait_for(done1, (turn + 1) * L.tiles1, end_ns, stuck, CLOCK)
@@ -227,7 +227,7 @@ def mega_kernel(
         arrived = at(own, L.arrived_at, tl.int64) + ranks
         _seen, late = wait_for_all(arrived, expected, ranks < L.ranks, end_ns, CLOCK)
         tl.store(record + L.ranks + ranks, tl.zeros((PEERS,), tl.int64) + call, mask=late)
-    for task in range(begin, num_reduces, num_programs):
+    for task in tl.range(begin, num_reduces, num_programs, disable_licm=True):
         reduce_part(task, topk_ids, out, own, L)
 
     _leave(state, own, call, num_programs, L)
