@@ -154,7 +154,7 @@ def pull_part(
     out = places.to(tl.int64)[:, None] * L.hidden + columns[None, :]
     if L.wire == "mxfp8":
         BLOCKS: tl.constexpr = L.pulled_values // 32
-        pointers = tl.multiple_of(at(homes, L.tokens_at + tokens * L.hidden, tl.uint8), 32)
+        pointers = at(homes, L.tokens_at + tokens * L.hidden, tl.uint8, 32)
         codes = tl.load(pointers[:, None] + columns[None, :], mask=wanted, other=0)
         blocks = part * BLOCKS + tl.arange(0, BLOCKS)
         has_block = has_row[:, None] & (blocks * 32 < L.hidden)[None, :]
@@ -173,5 +173,5 @@ def pull_part(
                 values = dequantize_block(codes, exponents)
             tl.store(x + out, tl.reshape(values, (ROWS, VALUES)), mask=wanted)
     else:
-        pointers = tl.multiple_of(at(homes, L.tokens_at + tokens * (2 * L.hidden), tl.bfloat16), 32)
+        pointers = at(homes, L.tokens_at + tokens * (2 * L.hidden), tl.bfloat16, 32)
         tl.store(x + out, tl.load(pointers[:, None] + columns[None, :], mask=wanted, other=0.0), mask=wanted)
