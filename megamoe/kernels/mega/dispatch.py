@@ -115,7 +115,6 @@ def pull_part(
     skipped,
     num_rows,
     bases,
-    own,
     scratch,
     row_weights,
     x,
@@ -140,7 +139,7 @@ def pull_part(
     here = turns[None, :] == turn[:, None]
     begin = tl.sum(tl.where(here, (ends - counts)[None, :], 0), 1)
     start = tl.load(scratch + L.starts_place + turn * L.width + expert)
-    source = (rank + turn) % L.ranks
+    source, own = (rank + turn) % L.ranks, tl.load(bases + rank)
     entry = source * (L.tokens * L.topk) + start + numbers - begin
     slots = tl.load(at(own, L.slots_at, tl.int32) + entry)
     places = slot_of_ring * L.rows + rows

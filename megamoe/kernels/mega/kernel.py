@@ -136,23 +136,22 @@ def mega_kernel(
 
     counts, _row_ends, block_ends = lay_out(scratch + L.totals_place, num_local, 1, ROWS, WIDTH)
     num_blocks = tl.max(block_ends, 0)
-    for wave in tl.range((num_blocks + L.wave - 1) // L.wave + 1, disable_licm=True):
-        first = wave * L.wave
+    for first in tl.range(0, num_blocks + L.wave, L.wave, disable_licm=True):
         pulled = tl.maximum(tl.minimum(num_blocks - first, L.wave), 0)
         for task in tl.range(_first(dealt, num_programs), pulled * L.pulls, num_programs, disable_licm=True):
             expert, skipped, num_rows, slot, turn = _block(first + task % pulled, counts, block_ends, L)
             done2 = state + L.linear2_word + slot * _WORD
             wait_for(done2, turn * L.tiles2, end_ns, stuck, CLOCK)
             pull_part(
-                task // pulled, slot, expert, skipped, num_rows, bases, own, scratch, row_weights, x, x_scales, rank, L
+                task // pulled, slot, expert, skipped, num_rows, bases, scratch, row_weights, x, x_scales, rank, L
             )
             add(state + L.pulled_word + slot * _WORD, 1, "gpu")
         dealt += pulled * L.pulls
 
-        first -= L.wave  # the wave before is computed: none in the first turn
-        ready = tl.where(wave == 0, 0, tl.minimum(num_blocks - first, L.wave))
+        before = first - L.wave  # the wave before is computed: none in the first turn
+        ready = tl.where(first == 0, 0, tl.minimum(num_blocks - before, L.wave))
         for task in tl.range(_first(dealt, num_programs), ready * L.tiles1, num_programs, disable_licm=True):
-            expert, skipped, num_rows, slot, turn = _block(first + task % ready, counts, block_ends, L)
+            expert, skipped, num_rows, slot, turn = _block(before + task % ready, counts, block_ends, L)
             pulled1 = state + L.pulled_word + slot * _WORD
             wait_for(pulled1, (turn + 1) * L.pulls, end_ns, stuck, CLOCK)
             linear1_tile(
@@ -189,7 +188,7 @@ def mega_kernel(
             add(state + L.linear1_word + slot * _WORD, 1, "gpu")
         dealt += ready * L.tiles1
         for task in tl.range(_first(dealt, num_programs), ready * L.tiles2, num_programs, disable_licm=True):
-            expert, skipped, num_rows, slot, turn = _block(first + task % ready, counts, block_ends, L)
+            expert, skipped, num_rows, slot, turn = _block(before + task % ready, counts, block_ends, L)
             done1 = state + L.linear1_word + slot * _WORD
             wait_for(done1, (turn + 1) * L.tiles1, end_ns, stuck, CLOCK)
             total = linear2_tile(
@@ -218,6 +217,8 @@ def mega_kernel(
             add(state + L.linear2_word + slot * _WORD, 1, "gpu")
         dealt += ready * L.tiles2
 
+    # read once more, as pull_part() does: in registers they would be there around the products
+    own, call = tl.load(bases + rank), tl.load(state + _CALLS) + 1
     num_reduces = num_tokens * L.reduces
     begin = _first(dealt, num_programs)
     if begin < num_reduces:
