@@ -106,19 +106,21 @@ def mega_kernel(
     INTERMEDIATE: tl.constexpr = L.intermediate
     LINEAR1_ROWS: tl.constexpr = L.linear1_rows
     PUSHES: tl.constexpr = L.num_experts + L.ranks
+    # nothing is hoisted out of the loops of tasks: addresses of all tasks would be in registers around the products
+    UNSCALED: tl.constexpr = x_scales is None
     own, end_ns = tl.load(bases + rank), now_ns(CLOCK) + deadline_ms.to(tl.int64) * 1000000
     call, num_slots = tl.load(state + _CALLS) + 1, num_tokens * L.topk
     stuck, wrong = record + 2 * L.ranks, record + 2 * L.ranks + 1
 
     dealt = num_tokens * L.encodes
-    for task in tl.range(tl.program_id(0), dealt, num_programs, disable_licm=True):
+    for task in tl.range(tl.program_id(0), dealt, num_programs, disable_licm=UNSCALED):
         encode_part(task, hidden, hidden_stride, own, L)
         add(state + _ENCODED, 1, "gpu")
     if _first(dealt, num_programs) == 0:
         find_wrong(topk_ids, topk_weights, num_slots, wrong, L)
 
     wait_for(state + _ENCODED, dealt, end_ns, stuck, CLOCK)
-    for task in tl.range(_first(dealt, num_programs), PUSHES, num_programs, disable_licm=True):
+    for task in tl.range(_first(dealt, num_programs), PUSHES, num_programs, disable_licm=UNSCALED):
         owner, place, count = push_slots(task, topk_ids, topk_weights, owners, places, bases, rank, num_slots, L)
         tl.atomic_add(state + L.expected_word + owner, tl.cast(count * L.tiles2, tl.int64), sem="relaxed", scope="gpu")
         row = (call % 2) * L.ranks + rank
@@ -136,9 +138,9 @@ def mega_kernel(
 
     counts, _row_ends, block_ends = lay_out(scratch + L.totals_place, num_local, 1, ROWS, WIDTH)
     num_blocks = tl.max(block_ends, 0)
-    for first in tl.range(0, num_blocks + L.wave, L.wave, disable_licm=True):
+    for first in tl.range(0, num_blocks + L.wave, L.wave, disable_licm=UNSCALED):
         pulled = tl.maximum(tl.minimum(num_blocks - first, L.wave), 0)
-        for task in tl.range(_first(dealt, num_programs), pulled * L.pulls, num_programs, disable_licm=True):
+        for task in tl.range(_first(dealt, num_programs), pulled * L.pulls, num_programs, disable_licm=UNSCALED):
             expert, skipped, num_rows, slot, turn = _block(first + task % pulled, counts, block_ends, L)
             done2 = state + L.linear2_word + slot * _WORD
             wait_for(done2, turn * L.tiles2, end_ns, stuck, CLOCK)
@@ -150,7 +152,7 @@ def mega_kernel(
 
         before = first - L.wave  # the wave before is computed: none in the first turn
         ready = tl.where(first == 0, 0, tl.minimum(num_blocks - before, L.wave))
-        for task in tl.range(_first(dealt, num_programs), ready * L.tiles1, num_programs, disable_licm=True):
+        for task in tl.range(_first(dealt, num_programs), ready * L.tiles1, num_programs, disable_licm=UNSCALED):
             expert, skipped, num_rows, slot, turn = _block(before + task % ready, counts, block_ends, L)
             pulled1 = state + L.pulled_word + slot * _WORD
             wait_for(pulled1, (turn + 1) * L.pulls, end_ns, stuck, CLOCK)
@@ -187,7 +189,7 @@ def mega_kernel(
             )
             add(state + L.linear1_word + slot * _WORD, 1, "gpu")
         dealt += ready * L.tiles1
-        for task in tl.range(_first(dealt, num_programs), ready * L.tiles2, num_programs, disable_licm=True):
+        for task in tl.range(_first(dealt, num_programs), ready * L.tiles2, num_programs, disable_licm=UNSCALED):
             expert, skipped, num_rows, slot, turn = _block(before + task % ready, counts, block_ends, L)
             done1 = state + L.linear1_word + slot * _WORD
             wait_for(done1, (turn + 1) * L.tiles1, end_ns, stuck, CLOCK)
@@ -228,7 +230,7 @@ def mega_kernel(
         arrived = at(own, L.arrived_at, tl.int64) + ranks
         _seen, late = wait_for_all(arrived, expected, ranks < L.ranks, end_ns, CLOCK)
         tl.store(record + L.ranks + ranks, tl.zeros((PEERS,), tl.int64) + call, mask=late)
-    for task in tl.range(begin, num_reduces, num_programs, disable_licm=True):
+    for task in tl.range(begin, num_reduces, num_programs, disable_licm=UNSCALED):
         reduce_part(task, topk_ids, out, own, L)
 
     _leave(state, own, call, num_programs, L)
