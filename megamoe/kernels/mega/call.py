@@ -250,7 +250,7 @@ class MegaKernel:
 
 
 def builds(target: Target) -> list[Build]:
-    """Tiles of few rows, and that of large scales, with DeepSeek-V4-Pro's sizes and activation on eight ranks of at most 64 tokens."""
+    """Tiles of few rows, and that of large scales: DeepSeek-V4-Pro's sizes and activation, eight ranks of 64 tokens."""
     found = []
     for kind in TABLES[target.name]:
         tiles = tiles_of_few(TABLES[target.name], kind)

@@ -106,7 +106,8 @@ def mega_kernel(
     INTERMEDIATE: tl.constexpr = L.intermediate
     LINEAR1_ROWS: tl.constexpr = L.linear1_rows
     PUSHES: tl.constexpr = L.num_experts + L.ranks
-    # nothing is hoisted out of the loops of tasks: addresses of all tasks would be in registers around the products
+    # Nothing is hoisted out of the loops of tasks, or the addresses of all stretches are in registers around products.
+    # Not for scaled products: for tcgen05 the assembler of Triton 3.6 then aims at too few registers, and spills.
     UNSCALED: tl.constexpr = x_scales is None
     own, end_ns = tl.load(bases + rank), now_ns(CLOCK) + deadline_ms.to(tl.int64) * 1000000
     call, num_slots = tl.load(state + _CALLS) + 1, num_tokens * L.topk
