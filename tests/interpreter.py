@@ -45,6 +45,11 @@ class _RowByRow:
         return np.concatenate([np.matmul(a[row : row + 1], b, **options) for row in range(len(a))])
 
 
+def interprets_scaled() -> bool:
+    """Whether this Triton's interpreter knows tl.dot_scaled, the product of MXFP8 by MXFP4; that of 3.6 does not."""
+    return hasattr(import_module("triton.runtime.interpreter").InterpreterBuilder, "create_dot_scaled")
+
+
 def interpret() -> None:
     """Has Triton interpret in this process, in which none of its kernels may have been imported."""
     os.environ[_SWITCH] = "1"

@@ -16,11 +16,14 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from megamoe.kernels import KERNELS, load
 from megamoe.kernels.ahead import Compiled, Resources, compile_build, main, table
 from megamoe.kernels.chips.sass import product_loop
 from megamoe.kernels.chips.targets import TARGETS, Build, Target, target
+from megamoe.kernels.mega.signals import at
 from tests.ahead_builds import AheadBuilds
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +135,26 @@ def test_the_table_in_the_docs_has_a_row_for_every_build() -> None:
         rows = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in section.splitlines() if "|" in line}
         builds = {(operation, each.label) for operation in KERNELS for each in load(operation).builds(chip)}
         assert builds == {row for row in rows if row[0] in KERNELS}
+
+
+@triton.jit
+def copy_rows(bases, out, DIVISOR: tl.constexpr):
+    """Rows of 128 BF16 from 16 addresses, each to another."""
+    rows, columns = tl.arange(0, 16), tl.arange(0, 128)
+    begin, end = at(tl.load(bases + rows), 0, tl.bfloat16, DIVISOR), at(tl.load(out + rows), 0, tl.bfloat16, DIVISOR)
+    tl.store(end[:, None] + columns[None, :], tl.load(begin[:, None] + columns[None, :]))
+
+
+@pytest.mark.parametrize(("divisor", "accesses"), [(32, ("ld.global.v4", "st.global.v4")), (1, ("ld.global.b16",))])
+def test_rows_at_addresses_that_16_divides_are_read_and_written_by_16_bytes(
+    divisor: int, accesses: tuple[str, ...]
+) -> None:
+    """Else the mega-kernel pulls and pushes by single values, with an address in registers for each of them."""
+    signature = {"bases": "*i64", "out": "*i64", "DIVISOR": "constexpr"}
+    compiled = triton.compile(ASTSource(copy_rows, signature, {"DIVISOR": divisor}), GPUTarget("cuda", 90, 32))
+    for access in accesses:
+        assert access in compiled.asm["ptx"]
+    assert ("st.global.b16" in compiled.asm["ptx"]) == (divisor == 1)
 
 
 # ---- what would be noticed ----

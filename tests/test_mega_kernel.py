@@ -18,7 +18,7 @@ from megamoe.kernels.mega.call import MOST_ROWS, Report, tile_of
 from megamoe.kernels.mega.layout import Layout
 from megamoe.parallel.transport.buffers import Exchange
 from tests.cases import ACTIVATIONS, Batch
-from tests.interpreter import interpreted
+from tests.interpreter import interpreted, interprets_scaled
 from tests.mega_ranks import Case, on_ranks, staged
 
 # an expert of rank 0 or 1 in turns, so that neighbours lie apart; a ring of two blocks of 16 rows
@@ -60,6 +60,7 @@ def test_three_calls_on_two_ranks_have_the_staged_kernels_bits() -> None:
     check(TWO, [uneven, crowded, [batch_of(TWO, 1, 4), batch_of(TWO, 1, 5)]])
 
 
+@pytest.mark.skipif(not interprets_scaled(), reason="this Triton's interpreter has no tl.dot_scaled")
 @interpreted
 def test_three_ranks_multiply_mxfp4_themselves() -> None:
     case = Case(3, (2, 0, 1, 1), kind="mxfp4")

@@ -49,7 +49,9 @@ def _linear2_kernel(
     """
     COLUMN_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     counts, row_ends, tile_ends = lay_out(tokens_per_expert, num_experts, COLUMN_TILES, ROWS, EXPERTS)
-    for tile in range(tl.program_id(0), tl.max(tile_ends, 0), num_programs):
+    num_tiles = tl.max(tile_ends, 0)
+    # addresses of the scaled product are worked out for each tile: kept across tiles they cost registers (Triton 3.6)
+    for tile in tl.range(tl.program_id(0), num_tiles, num_programs, disable_licm=x_scales is not None):
         expert, first_row, num_rows, column_tile = find(tile, counts, row_ends, tile_ends, COLUMN_TILES, ROWS, EXPERTS)
         total = linear2_tile(
             x,

@@ -21,7 +21,7 @@ from megamoe.formats import BLOCK, MXFP4
 from megamoe.kernels.chips.targets import OPTIONS, Build, Target, chip_of
 from megamoe.kernels.chips.tiles import INSTRUCTIONS, LARGE_SCALES, TABLES, Table, Tile, tile_for
 from megamoe.kernels.device.activation import constants_of
-from megamoe.kernels.layout import Prepacked
+from megamoe.kernels.layout import LARGEST_SMALL_SCALE, Prepacked
 from megamoe.kernels.mega.kernel import VARYING, mega_kernel
 from megamoe.kernels.mega.layout import Layout
 from megamoe.parallel.transport.buffers import SymmetricBuffer
@@ -250,11 +250,13 @@ class MegaKernel:
 
 
 def builds(target: Target) -> list[Build]:
-    """Tiles of few rows, with DeepSeek-V4-Pro's sizes and activation on eight ranks of at most 64 tokens."""
+    """Tiles of few rows, and that of large scales: DeepSeek-V4-Pro's sizes and activation, eight ranks of 64 tokens."""
     found = []
     for kind in TABLES[target.name]:
         tiles = tiles_of_few(TABLES[target.name], kind)
-        found += [_build(target, kind, tile, constants_of(SWIGLU.with_limit(10.0))) for tile in tiles]
+        found += [_build(target, kind, tile, small_scales=True) for tile in tiles]
+        if kind == "wide":
+            found.append(_build(target, kind, _roomy(LARGE_SCALES), small_scales=False))
     return found
 
 
@@ -265,7 +267,7 @@ _OPERANDS: dict[str, tuple[str, str | None, str, str | None]] = {
 }
 
 
-def _build(target: Target, kind: str, tile: Tile, activation: dict[str, Any]) -> Build:
+def _build(target: Target, kind: str, tile: Tile, *, small_scales: bool) -> Build:
     x, x_scales, w, w_scales = _OPERANDS[kind]
     layout = Layout.of(
         ranks=8,
@@ -301,15 +303,15 @@ def _build(target: Target, kind: str, tile: Tile, activation: dict[str, Any]) ->
         "L": layout,
         "CLOCK": target.backend,
         "OPERAND": tl.bfloat16,
-        "SMALL_SCALES": True,
-        **activation,
+        "SMALL_SCALES": small_scales,
+        **constants_of(SWIGLU.with_limit(10.0)),
         "DEPTH": tile.depth,
         **{name: None for name, kind in types.items() if kind is None},
     }
     signature = {name: types.get(name) or "constexpr" for name in mega_kernel.arg_names}
     pointers = {name for name, each in signature.items() if each.startswith("*")}
     return Build(
-        label=f"V4-Pro {kind} {tile.label}",
+        label=f"V4-Pro {kind}{'' if small_scales else f', scales above {LARGEST_SMALL_SCALE},'} {tile.label}",
         kernel=mega_kernel,
         signature=signature,
         constants=constants,

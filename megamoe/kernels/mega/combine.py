@@ -18,8 +18,7 @@ def push_results(results, slot_of_ring, num_rows, column_tile, bases, scratch, r
     places, has_row = slot_of_ring * L.rows + rows, rows < num_rows
     homes = tl.load(scratch + L.row_ranks_place + places, mask=has_row, other=0)
     slots = tl.load(scratch + L.row_slots_place + places, mask=has_row, other=0).to(tl.int64)
-    pointers = at(tl.load(bases + homes), L.results_at + slots * (2 * L.hidden), tl.bfloat16)
-    pointers = tl.multiple_of(pointers, 32)
+    pointers = at(tl.load(bases + homes), L.results_at + slots * (2 * L.hidden), tl.bfloat16, 32)
     wanted = has_row[:, None] & (columns < L.hidden)[None, :]
     tl.store(pointers[:, None] + columns[None, :], results, mask=wanted)
     ranks = tl.arange(0, L.peers)

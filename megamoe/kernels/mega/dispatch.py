@@ -115,7 +115,6 @@ def pull_part(
     skipped,
     num_rows,
     bases,
-    own,
     scratch,
     row_weights,
     x,
@@ -140,7 +139,7 @@ def pull_part(
     here = turns[None, :] == turn[:, None]
     begin = tl.sum(tl.where(here, (ends - counts)[None, :], 0), 1)
     start = tl.load(scratch + L.starts_place + turn * L.width + expert)
-    source = (rank + turn) % L.ranks
+    source, own = (rank + turn) % L.ranks, tl.load(bases + rank)
     entry = source * (L.tokens * L.topk) + start + numbers - begin
     slots = tl.load(at(own, L.slots_at, tl.int32) + entry)
     places = slot_of_ring * L.rows + rows
@@ -154,7 +153,7 @@ def pull_part(
     out = places.to(tl.int64)[:, None] * L.hidden + columns[None, :]
     if L.wire == "mxfp8":
         BLOCKS: tl.constexpr = L.pulled_values // 32
-        pointers = tl.multiple_of(at(homes, L.tokens_at + tokens * L.hidden, tl.uint8), 32)
+        pointers = at(homes, L.tokens_at + tokens * L.hidden, tl.uint8, 32)
         codes = tl.load(pointers[:, None] + columns[None, :], mask=wanted, other=0)
         blocks = part * BLOCKS + tl.arange(0, BLOCKS)
         has_block = has_row[:, None] & (blocks * 32 < L.hidden)[None, :]
@@ -173,5 +172,5 @@ def pull_part(
                 values = dequantize_block(codes, exponents)
             tl.store(x + out, tl.reshape(values, (ROWS, VALUES)), mask=wanted)
     else:
-        pointers = tl.multiple_of(at(homes, L.tokens_at + tokens * (2 * L.hidden), tl.bfloat16), 32)
+        pointers = at(homes, L.tokens_at + tokens * (2 * L.hidden), tl.bfloat16, 32)
         tl.store(x + out, tl.load(pointers[:, None] + columns[None, :], mask=wanted, other=0.0), mask=wanted)

@@ -106,19 +106,22 @@ def mega_kernel(
     INTERMEDIATE: tl.constexpr = L.intermediate
     LINEAR1_ROWS: tl.constexpr = L.linear1_rows
     PUSHES: tl.constexpr = L.num_experts + L.ranks
+    # Nothing is hoisted out of the loops of tasks, or the addresses of all stretches are in registers around products.
+    # Not for scaled products: for tcgen05 the assembler of Triton 3.6 then aims at too few registers, and spills.
+    UNSCALED: tl.constexpr = x_scales is None
     own, end_ns = tl.load(bases + rank), now_ns(CLOCK) + deadline_ms.to(tl.int64) * 1000000
     call, num_slots = tl.load(state + _CALLS) + 1, num_tokens * L.topk
     stuck, wrong = record + 2 * L.ranks, record + 2 * L.ranks + 1
 
     dealt = num_tokens * L.encodes
-    for task in range(tl.program_id(0), dealt, num_programs):
+    for task in tl.range(tl.program_id(0), dealt, num_programs, disable_licm=UNSCALED):
         encode_part(task, hidden, hidden_stride, own, L)
         add(state + _ENCODED, 1, "gpu")
     if _first(dealt, num_programs) == 0:
         find_wrong(topk_ids, topk_weights, num_slots, wrong, L)
 
     wait_for(state + _ENCODED, dealt, end_ns, stuck, CLOCK)
-    for task in range(_first(dealt, num_programs), PUSHES, num_programs):
+    for task in tl.range(_first(dealt, num_programs), PUSHES, num_programs, disable_licm=UNSCALED):
         owner, place, count = push_slots(task, topk_ids, topk_weights, owners, places, bases, rank, num_slots, L)
         tl.atomic_add(state + L.expected_word + owner, tl.cast(count * L.tiles2, tl.int64), sem="relaxed", scope="gpu")
         row = (call % 2) * L.ranks + rank
@@ -136,23 +139,22 @@ def mega_kernel(
 
     counts, _row_ends, block_ends = lay_out(scratch + L.totals_place, num_local, 1, ROWS, WIDTH)
     num_blocks = tl.max(block_ends, 0)
-    for wave in range((num_blocks + L.wave - 1) // L.wave + 1):
-        first = wave * L.wave
+    for first in tl.range(0, num_blocks + L.wave, L.wave, disable_licm=UNSCALED):
         pulled = tl.maximum(tl.minimum(num_blocks - first, L.wave), 0)
-        for task in range(_first(dealt, num_programs), pulled * L.pulls, num_programs):
+        for task in tl.range(_first(dealt, num_programs), pulled * L.pulls, num_programs, disable_licm=UNSCALED):
             expert, skipped, num_rows, slot, turn = _block(first + task % pulled, counts, block_ends, L)
             done2 = state + L.linear2_word + slot * _WORD
             wait_for(done2, turn * L.tiles2, end_ns, stuck, CLOCK)
             pull_part(
-                task // pulled, slot, expert, skipped, num_rows, bases, own, scratch, row_weights, x, x_scales, rank, L
+                task // pulled, slot, expert, skipped, num_rows, bases, scratch, row_weights, x, x_scales, rank, L
             )
             add(state + L.pulled_word + slot * _WORD, 1, "gpu")
         dealt += pulled * L.pulls
 
-        first -= L.wave  # the wave before is computed: none in the first turn
-        ready = tl.where(wave == 0, 0, tl.minimum(num_blocks - first, L.wave))
-        for task in range(_first(dealt, num_programs), ready * L.tiles1, num_programs):
-            expert, skipped, num_rows, slot, turn = _block(first + task % ready, counts, block_ends, L)
+        before = first - L.wave  # the wave before is computed: none in the first turn
+        ready = tl.where(first == 0, 0, tl.minimum(num_blocks - before, L.wave))
+        for task in tl.range(_first(dealt, num_programs), ready * L.tiles1, num_programs, disable_licm=UNSCALED):
+            expert, skipped, num_rows, slot, turn = _block(before + task % ready, counts, block_ends, L)
             pulled1 = state + L.pulled_word + slot * _WORD
             wait_for(pulled1, (turn + 1) * L.pulls, end_ns, stuck, CLOCK)
             linear1_tile(
@@ -188,8 +190,8 @@ def mega_kernel(
             )
             add(state + L.linear1_word + slot * _WORD, 1, "gpu")
         dealt += ready * L.tiles1
-        for task in range(_first(dealt, num_programs), ready * L.tiles2, num_programs):
-            expert, skipped, num_rows, slot, turn = _block(first + task % ready, counts, block_ends, L)
+        for task in tl.range(_first(dealt, num_programs), ready * L.tiles2, num_programs, disable_licm=UNSCALED):
+            expert, skipped, num_rows, slot, turn = _block(before + task % ready, counts, block_ends, L)
             done1 = state + L.linear1_word + slot * _WORD
             wait_for(done1, (turn + 1) * L.tiles1, end_ns, stuck, CLOCK)
             total = linear2_tile(
@@ -218,6 +220,8 @@ def mega_kernel(
             add(state + L.linear2_word + slot * _WORD, 1, "gpu")
         dealt += ready * L.tiles2
 
+    # read once more, as pull_part() does: in registers they would be there around the products
+    own, call = tl.load(bases + rank), tl.load(state + _CALLS) + 1
     num_reduces = num_tokens * L.reduces
     begin = _first(dealt, num_programs)
     if begin < num_reduces:
@@ -227,7 +231,7 @@ def mega_kernel(
         arrived = at(own, L.arrived_at, tl.int64) + ranks
         _seen, late = wait_for_all(arrived, expected, ranks < L.ranks, end_ns, CLOCK)
         tl.store(record + L.ranks + ranks, tl.zeros((PEERS,), tl.int64) + call, mask=late)
-    for task in range(begin, num_reduces, num_programs):
+    for task in tl.range(begin, num_reduces, num_programs, disable_licm=UNSCALED):
         reduce_part(task, topk_ids, out, own, L)
 
     _leave(state, own, call, num_programs, L)

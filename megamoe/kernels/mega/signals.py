@@ -18,9 +18,16 @@ _PAUSE_S = 0.004
 
 
 @triton.jit
-def at(base, offset, TYPE: tl.constexpr):
-    """Pointers of a type to `offset` bytes beyond an address, int64 of any shape."""
-    return (base + offset).to(tl.pointer_type(TYPE))
+def at(base, offset, TYPE: tl.constexpr, DIVISOR: tl.constexpr = 1):
+    """Pointers of a type to `offset` bytes beyond an address, int64 of any shape; DIVISOR divides all of them.
+
+    It is for the compiler, which else reads and writes by single values, and Triton 3.6 loses what a caller says of a
+    function's result.
+    """
+    pointers = (base + offset).to(tl.pointer_type(TYPE))
+    if DIVISOR > 1:
+        pointers = tl.multiple_of(pointers, DIVISOR)
+    return pointers
 
 
 def host_time_ns() -> int:
