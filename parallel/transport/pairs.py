@@ -91,16 +91,16 @@ class Clock:
         self.monitors: list[HeartbeatMonitor] = []
 
     def left_s(self) -> float:
-        """Seconds that this call may still be kept waiting; once a rank has given up, no deadline longer than that."""
+        """Seconds that this call may still be kept waiting; once a rank has given up, up to a deadline from then."""
         left_s = self.deadline_s - self.own_status.waited_s
-        for monitor in self.monitors:
-            if monitor.gave_up:
-                left_s = min(left_s, self.deadline_s - (time.monotonic() - min(monitor.gave_up.values())))
+        if self.monitors and self.monitors[0].gave_up:
+            since_s = time.monotonic() - min(self.monitors[0].gave_up.values())
+            left_s = min(left_s, self.deadline_s - since_s)
         return left_s
 
     def has_given_up(self, *ranks: int) -> bool:
         """Whether one of these ranks has announced that it gave up on a call: what has not come from it will not."""
-        return any(rank in monitor.gave_up for monitor in self.monitors for rank in ranks)
+        return bool(self.monitors) and not self.monitors[0].gave_up.keys().isdisjoint(ranks)
 
     def error(self, peer: int, label: Label, since: float, cause: Exception | str) -> PeerError:
         reason = _plain(cause)
