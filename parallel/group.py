@@ -387,7 +387,7 @@ def _monitor(group: EPGroup, store: Store, address: str, run: str | None) -> Ite
         group.rank, group.size, store, where, address=address, host=group.host, deadline_s=group.deadline_s
     )
     monitor.trouble, monitor.pulse = group.transport.abort, getattr(group.transport, "tend", _nothing)
-    monitor.near = lambda: group.near
+    monitor.near, monitor.collective = lambda: group.near, isinstance(group.transport, AllToAllTransport)
     group.monitors.append(monitor)
     group.clock.monitors.append(monitor)
     listed = list_rank(run, group.rank, monitor.address, monitor.port, monitor.token) if run else nullcontext()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path as FilePath
+from unittest import mock
 
 import pytest
 import torch
@@ -68,6 +71,7 @@ SIZES = [(64, 96), (33, 32), (3, 50), (9, 57), (72, 100), (256, 192), (40, 2880)
 
 BUILD = """
 import os
+import signal
 os.nice(15)
 from megamoe.kernels.cpu.build import build
 from tests.test_cpu_kernels import PATHS, TESTED
@@ -533,6 +537,51 @@ def test_ranks_that_start_at_once_compile_once(tmp_path: FilePath) -> None:
     assert len({library for library, _ in said}) == 1
     assert sorted(notes for _, notes in said) == ["0", "1"]
     assert sorted(each.suffix for each in (tmp_path / "megamoe").iterdir()) == [".lock", ".so"]
+
+
+KILLED = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from megamoe.kernels.cpu import build as building
+from megamoe.kernels.cpu.paths import PATHS
+subprocess.run = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+building.build(PATHS[-1])
+"""
+
+
+def test_what_a_killed_builder_left_goes_with_the_next_build_and_no_living_ones(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {**building._environment(), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, timeout=100, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    cache, here = tmp_path / "megamoe", building._here()
+    (left,) = cache.glob(".building-*")
+    assert left.name.startswith(f".building-{here}-")
+    (left / "part.o").touch()
+    now, old = time.time(), time.time() - building._FORGOTTEN_S - 60
+    cases = {  # seconds since the epoch when it was last written to, and whether it stays
+        f".building-{here}-{os.getpid()}-living": (old, True),
+        f".building-{here}-1-of_another_user": (old, True),
+        ".building-000000000000-1-of_another_machine": (now, True),
+        ".building-000000000000-1-left_there": (old, False),
+        ".building-of_a_version_before": (old, False),
+        ".building-of_a_version_before_now": (now, True),
+    }
+    for name, (written, _) in cases.items():
+        (cache / name).mkdir()
+        os.utime(cache / name, (written, written))
+    monkeypatch.setattr(building, "_caches", lambda: (cache, cache))
+    with pytest.raises(BuildError, match="-mno-such-thing"):
+        build(Path("odd", "fma", ("-mno-such-thing",)))
+    assert {each.name for each in cache.glob(".building-*")} == {name for name, (_, stays) in cases.items() if stays}
+
+
+def test_a_builder_of_another_user_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "kill", mock.Mock(side_effect=PermissionError))
+    assert building._lives(1)
+    monkeypatch.setattr(os, "kill", mock.Mock(side_effect=ProcessLookupError))
+    assert not building._lives(1)
 
 
 def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:

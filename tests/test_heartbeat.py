@@ -103,6 +103,44 @@ def test_a_rank_that_raises_is_heard_before_the_next_beat_and_ends_the_waits_of_
         assert "KeyError: 'x'" in str(statuses[1])
 
 
+@pytest.mark.parametrize("collective", [False, True])
+def test_of_ranks_that_give_up_on_others_one_ends_no_wait_for_another_and_all_end_every_wait(collective: bool) -> None:
+    with monitors(3) as lit:
+        ended = threading.Event()
+        lit[0].trouble, lit[0].collective = ended.set, collective
+        for each in lit:
+            each.own_status.enter("moe", 1)
+        lit[1].own_status.end(RAISED, 2, "stalled")
+        lit[1].say()
+        assert holds(lambda: set(lit[0].gave_up) == {1})
+        assert holds(ended.is_set) if collective else not ended.is_set()
+        lit[2].own_status.end(RAISED, 0, "stalled")
+        lit[2].say()
+        assert holds(ended.is_set), "while it computes, too"
+        assert holds(lambda: len(lit[0].gave_up) == 2)
+        assert lit[0].gave_up[1] < lit[0].gave_up[2] <= time.monotonic()
+        verdict, _ = lit[0].judge(1)
+        assert (verdict.rank, verdict.condition) == (2, "stalled")
+
+
+def test_whom_a_rank_waits_for_is_known_of_all_its_threads() -> None:
+    own = OwnStatus()
+    own.enter("moe", 1)
+    assert not own.awaits(1)
+    own.wait("combine", 0, 1)
+    assert (own.awaits(1), own.awaits(2)) == (True, False)
+    watcher = threading.Thread(target=own.wait, args=("dispatch", 1, 2))
+    watcher.start()
+    watcher.join()
+    assert (own.awaits(1), own.awaits(2), own.awaits(3)) == (True, True, False)
+    own.wait("dispatch", 1, None)  # for what the watcher waits for
+    assert (own.awaits(1), own.awaits(2)) == (False, True)
+    own.wait("counts", None, None)  # for others whom it does not know
+    assert own.awaits(1)
+    own.arrived("counts", None, 0.1)
+    assert (own.awaits(1), own.awaits(2)) == (False, True)
+
+
 def test_a_rank_that_raises_between_calls_ends_no_call_that_it_has_done_its_part_of() -> None:
     with monitors(2) as lit:
         troubled = threading.Event()

@@ -9,6 +9,8 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -462,6 +464,34 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
     monkeypatch.undo()
     if change in (rewritten, replaced):
         assert load(path).megamoe_report.unused == ()
+
+
+@pytest.mark.parametrize(("change", "refused"), [(None, False), (rewritten, True)], ids=["as it was", "rewritten"])
+def test_a_mount_that_makes_up_inode_numbers_is_read_and_what_changes_there_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None] | None,
+    refused: bool,
+) -> None:
+    path, numbers, stat = tmp_path / "mixtral", count(1), os.fstat
+    shutil.copytree(folder / "mixtral", path)
+
+    def made_up(descriptor: int) -> os.stat_result:
+        found = stat(descriptor)
+        times = {name: getattr(found, name) for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")}
+        return os.stat_result((found.st_mode, next(numbers), *found[2:]), times)
+
+    def changing(*given: Any) -> Any:
+        if change is not None:
+            change(path / "model.safetensors")
+        return build(*given)
+
+    monkeypatch.setattr("megamoe.model.loading.load.build", changing)  # what comes after the headers
+    monkeypatch.setattr(os, "fstat", made_up)
+    with pytest.raises(ValueError, match="was changed or replaced after") if refused else nullcontext():
+        assert load(path).megamoe_report.unused == ()
+    assert next(numbers) > 3, "each time that a file was opened it had another number"
 
 
 def test_a_size_that_fp4_cannot_have_is_refused(tmp_path: Path) -> None:

@@ -390,6 +390,8 @@ def test_validate_names_the_file_and_the_row(tmp_path: Path) -> None:
         ((*PRO, "--ep", 16, "--routing", "zipff"), "routing 'zipff' is not known"),
         ((*PRO, "--ep", 16, "--combine-format", "fp9"), "the nearest are fp8"),
         ((*PRO, "--ep", 16, "--tpot-ms", 0), "tpot_ms is 0"),
+        ((*PRO, "--target-tps", 1e30), "target_tps 1e+30 takes more devices than the planner goes up to: 10000000 of "),
+        ((*PRO, "--target-tps", 1e308), "target_tps 1e+308 takes more devices than the planner goes up to"),
         ((*PRO, "--ep", 16, "--batch", 4, "--ttft-ms", 3), "ttft_ms is a target of prefill"),
         ((*PRO, "--config", "/nowhere.yaml"), "cannot read /nowhere.yaml"),
         ((*PRO, "--report", "/nowhere/page.html"), "is in no folder that exists"),
@@ -417,6 +419,18 @@ def test_a_wrong_plan_is_refused_in_one_line(arguments: tuple[object, ...], said
         (
             ("recommend", *PRO, "--requests-per-s", "0", "--input-tokens", "1", "--output-tokens", "1"),
             "requests_per_s is 0",
+        ),
+        (
+            ("recommend", *PRO, "--requests-per-s", "1e30", "--input-tokens", "4096", "--output-tokens", "500"),
+            "requests_per_s is 1e+30; the planner goes up to 1e+12",
+        ),
+        (
+            ("recommend", *PRO, "--requests-per-s", "1e10", "--input-tokens", "4096", "--output-tokens", "500"),
+            "requests_per_s 1e+10 takes more devices than the planner goes up to: 10000000 of them carry ",
+        ),
+        (
+            ("recommend", *PRO, "--requests-per-s", "1", "--input-tokens", "1", "--output-tokens", "1000000000000"),
+            "output_tokens is 1000000000000; the planner goes up to 1000000000",
         ),
     ],
 )

@@ -250,6 +250,20 @@ def test_more_load_never_needs_fewer_devices(requests_per_s: float, times: float
     assert much.decode.devices >= little.decode.devices
 
 
+def test_the_most_that_is_said_to_be_carried_is_carried_and_a_little_more_is_not() -> None:
+    with pytest.raises(ValueError, match=r"^requests_per_s 1e\+11 takes more devices") as refusal:
+        recommended(replace(LOAD, requests_per_s=1e11))
+    most = float(str(refusal.value).rpartition(" ")[2])
+    assert 9.8e6 < max(pool_sizes(0.995 * most)) <= 10**7
+    with pytest.raises(ValueError, match="takes more devices"):
+        recommended(replace(LOAD, requests_per_s=1.005 * most))
+
+
+def pool_sizes(requests_per_s: float) -> tuple[int, int]:
+    found = recommended(replace(LOAD, requests_per_s=requests_per_s))
+    return found.prefill.devices, found.decode.devices
+
+
 def test_cached_input_needs_no_prefill() -> None:
     half = recommended(replace(LOAD, cached_tokens=3000))
     assert half.prefill.load_tokens_per_s == 50 * 3000
@@ -280,11 +294,13 @@ def test_a_model_too_large_for_every_deployment_says_how_large() -> None:
     ("changes", "message"),
     [
         ({"requests_per_s": 0.0}, "requests_per_s is 0"),
+        ({"requests_per_s": float("inf")}, "requests_per_s is inf; the planner goes up to 1e.12"),
+        ({"input_tokens": 10**400}, "input_tokens is 10*; the planner goes up to 1000000000"),
         ({"input_tokens": 0}, "input_tokens is 0"),
         ({"output_tokens": -1}, "output_tokens is -1"),
         ({"cached_tokens": 6000}, "cached_tokens 6000 lies outside"),
     ],
-    ids=["requests", "input", "output", "cached"],
+    ids=["requests", "infinite", "long", "input", "output", "cached"],
 )
 def test_loads_that_make_no_sense_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -16,6 +16,7 @@ from megamoe.launch.cluster.worker import Rendezvous
 from megamoe.launch.cluster.worker_handle import WorkerLostError
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport.host import HostTransport
 from megamoe.parallel.transport.pairs import Label
 
 ROWS = 1 << 28  # bytes: too many to be sent before a process can end
@@ -67,6 +68,43 @@ def send_and(group: EPGroup, end: str) -> None:
             transfer.send(torch.zeros(ROWS, 1, dtype=torch.uint8), [ROWS, 0])
             os._exit(9)
         raise KeyError(end)
+
+
+def deliver(group: EPGroup) -> tuple[float, PeerError]:
+    """Sends a large message in a call; after how long it knew that it would not leave, and what it was told"""
+    assert group.transport is not None
+    transfer = group.transport.expect(torch.empty(0, 1, dtype=torch.uint8), [0, 0], Label("moe", "dispatch", 3))
+    transfer.send(torch.zeros(ROWS, 1, dtype=torch.uint8), [0, ROWS])
+    begun = time.monotonic()
+    with pytest.raises(PeerError) as lost, group.unbroken("moe", 1):
+        transfer.finish()
+    return time.monotonic() - begun, lost.value
+
+
+def receive_and(group: EPGroup, end: str) -> None:
+    """Begins to receive it, and ends"""
+    transport = group.transport
+    assert isinstance(transport, HostTransport)
+    rows, until = torch.ones(ROWS, 1, dtype=torch.uint8), time.monotonic() + 30
+    with group.unbroken("moe", 1):
+        transfer = transport.expect(rows, [ROWS, 0], Label("moe", "dispatch", 3))
+        while rows[0]:
+            assert time.monotonic() < until, transfer
+        if end == "exit":
+            os._exit(9)
+        transport.pairs.abort()  # as gloo does by itself at the end of its own deadline
+        raise PeerError(0, "h0", "dispatch", "moe", 3, 1.5, 1.5, "as planned", condition="slow")
+
+
+@pytest.mark.parametrize(("end", "named"), [("exit", (1, "dead")), ("gave up", (1, "slow"))])
+def test_a_large_message_that_nobody_takes_any_more_is_not_waited_for(
+    pair: list[SpawnHandle], end: str, named: tuple[int, str]
+) -> None:
+    sending, taking = pair[0].call("run", deliver), pair[1].call("run", receive_and, end)
+    took, lost = sending.result(50)
+    assert isinstance(taking.exception(10), WorkerLostError if end == "exit" else PeerError)
+    assert took < 5
+    assert (lost.rank, lost.condition) == named
 
 
 def outcomes(pair: list[SpawnHandle], end: str) -> tuple[float, PeerError, Any]:

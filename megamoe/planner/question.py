@@ -142,6 +142,19 @@ def ask(keys: dict[str, Any]) -> Question:
     return question
 
 
+def check_load(key: str, load: float, of_device: float, group: int) -> None:
+    """ValueError where a load of that key takes more devices than the planner goes up to.
+
+    of_device: what a device of a group carries, which is asked for whole
+    """
+    most = LARGEST["devices"]
+    carried = most // group * group * of_device
+    if load > carried:
+        raise ValueError(
+            f"{key} {load:g} takes more devices than the planner goes up to: {most} of them carry {carried:.3g}"
+        )
+
+
 def check_phase(question: Question) -> None:
     """ValueError for keys of serving in training, and the other way round."""
     others = WORKLOAD if question.trains else TRAINING

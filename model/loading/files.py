@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -41,6 +41,34 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
+class Version:
+    """What tells a file from one that took its place, and from itself before it was written to.
+
+    inode   None where the file's mount makes up another whenever it is opened, as some of FUSE and networks do
+    """
+
+    size: int
+    mtime_ns: int
+    inode: int | None
+
+    @classmethod
+    def of(cls, descriptor: int) -> Version:
+        found = os.fstat(descriptor)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+    def is_of(self, descriptor: int) -> bool:
+        """Whether an open file is this one, as far as can be told."""
+        found = Version.of(descriptor)
+        return self == (found if self.inode is not None else replace(found, inode=None))
+
+    def checked(self, file: Path) -> Version:
+        """This version, without an inode number that the same file does not have when it is opened again."""
+        with file.open("rb") as again:
+            kept = Version.of(again.fileno()).inode == self.inode
+        return self if kept else replace(self, inode=None)
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a file. shape: as torch holds it, F4 as bytes. start, size: of its bytes in the file.
 
@@ -53,7 +81,7 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     size: int
-    version: tuple[int, ...]
+    version: Version
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -125,7 +153,7 @@ class TensorFiles:
                     f"are [{entry.start}, {entry.start + entry.size})"
                 )
             done += got
-        if _version_of(descriptor) != entry.version:
+        if not entry.version.is_of(descriptor):
             raise ValueError(
                 f"{entry.file} was changed or replaced after its header was read, so {entry.name} is not what that "
                 "says: try again when nothing writes the checkpoint any more"
@@ -194,7 +222,8 @@ def read_header(file: Path) -> list[Entry]:
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            version, total = _version_of(opened.fileno()), os.fstat(opened.fileno()).st_size
+            version = Version.of(opened.fileno()).checked(file)
+            total = version.size
             if total < 8 or length > min(_LONGEST_HEADER, total - 8):
                 raise ValueError(f"{file} is truncated or no safetensors file: {total} bytes, a header of {length}")
             text = opened.read(length)
@@ -213,13 +242,7 @@ def read_header(file: Path) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.start)
 
 
-def _version_of(descriptor: int) -> tuple[int, ...]:
-    """What tells a file from one that took its place, and from itself before it was written to."""
-    found = os.fstat(descriptor)
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _entry(file: Path, version: tuple[int, ...], name: str, described: Mapping[str, Any], data: int) -> Entry:
+def _entry(file: Path, version: Version, name: str, described: Mapping[str, Any], data: int) -> Entry:
     dtype, shape = described["dtype"], tuple(described["shape"])
     begin, end = described["data_offsets"]
     if dtype == _F4:

@@ -75,7 +75,10 @@ class HeartbeatMonitor:
 
     store      where the ranks meet; addresses and the group's token are left there
     address    IP address of this rank that the others reach
-    trouble    called, in the heartbeat's thread, when a peer is found dead or has raised while this rank is in a call
+    trouble    called, in the heartbeat's thread, while this rank is in a call: when a peer is found dead or has raised
+               an error of its own, and when the ranks that this one waits for, or all others, have given up on others
+    gave_up    when each rank was heard to have given up; what it sent before may still arrive
+    collective whether every wait of this rank is for all others
     pulse      called there at every beat
     near       says which ranks share memory with this one, in the heartbeat's thread too
     """
@@ -95,6 +98,8 @@ class HeartbeatMonitor:
         self.trouble: Callable[[], None] = lambda: None
         self.pulse: Callable[[], None] = lambda: None
         self.near: Callable[[], Sequence[int]] = tuple
+        self.gave_up: dict[int, float] = {}
+        self.collective = False
         self._beat_s = max(BEAT_S, size / 64)
         self._changed = threading.Condition()
         self._selector = selectors.DefaultSelector()
@@ -334,10 +339,23 @@ class HeartbeatMonitor:
                 peer.closed = True
                 self._changed.notify_all()
         if self._is_lost(peer) and not was_lost:
+            position = peer.position
+            if position is not None and position.state == RAISED and position.peer is not None:
+                self.gave_up[peer.rank] = peer.heard - position.age_s
             if self.own_status.busy:
-                self.trouble()
+                if self._ends_wait(peer):
+                    self.trouble()
             else:  # no call is there that could raise it
                 _log.info("rank %d on %s is lost, no further call can be made", peer.rank, peer.host)
+
+    def _ends_wait(self, peer: _Peer) -> bool:
+        """Whether this rank need not wait any more, now that a peer is lost.
+
+        One that gave up on another has done its part up to there: for others than it, this rank waits on.
+        """
+        if peer.rank not in self.gave_up or self.collective or len(self.gave_up) == self.size - 1:
+            return True
+        return self.own_status.awaits(peer.rank)
 
     def _hear_stranger(self, line: Line) -> None:
         """A rank that says who it is, or a program that asks for the picture; anything else is sent away."""

@@ -129,6 +129,14 @@ class OwnStatus:
         """Whether a call is on its way, or a wait outside of one."""
         return self._now[0] in (WORKING, WAITING)
 
+    def awaits(self, rank: int) -> bool:
+        """Whether this rank waits for that one, in any of its threads, or for others whom it does not know."""
+        state, wave, phase, peer, _, _ = self._now
+        watched = dict(self._watched)
+        if rank in watched.values():
+            return True
+        return state == WAITING and (peer == rank or (peer is None and (phase, wave) not in watched))
+
     def enter(self, layer: str, call: int) -> None:
         """A call of a layer begins."""
         self.thread = threading.get_ident()

@@ -109,6 +109,8 @@ class AllToAllTransport:
     def wait(self, work: dist.Work) -> None:
         """Has what reads the rows wait for them: the host, or the device's queue."""
         if self._device.type == "cpu":
+            if self.clock.monitors:  # who may break the wait off, which the backend cannot
+                self._watch(work)
             work.wait(timedelta(seconds=self.clock.deadline_s))
         else:
             work.wait()
@@ -152,7 +154,7 @@ class AllToAllTransport:
         return arrived[:, : len(page)].contiguous()
 
     def _watch(self, work: dist.Work) -> None:
-        """Returns when a device has done a work. RuntimeError where it has not within the deadline."""
+        """Returns when a work is done. RuntimeError where it has not within the deadline."""
         until, asked = time.monotonic() + self.clock.deadline_s, 0
         while not work.is_completed():
             self.refuse_aborted()

@@ -122,10 +122,14 @@ class HostTransport:
         """sharing: the one of the group's two Hosts that shares memory; host itself, unless that does without."""
         self.pairs, self.clock, self.host, self._sharing = pairs, pairs.clock, host, sharing
         self.rank, self.size = pairs.group.rank(), pairs.group.size()
-        self.aborted = False
         self._alone: tuple[Place, ...] = ()  # where this rank writes pages, where it shares no memory
         self._inboxes = torch.empty(0, MESSAGE_BYTES, dtype=torch.uint8)
         self._far_places: list[Place] = []
+
+    @property
+    def aborted(self) -> bool:
+        """Whether all waits were broken off."""
+        return self.pairs.aborted
 
     @property
     def _pages(self) -> Host:
@@ -316,7 +320,7 @@ class HostTransport:
         end = begun + (clock.left_s() if within_s is None else within_s)
         while not memory.wait(word, value, min(_SLICE_S, max(end - time.monotonic(), 0.0)), spin=spin):
             spin = False
-            if self.aborted:
+            if self.pairs.is_over(peer):
                 raise clock.error(peer, label, begun, "the wait was broken off")
             if memory.gone(peer) and not memory.wait(word, value, 0.0, spin=False):
                 raise clock.error(peer, label, begun, "its process is gone")
@@ -326,7 +330,6 @@ class HostTransport:
 
     def abort(self) -> None:
         """As Transport says: waits for memory look every 10 ms."""
-        self.aborted = True
         self.pairs.abort()
 
 

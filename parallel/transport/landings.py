@@ -73,7 +73,7 @@ class Landings:
         clock.own_status.wait(label.phase, wave, lander)
         end = begun + clock.left_s()
         while words[word] != self._exchange:
-            if self._transport.aborted:
+            if self._transport.aborted or clock.has_given_up(lander, sender):
                 raise clock.error(lander, label, begun, "the wait was broken off")
             if memory.gone(lander) and words[word] != self._exchange:
                 raise clock.error(lander, label, begun, "its process is gone")

@@ -23,8 +23,10 @@ from torch import Tensor
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.health.heartbeat import HeartbeatMonitor
 from megamoe.parallel.health.status import OwnStatus
+from megamoe.parallel.transport.waiter import BrokenOffError, Waiter
 
 WHOLE_BYTES = 32 * 1024  # of the largest message that goes as one
+_LEAST_S = 0.001  # of a wait for what should be there: gloo has none of no time
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,16 @@ class Clock:
         self.monitors: list[HeartbeatMonitor] = []
 
     def left_s(self) -> float:
-        """Seconds that this call may still be kept waiting."""
-        return self.deadline_s - self.own_status.waited_s
+        """Seconds that this call may still be kept waiting; once a rank has given up, up to a deadline from then."""
+        left_s = self.deadline_s - self.own_status.waited_s
+        if self.monitors and self.monitors[0].gave_up:
+            since_s = time.monotonic() - min(self.monitors[0].gave_up.values())
+            left_s = min(left_s, self.deadline_s - since_s)
+        return left_s
+
+    def has_given_up(self, *ranks: int) -> bool:
+        """Whether one of these ranks has announced that it gave up on a call: what has not come from it will not."""
+        return bool(self.monitors) and not self.monitors[0].gave_up.keys().isdisjoint(ranks)
 
     def error(self, peer: int, label: Label, since: float, cause: Exception | str) -> PeerError:
         reason = _plain(cause)
@@ -148,7 +158,7 @@ class PairTransfer:
 
     A large message goes as a body and a tail of a few values, and the tail, which comes last, is waited for first. gloo
     tells those that wait for a message of a lost connection, but for the one that it was in the middle of: who waits
-    for that one waits until the deadline.
+    for that one waits until the deadline. Who waits for one to leave does too, whatever it is: see waiter.py.
     """
 
     _TAIL = 32
@@ -180,6 +190,8 @@ class PairTransfer:
     def wait(self, within_s: float | None = None) -> None:
         """within_s in place of what is left of the call's deadline"""
         self._wait_all(self._incoming, self._label.phase, within_s)
+        if self._tag == self._pairs.OPENING_TAG:  # who opens an exchange has got all that was sent to it before
+            self._pairs.queued = False
 
     def finish(self) -> None:
         self._wait_all(self._outgoing, f"sending {self._label.phase}")
@@ -207,6 +219,7 @@ class PairTransfer:
         begun = time.monotonic()
         try:
             if part.nbytes > WHOLE_BYTES:
+                self._pairs.queued |= works is self._outgoing
                 flat = part.view(-1)
                 body = post([flat[: -self._TAIL]], peer, self._tag)
                 works.append((peer, post([flat[-self._TAIL :]], peer, self._tag + self._pairs.TAIL_TAG)))
@@ -218,16 +231,21 @@ class PairTransfer:
 
     def _wait_all(self, works: list[tuple[int, dist.Work]], phase: str, within_s: float | None = None) -> None:
         """phase: as others see it"""
-        begun, clock = time.monotonic(), self._pairs.clock
+        begun, pairs, clock = time.monotonic(), self._pairs, self._pairs.clock
+        before = -1
         while works:
             peer, work = works.pop(0)
             self._ended.append(work)  # to let go of one takes a lock that gloo's thread wants now
             clock.own_status.wait(phase, self._label.wave, peer)
             left = (clock.left_s() if within_s is None else within_s) - (time.monotonic() - begun)
             try:
-                work.wait(timedelta(seconds=max(left, 0.001)))
+                if works is self._outgoing and peer != before:  # a body has left before its tail has
+                    pairs.wait_sent(work, peer, left)
+                else:
+                    pairs.wait_received(work, peer, left)
             except RuntimeError as cause:
                 raise clock.error(peer, self._label, begun, cause) from cause
+            before = peer
         clock.own_status.arrived(phase, self._label.wave, time.monotonic() - begun)
 
 
@@ -239,10 +257,12 @@ class PairTransport:
     _FIRST_TAG, _TAGS_PER_PHASE = 7_000, 100_000  # far from the small tags that other code on the group may use
     TAIL_TAG = _TAGS_PER_PHASE // 2
     _NO_TAG = _FIRST_TAG - 1  # nothing is ever sent with it
-    _OPENING_TAG = _FIRST_TAG - 2
+    OPENING_TAG = _FIRST_TAG - 2
 
     def __init__(self, group: dist.ProcessGroup, clock: Clock) -> None:
         self.group, self.clock = group, clock
+        self.aborted, self.queued = False, False  # queued: messages may have been sent that no buffer of a socket holds
+        self._waiter = Waiter()
         rank, size = group.rank(), group.size()
         # from the nearest neighbour on, so that no one is everybody's first
         self.receivers = [(rank + distance) % size for distance in range(1, size)]
@@ -261,7 +281,7 @@ class PairTransport:
 
         inboxes [n, WHOLE_BYTES] uint8: room for the message of each rank of among, in ascending order.
         """
-        transfer = PairTransfer(self, label, self._OPENING_TAG, among)
+        transfer = PairTransfer(self, label, self.OPENING_TAG, among)
         transfer.receive(inboxes, [int(peer in among) for peer in range(self.group.size())])
         return transfer
 
@@ -270,12 +290,38 @@ class PairTransport:
         tag = self._FIRST_TAG + self._PHASES.index(label.phase) * self._TAGS_PER_PHASE + (label.wave or 0)
         return PairTransfer(self, label, tag, among)
 
+    def is_over(self, peer: int) -> bool:
+        """Whether nothing comes from a peer any more: all was broken off, or it gave up."""
+        return self.aborted or self.clock.has_given_up(peer)
+
+    def wait_received(self, work: dist.Work, peer: int, within_s: float) -> None:
+        """Returns when a peer's message is there. RuntimeError where it is not in time or will not be."""
+        over = self.is_over(peer)
+        try:
+            work.wait(timedelta(seconds=_LEAST_S if over else max(within_s, _LEAST_S)))
+        except RuntimeError as cause:
+            if over:
+                raise BrokenOffError from cause
+            raise
+
+    def wait_sent(self, work: dist.Work, peer: int, within_s: float) -> None:
+        """Returns when a message to a peer has left. RuntimeError where it has not in time or will not.
+
+        A few bytes leave at once where nothing large is before them; only what may not is waited for by another thread.
+        """
+        if not self.queued or not self.clock.monitors:
+            self.wait_received(work, peer, within_s)
+            return
+        within = timedelta(seconds=max(within_s, _LEAST_S))
+        self._waiter.wait(lambda: work.wait(within), lambda: self.is_over(peer))
+
     def abort(self) -> None:
         """Has every wait of this rank end in an error, from any thread.
 
         gloo has no call for it, but a receive that runs out of time closes all connections of its rank. One on a
         connection that is closed already fails before, and so all peers are tried.
         """
+        self.aborted = True
         for peer in self.receivers:
             try:
                 self.group.recv([torch.empty(1)], peer, self._NO_TAG).wait(timedelta(milliseconds=1))

@@ -1,7 +1,8 @@
 """From source to a shared library, once for each path, kept in torch's cache of extensions.
 
 A library is built in a folder of its own and moved into the cache when it is whole, so that ranks which start at once,
-and a build that was interrupted, leave nothing half done. One rank compiles while the others wait for it.
+and a build that was interrupted, leave nothing half done. One rank compiles while the others wait for it. The folder of
+a builder that was killed is removed by the next one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SOURCES = ("rows.cpp", "routing.cpp", "values/backward.cpp")  # and the path's p
 HEADERS = ("out.h", "vectors.h", "library.h", "values/mxfp8.h")
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 DEADLINE_S = 300.0
+_BUILDING = ".building-"
+_FORGOTTEN_S = 12 * DEADLINE_S  # after which a folder is nobody's whose builder cannot be asked after
 _HERE = FilePath(__file__).parent
 _COMPILE = """
 import json, sys
@@ -147,7 +150,8 @@ def _compile(path: Path, library: FilePath) -> None:
     compiler = shlex.split(_compiler())[0]
     if shutil.which(compiler) is None:
         raise BuildError(f"there is no C++ compiler {compiler!r}")
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{_BUILDING}{_here()}-{os.getpid()}-", dir=library.parent) as folder:
+        _sweep(FilePath(folder))
         asked = {
             "name": "megamoe_cpu",
             "sources": [str(_HERE / name) for name in (path.products, *SOURCES)],
@@ -171,6 +175,44 @@ def _compile(path: Path, library: FilePath) -> None:
         if done.returncode or not built.exists():
             raise BuildError(_reason(done.stdout + done.stderr))
         os.replace(built, library)
+
+
+def _here() -> str:
+    """Of this machine since it was started, and of what it has as one space of process ids."""
+    try:
+        boot = FilePath("/proc/sys/kernel/random/boot_id").read_text().strip()
+        known = f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no Linux
+        known = platform.node()
+    return hashlib.sha256(known.encode()).hexdigest()[:12]
+
+
+def _sweep(own: FilePath) -> None:
+    """Removes what builders beside have left that do not live any more, as far as this user may.
+
+    Another machine may share the cache: its builders are judged by age, by the clock of the file system, which had both
+    folders to date. So are those of Windows, where no process can be asked after without harm.
+    """
+    for folder in own.parent.glob(f"{_BUILDING}*"):
+        where, _, rest = folder.name.removeprefix(_BUILDING).partition("-")
+        pid = rest.partition("-")[0]
+        with suppress(OSError):  # it has gone meanwhile
+            if where == _here() and pid.isdecimal() and sys.platform != "win32":
+                left = not _lives(int(pid))
+            else:
+                left = own.stat().st_mtime - folder.stat().st_mtime > _FORGOTTEN_S
+            if left:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user; or no process id, of which nothing is known
+        return True
+    return True
 
 
 def _environment() -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megamoe.planner.layer.plan import TOKENS_PER_RANK, PlanRequest
-from megamoe.planner.question import TRAINING, Question, Subject
+from megamoe.planner.question import TRAINING, Question, Subject, check_load
 from megamoe.planner.search.search import (
     ATTENTION_TP,
     DECODE_BATCHES,
@@ -267,5 +267,6 @@ def _counted(question: Question, subject: Subject) -> Question:
         return question.but(devices=group.devices)
     costs = costs_of(group)
     rate = measure(costs, group, memory(costs, group)).tokens_per_s_per_device
+    check_load("target_tps", question.target_tps, rate, group.devices)
     groups = max(1, math.ceil(question.target_tps / rate / group.devices))
     return question.but(devices=groups * group.devices)

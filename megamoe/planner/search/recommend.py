@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megamoe.catalog import Hardware, Model, Profile
+from megamoe.planner.question import LARGEST, check_load
 from megamoe.planner.search.search import Space, Split, Targets, deployments, splits
 from megamoe.planner.serving.deployment import Deployment
 from megamoe.planner.serving.memory import Memory, memory
@@ -15,6 +16,7 @@ from megamoe.planner.serving.serving import Serving, measure
 from megamoe.planner.serving.step import Costs, least_us
 
 UTILIZATION = 0.8  # of a pool's throughput that is planned for: requests come in bursts
+LARGEST_REQUESTS_PER_S = 10**12  # more than a hundred of each human
 QUEUE = 1.5  # prefill steps from a request's arrival to its first token: half of the one under way, then its own
 
 
@@ -30,9 +32,15 @@ class Load:
     def __post_init__(self) -> None:
         if not self.requests_per_s > 0:
             raise ValueError(f"requests_per_s is {self.requests_per_s:g}; it must be above 0")
+        if self.requests_per_s > LARGEST_REQUESTS_PER_S:
+            most = f"the planner goes up to {LARGEST_REQUESTS_PER_S:g}"
+            raise ValueError(f"requests_per_s is {self.requests_per_s:g}; {most}")
         for key in ("input_tokens", "output_tokens"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be 1 or more")
+            value, most_tokens = getattr(self, key), LARGEST["context"]
+            if value < 1:
+                raise ValueError(f"{key} is {value}; it must be 1 or more")
+            if value > most_tokens:
+                raise ValueError(f"{key} is {value}; the planner goes up to {most_tokens}")
         if not 0 <= self.cached_tokens < self.input_tokens:
             raise ValueError(f"cached_tokens {self.cached_tokens} lies outside 0 .. {self.input_tokens - 1}")
 
@@ -97,6 +105,10 @@ def recommend(
     decode = _smallest(
         answer, decode_space or Space.of(model, hardware), targets, load.requests_per_s * load.output_tokens
     )
+    for pool in (prefill, decode):  # each goes on as a question of so many devices
+        share = UTILIZATION * pool.serving.tokens_per_s_per_device / pool.load_tokens_per_s
+        group = pool.serving.deployment.devices
+        check_load("requests_per_s", load.requests_per_s, share * load.requests_per_s, group)
     ttft_ms = QUEUE * (prefill.serving.ttft_ms or 0.0)
     price = hardware.usd_per_hour
     usd = None if price is None else price.value * (prefill.devices + decode.devices)
