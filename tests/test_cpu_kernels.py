@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path as FilePath
 
 import pytest
@@ -48,11 +49,19 @@ from tests.cases import ACTIVATIONS
 # BF16 instructions written out, so that what surrounds them is tested where the CPU does not have them
 WRITTEN_OUT = Path("portable-bf16", "bf16-dot", ("-DMEGAMOE_BF16_DOT",))
 TILES_WRITTEN_OUT = Path("portable-tiles", "bf16-tile", products="tiles.cpp", order="words")
-TESTED = [*runnable(), WRITTEN_OUT, TILES_WRITTEN_OUT]
+HERE = runnable()
+# tuned for other CPUs than this one, and run here all the same
+TUNED_OTHERWISE = [
+    replace(path, flags=flags)
+    for path in PATHS
+    for flags in (path.flags, path.flags + tuple(flag for _, flag in path.tuned))
+    if path.name in {each.name for each in HERE} and flags not in {each.flags for each in HERE}
+]
+TESTED = [*HERE, *TUNED_OTHERWISE, WRITTEN_OUT, TILES_WRITTEN_OUT]
 FUSED = [path for path in TESTED if path.arithmetic == "fma"]
 TILED = [path for path in TESTED if path.arithmetic == "bf16-tile"]
 ROOT = FilePath(__file__).parents[1]
-ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 32, 33, 192, 193, 257)
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 32, 33, 64, 192, 193, 257)
 THREADS = (1, 2, 3, 4)
 SIZES = [(64, 96), (33, 32), (3, 50), (9, 57), (72, 100), (256, 192), (40, 2880), (24, 7168)]  # N outputs, K inputs
 
@@ -73,7 +82,7 @@ def beside(_: FilePath) -> None:
 
 
 def ids(path: Path) -> str:
-    return path.name
+    return path.name + "-tuned-otherwise" * (path in TUNED_OTHERWISE)
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megamoe.launch.ranks import LocalRanks
 from megamoe.reference import relative_error
 from megamoe.routing.waves import Waves
 from megamoe.shape import MoEShape
-from megamoe.training.reference import moe_backward, moe_backward_fp64
+from megamoe.training.reference import Problem, moe_backward, moe_backward_fp64
 from tests.cases import ACTIVATIONS, Batch, make_batch
 from tests.training_cases import (
     backward,
@@ -102,3 +103,46 @@ def test_error_against_fp64_is_below_the_contracts_bound(formats: tuple[str, str
         error = relative_error(each, getattr(exact, name))
         print(f"{'-'.join(formats)}, 512 x 256, {name}: relative error {error:.5f}")  # noqa: T201
         assert error < bound
+
+
+def smooth(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
+    """The layer's function in FP64 without a rounding, slot by slot, written apart from the oracles -> [T, H]"""
+    rows = []
+    for ids, weights, x in zip(problem.topk_ids, leaves["topk_weights"], leaves["hidden"], strict=True):
+        row = torch.zeros_like(x)
+        for expert, weight in zip(ids.tolist(), weights, strict=True):
+            if expert >= 0:
+                gate, up = (leaves["gate_up"][expert] @ x).chunk(2)
+                inner = gate / (1 + torch.exp(-gate)) * up
+                row = row + weight * (leaves["down"][expert] @ inner)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("formats", FORMATS[:2], ids="-".join)
+def test_gradients_are_the_slopes_of_the_forward(formats: tuple[str, str, str]) -> None:
+    """As gradcheck has it: difference quotients at a tiny size, with a masked slot and an expert twice in a row."""
+    shape = MoEShape(32, 32, 3, 2)
+    batch = Batch(make_batch(shape, 3).hidden, torch.tensor([[0, 1], [1, 1], [-1, 0]]), torch.rand(3, 2) + 0.5)
+    problem, gradient = make_problem(shape, batch, **options(formats)), make_gradient(batch)
+    found = backward(make_trainable(shape, **options(formats)), batch, gradient)
+    leaves = {
+        "hidden": problem.tokens(),
+        "topk_weights": problem.topk_weights,
+        "gate_up": torch.stack([problem.dense(each) for each in problem.gate_up]),
+        "down": torch.stack([problem.dense(each) for each in problem.down]),
+    }
+    exact = {name: leaf.to(torch.float64) for name, leaf in leaves.items()}
+    for name, leaf in exact.items():
+        chosen = torch.randperm(leaf.numel(), generator=torch.Generator().manual_seed(2))[:200]
+        slopes = torch.zeros(len(chosen), dtype=torch.float64)
+        for at, index in enumerate(chosen.tolist()):
+            values = []
+            for step in (1e-6, -1e-6):
+                moved = leaf.clone()
+                moved.view(-1)[index] += step
+                values.append((smooth(problem, {**exact, name: moved}) * gradient.to(torch.float64)).sum())
+            slopes[at] = (values[0] - values[1]) / 2e-6
+        assert slopes.any()
+        error = relative_error(found[name].reshape(-1)[chosen], slopes)
+        assert error < (0.05 if "mxfp8" in formats else 0.01), (name, error)

@@ -6,7 +6,7 @@ import ctypes
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -23,6 +23,7 @@ class Path:
                  "bf16-dot": one BF16 dot product for each pair of K, as AVX512_BF16 rounds it
                  "bf16-tile": one BF16 product of tiles for each 32 of K, as AMX rounds it
     flags        what the compiler is given; needs: what torch.cpu.get_capabilities() must have
+    tuned        what the compiler is given too where it has a feature: for speed, the bits are the same
     products     the source of its products; order: of MXFP4 weights, as pack_mxfp4() has it
     """
 
@@ -32,6 +33,11 @@ class Path:
     needs: tuple[str, ...] = ()
     products: str = "products.cpp"
     order: str = "bytes"
+    tuned: tuple[tuple[str, str], ...] = ()
+
+    def tuned_for(self, features: Mapping[str, object]) -> Path:
+        """The path as it is compiled on a CPU with these features."""
+        return replace(self, flags=self.flags + tuple(flag for each, flag in self.tuned if features.get(each)))
 
     def runs_on(self, features: Mapping[str, object]) -> bool:
         return all(features.get(each) for each in self.needs) and ("amx_tile" not in self.needs or may_use_tiles())
@@ -61,6 +67,7 @@ PATHS = (
         "bf16-dot",
         (*_AVX512_FLAGS, "-mavx512bf16", "-DMEGAMOE_BF16_DOT"),
         (*_AVX512, "avx512_bf16"),
+        tuned=(("avx512_vp2intersect", "-DMEGAMOE_FULL_WIDTH"),),  # of CPUs with AVX512_BF16 alone, Zen 5 has it
     ),
     Path("avx512", "fma", _AVX512_FLAGS, _AVX512),
     Path("avx2", "fma", ("-mavx2", "-mfma", "-DMEGAMOE_AVX2"), ("avx2", "fma3")),
@@ -71,7 +78,7 @@ PATHS = (
 def runnable() -> list[Path]:
     """The paths that this CPU can run, best first."""
     features = torch.cpu.get_capabilities()
-    return [path for path in PATHS if path.runs_on(features)]
+    return [path.tuned_for(features) for path in PATHS if path.runs_on(features)]
 
 
 def worthwhile() -> list[Path]:

@@ -34,7 +34,8 @@ constexpr int UNIT = 2 * LANES;         // outputs
 constexpr int AHEAD = 4096;             // bytes, by which the memory is asked before they are read
 constexpr int CHAINS = 8;               // of additions side by side, where each addition waits for the one before
 constexpr int FEW = 4;                  // rows, whose sums stay in registers with those of a group
-constexpr int FEW_DECODED = STEP == 2 ? 24 : 8;  // rows, for which weights are decoded anew for each FEW
+// Rows for which weights are decoded anew for each FEW.
+constexpr int FEW_DECODED = STEP == 1 ? 8 : HELD_ROWS == TILE_ROWS ? 24 : 12;
 constexpr int DEPTH = 8 * GROUP;        // of K, that a decoded tile holds: 16 KB for each 8 lanes
 constexpr int PANEL_ROWS = 192;         // whose tokens, as FP32 and DEPTH deep, stay in the second cache
 constexpr int PANEL_UNITS = 8;          // whose sums for these rows stay there too
@@ -273,6 +274,7 @@ void run_few(const Share& share, const At& at) {
 template <int ROWS, bool SCALED>
 void sum_tile(const Element* x, const Element* tile, const float* scales, int groups, float* sums,
               const Element* soon) {
+    constexpr bool HOLDS_SUMS = ROWS <= HELD_ROWS;
     Vector total[ROWS][2];
     const auto load_sums = [&] {
 #pragma GCC unroll 12
@@ -292,8 +294,8 @@ void sum_tile(const Element* x, const Element* tile, const float* scales, int gr
 #pragma GCC unroll 2
         for (int k = 0; k < GROUP; k += STEP) {
             const Weight first = load_weight(tile), second = load_weight(tile + LANES);
-            MEGAMOE_PREFETCH_SECOND(soon);
-            MEGAMOE_PREFETCH_SECOND(soon + LANES);
+            MEGAMOE_PREFETCH_NEXT(soon);
+            MEGAMOE_PREFETCH_NEXT(soon + LANES);
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++) {
                 part[r][0] = add_product(x[r], first, part[r][0]);
@@ -361,14 +363,20 @@ void decode_unit(const Weights& weights, int unit, int64_t first, int groups, El
     }
 }
 
+// Rows of a tile at most, of so many: as many as have their sums in registers if that fills all tiles.
+constexpr int tile_rows(int rows) {
+    const int held = HELD_ROWS ? (rows + HELD_ROWS - 1) / HELD_ROWS : 0;
+    return HELD_ROWS && held * HELD_ROWS - rows <= held / 8 ? HELD_ROWS : TILE_ROWS;
+}
+
 // A panel of rows by all of the share's blocks: some units, DEPTH of K of each, then the next DEPTH of the same units.
 template <class At>
 void run_panel(const Share& share, int64_t first, int rows, const At& at) {
     using Weights = std::decay_t<decltype(at(0))>;
     constexpr int GROUPS = DEPTH / GROUP;
     const int64_t depth = share.groups * GROUP, last = share.end * UNITS;
-    const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    const auto row_of = [=](int tile) { return part_of(rows, TILE_ROWS, tile); };
+    const int most = tile_rows(rows), tiles = (rows + most - 1) / most;
+    const auto row_of = [=](int tile) { return part_of(rows, most, tile); };
     const auto packed_of = [&](int64_t unit, int64_t group) {
         return at(unit / UNITS).packed + group * (GROUP / 4) * Weights::BYTES;
     };

@@ -3,6 +3,9 @@
 // Vectors have 16 lanes with AVX-512 and 8 with AVX2; elsewhere they are arrays of 8 that the compiler vectorises. All
 // three fuse each multiplication with its addition, so all three give the same bits.
 //
+// MEGAMOE_FULL_WIDTH is for CPUs that begin two products of AVX-512 vectors in a cycle, not one: more sums then wait for
+// each other, and a larger first cache has room for what comes next.
+//
 // MEGAMOE_BF16_DOT is another arithmetic, that of AVX512_BF16: an element of x and of a weight is then a pair of BF16, and
 // one instruction adds both products, the upper first. Without AVX-512 the same is written out, to test what surrounds it.
 #pragma once
@@ -39,6 +42,11 @@ inline uint32_t as_bits(float value) {
 #define MEGAMOE_PREFETCH(from)
 #define MEGAMOE_PREFETCH_SECOND(from)
 #endif
+#if defined(MEGAMOE_FULL_WIDTH)
+#define MEGAMOE_PREFETCH_NEXT(from) MEGAMOE_PREFETCH(from)
+#else
+#define MEGAMOE_PREFETCH_NEXT(from) MEGAMOE_PREFETCH_SECOND(from)
+#endif
 
 // What is stored before is in memory here, and is loaded from there after: the compiler keeps none of it in registers.
 #if defined(__GNUC__)
@@ -62,8 +70,12 @@ inline float from_e8m0(uint8_t byte) { return as_float(byte ? uint32_t(byte) << 
 #if defined(MEGAMOE_AVX512)
 
 constexpr int LANES = 16;
-constexpr int TILE_ROWS = 7;  // of a tile of sums, two vectors wide, that stays in registers
-constexpr bool HOLDS_SUMS = true;  // whether registers have room for the tile's sums of all groups beside it
+#if defined(MEGAMOE_FULL_WIDTH)
+constexpr int TILE_ROWS = 12;  // of a tile of sums, two vectors wide, that stays in registers
+constexpr int HELD_ROWS = 8;   // of a tile for whose sums of all groups registers have room beside it
+#else
+constexpr int TILE_ROWS = 7, HELD_ROWS = 7;
+#endif
 using Vector = __m512;
 using Words = __m512i;
 
@@ -147,8 +159,7 @@ struct DecodeE2M1 {
 #elif defined(MEGAMOE_AVX2)
 
 constexpr int LANES = 8;
-constexpr int TILE_ROWS = 6;
-constexpr bool HOLDS_SUMS = false;
+constexpr int TILE_ROWS = 6, HELD_ROWS = 0;
 using Vector = __m256;
 using Words = __m256i;
 
@@ -225,8 +236,7 @@ struct DecodeE2M1 {
 #else
 
 constexpr int LANES = 8;
-constexpr int TILE_ROWS = 4;
-constexpr bool HOLDS_SUMS = false;
+constexpr int TILE_ROWS = 4, HELD_ROWS = 0;
 struct Vector {
     float lane[LANES];
 };
