@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from tests import interpreter, two_workers
 if TYPE_CHECKING:
     from tests.ahead_builds import AheadBuilds
 
+
+gc.disable()  # until all is imported: what that makes stays, and would be looked through again and again
 
 Beside = dict[str, tuple[Path, Future[Any]]]
 
@@ -54,10 +57,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         context(forked=True)
         gc.collect()
         gc.freeze()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # libraries would call what is left at the end a leak
+        atexit.register(gc.unfreeze)  # libraries would call what is left at the end a leak
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
