@@ -30,7 +30,6 @@ from tests.test_cpu_kernels import SIZES, WRITTEN_OUT, cancelling, randn, same_b
 
 WAYS = {**{path.name: path for path in runnable()}, "torch": None}
 CPU = torch.device("cpu")
-MXFP4_SIZES = [(n, k) for n, k in SIZES if k % 32 == 0]
 
 
 def by(way: str) -> AbstractContextManager[None]:
