@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from tests.ahead_builds import AheadBuilds
 
 
-gc.disable()  # until all is imported: what that makes stays, and would be looked through again and again
-
 Beside = dict[str, tuple[Path, Future[Any]]]
+
+
+def pytest_configure() -> None:
+    gc.disable()  # until all is imported: what that makes stays, and would be looked through again and again
 
 
 @pytest.hookimpl(optionalhook=True)
