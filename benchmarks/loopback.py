@@ -44,8 +44,9 @@ def measure(group: EPGroup, tokens: int, weight_format: str, repeats: int) -> tu
         )
         for name in ("overlapped", "serial")
     }
+    weights = make_expert_weights(SHAPE)
     for layer in layers.values():
-        layer.load_experts(*make_expert_weights(SHAPE))
+        layer.load_experts(*weights)
     batch, times = make_workload(SHAPE, group.rank, tokens), {name: list[float]() for name in layers}
     together = Label("bench", "counts")
     for repeat in range(-WARM_UP, repeats):

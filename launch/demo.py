@@ -19,7 +19,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.launch.cluster.cluster import LAUNCHERS, MegaMoECluster
 from megamoe.launch.cluster.job import check_vocabulary, read_text, share, tokenise
 from megamoe.launch.cluster.torchrun_work import run_under_torchrun

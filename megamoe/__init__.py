@@ -29,7 +29,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megamoe.execution.pipeline import CallRecord
+    from megamoe.execution.journeys import CallRecord
     from megamoe.formats import MXFP4, MXFP8
     from megamoe.launch.cluster.cluster import MegaMoECluster
     from megamoe.launch.cluster.recovery import RestartPolicy
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "CallRecord": "megamoe.execution.pipeline",
+    "CallRecord": "megamoe.execution.journeys",
     "EPGroup": "megamoe.parallel.group",
     "MXFP4": "megamoe.formats",
     "MXFP8": "megamoe.formats",

@@ -29,7 +29,8 @@ from megamoe.execution.checks import (
     check_values,
 )
 from megamoe.execution.experts import Experts, Weight
-from megamoe.execution.pipeline import Call, CallRecord, Parts
+from megamoe.execution.journeys import CallRecord
+from megamoe.execution.pipeline import Call, Parts
 from megamoe.execution.small_call import Input, SmallCalls, library_of
 from megamoe.execution.stacks import load_stacks, shortened
 from megamoe.parallel.group import EPGroup
@@ -378,8 +379,8 @@ class MegaMoE(nn.Module):
             nodes = self.group.nodes(self.name)
             landing = land(topk_ids, self.placement, nodes, self.group.rank) if messages.node_limited else None
             route = route_rows(topk_ids, topk_weights, plan, self.group.rank, num_rows, messages, workspace, landing)
-        of_layer = self.name, self.group, self.experts
-        parts = Parts(*of_layer, choice.wire, plan, messages, agreed, choice.cost_model, notes, nodes)
+        agreed_on = self.name, self.group, plan, messages, agreed, notes
+        parts = Parts(*agreed_on, self.experts, choice.wire, choice.cost_model, nodes)
         return Call(parts, route, hidden, record)
 
     def _count(self, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, ValueError | None]:

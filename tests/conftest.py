@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 Beside = dict[str, tuple[Path, Future[Any]]]
 
 
+def pytest_configure() -> None:
+    gc.disable()  # until all is imported: what that makes stays, and would be looked through again and again
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> two_workers.ByScope:
     return two_workers.ByScope(config, log)
@@ -38,26 +44,31 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> two_workers.
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """The CPU's kernels are there before any test has a deadline, and before xdist starts its workers."""
+    """The CPU's kernels are compiled while xdist starts its workers and tests are imported."""
     if not two_workers.shared() and not session.config.option.collectonly:
-        prepare(partial(print, file=sys.stderr))
+        Thread(target=_prepare, name="prepares the CPU's kernels").start()
+
+
+def _prepare() -> None:
+    prepare(partial(print, file=sys.stderr))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """The fork server begins before a test changes the environment; with transformers where collected tests have it.
+    """The CPU's kernels are there before any test has a deadline.
+
+    The fork server begins before a test changes the environment; with transformers where collected tests have it.
 
     What was imported stays: load() and many a test collect garbage, and would look through a million objects each time.
     """
     if "transformers" in sys.modules:
         preload(MODELS)
     if not session.config.option.collectonly:
+        _prepare()
         context(forked=True)
         gc.collect()
         gc.freeze()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # libraries would call what is left at the end a leak
+        atexit.register(gc.unfreeze)  # libraries would call what is left at the end a leak
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

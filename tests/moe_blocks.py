@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.layer import MegaMoE
+from megamoe.model.experts import RoutedExperts
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,3 +47,8 @@ def repeat_blocks(model: nn.Module, calls: dict[str, Call]) -> dict[str, Tensor]
 def _first(output: Any) -> Tensor:
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
+
+
+def routed_experts(model: nn.Module) -> dict[str, RoutedExperts]:
+    """Those of a loaded model, by the names of their modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}

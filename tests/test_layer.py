@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.formats import quantize_mxfp4
 from megamoe.kernels.cpu.library import using
 from megamoe.launch.ranks import LocalRanks

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import load, load_tokenizer, regroup
 from megamoe.model.dense import compute_in_fixed_order
-from megamoe.model.loading.load import name_modules
 from megamoe.model.loading.report import Progress
 from megamoe.model.loading.skeleton import build
 from megamoe.parallel.group import EPGroup
 from tests import checkpoints
 from tests.checkpoints import FAMILIES, VOCABULARY
+from tests.moe_blocks import routed_experts
 
 pytest.importorskip("transformers")
 ALL = (*FAMILIES, "native_v4", "gpt_oss_fp4", "fp8", "sharded")
@@ -128,12 +128,6 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(folder: Path) -> None:
         model = load(folder / name)
         whole = logits_of(model, batch())
         assert torch.equal(logits_of(model, batch()[1:]), whole[1:]), name
-
-
-def dequantized(folder: Path, name: str, family: str) -> Any:
-    """transformers' model with the values that a packed checkpoint stores, in FP32."""
-    model = checkpoints.make_model(family).float()
-    return model, load_file(folder / name / "model.safetensors")
 
 
 def test_native_fp4_stays_as_it_is_stored(folder: Path) -> None:
@@ -355,7 +349,7 @@ def differently(group: EPGroup, path: Path) -> str:
 
 def calls_meanwhile(group: EPGroup, path: Path) -> tuple[Tensor, Tensor, bool]:
     """A layer's output before and during a load of the same group, and whether the call came after all was read."""
-    routed = next(iter(name_modules(load(path, group=group)).values()))
+    routed = next(iter(routed_experts(load(path, group=group)).values()))
     rng = torch.Generator().manual_seed(1)
     given = (
         torch.randn(5, 64, generator=rng).bfloat16(),
@@ -393,7 +387,7 @@ def loads_or_calls(group: EPGroup, path: Path) -> str:
         if group.rank == 0:
             load(path, group=group)
         else:
-            next(iter(name_modules(model).values())).idle()
+            next(iter(routed_experts(model).values())).idle()
     except (RuntimeError, ValueError) as refusal:
         return str(refusal)
     return ""

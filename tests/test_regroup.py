@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.execution.experts import Experts
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.kernels.cpu.library import using
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.execution import small_call
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.kernels.cpu.library import chosen, using
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.errors import CallRefusedError, PeerError
 from megamoe.parallel.group import EPGroup

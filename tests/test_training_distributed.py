@@ -456,7 +456,7 @@ def test_a_replica_that_does_not_call_ends_the_wait(ranks: LocalRanks) -> None:
 # ---- beside DDP and FSDP ----
 
 
-def beside(group: EPGroup, wrap: str) -> dict[str, Tensor]:
+def wrapped_gradients(group: EPGroup, wrap: str) -> dict[str, Tensor]:
     """Gradients of a model whose dense part a wrapper of torch's takes care of."""
     model = Model(group)
     experts = {name: each for name, each in model.named_parameters() if ".experts." in name}
@@ -477,8 +477,8 @@ def beside(group: EPGroup, wrap: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_wrappers_that_ignore_the_layer_reduce_the_rest(ranks: LocalRanks, wrap: str) -> None:
-    (alone,) = ranks.run(beside, "none", size=1)
-    plain, wrapped = ranks.run(beside, "none", size=2), ranks.run(beside, wrap, size=2)
+    (alone,) = ranks.run(wrapped_gradients, "none", size=1)
+    plain, wrapped = ranks.run(wrapped_gradients, "none", size=2), ranks.run(wrapped_gradients, wrap, size=2)
     for mine, theirs in zip(plain, wrapped, strict=True):
         assert all(torch.equal(theirs[name], each) for name, each in mine.items() if ".experts." in name)
         assert torch.equal(theirs["norm"], wrapped[0]["norm"])

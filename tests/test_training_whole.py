@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
-from megamoe.model.loading.load import load, name_modules
+from megamoe.model.loading.load import load
 from megamoe.model.making.tiny import FAMILIES
 from megamoe.model.quantizer import packed_config
 from megamoe.model.training.experts import dense_parameters, make_trainable
@@ -22,6 +22,7 @@ from megamoe.parallel.group import EPGroup
 from megamoe.shape import MoEShape
 from megamoe.training import TrainableMoE, sum_gradients, sum_over_ranks, update_bias
 from tests.cases import make_batch, split
+from tests.moe_blocks import routed_experts
 from tests.training_cases import make_trainable as make_layer
 
 SHAPE = MoEShape(hidden=64, intermediate=64, num_experts=6, topk=2)
@@ -208,7 +209,7 @@ def test_what_is_saved_is_what_training_multiplied_by(
     assert model.megamoe_report.unused == ()
     assert set(model.megamoe_report.weight_formats.values()) == {options.get("weight_format", "mxfp4")}
     assert model.megamoe_report.quantization_error == {}
-    for name, routed in name_modules(model).items():
+    for name, routed in routed_experts(model).items():
         held = routed.layer.state_dict()
         trained = [states[name] for _, states in outputs]
         whole = {key: torch.cat([each[key] for each in trained]) for key in held if not key.endswith("held")}

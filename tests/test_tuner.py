@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megamoe.catalog import Machine, load_machine
 from megamoe.execution.autotune import Tuner
 from megamoe.execution.experts import Experts
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.execution.products import products_of
 from megamoe.launch.lab.namespaces import lab
 from megamoe.launch.ranks import LocalRanks

@@ -42,7 +42,6 @@ from megamoe.shape import MoEShape
 from megamoe.trace.timeline import Share, Timeline
 from megamoe.training import TrainableMoE
 
-MEASURES = ("serial", "overlapped", "compute", "communication")
 SERIAL_TRACES = 3
 SETTLING = 5
 TRACED = "traced"  # the overlapped layer with a recorder in place

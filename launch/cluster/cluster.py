@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.launch.cluster.job import share
 from megamoe.launch.cluster.membership import Membership
 from megamoe.launch.cluster.ray.pool import RayPool

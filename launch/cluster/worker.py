@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from megamoe.execution.checks import check_wire
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.model.deepseek_v4.blocks import ExpertStack
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
 from megamoe.parallel.group import EPGroup, init_group

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megamoe.execution.experts import Experts
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.streams import Stopwatch

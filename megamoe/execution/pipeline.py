@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,82 +15,26 @@ from megamoe.execution.backends import backend_of
 from megamoe.execution.backends.backend import CallBuffers, RowsByExpert
 from megamoe.execution.experts import Experts
 from megamoe.execution.fetching import Fetching
+from megamoe.execution.journeys import CallParts, CallRecord, Journeys
 from megamoe.execution.ops import reduce_slots
-from megamoe.parallel.group import EPGroup
-from megamoe.parallel.recorder import Notes
 from megamoe.parallel.streams import Stopwatch
 from megamoe.parallel.transport.landings import Landings
-from megamoe.parallel.transport.pairs import Label, Transfer
 from megamoe.parallel.workspace import Workspace
-from megamoe.routing.agreement import Agreement
-from megamoe.routing.messages import Messages
 from megamoe.routing.permutation import Route
 from megamoe.routing.row_plan import RankRows, RowPlan, StepRows, plan_rows
 from megamoe.routing.segments import expand_all
-from megamoe.routing.waves import WavePlan
 from megamoe.routing.wire import Wire, pair_records, read_records
 from megamoe.schedule.cost_model import CostModel
 from megamoe.schedule.schedule import Step, schedule
 
 
-@dataclass(slots=True)
-class CallRecord:
-    """What one call of the layer did on this rank. Seconds are host time; bytes are those that left this rank.
-
-    far_bytes are those for ranks that it shares no memory with; tokens_fetched counts tokens from other hosts that it
-    read from a rank of its own, on which they landed.
-    small: all ranks brought few tokens, so that one exchange carried them, and there was one wave: see small_call.py
-
-    Where a GPU's kernels compute, compute_s is the GPU's time, known once the next call has begun, and a rank alone
-    notes its tokens and nothing else.
-    """
-
-    tokens: int = 0
-    waves: int = 0
-    rows_local: int = 0
-    rows_sent: int = 0
-    rows_received: int = 0
-    dispatch_bytes: int = 0
-    combine_bytes: int = 0
-    far_bytes: int = 0
-    tokens_fetched: int = 0
-    counts_s: float = 0.0
-    compute_s: float = 0.0
-    waiting_s: float = 0.0
-    total_s: float = 0.0
-    small: bool = False
-
-    @property
-    def bytes_sent(self) -> int:
-        """Dispatch and combine together."""
-        return self.dispatch_bytes + self.combine_bytes
-
-    def __add__(self, other: CallRecord) -> CallRecord:
-        """Two calls as one: everything is summed, but tokens and waves keep the larger."""
-        summed = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        summed |= {name: max(getattr(self, name), getattr(other, name)) for name in ("tokens", "waves", "small")}
-        return CallRecord(**summed)
-
-    @contextmanager
-    def timing(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        setattr(self, name, getattr(self, name) + time.perf_counter() - begun)
-
-
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What a call needs of its layer."""
+class Parts(CallParts):
+    """The same for a forward."""
 
-    name: str
-    group: EPGroup
     experts: Experts
     wire: Wire
-    plan: WavePlan
-    messages: Messages
-    agreed: Agreement
     cost_model: CostModel
-    notes: Notes
     nodes: tuple[int, ...] = ()
 
     def fetching(self, plan: RowPlan, rows: Tensor) -> Fetching | None:
@@ -103,10 +45,9 @@ class Parts:
         return Fetching(landings, self.nodes, self.group.rank, self.messages, plan, rows)
 
 
-class Call:
+class Call(Journeys):
     """One call in flight, on any device: its expert backend packs and computes, its transport moves messages.
 
-    A rank alone has no transport: nothing is dispatched, nothing arrives, and its own rows are all there are.
     hidden [T, H] bfloat16
     parts       what it was made of
     destinations   [n] int64: row of the results of each row, in the order of steps
@@ -115,14 +56,9 @@ class Call:
     """
 
     def __init__(self, parts: Parts, route: Route, hidden: Tensor, record: CallRecord) -> None:
-        self.parts = parts
-        self._name, self._rank, self._messages = parts.name, parts.group.rank, parts.messages
-        self._transport, self._notes = parts.group.watched(parts.notes), parts.notes
-        self._route, self._record = route, record
-        self._streams = parts.group.streams_of(hidden.device)
+        super().__init__(parts, record, parts.group.streams_of(hidden.device))
+        self.parts, self._route = parts, route
         self.stopwatch = Stopwatch(hidden.device) if hidden.device.type == "cuda" else None
-        self._dispatches: dict[int, Transfer] = {}
-        self._combines: dict[int, Transfer] = {}
         wire, workspace, num_tokens = parts.wire, parts.group.workspace, len(hidden)
         rows = RankRows.of(parts.agreed.counts.numpy(), self._rank, parts.experts.ids)
         with self._computing():
@@ -141,7 +77,7 @@ class Call:
             self._pack(hidden, workspace)
         self._streams.hand_over()
         self._unread: slice | None = self._plan.own
-        self._note(parts, rows, hidden)
+        self._note(parts, num_tokens, route.num_rows, int(rows.own.sum()), (wire.row_bytes, wire.result_bytes))
 
     def _pack(self, hidden: Tensor, workspace: Workspace) -> None:
         """Copies the row plan to the device, writes all pair records, encodes tokens into inbox and messages."""
@@ -156,28 +92,9 @@ class Call:
             self._records.index_copy_(0, torch.from_numpy(plan.fetch_records.expand()), route.fetches)
         backend.pack(hidden, route.unique, None if backend.packs_each_wave else expanded[2])
 
-    def dispatch(self, wave: int) -> None:
-        """Sends this rank's messages of the wave, and opens the way for what comes in and for what will come home."""
-        if self._transport is None or wave >= len(self._plan.sent):
-            return
-        plan, streams = self._plan, self._streams
-        with streams.messages():
-            incoming = self._messages.incoming(self._rank, wave)
-            arriving = self._rows[plan.arriving[wave]]
-            self._dispatches[wave] = self._transport.expect(arriving, incoming, Label(self._name, "dispatch", wave))
-            if self._fetching is not None:
-                self._fetching.expect(wave)
-        if self._backend.packs_each_wave:
-            self._pack_wave(wave)
-        with streams.messages():
-            rows, starts = self._messages.rows(self._rank, wave), plan.inboxes[wave].tolist()
-            self._dispatches[wave].send(self._rows[plan.sent[wave]], rows, starts)
-            if self._fetching is not None:
-                self._fetching.send(wave)
-            coming_home, sent = self._results[plan.coming_home[wave]], self._messages.pairs[self._rank, wave].tolist()
-            self._combines[wave] = self._transport.expect(coming_home, sent, Label(self._name, "combine", wave))
-
     def _pack_wave(self, wave: int) -> None:
+        if not self._backend.packs_each_wave:
+            return
         with self._computing():
             for unique, rows in self._plan.messages(wave):
                 self._backend.pack_message(self._route.unique[unique], rows)
@@ -220,42 +137,13 @@ class Call:
             destinations=self.destinations[work.rows],
         )
 
-    def combine(self, wave: int) -> None:
-        """Sends the wave's results home, from where they stay until the call has ended."""
-        if self._transport is None:
-            return
-        self._streams.hand_over()
-        with self._streams.messages():
-            rows = self._messages.pairs[:, wave, self._rank].tolist()
-            starts = self._plan.homes[wave].tolist()
-            self._combines[wave].send(self._results[self._plan.going_home[wave]], rows, starts)
-
     def reduce(self) -> Tensor:
         """Sums every token's slots once all results are home -> [T, H] bfloat16"""
-        with self._record.timing("waiting_s"):
-            for transfer in self._combines.values():
-                transfer.wait()
+        self._wait_home()
         with self._computing(), self._notes.lane("reduce", rows=self._route.num_rows):
             out = reduce_slots(self._wire.results(self._results[self._plan.reduced]), self._route.positions)
-        with self._record.timing("waiting_s"):
-            for transfer in (*self._dispatches.values(), *self._combines.values()):
-                transfer.finish()
-            if self._fetching is not None:
-                self._fetching.finish()
+        self._finish()
         return out
 
     def _computing(self) -> AbstractContextManager[None]:
         return self.stopwatch or self._record.timing("compute_s")
-
-    def _note(self, parts: Parts, rows: RankRows, hidden: Tensor) -> None:
-        record, plan = self._record, self._plan
-        record.tokens, record.waves = len(hidden), parts.plan.num_waves
-        record.rows_local = int(rows.own.sum())
-        record.rows_sent = self._route.num_rows - record.rows_local
-        record.rows_received = plan.going_home[-1].stop
-        record.dispatch_bytes = plan.sent[-1].stop * parts.wire.row_bytes
-        record.combine_bytes = record.rows_received * parts.wire.result_bytes
-        messages, rank, far = parts.messages, self._rank, parts.group.far
-        record.far_bytes = int((messages.heads + messages.unique)[rank][:, far].sum()) * parts.wire.row_bytes
-        record.far_bytes += int(messages.pairs[far, :, rank].sum()) * parts.wire.result_bytes
-        record.tokens_fetched = int(messages.fetched[:, :, rank].sum())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megamoe.execution.experts import Experts
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.execution.products import KernelProducts
 from megamoe.formats import SCALES, VALUES
 from megamoe.kernels.cpu.library import Library

@@ -12,17 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megamoe.execution.journeys import CallParts, CallRecord, Journeys
 from megamoe.execution.ops import reduce_slots
-from megamoe.execution.pipeline import CallRecord
 from megamoe.kernels.cpu.library import Rows
-from megamoe.parallel.group import EPGroup
-from megamoe.parallel.recorder import Notes
-from megamoe.parallel.transport.pairs import Label, Transfer
-from megamoe.routing.agreement import Agreement
-from megamoe.routing.messages import Messages
+from megamoe.parallel.streams import Streams
 from megamoe.routing.permutation import Route
 from megamoe.routing.row_plan import RankRows, StepRows, plan_rows
-from megamoe.routing.waves import WavePlan
 from megamoe.routing.wire import Wire, pair_records, read_records
 from megamoe.training.derivatives import activate_backward, sum_in_lanes
 from megamoe.training.experts import Picked, TrainableExperts
@@ -55,22 +50,16 @@ class ExpertGradients:
 
 
 @dataclass(frozen=True, slots=True)
-class BackwardParts:
-    """What a backward call needs of its layer, of the forward, and of what the ranks agreed on."""
+class BackwardParts(CallParts):
+    """The same for a backward, and how its forward encoded tokens."""
 
-    name: str
-    group: EPGroup
     experts: TrainableExperts
     token_wire: Wire
     wire: GradientWire
-    plan: WavePlan
-    messages: Messages
-    agreed: Agreement
-    notes: Notes
 
 
-class BackwardCall:
-    """One backward call. A rank alone has no transport: nothing is dispatched and nothing arrives.
+class BackwardCall(Journeys):
+    """One backward call.
 
     Rows are by expert, those of an expert in the order of the global batch. Of each wave recompute() needs no rows of
     other ranks, data() needs the wave's, weights() needs data() of the same wave and nothing else.
@@ -87,11 +76,9 @@ class BackwardCall:
         expert_gradients: ExpertGradients,
         record: CallRecord,
     ) -> None:
-        self._parts, self._kept, self._route, self._record = parts, kept, route, record
-        self._rank, self._experts, self._notes = parts.group.rank, parts.experts, parts.notes
-        self._transport, self.expert_gradients = parts.group.watched(parts.notes), expert_gradients
-        self._dispatches: dict[int, Transfer] = {}
-        self._combines: dict[int, Transfer] = {}
+        super().__init__(parts, record, Streams(torch.device("cpu")))  # none: messages are queued behind compute
+        self._parts, self._kept, self._route = parts, kept, route
+        self._experts, self.expert_gradients = parts.experts, expert_gradients
         self._home = HomeWire(parts.wire.dispatch_format, parts.wire.hidden)
         with record.timing("compute_s"):
             self._lay_out(hidden, gradient)
@@ -106,7 +93,8 @@ class BackwardCall:
         self._records = self._rows.view(torch.int32).view(-1, 2)
         self._results = workspace.take("results", (plan.num_results, self._home.row_bytes), hidden, torch.uint8)
         self._results[-1].zero_()  # what a masked slot adds
-        self._note(len(hidden), int(rows.own.sum()))
+        row_bytes = parts.wire.row_bytes, self._home.row_bytes
+        self._note(parts, len(hidden), self._route.num_rows, int(rows.own.sum()), row_bytes)
         order = in_batch_order(rows, self._rank)
         sources, destinations = (each[order] for each in plan.computed.expand())
         device = hidden.device
@@ -122,16 +110,6 @@ class BackwardCall:
         self._gradients = self._decoded(parts.wire, parts.wire.gradients(inbox), "backward gradients")
         self._read_own = False
         self._tokens = self._open_tokens(inbox)
-
-    def _note(self, num_tokens: int, num_own: int) -> None:
-        record, plan = self._record, self._plan
-        record.tokens, record.waves, record.rows_local = num_tokens, self._parts.plan.num_waves, num_own
-        record.rows_sent, record.rows_received = self._route.num_rows - num_own, plan.going_home[-1].stop
-        record.dispatch_bytes = plan.sent[-1].stop * self._parts.wire.row_bytes
-        record.combine_bytes = record.rows_received * self._home.row_bytes
-        messages, rank, far = self._parts.messages, self._rank, self._parts.group.far
-        record.far_bytes = int((messages.heads + messages.unique)[rank][:, far].sum()) * self._parts.wire.row_bytes
-        record.far_bytes += int(messages.pairs[far, :, rank].sum()) * self._home.row_bytes
 
     def _encode(self, hidden: Tensor, gradient: Tensor) -> None:
         own, wire = self._rows[self._plan.own], self._parts.wire
@@ -166,22 +144,11 @@ class BackwardCall:
 
     # ---- communication ----
 
-    def dispatch(self, wave: int) -> None:
-        """Sends this rank's messages of the wave, and opens the way for what comes in and for what will come home."""
-        if self._transport is None or wave >= len(self._plan.sent):
-            return
-        plan, messages, name = self._plan, self._parts.messages, self._parts.name
-        arriving = self._rows[plan.arriving[wave]]
-        incoming = messages.incoming(self._rank, wave)
-        self._dispatches[wave] = self._transport.expect(arriving, incoming, Label(name, "dispatch", wave))
-        inbox = self._rows[plan.own.start :]
+    def _pack_wave(self, wave: int) -> None:
+        inbox = self._rows[self._plan.own.start :]
         with self._record.timing("compute_s"):
-            for unique, rows in plan.messages(wave):
+            for unique, rows in self._plan.messages(wave):
                 torch.index_select(inbox, 0, self._route.unique[unique], out=self._rows[rows])
-        counts, starts = messages.rows(self._rank, wave), plan.inboxes[wave].tolist()
-        self._dispatches[wave].send(self._rows[plan.sent[wave]], counts, starts)
-        coming_home, sent = self._results[plan.coming_home[wave]], messages.pairs[self._rank, wave].tolist()
-        self._combines[wave] = self._transport.expect(coming_home, sent, Label(name, "combine", wave))
 
     def arrive(self, wave: int) -> None:
         """Waits for the wave's gradients, and decodes them."""
@@ -204,14 +171,6 @@ class BackwardCall:
             rows_of, weights = read_records(self._records.index_select(0, self._sources[of_wave]))
             self._gradient_rows[of_wave] = rows_of.to(torch.int64)
             self._weights[of_wave] = weights
-
-    def combine(self, wave: int) -> None:
-        """Sends the wave's results home, from where they stay until the call has ended."""
-        if self._transport is None:
-            return
-        rows = self._parts.messages.pairs[:, wave, self._rank].tolist()
-        starts = self._plan.homes[wave].tolist()
-        self._combines[wave].send(self._results[self._plan.going_home[wave]], rows, starts)
 
     # ---- compute ----
 
@@ -308,16 +267,12 @@ class BackwardCall:
 
     def reduce(self) -> tuple[Tensor, Tensor]:
         """Once all results are home -> gradients of tokens [T, H] bfloat16 and of top-k weights [T, K] float32"""
-        with self._record.timing("waiting_s"):
-            for transfer in self._combines.values():
-                transfer.wait()
+        self._wait_home()
         with self._record.timing("compute_s"), self._notes.lane("reduce", rows=self._route.num_rows):
             results, positions = self._results[self._plan.reduced], self._route.positions
             of_tokens = reduce_slots(self._home.decode(results), positions)[:, : self._parts.wire.hidden]
             of_weights = self._home.weights(results)[positions]
-        with self._record.timing("waiting_s"):
-            for transfer in (*self._dispatches.values(), *self._combines.values()):
-                transfer.finish()
+        self._finish()
         return of_tokens, of_weights
 
     def _lane(self, lane: str, wave: int, step: StepRows) -> AbstractContextManager[None]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megamoe.ambient import eager, settled, undisturbed
 from megamoe.execution.experts import Experts
-from megamoe.execution.pipeline import Call, CallRecord
+from megamoe.execution.journeys import CallRecord
+from megamoe.execution.pipeline import Call
 from megamoe.execution.small_call import Input
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
@@ -270,7 +271,7 @@ class TrainableMoE(MegaMoE):
             route = route_rows(topk_ids, topk_weights, plan, group.rank, num_rows, messages, group.workspace)
             gradient = settled(gradient.to(torch.bfloat16))
             tokens = gradient if hidden is None else settled(hidden.to(torch.bfloat16))
-        parts = BackwardParts(name, group, self.experts, token_wire, wire, plan, messages, agreed, notes)
+        parts = BackwardParts(name, group, plan, messages, agreed, notes, self.experts, token_wire, wire)
         return BackwardCall(parts, kept, route, tokens, gradient, of_masters, record)
 
     def _backward_plan(self, kept: Kept) -> WavePlan:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from megamoe.activations import SWIGLU
 from megamoe.ambient import Keeping, eager, undisturbed
 from megamoe.execution.checks import check_gradient
+from megamoe.execution.journeys import CallRecord
 from megamoe.execution.ops import activate
-from megamoe.execution.pipeline import CallRecord
 from megamoe.execution.products import linear
 from megamoe.kernels.gating import tables_of
 from megamoe.layer import MegaMoE

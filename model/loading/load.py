@@ -439,8 +439,3 @@ def _read_generation_config(model: Any, path: Path) -> None:
             model.generation_config = GenerationConfig.from_pretrained(path)
         except (ValueError, OSError) as refusal:
             raise ValueError(f"{path / 'generation_config.json'}: {refusal}") from refusal
-
-
-def name_modules(model: nn.Module) -> dict[str, RoutedExperts]:
-    """The routed experts of a loaded model, by the names of their modules."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}

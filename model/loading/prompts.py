@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamoe.execution.pipeline import CallRecord
+from megamoe.execution.journeys import CallRecord
 from megamoe.model.experts import RoutedExperts
 from megamoe.model.loading.load import load, regroup
 from megamoe.parallel.group import EPGroup

@@ -8,7 +8,6 @@ a builder that was killed is removed by the next one.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -19,8 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path as FilePath
 
 import torch
@@ -29,16 +28,13 @@ from megamoe.kernels.cpu.paths import Path
 
 SOURCES = ("rows.cpp", "routing.cpp", "values/backward.cpp")  # and the path's products
 HEADERS = ("out.h", "vectors.h", "library.h", "values/mxfp8.h")
-FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+# without OpenMP's own library: what is called of it is torch's, which has been loaded before
+LINK = ("-shared", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-shared",)
 DEADLINE_S = 300.0
 _BUILDING = ".building-"
 _FORGOTTEN_S = 12 * DEADLINE_S  # after which a folder is nobody's whose builder cannot be asked after
 _HERE = FilePath(__file__).parent
-_COMPILE = """
-import json, sys
-from torch.utils.cpp_extension import load
-load(**json.loads(sys.argv[1]), is_python_module=False)
-"""
 
 
 class BuildError(RuntimeError):
@@ -120,7 +116,7 @@ def _fingerprint(path: Path) -> str:
 
 
 def _compiler() -> str:
-    """What torch's builder calls."""
+    """As torch's builder of extensions chooses it."""
     return os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
 
 
@@ -146,35 +142,34 @@ def _turn(library: FilePath) -> Iterator[None]:
 
 
 def _compile(path: Path, library: FilePath) -> None:
-    """Compiles in a process of its own: what torch's builder prints and needs in its environment stays there."""
-    compiler = shlex.split(_compiler())[0]
-    if shutil.which(compiler) is None:
-        raise BuildError(f"there is no C++ compiler {compiler!r}")
+    """Compiles all sources at once, and links what comes out."""
+    compiler = shlex.split(_compiler())
+    if shutil.which(compiler[0]) is None:
+        raise BuildError(f"there is no C++ compiler {compiler[0]!r}")
     with tempfile.TemporaryDirectory(prefix=f"{_BUILDING}{_here()}-{os.getpid()}-", dir=library.parent) as folder:
         _sweep(FilePath(folder))
-        asked = {
-            "name": "megamoe_cpu",
-            "sources": [str(_HERE / name) for name in (path.products, *SOURCES)],
-            "extra_cflags": [*FLAGS, *path.flags],
-            "build_directory": folder,
-        }
-        command = [sys.executable, "-c", _COMPILE, json.dumps(asked)]
-        try:
-            done = subprocess.run(
-                command,
-                env=_environment(),
-                capture_output=True,
-                text=True,
-                timeout=DEADLINE_S,
-                check=False,
-                stdin=subprocess.DEVNULL,
-            )
-        except subprocess.TimeoutExpired as late:
-            raise BuildError(f"the compiler did not end within {DEADLINE_S:g} s") from late
-        built = FilePath(folder) / "megamoe_cpu.so"
-        if done.returncode or not built.exists():
-            raise BuildError(_reason(done.stdout + done.stderr))
+        sources = [_HERE / name for name in (path.products, *SOURCES)]
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor(len(sources)) as pool:
+            pairs = zip(sources, objects, strict=True)
+            commands = [[*compiler, *FLAGS, *path.flags, "-c", str(source), "-o", made] for source, made in pairs]
+            list(pool.map(_run, commands))
+        built = f"{folder}/{library.name}"
+        _run([*compiler, *LINK, *objects, "-o", built])
         os.replace(built, library)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+    except subprocess.TimeoutExpired as late:
+        raise BuildError(f"the compiler did not end within {DEADLINE_S:g} s") from late
+    except OSError as refusal:
+        raise BuildError(f"{command[0]} cannot be run: {refusal}") from refusal
+    if done.returncode:
+        raise BuildError(_reason(done.stdout + done.stderr))
 
 
 def _here() -> str:
@@ -213,15 +208,6 @@ def _lives(pid: int) -> bool:
     except (OSError, OverflowError):  # of another user; or no process id, of which nothing is known
         return True
     return True
-
-
-def _environment() -> dict[str, str]:
-    """This process's, with Ninja on the path: it comes with this interpreter's packages, which may not be."""
-    folders = [str(FilePath(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    spec = find_spec("ninja")
-    if spec is not None and spec.origin is not None:
-        folders.insert(0, str(FilePath(spec.origin).parent / "data" / "bin"))
-    return {**os.environ, "PATH": os.pathsep.join(folders)}
 
 
 def _reason(said: str) -> str:
