@@ -396,12 +396,26 @@ def test_only_what_may_not_leave_at_once_is_waited_for_by_another_thread(heard: 
         sent(transport, 8).finish()
         sent(transport).finish()
         sent(transport, 8).finish()
-        assert transport.queued
+        large, small = sent(transport), sent(transport, 8)
+        small.finish()  # the large one may be before it
+        large.finish()
+        sent(transport)
         transport.expect_first(torch.empty(0, 8, dtype=torch.uint8), NOW, []).wait()
         sent(transport, 8).finish()
     me = threading.current_thread().name
     other = "megamoe waiter" if heard else me
-    assert by == [me, other, me, other, me], "of a large message the tail, which leaves last, is waited for beside"
+    assert by == [me, other, other, me, other, other, me, me], "of a large message tail and body are waited for beside"
+
+
+def test_all_that_has_been_sent_is_waited_for_at_once() -> None:
+    group = Stuck()
+    group.let_go.set()
+    transport = stuck_transport(group)
+    transfers = [sent(transport) for _ in range(3)]
+    with mock.patch.object(transport._waiter, "wait", wraps=transport._waiter.wait) as waits:
+        for each in transfers:
+            each.finish()
+    assert waits.call_count == 1
 
 
 def test_the_thread_that_waits_for_what_leaves_ends_with_its_transport() -> None:

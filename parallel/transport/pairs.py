@@ -191,10 +191,33 @@ class PairTransfer:
         """within_s in place of what is left of the call's deadline"""
         self._wait_all(self._incoming, self._label.phase, within_s)
         if self._tag == self._pairs.OPENING_TAG:  # who opens an exchange has got all that was sent to it before
-            self._pairs.queued = False
+            self._pairs.leaving.clear()
 
     def finish(self) -> None:
+        """Where large messages may be stuck, what other transfers have sent is waited for too: in one wait."""
+        if self._outgoing and self._pairs.may_be_stuck:
+            self._pairs.finish_all()
         self._wait_all(self._outgoing, f"sending {self._label.phase}")
+
+    def leaving(self) -> list[int]:
+        """Peers of the messages that have not been waited for."""
+        return [peer for peer, _ in self._outgoing]
+
+    def leave(self, deadline: float) -> Iterator[int]:
+        """Waits until what it has sent has left, message by message: the peer of each before it is waited for."""
+        while self._outgoing:
+            peer, work = self._outgoing[0]
+            yield peer
+            work.wait(timedelta(seconds=max(deadline - time.monotonic(), _LEAST_S)))
+            self._ended.append(self._outgoing.pop(0)[1])
+
+    def note_leaving(self, peer: int) -> None:
+        """What this rank waits for, for others to see."""
+        self._pairs.clock.own_status.wait(f"sending {self._label.phase}", self._label.wave, peer)
+
+    def error(self, peer: int, since: float, cause: Exception) -> PeerError:
+        """Of a peer for whom this transfer has waited in vain."""
+        return self._pairs.clock.error(peer, self._label, since, cause)
 
     def _post(
         self,
@@ -219,7 +242,8 @@ class PairTransfer:
         begun = time.monotonic()
         try:
             if part.nbytes > WHOLE_BYTES:
-                self._pairs.queued |= works is self._outgoing
+                if works is self._outgoing:
+                    self._pairs.leaving[self] = None
                 flat = part.view(-1)
                 body = post([flat[: -self._TAIL]], peer, self._tag)
                 works.append((peer, post([flat[-self._TAIL :]], peer, self._tag + self._pairs.TAIL_TAG)))
@@ -232,20 +256,15 @@ class PairTransfer:
     def _wait_all(self, works: list[tuple[int, dist.Work]], phase: str, within_s: float | None = None) -> None:
         """phase: as others see it"""
         begun, pairs, clock = time.monotonic(), self._pairs, self._pairs.clock
-        before = -1
         while works:
             peer, work = works.pop(0)
             self._ended.append(work)  # to let go of one takes a lock that gloo's thread wants now
             clock.own_status.wait(phase, self._label.wave, peer)
             left = (clock.left_s() if within_s is None else within_s) - (time.monotonic() - begun)
             try:
-                if works is self._outgoing and peer != before:  # a body has left before its tail has
-                    pairs.wait_sent(work, peer, left)
-                else:
-                    pairs.wait_received(work, peer, left)
+                pairs.wait_for(work, peer, left)
             except RuntimeError as cause:
                 raise clock.error(peer, self._label, begun, cause) from cause
-            before = peer
         clock.own_status.arrived(phase, self._label.wave, time.monotonic() - begun)
 
 
@@ -261,7 +280,8 @@ class PairTransport:
 
     def __init__(self, group: dist.ProcessGroup, clock: Clock) -> None:
         self.group, self.clock = group, clock
-        self.aborted, self.queued = False, False  # queued: messages may have been sent that no buffer of a socket holds
+        self.aborted = False
+        self.leaving: dict[PairTransfer, None] = {}  # that have sent what no buffer of a socket may hold, in order
         self._waiter = Waiter()
         rank, size = group.rank(), group.size()
         # from the nearest neighbour on, so that no one is everybody's first
@@ -294,8 +314,8 @@ class PairTransport:
         """Whether nothing comes from a peer any more: all was broken off, or it gave up."""
         return self.aborted or self.clock.has_given_up(peer)
 
-    def wait_received(self, work: dist.Work, peer: int, within_s: float) -> None:
-        """Returns when a peer's message is there. RuntimeError where it is not in time or will not be."""
+    def wait_for(self, work: dist.Work, peer: int, within_s: float) -> None:
+        """Returns when a peer's message is there, or one to it has left. RuntimeError where that is not in time."""
         over = self.is_over(peer)
         try:
             work.wait(timedelta(seconds=_LEAST_S if over else max(within_s, _LEAST_S)))
@@ -304,16 +324,42 @@ class PairTransport:
                 raise BrokenOffError from cause
             raise
 
-    def wait_sent(self, work: dist.Work, peer: int, within_s: float) -> None:
-        """Returns when a message to a peer has left. RuntimeError where it has not in time or will not.
+    @property
+    def may_be_stuck(self) -> bool:
+        """Whether a wait for a message to leave may be one that nothing ends, though it is known who gave up.
 
-        A few bytes leave at once where nothing large is before them; only what may not is waited for by another thread.
+        A few bytes leave at once where nothing large is before them.
         """
-        if not self.queued or not self.clock.monitors:
-            self.wait_received(work, peer, within_s)
+        return bool(self.leaving and self.clock.monitors)
+
+    def finish_all(self) -> None:
+        """Returns when all that large transfers have sent has left: another thread waits, this one can break it off."""
+        transfers, self.leaving = [*self.leaving], {}
+        at = [(transfer, peer) for transfer in transfers for peer in transfer.leaving()][:1]
+        if not at:
             return
-        within = timedelta(seconds=max(within_s, _LEAST_S))
-        self._waiter.wait(lambda: work.wait(within), lambda: self.is_over(peer))
+        begun, noted = time.monotonic(), at[0]
+        deadline = begun + self.clock.left_s()
+
+        def wait() -> None:
+            for transfer in transfers:
+                for peer in transfer.leave(deadline):
+                    at[0] = transfer, peer
+
+        def is_over() -> bool:
+            nonlocal noted
+            if at[0] != noted:
+                noted = at[0]
+                noted[0].note_leaving(noted[1])
+            return self.is_over(noted[1])
+
+        noted[0].note_leaving(noted[1])
+        try:
+            self._waiter.wait(wait, is_over)
+        except RuntimeError as cause:
+            transfer, peer = at[0]
+            raise transfer.error(peer, begun, cause) from cause
+        self.clock.own_status.arrived("sending", None, time.monotonic() - begun)
 
     def abort(self) -> None:
         """Has every wait of this rank end in an error, from any thread.

@@ -67,3 +67,4 @@ class _Wait:
 def _run(waits: queue.SimpleQueue[_Wait | None]) -> None:
     while (asked := waits.get()) is not None:
         asked.run()
+        del asked  # and with it what it waited for, its owner among that
