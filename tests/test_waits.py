@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -405,6 +406,17 @@ def test_only_what_may_not_leave_at_once_is_waited_for_by_another_thread(heard: 
     me = threading.current_thread().name
     other = "megamoe waiter" if heard else me
     assert by == [me, other, other, me, other, other, me, me], "of a large message tail and body are waited for beside"
+
+
+def test_the_core_is_given_up_before_large_messages_are_posted_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, order = Stuck(), list[str]()
+    group.let_go.set()
+    monkeypatch.setattr(os, "sched_yield", lambda: order.append("yield"))
+    with mock.patch.object(group, "send", side_effect=lambda *_: order.append("post")):
+        sent(stuck_transport(group), 8)
+        assert order == ["post"]
+        sent(stuck_transport(group))
+    assert order == ["post", "yield", "post", "post"], "body and tail"
 
 
 def test_all_that_has_been_sent_is_waited_for_at_once() -> None:
