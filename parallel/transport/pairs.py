@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -145,7 +144,7 @@ def _give_way() -> None:
     Posting holds a connection. gloo's thread leaves one that is held to its next round, which begins at once: where it
     takes the core from the thread that posts, it spins for all of its turn, and the post takes milliseconds.
     """
-    if sys.platform != "win32":
+    if hasattr(os, "sched_yield"):  # not everywhere
         os.sched_yield()
 
 
