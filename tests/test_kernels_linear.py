@@ -159,8 +159,8 @@ def test_gate_and_up_are_clamped_to_the_limit(way: str, limit: float | None) -> 
 def test_every_activation_is_near_fp64_and_its_twin(name: str, bias: bool) -> None:
     activation = ACTIVATIONS[name]
     for way, tile in WAYS.items():
-        bias_of = whole(3, 128, seed=9) if bias else None  # sums are exact in any order
-        product = grouped(whole(6, 64, seed=7), whole(3, 128, 64, seed=8), [4, 0, 2], way, bias_of)
+        bias_of = whole(3, 192, seed=9) if bias else None  # sums are exact in any order
+        product = grouped(whole(6, 64, seed=7), whole(3, 192, 64, seed=8), [4, 0, 2], way, bias_of)
         out, twin = (as_fp64(linear1(product, activation, **each)) for each in ({"tile": tile}, {"twin": True}))
         assert relative_error(out, linear1_fp64(product, activation)) < BOUND, way
         # FP32's exponential differs in its last bits from FP64's, which crosses few of a format's steps
