@@ -7,6 +7,13 @@
 
 namespace megamoe {
 
+// What this thread has streamed is there for other threads.
+inline void finish_streams() {
+#if defined(MEGAMOE_AVX512)
+    _mm_sfence();
+#endif
+}
+
 //   to [., width] of that stride, bfloat16 or (wide) FP32; row r goes to its row goes[r], null for r itself
 struct Out {
     void* to;
@@ -27,6 +34,22 @@ struct Out {
         } else {
             for (int i = 0; i < count; i++) static_cast<uint16_t*>(to)[at + i] = to_bf16(sums[i]);
         }
+    }
+
+    // The same of `count` outputs that are rounded already, bfloat16. streams: past the caches, which could not keep them;
+    // finish_streams() before others read them.
+    void copy(int64_t r, int64_t first, int64_t count, const uint16_t* rounded, bool streams) const {
+        uint16_t* at = static_cast<uint16_t*>(to) + (goes ? goes[r] : r) * stride + first;
+        count = std::min(count, width - first);
+#if defined(MEGAMOE_AVX512)
+        constexpr int LINE = 32;
+        if (streams && reinterpret_cast<uintptr_t>(at) % 64 == 0 && count % LINE == 0) {
+            for (int64_t i = 0; i < count; i += LINE)
+                _mm512_stream_si512(reinterpret_cast<Words*>(at + i), _mm512_loadu_si512(rounded + i));
+            return;
+        }
+#endif
+        if (count > 0) std::memcpy(at, rounded, count * sizeof *at);
     }
 };
 

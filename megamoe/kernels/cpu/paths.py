@@ -61,6 +61,7 @@ PATHS = (
         (*_AVX512, "avx512_vbmi", "amx_tile", "amx_bf16"),
         products="tiles.cpp",
         order="words",
+        tuned=(("avx512_bf16", "-mavx512bf16"),),
     ),
     Path(
         "avx512-bf16",

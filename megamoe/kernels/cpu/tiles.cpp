@@ -15,8 +15,9 @@
 // is subnormal itself, counts as zero.
 //
 // Weights of BF16 lie in memory as tiles have them (layout.py). MXFP4 is decoded to the same order: for few rows into a
-// ring of a few KB on the way to the tiles, for more a panel of blocks at once, which all rows then read.
+// ring of a few KB on the way to the tiles, for more a panel of some blocks and some of K at once, which all rows then read.
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "library.h"
@@ -35,10 +36,11 @@ constexpr int TILE = 16;                     // rows of a tile of tokens; output
 constexpr int PAIR_ROW = BLOCK * 2;          // values: a pair of K for each output of a block
 constexpr int SLICE = GROUP / 2 * PAIR_ROW;  // values: a group of K of a block
 constexpr int RING = 4;                      // slices, decoded on the way to the tiles
-constexpr int AHEAD = 2;                     // slices, by which the memory is asked before they are read
-constexpr int PANEL_ROWS = 512;              // whose tokens are in tiles at once
-constexpr int DEPTH = 64;                    // groups of K of a panel of weights
-constexpr int PANEL = 512;                   // slices of a panel: 1 MB, which stays in the second cache while rows go by
+constexpr int AHEAD = 2;                     // slices or rows, by which the memory is asked before they are read
+constexpr int PANEL_ROWS = 256;              // whose tokens are in tiles at once
+constexpr int PANEL_BLOCKS = 8;              // whose sums for these rows stay in the second cache: 256 KB
+constexpr int DEPTH = 8;                     // groups of K of a panel: so deep, 32 rows stay in the first cache
+constexpr int64_t STREAMED = 2 << 20;        // bytes of outputs, from which on no cache could keep them
 
 // ---- tiles: 4 and 5 have tokens of the first and of the second rows, 6 and 7 weights of the first and of the second 16
 // outputs of a block, 0 and 1 the sums of the first rows, 2 and 3 those of the second ----
@@ -141,6 +143,19 @@ public:
 
 #endif
 
+// The sums of a block as BF16. No sum of tiles is subnormal, so that it does no harm that the instruction flushes those.
+void round_block(uint16_t* to, const float* sums) {
+#if defined(__AVX512BF16__)
+    const Vector low = load(sums), high = load(sums + LANES);
+    const __mmask32 nans = _mm512_kunpackw(_mm512_cmp_ps_mask(high, high, _CMP_UNORD_Q),
+                                           _mm512_cmp_ps_mask(low, low, _CMP_UNORD_Q));
+    const Words rounded = Words(_mm512_cvtne2ps_pbh(high, low));
+    _mm512_storeu_si512(to, _mm512_mask_mov_epi16(rounded, nans, _mm512_set1_epi16(0x7FC0)));
+#else
+    for (int i = 0; i < BLOCK; i += LANES) store_bf16(to + i, load(sums + i));
+#endif
+}
+
 // ---- weights ----
 
 // An expert's BF16 weights: block by block, a block's slices as tiles read them.
@@ -231,26 +246,26 @@ struct Rows {
     int64_t stride, depth;
     const int64_t* source;
 
-    // Rows first to first + num_rows - 1 as tiles, [groups][num_rows][GROUP], zero beyond K.
-    void to_tiles(int64_t first, int num_rows, int64_t groups, uint16_t* to) const {
-        for (int r = 0; r < num_rows; r++) {
-            const uint16_t* from = x + (source ? source[first + r] : first + r) * stride;
-            uint16_t* at = to + r * GROUP;
-            int64_t left = depth;
-            for (int64_t group = 0; group < groups; group++, from += GROUP, left -= GROUP, at += num_rows * GROUP) {
-                if (left >= GROUP) {
-                    std::memcpy(at, from, GROUP * sizeof *at);
-                } else {
-                    std::fill(std::copy(from, from + left, at), at + GROUP, uint16_t(0));
-                }
+    const uint16_t* row(int64_t r) const { return x + (source ? source[r] : r) * stride; }
+
+    // Rows first to first + num_rows - 1 as tiles, [groups][num_rows][GROUP], zero beyond K. last: the last row there is.
+    void to_tiles(int64_t first, int num_rows, int64_t last, int64_t groups, uint16_t* to) const {
+        const int64_t whole = depth / GROUP, left = depth % GROUP;
+        for (int r = 0; r < num_rows; r++, to += GROUP) {
+            const uint16_t *from = row(first + r), *soon = row(std::min(first + r + AHEAD, last));
+            uint16_t* at = to;
+            for (int64_t group = 0; group < whole; group++, at += num_rows * GROUP) {
+                MEGAMOE_PREFETCH(soon + group * GROUP);
+                std::memcpy(at, from + group * GROUP, GROUP * sizeof *at);
             }
+            if (whole < groups) std::fill(std::copy_n(from + whole * GROUP, left, at), at + GROUP, uint16_t(0));
         }
     }
 };
 
 // What a thread works in, kept from call to call.
 class Scratch {
-    std::vector<uint16_t> tokens, weights;
+    std::vector<uint16_t> tokens, weights, rounded;
     std::vector<float> sums;
 
     // At least `size` values, from the start of a cache line on.
@@ -266,6 +281,7 @@ public:
     uint16_t* take_tokens(int64_t size) { return take(tokens, size); }
     uint16_t* take_weights(int64_t size) { return take(weights, size); }
     float* take_sums(int64_t size) { return take(sums, size); }
+    uint16_t* take_rounded(int64_t size) { return take(rounded, size); }
 };
 thread_local Scratch scratch;
 
@@ -276,6 +292,7 @@ struct Share {
     int64_t first, count;  // rows
     int64_t begin, end;    // blocks
     int64_t groups;        // of K
+    bool streams;          // whether outputs go by the caches
 };
 
 // Up to 32 rows of a share as tiles: [groups][rows][GROUP] of the first 16, then of the others.
@@ -303,35 +320,56 @@ void sum_pair(Tiles& tiles, const Pair& pair, int64_t groups, int64_t begin, int
         tiles.zero<0>(), tiles.zero<1>();
         if constexpr (SECOND) tiles.zero<2>(), tiles.zero<3>();
     }
-    for (int64_t group = begin; group < end; group++) {
+    // a tile is loaded again as soon as the last product with it has begun
+    const auto load_weights = [&](int64_t group) {
         const uint16_t* weights = at(group);
         tiles.load<6>(weights, PAIR_ROW * 2);
-        tiles.load<4>(tokens + group * first, GROUP * 2);
+        return weights + TILE * 2;
+    };
+    const uint16_t* weights = load_weights(begin);
+    tiles.load<4>(tokens + begin * first, GROUP * 2);
+    tiles.load<7>(weights, PAIR_ROW * 2);
+    if constexpr (SECOND) tiles.load<5>(more + begin * second, GROUP * 2);
+    for (int64_t group = begin + 1; group < end; group++) {
         tiles.add_products<0, 4, 6>();
-        tiles.load<7>(weights + TILE * 2, PAIR_ROW * 2);
         tiles.add_products<1, 4, 7>();
-        if constexpr (SECOND) {
-            tiles.load<5>(more + group * second, GROUP * 2);
-            tiles.add_products<2, 5, 6>();
-            tiles.add_products<3, 5, 7>();
-        }
+        tiles.load<4>(tokens + group * first, GROUP * 2);
+        if constexpr (SECOND) tiles.add_products<2, 5, 6>();
+        weights = load_weights(group);
+        if constexpr (SECOND) tiles.add_products<3, 5, 7>();
+        tiles.load<7>(weights, PAIR_ROW * 2);
+        if constexpr (SECOND) tiles.load<5>(more + group * second, GROUP * 2);
     }
+    tiles.add_products<0, 4, 6>();
+    tiles.add_products<1, 4, 7>();
+    if constexpr (SECOND) tiles.add_products<2, 5, 6>(), tiles.add_products<3, 5, 7>();
     tiles.store<0>(sums, BLOCK * 4), tiles.store<1>(sums + TILE, BLOCK * 4);
     if constexpr (SECOND) tiles.store<2>(below, BLOCK * 4), tiles.store<3>(below + TILE, BLOCK * 4);
 }
 
-// The same, written out where the sums are whole.
 template <class At>
-void run_pair(const Share& share, Tiles& tiles, const Pair& pair, int64_t block, int64_t begin, int64_t end, At at,
-              float* sums) {
+void sum_pair(Tiles& tiles, const Pair& pair, int64_t groups, int64_t begin, int64_t end, At at, float* sums) {
     if (pair.second()) {
-        sum_pair<true>(tiles, pair, share.groups, begin, end, at, sums);
+        sum_pair<true>(tiles, pair, groups, begin, end, at, sums);
     } else {
-        sum_pair<false>(tiles, pair, share.groups, begin, end, at, sums);
+        sum_pair<false>(tiles, pair, groups, begin, end, at, sums);
     }
-    if (end < share.groups) return;
-    for (int r = 0; r < pair.rows; r++)
-        share.out.write<BLOCK>(share.first + pair.row + r, block * BLOCK, sums + r * BLOCK);
+}
+
+// Sums [blocks][32][BLOCK] of a pair of tiles of rows, from `block` on, to the outputs.
+void write_pair(const Share& share, const Pair& pair, int64_t block, int64_t blocks, const float* sums) {
+    constexpr int64_t OF_BLOCK = 2 * TILE * BLOCK;
+    uint16_t* rounded = scratch.take_rounded(PANEL_BLOCKS * BLOCK);
+    for (int r = 0; r < pair.rows; r++, sums += BLOCK) {
+        const int64_t row = share.first + pair.row + r;
+        if (share.out.wide) {
+            for (int64_t b = 0; b < blocks; b++)
+                share.out.write<BLOCK>(row, (block + b) * BLOCK, sums + b * OF_BLOCK);
+            continue;
+        }
+        for (int64_t b = 0; b < blocks; b++) round_block(rounded + b * BLOCK, sums + b * OF_BLOCK);
+        share.out.copy(row, block * BLOCK, blocks * BLOCK, rounded, share.streams);
+    }
 }
 
 // ---- few rows: weights go from memory to the tiles once, through registers and the first cache ----
@@ -339,9 +377,11 @@ void run_pair(const Share& share, Tiles& tiles, const Pair& pair, int64_t block,
 template <class At>
 void run_few(const Share& share, Tiles& tiles, const Pair& pair, At at) {
     float* sums = scratch.take_sums(2 * TILE * BLOCK);
-    for (int64_t block = share.begin; block < share.end; block++)
-        run_pair(share, tiles, pair, block, 0, share.groups,
+    for (int64_t block = share.begin; block < share.end; block++) {
+        sum_pair(tiles, pair, share.groups, 0, share.groups,
                  [=, before = (block - share.begin) * share.groups](int64_t group) { return at(before + group); }, sums);
+        write_pair(share, pair, block, 1, sums);
+    }
 }
 
 void run_few(const Share& share, Tiles& tiles, const Pair& pair, const BF16& weights) {
@@ -361,9 +401,9 @@ void run_few(const Share& share, Tiles& tiles, const Pair& pair, const MXFP4& we
     });
 }
 
-// ---- many rows: some blocks, DEPTH groups of each, stay in the second cache, and all rows go by ----
+// ---- many rows: a panel of weights stays in the second cache while all rows go by ----
 
-// The groups begin to end of blocks, one block after the other, as tiles read them; those of one block are `stride` apart.
+// The groups begin to end of some blocks as tiles read them; those of one block are `stride` apart from the next's.
 struct Panel {
     const uint16_t* values;
     int64_t stride;
@@ -385,23 +425,24 @@ Panel panel_of(const Share& share, const MXFP4& weights, int64_t block, int64_t 
 template <class Weights>
 void run_many(const Share& share, Tiles& tiles, const uint16_t* tokens, int64_t first, int rows,
               const Weights& weights) {
-    const bool whole = share.groups <= DEPTH;
-    const int64_t at_once = std::max<int64_t>(1, PANEL / std::min<int64_t>(share.groups, DEPTH));
-    const int64_t pairs = (rows + 2 * TILE - 1) / (2 * TILE);
-    float* sums = scratch.take_sums((whole ? 1 : pairs * at_once) * 2 * TILE * BLOCK);
-    for (int64_t block = share.begin; block < share.end; block += at_once) {
-        const int64_t blocks = std::min(at_once, share.end - block);
-        for (int64_t begin = 0; begin < share.groups; begin += DEPTH) {
-            const int64_t end = std::min<int64_t>(begin + DEPTH, share.groups);
+    constexpr int64_t OF_BLOCK = 2 * TILE * BLOCK, OF_PAIR = PANEL_BLOCKS * OF_BLOCK;
+    const int64_t pairs = (rows + 2 * TILE - 1) / (2 * TILE), parts = (share.groups + DEPTH - 1) / DEPTH;
+    float* sums = scratch.take_sums(pairs * OF_PAIR);
+    for (int64_t block = share.begin; block < share.end; block += PANEL_BLOCKS) {
+        const int64_t blocks = std::min<int64_t>(PANEL_BLOCKS, share.end - block);
+        for (int64_t part = 0; part < parts; part++) {
+            const int64_t begin = share.groups * part / parts, end = share.groups * (part + 1) / parts;
             const Panel panel = panel_of(share, weights, block, blocks, begin, end);
-            for (int row = 0; row < rows; row += 2 * TILE) {
+            for (int64_t p = 0; p < pairs; p++) {
+                const int row = int(p) * 2 * TILE;
                 const Pair pair{tokens + row * share.groups * GROUP, first + row, std::min(2 * TILE, rows - row)};
                 for (int64_t b = 0; b < blocks; b++)
-                    run_pair(share, tiles, pair, block + b, begin, end,
+                    sum_pair(tiles, pair, share.groups, begin, end,
                              [from = panel.values + b * panel.stride - begin * SLICE](int64_t group) {
                                  return from + group * SLICE;
                              },
-                             whole ? sums : sums + (row * blocks + b * 2 * TILE) * BLOCK);
+                             sums + p * OF_PAIR + b * OF_BLOCK);
+                if (end == share.groups) write_pair(share, pair, block, blocks, sums + p * OF_PAIR);
             }
         }
     }
@@ -414,8 +455,8 @@ void run_share(const Share& share, Tiles& tiles, const Weights& weights) {
         const int rows = int(std::min<int64_t>(PANEL_ROWS, share.count - first));
         uint16_t* tokens = scratch.take_tokens(rows * share.groups * GROUP);
         for (int row = 0; row < rows; row += TILE)
-            share.rows.to_tiles(share.first + first + row, std::min(TILE, rows - row), share.groups,
-                                tokens + row * share.groups * GROUP);
+            share.rows.to_tiles(share.first + first + row, std::min(TILE, rows - row), share.first + share.count - 1,
+                                share.groups, tokens + row * share.groups * GROUP);
         if (rows <= 2 * TILE) {
             run_few(share, tiles, Pair{tokens, first, rows}, weights);
         } else {
@@ -435,6 +476,7 @@ extern "C" void megamoe_products(const uint16_t* x, int64_t x_stride, const int6
     using namespace megamoe;
     const int64_t groups = (k + GROUP - 1) / GROUP, blocks = (n + BLOCK - 1) / BLOCK;
     const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
+    const bool streams = std::accumulate(counts, counts + experts, int64_t(0)) * n * 2 >= STREAMED;
 #pragma omp parallel for num_threads(int(shares)) schedule(static, 1) if (shares > 1)
     for (int64_t part = 0; part < shares; part++) {
         Tiles tiles;
@@ -442,7 +484,7 @@ extern "C" void megamoe_products(const uint16_t* x, int64_t x_stride, const int6
         for (int64_t expert = 0; expert < experts; first += counts[expert++]) {
             if (!counts[expert]) continue;
             const Share share{{x, x_stride, k, source}, {out, out_stride, n, goes, wide != 0}, first, counts[expert],
-                              blocks * part / shares, blocks * (part + 1) / shares, groups};
+                              blocks * part / shares, blocks * (part + 1) / shares, groups, streams};
             const int64_t slice = share.begin * groups;
             const uint8_t* at = packed + expert * packed_bytes;
             if (scales) {
@@ -451,5 +493,6 @@ extern "C" void megamoe_products(const uint16_t* x, int64_t x_stride, const int6
                 run_share(share, tiles, BF16{reinterpret_cast<const uint16_t*>(at) + slice * SLICE});
             }
         }
+        if (streams) finish_streams();
     }
 }
