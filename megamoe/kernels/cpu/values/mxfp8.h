@@ -27,13 +27,21 @@ uint8_t scale_of(const float* values) {
 // What values are multiplied by before they are rounded, 1 / scale.
 float inverse_of(uint8_t scale) { return as_float(uint32_t(254 - scale) << 23); }
 
+// A magnitude of at most 448 and what it is added to, so that FP32 rounds the sum to E4M3, ties to even: FP32's step there
+// is E4M3's at the magnitude, 2^-9 below 2^-6.
+struct ByStep {
+    uint32_t to, sum;
+
+    explicit ByStep(uint32_t magnitude)
+        : to(std::max(magnitude & 0x7F800000, 121u << 23) + (20u << 23)),
+          sum(as_bits(as_float(magnitude) + as_float(to))) {}
+};
+
 // E4M3, ties to even, of a magnitude of at most 448.
 inline uint8_t to_e4m3(float value) {
-    const uint32_t bits = as_bits(value), magnitude = bits & 0x7FFFFFFF;
-    const uint32_t normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960;
-    // below 2^-6 steps are 2^-9, which is what an addition to 2^14 rounds to
-    const uint32_t subnormal = as_bits(as_float(magnitude) + 16384.0f) - as_bits(16384.0f);
-    return uint8_t((magnitude < 0x3C800000 ? subnormal : normal) | (bits >> 24 & 0x80));
+    const uint32_t bits = as_bits(value);
+    const ByStep by(bits & 0x7FFFFFFF);
+    return uint8_t((by.sum - by.to + ((by.to - (141u << 23)) >> 20)) | (bits >> 24 & 0x80));
 }
 
 inline float from_e4m3(uint8_t code) {
@@ -60,10 +68,9 @@ void dequantize_group(const uint8_t* codes, uint8_t scale, uint16_t* out) {
 
 // The value of to_e4m3(value), without going through its code.
 inline float round_e4m3(float value) {
-    const uint32_t bits = as_bits(value), magnitude = bits & 0x7FFFFFFF;
-    const uint32_t normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) & 0xFFF00000;
-    const uint32_t subnormal = as_bits((as_float(magnitude) + 16384.0f) - 16384.0f);
-    return as_float((magnitude < 0x3C800000 ? subnormal : normal) | (bits & 0x80000000));
+    const uint32_t bits = as_bits(value);
+    const ByStep by(bits & 0x7FFFFFFF);
+    return as_float(as_bits(as_float(by.sum) - as_float(by.to)) | (bits & 0x80000000));
 }
 
 // quantize_group() and dequantize_group() in one.
@@ -74,7 +81,7 @@ void round_group(const float* values, uint16_t* out) {
         return;
     }
     const float inverse = inverse_of(scale), factor = from_e8m0(scale);
-    for (int i = 0; i < GROUP; i++) out[i] = to_bf16(round_e4m3(values[i] * inverse) * factor);
+    for (int i = 0; i < GROUP; i++) out[i] = uint16_t(as_bits(round_e4m3(values[i] * inverse) * factor) >> 16);  // exact
 }
 
 void widen_group(const uint16_t* from, float* to) {
