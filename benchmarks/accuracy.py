@@ -6,6 +6,7 @@ python -m benchmarks.accuracy --write docs/accuracy.md      # reads docs/data; a
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,86 +17,20 @@ from megamoe.planner.serving.flops import ASSUMPTIONS, efficiency
 from megamoe.planner.validation.ascend_guides import guides, median_of
 from megamoe.planner.validation.calibrate import calibrate, check, median_error
 from megamoe.planner.validation.published import published
-from megamoe.planner.validation.published_layers import deepep_dispatch, isca, pull_request_316
+from megamoe.planner.validation.published_layers import deepep_dispatch, deepep_low_latency, isca, pull_request_316
 from megamoe.planner.validation.tables import read_table
 from megamoe.planner.validation.validate import Compared, Errors, compare
 from megamoe.schedule.machine import read_runs
 
 try:
+    from benchmarks.accuracy_words import HEAD, HELD_OUT, WORST
     from benchmarks.fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200
 except ModuleNotFoundError:  # run as a file, which has its own folder on the path
+    from accuracy_words import HEAD, HELD_OUT, WORST  # type: ignore[import-not-found, no-redef]
     from fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200  # type: ignore[import-not-found, no-redef]
-
-_WORST = """
-Where it is worst: a handful of tokens, where which expert is touched is chance; 16 ranks, which took less than 8 and
-32 did with the same work a rank; and 32 ranks.
-
-Of the 64 balanced rows 13 err by more than 5 %. Their neighbours in the table say why no term of the model brings all
-of them in:
-
-- EP4 and EP16 with 1 or 2 tokens, EP32 with 1 (-7 to +18 %): a token touches six experts of one row at any EP size,
-  and takes 118, 107, 91 and 103 us at EP4 to EP32. At EP4 the two power laws give every rank the same six experts of
-  one row, 94 and 103 us. EP32 has one barrier more than EP16 and 12 experts less, 2 us in all, and took 12 us longer:
-  one of the two errs by 5.2 % at least.
-- EP32 with 4 to 128 and with 512 tokens (-5 to -9 %): what rows of 16 tokens took beside reading their weights is 93,
-  79, 69 and 84 us at EP4 to EP32. Experts that halve explain that it falls; nothing that EP32 has more of than EP16
-  explains 15 us.
-- EP16 with 2048 to 8192 tokens (+6 to +10 %): every rank multiplies as many rows at any EP size. With 4096 tokens EP8
-  took 1572 us, EP16 1427 and EP32 1613, and EP16 sends more than EP8: one of the two errs by 4.8 % at least. Where
-  memory is the limit (8 to 256 tokens) EP16 is planned 3 % too long, from 16384 on within 1 %: as if the SMs of that
-  job had had a higher clock until power was the limit. The table has no clocks.
-- EP32 with 32768 tokens (-9 %): they took 2.13 times as long as 16384, at EP4 to EP16 1.94 to 2.02 times as long. No
-  term here grows faster than rows do.
-
-Each EP size was measured by a job of its own, prefill and decode apart. A constant for an EP size would mend these
-rows and tell nothing of other sizes. A barrier in proportion to the ranks would mend decode at EP32, and would plan
-EP320 on Atlas A3 a tenth too slow on top of what it is.
-
-The first state of this page had other loads of the busiest rank and took experts one after the other, each for its
-weights or for its rows. It met these rows better by more than two points; how much the loads did is what its loads
-make of today's model:
-
-- power_law_sampled_1.9 at EP16 with 256, 1024, 2048 and 4096 tokens: +4, +1, 0 and -5 %, now +8, +10, +12 and +8 %;
-  at EP4 with 4096: +5 %, now +8 %. The loads: with the former ones today's model says +1, -3, -1, -6 and +2 %. They
-  were drawn from shares up to 1024, which the runs did not have, and cancelled an error: at 32768 tokens they leave
-  EP4 to EP32 5, 11, 16 and 26 % too short, today's 9 % at most. What is left is what the other rows of EP16 err by.
-- The same routing at EP8 with 256, 1024 and 2048 tokens: 0, 0 and -1 %, now -5, -3 and +4 %; at EP4 with 512: +1 %,
-  now -4 %. Two errors cancelled: with the former loads today's model says -6, -9, -4 and -5 %, and experts one after
-  the other took longer than they do where one that is hot computes while weights of others are read.
-- The same at EP32 with 16 and 32 tokens: -3 and -2 %, now +6 and +5 %. Not the loads: with the former ones it would
-  be +12 and +7 %. A call has tiles of one size, by the mean rows of an expert, and those of a hot one come in many of
-  16 and 32 rows; in tiles of 64 it would be -8 and -7 %.
-- power_law_1.01 and 1.2 at EP32 with 1024 and 2048 tokens: -1 to 0 %, now +3 to +7 %. The loads are the same; the
-  link of the busiest rank is shared by all that send to it (link_incast), without which it would be -5 to -4 %. The
-  former model met them and was 17 and 20 % too short at 32768 tokens, where today's is 11 and 6 %.
-- Both at EP16 with 32 tokens: +5 %, now +9 %: dealt as the runs dealt, one expert more of the busiest rank has rows,
-  22 in place of 21, which is 3 %.
-- Balanced EP16 with 1024 tokens: 0 %, now +3 %. The module's passes over its tokens take longer than could be
-  counted, as EP4 and EP8 with 16384 and 32768 say: 3 to 5 % too short then, 1 to 3 % now.
-"""
 
 DATA = Path(__file__).parents[1] / "docs" / "data"
 V4_EFFICIENCY = {"deepseek-v4-pro": (27, 10), "deepseek-v4-flash": (10, 7)}
-
-HEAD = """# How wrong the planner is
-
-`python -m benchmarks.accuracy --write docs/accuracy.md` prints this page from the tables in `docs/data` and the figures
-in `megamoe/planner/validation/published*.py`; `megamoe validate` prints the same errors, and `megamoe validate
-FILE.csv` those of a table of your own. An error is 100 * (planned / measured - 1). Everything here is arithmetic:
-nothing was run on a GPU or NPU by us.
-
-What was fitted to what: `python -m benchmarks.fit_layer` prints the constants. The fused kernel's to the 64 balanced
-rows of the first table, the 8 of DeepGEMM's pull request 316, and every other row of FlashInfer's and of the H200
-table; to every other skewed row of the first table one constant alone, link_incast. That Blackwell's fused kernel
-takes what is longer, products or links, is what the fit goes to without end, and a constant that is not fitted. How a
-hot expert is spread over the waves was decided with the skewed rows in sight, as was which of two upper bounds that
-the collector's history has for the shares of power_law_sampled its runs had, and the terms of the model with all
-tables in sight. What grouped products and DeepEP's kernels add, to every other row of their tables. Links are
-DeepEP's own figures, the NIC was fitted to its dispatch on H800. Five constants of the `ascend` profile were fitted
-to 11 of the 13 rows of one guide, in the knowledge of all 13 and of the other rows on Ascend. Nothing else was
-fitted. Skewed rows are drawn and rounded as the table's own workloads are; the tiles of a call have the size that
-DeepGEMM gives them.
-"""
 
 
 def lines() -> Iterator[str]:
@@ -105,6 +40,7 @@ def lines() -> Iterator[str]:
     yield from _halves()
     yield from _staged()
     yield from _left_out()
+    yield from _holdouts()
     yield from _efficiency()
     yield from _serving()
     yield from _guides()
@@ -145,7 +81,7 @@ def _gb200() -> Iterator[str]:
                 if (each.row.routing, each.row.ep_size) == (routing, ep)
             }
             yield f"| EP{ep} | {' | '.join(f'{row[each].error_pct:+.0f}' for each in tokens)} |"
-    yield _WORST
+    yield WORST
 
 
 def _layers() -> Iterator[str]:
@@ -257,6 +193,38 @@ def _left_out() -> Iterator[str]:
     yield "state of this page had let them in from GB200 itself (a median of 5.3 % in place of what stands above).\n"
 
 
+def _holdouts() -> Iterator[str]:
+    """Published times of which no row was fitted: a line for every source, device and kind of kernels."""
+    path = DATA / "holdouts.csv"
+    with path.open(newline="") as file:
+        sources = [line["source"] for line in csv.DictReader(file)]
+    found: dict[tuple[str, str, int, str], list[Compared]] = {}
+    for source, each in zip(sources, compare(read_table(path)), strict=True):
+        found.setdefault((source, each.row.hardware, each.row.ep_size, each.row.stack), []).append(each)
+    yield "## Held out: published times that nothing was fitted to\n"
+    yield "`docs/data/holdouts.csv`, collected on 2026-11-30 from pull requests and pages of deepseek-ai/DeepGEMM,"
+    yield "sgl-project/DeepGEMM, flashinfer-ai/flashinfer and mhoqueanik/moe_ep_benchmark. Last: the row that is"
+    yield "furthest off, its model, tokens per rank, and us measured and planned. Nothing here was fitted.\n"
+    everything = Errors.of(each for rows in found.values() for each in rows)
+    shares = f"{everything.median_abs_pct_error:.1f} %, 95th percentile {everything.p95_abs_pct_error:.1f} %"
+    yield f"All {everything.rows} rows: median {shares}, largest {everything.max_abs_pct_error:.1f} %.\n"
+    yield "| source | device, EP | what | rows | median | largest | the largest | measured | planned |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for (source, hardware, ep, stack), rows in found.items():
+        errors, worst = Errors.of(rows), max(rows, key=lambda each: abs(each.error_pct))
+        off = f"{worst.row.model}, {worst.row.tokens_per_rank} | {worst.row.latency_us:g} | {worst.planned_us:.1f}"
+        shares = f"{errors.median_abs_pct_error:.1f} % | {worst.error_pct:+.1f} %"
+        yield f"| {source} | {hardware}, EP{ep} | {stack} | {errors.rows} | {shares} | {off} |"
+    yield HELD_OUT
+    yield "DeepEP V1's low-latency kernels on H800, 128 tokens, top-8, from its README; planned by the staged stack's"
+    yield "constants, which are those of H100. The dispatch further up is planned as an exchange alone, of no stack.\n"
+    yield "| | published | planned | error |"
+    yield "|---|---|---|---|"
+    for figure in deepep_low_latency():
+        yield f"| {figure.what} | {figure.published:g} us | {figure.ours:.1f} us | {figure.error_pct:+.1f} % |"
+    yield ""
+
+
 def _efficiency() -> Iterator[str]:
     yield "## DeepSeek-V4 against V3.2 at 1,048,576 tokens of context\n"
     yield "| model | FLOPs per token, report | planned | KV cache, report | planned |"
@@ -281,7 +249,9 @@ def _serving() -> Iterator[str]:
     yield "% while the links of a half were taken to hide behind all that the other half computes. In a decode they"
     yield "hide behind its attention alone: the engines of these runs cut attention in two, and an expert's rows of"
     yield "one half are sent while the other half's attention runs. V3 decode on EP144 has a third of the tokens"
-    yield "and waits for no link.\n"
+    yield "and waits for no link. GB200's and H20's runs were looked up last, and nothing was changed for them. Part I"
+    yield "and II of GB200's are three months of kernels apart. H20's attention is planned with products in BF16; the"
+    yield "kernel of that run, FlashMLA-FP8, has them in 8 bits.\n"
 
 
 def _guides() -> Iterator[str]:

@@ -20,7 +20,7 @@ from megamoe.planner.layer.device import compute_format as format_of
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.stacks import STACKS, Stack, stack_time
 from megamoe.planner.layer.staged import LOW_LATENCY_TOKENS
-from megamoe.planner.layer.tiles import GROUPED_BLOCKS, block_of, products_us
+from megamoe.planner.layer.tiles import GROUPED_BLOCKS, products_us, tiling_of
 
 NARROW, WIDE = 256, 8192
 SHAPES = {
@@ -90,7 +90,7 @@ def _tiles(expert: Expert, device: Device, rows: float, stack: Stack) -> float:
     """What the tiles of an expert's rows take, of many experts; of grouped products, how many tiles."""
     if stack == "staged":
         return math.ceil(rows / min(GROUPED_BLOCKS))
-    return products_us(expert, device, [rows], [1 << 20], block_of(device, rows))[0]
+    return products_us(expert, device, [rows], [1 << 20], tiling_of(device, rows))[0]
 
 
 @given(**CASES)

@@ -23,7 +23,7 @@ from megamoe.planner.layer.routing import KINDS, RankLoad, Routing, _dealt, _exp
 from megamoe.planner.layer.rule import Rule, hides_tflops, threshold, tiers, transfer_us
 from megamoe.planner.layer.stacks import STACKS, own_time, stack_time
 from megamoe.planner.layer.staged import low_latency, normal, reached_by, staged_time
-from megamoe.planner.layer.tiles import block_of, grouped_us, products_us, reached_tflops, tile_us
+from megamoe.planner.layer.tiles import Tiling, grouped_us, products_us, reached_tflops, tile_us, tiling_of
 from megamoe.schedule.formats import VALUE_BYTES, value_bytes
 from megamoe.schedule.schedule import Work, play
 
@@ -404,31 +404,55 @@ def test_products_add_up_their_tiles_and_wait_for_one_of_each() -> None:
     def cost(rows: int) -> float:
         return (48 * tile_us(GB200, rows, 7168, 0.5) + 56 * tile_us(GB200, rows, 3072, 0.5)) / 152
 
-    (few,) = products_us(PRO, GB200, [16], [1], 16)
+    (few,) = products_us(PRO, GB200, [16], [1], Tiling(16, 16))
     assert few == pytest.approx(max(cost(16), tile_us(GB200, 16, 7168, 0.5) + tile_us(GB200, 16, 3072, 0.5)))
-    found = products_us(PRO, GB200, [16, 192, 200, 384], [90, 6, 1, 1], 192)
+    found = products_us(PRO, GB200, [16, 192, 200, 384], [90, 6, 1, 1], Tiling(192, 16))
     assert found == pytest.approx([cost(16), cost(192), cost(192) + cost(16), 2 * cost(192)])
 
 
 def test_the_last_tile_of_an_expert_computes_its_rows_alone() -> None:
     """256 rows of each expert in tiles of 192: less than two whole ones, more than 4/3 of one."""
-    (one,), (more,), (two,) = (products_us(PRO, GB200, [rows], [48], 192) for rows in (192, 256, 384))
+    (one,), (more,), (two,) = (products_us(PRO, GB200, [rows], [48], Tiling(192, 16)) for rows in (192, 256, 384))
     assert 4 / 3 * one < more < two == pytest.approx(2 * one)
 
 
 def test_a_call_has_tiles_of_one_size_by_the_mean_rows_of_an_expert() -> None:
-    found = {rows: block_of(GB200, rows) for rows in (0.1, 8, 8.5, 16, 17, 32, 33, 64, 65, 96, 97, 5000)}
+    found = {rows: tiling_of(GB200, rows).block for rows in (0.1, 8, 8.5, 16, 17, 32, 33, 64, 65, 96, 97, 5000)}
     assert list(found.values()) == [16, 16, 32, 32, 64, 64, 96, 96, 128, 128, 192, 192]
 
 
-def test_on_hopper_a_tile_is_the_smallest_that_holds_the_mean_and_is_computed_whole() -> None:
-    """40 rows: one tile of 64. 96 rows: one of 128. 192 rows: two of 128, not one and a half."""
+def test_on_hopper_many_rows_come_in_products_of_64_and_few_in_steps_of_8() -> None:
+    """Up to 16 rows on average operands are swapped, from 24 on never. 160 rows: three of 64, not two of 128."""
     h200 = device("h200")
-    assert [block_of(h200, rows) for rows in (1, 40, 64, 65, 96, 192)] == [64, 64, 64, 128, 128, 128]
-    few, one, two = (products_us(V3, h200, [rows], [32], block_of(h200, rows))[0] for rows in (40, 96, 192))
-    assert few < one
-    assert two == pytest.approx(2 * one)
-    assert products_us(V3, h200, [128], [32], 128)[0] == pytest.approx(one)
+    assert [tiling_of(h200, rows).step for rows in (0.1, 8, 16, 18, 20, 22, 24, 40, 500)] == [
+        *(8, 8, 8, 16, 24, 40, 64, 64, 64),
+    ]
+    few, eight, one, two, three = (
+        products_us(V3, h200, [rows], [32], tiling_of(h200, mean))[0]
+        for rows, mean in ((3, 3), (8, 8), (24, 24), (128, 128), (160, 160))
+    )
+    assert few == eight < one < two < three
+    assert three == pytest.approx(two + one)
+
+
+def test_a_small_peak_is_not_filled_up_with_rows_that_no_expert_has() -> None:
+    """H20, V4-Pro in FP8 on EP8: 64 tokens a rank are 8 rows an expert, whose products take less than its weights do.
+
+    Were tiles of 64 rows computed whole, they would take 1.3 times as long as the memory and set the layer's time.
+    """
+    pro = replace(PRO, weight_format="fp8")
+    time = layer_time(pro, device("h20"), ep=8, tokens_per_rank=64, routing="uniform", staging=False)
+    assert time.compute_us < time.memory_us < time.alone_us < 1.1 * time.memory_us
+    whole = layer_time(pro, replace(device("h20"), swap_rows=0), ep=8, tokens_per_rank=64, routing="uniform")
+    assert whole.compute_us > 1.3 * whole.memory_us
+
+
+def test_an_sm_of_a_lower_clock_takes_longer_for_what_the_peak_does_not_say() -> None:
+    """B200 and GB200 have SMs of one kind, at 1965 and 2062 MHz."""
+    b200 = device("b200")
+    assert b200.feed_ps / GB200.feed_ps == pytest.approx(2062 / 1965) == b200.epilogue_ps / GB200.epilogue_ps
+    assert device("gb300").feed_ps < GB200.feed_ps
+    assert device("h200").feed_ps == load_profile("hopper").feed_ps.value, "no clock given: the profile's own"
 
 
 def test_rows_of_a_fused_kernel_reach_less_of_the_link_than_an_all_to_all() -> None:
@@ -484,12 +508,12 @@ def test_an_eighth_of_the_peak_is_not_eight_times_as_slow() -> None:
 @settings(deadline=None, max_examples=60)
 def test_more_rows_and_wider_experts_never_take_less(rows: float, wider: float, name: str) -> None:
     on = device(name)
-    for products in (partial(products_us, block=block_of(on, rows)), grouped_us):
+    for products in (partial(products_us, tiling=tiling_of(on, rows)), grouped_us):
         (one,), (more,) = (products(V3, on, [each], [4]) for each in (rows, rows + 1))
         (wide,) = products(replace(V3, intermediate=int(2048 * wider)), on, [rows], [4])
         assert one <= more * (1 + 1e-9)
         assert one <= wide * (1 + 1e-9)
-    assert block_of(on, rows) in on.blocks
+    assert tiling_of(on, rows).block in on.blocks
 
 
 @given(

@@ -64,7 +64,7 @@ class Hardware(Entry):
     `announced` marks devices of which no measurement is published. In a machine whose devices are joined pair by pair,
     `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has. `joined_by: pcie` says that there is no
     scale-up link: the devices of a host reach each other over its PCIe bridge, of which `scaleup_gb_s` is a device's
-    share. `sms` counts SMs or compute units.
+    share. `sms` counts SMs or compute units, `sm_ghz` is the highest clock that they run at.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Hardware(Entry):
     fp4_tflops: Figure | None = None
     int8_tflops: Figure | None = None
     sms: Figure | None = None
+    sm_ghz: Figure | None = None
     memory_gb: Figure
     memory_tb_s: Figure
     scaleup_gb_s: Figure
@@ -305,8 +306,10 @@ class Profile(Staged):
 
     feed_ps             an SM, bringing a byte of an operand to its tensor core
     epilogue_ps         an SM, one value of a tile's result: activation, quantisation, the way home
+    sm_ghz              clock of the SMs at which the two were fitted; a device of another takes them by the ratio
     tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
     last_rows           what the rows of an expert's last tile are filled up to whole steps of
+    swap_rows           mean rows of an expert up to which a kernel swaps its operands, so that those steps are 8
     memory_efficiency   of the memory bandwidth
     link_efficiency     of the scale-up link, in an all-to-all of up to 8 ranks; (8 / ranks)^link_congestion of it above
     fused_link_efficiency    the same of rows that a fused kernel carries
@@ -335,9 +338,11 @@ class Profile(Staged):
     fitted: str
     feed_ps: Figure
     epilogue_ps: Figure
+    sm_ghz: Figure | None = None
     tile_rows: Figure
     block_rows: Figure
     last_rows: Figure
+    swap_rows: Figure
     memory_efficiency: Figure
     link_efficiency: Figure
     fused_link_efficiency: Figure

@@ -10,7 +10,7 @@ from math import ceil
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan
 from megamoe.planner.layer.stacks import launched, sent_once
-from megamoe.planner.layer.tiles import COLUMNS, block_of, reached_tflops, tile_us
+from megamoe.planner.layer.tiles import COLUMNS, reached_tflops, tile_us, tiling_of
 from megamoe.planner.serving.flops import Term
 from megamoe.schedule.formats import value_bytes
 
@@ -77,8 +77,8 @@ def _tile_terms(planned: Plan) -> list[Term]:
     rate = Term("rate reached", "of an expert with many rows, without memory and links", g(reached), reached, "TFLOP/s")
     request, rows = planned.request, layer.rows / layer.experts_touched
     slots = request.model.num_experts + request.redundant
-    block = block_of(device, request.tokens_per_rank * request.ep * expert.topk / slots)
-    step = min(device.last_rows, block)
+    tiling = tiling_of(device, request.tokens_per_rank * request.ep * expert.topk / slots)
+    block, step = tiling.block, tiling.step
     whole, last = int(rows // block), min(block, ceil(rows % block / step) * step)
     terms, parts = [], []
     for count, size, which in ((whole, block, "a tile"), (1, last, "the last tile" if whole else "a tile")):

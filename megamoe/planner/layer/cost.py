@@ -30,7 +30,7 @@ from statistics import fmean
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.routing import RankLoad, busiest
-from megamoe.planner.layer.tiles import block_of, products_us
+from megamoe.planner.layer.tiles import Tiling, products_us, tiling_of
 from megamoe.schedule.formats import value_bytes
 from megamoe.schedule.schedule import Played, Work, play
 
@@ -122,10 +122,10 @@ def layer_time(
     _check(expert, ep, tokens_per_rank, redundant, waves)
     drawn = busiest(routing, expert.num_experts, expert.topk, ep, tokens_per_rank, redundant)
     numbers = [waves] if waves else [each for each in _NUMBERS_OF_WAVES if each <= most_waves]
-    block = block_of(device, tokens_per_rank * ep * expert.topk / (expert.num_experts + redundant))
+    tiling = tiling_of(device, tokens_per_rank * ep * expert.topk / (expert.num_experts + redundant))
     last = [
         max(
-            (_core(expert, device, load, ep, tokens_per_rank, block, numbers, sent) for load in ranks),
+            (_core(expert, device, load, ep, tokens_per_rank, tiling, numbers, sent) for load in ranks),
             key=lambda c: c.played.total,
         )
         for ranks in drawn
@@ -186,7 +186,14 @@ class _Core:
 
 
 def _core(
-    expert: Expert, device: Device, load: RankLoad, ep: int, tokens: float, block: int, waves: list[int], sent: float
+    expert: Expert,
+    device: Device,
+    load: RankLoad,
+    ep: int,
+    tokens: float,
+    tiling: Tiling,
+    waves: list[int],
+    sent: float,
 ) -> _Core:
     """One rank's waves in microseconds."""
     rows = load.rows
@@ -198,7 +205,7 @@ def _core(
         for each in row_us(device, ep, rows, own, expert.dispatch_bytes * sent, expert.combine_bytes, fused=True)
     )
     counts, numbers = zip(*load.groups, strict=True)
-    products = products_us(expert, device, counts, numbers, block)
+    products = products_us(expert, device, counts, numbers, tiling)
     compute = sum(map(mul, products, numbers))
     memory = device.memory_us(load.touched * expert.weight_bytes + rows * expert.row_bytes)
     alone = device.with_memory(compute, memory)

@@ -22,6 +22,7 @@ class Device:
     operand_bytes   of one value of that format, without its scale
     host_bridge     whether devices meet over PCIe, which then carries what goes to the NIC too
     sms             SMs or compute units; where nobody counted them, as many of GB200's as the peak is worth
+    feed_ps, epilogue_ps    at this device's clock, where it and the profile's are known
     """
 
     name: str
@@ -39,6 +40,7 @@ class Device:
     tile_rows: int
     block_rows: int
     last_rows: int
+    swap_rows: float
     memory_efficiency: float
     link_efficiency: float
     fused_link_efficiency: float
@@ -63,6 +65,7 @@ class Device:
         """ValueError where the hardware has no peak for the format."""
         nic = hardware.nic_gb_s
         tflops = hardware.tflops(compute_format)
+        slower = profile.sm_ghz.value / hardware.sm_ghz.value if profile.sm_ghz and hardware.sm_ghz else 1.0
         return cls(
             name=hardware.name,
             tflops=tflops,
@@ -74,11 +77,12 @@ class Device:
             scaleup_domain=int(hardware.scaleup_domain.value),
             host_bridge=hardware.joined_by == "pcie",
             nic_gb_s=nic.one_way if nic else None,
-            feed_ps=profile.feed_ps.value,
-            epilogue_ps=profile.epilogue_ps.value,
+            feed_ps=profile.feed_ps.value * slower,
+            epilogue_ps=profile.epilogue_ps.value * slower,
             tile_rows=max(1, round(profile.tile_rows.value)),
             block_rows=max(1, round(profile.block_rows.value)),
             last_rows=max(1, round(profile.last_rows.value)),
+            swap_rows=profile.swap_rows.value,
             memory_efficiency=profile.memory_efficiency.value,
             link_efficiency=profile.link_efficiency.value,
             fused_link_efficiency=profile.fused_link_efficiency.value,

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import mul
 
 from megamoe.planner.layer.device import Device, norm
@@ -28,6 +29,8 @@ from megamoe.planner.layer.expert import Expert
 
 COLUMNS = 128  # of a tile: DeepGEMM's
 GROUPED_BLOCKS = (64, 128)  # rows of a tile of grouped products
+SWAPPED_STEP = 8  # WGMMA: 64 rows, columns in steps of 8
+_SWAPPED_AT_MOST = 1.5  # times swap_rows: DeepGEMM's 16 rows of an expert, 24 in some shapes
 _EPILOGUE_NORM = 3.0
 
 
@@ -41,14 +44,14 @@ def tile_us(device: Device, rows: int, k: float, weight_bytes: float | None = No
 
 
 def products_us(
-    expert: Expert, device: Device, rows: Sequence[float], number: Sequence[int], block: int
+    expert: Expert, device: Device, rows: Sequence[float], number: Sequence[int], tiling: Tiling
 ) -> list[float]:
     """Of one expert of each kind, all tiles in one queue. rows of an expert, and how many experts are like that.
 
-    An expert's rows are cut into blocks; the last tile has the rows that are left, in whole steps of last_rows.
+    An expert's rows are cut into blocks; the last tile has the rows that are left, in whole steps.
     However few tiles there are, a rank waits for one of each product.
     """
-    across, step = [(-(-n // COLUMNS), k) for k, n in expert.products], min(device.last_rows, block)
+    across, block, step = [(-(-n // COLUMNS), k) for k, n in expert.products], tiling.block, tiling.step
 
     def cost(size: int) -> float:
         return sum(many * tile_us(device, size, k, expert.weight_element_bytes) for many, k in across) / device.sms
@@ -60,16 +63,35 @@ def products_us(
     return found if total >= least else [each * least / total for each in found]
 
 
-def block_of(device: Device, rows: float) -> int:
-    """Rows of a tile where experts have so many on average: one size for all of a call, chosen before they are counted.
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Rows of a tile, and the steps in which an expert's last tile computes the rows that are left."""
+
+    block: int
+    step: int
+
+
+def tiling_of(device: Device, rows: float) -> Tiling:
+    """Tiles where experts have so many rows on average: of one size for all of a call, chosen before they are counted.
 
     Not the smallest that holds them, but the next, so that chance makes no second tile: 8 -> 16, 16 -> 32, 97 -> 192.
-    Where a last tile is computed whole, that would cost more than a second tile does, and it is the smallest that holds
-    them: 64 -> 64, 65 -> 128
     """
     sizes = device.blocks
-    holds = sizes if device.last_rows > device.tile_rows else [sizes[0] / 2, *sizes]
-    return next((block for block, most in zip(sizes, holds, strict=False) if rows <= most), sizes[-1])
+    block = next((block for block, most in zip(sizes, [sizes[0] / 2, *sizes], strict=False) if rows <= most), sizes[-1])
+    return Tiling(block, min(_step(device, rows), block))
+
+
+def _step(device: Device, rows: float) -> int:
+    """Steps of a tile's rows, last_rows, or less where a kernel swaps its operands for few rows.
+
+    Rows then lie where a product of the tensor cores takes its columns, in steps of 8. Which shapes are swapped up to
+    swap_rows and which up to 1.5 times as many is the kernel's choice; in between, steps grow from one to the other.
+        swap_rows 16, last_rows 64: 16 -> 8, 20 -> 24, 24 -> 64
+    """
+    if rows >= device.swap_rows * _SWAPPED_AT_MOST or device.last_rows <= SWAPPED_STEP:
+        return device.last_rows
+    beyond = max(0.0, (rows / device.swap_rows - 1) / (_SWAPPED_AT_MOST - 1))
+    return SWAPPED_STEP * math.ceil(math.pow(device.last_rows / SWAPPED_STEP, beyond))
 
 
 def matrix_us(device: Device, rows: float, columns: int, k: float) -> float:

@@ -23,6 +23,9 @@ _CANN = "hicann/cann-recipes-infer, docs/models/deepseek-v4/deepseek_v4_inferenc
 _CANN_R1 = "hicann/cann-recipes-infer, docs/models/deepseek-r1/deepseek_r1_decode_optimization.md"
 _H800 = "deepseek-ai/open-infra-index, DeepSeek-V3/R1 Inference System Overview"
 _SGLANG = "LMSYS blog 2025-05-05, large-scale EP on 96 H100"
+_GB200_1 = "LMSYS blog 2025-06-16, DeepSeek on GB200 NVL72, part I"
+_GB200_2 = "LMSYS blog 2025-09-25, DeepSeek on GB200 NVL72, part II"
+_H20 = "LMSYS blog 2025-09-26, Ant Group, DeepSeek-R1 on H20-96G"
 _CLOUDMATRIX = "CloudMatrix384 paper, arXiv 2506.12708"
 
 
@@ -186,4 +189,39 @@ def _huawei_910c_results() -> Iterator[Result]:
     )
 
 
-RESULTS = (*_ascend_results(), *_nvidia_results(), *_huawei_910c_results())
+def _gb200_results() -> Iterator[Result]:
+    """DeepEP and grouped products in one batch: looked up after the model stood, and nothing was changed for them."""
+    fp8: Conditions = {"stack": "staged", "kv_format": "bf16"}
+    nvfp4: Conditions = {"stack": "staged", "kv_format": "fp8", "weight_format": "nvfp4"}
+    decode: Conditions = {"devices": 48, "ep": 48, "redundant": 32, "context": 2050}
+    prefill: Conditions = {"batch_per_device": 8, "context": 2000, "phase": "prefill"}
+    one = "one batch at a time; 32 redundant experts; 2000 tokens of input and half of 100 of output"
+    whole = "one batch at a time; 16000 tokens a device and step"
+    for what, source, rate, conditions, assumed in (
+        ("decode, EP48, June 2025", _GB200_1, 7583, {**fp8, **decode, "batch_per_device": 768}, f"BF16 cache; {one}"),
+        ("decode, EP48", _GB200_2, 9087, {**fp8, **decode, "batch_per_device": 768}, f"BF16 cache; {one}"),
+        ("NVFP4 decode, EP48", _GB200_2, 13386, {**nvfp4, **decode, "batch_per_device": 1408}, f"FP8 cache; {one}"),
+        ("prefill, EP4", _GB200_2, 18471, {**fp8, **prefill, "devices": 4, "ep": 4}, f"BF16 cache; {whole}"),
+        ("NVFP4 prefill, EP2", _GB200_2, 26156, {**nvfp4, **prefill, "devices": 2, "ep": 2}, f"FP8 cache; {whole}"),
+    ):
+        yield Result(f"V3 {what}, SGLang, GB200", source, "judged", "deepseek-v3", "gb200", rate, conditions, assumed)
+
+
+def _h20_results() -> Iterator[Result]:
+    """As for GB200."""
+    for batch, mtp, accept, rate in ((48, 1, 0.85, 714), (32, 1, 0.85, 675), (12, 2, 1.55, 423)):
+        conditions: Conditions = {"devices": 16, "ep": 16, "batch_per_device": batch, "mtp": mtp, "accept": accept}
+        conditions |= {"context": 4864, "stack": "staged", "kv_format": "fp8"}
+        yield Result(
+            f"R1 decode, H20, EP16, batch {batch} a device, MTP{mtp}",
+            _H20,
+            "judged",
+            "deepseek-v3",
+            "h20",
+            rate,
+            conditions,
+            "50 GB/s of network card a device, 25 would be 4 to 5 points less; half of 1536 tokens of output",
+        )
+
+
+RESULTS = (*_ascend_results(), *_nvidia_results(), *_huawei_910c_results(), *_gb200_results(), *_h20_results())
