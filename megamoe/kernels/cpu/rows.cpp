@@ -75,29 +75,49 @@ void activate_row(const uint16_t* gates, const Up& up, float weight, int64_t wid
     if (k < width) activate_group(gates, up, weight, k, int(width - k), table, quantized, out);
 }
 
-// Rows whose values from `begin` on, `count` of them, are added to sums; begin is a multiple of GROUP.
+// Rows of which some are summed in their order: value by value, and their sum rounded once.
 struct BF16Rows {
     const uint16_t* rows;
     int64_t stride;
 
-    void add(int64_t row, int64_t begin, int64_t count, float* sums) const {
-        const uint16_t* from = rows + row * stride + begin;
-        for (int64_t i = 0; i < count; i++) sums[i] += from_bf16(from[i]);
+    // [stride] of the rows that `positions` has, `count` of them
+    void sum(const int64_t* positions, int64_t count, uint16_t* out) const {
+        constexpr int VECTORS = 8, AT_ONCE = VECTORS * LANES;  // whose sums stay in registers
+        int64_t k = 0;
+        for (; k + AT_ONCE <= stride; k += AT_ONCE) {
+            Vector sums[VECTORS];
+            for (Vector& each : sums) each = zero();
+            for (int64_t i = 0; i < count; i++) {
+                const uint16_t* from = rows + positions[i] * stride + k;
+#pragma GCC unroll 8
+                for (int v = 0; v < VECTORS; v++) sums[v] = add(sums[v], upper(widened(from + v * LANES)));
+            }
+            for (int v = 0; v < VECTORS; v++) store_bf16(out + k + v * LANES, sums[v]);
+        }
+        for (; k < stride; k++) {
+            float sum = 0;
+            for (int64_t i = 0; i < count; i++) sum += from_bf16(rows[positions[i] * stride + k]);
+            out[k] = to_bf16(sum);
+        }
     }
 };
 
 struct MXFP8Rows {
     const uint8_t* values;
-    int64_t stride;
+    int64_t values_stride;
     const uint8_t* scales;
-    int64_t scales_stride;
+    int64_t scales_stride, width;
 
-    void add(int64_t row, int64_t begin, int64_t count, float* sums) const {
-        const uint8_t* codes = values + row * stride + begin;
-        const uint8_t* scale = scales + row * scales_stride + begin / GROUP;
-        for (int64_t k = 0; k < count; k += GROUP, scale++) {  // a code times a power of two is exact
-            const float factor = *scale == 255 ? as_float(0x7FC00000) : from_e8m0(*scale);
-            for (int i = 0; i < GROUP; i++) sums[k + i] += from_e4m3(codes[k + i]) * factor;
+    void sum(const int64_t* positions, int64_t count, uint16_t* out) const {
+        for (int64_t k = 0; k < width; k += GROUP) {
+            float sums[GROUP] = {};
+            for (int64_t i = 0; i < count; i++) {  // a code times a power of two is exact
+                const uint8_t* codes = values + positions[i] * values_stride + k;
+                const uint8_t scale = scales[positions[i] * scales_stride + k / GROUP];
+                const float factor = scale == 255 ? as_float(0x7FC00000) : from_e8m0(scale);
+                for (int j = 0; j < GROUP; j++) sums[j] += from_e4m3(codes[j]) * factor;
+            }
+            for (int j = 0; j < GROUP; j++) out[k + j] = to_bf16(sums[j]);
         }
     }
 };
@@ -105,17 +125,11 @@ struct MXFP8Rows {
 template <class Rows>
 void sum_slots(const Rows& rows, int64_t width, const int64_t* positions, int64_t tokens, int64_t topk, uint16_t* out,
                int threads) {
-    constexpr int64_t CHUNK = 512;
     const int workers = threads_for(tokens * topk * width, threads);
 #pragma omp parallel for num_threads(workers) if (workers > 1)
     for (int64_t t = 0; t < tokens; t++) {
         const RoundToNearest state;
-        for (int64_t begin = 0; begin < width; begin += CHUNK) {
-            float sums[CHUNK] = {};
-            const int64_t count = std::min(CHUNK, width - begin);
-            for (int64_t slot = 0; slot < topk; slot++) rows.add(positions[t * topk + slot], begin, count, sums);
-            for (int64_t i = 0; i < count; i++) out[t * width + begin + i] = to_bf16(sums[i]);
-        }
+        rows.sum(positions + t * topk, topk, out + t * width);
     }
 }
 
@@ -231,7 +245,7 @@ extern "C" void megamoe_reduce_slots(const uint16_t* rows, int64_t width, const 
 extern "C" void megamoe_reduce_mxfp8_slots(const uint8_t* values, int64_t values_stride, const uint8_t* scales,
                                            int64_t scales_stride, int64_t width, const int64_t* positions,
                                            int64_t tokens, int64_t topk, uint16_t* out, int threads) {
-    sum_slots(MXFP8Rows{values, values_stride, scales, scales_stride}, width, positions, tokens, topk, out, threads);
+    sum_slots(MXFP8Rows{values, values_stride, scales, scales_stride, width}, width, positions, tokens, topk, out, threads);
 }
 
 // Reads `words` words and does nothing else with them: the ceiling of what reads weights, for a benchmark.
