@@ -239,10 +239,30 @@ def test_a_result_in_tiles_is_small_by_what_it_rounds_to() -> None:
 def test_more_rows_and_outputs_than_a_panel_has_give_the_same_bits(path: Path) -> None:
     num_rows, n, k = (1100, 600, 2112) if path.flags else (530, 64, 64)
     x, weight = randn(num_rows, k).to(torch.bfloat16), randn(n, k, seed=1)
-    library, some = load(path), [0, 31, 511, 512, 513, num_rows - 1]
+    library, some = load(path), [0, 31, 255, 256, 257, 512, num_rows - 1]
     for held in (quantize_mxfp4(weight), weight.to(torch.bfloat16)):
         whole = product(library, x, held)
         assert same_bits(product(library, x[some], held), whole[some])
+        assert same_bits(product(library, x, held, torch.bfloat16), whole.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("path", TILED, ids=ids)
+@pytest.mark.parametrize(("n", "first"), [(1024, 0), (1024, 8), (1000, 0)])
+def test_outputs_that_no_cache_could_keep_go_where_they_are_told(path: Path, n: int, first: int) -> None:
+    num_rows, k = (1100, 64) if path.flags else (70, 64)  # written out, tiles take their time
+    x, weight = randn(num_rows, k).to(torch.bfloat16), randn(n, k, seed=1).to(torch.bfloat16)
+    x[3, 5], x[40, 6], x[69, 0] = torch.nan, torch.inf, -torch.inf
+    library, goes = load(path), torch.randperm(num_rows, generator=torch.Generator().manual_seed(2))
+    memory = torch.full((num_rows + 2, n + 32), 7.0, dtype=torch.bfloat16)
+    out = memory[1 : num_rows + 1, first : first + n]
+    counts = torch.tensor([num_rows])
+    library.products(Rows(x, counts), pack_bf16(weight)[None], n, out, goes)
+    written, expected = out[goes].contiguous(), product(library, x, weight).to(torch.bfloat16)
+    assert same_bits(written.nan_to_num(), expected.nan_to_num())
+    assert (written.view(torch.int16)[written.isnan()] == 0x7FC0).all()
+    assert torch.equal(written.isnan(), expected.isnan())
+    out.fill_(7.0)
+    assert (memory == 7.0).all(), "nothing beside the outputs is written"
 
 
 @pytest.mark.skipif(not torch.cpu.get_capabilities().get("amx_bf16"), reason="torch does not use tiles here")
