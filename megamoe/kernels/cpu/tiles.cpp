@@ -36,7 +36,8 @@ constexpr int TILE = 16;                     // rows of a tile of tokens; output
 constexpr int PAIR_ROW = BLOCK * 2;          // values: a pair of K for each output of a block
 constexpr int SLICE = GROUP / 2 * PAIR_ROW;  // values: a group of K of a block
 constexpr int RING = 4;                      // slices, decoded on the way to the tiles
-constexpr int AHEAD = 2;                     // slices or rows, by which the memory is asked before they are read
+constexpr int AHEAD = 8;                     // slices, by which the memory is asked before they are read
+constexpr int ROWS_AHEAD = 2;                // likewise rows
 constexpr int PANEL_ROWS = 256;              // whose tokens are in tiles at once
 constexpr int PANEL_BLOCKS = 8;              // whose sums for these rows stay in the second cache: 256 KB
 constexpr int DEPTH = 8;                     // groups of K of a panel: so deep, 32 rows stay in the first cache
@@ -175,7 +176,7 @@ struct MXFP4 {
 #if defined(MEGAMOE_AMX)
 
 class Decode {
-    __m512i table;
+    __m512i table, shifts[3];
 
     static __m512i below(const uint8_t* scales) {
         const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
@@ -186,9 +187,8 @@ class Decode {
 
     // Each word without its lowest nibbles; a shift would wait for the port that looks up and subtracts.
     template <int NIBBLES>
-    static __m512i shifted(__m512i words) {
-        constexpr int64_t in_place = 0x3830282018100800, each = 0x0404040404040404;
-        return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(in_place + NIBBLES * each), words);
+    __m512i shifted(__m512i words) const {
+        return _mm512_multishift_epi64_epi8(shifts[NIBBLES - 1], words);
     }
 
 public:
@@ -198,12 +198,17 @@ public:
         for (int code = 0; code < 32; code++)
             words[code] = uint16_t(magnitudes[code & 7] | (code & 8 && code & 7 ? 0x8000 : 0));
         table = _mm512_load_si512(words);
+        for (int nibbles = 1; nibbles <= 3; nibbles++) {
+            constexpr int64_t in_place = 0x3830282018100800, each = 0x0404040404040404;
+            shifts[nibbles - 1] = _mm512_set1_epi64(in_place + nibbles * each);
+            asm("" : "+v"(shifts[nibbles - 1]));  // else they are read from memory again for each use
+        }
     }
 
     void operator()(const MXFP4& weights, int64_t slice, uint16_t* to) const {
         const uint8_t* from = weights.packed + slice * (SLICE / 2);
-        for (int line = 0; line < SLICE / 2; line += 64) MEGAMOE_PREFETCH(from + AHEAD * SLICE / 2 + line);
-        MEGAMOE_PREFETCH(weights.scales + (slice + 2 * AHEAD) * BLOCK);
+        for (int line = 0; line < SLICE / 2; line += 64) MEGAMOE_PREFETCH_SECOND(from + AHEAD * SLICE / 2 + line);
+        MEGAMOE_PREFETCH_SECOND(weights.scales + (slice + 2 * AHEAD) * BLOCK);
         for (int half = 0; half < 2; half++) {
             const __m512i less = below(weights.scales + slice * BLOCK + half * TILE);
 #pragma GCC unroll 4
@@ -252,7 +257,7 @@ struct Rows {
     void to_tiles(int64_t first, int num_rows, int64_t last, int64_t groups, uint16_t* to) const {
         const int64_t whole = depth / GROUP, left = depth % GROUP;
         for (int r = 0; r < num_rows; r++, to += GROUP) {
-            const uint16_t *from = row(first + r), *soon = row(std::min(first + r + AHEAD, last));
+            const uint16_t *from = row(first + r), *soon = row(std::min(first + r + ROWS_AHEAD, last));
             uint16_t* at = to;
             for (int64_t group = 0; group < whole; group++, at += num_rows * GROUP) {
                 MEGAMOE_PREFETCH(soon + group * GROUP);
@@ -394,7 +399,7 @@ void run_few(const Share& share, Tiles& tiles, const Pair& pair, const MXFP4& we
     const int64_t last = (share.end - share.begin) * share.groups - 1;
     uint16_t* ring = scratch.take_weights(RING * SLICE);
     decode(weights, 0, ring);
-    run_few(share, tiles, pair, [=](int64_t slice) {
+    run_few(share, tiles, pair, [&](int64_t slice) {
         const int64_t next = std::min(slice + 1, last);
         decode(weights, next, ring + next % RING * SLICE);
         return ring + slice % RING * SLICE;
