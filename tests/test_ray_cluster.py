@@ -12,7 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
@@ -200,6 +203,55 @@ def test_a_ray_that_does_not_start_is_said_in_a_line_and_leaves_nothing(monkeypa
     with pytest.raises(RuntimeError, match="Ray does not start on this machine: The current node timed out"):
         session.connect("local", 2, 10.0)
     assert set(Path("/tmp").glob("megamoe-ray-*")) <= there
+
+
+def test_a_signal_waits_until_ray_knows_of_all_that_it_has_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ray.shutdown() overlooks crashes this process at its end."""
+    happened: list[str] = []
+
+    def strikes(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        happened.append("started")
+
+    def ends(*_: object) -> None:
+        happened.append("ended by the signal")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ray.init", strikes)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: happened.append("stopped"))
+    before = signal.signal(signal.SIGINT, ends)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            session.connect("local", 2, 10.0)
+        assert signal.getsignal(signal.SIGINT) is ends
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert happened == ["started", "ended by the signal", "stopped"]
+
+
+def test_a_connection_outlasts_a_worker_that_is_being_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its calls to Ray crash this process, or start a cluster that nobody ends: as after Ctrl-C at the start."""
+    opening, released, closed = Event(), Event(), Event()
+
+    def opens(*_: object) -> None:
+        opening.set()
+        assert released.wait(WAIT_S)
+        raise RuntimeError(f"the connection was {'closed' if closed.wait(0.2) else 'open'}")
+
+    placement = SimpleNamespace(reserve=lambda *_, **__: None, release=released.set, num_workers_beside=lambda _: 1)
+    monkeypatch.setattr(session, "connect", lambda *_: SimpleNamespace(place=None, close=closed.set))
+    monkeypatch.setattr("megamoe.launch.cluster.ray.placement.Placement", lambda *_: placement)
+    monkeypatch.setattr("megamoe.launch.cluster.ray.handle.open_worker", opens)
+    workers = RayPool(1)
+    with ThreadPoolExecutor() as threads:
+        opened = threads.submit(workers.open, 0, WAIT_S)
+        assert opening.wait(WAIT_S)
+        workers.close()
+    assert closed.is_set()
+    assert str(opened.exception(0)) == "the connection was open"
+    with pytest.raises(RuntimeError, match="have been closed"):
+        workers.open(0, WAIT_S)
 
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

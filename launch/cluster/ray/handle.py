@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from megamoe.launch.cluster.ray.placement import Placement
 from megamoe.launch.cluster.worker_handle import WorkerLostError
 
 KILL_S = 20.0  # how long a process may take to end; a node that has to start one to see to it needs a few seconds
+_LOOK_S = 0.2
 
 
 class RayHandle:
@@ -105,7 +107,7 @@ def open_worker(number: int, placement: Placement, order: WorkerOrder, deadline_
     options = {"scheduling_strategy": strategy, "max_restarts": 0, "max_task_retries": 0}
     actor = ray.remote(WorkerActor).options(**options, **_one_of(placement.resource)).remote(number)
     try:
-        answer: Answer = ray.get(actor.start.remote(order), timeout=deadline_s)
+        answer = _first_answer(actor.start.remote(order), placement, deadline_s)
         if answer.error is not None:
             raise _noted(answer, number)
     except BaseException as failure:
@@ -117,6 +119,18 @@ def open_worker(number: int, placement: Placement, order: WorkerOrder, deadline_
             raise RuntimeError(f"rank {number} did not start: {reason(failure)}") from failure
         raise
     return RayHandle(actor, number, answer.value), answer.value
+
+
+def _first_answer(asked: Any, placement: Placement, deadline_s: float) -> Answer:
+    """What an actor says when it has started. ray.get() would wait on for one whose bundle has been given back."""
+    until = time.monotonic() + deadline_s
+    while not ray.wait([asked], timeout=min(_LOOK_S, max(0.0, until - time.monotonic())))[0]:
+        if placement.group is None:
+            raise RuntimeError("its bundle has been given back")
+        if time.monotonic() >= until:
+            raise GetTimeoutError
+    answer: Answer = ray.get(asked)
+    return answer
 
 
 def reason(failure: BaseException) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ class RayPool:
         self._handles: dict[int, RayHandle] = {}
         self._logs: list[RankLog] = []
         self._ends = ExitStack()
+        self._opens = threading.Condition()  # of _opening, the calls of open() that are under way, and _closed
+        self._opening, self._closed = 0, False
 
     def __enter__(self) -> RayPool:
         self.place()
@@ -106,11 +109,13 @@ class RayPool:
                 if session.place and self._log_dir:
                     self._ends.callback(self._keep_logs, session.place, self._log_dir)
                 placement = Placement(self.num_workers, self._resource)
+                self._ends.callback(self._await_opens)
                 self._ends.callback(placement.release)
                 placement.reserve(self.deadline_s, grows=session.place is None)
                 self._ends.callback(self._end_workers)
             except BaseException:
-                self.close()
+                with uninterrupted():
+                    self._ends.close()
                 raise
             self._placement = placement
         return self._placement
@@ -119,14 +124,26 @@ class RayPool:
         """Starts a worker's process and returns when it answers. RuntimeError, with the reason, where there is none.
 
         Whoever had its number before is ended. A worker whose node is gone moves to one that has room, if there is one,
-        as soon as Ray has noticed. Workers can be opened from several threads at once.
+        as soon as Ray has noticed. Workers can be opened from several threads at once, and none once close() has begun.
         """
+        if not 0 <= number < self.num_workers:
+            raise ValueError(f"worker {number} is not in [0, {self.num_workers})")
+        with self._opens:
+            if self._closed:
+                raise RuntimeError("the workers have been closed")
+            placement = self.place()
+            self._opening += 1
+        try:
+            return self._open(number, placement, deadline_s)
+        finally:
+            with self._opens:
+                self._opening -= 1
+                self._opens.notify_all()
+
+    def _open(self, number: int, placement: Placement, deadline_s: float) -> RayHandle:
         from megamoe.launch.cluster.ray.actor import WorkerOrder
         from megamoe.launch.cluster.ray.handle import open_worker
 
-        if not 0 <= number < self.num_workers:
-            raise ValueError(f"worker {number} is not in [0, {self.num_workers})")
-        placement = self.place()
         before = self._handles.pop(number, None)
         if before is not None and before.alive:
             before.kill()
@@ -145,9 +162,16 @@ class RayPool:
 
     def close(self) -> None:
         """Ends all that was started, and returns when it is gone. Ctrl-C does not cut this short."""
+        with self._opens:
+            self._closed = True
         with uninterrupted():
             self._placement = None
             self._ends.close()
+
+    def _await_opens(self) -> None:
+        """Without bundles they fail; a call to Ray after the connection has ended would start a cluster of its own."""
+        with self._opens:
+            self._opens.wait_for(lambda: not self._opening)
 
     def _end_workers(self) -> None:
         """All at once: on another node each can take seconds. Raises what the first that could not be ended raised."""

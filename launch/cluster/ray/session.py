@@ -72,7 +72,7 @@ def connect(address: str | None, num_workers: int, deadline_s: float) -> RaySess
         check_cluster(named, deadline_s)
     session = RaySession(None, connected_here=True)
     try:
-        with _own_signal_handlers():
+        with _in_one_piece():
             ray.init(named, logging_level=logging.ERROR, log_to_driver=True)
     except BaseException as refusal:
         session.close()
@@ -99,7 +99,7 @@ def _start(num_workers: int) -> RaySession:
     place = Path(tempfile.mkdtemp(prefix="megamoe-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
     session = RaySession(place, connected_here=True)
     try:
-        with _own_signal_handlers():
+        with _in_one_piece():
             ray.init(
                 "local",
                 num_cpus=num_workers,
@@ -173,13 +173,22 @@ def _processes_of(place: Path) -> list[psutil.Process]:
 
 
 @contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Keeps this program's answer to SIGTERM, which ray.init() replaces by its own."""
+def _in_one_piece() -> Iterator[None]:
+    """Signals wait for the end of the block: ray.shutdown() overlooks what an interrupted ray.init() had made.
+
+    Where that was the connection's own threads, Ray crashes this process when it ends. ray.init() also replaces this
+    program's answer to SIGTERM.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    came: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler or signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])
