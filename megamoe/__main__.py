@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, _interrupted)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # all is done: Python would end by the signal
     from megamoe.launch.cli.main import main as command
 
     command()

@@ -14,6 +14,7 @@ import pytest
 import typer
 from rich.console import Console
 
+import megamoe
 from megamoe.launch import output
 from megamoe.launch.output import check_folder, emit, plural, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
@@ -162,6 +163,23 @@ def test_ctrl_c_ends_with_130_and_one_line_whatever_runs(program: str, said: str
     """Python itself ends by the signal, whatever catches it, where a KeyboardInterrupt has passed an exec()."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.splitlines()) == (130, [said])
+
+
+def test_ctrl_c_after_all_is_done_changes_nothing() -> None:
+    """Python takes the answer to signals away before it takes apart what was imported, which can last for a second."""
+    late = """
+import builtins, os, signal, sys
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+        kill(process, number)
+builtins.late = Late()
+from megamoe.__main__ import main
+sys.argv = ["megamoe", "--version"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == megamoe.__version__
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_calculated(
