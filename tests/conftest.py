@@ -137,10 +137,8 @@ def ahead_builds(request: pytest.FixtureRequest) -> Iterator[AheadBuilds | None]
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests of kernels in Triton's interpreter run in its process from the session's start, beside the other tests."""
-    found = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    found = [
-        item for item in found if getattr(item.function, "interpreted", False) and not item.get_closest_marker("skip")
-    ]
+    functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    found = [item for item in functions if interpreter.is_interpreted(item)]
     if two_workers.shared():  # what the other process may be given it runs itself
         found = [item for item in found if two_workers.scope_of(item.nodeid) == two_workers.BESIDE_SCOPE]
     given = [(item.function, item.callspec.params if hasattr(item, "callspec") else {}) for item in found]

@@ -82,6 +82,12 @@ def begin(tests: Iterable[tuple[Callable[..., None], Mapping[str, object]]]) -> 
         _ahead[key] = _child()[0].submit(test, **arguments)
 
 
+def is_interpreted(item: pytest.Function) -> bool:
+    """Whether a test is one that the child can run, and none that is skipped."""
+    skipped = item.get_closest_marker("skip") or any(mark.args[0] for mark in item.iter_markers("skipif"))
+    return getattr(item.function, "interpreted", False) and not skipped
+
+
 def stop() -> None:
     """Ends the child, and with it what nobody has asked for."""
     if _child.cache_info().currsize:

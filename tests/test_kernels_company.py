@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megamoe.activations import SWIGLU
 from megamoe.formats import quantize_mxfp8
-from tests.interpreter import interpreted
+from tests.interpreter import interpreted, is_interpreted
 
 pytest.importorskip("triton")
 
@@ -131,3 +131,26 @@ def test_what_does_not_fit_together_is_refused() -> None:
         grouped_linear2(product, torch.zeros(1).long(), x)
     with pytest.raises(ValueError, match=r"weights \[2\] and out \[2, 32\], got \[2\] and \[2, 64\]"):
         grouped_linear1(product, torch.ones(2), SWIGLU, x)
+
+
+# ---- what runs ahead of its turn ----
+
+MARKS = {
+    "none": (pytest.mark.soak, True),
+    "skip": (pytest.mark.skip, False),
+    "skipif_holds": (pytest.mark.skipif(True, reason="no such chip"), False),
+    "skipif_does_not": (pytest.mark.skipif(False, reason="no such chip"), True),
+}
+
+
+@interpreted
+def does_nothing() -> None:
+    """For pytest.Function, which makes a test of it."""
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_the_interpreter_begins_with_no_test_that_is_skipped(request: pytest.FixtureRequest, mark: str) -> None:
+    item = pytest.Function.from_parent(request.node.parent, name="made", callobj=does_nothing)
+    marker, begun = MARKS[mark]
+    item.add_marker(marker)
+    assert is_interpreted(item) == begun
