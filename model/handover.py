@@ -16,6 +16,7 @@ from megamoe.model.private import empty
 from megamoe.model.structure import Structure, read_structure
 from megamoe.model.training.stock import TrainedExperts
 from megamoe.parallel.group import EPGroup
+from megamoe.training.steps import refuse_parametrized
 
 # layers without a group of ranks share buffers and turns with the first layer of their model that lives
 _FIRST: WeakValueDictionary[int, RoutedExperts] = WeakValueDictionary()
@@ -32,6 +33,7 @@ def hand_over(experts: nn.Module, structure: Structure, group: EPGroup | None, t
     The weights leave the module one expert at a time on their way into the layer, and all of them are gone from it
     afterwards. The layer becomes the module's submodule `routed`. ValueError as MegaMoE and its load_expert() raise it.
     """
+    refuse_parametrized(experts)
     if isinstance(experts, PackedExperts):
         weight_format = experts.packing.weight_format
     else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from benchmarks.peers.measure import Workload, measure_rank
 from benchmarks.peers.report import compare
@@ -242,6 +243,22 @@ def test_arguments_are_refused_by_name() -> None:
         TrainableMoE(SHAPE, master_dtype=torch.float16)
     with pytest.raises(ValueError, match="hidden 48 is not a multiple of 32"):
         TrainableMoE(MoEShape(48, 32, 2, 1), weight_format="bf16", dispatch_format="bf16", gradient_format="mxfp8")
+
+
+def test_a_layer_trains_its_own_parameters_in_whatever_order_and_no_others() -> None:
+    layer, batch = TrainableMoE(SHAPE), make_batch(SHAPE, 9)
+    expected = layer(batch.hidden, batch.ids, batch.weights)
+    gate_up = layer.experts.gate_up
+    del layer.experts.gate_up
+    layer.experts.gate_up = gate_up
+    assert torch.equal(layer(batch.hidden, batch.ids, batch.weights), expected)
+    layer.experts.lora = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="have the parameters gate_up, down, found down, gate_up, lora"):
+        layer(batch.hidden, batch.ids, batch.weights)
+    del layer.experts.lora
+    parametrize.register_parametrization(layer.experts, "down", nn.Identity())
+    with pytest.raises(ValueError, match="TrainableExperts has a parametrization of down"):
+        layer(batch.hidden, batch.ids, batch.weights)
 
 
 # ---- benchmarks ----

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.trainer_callback import PrinterCallback
@@ -277,3 +278,8 @@ def test_what_cannot_train_says_why(checkpoints: dict[str, Path]) -> None:
     )
     with pytest.raises(ValueError, match="are packed as the checkpoint has them and cannot be trained"):
         packed.train()(batch)
+    tuned = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="megamoe")
+    tuned.train()(batch)
+    register_parametrization(tuned.get_submodule("model.layers.0.mlp.experts"), "gate_up_proj", nn.Identity())
+    with pytest.raises(ValueError, match="MixtralExperts has a parametrization of gate_up_proj: the layer multiplies"):
+        tuned(batch)

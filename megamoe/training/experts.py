@@ -18,7 +18,7 @@ from megamoe.formats import BLOCK, MXFP4, VALUES, WEIGHT_FORMATS, dequantize_mxf
 from megamoe.kernels.cpu.library import Rows
 from megamoe.parallel.workspace import Workspace
 from megamoe.training.rounding import Place, round_stochastically
-from megamoe.training.steps import local, watch
+from megamoe.training.steps import local, refuse_parametrized, watch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -98,8 +98,16 @@ class TrainableExperts(Experts):
 
     @property
     def masters(self) -> tuple[nn.Parameter, ...]:
-        """The parameters: gate_up, down, and the biases where there are any; DTensors after distribute()."""
-        return tuple(self.parameters())
+        """The parameters: gate_up, down, and the biases where there are any; DTensors after distribute().
+
+        ValueError where others have been added to them, or one is calculated from others.
+        """
+        refuse_parametrized(self)
+        names = [*self.matrices, *(f"{name}_bias" for name in self.matrices if self.shape.bias)]
+        found = dict(self.named_parameters(recurse=False))
+        if found.keys() != set(names):
+            raise ValueError(f"a layer's experts have the parameters {', '.join(names)}, found {', '.join(found)}")
+        return tuple(found[name] for name in names)
 
     def values(self) -> tuple[Tensor, ...]:
         """The masters as tensors of this rank's experts; autograd passes their gradients on to the masters."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 from weakref import WeakSet
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -39,6 +40,19 @@ def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     for experts in _living:
         if any(id(each) in stepped for each in experts.sources()):
             experts.has_stepped()
+
+
+def refuse_parametrized(module: nn.Module) -> None:
+    """ValueError where a value is calculated in place of one of the module's parameters, whose changes would be missed.
+
+    So does torch.nn.utils.parametrize, and with it LoRA of parameters.
+    """
+    if is_parametrized(module):
+        names = ", ".join(dict(module.parametrizations.named_children()))  # type: ignore[union-attr]
+        raise ValueError(
+            f"{type(module).__name__} has a parametrization of {names}: the layer multiplies by packed copies of "
+            "parameters themselves; merge it with torch.nn.utils.parametrize.remove_parametrizations()"
+        )
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from megamoe.model.private import sharded_parameters
 from megamoe.model.structure import Structure
 from megamoe.parallel.group import EPGroup
 from megamoe.training.distributed.given import GivenMoE
+from megamoe.training.steps import refuse_parametrized
 
 
 class _GivenExperts(RoutedExperts):
@@ -62,7 +63,11 @@ class TrainedExperts:
         return out
 
     def _masters(self) -> list[Tensor]:
-        """The module's weights as the layer has them, outputs first and gates before ups, through autograd."""
+        """The module's weights as the layer has them, outputs first and gates before ups, through autograd.
+
+        ValueError where one is calculated from parameters that owners_of() does not know.
+        """
+        refuse_parametrized(self.experts)
         first, down = self.structure.first, "down_proj"
         found: list[Tensor] = [getattr(self.experts, name) for name in (first, down)]
         if self.structure.is_transposed:
