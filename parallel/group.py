@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -175,8 +176,9 @@ class EPGroup:
         if self.size == 1 or isinstance(interruption, CallRefusedError):
             self.own_status.leave()
             return
-        self.broken.append(f"{type(interruption).__name__}: {str(interruption).partition(chr(10))[0]}")
-        _log.info("rank %d: the group cannot be used any more: %s", self.rank, self.broken[0])
+        said = str(interruption).partition("\n")[0]
+        self.broken.append(f"an earlier call was interrupted: {type(interruption).__name__}: {said}")
+        _log.info("rank %d: the group cannot be used any more, %s", self.rank, self.broken[0])
         self.announce(interruption)
 
     def _refuse_lost(self, layer: str) -> None:
@@ -265,7 +267,7 @@ class _Unbroken:
     def __enter__(self) -> None:
         group = self._group
         if group.broken:
-            raise RuntimeError(f"the group cannot be used any more, an earlier call was interrupted: {group.broken[0]}")
+            raise RuntimeError(f"the group cannot be used any more, {group.broken[0]}")
         try:
             group.own_status.enter(self._layer, self._call)
             group._refuse_lost(self._layer)
@@ -292,6 +294,17 @@ class _Shared:
 
 
 _SHARED: WeakKeyDictionary[dist.ProcessGroup, _Shared] = WeakKeyDictionary()
+
+
+def _leave_to_parent() -> None:
+    """In a process that was forked: its calls would read and write what the parent's peers send to the parent."""
+    for group, shared in _SHARED.items():
+        if group.size() > 1:
+            shared.broken.append(f"this process was forked from that of rank {group.rank()}, which goes on")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -64,6 +65,37 @@ def test_whatever_ends_a_call_on_several_ranks_breaks_their_group(ranks: LocalRa
     assert (waited, raised) == ("PeerError", end.__name__)
     assert f"{end.__name__}: a table of the kernel" in said
     assert "PeerError" in heard
+
+
+def forks(group: EPGroup) -> str:
+    """What a process says that rank 1 has forked, in which a program by mistake calls the layer."""
+    layer, batch = make_layer(SHAPE, group), make_batch(SHAPE, 9)
+    expected = call(layer, batch)
+    reads, writes = os.pipe()
+    child = os.fork() if group.rank == 1 else None
+    if child == 0:
+        try:
+            call(layer, batch)
+            os.write(writes, b"has called it")
+        except RuntimeError as refusal:
+            os.write(writes, str(refusal).encode())
+        finally:
+            os._exit(0)
+    if child is not None:
+        os.waitpid(child, 0)
+    os.close(writes)
+    with open(reads) as said:
+        heard = said.read()
+    assert torch.equal(call(layer, batch), expected)
+    return heard
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
+def test_a_process_that_a_rank_forks_has_no_part_in_its_calls(ranks: LocalRanks) -> None:
+    """It would read and write what the other ranks send to its parent."""
+    nothing, refusal = ranks.run(forks, size=2)
+    assert nothing == ""
+    assert refusal == "the group cannot be used any more, this process was forked from that of rank 1, which goes on"
 
 
 def refused_together(group: EPGroup) -> None:
