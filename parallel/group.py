@@ -8,9 +8,11 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -89,6 +91,18 @@ class EPGroup:
     recorders: list[Recorder] = field(default_factory=list)
     streams: dict[torch.device, Streams] = field(default_factory=dict)
     node_limited: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EPGroup:
+        """Of several ranks there is one connection, which copies of a layer share; a rank alone gets all of its own."""
+        if self.size > 1:
+            return self
+        return replace(self, **{each.name: deepcopy(getattr(self, each.name), memo) for each in fields(self)})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """TypeError where there are several ranks."""
+        if self.size > 1:
+            raise TypeError("a group of several ranks cannot be pickled, nor a layer with it: save layer.state_dict()")
+        return EPGroup, tuple(getattr(self, each.name) for each in fields(self))
 
     def streams_of(self, device: torch.device) -> Streams:
         """The device's streams, made when first asked for."""

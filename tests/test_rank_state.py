@@ -216,6 +216,24 @@ def test_a_layer_without_all_its_weights_has_no_weights_in_its_state() -> None:
         MegaMoE(SHAPE).load_state_dict(layer.state_dict())
 
 
+def copied_on_ranks(group: EPGroup) -> str:
+    layer = make_layer(SHAPE, group)
+    output(layer)
+    other = copy.deepcopy(layer)
+    assert other.group is group
+    assert torch.equal(output(other), output(layer))
+    other.load_experts(*make_weights(SHAPE, seed=9))
+    assert not torch.equal(output(other), output(layer))
+    with pytest.raises(TypeError) as refused:
+        pickle.dumps(layer)
+    return str(refused.value)
+
+
+def test_a_copy_of_a_layer_on_several_ranks_shares_their_connection(ranks: LocalRanks) -> None:
+    for said in ranks.run(copied_on_ranks, size=2):
+        assert said == "a group of several ranks cannot be pickled, nor a layer with it: save layer.state_dict()"
+
+
 def pickled(layer: MegaMoE) -> MegaMoE:
     copied: MegaMoE = pickle.loads(pickle.dumps(layer))
     return copied

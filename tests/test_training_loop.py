@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -22,6 +24,7 @@ from megamoe.parallel.errors import CallRefusedError, PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.shape import MoEShape
 from megamoe.training import TrainableMoE
+from megamoe.training.layer import living_layers
 from tests.cases import make_batch, make_layer, make_weights, split
 from tests.training_cases import backward, joined, make_gradient, make_trainable
 
@@ -179,9 +182,18 @@ def test_a_step_between_forward_and_backward_is_refused() -> None:
         out.backward(make_gradient(BATCH))
 
 
+COPIES: dict[str, Callable[[TrainableMoE], TrainableMoE]] = {
+    "itself": lambda layer: layer,
+    "a_copy": copy.deepcopy,
+    "pickled": lambda layer: pickle.loads(pickle.dumps(layer)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("kind", ["foreach", "fused"])
-def test_every_kind_of_step_is_seen(kind: str) -> None:
-    layer = make_trainable(SHAPE)
+def test_every_kind_of_step_is_seen(kind: str, copied: str) -> None:
+    layer = COPIES[copied](make_trainable(SHAPE))
+    assert layer in living_layers()  # as clip_grad_norm_() finds them
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, foreach=kind == "foreach", fused=kind == "fused")
     before = layer(BATCH.hidden, BATCH.ids, BATCH.weights)
     before.backward(make_gradient(BATCH))

@@ -96,6 +96,11 @@ class TrainableExperts(Experts):
         watch(self)
         self.reset_parameters(seed)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, and of what was pickled: it has parameters of its own, and optimisers that step them."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        watch(self)
+
     @property
     def masters(self) -> tuple[nn.Parameter, ...]:
         """The parameters: gate_up, down, and the biases where there are any; DTensors after distribute().

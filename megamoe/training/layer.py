@@ -107,6 +107,11 @@ class TrainableMoE(MegaMoE):
             self.experts.make_masters(master_dtype, seed, rounding)
         _living.add(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, and of what was pickled."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _living.add(self)
+
     def _begin(self) -> None:
         """As MegaMoE's, but all calls go by waves: what they leave in the workspace is what a backward needs."""
         super()._begin()
