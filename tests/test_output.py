@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 import megamoe
+from megamoe import catalog
 from megamoe.launch import output
 from megamoe.launch.output import check_folder, emit, plural, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
@@ -102,6 +103,21 @@ def test_an_output_that_is_full_or_closed_is_no_traceback(verb: tuple[str, ...])
     assert full.stderr.strip() == "the output cannot be written: No space left on device"
     assert closed.returncode == 0
     assert closed.stderr == ""
+
+
+def test_a_name_that_the_output_has_no_letters_for_is_written_in_escapes(tmp_path: Path) -> None:
+    shipped = Path(catalog.__file__).parent / "machines" / "cpu.yaml"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(shipped.read_text("utf-8").replace("Two cores", "Zwei Kerne für uns"), "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "megamoe", "catalog", "show", str(mine), "--kind", "machines"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "NO_COLOR": "1"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Zwei Kerne f\\xfcr uns" in done.stdout
 
 
 @pytest.mark.parametrize(

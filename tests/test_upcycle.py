@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,14 @@ def test_a_wrong_request_exits_with_2(dense: Path, tmp_path: Path, arguments: li
     source, *options = [str(each).format(dense=dense) for each in arguments]
     assert said in refused("upcycle", source, tmp_path / "moe", *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_with_values_that_transformers_does_not_take_is_refused(dense: Path, tmp_path: Path) -> None:
+    source = tmp_path / "odd"
+    shutil.copytree(dense, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "hidden_size": "abc"}))
+    assert "config.json: Validation error for field 'hidden_size'" in refused("upcycle", source, tmp_path / "moe")
 
 
 def test_a_truncated_source_is_refused(tmp_path: Path) -> None:

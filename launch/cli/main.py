@@ -7,6 +7,7 @@ imported when the command is chosen, so that a plan waits for nothing else.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -92,9 +93,14 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """Entry point of the megamoe command. A stdout that is closed is nobody's; one that is full ends it with code 1."""
+    """Entry point of the megamoe command. A stdout that is closed is nobody's; one that is full ends it with code 1.
+
+    What stdout's encoding lacks is written as on stderr, \\xf6 for ö.
+    """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             app()

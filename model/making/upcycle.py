@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from megamoe.ambient import undisturbed
 from megamoe.formats import BLOCK
 from megamoe.model.loading.quantization import RoundingError, quantize
-from megamoe.model.loading.skeleton import read_config
+from megamoe.model.loading.skeleton import config_of
 from megamoe.model.making.files import Shards, new_folder, no_bars
 from megamoe.model.making.smollm2 import INSTALL, NAME, find_smollm2
 
@@ -122,7 +122,7 @@ def find_source(source: Path | str) -> tuple[Path, Path | None]:
         source = found
     path = Path(source)
     if path.is_dir():
-        read_config(path)
+        config_of(path)
         return path, None
     if not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file")
