@@ -33,6 +33,8 @@ def run_under_torchrun(
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["--log-dir", place, "--module", "megamoe.launch.cluster.torchrun_work", place]
         environment = {"OMP_NUM_THREADS": str(share_of_cores(ranks)), **os.environ}  # else torchrun warns and sets 1
+        # ranks import what this process would, whatever modules the folder has in which the user is
+        environment |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)}
         process = subprocess.Popen(command, stdout=_STDERR, env=environment)
         try:
             code = process.wait(deadline_s)
