@@ -46,12 +46,25 @@ def note(line: str) -> None:
 
 
 def write(path: Path, text: str, use: str = "") -> None:
-    """Writes a file and says so, and of what use it is. ValueError where it cannot be written."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    """Writes a file and says so, and of what use it is. See write_whole()."""
+    write_whole(path, text)
     note(f"wrote {path}{use}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file in UTF-8; what ends that early leaves no half of it. OSError, which names path, where it cannot."""
+    try:
+        with path.open("wb") as file:
+            try:
+                file.write(text.encode())
+                file.flush()
+            except BaseException:
+                if path.is_file():  # and no device
+                    path.unlink()
+                raise
+    except OSError as failure:
+        failure.filename = str(path)
+        raise
 
 
 def check_folder(path: Path) -> None:

@@ -19,6 +19,7 @@ from megamoe import catalog
 from megamoe.launch import output
 from megamoe.launch.output import check_folder, emit, plural, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
+from tests.commands import files_no_larger_than, invoked
 
 ROWS = [("one", 1, 1234.56, 0.012345, None), (), ("a longer one", None, "loopback", 7.0, "x")]
 COLUMNS = {"name": "", "number": ">", "ms": ",.1f", "about": "~", "": ">"}
@@ -196,6 +197,16 @@ main()
     done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == megamoe.__version__
+
+
+def test_a_file_that_does_not_fit_leaves_no_half_of_it(tmp_path: Path) -> None:
+    asked = ("--model", "deepseek-v3", "--hardware", "h100", "--ep", 16)
+    with files_no_larger_than(10_000):
+        done = invoked("plan", *asked, "--report", tmp_path / "report.html", COLUMNS="200")
+    assert done.exit_code == 1
+    hint = "File too large: files may not be as large here: see ulimit -f"
+    assert done.stderr.splitlines()[-1] == f"failed: {tmp_path / 'report.html'}: {hint}"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_calculated(

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from megamoe.launch.output import write_whole
 from megamoe.planner.question import Question, ask, keys_of_questions, nearest
 
 NEEDED = {"model": "deepseek-v4-pro", "hardware": "gb200"}  # so that keys can be checked that do not name them
@@ -48,11 +49,8 @@ def _check(path: Path, node: yaml.MappingNode, keys: dict[Any, Any]) -> None:
 
 
 def write_plan(question: Question, path: Path, comments: list[str]) -> None:
-    """A file that --config reads, without what is as it would be anyway. ValueError where it cannot be written."""
+    """A file that --config reads, without what is as it would be anyway. OSError where it cannot be written."""
     keys = question.model_dump(exclude_defaults=True, by_alias=True, mode="json")
     lines = [f"# {comment}" for comment in comments]
     body = yaml.safe_dump(keys, sort_keys=False, default_flow_style=False, allow_unicode=True)
-    try:
-        path.write_text("\n".join([*lines, body]), encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    write_whole(path, "\n".join([*lines, body]))
