@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from megamoe.model import load
 from megamoe.model.loading import convert as convert_module
@@ -179,6 +180,28 @@ def test_the_command_says_what_it_did(folder: Path, tmp_path: Path) -> None:  # 
     table = invoked("convert", folder / "mixtral", tmp_path / "a", "--experts", "mxfp4")
     assert table.exit_code == 0
     assert "1 shard, 1 of them kept from an earlier run" in table.stdout
+
+
+def test_an_expert_that_the_other_format_cannot_hold_is_named(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    def spoil_scale(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if name == "layers.1.ffn.experts.2.w2.scale":
+            tensor.view(torch.uint8)[0, 0] = 255
+        return {name: tensor}
+
+    def spoil_weight(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if name.endswith("layers.1.block_sparse_moe.experts.2.w2.weight"):
+            tensor[0, 0] = float("nan")
+        return {name: tensor.float()}  # what is BF16 already is copied as it is
+
+    for family, spoil, experts, said in (
+        ("native_v4", spoil_scale, "bf16", "layers.1.ffn.experts.2.w2.weight: 32 of 8192 weights are NaN or infinite"),
+        ("mixtral", spoil_weight, "bf16", "experts.2.w2.weight: 1 of 6144 weights are NaN or infinite in BF16"),
+        ("mixtral", spoil_weight, "mxfp4", "experts.2.w2.weight: quantize_mxfp4: 1 of 6144 weights are NaN"),
+    ):
+        source = tmp_path / f"{family}-{experts}"
+        shutil.copytree(folder / family, source)
+        checkpoints.rewrite(source, spoil)
+        assert said in refused("convert", source, tmp_path / f"to-{source.name}", "--experts", experts)
 
 
 def test_a_wrong_request_writes_nothing(folder: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -262,11 +262,12 @@ class _Writer:
             for matrix in self._matrices(stored):
                 if isinstance(matrix, MXFP4):
                     dense = WEIGHT_FORMATS["mxfp4"].dense(matrix)
-                    yield dense.mT if flips else dense
                 else:
-                    rounded = matrix.to(torch.bfloat16)
-                    error.add(matrix, rounded)
-                    yield rounded
+                    dense = matrix.to(torch.bfloat16)
+                    error.add(matrix, dense)
+                if wrong := int((~dense.isfinite()).sum()):
+                    raise ValueError(f"{stored.name}: {wrong} of {dense.numel()} weights are NaN or infinite in BF16")
+                yield dense.mT if flips else dense
 
         shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2]) if flips else stored.shape
         return _piece(stored.name, torch.bfloat16, shape, parts)
@@ -279,7 +280,11 @@ class _Writer:
         def values() -> Iterator[Tensor]:
             for matrix in self._matrices(stored):
                 assert isinstance(matrix, Tensor)
-                packed = quantize(matrix.mT.contiguous() if change.transposed else matrix, self.done.scales, error)
+                weight = matrix.mT.contiguous() if change.transposed else matrix
+                try:
+                    packed = quantize(weight, self.done.scales, error)
+                except ValueError as refusal:
+                    raise ValueError(f"{stored.name}: {refusal}") from refusal
                 waiting.append(packed.scales)
                 yield packed.packed
 
