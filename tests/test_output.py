@@ -182,6 +182,29 @@ def test_ctrl_c_ends_with_130_and_one_line_whatever_runs(program: str, said: str
     assert (done.returncode, done.stderr.splitlines()) == (130, [said])
 
 
+VERBS = {
+    "validate": (),
+    "recommend": (
+        *("--model", "deepseek-v3", "--hardware", "h100", "--requests-per-s", 10),
+        *("--input-tokens", 100, "--output-tokens", 10),
+    ),
+    "calibrate": (Path(__file__).parents[1] / "docs" / "data" / "lab_runs.json",),
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_signal_ends_a_verb_of_the_planner_with_its_code_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, verb: str, number: signal.Signals, code: int, said: str
+) -> None:
+    monkeypatch.setattr(f"megamoe.launch.cli.planner.{verb}.emit", lambda *_: signal.raise_signal(number))
+    done = invoked(verb, *VERBS[verb], COLUMNS="200")
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert done.stderr.splitlines() == [f"{said}; all that was started is stopped and removed"]
+
+
 def test_ctrl_c_after_all_is_done_changes_nothing() -> None:
     """Python takes the answer to signals away before it takes apart what was imported, which can last for a second."""
     late = """

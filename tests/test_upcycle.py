@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from megamoe.formats import MXFP4, dequantize_mxfp4, quantize_mxfp4
 from megamoe.model.loading.load import load, load_tokenizer
 from megamoe.model.making import upcycle as module
+from megamoe.model.making.files import Shards
 from megamoe.model.making.smollm2 import INSTALL, find_smollm2
 from megamoe.model.making.tokenizer import VOCABULARY, write_tokenizer
 from megamoe.model.making.upcycle import find_source, key_of, upcycle
@@ -143,6 +145,23 @@ def test_a_config_with_values_that_transformers_does_not_take_is_refused(dense: 
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "hidden_size": "abc"}))
     assert "config.json: Validation error for field 'hidden_size'" in refused("upcycle", source, tmp_path / "moe")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_no_half_of_a_model(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    write = Shards.write
+
+    def strike(self: Shards, tensors: dict[str, torch.Tensor]) -> None:
+        write(self, tensors)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(Shards, "write", strike)
+    done = invoked("upcycle", dense, tmp_path / "moe")
+    assert done.exit_code == code
+    assert "all that was started is stopped and removed" in " ".join(done.stderr.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_truncated_source_is_refused(tmp_path: Path) -> None:
