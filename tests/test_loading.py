@@ -151,6 +151,19 @@ def test_gpt_oss_fp4_is_read_in_its_order_of_rows(folder: Path) -> None:
     assert torch.equal(own, torch.cat((blocks[0::2], blocks[1::2])))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=["fp16", "fp64"])
+def test_biases_of_experts_are_read_in_what_matrices_are(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    def stored(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {name: tensor.to(dtype) if name.endswith("_bias") else tensor}
+
+    def widened(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {name: tensor.to(torch.float32) if name.endswith("_bias") else tensor}
+
+    shutil.copytree(folder / "gpt_oss", tmp_path / "a")
+    own = logits_of(load(checkpoints.rewrite(tmp_path / "a", stored)), batch())
+    assert torch.equal(own, logits_of(load(checkpoints.rewrite(tmp_path / "a", widened)), batch()))
+
+
 def test_dense_fp8_stays_packed_and_computes_its_exact_values(folder: Path) -> None:
     packed, decoded = load(folder / "fp8"), load(folder / "fp8", dense="bf16")
     linear = packed.model.layers[0].self_attn.q_proj

@@ -252,7 +252,7 @@ class ExpertSource:
         """Takes what read() gave to its place, rounded where the layer's format is another. It is called in a turn."""
         first, down, *biases = weights
         matrices = [self._rounded(routed.layer.weight_format, each, scales) for each in (first, down)]
-        routed.put(expert, *matrices, *biases)  # type: ignore[arg-type]
+        routed.put(expert, *matrices, *(each.to(torch.float32) for each in biases))  # type: ignore[arg-type, union-attr]
 
     def _rounded(self, weight_format: str, weight: Weight, scales: str) -> Weight:
         if isinstance(weight, MXFP4):
