@@ -272,24 +272,34 @@ def test_workers_of_a_node_follow_each_other(first: str, order: list[int]) -> No
     assert order_bundles(nodes, {"a": "10.0.0.9", "b": "10.0.0.10"}, first) == order
 
 
-def _read_until(stream: IO[str], wanted: list[str]) -> str:
-    """What comes until all that is wanted has come, or the stream ends."""
-    heard = ""
+def _read(stream: IO[str], lines: list[str], wanted: dict[Event, list[str]]) -> None:
+    """Reads to the end of the stream, and sets each event as soon as all that it waits for has come."""
     for line in stream:
-        heard += line
-        if all(each in heard for each in wanted):
-            break
-    return heard
+        lines.append(line)
+        for event, texts in wanted.items():
+            if all(any(text in each for each in lines) for text in texts):
+                event.set()
 
 
 def test_a_local_cluster_leaves_stdout_alone_and_nothing_behind_but_logs(tmp_path: Path) -> None:
     line = [sys.executable, "-c", DRIVER, str(tmp_path)]
     spoken = [f"to {stream}: from {number}" for number in range(2) for stream in ("stdout", "stderr")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(line, text=True, **pipes) as driver:  # type: ignore[call-overload]
-        heard = _read_until(driver.stderr, [*spoken, "(raylet)"])  # Ray, of what was killed
-        stdout, rest = driver.communicate("\n", timeout=WAIT_S)
-    assert driver.returncode == 0, heard + rest
+    with ThreadPoolExecutor() as threads, subprocess.Popen(line, text=True, **pipes) as driver:  # type: ignore[call-overload]
+        try:
+            lines: list[str] = []
+            said, of_killed = Event(), Event()
+            reading = threads.submit(_read, driver.stderr, lines, {said: spoken, of_killed: ["(raylet)"]})
+            assert said.wait(WAIT_S), lines
+            of_killed.wait(10.0)  # Ray does not always say what was killed
+            driver.stdin.write("\n")
+            driver.stdin.close()
+            assert driver.wait(WAIT_S) == 0, lines
+            stdout = driver.stdout.read()
+            reading.result(WAIT_S)
+        finally:
+            driver.kill()
+    heard = "".join(lines)
     assert stdout == ""
     for number, kept in enumerate((spoken[:2], spoken[2:])):
         assert all(re.search(rf"^\(rank {number} pid=\d+\) {each}$", heard, re.MULTILINE) for each in kept)
