@@ -36,8 +36,8 @@ struct Out {
         }
     }
 
-    // The same of `count` outputs that are rounded already, bfloat16. streams: past the caches, which could not keep them;
-    // finish_streams() before others read them.
+    // The same of `count` outputs that are rounded already, bfloat16. streams: past the caches; others may read them after
+    // finish_streams().
     void copy(int64_t r, int64_t first, int64_t count, const uint16_t* rounded, bool streams) const {
         uint16_t* at = static_cast<uint16_t*>(to) + (goes ? goes[r] : r) * stride + first;
         count = std::min(count, width - first);

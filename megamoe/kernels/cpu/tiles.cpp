@@ -41,7 +41,7 @@ constexpr int ROWS_AHEAD = 2;                // likewise rows
 constexpr int PANEL_ROWS = 256;              // whose tokens are in tiles at once
 constexpr int PANEL_BLOCKS = 8;              // whose sums for these rows stay in the second cache: 256 KB
 constexpr int DEPTH = 8;                     // groups of K of a panel: so deep, 32 rows stay in the first cache
-constexpr int64_t STREAMED = 2 << 20;        // bytes of outputs, from which on no cache could keep them
+constexpr int64_t STREAMED = 2 << 20;        // bytes of outputs, from which on the second cache could not keep them
 
 // ---- tiles: 4 and 5 have tokens of the first and of the second rows, 6 and 7 weights of the first and of the second 16
 // outputs of a block, 0 and 1 the sums of the first rows, 2 and 3 those of the second ----
@@ -297,7 +297,7 @@ struct Share {
     int64_t first, count;  // rows
     int64_t begin, end;    // blocks
     int64_t groups;        // of K
-    bool streams;          // whether outputs go by the caches
+    bool streams;          // whether outputs are written past the caches
 };
 
 // Up to 32 rows of a share as tiles: [groups][rows][GROUP] of the first 16, then of the others.
