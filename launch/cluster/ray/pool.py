@@ -169,9 +169,12 @@ class RayPool:
             self._ends.close()
 
     def _await_opens(self) -> None:
-        """Without bundles they fail; a call to Ray after the connection has ended would start a cluster of its own."""
+        """Without bundles they fail; a call to Ray after the connection has ended would start a cluster of its own.
+
+        One that Ray holds for longer than deadline_s is waited for no more.
+        """
         with self._opens:
-            self._opens.wait_for(lambda: not self._opening)
+            self._opens.wait_for(lambda: not self._opening, self.deadline_s)
 
     def _end_workers(self) -> None:
         """All at once: on another node each can take seconds. Raises what the first that could not be ended raised."""
