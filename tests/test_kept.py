@@ -13,6 +13,7 @@ import pytest
 from megamoe.catalog import load_machine
 from megamoe.launch.bench import probe
 from megamoe.launch.ranks import LocalRanks
+from megamoe.parallel.group import EPGroup
 from megamoe.schedule import kept
 from megamoe.schedule.kept import Setting
 from megamoe.schedule.machine import intervals, predict
@@ -89,7 +90,7 @@ def as_measured(behind: Any, link_gb_s: float) -> list[list[dict[str, float]]]:
         times = {key: value for key, value in said.items() if key.endswith("_ms")}
         if small.backward:
             times["backward_ms"] = backward_work(run, behind).total / 1e3
-        found.append(times | {"wall_ms": said["compute_ms"]})
+        found.append(times | {"wall_ms": said["compute_ms"], "agreement": 1.0})
     return [found, found]
 
 
@@ -111,7 +112,7 @@ def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
     ranks: LocalRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "fitted", lambda *_: CPU)
-    for taken, times in ((0.5, 2), (0.0, 1)):
+    for taken, times in (("others were at work", 2), ("", 1)):
         measured: list[object] = []
         said: list[str] = []
         monkeypatch.setattr(probe, "disturbed", lambda _, taken=taken: taken)
@@ -120,12 +121,48 @@ def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
         )
         titles = [probe.machine_here(ranks, 0.1, said.append).title for _ in range(2)]
         assert len(measured) == len(said) == times
-        assert ["not kept" in title for title in titles] == [taken > 0] * 2
+        assert ["not kept: others were at work" in title for title in titles] == [bool(taken)] * 2
 
 
 def test_disturbance_is_what_went_by_beyond_core_time() -> None:
-    quiet, busy = ({"compute_ms": 10.0, "wall_ms": wall} for wall in (10.2, 30.0))
-    assert probe.disturbed([[quiet, quiet, busy], [quiet, busy, quiet]]) == pytest.approx(0.02)
+    quiet, busy = ({"compute_ms": 10.0, "wall_ms": wall, "agreement": 1.0} for wall in (10.2, 30.0))
+    assert not probe.disturbed([[quiet, quiet, busy], [quiet, busy, quiet]])
+    assert "200% longer" in probe.disturbed([[quiet, busy, busy], [quiet, busy, busy]])
+
+
+def test_disturbance_is_layers_of_which_no_two_rounds_agree() -> None:
+    same, odd = ({"compute_ms": 10.0, "wall_ms": 10.0, "agreement": part} for part in (0.95, 0.7))
+    assert not probe.disturbed([[odd, odd, same, same], [odd, same, same, same]])
+    assert "3 of 4" in probe.disturbed([[odd, odd, same, same], [odd, same, same, odd]])
+
+
+def test_rounds_agree_by_their_two_least_times() -> None:
+    rounds = [{"compute_ms": ms, "overlapped_ms": 5.0, "wall_ms": 100 * ms} for ms in (14.0, 10.0, 12.5)]
+    assert probe.agreement(rounds) == pytest.approx(10.1 / 12.5)
+    assert probe.agreement([{"communication_ms": 0.02}, {"communication_ms": 0.09}]) == 1.0
+
+
+@pytest.mark.parametrize(("odd", "rounds"), [(0, 3), (2, 3), (3, 8)])
+def test_a_rank_measures_until_rounds_agree_and_no_more_than_eight(
+    monkeypatch: pytest.MonkeyPatch, odd: int, rounds: int
+) -> None:
+    taken: list[int] = []
+
+    class Workload:
+        def __init__(self, _: object, small: probe.Small) -> None:
+            self.odd, self.calls = small.tokens <= odd, 0
+
+        def measure(self) -> dict[str, float]:
+            self.calls += 1
+            taken.append(self.calls)
+            ms = 10.0 * 0.8**self.calls if self.odd else 10.0
+            return {"overlapped_ms": ms, "compute_ms": 5.0, "communication_ms": 3.0, "wall_ms": 5.0}
+
+    monkeypatch.setattr(probe, "_Workload", Workload)
+    monkeypatch.setattr(probe, "SMALL", tuple(probe.Small("bf16", number, 64, 32, 1) for number in range(1, 5)))
+    found = probe.measure_rank(EPGroup(0, 1, None, 5.0))
+    assert max(taken) == rounds
+    assert [each["agreement"] < probe.AGREED for each in found] == [number <= odd for number in range(1, 5)]
 
 
 def test_ranks_measure_every_workload(ranks: LocalRanks) -> None:
