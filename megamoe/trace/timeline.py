@@ -209,8 +209,8 @@ def _flown(flights: Sequence[tuple[int, Flight]], zero: int) -> list[Event]:
     lane_ends: dict[tuple[str, int, str, int], float] = defaultdict(float)
     events = []
     for rank, f in sorted(flights, key=lambda item: item[1].arrived_ns):
-        key = (f.layer, f.call, f.lane, f.wave)
-        senders = [sent[(*key, peer)] for peer, rows in enumerate(f.received) if rows and (*key, peer) in sent]
+        peers = [(f.layer, f.call, f.lane, f.wave, peer) for peer, rows in enumerate(f.received) if rows]
+        senders = [sent[peer] for peer in peers if peer in sent]
         if not senders or not f.arrived_ns:
             continue
         end = (f.arrived_ns - zero) / 1e3

@@ -13,7 +13,7 @@ from megamoe.shape import MoEShape
 class DeepSeekV4Config(BaseModel):
     """The expert layers' part of a config.json; everything else in the file is left alone."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
     model_type: Literal["deepseek_v4"]
     hidden_size: PositiveInt
