@@ -83,6 +83,20 @@ def test_one_rank_has_torchs_norm_and_its_scaled_gradients(norm_type: float) -> 
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("odd", ["bare", "parametrized"])
+def test_what_another_layer_of_the_process_has_become_is_nothing_to_these(odd: str) -> None:
+    layer, other = make_trainable(SHAPE), make_trainable(SHAPE)
+    if odd == "bare":
+        del other.experts.gate_up, other.experts.down
+    else:
+        nn.utils.parametrize.register_parametrization(other.experts, "down", nn.Identity())
+    layer(BATCH.hidden, BATCH.ids, BATCH.weights).float().square().sum().backward()
+    assert clip_grad_norm_(layer.parameters(), 1.0) > 0
+    if odd == "parametrized":
+        with pytest.raises(ValueError, match="parametri"):
+            clip_grad_norm_(other.parameters(), 1.0)
+
+
 def test_nothing_to_clip_has_norm_zero_and_what_has_no_norm_is_refused() -> None:
     assert clip_grad_norm_([], 1.0) == 0
     assert clip_grad_norm_(nn.Parameter(torch.ones(3)), 1.0) == 0

@@ -68,7 +68,7 @@ def grad_norm(parameters: Tensor | Iterable[Tensor], norm_type: float = 2.0) -> 
     for each in given:
         if each.grad is not None and each.grad.layout != torch.strided:
             raise ValueError(f"a gradient is {each.grad.layout}: only dense ones have a norm here")
-    layers = {id(master): layer for layer in living_layers() for master in layer.experts.masters}
+    layers = _layers_of(given)
     experts: dict[int, Tensor] = {}
     for group in {id(layer.group): layer.group for each in given if (layer := layers.get(id(each)))}.values():
         own = [(each, layers[id(each)]) for each in given if id(each) in layers]
@@ -76,6 +76,18 @@ def grad_norm(parameters: Tensor | Iterable[Tensor], norm_type: float = 2.0) -> 
     device = next((each.grad.device for each in given if each.grad is not None), torch.device("cpu"))
     partials = [experts[id(each)] if id(each) in layers else _of_others(each, norm) for each in given]
     return norm.total(norm.joined(torch.stack([each.to(device) for each in partials]) if partials else torch.zeros(0)))
+
+
+def _layers_of(parameters: Sequence[Tensor]) -> dict[int, TrainableMoE]:
+    """The layer of each that is one's master, by the parameter's id. ValueError as TrainableExperts.masters has it.
+
+    What became of the experts of other layers of this process, half built or parametrized, is nothing to these.
+    """
+    asked = {id(each) for each in parameters}
+    owners = {id(each): layer for layer in living_layers() for each in layer.experts.parameters() if id(each) in asked}
+    for layer in {id(each): each for each in owners.values()}.values():
+        _ = layer.experts.masters
+    return owners
 
 
 def _of_others(parameter: Tensor, norm: Norm) -> Tensor:
