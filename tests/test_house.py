@@ -254,3 +254,23 @@ def test_fields_that_old_versions_of_pydantic_warn_of_are_in_classes_that_say_so
             fields = {ast.unparse(node.target) for node in each.body if isinstance(node, ast.AnnAssign)}
             if any(name.startswith("model_") for name in fields) and "BaseModel" in ast.unparse(each):
                 assert "protected_namespaces=()" in ast.unparse(each), f"{path}: {each.name}"
+
+
+# ---- what is installed ----
+
+
+def test_a_wheel_holds_every_file_of_the_package() -> None:
+    """An editable installation reads the repository, and would not notice a file that pyproject.toml leaves out."""
+    settings = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
+    asked = settings["tool"]["setuptools"]["package-data"].items()
+    folders = {package: ROOT / package.replace(".", "/") for package, _ in asked}
+    installed = {path.resolve() for package, globs in asked for glob in globs for path in folders[package].glob(glob)}
+    own = {path for room in ("megamoe", *ROOMS) for path in files_below(ROOT / room)}
+    assert {str(path) for path in own if path.suffix != ".py"} == {str(path) for path in installed & own}
+    assert len(own) > 400
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    for folder, inside, names in os.walk(root, followlinks=False):
+        inside[:] = [name for name in inside if name != "__pycache__"]
+        yield from (path for path in (Path(folder, name) for name in names) if not path.is_symlink())
