@@ -57,6 +57,7 @@ class Device:
     staging_us: float
     staging_bytes: float
     wave_us: float
+    slot_us: float
     ll_dispatch_efficiency: float
     ll_combine_efficiency: float
 
@@ -99,6 +100,7 @@ class Device:
             staging_us=profile.staging_us.value,
             staging_bytes=profile.staging_bytes.value,
             wave_us=profile.wave_us.value,
+            slot_us=profile.slot_us.value,
             ll_dispatch_efficiency=profile.ll_dispatch_efficiency.value,
             ll_combine_efficiency=profile.ll_combine_efficiency.value,
         )
