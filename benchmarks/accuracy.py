@@ -23,11 +23,11 @@ from megamoe.planner.validation.validate import Compared, Errors, compare
 from megamoe.schedule.machine import read_runs
 
 try:
-    from benchmarks.accuracy_words import HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, WORST
+    from benchmarks.accuracy_words import HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, SERVING, WORST
     from benchmarks.fit_kernels import KERNELS, rows_of
     from benchmarks.fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200, table
 except ModuleNotFoundError:  # run as a file, which has its own folder on the path
-    from accuracy_words import HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, WORST  # type: ignore[import-not-found, no-redef]
+    from accuracy_words import HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, SERVING, WORST  # type: ignore[import-not-found, no-redef]
     from fit_kernels import KERNELS, rows_of  # type: ignore[import-not-found, no-redef]
     from fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200, table  # type: ignore[import-not-found, no-redef]
 
@@ -285,9 +285,8 @@ def _serving() -> Iterator[str]:
     yield "% while the links of a half were taken to hide behind all that the other half computes. In a decode they"
     yield "hide behind its attention alone: the engines of these runs cut attention in two, and an expert's rows of"
     yield "one half are sent while the other half's attention runs. V3 decode on EP144 has a third of the tokens"
-    yield "and waits for no link. GB200's and H20's runs were looked up last, and nothing was changed for them. Part I"
-    yield "and II of GB200's are three months of kernels apart. H20's attention is planned with products in BF16; the"
-    yield "kernel of that run, FlashMLA-FP8, has them in 8 bits.\n"
+    yield "and waits for no link. GB200's and H20's runs were looked up last, and nothing was changed for them."
+    yield SERVING
 
 
 def _guides() -> Iterator[str]:

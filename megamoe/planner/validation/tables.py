@@ -18,11 +18,11 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from megamoe.catalog import Hardware, Model, find_profile, load_hardware, load_model, names
+from megamoe.catalog import Hardware, Model, Profile, find_profile, load_hardware, load_model, names
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.stacks import check_kernel
 from megamoe.schedule.formats import value_bytes
@@ -209,11 +209,35 @@ def _profile(reader: _Reader, row: dict[str, str], hardware: str, stack: str, ex
     name = reader.text(row, "profile")
     if not name:
         return None
-    found = find_profile(hardware_of(hardware), name)
-    kernel = "fused" if stack == "kernel" else stack
-    check_kernel(found, kernel, expert.weight_format, expert.dispatch_format)
-    reader.assume(f"profile {found.name}: {found.title}; {found.fitted}")
+    reader.assume(words_of(checked_profile(name, hardware, stack, expert)))
     return name
+
+
+@lru_cache(maxsize=64)
+def checked_profile(name: str, hardware: str, stack: str, expert: Expert) -> Profile:
+    """A profile for what was timed. ValueError where there is none of that name, or where it is of another kernel."""
+    found = find_profile(hardware_of(hardware), name)
+    check_kernel(found, "fused" if stack == "kernel" else stack, expert.weight_format, expert.dispatch_format)
+    return found
+
+
+def words_of(profile: Profile) -> str:
+    """What is assumed where this profile is named."""
+    return f"profile {profile.name}: {profile.title}; fitted: {profile.fitted}"
+
+
+def by_profile(table: Table, name: str) -> Table:
+    """The table with every row that names no profile planned by this one. ValueError names the row it is none for."""
+    rows, said = [], dict.fromkeys(table.assumed)
+    for number, row in enumerate(table.rows, start=1):
+        if row.profile is None:
+            try:
+                said[words_of(checked_profile(name, row.hardware, row.stack, row.expert))] = None
+            except ValueError as wrong:
+                raise ValueError(f"row {number}: {wrong}") from wrong
+            row = replace(row, profile=name)
+        rows.append(row)
+    return Table(rows, tuple(said))
 
 
 _SPELLED = (  # what a stack's name holds -> the stack; the first that fits
