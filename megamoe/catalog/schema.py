@@ -308,6 +308,7 @@ class Profile(Staged):
     epilogue_ps         an SM, one value of a tile's result: activation, quantisation, the way home
     sm_ghz              clock of the SMs at which the two were fitted; a device of another takes them by the ratio
     tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
+    small_rows          mean rows of an expert up to which a call has the smallest tiles; none for half of one
     last_rows           what the rows of an expert's last tile are filled up to whole steps of
     swap_rows           mean rows of an expert up to which a kernel swaps its operands, so that those steps are 8
     memory_efficiency   of the memory bandwidth
@@ -348,6 +349,7 @@ class Profile(Staged):
     sm_ghz: Figure | None = None
     tile_rows: Figure
     block_rows: Figure
+    small_rows: Figure | None = None
     last_rows: Figure
     swap_rows: Figure
     memory_efficiency: Figure

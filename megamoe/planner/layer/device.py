@@ -39,6 +39,7 @@ class Device:
     epilogue_ps: float
     tile_rows: int
     block_rows: int
+    small_rows: float
     last_rows: int
     swap_rows: float
     memory_efficiency: float
@@ -82,6 +83,7 @@ class Device:
             epilogue_ps=profile.epilogue_ps.value * slower,
             tile_rows=max(1, round(profile.tile_rows.value)),
             block_rows=max(1, round(profile.block_rows.value)),
+            small_rows=profile.small_rows.value if profile.small_rows else max(1, round(profile.tile_rows.value)) / 2,
             last_rows=max(1, round(profile.last_rows.value)),
             swap_rows=profile.swap_rows.value,
             memory_efficiency=profile.memory_efficiency.value,
