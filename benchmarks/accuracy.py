@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.command import new_file, run
-from megamoe.catalog import figures, load_machine, load_model
+from megamoe.catalog import figures, find_profile, load_machine, load_model
 from megamoe.planner.serving.flops import ASSUMPTIONS, efficiency
 from megamoe.planner.validation.ascend_guides import guides, median_of
 from megamoe.planner.validation.calibrate import calibrate, check, median_error
@@ -23,11 +23,13 @@ from megamoe.planner.validation.validate import Compared, Errors, compare
 from megamoe.schedule.machine import read_runs
 
 try:
-    from benchmarks.accuracy_words import HEAD, HELD_OUT, WORST
-    from benchmarks.fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200
+    from benchmarks.accuracy_words import HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, SERVING, WORST
+    from benchmarks.fit_kernels import KERNELS, rows_of
+    from benchmarks.fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200, table
 except ModuleNotFoundError:  # run as a file, which has its own folder on the path
-    from accuracy_words import HEAD, HELD_OUT, WORST  # type: ignore[import-not-found, no-redef]
-    from fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200  # type: ignore[import-not-found, no-redef]
+    from accuracy_words import HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, SERVING, WORST  # type: ignore[import-not-found, no-redef]
+    from fit_kernels import KERNELS, rows_of  # type: ignore[import-not-found, no-redef]
+    from fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200, table  # type: ignore[import-not-found, no-redef]
 
 DATA = Path(__file__).parents[1] / "docs" / "data"
 V4_EFFICIENCY = {"deepseek-v4-pro": (27, 10), "deepseek-v4-flash": (10, 7)}
@@ -40,6 +42,7 @@ def lines() -> Iterator[str]:
     yield from _halves()
     yield from _staged()
     yield from _left_out()
+    yield from _kernels()
     yield from _holdouts()
     yield from _efficiency()
     yield from _serving()
@@ -193,28 +196,61 @@ def _left_out() -> Iterator[str]:
     yield "state of this page had let them in from GB200 itself (a median of 5.3 % in place of what stands above).\n"
 
 
+def _kernels() -> Iterator[str]:
+    """Kernels that have a profile: what was fitted, what was kept, and that by the profile of the device."""
+    yield "## Kernels with a profile of their own\n"
+    yield "`python -m benchmarks.fit_kernels` prints their constants. Rows of `docs/data/holdouts.csv`, whose column"
+    yield "`profile` names the kernel; of each kernel the first, the third, ... row is fitted, the others are kept, and"
+    yield "planned by the profile of the device too. Which constants to fit was decided with all rows in sight.\n"
+    columns = ("profile", "fitted rows", "median", "largest", "**kept** rows", "median", "largest")
+    yield f"| {' | '.join((*columns, 'by the device: median', 'largest'))} |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name in KERNELS:
+        fitted, kept = rows_of(name)
+        cells = [name]
+        for rows, own in ((fitted, False), (kept, False), (kept, True)):
+            errors = Errors.of(compare(rows, find_profile if own else None)) if rows else None
+            number = [] if own else [str(len(rows))]
+            cells += [*number, *_median_and_largest(errors)]
+        yield f"| {' | '.join(cells)} |"
+    yield KERNELS_OF_THEIR_OWN
+
+
+def _median_and_largest(errors: Errors | None) -> tuple[str, str]:
+    if errors is None:
+        return "-", "-"
+    return f"{errors.median_abs_pct_error:.1f} %", f"{errors.max_abs_pct_error:.1f} %"
+
+
 def _holdouts() -> Iterator[str]:
     """Published times of which no row was fitted: a line for every source, device and kind of kernels."""
     path = DATA / "holdouts.csv"
     with path.open(newline="") as file:
         sources = [line["source"] for line in csv.DictReader(file)]
-    found: dict[tuple[str, str, int, str], list[Compared]] = {}
-    for source, each in zip(sources, compare(read_table(path)), strict=True):
-        found.setdefault((source, each.row.hardware, each.row.ep_size, each.row.stack), []).append(each)
+    fitted = {id(row) for name in KERNELS for row in rows_of(name)[0]}
+    found: dict[tuple[str, str, int, str, str], list[Compared]] = {}
+    for source, row in zip(sources, table("holdouts"), strict=True):
+        if id(row) not in fitted:
+            key = (source, row.hardware, row.ep_size, row.stack, row.profile or "-")
+            found.setdefault(key, []).extend(compare([row]))
     yield "## Held out: published times that nothing was fitted to\n"
     yield "`docs/data/holdouts.csv`, collected on 2026-11-30 from pull requests and pages of deepseek-ai/DeepGEMM,"
     yield "sgl-project/DeepGEMM, flashinfer-ai/flashinfer and mhoqueanik/moe_ep_benchmark. Last: the row that is"
-    yield "furthest off, its model, tokens per rank, and us measured and planned. Nothing here was fitted.\n"
+    yield "furthest off, its model, tokens per rank, and us measured and planned. Rows that fitted a kernel's profile"
+    yield "are left out.\n"
     everything = Errors.of(each for rows in found.values() for each in rows)
     shares = f"{everything.median_abs_pct_error:.1f} %, 95th percentile {everything.p95_abs_pct_error:.1f} %"
-    yield f"All {everything.rows} rows: median {shares}, largest {everything.max_abs_pct_error:.1f} %.\n"
-    yield "| source | device, EP | what | rows | median | largest | the largest | measured | planned |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for (source, hardware, ep, stack), rows in found.items():
+    yield f"All {everything.rows} rows: median {shares}, largest {everything.max_abs_pct_error:.1f} %."
+    own = Errors.of(compare([each.row for rows in found.values() for each in rows], find_profile))
+    shares = f"{own.median_abs_pct_error:.1f} %, {own.p95_abs_pct_error:.1f} % and {own.max_abs_pct_error:.1f} %"
+    yield f"The same by the profiles of their devices alone: {shares}.\n"
+    yield "| source | device, EP | what | profile | rows | median | largest | the largest | measured | planned |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for (source, hardware, ep, stack, profile), rows in found.items():
         errors, worst = Errors.of(rows), max(rows, key=lambda each: abs(each.error_pct))
         off = f"{worst.row.model}, {worst.row.tokens_per_rank} | {worst.row.latency_us:g} | {worst.planned_us:.1f}"
         shares = f"{errors.median_abs_pct_error:.1f} % | {worst.error_pct:+.1f} %"
-        yield f"| {source} | {hardware}, EP{ep} | {stack} | {errors.rows} | {shares} | {off} |"
+        yield f"| {source} | {hardware}, EP{ep} | {stack} | {profile} | {errors.rows} | {shares} | {off} |"
     yield HELD_OUT
     yield "DeepEP V1's low-latency kernels on H800, 128 tokens, top-8, from its README; planned by the staged stack's"
     yield "constants, which are those of H100. The dispatch further up is planned as an exchange alone, of no stack.\n"
@@ -249,9 +285,8 @@ def _serving() -> Iterator[str]:
     yield "% while the links of a half were taken to hide behind all that the other half computes. In a decode they"
     yield "hide behind its attention alone: the engines of these runs cut attention in two, and an expert's rows of"
     yield "one half are sent while the other half's attention runs. V3 decode on EP144 has a third of the tokens"
-    yield "and waits for no link. GB200's and H20's runs were looked up last, and nothing was changed for them. Part I"
-    yield "and II of GB200's are three months of kernels apart. H20's attention is planned with products in BF16; the"
-    yield "kernel of that run, FlashMLA-FP8, has them in 8 bits.\n"
+    yield "and waits for no link. GB200's and H20's runs were looked up last, and nothing was changed for them."
+    yield SERVING
 
 
 def _guides() -> Iterator[str]:

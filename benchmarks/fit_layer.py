@@ -107,8 +107,13 @@ def values(keys: Sequence[str]) -> Constants:
     return {key: float(getattr(load_profile(name), figure).value) for key, (name, figure) in shipped.items()}
 
 
-def fit(keys: Sequence[str], data: Sequence[Sample], fixed: Constants | None = None) -> Constants:
-    """Constants above zero that leave the least error: Levenberg-Marquardt in their logarithms."""
+def fit(
+    keys: Sequence[str],
+    data: Sequence[Sample],
+    fixed: Constants | None = None,
+    of: Callable[[Constants], Callable[[Hardware], Profile]] = profiles,
+) -> Constants:
+    """Constants above zero that leave the least error: Levenberg-Marquardt in their logarithms. of: whose they are."""
     start = values(keys)
     measured = np.log([each.row.latency_us for each in data])
     weights = np.array([each.weight for each in data])
@@ -116,7 +121,7 @@ def fit(keys: Sequence[str], data: Sequence[Sample], fixed: Constants | None = N
     least = np.array([0.0 if key.endswith("overlap") else -np.inf for key in keys])  # a norm's power is 1 or more
 
     def off(point: NDArray[np.float64]) -> NDArray[np.float64]:
-        profile_of = profiles({**(fixed or {}), **dict(zip(keys, np.exp(point).tolist(), strict=True))})
+        profile_of = of({**(fixed or {}), **dict(zip(keys, np.exp(point).tolist(), strict=True))})
         planned = [planned_us(each.row, profile_of(hardware_of(each.row.hardware))) for each in data]
         return np.log(planned) - measured
 

@@ -38,6 +38,7 @@ SMALLEST = {
     "transformers_families": ["--families", "qwen3_moe", "--write", "{}/families.md"],
     "cpu_kernels": ["--repeats", "1"],
     "fit_layer": ["--write", "{}/fit.json"],
+    "fit_kernels": ["--write", "{}/kernels.json"],
     "generation": ["--only", "loopback", "--repeats", "1", "--prompts", "2", "--tokens", "4", "--layers", "1"],
     "gpu_kernels": ["--budget-s", "60", "--out", "{}/gpu", "--stages", "probe"],
     "lab_runs": ["--runs", "1", "--repeats", "1", "--folder", "{}"],

@@ -356,6 +356,22 @@ def test_validate_without_a_table_knows_what_was_published() -> None:
             assert row["error_pct"] == pytest.approx(100 * (row["ours"] / row["published"] - 1))
 
 
+def test_a_kernels_profile_is_named_by_plan_and_by_validate(tmp_path: Path) -> None:
+    kernel = ("--profile", "flashinfer-nvfp4")
+    formats = ("--weight-format", "nvfp4", "--dispatch-format", "nvfp4")
+    shown = run("plan", "--model", "deepseek-v3", "--hardware", "b200", "--ep", 8, *kernel, *formats).stdout
+    assert "profile flashinfer-nvfp4: FlashInfer moe_ep" in shown
+    assert "fitted" not in run("plan", *PRO, "--ep", 16).stdout
+    rows = (TABLE.parent / "flashinfer_fused_gb200_ep4.csv").read_text().splitlines()
+    path = tmp_path / "nvfp4.csv"
+    path.write_text("\n".join(row for row in rows if "dg_fp8xfp4" not in row))
+    own, by_kernel = as_json("validate", path), as_json("validate", path, *kernel)
+    assert by_kernel["median_abs_pct_error"] < own["median_abs_pct_error"]
+    assert len(by_kernel["assumed"]) == len(own["assumed"]) + 1
+    assert f"{TABLE}, row 1: profile flashinfer-nvfp4 is of a kernel for" in refused("validate", TABLE, *kernel)
+    assert "--profile is of a file's rows" in refused("validate", *kernel)
+
+
 def test_validate_names_the_file_and_the_row(tmp_path: Path) -> None:
     lines = TABLE.read_text().splitlines()[:3]
     table = tmp_path / "rows.csv"

@@ -71,8 +71,18 @@ def load_model(name_or_path: str | os.PathLike[str]) -> Model:
 
 
 def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
-    """A profile by the catalog's name, or from a .yaml file."""
-    return _read(Profile, _find("profiles", name_or_path))
+    """A profile by the catalog's name, or from a .yaml file; one that extends another has its figures too."""
+    path = _find("profiles", name_or_path)
+    data = _mapping(Profile, path)
+    base = data.get("extends")
+    if base is not None:
+        if base not in names("profiles"):
+            raise ValueError(f"{path}: extends '{base}', which is no profile; {nearest(str(base), names('profiles'))}")
+        shipped = _mapping(Profile, _HERE / "profiles" / f"{base}.yaml")
+        if "extends" in shipped:
+            raise ValueError(f"{path}: extends {base}, which extends {shipped['extends']} itself; name that one")
+        data = {**shipped, **data}
+    return _validated(Profile, data, path)
 
 
 def load_machine(name_or_path: str | os.PathLike[str]) -> Machine:
@@ -81,8 +91,18 @@ def load_machine(name_or_path: str | os.PathLike[str]) -> Machine:
 
 
 def find_profile(hardware: Hardware, name_or_path: str | os.PathLike[str] | None = None) -> Profile:
-    """The profile asked for, or else the one that the hardware names."""
-    return load_profile(hardware.profile if name_or_path is None else name_or_path)
+    """The profile asked for, or else the one that the hardware names.
+
+    ValueError where it is of a kernel that no device of this kind runs.
+    """
+    found = load_profile(hardware.profile if name_or_path is None else name_or_path)
+    others = set(names("profiles")) - {found.name, found.extends} if found.one_kernel else set()
+    if hardware.profile in others:
+        raise ValueError(
+            f"profile {found.name} is of a kernel for devices of profile {found.extends}; "
+            f"{hardware.name} is one of {hardware.profile}"
+        )
+    return found
 
 
 def _find(kind: Kind, name_or_path: str | os.PathLike[str]) -> Path:
@@ -114,6 +134,11 @@ def _aliases(kind: Kind) -> dict[str, str]:
 
 
 def _read(schema: type[T], path: Path) -> T:
+    return _validated(schema, _mapping(schema, path), path)
+
+
+def _mapping(schema: type[T], path: Path) -> dict[str, Any]:
+    """The keys of a YAML file."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
@@ -123,6 +148,10 @@ def _read(schema: type[T], path: Path) -> T:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no keys; a {schema.__name__.lower()} starts with name: and title:")
+    return data
+
+
+def _validated(schema: type[T], data: dict[str, Any], path: Path) -> T:
     try:
         return schema.model_validate(data)
     except ValidationError as error:

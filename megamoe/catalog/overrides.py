@@ -15,7 +15,10 @@ T = TypeVar("T", Hardware, Model, Profile)
 
 BY_HAND = "set on the command line"
 _THINGS: dict[str, type[Entry]] = {"hardware": Hardware, "model": Model, "profile": Profile}
-_DESCRIPTIVE = ("name", "title", "aliases", "note", "source", "tag", "fitted", "attention", "notes")
+_DESCRIPTIVE = (
+    *("name", "title", "aliases", "note", "source", "tag", "fitted", "attention", "notes"),
+    *("extends", "weight_formats", "dispatch_formats"),  # of a profile: what its figures are for
+)
 
 
 def override(thing: T, changes: Mapping[str, str | float]) -> T:

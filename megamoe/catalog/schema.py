@@ -308,6 +308,7 @@ class Profile(Staged):
     epilogue_ps         an SM, one value of a tile's result: activation, quantisation, the way home
     sm_ghz              clock of the SMs at which the two were fitted; a device of another takes them by the ratio
     tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
+    small_rows          mean rows of an expert up to which a call has the smallest tiles; none for half of one
     last_rows           what the rows of an expert's last tile are filled up to whole steps of
     swap_rows           mean rows of an expert up to which a kernel swaps its operands, so that those steps are 8
     memory_efficiency   of the memory bandwidth
@@ -323,8 +324,12 @@ class Profile(Staged):
     graph_us            a module's launches, in a captured graph    staging_us         its kernels around the layer's
     staging_bytes       read and written by them for every value of a token
     wave_us             for every wave
+    slot_us             a slot of a token whose results come home in fewer bits than BF16, decoded before it is summed
     ll_dispatch_expert_us, ll_combine_expert_us     for every expert of the model, in DeepEP's low-latency kernels
     ll_dispatch_efficiency, ll_combine_efficiency   of the scale-up link, in DeepEP's low-latency kernels
+
+    extends             another profile, whose figures it has where it names none of its own
+    weight_formats, dispatch_formats    of a fused kernel that runs no other weights and tokens; empty for all
 
     Of the parts of a model beside the experts (planner/serving.py):
     dense_efficiency    of the peak, in projections and MLPs
@@ -336,11 +341,15 @@ class Profile(Staged):
     name: str
     title: str
     fitted: str
+    extends: str | None = None
+    weight_formats: tuple[WeightFormat, ...] = ()
+    dispatch_formats: tuple[str, ...] = ()
     feed_ps: Figure
     epilogue_ps: Figure
     sm_ghz: Figure | None = None
     tile_rows: Figure
     block_rows: Figure
+    small_rows: Figure | None = None
     last_rows: Figure
     swap_rows: Figure
     memory_efficiency: Figure
@@ -363,6 +372,7 @@ class Profile(Staged):
     ll_combine_expert_us: Figure
     ll_dispatch_efficiency: Figure
     ll_combine_efficiency: Figure
+    slot_us: Figure = Figure(value=0.0, tag="assumed", source="hidden behind the slots' bytes, as far as is known")
     dense_efficiency: Figure = Figure(
         value=0.6,
         tag="assumed",
@@ -377,6 +387,11 @@ class Profile(Staged):
         tag="assumed",
         source="launch in a captured graph, ramp up and drain, of a small kernel; not measured here",
     )
+
+    @property
+    def one_kernel(self) -> bool:
+        """Whether it is of a kernel of its own, in place of all that a kind of device runs."""
+        return bool(self.weight_formats)
 
     @model_validator(mode="after")
     def _checked(self) -> Self:

@@ -191,6 +191,9 @@ def _fixed_terms(planned: Plan) -> list[Term]:
     kernel += f"{g(device.barrier_us)} x log2({request.ep})"
     staged = f"{g(device.staging_us)} + {values} x {g(device.staging_bytes)} / {tb_s}"
     summed = f"{values} x ({expert.topk} x {g(value_bytes(expert.combine_format))} + 2) / {tb_s}"
+    summed_as = "T h (k b_combine + 2) / (TB/s x efficiency)"
+    if device.slot_us and value_bytes(expert.combine_format) < 2:
+        summed, summed_as = f"{summed} + {expert.topk} x {g(device.slot_us)}", f"{summed_as} + k slot_us"
     parts = f"{g(layer.kernel_us)} + {g(layer.graph_us)} + {g(layer.stack_us)}"
     module = [
         Term("fixed: graph", "a module's launches in a captured graph", g(device.graph_us), layer.graph_us, "us"),
@@ -200,7 +203,7 @@ def _fixed_terms(planned: Plan) -> list[Term]:
         Term("fixed: kernel", "call + experts of a rank + barriers", kernel, layer.kernel_us, "us"),
         *(module if request.stack == "fused" else []),
         Term("fixed", "kernel + graph + staging", parts, layer.fixed_us, "us"),
-        Term("slot sum", "T h (k b_combine + 2) / (TB/s x efficiency)", summed, layer.sum_us, "us"),
+        Term("slot sum", summed_as, summed, layer.sum_us, "us"),
     ]
 
 

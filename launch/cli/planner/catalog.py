@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from megamoe.catalog import Hardware, Machine, Model, Profile
 
 app = typer.Typer(no_args_is_help=True, help="The devices, models, profiles and machines that the planner knows.")
-_SKIPPED = ("name", "title", "aliases", "attention", "notes", "source", "tag", "fitted", "note", "profile", "announced")
+_SKIPPED = (
+    *("name", "title", "aliases", "attention", "notes", "source", "tag", "fitted", "note", "profile", "announced"),
+    *("extends", "weight_formats", "dispatch_formats"),
+)
 
 
 class Kind(str, Enum):
@@ -161,7 +164,7 @@ def _kind_of_file(path: Path) -> Kind:
     text = path.read_text(encoding="utf-8", errors="replace")
     if "memory_gb:" in text or "_tflops:" in text:
         return Kind.hardware
-    if "_efficiency:" in text:
+    if "_efficiency:" in text or "extends:" in text:
         return Kind.profiles
     return Kind.machines if "fitted:" in text else Kind.models
 
@@ -171,7 +174,7 @@ def _print_entry(entry: Any) -> None:
     from megamoe.planner.page import unit_of
 
     say(f"{entry.name}: {entry.title}")
-    for key in ("aliases", "profile", "fitted", "source", "note"):
+    for key in ("aliases", "profile", "extends", "weight_formats", "dispatch_formats", "fitted", "source", "note"):
         value = getattr(entry, key, None)
         if value:
             say(f"{key}: {', '.join(value) if isinstance(value, tuple) else value}")

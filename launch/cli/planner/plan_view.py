@@ -82,6 +82,8 @@ def _print_layer(found: Answer) -> None:
     )
     rows = [(part[0], part[1], 100 * part[1] / layer.layer_us) if part else () for part in parts]
     show({"part": "", "us": ",.1f", "% of layer": ",.1f"}, rows, title)
+    if request.profile.one_kernel:
+        say(f"profile {request.profile.name}: {request.profile.title}; fitted: {request.profile.fitted}")
     say(f"{100 * layer.hidden:.1f} % of the communication's {layer.communication_us:,.1f} us is hidden")
 
 

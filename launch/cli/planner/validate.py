@@ -27,20 +27,25 @@ def validate(
         Path | None, typer.Argument(help="A CSV file of measured layers; all published sets without one.")
     ] = None,
     rows: Annotated[bool, typer.Option("--rows", help="Also print every row of the file.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Whose constants plan rows that name no profile; the device's by default.")
+    ] = None,
     output: Output = Format.table,
 ) -> None:
     """Hold the planner against measurements, and print its errors in percent."""
     with exit_codes():
-        if file is None:
-            _published(output)
+        if file is not None:
+            _table(file, rows, profile, output)
+        elif profile is not None:
+            raise ValueError("--profile is of a file's rows; published sets are planned by their devices' profiles")
         else:
-            _table(file, rows, output)
+            _published(output)
 
 
-def _table(file: Path, rows: bool, output: Format) -> None:
+def _table(file: Path, rows: bool, profile: str | None, output: Format) -> None:
     from megamoe.planner.validation.validate import summary
 
-    compared, assumed = _compared(file)
+    compared, assumed = _compared(file, profile)
     found = {**summary(compared), "assumed": list(assumed)}
     for each in assumed:
         note(f"assumed: {each}")
@@ -64,9 +69,9 @@ def _print_table(file: Path, found: dict[str, Any], compared: list[dict[str, Any
     show(columns, cells, f"\n{file}: errors in percent, whatever the sign")
 
 
-def _compared(file: Path) -> tuple[list[Compared], tuple[str, ...]]:
+def _compared(file: Path, profile: str | None = None) -> tuple[list[Compared], tuple[str, ...]]:
     """Every row with what the planner says, and what was assumed of the file. ValueError names the file and the row."""
-    from megamoe.planner.validation.tables import read
+    from megamoe.planner.validation.tables import by_profile, read
     from megamoe.planner.validation.validate import compare
 
     try:
@@ -75,6 +80,11 @@ def _compared(file: Path) -> tuple[list[Compared], tuple[str, ...]]:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from error
+    if profile is not None:
+        try:
+            table = by_profile(table, profile)
+        except ValueError as wrong:
+            raise ValueError(f"{file}, {wrong}") from wrong
     compared = []
     for number, row in enumerate(table.rows, start=1):
         try:

@@ -12,7 +12,8 @@ for the other. Tiles of several experts are under way at once, so that one that 
 of one that has few are read; what counts is the rank's sum of each.
 
 The waves are then played: dispatch, compute, combine, one link. On top come, once a call, the kernel itself with a
-barrier for every doubling of ranks; the sum of the slots, which nothing overlaps; and where a module runs it, the
+barrier for every doubling of ranks; the sum of the slots, which nothing overlaps (where results come home in fewer bits
+than BF16, slot_us for each slot, which is decoded first); and where a module runs it, the
 launches in its graph and staging (tokens read, quantised, written).
 Ranks in several scale-up domains exchange over the NIC: as long as the slowest tier takes, and no kernel does that from
 within, so that exchange_us is paid there and back.
@@ -136,6 +137,8 @@ def layer_time(
     stack = device.staging_us + device.memory_us(values * device.staging_bytes) if staging else 0.0
     graph = device.graph_us if staging else 0.0
     slots = device.memory_us(values * (expert.topk * value_bytes(expert.combine_format) + 2))
+    if value_bytes(expert.combine_format) < 2:
+        slots += device.slot_us * expert.topk
     core = fmean(each.played.total + each.latency_us for each in last)
     return LayerTime(
         layer_us=kernel + graph + stack + core + slots,

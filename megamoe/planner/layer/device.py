@@ -39,6 +39,7 @@ class Device:
     epilogue_ps: float
     tile_rows: int
     block_rows: int
+    small_rows: float
     last_rows: int
     swap_rows: float
     memory_efficiency: float
@@ -57,6 +58,7 @@ class Device:
     staging_us: float
     staging_bytes: float
     wave_us: float
+    slot_us: float
     ll_dispatch_efficiency: float
     ll_combine_efficiency: float
 
@@ -81,6 +83,7 @@ class Device:
             epilogue_ps=profile.epilogue_ps.value * slower,
             tile_rows=max(1, round(profile.tile_rows.value)),
             block_rows=max(1, round(profile.block_rows.value)),
+            small_rows=profile.small_rows.value if profile.small_rows else max(1, round(profile.tile_rows.value)) / 2,
             last_rows=max(1, round(profile.last_rows.value)),
             swap_rows=profile.swap_rows.value,
             memory_efficiency=profile.memory_efficiency.value,
@@ -99,6 +102,7 @@ class Device:
             staging_us=profile.staging_us.value,
             staging_bytes=profile.staging_bytes.value,
             wave_us=profile.wave_us.value,
+            slot_us=profile.slot_us.value,
             ll_dispatch_efficiency=profile.ll_dispatch_efficiency.value,
             ll_combine_efficiency=profile.ll_combine_efficiency.value,
         )

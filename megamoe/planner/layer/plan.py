@@ -9,7 +9,7 @@ from megamoe.planner.layer.cost import LayerTime
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.rule import Rule, threshold
-from megamoe.planner.layer.stacks import Stack, stack_time
+from megamoe.planner.layer.stacks import Stack, check_kernel, stack_time
 from megamoe.planner.layer.tiles import reached_tflops
 
 TOKENS_PER_RANK = 4096
@@ -41,6 +41,8 @@ class PlanRequest:
         slots = self.model.num_experts + self.redundant
         if self.ep > slots:
             raise ValueError(f"EP{self.ep} is larger than the {slots} experts of {self.model.name}")
+        weights = self.weight_format or self.model.weight_format
+        check_kernel(self.profile, self.stack, weights, self.dispatch_format)
 
     @property
     def expert(self) -> Expert:

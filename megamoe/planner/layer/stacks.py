@@ -20,6 +20,20 @@ _LAUNCHES, _AROUND = 8, 3  # of a wave: two exchanges, their copies, two product
 _MOST_WAVES = 8  # schedule/cost_model.py
 
 
+def check_kernel(profile: Profile, stack: str, weight_format: str, dispatch_format: str) -> None:
+    """ValueError where the profile is of one fused kernel, which runs no other stack and no other formats."""
+    if not profile.one_kernel:
+        return
+    if stack != "fused":
+        raise ValueError(f"profile {profile.name} is of one fused kernel; the {stack} stack has kernels of its own")
+    if weight_format not in profile.weight_formats or dispatch_format not in profile.dispatch_formats:
+        has = f"{' or '.join(profile.weight_formats)} weights and {' or '.join(profile.dispatch_formats)} tokens"
+        raise ValueError(
+            f"profile {profile.name} is of a kernel for {has}, not {weight_format} and {dispatch_format}; give "
+            f"weight_format {profile.weight_formats[0]} and dispatch_format {profile.dispatch_formats[0]}"
+        )
+
+
 def stack_time(
     stack: Stack,
     expert: Expert,

@@ -75,9 +75,11 @@ def tiling_of(device: Device, rows: float) -> Tiling:
     """Tiles where experts have so many rows on average: of one size for all of a call, chosen before they are counted.
 
     Not the smallest that holds them, but the next, so that chance makes no second tile: 8 -> 16, 16 -> 32, 97 -> 192.
+    Of the smallest tiles a kernel may have another bound, small_rows.
     """
     sizes = device.blocks
-    block = next((block for block, most in zip(sizes, [sizes[0] / 2, *sizes], strict=False) if rows <= most), sizes[-1])
+    most_rows = [device.small_rows, *sizes]
+    block = next((block for block, most in zip(sizes, most_rows, strict=False) if rows <= most), sizes[-1])
     return Tiling(block, min(_step(device, rows), block))
 
 

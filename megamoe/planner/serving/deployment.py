@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megamoe.catalog import Hardware, Model, Profile
-from megamoe.planner.layer.stacks import Stack
+from megamoe.planner.layer.stacks import Stack, check_kernel
 from megamoe.planner.serving.attention import INDEX_FORMATS, KV_FORMATS
 from megamoe.planner.serving.flops import index_format
 from megamoe.schedule.formats import value_bytes
@@ -112,6 +112,8 @@ class Deployment:
         for name in (self.weight_format, self.dense_format, self.dispatch_format, self.combine_format):
             if name is not None:
                 value_bytes(name)
+        formats = self.formats
+        check_kernel(self.profile, self.stack, formats.weight, formats.dispatch)
         if self.kv_format not in KV_FORMATS:
             raise ValueError(f"kv_format {self.kv_format!r} is none of {', '.join(KV_FORMATS)}")
         if self.index_format is not None and self.index_format not in INDEX_FORMATS:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from megamoe.catalog import Hardware, Model, Parameters, Profile, parameters
+from megamoe.catalog import Hardware, Model, Parameters, Profile, load_profile, parameters
 from megamoe.planner.layer.cost import LayerTime
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.expert import Expert
@@ -75,7 +75,8 @@ class Costs:
         self.wide_tflops = _peak(hardware, 2.0) * dense
         self.core_tflops = _peak(hardware, 2.0) * attention
         self.index_tflops = _peak(hardware, {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5}[formats.index]) * attention
-        self.bytes_us = self.device.memory_bytes_s * self.device.memory_efficiency / 1e6
+        around = load_profile(profile.extends) if profile.one_kernel and profile.extends else profile
+        self.bytes_us = self.device.memory_bytes_s * around.memory_efficiency.value / 1e6
         self.kernel_us = profile.kernel_us.value
         self.power = profile.dense_overlap.value
         self.profile = profile

@@ -177,6 +177,7 @@ def _huawei_910c_results() -> Iterator[Result]:
         "two micro-batches, of which this source says nothing",
     )
     flash: Conditions = {**decode, "devices": 64, "ep": 64, "batch_per_device": 128, "context": 8192, "head_split": 16}
+    flash |= {"dense_format": "bf16"}
     yield Result(
         "V4-Flash INT8 decode, Atlas A3, 64 packages",
         _CANN,
@@ -185,7 +186,7 @@ def _huawei_910c_results() -> Iterator[Result]:
         "ascend-910c",
         4388,
         {**flash, "kv_format": "bf16", "index_format": "fp8"},
-        "projections in INT8, of which most are BF16 there; output head split over 16; index keys of FP8's size",
+        "projections in BF16, which most are there; output head split over 16; index keys of FP8's size",
     )
 
 

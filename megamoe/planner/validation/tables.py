@@ -8,8 +8,9 @@ Three kinds of rows, told apart by their columns (other columns are ignored):
     exchange   op_name ll, dispatch_avg_t_us and combine_avg_t_us: DeepEP's low-latency kernels (aiconfigurator), of
                which a line gives two rows
 
-`stack` says what was timed, `nodes` how many hosts of equal size the ranks lie on; a `phase` (generation, context)
-tells a serving framework's table. A time ends its name with its unit: latency_us, latency_ms, latency_s.
+`stack` says what was timed, `profile` by whose constants it is planned where not by its device's own, `nodes` how many
+hosts of equal size the ranks lie on; a `phase` (generation, context) tells a serving framework's table. A time ends its
+name with its unit: latency_us, latency_ms, latency_s.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from megamoe.catalog import Hardware, Model, load_hardware, load_model, names
+from megamoe.catalog import Hardware, Model, Profile, find_profile, load_hardware, load_model, names
 from megamoe.planner.layer.expert import Expert
+from megamoe.planner.layer.stacks import check_kernel
 from megamoe.schedule.formats import value_bytes
 
 COLUMNS = (
@@ -46,6 +48,7 @@ _OTHER_NAMES = {
     "tokens_per_rank": ("num_token", "num_tokens"),
     "routing": ("distribution",),
     "nodes": ("node_num",),
+    "profile": ("kernel_family",),
 }
 _UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6}
 STACKS = (
@@ -64,6 +67,7 @@ class Measured:
     megamoe      this package's own layer
     masked, contiguous    grouped products of one rank alone           dispatch, combine    DeepEP low latency alone
     Of products alone, tokens_per_rank is a mean and may be a fraction. drawn: the routing as the planner knows it.
+    profile: None for the device's own.
     """
 
     hardware: str
@@ -76,6 +80,7 @@ class Measured:
     stack: str = "fused"
     nodes: int | None = None
     drawn: str | None = None
+    profile: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +188,7 @@ def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
         # the benchmarks of DeepGEMM and FlashInfer draw each token's experts; SGLang's deals them out
         reader.assume("balanced routing of a kernel alone: every expert as likely, drawn by chance (uniform)")
         drawn = "uniform"
+    profile = _profile(reader, row, hardware, stack, expert)
     yield Measured(
         hardware,
         name,
@@ -194,7 +200,44 @@ def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
         stack,
         reader.whole(row, "nodes") if reader.text(row, "nodes") else None,
         drawn,
+        profile,
     )
+
+
+def _profile(reader: _Reader, row: dict[str, str], hardware: str, stack: str, expert: Expert) -> str | None:
+    """The profile that a row names. ValueError where there is none, or its kernel is none for the row."""
+    name = reader.text(row, "profile")
+    if not name:
+        return None
+    reader.assume(words_of(checked_profile(name, hardware, stack, expert)))
+    return name
+
+
+@lru_cache(maxsize=64)
+def checked_profile(name: str, hardware: str, stack: str, expert: Expert) -> Profile:
+    """A profile for what was timed. ValueError where there is none of that name, or where it is of another kernel."""
+    found = find_profile(hardware_of(hardware), name)
+    check_kernel(found, "fused" if stack == "kernel" else stack, expert.weight_format, expert.dispatch_format)
+    return found
+
+
+def words_of(profile: Profile) -> str:
+    """What is assumed where this profile is named."""
+    return f"profile {profile.name}: {profile.title}; fitted: {profile.fitted}"
+
+
+def by_profile(table: Table, name: str) -> Table:
+    """The table with every row that names no profile planned by this one. ValueError names the row it is none for."""
+    rows, said = [], dict.fromkeys(table.assumed)
+    for number, row in enumerate(table.rows, start=1):
+        if row.profile is None:
+            try:
+                said[words_of(checked_profile(name, row.hardware, row.stack, row.expert))] = None
+            except ValueError as wrong:
+                raise ValueError(f"row {number}: {wrong}") from wrong
+            row = replace(row, profile=name)
+        rows.append(row)
+    return Table(rows, tuple(said))
 
 
 _SPELLED = (  # what a stack's name holds -> the stack; the first that fits

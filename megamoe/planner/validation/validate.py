@@ -56,9 +56,18 @@ def quantile(ordered: list[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def compare(rows: Iterable[Measured], profile_of: Fitted = find_profile) -> list[Compared]:
-    """What the planner says to every row, by the hardware's own profile or by another."""
-    return [Compared(row, planned_us(row, profile_of(hardware_of(row.hardware)))) for row in rows]
+def compare(rows: Iterable[Measured], profile_of: Fitted | None = None) -> list[Compared]:
+    """What the planner says to every row: by the profile that it names or the hardware's own, or by another."""
+    return [Compared(row, planned_us(row, (profile_of or _named(row))(hardware_of(row.hardware)))) for row in rows]
+
+
+def _named(row: Measured) -> Fitted:
+    return lambda hardware: _profile(hardware, row.profile)
+
+
+@lru_cache(maxsize=64)
+def _profile(hardware: Hardware, name: str | None) -> Profile:
+    return find_profile(hardware, name)
 
 
 def planned_us(row: Measured, profile: Profile) -> float:
