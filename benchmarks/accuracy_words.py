@@ -18,8 +18,8 @@ the collector's history has for the shares of power_law_sampled its runs had, an
 tables in sight. What grouped products and DeepEP's kernels add, to every other row of their tables. Links are
 DeepEP's own figures, the NIC was fitted to its dispatch on H800. Five constants of the `ascend` profile were fitted
 to 11 of the 13 rows of one guide, in the knowledge of all 13 and of the other rows on Ascend. Kernels with a profile
-of their own to every other of their rows, further down. Nothing else was fitted. Skewed rows are drawn and rounded as the table's own workloads are; the tiles of a call have the size that
-DeepGEMM gives them.
+of their own to every other of their rows, further down. Nothing else was fitted. Skewed rows are drawn and rounded as
+the table's own workloads are; the tiles of a call have the size that DeepGEMM gives them.
 """
 
 WORST = """

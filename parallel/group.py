@@ -39,7 +39,7 @@ from megamoe.parallel.transport.process_group import (
     end_group,
     global_ranks,
 )
-from megamoe.parallel.transport.threads import calm_gloo_threads, gloo_threads
+from megamoe.parallel.transport.threads import await_gloo_threads, calm_gloo_threads, gloo_threads
 from megamoe.parallel.transport.watch import WatchedTransport
 from megamoe.parallel.turns import Turns
 from megamoe.parallel.workspace import Workspace
@@ -371,7 +371,9 @@ def init_group(
             return
         own = heartbeat_address(store, device.type, rank, size, address, deadline_s)
         with _monitor(group, PrefixStore("heartbeat", store), own, run):
-            calm_gloo_threads(others=others)  # only now, for a thread has no name before it runs
+            if device.type == "cpu":
+                await_gloo_threads(others)
+            calm_gloo_threads(others=others)
             yield group
     finally:
         if group is not None and isinstance(group.transport, HostTransport):

@@ -23,6 +23,7 @@ from megamoe.launch.ranks import LocalRanks, RankFailedError
 from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport import threads
 from megamoe.parallel.transport.threads import calm_gloo_threads, gloo_threads
 from megamoe.shape import MoEShape
 from tests.cases import computing, make_batch, make_layer
@@ -223,6 +224,17 @@ def scheduling(group: EPGroup, left: list[set[int]]) -> tuple[list[int], list[in
     assert undone.keys() <= calmed.keys()
     assert len(undone) <= told <= len(calmed)
     return [calmed[thread] for thread in undone], list(undone.values()), os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scheduling policies are Linux's")
+def test_threads_that_have_no_name_yet_are_waited_for_but_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter(({7}, {7, 8}, {7, 8, 9}))
+    monkeypatch.setattr(threads, "gloo_threads", lambda _: next(seen))
+    threads.await_gloo_threads({7})
+    assert next(seen, None) is None
+    monkeypatch.setattr(threads, "gloo_threads", lambda _: {7, 8})
+    monkeypatch.setattr(threads, "_NAMED_WITHIN_S", 0.0)
+    threads.await_gloo_threads({7})
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scheduling policies are Linux's")

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
 
-_GLOO = ("gloo_tcp_loop", "pt_gloo_runloop")
+_WORKERS = "pt_gloo_runloop"
+_GLOO = ("gloo_tcp_loop", _WORKERS)
+_WORKERS_OF_A_GROUP = 2
+_NAMED_WITHIN_S = 0.1
 
 
-def gloo_threads() -> set[int]:
+def gloo_threads(names: tuple[str, ...] = _GLOO) -> set[int]:
     """Thread ids of gloo's threads of this process: of all groups that it has, whoever made them. Empty but on Linux"""
     if not sys.platform.startswith("linux"):
         return set()
     found = set()
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # one that has ended meanwhile
-            if (task / "comm").read_text().strip() in _GLOO:
+            if (task / "comm").read_text().strip() in names:
                 found.add(int(task.name))
     return found
+
+
+def await_gloo_threads(others: Set[int]) -> None:
+    """Returns when a group that was just made has the threads that work for it, beside others, or after 0.1 s.
+
+    A thread has no name before it runs, and on a busy machine that may be after the group has connected.
+    """
+    until = time.monotonic() + _NAMED_WITHIN_S
+    while sys.platform.startswith("linux") and len(gloo_threads((_WORKERS,)) - others) < _WORKERS_OF_A_GROUP:
+        if time.monotonic() > until:
+            return
+        time.sleep(0.001)
 
 
 def calm_gloo_threads(calm: bool = True, others: Set[int] = frozenset()) -> int:
