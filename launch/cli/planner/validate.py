@@ -76,11 +76,11 @@ def _compared(file: Path) -> tuple[list[Compared], tuple[str, ...]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from error
     compared = []
-    for number, row in enumerate(table.rows, start=1):
+    for row in table.rows:
         try:
             compared += compare([row])
         except ValueError as wrong:
-            raise ValueError(f"{file}, row {number}: {wrong}") from wrong
+            raise ValueError(f"{file}, line {row.line}: {wrong}") from wrong
     return compared, table.assumed
 
 
