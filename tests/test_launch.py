@@ -57,8 +57,11 @@ def launched(checkpoint: Path, *arguments: object) -> dict[str, object]:
 
 @pytest.mark.parametrize("launcher", [(), ("--ray", "local")], ids=["spawn", "ray"])
 def test_the_same_text_has_the_same_bits_under_every_launcher(
-    checkpoint: Path, alone: str, launcher: tuple[str, ...], tmp_path: Path
+    checkpoint: Path, alone: str, launcher: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (mine := tmp_path / "mine").mkdir()
+    (mine / "torch.py").write_text("raise SystemExit('a script of the user')")
+    monkeypatch.chdir(mine)
     out = tmp_path / "out.safetensors"
     report = launched(
         checkpoint, "--ranks", 3, "--batch-tokens", 300, "--out", out, "--log-dir", tmp_path / "logs", *launcher

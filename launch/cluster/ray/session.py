@@ -147,9 +147,10 @@ def check_cluster(address: str, deadline_s: float) -> None:
         raise RuntimeError(f"no Ray cluster answers at {address}: {reason}. {_HINT}") from refusal
     if "://" in address:
         return
+    # away from the user's folder, whose modules would come before Python's own
     line = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        asked = subprocess.run(line, capture_output=True, text=True, timeout=deadline_s, check=False)
+        asked = subprocess.run(line, capture_output=True, text=True, timeout=deadline_s, check=False, cwd=os.sep)
     except subprocess.TimeoutExpired as late:
         raise RuntimeError(
             f"what listens at {address} did not answer as a Ray cluster within {deadline_s:g} s. {_HINT}"
