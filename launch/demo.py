@@ -24,6 +24,7 @@ from megamoe.launch.cluster.cluster import LAUNCHERS, MegaMoECluster
 from megamoe.launch.cluster.job import check_vocabulary, read_text, share, tokenise
 from megamoe.launch.cluster.torchrun_work import run_under_torchrun
 from megamoe.launch.forking.server import MODELS, preload
+from megamoe.launch.requests import check_seconds
 from megamoe.model.deepseek_v4.blocks import ExpertStack
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
@@ -57,8 +58,7 @@ class Request:
             raise ValueError(f"launcher must be ray, spawn or torchrun, got {self.launcher!r}")
         if self.ranks < 1:
             raise ValueError(f"ranks must be at least 1, got {self.ranks}")
-        if self.deadline_s <= 0:
-            raise ValueError(f"deadline_s must be positive, got {self.deadline_s}")
+        check_seconds("deadline_s", self.deadline_s)
         check_waves(self.waves)
 
 

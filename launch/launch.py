@@ -26,6 +26,7 @@ from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.demo import checkpoint_or_small
 from megamoe.launch.output import check_folder
 from megamoe.launch.process import age_s
+from megamoe.launch.requests import check_seconds
 from megamoe.model.loading.files import write_tensors
 from megamoe.parallel.health.runs import check_name
 from megamoe.routing.waves import Waves, check_waves
@@ -63,10 +64,11 @@ class LaunchRequest:
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise ValueError(f"ranks must be at least 1, got {self.ranks}")
+        if self.checkpoint is not None and not self.checkpoint.exists():
+            raise ValueError(f"there is no checkpoint {self.checkpoint}: leave it out for a small one")
         if self.repeat < 1:
             raise ValueError(f"repeat must be at least 1, got {self.repeat}")
-        if self.deadline_s <= 0:
-            raise ValueError(f"deadline_s must be positive, got {self.deadline_s}")
+        check_seconds("deadline_s", self.deadline_s)
         if self.ray is not None and self.interface is not None:
             raise ValueError("interface is for ranks of this machine: Ray's nodes use the one of their own address")
         if self.out is not None:

@@ -22,7 +22,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from megamoe.launch.forking.server import reap
 from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.process import cause, loopback, portable, share_of_cores, start, uninterrupted
-from megamoe.launch.requests import check_count, check_main
+from megamoe.launch.requests import check_main, check_ranks_here
 from megamoe.parallel.group import EPGroup, init_group
 
 P = ParamSpec("P")
@@ -61,7 +61,7 @@ class LocalRanks:
         hosts: Sequence[Host] | None = None,
     ) -> None:
         check_main()
-        check_count("num_ranks", num_ranks)
+        check_ranks_here("num_ranks", num_ranks)
         self._hosts = list(hosts) if hosts is not None else [loopback()] * num_ranks
         if len(self._hosts) != num_ranks:
             raise ValueError(f"{num_ranks} ranks cannot live on {len(self._hosts)} hosts, one each is needed")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megamoe.launch.devices import device_type, num_devices
 
+MOST_HERE = 256
 IMPORTABLE = "What runs on ranks is a function at the top of a module that a fresh process can import"
 
 
@@ -79,6 +80,13 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         return
     bound = "positive" if least == 1 else f"at least {least}"
     raise ValueError(f"{name} must be {bound}, got {value!r}")
+
+
+def check_ranks_here(name: str, value: Any) -> None:
+    """ValueError for what is no number of ranks that one machine could hold."""
+    check_count(name, value)
+    if value > MOST_HERE:
+        raise ValueError(f"a machine holds at most {MOST_HERE} ranks, got {value}")
 
 
 def check_seconds(name: str, value: object) -> None:

@@ -66,7 +66,7 @@ def exit_codes() -> Iterator[None]:
         stderr.print(f"[bold red]failed:[/] {_escaped(failed)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from failed
     except OSError as failure:
-        if failure.filename is None:  # of no file: an output, which main() knows, or a mistake of ours
+        if failure.filename is None or failure.errno == errno.EPIPE:  # an output, which main() knows, or our mistake
             raise
         refused, hint = failure.errno in _REFUSED, _HINTS.get(failure.errno or 0)
         said = f"{failure.filename}: {failure.strerror}{f': {hint}' if hint else ''}"

@@ -10,6 +10,8 @@ import signal
 def main() -> None:
     signal.signal(signal.SIGINT, _interrupted)
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # all is done: Python would end by the signal
+    if not os.environ.get("COLUMNS", "80").strip("0"):  # a terminal that does not know its width
+        del os.environ["COLUMNS"]
     from megamoe.launch.cli.main import main as command
 
     command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
@@ -311,8 +312,11 @@ _SHARED: WeakKeyDictionary[dist.ProcessGroup, _Shared] = WeakKeyDictionary()
 
 
 def _leave_to_parent() -> None:
-    """In a process that was forked: its calls would read and write what the parent's peers send to the parent."""
+    """In a process that was forked: its calls would read and write what the parent's peers send to the parent. Nor may
+    it end the group, also not when it ends itself: it would wait for threads that the parent alone has.
+    """
     for group, shared in _SHARED.items():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         if group.size() > 1:
             shared.broken.append(f"this process was forked from that of rank {group.rank()}, which goes on")
 
@@ -358,7 +362,7 @@ def init_group(
         )
     if run is not None:
         check_name(run)
-    store = _meet(store, init_method, rank, size, deadline_s)
+    process, store = os.getpid(), _meet(store, init_method, rank, size, deadline_s)
     said = {"device": device.type, "shared_memory": shared_memory, "node_limited": node_limited}
     compare_starts(store, rank, size, {**said, "megamoe": megamoe.__version__}, deadline_s)
     others = gloo_threads()  # of groups that are not ours, and stay as they are
@@ -376,10 +380,11 @@ def init_group(
             calm_gloo_threads(others=others)
             yield group
     finally:
-        if group is not None and isinstance(group.transport, HostTransport):
-            group.transport.host.release()
-        if dist.group.WORLD is world:  # else the block has ended it by itself
-            end_group(world, device, in_peace=group is not None and not group.broken)
+        if process == os.getpid():  # not one that was forked in the block and leaves it as well
+            if group is not None and isinstance(group.transport, HostTransport):
+                group.transport.host.release()
+            if dist.group.WORLD is world:  # else the block has ended it by itself
+                end_group(world, device, in_peace=group is not None and not group.broken)
 
 
 def _meet(store: Store | None, init_method: str | None, rank: int, size: int, deadline_s: float) -> Store:
@@ -420,20 +425,23 @@ def _monitor(group: EPGroup, store: Store, address: str, run: str | None) -> Ite
     group.monitors.append(monitor)
     group.clock.monitors.append(monitor)
     listed = list_rank(run, group.rank, monitor.address, monitor.port, monitor.token) if run else nullcontext()
+    process = os.getpid()
     try:
         with listed:
             yield
     except GeneratorExit:
         raise
     except BaseException as error:
-        group.announce(error)
+        if process == os.getpid():
+            group.announce(error)
         raise
     finally:
-        monitor.leave()
-        group.monitors.clear()  # what is left of the group must not hold itself, and its connections, alive
-        group.clock.monitors.clear()
-        monitor.trouble = monitor.pulse = _nothing
-        monitor.near = tuple
+        if process == os.getpid():
+            monitor.leave()
+            group.monitors.clear()  # what is left of the group must not hold itself, and its connections, alive
+            group.clock.monitors.clear()
+            monitor.trouble = monitor.pulse = _nothing
+            monitor.near = tuple
 
 
 def _forget_failed_start() -> None:

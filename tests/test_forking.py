@@ -17,7 +17,8 @@ import psutil
 import pytest
 import torch
 
-from megamoe.launch.forking.surroundings import surroundings
+from megamoe.launch.forking.server import SPAWN, starting
+from megamoe.launch.forking.surroundings import surroundings, unsearched_folder
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.group import EPGroup
 
@@ -190,6 +191,23 @@ def test_ranks_go_with_their_server_the_next_have_another_and_all_go_with_the_pr
     left = psutil.wait_procs(left, timeout=20)[1]
     assert all(each.status() == "zombie" for each in left)
     assert [each.name for each in tmp_path.iterdir()] == [script.name]  # nor is the folder of the server's socket
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="before, Python looks for any module in the user's folder first")
+def test_a_process_begins_in_a_folder_with_any_modules_of_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('a script of the user')")
+    monkeypatch.chdir(tmp_path)
+    process = SPAWN.Process(target=os.getpid)
+    before = dict(os.environ)
+    with starting():
+        process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert os.environ == before
+    monkeypatch.syspath_prepend(tmp_path)  # which is how a program of this folder runs
+    assert unsearched_folder() is None
 
 
 def test_where_no_server_can_be_had_ranks_are_spawned(tmp_path: Path) -> None:

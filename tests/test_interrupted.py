@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
@@ -96,6 +100,39 @@ def test_a_process_that_a_rank_forks_has_no_part_in_its_calls(ranks: LocalRanks)
     nothing, refusal = ranks.run(forks, size=2)
     assert nothing == ""
     assert refusal == "the group cannot be used any more, this process was forked from that of rank 1, which goes on"
+
+
+LEAVES = """
+import os, sys
+import torch
+import torch.distributed as dist
+from megamoe import init_group
+from megamoe.parallel.health.runs import folder
+
+place, run = sys.argv[1:]
+other = os.fork()
+rank = 0 if other else 1
+store = dist.FileStore(place, 2)
+with init_group("cpu", rank=rank, size=2, store=store, deadline_s=20, run=run) as group:
+    dist.barrier()
+    child = os.fork() if rank == 1 else 1
+    if child == 0:
+        sys.exit(7)
+    if rank == 1:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert (folder() / run / "rank-1.json").exists(), "the child has taken its parent off the list"
+    dist.barrier()
+if rank == 0:
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
+def test_a_process_that_a_rank_forks_ends_like_any_other_and_ends_nothing_of_the_rank(tmp_path: Path) -> None:
+    """It would wait for gloo's threads, which its parent alone has."""
+    line = [sys.executable, "-c", LEAVES, str(tmp_path / "store"), f"fork-{uuid4().hex}"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def refused_together(group: EPGroup) -> None:

@@ -212,7 +212,7 @@ def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ((0, "1gbit"), 0, "a lab holds 1 to 250 ranks, got 0"),
         ((251, "1gbit"), 0, "got 251"),
         ((2, "fast"), 0, "link 'fast' is not a rate"),
-        ((2, "1gbit"), -1, "latency_ms must not be negative, got -1"),
+        ((2, "1gbit"), -1, "latency_ms must be between 0 and 60000, got -1"),
     ],
 )
 def test_wrong_labs_are_refused(arguments: tuple[int, str], latency_ms: float, message: str) -> None:

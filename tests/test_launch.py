@@ -57,8 +57,11 @@ def launched(checkpoint: Path, *arguments: object) -> dict[str, object]:
 
 @pytest.mark.parametrize("launcher", [(), ("--ray", "local")], ids=["spawn", "ray"])
 def test_the_same_text_has_the_same_bits_under_every_launcher(
-    checkpoint: Path, alone: str, launcher: tuple[str, ...], tmp_path: Path
+    checkpoint: Path, alone: str, launcher: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (mine := tmp_path / "mine").mkdir()
+    (mine / "torch.py").write_text("raise SystemExit('a script of the user')")
+    monkeypatch.chdir(mine)
     out = tmp_path / "out.safetensors"
     report = launched(
         checkpoint, "--ranks", 3, "--batch-tokens", 300, "--out", out, "--log-dir", tmp_path / "logs", *launcher
@@ -88,6 +91,10 @@ def test_what_a_rank_raised_under_torchrun_is_raised_whatever_surrounds_it(
 
 
 BAD = {
+    "no checkpoint": (["--checkpoint", "/nowhere"], "there is no checkpoint /nowhere: leave it out for a small one"),
+    "too many ranks": (["--ranks", "257"], "a machine holds at most 256 ranks, got 257"),
+    "backoff": (["--restarts", "1", "--backoff-s", "nan"], "must not be negative"),
+    "deadline that is none": (["--deadline-s", "nan"], "deadline_s must be positive, got nan"),
     "no ranks": (["--ranks", "0"], "ranks must be at least 1, got 0"),
     "elastic": (["--elastic", "four"], "elastic must be MIN:MAX, such as 2:4, got 'four'"),
     "elastic order": (["--elastic", "4:2"], r"elastic must be (least, most) with 1 <= least <= most, got (4, 2)"),

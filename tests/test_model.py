@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from megamoe.formats import dequantize_mxfp4
@@ -18,7 +19,7 @@ from megamoe.model.deepseek_v4.blocks import ExpertStack, MoEBlock
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
 from megamoe.model.deepseek_v4.synthetic import SMALL, write_checkpoint
-from megamoe.model.loading.files import INDEX
+from megamoe.model.loading.files import INDEX, write_tensors
 from megamoe.model.router import Router
 from megamoe.parallel.group import EPGroup
 from megamoe.routing.waves import Waves
@@ -295,3 +296,14 @@ def test_dequantised_experts_are_what_was_written(checkpoint: Path) -> None:
         values = dequantize_mxfp4(down)
         assert values.shape == (128, 64)
         assert 0.5 < float(values.float().std()) * 64**0.5 < 2.5
+
+
+def test_tensors_go_into_a_pipe_or_a_device_and_not_into_its_place(tmp_path: Path) -> None:
+    """safetensors writes a file beside the one that it is given, and has it take that one's place."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_tensors({"hidden": torch.ones(2, 3)}, pipe)
+    assert torch.equal(load(os.read(reader, 10_000))["hidden"], torch.ones(2, 3))
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]

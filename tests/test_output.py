@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ from rich.console import Console
 import megamoe
 from megamoe import catalog
 from megamoe.launch import output
-from megamoe.launch.output import check_folder, emit, plural, say, short, show
+from megamoe.launch.output import check_folder, emit, plural, say, short, show, write_whole
 from megamoe.launch.terminal import Format, exit_codes
-from tests.commands import files_no_larger_than, invoked
+from tests.commands import files_no_larger_than, invoked, refused
 
 ROWS = [("one", 1, 1234.56, 0.012345, None), (), ("a longer one", None, "loopback", 7.0, "x")]
 COLUMNS = {"name": "", "number": ">", "ms": ",.1f", "about": "~", "": ">"}
@@ -244,3 +245,121 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_calculated
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="new cannot be written by this user"):
         check_folder(tmp_path / "new")
+
+
+def test_a_working_directory_that_is_gone_is_no_folder_to_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ValueError, match=r"report\.html is in no folder that exists"):
+        check_folder(Path("report.html"))
+
+
+# ---- a file in the place of another ----
+
+
+def test_a_file_that_does_not_fit_leaves_the_one_that_was_there(tmp_path: Path) -> None:
+    (old := tmp_path / "report.html").write_text("old")
+    with files_no_larger_than(1000), pytest.raises(OSError, match="File too large") as refusal:
+        write_whole(old, "x" * 2000)
+    assert refusal.value.filename == str(old)
+    assert old.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_a_file_takes_the_place_of_another_with_its_rights_also_behind_a_link(tmp_path: Path) -> None:
+    (old := tmp_path / "old").write_text("old")
+    old.chmod(0o640)
+    (link := tmp_path / "link").symlink_to(old)
+    with old.open() as reader:
+        write_whole(link, b"new")
+        assert reader.read() == "old", "who reads it has a whole one"
+    assert link.is_symlink()
+    assert old.read_text() == "new"
+    assert stat.S_IMODE(old.stat().st_mode) == 0o640
+    write_whole(tmp_path / "fresh", "new")
+    (usual := tmp_path / "usual").touch()
+    assert (tmp_path / "fresh").stat().st_mode == usual.stat().st_mode
+
+
+def test_a_file_whose_place_no_other_can_take_is_written_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of two names, one that is mounted by itself, one in a folder that is another's."""
+    (old := tmp_path / "old").write_text("old")
+    (same := tmp_path / "same").hardlink_to(old)
+    write_whole(same, "two names")
+    assert old.read_text() == "two names"
+    same.unlink()
+
+    def busy(part: Path, place: Path) -> Path:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(part), None, str(place))
+
+    before = old.stat().st_ino
+    monkeypatch.setattr(Path, "replace", busy)
+    write_whole(old, "mounted")
+    assert (old.read_text(), old.stat().st_ino) == ("mounted", before)
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_a_pipe_and_a_device_are_written_to(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "report")
+    assert os.read(reader, 100) == b"report"
+    os.close(reader)
+    write_whole(Path(os.devnull), "report")
+    asked = ("--requests-per-s", 10, "--input-tokens", 100, "--output-tokens", 10, "--write")
+    said = refused("recommend", "--model", "deepseek-v3", "--hardware", "h100", *asked, os.devnull)
+    assert f"--write makes two files, and {os.devnull} is none" in said
+
+
+def test_a_reader_that_has_gone_does_not_keep_files_from_being_written(tmp_path: Path) -> None:
+    """`megamoe sweep ... --csv rows.csv | head -0`, and a report into a pipe that nobody reads."""
+    asked = "--model deepseek-v3 --hardware h100 --ep 16"
+    megamoe_ = f"{sys.executable} -m megamoe"
+    line = f"{megamoe_} sweep {asked} --over waves --values 1,2 --csv rows.csv | true; echo ${{PIPESTATUS[0]}} >&2"
+    line += f"; {megamoe_} plan {asked} --report /dev/stdout | true; echo ${{PIPESTATUS[0]}} >&2"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (tmp_path / "rows.csv").read_text().startswith("waves,")
+    assert [said for said in done.stderr.splitlines() if not said.startswith("wrote")] == ["1", "1"]
+
+
+# ---- what surrounds the command ----
+
+
+def test_a_terminal_of_no_width_is_as_wide_as_one_that_does_not_say() -> None:
+    for verb in ("--version", "--help"):
+        line = [sys.executable, "-m", "megamoe", verb]
+        found = {
+            width: subprocess.run(
+                line, env={**os.environ, "COLUMNS": width}, capture_output=True, timeout=60, check=True
+            ).stdout
+            for width in ("0", "")
+        }
+        assert found["0"] == found[""] != b""
+
+
+def test_a_shell_completes_verbs_and_options_without_importing_torch() -> None:
+    program = """
+import sys
+from megamoe.__main__ import main
+sys.argv[0] = "megamoe"
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules
+"""
+    for words, place, completed in (("pl", "1", "plan"), ("bench rule --dis", "3", "--dispatch-format")):
+        asked = {"COMP_WORDS": f"megamoe {words}", "COMP_CWORD": place, "_MEGAMOE_COMPLETE": "complete_bash"}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **asked},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout.split(), done.stderr) == (0, [completed], "")

@@ -430,6 +430,13 @@ def test_a_wrong_plan_is_refused_in_one_line(arguments: tuple[object, ...], said
         (("compare", "gb20", "--model", "glm-4.5"), "the nearest are gb200"),
         (("catalog", "show", "gb20"), "the nearest are gb200"),
         (("catalog", "show", "zzz"), "megamoe catalog list"),
+        (("catalog", "show", ""), "an empty name is no model's"),
+        (
+            ("plan", "--model", "https://host/config.json", "--hardware", "h100"),
+            "is an address, and nothing is downloaded",
+        ),
+        (("sweep", *PRO, "--over", "ep=8,16"), "'ep=8,16' is more than a key: --over ep --values 8,16"),
+        (("calibrate", "."), ". is a folder"),
         (("explain", *PRO, "--ep", "999"), "EP999 is larger"),
         (("require", *PRO, "--ep", "999"), "EP999 is larger"),
         (

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import threading
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -92,14 +95,84 @@ def test_other_columns_are_ignored_and_formats_are_taken(tmp_path: Path) -> None
         (HEADER + ROW + ROW.replace(",8,512", ",0,512"), "line 3: ep_size '0' is no positive whole number"),
         (HEADER + ROW.replace("gb200", "gb20"), "line 2: no hardware is called 'gb20'"),
         (HEADER + "gb200,deepseek-v4-pro\n", "line 2: hidden '' is no positive whole number"),
+        (
+            HEADER + ROW.replace("407.9", "1,407.9"),
+            "line 2: 11 cells in 10 columns: write numbers with a decimal point",
+        ),
+        ((HEADER + ROW).replace(",", ";").replace("407.9", "407,9"), "'407,9' is no positive number: write numbers"),
+        (HEADER + ROW.replace("7168", '"7,168"'), "hidden '7,168' is no positive whole number: write numbers"),
+        (HEADER.replace("routing", "latency_us") + ROW, "no column routing"),
+        (HEADER.replace("\n", ",Latency_us\n") + ROW.replace("\n", ",1\n"), "more than one column latency_us"),
+        (HEADER + ROW.replace("balanced", "b" * 140_000), "line 2: field larger than field limit"),
+        (HEADER + ROW.replace("7168", "7" * 5000), "hidden '7{37}...' is no positive whole number$"),
+        ("\n# a note\n" + HEADER + "\n" + ROW.replace("gb200", "gb20"), "line 5: no hardware is called 'gb20'"),
     ],
-    ids=["column", "no-rows", "empty", "latency", "nan", "ep", "hardware", "short"],
+    ids=[
+        "column",
+        "no-rows",
+        "empty",
+        "latency",
+        "nan",
+        "ep",
+        "hardware",
+        "short",
+        "thousands",
+        "decimal-comma",
+        "quoted-thousands",
+        "column-renamed",
+        "column-twice",
+        "long-cell",
+        "long-number",
+        "lines-left-out",
+    ],
 )
 def test_tables_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "table.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         compare(read_table(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        (HEADER + ROW).replace(",", ";"),
+        (HEADER + ROW).replace(",", "\t"),
+        (HEADER + ROW).replace(",", ", "),
+        "\ufeff" + (HEADER + ROW).replace("\n", "\r\n"),
+        (HEADER + ROW).replace("\n", "\r"),
+        HEADER.upper() + ROW,
+        f"# measured on Monday\n\n{HEADER}\n{ROW}\n,,,,,,,,,\n",
+        HEADER + ROW.replace("7168", "7168.0").replace("384", '"384"'),
+        HEADER + ROW.replace("\n", ",,\n"),
+    ],
+    ids=[
+        "semicolons",
+        "tabs",
+        "blanks",
+        "windows",
+        "old-mac",
+        "capitals",
+        "lines-left-out",
+        "as-floats",
+        "empty-cells",
+    ],
+)
+def test_a_table_is_the_same_however_a_program_writes_it(tmp_path: Path, text: str) -> None:
+    plain, written = tmp_path / "plain.csv", tmp_path / "written.csv"
+    plain.write_text(HEADER + ROW)
+    written.write_bytes(text.encode())
+    assert [replace(each, line=2) for each in read_table(written)] == read_table(plain)
+
+
+def test_a_table_comes_through_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    writer = threading.Thread(target=pipe.write_text, args=(HEADER + ROW,), daemon=True)
+    writer.start()
+    assert len(read_table(pipe)) == 1
+    writer.join()
+    with pytest.raises(ValueError, match="is a folder"):
+        read_table(tmp_path)
 
 
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:

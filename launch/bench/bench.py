@@ -28,7 +28,7 @@ from megamoe.launch.bench.probe import machine_here
 from megamoe.launch.bench.replay import Replay, StillTransport, together
 from megamoe.launch.bench.training import expected, make_gradient, step
 from megamoe.launch.bench.training import identical as is_identical
-from megamoe.launch.lab.namespaces import Host, lab, parse_rate
+from megamoe.launch.lab.namespaces import Host, check_latency, lab, parse_rate
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
@@ -44,6 +44,7 @@ from megamoe.training import TrainableMoE
 
 SERIAL_TRACES = 3
 SETTLING = 5
+_MOST_THREADS = 1024
 TRACED = "traced"  # the overlapped layer with a recorder in place
 
 
@@ -83,13 +84,14 @@ class BenchRequest:
     deadline_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "ranks_per_host", "threads_per_rank", "repeats"):
+        for name in ("ranks", "ranks_per_host", "tokens_per_rank", "threads_per_rank", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.tokens_per_rank < 0:
-            raise ValueError(f"tokens_per_rank must not be negative, got {self.tokens_per_rank}")
+        if self.threads_per_rank > _MOST_THREADS:
+            raise ValueError(f"threads_per_rank are at most {_MOST_THREADS}, got {self.threads_per_rank}")
         if self.link is not None:
             parse_rate(self.link)
+            check_latency(self.latency_ms)
         elif self.latency_ms:
             raise ValueError(f"latency_ms {self.latency_ms} needs a link to delay, such as 1gbit")
         elif self.ranks_per_host > 1:

@@ -62,9 +62,10 @@ def bench(
     output: Output = Format.table,
 ) -> None:
     """Time one layer serial, overlapped, computing alone and communicating alone, interleaved in one run."""
-    if context.invoked_subcommand is not None:
-        return
     with exit_codes():
+        if context.invoked_subcommand is not None:
+            _refuse_before(context)
+            return
         with progress() as bar:
             task = bar.add_task("starting", total=None)
             from megamoe.launch.bench.bench import BenchRequest, run_traced, sweep_waves  # brings torch
@@ -115,6 +116,15 @@ def bench(
             emit(output, reports[0].as_dict(), lambda: _print_bench(reports[0]))
         if any(report.identical is False for report in reports):
             raise typer.Exit(1)
+
+
+def _refuse_before(context: typer.Context) -> None:
+    """ValueError for options that stand before the name of a command of this group: they are not its own."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        flags, command = ", ".join(name.replace("_", "-") for name in given), context.invoked_subcommand
+        raise ValueError(f"options of bench {command} come after {command}; before it stands {flags}")
 
 
 def _print_sweep(reports: list[BenchReport]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from io import BytesIO
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -11,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from megamoe.launch.bench.rule import Curve, RulePoint, RuleReport
+if TYPE_CHECKING:
+    from megamoe.launch.bench.rule import Curve, RulePoint, RuleReport  # brings torch
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito: told apart by colour-blind readers too
 MARKERS = ("o", "s", "^", "D")
@@ -22,8 +24,8 @@ TIME_TICKS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 16, 32, 64, 100)
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "megamoe", "font.size": 10.5, "axes.axisbelow": True}
 
 
-def draw(report: RuleReport, path: Path) -> None:
-    """Writes the curves as SVG or PNG, by the name's end. RuntimeError where the file cannot be written.
+def draw(report: RuleReport, form: str) -> bytes:
+    """The curves as a file of a form that matplotlib knows, "svg" or "png".
 
     Left: the exposed share of communication against x. Right: the times behind it, with the fitted turns.
     """
@@ -37,10 +39,14 @@ def draw(report: RuleReport, path: Path) -> None:
         figure.suptitle("The link swept across the balance point of compute and communication", y=0.97, fontsize=12.5)
         figure.text(0.5, 0.02, _caption(report), ha="center", va="bottom", fontsize=7.5, color=GREY, linespacing=1.5)
         figure.subplots_adjust(left=0.07, right=0.985, top=0.9, bottom=0.235, wspace=0.17)
-        try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except OSError as refused:
-            raise RuntimeError(f"figure {path} cannot be written: {refused.strerror}") from refused
+        return as_file(figure, form)
+
+
+def as_file(figure: Figure, form: str) -> bytes:
+    """A figure as a file's bytes, the same for the same figure. ValueError for a form that matplotlib does not know."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format=form, metadata={"Date": None} if form == "svg" else None)
+    return drawn.getvalue()
 
 
 def _draw_shares(axes: Axes, report: RuleReport) -> None:

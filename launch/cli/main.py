@@ -79,7 +79,6 @@ app = typer.Typer(
     cls=_Group,
     help="Expert parallelism whose communication hides under compute.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)

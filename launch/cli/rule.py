@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megamoe.launch.output import Output, emit, note, say, show
+from megamoe.launch.output import Output, check_folder, emit, say, show, write
 from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def rule(
                 waves=parse_waves(waves),
                 threads_per_rank=threads_per_rank,
                 repeats=repeats,
-                points=_parse_points(points) if points else POINTS,
+                points=POINTS if points is None else _parse_points(points),
                 check=check,
             )
             check_lab()
@@ -73,10 +73,9 @@ def rule(
                 bar.update(task, description=what, completed=done, total=of)
 
             report = run_rule(request, show)
+        if figure and drawing:  # before anything is printed: whoever reads that may close the pipe
+            write(figure, drawing.draw(report, figure.suffix[1:]))
         emit(output, report.as_dict(), lambda: _print_rule(report))
-        if figure and drawing:
-            drawing.draw(report, figure)
-            note(f"wrote {figure}")
         if report.identical is False:
             raise typer.Exit(1)
 
@@ -85,8 +84,7 @@ def _drawing(figure: Path) -> ModuleType:
     """The module that draws. ValueError before anything is measured where the figure could not be written after."""
     if figure.suffix not in (".svg", ".png"):
         raise ValueError(f"figure {figure} must end in .svg or .png")
-    if not figure.parent.is_dir():
-        raise ValueError(f"figure {figure} is in no folder that exists")
+    check_folder(figure)
     try:
         from megamoe.launch.cli import figures  # matplotlib is an extra, and takes a second to import
     except ModuleNotFoundError as missing:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from megamoe.launch.cli.timeline_view import draw_figure, drawn, percent
-from megamoe.launch.output import Output, emit, note, show
+from megamoe.launch.output import Output, check_folder, emit, show, write
 from megamoe.launch.terminal import Format, exit_codes, stdout
 from megamoe.trace.timeline import Timeline
 
@@ -22,11 +22,12 @@ def timeline(
 ) -> None:
     """Draw who did what when, on one time axis, and how much of the communication hid under compute."""
     with exit_codes():
+        if svg is not None:
+            check_folder(svg)
         found = Timeline.load(trace)
+        if svg is not None:  # before anything is printed: whoever reads that may close the pipe
+            write(svg, draw_figure(found, svg.suffix, title=title))
         emit(output, summary(found), lambda: _print(found, width or stdout.width))
-        if svg:
-            draw_figure(found, svg, title=title)
-            note(f"wrote {svg}")
 
 
 def summary(timeline: Timeline) -> list[dict[str, object]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -67,13 +66,15 @@ def _lane(events: list[Event], begin_us: float, scale: float, columns: int) -> T
     return line
 
 
-def draw_figure(timeline: Timeline, path: Path, *, title: str | None = None) -> None:
-    """Writes the figure, in the format that the path's suffix names. ValueError without matplotlib, or for a suffix
-    that it does not know.
+def draw_figure(timeline: Timeline, suffix: str, *, title: str | None = None) -> bytes:
+    """The figure as a file whose name ends so, such as ".svg". ValueError without matplotlib, or for a suffix that it
+    does not know.
     """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
+
+        from megamoe.launch.cli.figures import as_file
     except ImportError as missing:
         raise ValueError("a figure needs matplotlib: pip install 'megamoe[figures]'") from missing
     runs = timeline.runs()
@@ -87,10 +88,9 @@ def draw_figure(timeline: Timeline, path: Path, *, title: str | None = None) -> 
         axes[-1].set_xlabel("milliseconds since the call began; a colour is a wave")
         if title:
             figure.suptitle(title)
-        try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except (ValueError, OSError) as refusal:
-            raise ValueError(f"cannot write the figure to {path}: {refusal}") from refusal
+        if suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+            raise ValueError(f"a figure's name ends in .svg, .png or .pdf, not in {suffix!r}")
+        return as_file(figure, suffix[1:].lower())
 
 
 def _draw_run(axis: Axes, run: Run, longest_ms: float) -> None:

@@ -5,6 +5,7 @@ collect() waits for what each rank's call comes to; what follows from that is pu
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +40,7 @@ class RestartPolicy:
     retry_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.restarts < 0 or self.backoff_s < 0 or self.retry_s <= 0:
+        if self.restarts < 0 or not (0 <= self.backoff_s < math.inf and 0 < self.retry_s < math.inf):
             raise ValueError(
                 f"restarts {self.restarts} and backoff_s {self.backoff_s} must not be negative, "
                 f"retry_s {self.retry_s} must be positive"

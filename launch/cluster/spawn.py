@@ -28,6 +28,7 @@ from megamoe.launch.requests import (
     check_count,
     check_devices,
     check_main,
+    check_ranks_here,
     check_seconds,
     make_folder,
 )
@@ -184,7 +185,7 @@ class SpawnPool:
         log_dir: Path | None = None,
     ) -> None:
         check_main()
-        check_count("num_workers", num_workers)
+        check_ranks_here("num_workers", num_workers)
         check_seconds("deadline_s", deadline_s)
         if threads is not None:
             check_count("threads", threads)

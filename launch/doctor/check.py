@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from megamoe.launch.requests import check_seconds
+
 State = Literal["ok", "warn", "fail"]
 GIB = 2**30
 
@@ -71,8 +73,7 @@ class Examination:
     def __post_init__(self) -> None:
         if not 1 <= self.ranks <= 256:
             raise ValueError(f"ranks must be in [1, 256], got {self.ranks}")
-        if self.deadline_s <= 0:
-            raise ValueError(f"deadline_s must be positive, got {self.deadline_s:g}")
+        check_seconds("deadline_s", self.deadline_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
@@ -21,7 +21,7 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from megamoe.launch.forking.surroundings import surroundings
+from megamoe.launch.forking.surroundings import surroundings, unsearched_folder
 
 MODELS = "megamoe.launch.generation.preloaded"
 _preloaded = ["megamoe.launch.preloaded"]
@@ -97,8 +97,11 @@ def own_streams() -> list[Connection]:
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """A block that starts a process: one at a time, deaf to Ctrl-C from its first moment, and torch is quiet in it."""
-    with _STARTING, _quiet_torch():
+    """A block that starts a process: one at a time, deaf to Ctrl-C from its first moment, torch is quiet in it, and it
+    looks for Python's own modules where this process does, not among the user's in the working directory.
+    """
+    first = QUIET if unsearched_folder() is None else {**QUIET, "PYTHONSAFEPATH": "1"}
+    with _STARTING, _added(first):
         resource_tracker.ensure_running()  # where it is started, it unblocks the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -108,9 +111,10 @@ def starting() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_torch() -> Iterator[None]:
-    added = QUIET.keys() - os.environ.keys()
-    os.environ.update({name: QUIET[name] for name in added})
+def _added(settings: Mapping[str, str]) -> Iterator[None]:
+    """A block in which these variables are set that are not set already."""
+    added = settings.keys() - os.environ.keys()
+    os.environ.update({name: settings[name] for name in added})
     try:
         yield
     finally:

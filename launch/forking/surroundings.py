@@ -41,6 +41,15 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+def unsearched_folder() -> str | None:
+    """The working directory, where this process does not look for modules in it, as processes may that it starts."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it has been removed
+        return None
+    return None if here in map(os.path.realpath, sys.path) else here
+
+
 def _read_early(name: str) -> bool:
     """Whether a library may read the variable while it is imported, as far as is known."""
     return name not in _READ_WHEN_USED and not name.startswith(_OF_RAY)

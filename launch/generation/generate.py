@@ -17,6 +17,7 @@ from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.forking.server import MODELS, preload
 from megamoe.launch.generation.prompts import Given, TextStream, encode
 from megamoe.launch.generation.ranks import OnCluster, Texts, UnderTorchrun
+from megamoe.launch.requests import check_seconds
 from megamoe.model.generation.request import STOP, GenerationRequest, Token, check_fits
 from megamoe.model.generation.sampling import Sampling
 from megamoe.model.loading.files import TensorFiles
@@ -57,8 +58,7 @@ class GenerateRequest:
             raise ValueError(f"launcher must be ray, spawn or torchrun, got {self.launcher!r}")
         if self.ranks < 1:
             raise ValueError(f"ranks must be at least 1, got {self.ranks}")
-        if self.deadline_s <= 0:
-            raise ValueError(f"deadline_s must be positive, got {self.deadline_s}")
+        check_seconds("deadline_s", self.deadline_s)
         if self.launcher == "torchrun" and (self.policy.restarts or self.run):
             raise ValueError("under torchrun ranks are not restarted and have no run: use launcher spawn or ray")
         if not self.prompts:

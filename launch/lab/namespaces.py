@@ -43,6 +43,7 @@ _NAMESPACE = re.compile(
     rf"(?P<run>{PREFIX}(?:{_OWNED_NAME}|{_KEPT_NAME}))-(?:switch|r(?P<rank>\d+)(?:x(?P<ranks>\d+))?)"
 )
 _CLONE_NEWNET = 0x40000000
+_LEAST_BITS_PER_S, _MOST_BITS_PER_S, _MOST_LATENCY_MS = 8, 1e12, 60e3
 _numbers = itertools.count()
 _BURST_S, _BURST_BYTES = 0.004, 128 * 1024  # a bucket holds what passes in 4 ms, or two of the kernel's large packets
 
@@ -100,12 +101,19 @@ class Owner:
 def parse_rate(text: str, what: str = "link") -> float:
     """Bits per second of a rate as tc writes it; `what` is what errors call it.    "1gbit" -> 1e9    "250mbit" -> 2.5e8
 
-    ValueError for anything else, with what it should look like.
+    ValueError for anything else, with what it should look like, and for what the kernel's token buckets do not hold.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text.strip().lower())
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f"{what} {text!r} is not a rate such as 1gbit, 2.5gbit or 500mbit")
-    return float(match[1]) * UNITS[match[2]]
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(kbit|mbit|gbit)", text.strip().lower())
+    bits_per_s = 0.0 if match is None else float(match[1]) * UNITS[match[2]]
+    if not _LEAST_BITS_PER_S <= bits_per_s <= _MOST_BITS_PER_S:
+        raise ValueError(f"{what} {text!r} is not a rate such as 1gbit, 2.5gbit or 500mbit, at most 1000gbit")
+    return bits_per_s
+
+
+def check_latency(latency_ms: float) -> None:
+    """ValueError for what is no delay of up to a minute."""
+    if not 0 <= latency_ms <= _MOST_LATENCY_MS:
+        raise ValueError(f"latency_ms must be between 0 and {_MOST_LATENCY_MS:g}, got {latency_ms:g}")
 
 
 def check_lab() -> None:
@@ -247,8 +255,7 @@ def _check_request(num_ranks: int, link: str, latency_ms: float, ranks_per_host:
         raise ValueError(f"a lab holds 1 to 250 ranks, got {num_ranks}")
     if ranks_per_host < 1:
         raise ValueError(f"ranks_per_host must be at least 1, got {ranks_per_host}")
-    if latency_ms < 0:
-        raise ValueError(f"latency_ms must not be negative, got {latency_ms}")
+    check_latency(latency_ms)
     check_lab()
     return bits_per_s
 

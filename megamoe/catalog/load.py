@@ -108,6 +108,10 @@ def find_profile(hardware: Hardware, name_or_path: str | os.PathLike[str] | None
 def _find(kind: Kind, name_or_path: str | os.PathLike[str]) -> Path:
     """The file behind a name, an alias or a path: the catalog first, so that a folder called gb200 hides nothing."""
     text = os.fspath(name_or_path)
+    if not text.strip():
+        raise ValueError(f"an empty name is no {_SINGULAR[kind]}'s; megamoe catalog list shows the names")
+    if "://" in text:
+        raise ValueError(f"{text} is an address, and nothing is downloaded: give a file")
     name = text.lower().replace("_", "-").replace(" ", "-")
     shipped = _HERE / kind / f"{name}.yaml"
     if "/" not in name and shipped.is_file():
@@ -179,6 +183,6 @@ def _read_config(path: Path) -> Model:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
         raise ValueError(f"{path} is not JSON: {error}") from None

@@ -325,10 +325,10 @@ def link_of(run: Run, machine: Machine) -> Link:
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
     """The reports of megamoe bench --format json in a file, one or a list; ValueError for anything else."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+    if path.is_dir() or not path.exists():  # what comes through a pipe is read as well
+        raise ValueError(f"{path} is a folder" if path.is_dir() else f"there is no file {path}")
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as wrong:
         raise ValueError(f"{path} is not JSON: {wrong}") from wrong
     reports = found if isinstance(found, list) else [found]

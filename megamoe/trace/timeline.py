@@ -188,7 +188,8 @@ class Timeline:
         try:
             found = json.loads(path.read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"cannot read a trace from {path}: {error}") from error
+            said = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"cannot read a trace from {path}: {said}") from error
         try:
             hosts = {int(rank): host for rank, host in found["otherData"]["megamoe"]["hosts"].items()}
             events = [_parsed(event) for event in found["traceEvents"] if event["ph"] == "X"]

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -293,14 +293,17 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """A safetensors file of these tensors, whole or not at all, in place of one that is there, with the rights of any
     other new file: safetensors itself makes it readable by its owner alone. OSError where it cannot be written.
     """
+    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    if file.exists() and not file.is_file():  # a device or a pipe, which safetensors would put a file in the place of
+        with naming(file):
+            file.write_bytes(save(whole, {"format": "pt"}))
+        return
     file = file.resolve()
-    special = file.exists() and not file.is_file()  # a device, which stays what it is
-    part = file if special else file.with_name(f".{file.name}-{uuid4().hex}.part")
+    part = file.with_name(f".{file.name}-{uuid4().hex}.part")
     with writing(part, file):
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, {"format": "pt"})
-        if not special:
-            _give_usual_rights(part)
-            part.replace(file)
+        save_file(whole, part, {"format": "pt"})
+        _give_usual_rights(part)
+        part.replace(file)
 
 
 def _give_usual_rights(file: Path) -> None:

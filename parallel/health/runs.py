@@ -57,10 +57,12 @@ def list_rank(run: str, rank: int, address: str, port: int, token: str) -> Itera
     draft = file.with_suffix(f".{os.getpid()}")
     draft.write_text(json.dumps(asdict(ListedRank(rank, os.getpid(), started, address, port, token))))
     draft.replace(file)
+    process = os.getpid()
     try:
         yield
     finally:
-        _remove(file)
+        if process == os.getpid():  # not one that was forked in the block and leaves it as well
+            _remove(file)
 
 
 def check_name(run: str) -> str:

@@ -151,9 +151,12 @@ def _found(name: str, kind: Kind | None) -> tuple[Kind, Any]:
     for each in Kind:
         with suppress(ValueError):  # an alias, or nothing
             return each, _load(each, name)
+    if not name.strip() or "://" in name:
+        _load(Kind.models, name)
     every = [known for each in Kind for known in names(each.value)]
     near = get_close_matches(name.lower(), every, cutoff=0.5)
-    advice = f"the nearest are {', '.join(near)}" if near else "megamoe catalog list shows all names"
+    verb = "is" if len(near) == 1 else "are"
+    advice = f"the nearest {verb} {', '.join(near)}" if near else "megamoe catalog list shows all names"
     raise ValueError(f"the catalog has no '{name}'; {advice}")
 
 

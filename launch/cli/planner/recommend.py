@@ -37,7 +37,10 @@ def recommend(
     """Say how many devices a load needs: one pool that prefills, one that decodes, each at 80 % of what it can do."""
     with exit_codes():
         if write is not None:
-            check_folder(write)
+            for path in (write, _beside(write)):
+                check_folder(path)
+            if write.exists() and not write.is_file():
+                raise ValueError(f"--write makes two files, and {write} is none: give the name of one")
         from megamoe.planner.search.fleet import fleet
         from megamoe.planner.search.recommend import Load
 
@@ -46,9 +49,9 @@ def recommend(
         load = Load(requests_per_s, input_tokens, output_tokens, cached_tokens)
         keys = keys_of(given)
         found, plans = fleet(keys, load)
-        emit(output, _as_dict(found), lambda: _print(found))
-        if write is not None:
+        if write is not None:  # before anything is printed: whoever reads that may close the pipe
             _write(found, plans, write)
+        emit(output, _as_dict(found), lambda: _print(found))
 
 
 def _as_dict(found: Recommendation) -> dict[str, Any]:
@@ -98,12 +101,16 @@ def _print(found: Recommendation) -> None:
     say(f"first token after {short(found.ttft_ms)} ms, then one every {short(found.decode.serving.tpot_ms)} ms")
 
 
+def _beside(path: Path) -> Path:
+    return path.with_stem(f"{path.stem}-prefill")
+
+
 def _write(found: Recommendation, plans: dict[str, Question], path: Path) -> None:
     from megamoe.launch.cli.planner.plan_file import write_plan
 
     load = found.load
     asked = f"{load.requests_per_s:g} requests/s of {load.input_tokens} tokens in and {load.output_tokens} out"
-    for phase, where in (("decode", path), ("prefill", path.with_stem(f"{path.stem}-prefill"))):
+    for phase, where in (("decode", path), ("prefill", _beside(path))):
         write_plan(
             plans[phase], where, [f"megamoe recommend: {asked}; {phase} pool", f"megamoe plan --config {where.name}"]
         )

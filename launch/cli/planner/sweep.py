@@ -78,13 +78,13 @@ def sweep(
             raise ValueError(f"figure {figure} must end in .svg")
         points = _swept(given, over, values, start, stop, steps, log)
         report = [{over: point.value, **point.answer.as_dict()} for point in points]
-        emit(output, report, lambda: _print_sweep(over, points))
-        if csv_file is not None:
+        if csv_file is not None:  # before anything is printed: whoever reads that may close the pipe
             write(csv_file, _as_csv(report))
         if figure is not None:
             from megamoe.planner.search.sweep_figure import draw
 
             write(figure, draw(over, points))
+        emit(output, report, lambda: _print_sweep(over, points))
 
 
 def _swept(

@@ -86,11 +86,11 @@ def _compared(file: Path, profile: str | None = None) -> tuple[list[Compared], t
         except ValueError as wrong:
             raise ValueError(f"{file}, {wrong}") from wrong
     compared = []
-    for number, row in enumerate(table.rows, start=1):
+    for row in table.rows:
         try:
             compared += compare([row])
         except ValueError as wrong:
-            raise ValueError(f"{file}, row {number}: {wrong}") from wrong
+            raise ValueError(f"{file}, line {row.line}: {wrong}") from wrong
     return compared, table.assumed
 
 

@@ -1,4 +1,8 @@
-"""What runs in Ray's processes: the actor that holds a worker, and a task that ends one from beside it."""
+"""What runs in Ray's processes: the actor that holds a worker, and a task that ends one from beside it.
+
+It imports nothing at first that a process of Ray's has not imported already: Ray has it look for modules in the
+driver's folder before anywhere else, where a user's statistics.py or torch.py may lie.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import ray
 from ray import cloudpickle
 
-from megamoe.launch.cluster.worker import Worker, WorkerInfo, WorkerOptions
-from megamoe.launch.devices import device_of, device_type
-from megamoe.parallel.interfaces import interface_of
-from megamoe.schedule.kept import cores
+if TYPE_CHECKING:
+    from megamoe.launch.cluster.worker import Worker, WorkerInfo
 
 GRACE_S = 1.0  # a stopped or busy process does not hear that it is to end
 
@@ -30,6 +30,7 @@ class WorkerOrder:
     device      device type; Ray shows a process no other devices than its own, so it is the first of them
     num_workers   how many workers its node has
     threads     torch threads, None for the node's cores shared out among its workers
+    unsearched  the folder in which the driver is, where the driver itself does not look for modules
     """
 
     device: str
@@ -37,6 +38,7 @@ class WorkerOrder:
     threads: int | None
     deadline_s: float
     run: str | None
+    unsearched: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +88,13 @@ class WorkerActor:
         return _answer(partial(getattr(self._worker, method), *args))
 
     def _start(self, order: WorkerOrder) -> Occupant:
-        address = str(ray.util.get_node_ip_address())
-        interface = interface_of(address)
-        for name in {"cpu", order.device}:  # whatever the device, what it has to say to the host goes by gloo
-            os.environ.update(device_type(name).interface_setting(interface))
-        self._worker = Worker(
-            WorkerOptions(
-                device=device_of(order.device, 0),
-                address=address,
-                interface=interface,
-                threads=order.threads or max(1, cores() // order.num_workers),
-                deadline_s=order.deadline_s,
-                run=order.run,
-            )
-        )
-        node_id = str(ray.get_runtime_context().get_node_id())
-        return Occupant(self._worker.info(), address, node_id, psutil.Process().create_time(), _log())
+        sys.path[:] = [folder for folder in sys.path if folder != order.unsearched]
+        from megamoe.launch.cluster.ray.worker import (
+            start,
+        )  # brings torch, and all modules from where the driver has them
+
+        self._worker, occupant = start(order)
+        return occupant
 
 
 def end_process(pid: int, started: float, deadline_s: float) -> bool:
@@ -142,9 +135,3 @@ def _portable(error: Exception) -> Exception:
     except Exception:  # noqa: BLE001  whatever a class's own pickling does
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def _log() -> str:
-    """The file that stderr goes to; where the system does not say which, a pattern under Ray's own directory."""
-    link = Path("/proc/self/fd", str(sys.stderr.fileno()))
-    return str(link.readlink()) if link.exists() else f"/tmp/ray/session_latest/logs/worker-*-{os.getpid()}.err"

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from megamoe.launch.devices import device_type
+from megamoe.launch.forking.surroundings import unsearched_folder
 from megamoe.launch.process import uninterrupted
 from megamoe.launch.requests import check_count, check_seconds
 from megamoe.parallel.health.runs import check_name
@@ -82,6 +83,7 @@ class RayPool:
         self.num_workers, self.address, self.device, self.deadline_s = num_workers, address, device, deadline_s
         self._threads, self._run, self._log_dir = threads, run, log_dir
         self._placement: Placement | None = None
+        self._unsearched: str | None = None
         self._handles: dict[int, RayHandle] = {}
         self._logs: list[RankLog] = []
         self._ends = ExitStack()
@@ -103,6 +105,7 @@ class RayPool:
         from megamoe.launch.cluster.ray.session import connect
 
         if self._placement is None:
+            self._unsearched = unsearched_folder()
             try:
                 session = connect(self.address, self.num_workers, self.deadline_s)
                 self._ends.callback(session.close)
@@ -150,7 +153,7 @@ class RayPool:
         elif before is not None:  # on a node that is gone this would wait for Ray to say so
             before.abandon()
         beside = placement.num_workers_beside(number)
-        order = WorkerOrder(self.device, beside, self._threads, self.deadline_s, self._run)
+        order = WorkerOrder(self.device, beside, self._threads, self.deadline_s, self._run, self._unsearched)
         handle, occupant = open_worker(number, placement, order, deadline_s)
         self._handles[number] = handle
         self._logs.append(RankLog(number, occupant.address, handle.pid, occupant.log))

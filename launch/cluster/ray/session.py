@@ -19,6 +19,7 @@ import psutil
 import ray
 
 from megamoe.launch.cluster.ray.private import logs_on_stderr, of_own_cluster
+from megamoe.launch.requests import check_ranks_here
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def _join_as_connected(address: str | None) -> RaySession:
 
 def _start(num_workers: int) -> RaySession:
     """A cluster of this machine alone. It has as many CPUs as workers are wanted, whatever the machine has."""
+    check_ranks_here("num_workers", num_workers)
     cores = os.cpu_count() or 1
     if num_workers > cores:
         _log.warning("%d ranks share %d cores: they take turns", num_workers, cores)
@@ -145,9 +147,10 @@ def check_cluster(address: str, deadline_s: float) -> None:
         raise RuntimeError(f"no Ray cluster answers at {address}: {reason}. {_HINT}") from refusal
     if "://" in address:
         return
+    # away from the user's folder, whose modules would come before Python's own
     line = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        asked = subprocess.run(line, capture_output=True, text=True, timeout=deadline_s, check=False)
+        asked = subprocess.run(line, capture_output=True, text=True, timeout=deadline_s, check=False, cwd=os.sep)
     except subprocess.TimeoutExpired as late:
         raise RuntimeError(
             f"what listens at {address} did not answer as a Ray cluster within {deadline_s:g} s. {_HINT}"

@@ -57,6 +57,9 @@ def vary(question: Question, subject: Subject, key: str, value: float | str) -> 
 def check_key(key: str) -> None:
     """ValueError unless it is a key of a question, or of the catalog such as hardware.scaleup_gb_s."""
     known = [each for each in keys_of_questions() if each not in _NOT_SWEPT]
+    if "=" in key:
+        name, _, values = key.partition("=")
+        raise ValueError(f"'{key}' is more than a key: --over {name} --values {values or '...'}")
     if "." in key:
         thing = key.partition(".")[0]
         if thing not in _OF_THE_CATALOG:

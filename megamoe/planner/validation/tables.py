@@ -11,13 +11,18 @@ Three kinds of rows, told apart by their columns (other columns are ignored):
 `stack` says what was timed, `profile` by whose constants it is planned where not by its device's own, `nodes` how many
 hosts of equal size the ranks lie on; a `phase` (generation, context) tells a serving framework's table. A time ends its
 name with its unit: latency_us, latency_ms, latency_s.
+
+Commas, semicolons, tabs or | part the cells, as the line of names has them; names may be in capitals. Lines that are
+empty or begin with # are passed over. A number has a decimal point and nothing between its thousands.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -56,6 +61,7 @@ STACKS = (
     *("masked", "contiguous", "dispatch", "combine"),
 )
 RANKS_OF_A_NODE = 8
+_MOST = 10**12  # beyond it a size is a slip of the pen
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ class Measured:
     masked, contiguous    grouped products of one rank alone           dispatch, combine    DeepEP low latency alone
     Of products alone, tokens_per_rank is a mean and may be a fraction. drawn: the routing as the planner knows it.
     profile: None for the device's own.
+    line: of the file that it is from, 0 where it is from none.
     """
 
     hardware: str
@@ -81,6 +88,7 @@ class Measured:
     nodes: int | None = None
     drawn: str | None = None
     profile: str | None = None
+    line: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +115,10 @@ class _Reader:
 
     def whole(self, row: dict[str, str], key: str) -> int:
         text = self.text(row, key)
-        try:
-            value = int(text)
-        except ValueError:
-            value = 0
-        if value < 1:
-            raise ValueError(f"{key} {text!r} is no positive whole number")
-        return value
+        value = _number(text)
+        if not (0 < value <= _MOST and value == int(value)):
+            raise ValueError(f"{key} {_quoted(text)} is no positive whole number{_separated(text)}")
+        return int(value)
 
     def assume(self, said: str) -> None:
         self.assumed[said] = None
@@ -123,12 +128,9 @@ class _Reader:
         name = next((f"{key}_{unit}" for unit in _UNITS if f"{key}_{unit}" in row), key)
         if name == key:
             self.assume(f"{key} in ms, as the tables of aiconfigurator have it: its name has no unit")
-        try:
-            value = float(row[name]) * _UNITS[name.rsplit("_", 1)[1] if name != key else "ms"]
-        except ValueError:
-            value = -1.0
+        value = _number(row[name]) * _UNITS[name.rsplit("_", 1)[1] if name != key else "ms"]
         if not 0 < value < float("inf"):
-            raise ValueError(f"{name} {row[name]!r} is no positive number")
+            raise ValueError(f"{name} {_quoted(row[name])} is no positive number{_separated(row[name])}")
         return value
 
 
@@ -137,21 +139,50 @@ Reads = Callable[[_Reader, dict[str, str]], Iterator[Measured]]
 
 def read(path: Path) -> Table:
     """The rows of a CSV file; ValueError names the file, the line and what is wrong with it."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+    if path.is_dir() or not path.exists():  # what comes through a pipe is read as well
+        raise ValueError(f"{path} is a folder" if path.is_dir() else f"there is no file {path}")
     with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = csv.DictReader(file)
-        reader = _Reader([name for name in lines.fieldnames or [] if name])
+        lines = _rows(path, file)
+        _, cells = next(lines, (0, []))
+        names = [cell.lower() for cell in cells]
+        reader = _Reader([name for name in names if name])
         kind = _kind(path, reader)
+        twice = [name for name, times in Counter(reader.columns).items() if times > 1]
+        if twice:
+            raise ValueError(f"{path} has more than one column {', '.join(twice)}")
         rows: list[Measured] = []
-        for line in lines:
+        for number, cells in lines:
             try:
-                rows += kind(reader, {key: value or "" for key, value in line.items() if isinstance(key, str)})
+                if any(cells[len(names) :]):
+                    raise ValueError(f"{len(cells)} cells in {len(names)} columns{_separated(','.join(cells))}")
+                cells += [""] * (len(names) - len(cells))
+                rows += [replace(each, line=number) for each in kind(reader, dict(zip(names, cells, strict=False)))]
             except ValueError as wrong:
-                raise ValueError(f"{path}, line {lines.line_num}: {wrong}") from wrong
+                raise ValueError(f"{path}, line {number}: {wrong}") from wrong
     if not rows:
         raise ValueError(f"{path} has no rows")
     return Table(rows, tuple(reader.assumed))
+
+
+def _rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of each line that has any; the first has the columns' names, and what stands between them."""
+    number, between = 0, ","
+
+    def written() -> Iterator[str]:
+        nonlocal number
+        for number, line in enumerate(file, start=1):  # noqa: B007  read below
+            if line.strip() and not line.lstrip().startswith("#"):
+                yield line
+
+    lines = written()
+    first = next(lines, "")
+    between = max(",;\t|", key=first.count)
+    try:
+        for cells in csv.reader(itertools.chain([first], lines), delimiter=between, skipinitialspace=between != "\t"):
+            if any(cell.strip() for cell in cells):
+                yield number, [cell.strip() for cell in cells]
+    except csv.Error as wrong:
+        raise ValueError(f"{path}, line {number}: {wrong}") from wrong
 
 
 def read_table(path: Path) -> list[Measured]:
@@ -171,6 +202,26 @@ def _kind(path: Path, reader: _Reader) -> Reads:
     if missing:
         raise ValueError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
     return _layer
+
+
+# ---- numbers ----
+
+
+def _number(text: str) -> float:
+    """As written, also a whole number with .0; 0 where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _separated(text: str) -> str:
+    """What may be wrong with numbers that have a comma in them."""
+    return ": write numbers with a decimal point, and nothing between thousands" if "," in text else ""
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 # ---- layers ----
@@ -309,7 +360,8 @@ def _products(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
     """aiconfigurator's table of a rank's experts: num_tokens are those of all ranks."""
     decode = "generation" in reader.text(row, "op_name")
     ep, tokens = reader.whole(row, "ep_size"), reader.whole(row, "tokens_per_rank")
-    width = reader.whole(row, "intermediate") // max(1, int(row.get("moe_tp_size") or 1))
+    split = reader.whole(row, "moe_tp_size") if reader.text(row, "moe_tp_size") else 1
+    width = reader.whole(row, "intermediate") // split
     dtype = row.get("moe_dtype", "").lower()
     weights = next((fmt for fmt in ("nvfp4", "mxfp4", "bf16", "int8") if fmt in dtype), "fp8")
     weights = "bf16" if dtype in ("float16", "bfloat16") else weights
