@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -258,6 +259,43 @@ def test_weights_have_left_the_module_and_no_state_dict_claims_otherwise(
         model.state_dict()
     with pytest.raises(ValueError, match="save the model before it is called"):
         model.save_pretrained(tmp_path)
+
+
+def test_torch_compile_leaves_a_first_call_alone(plain_models: dict[str, Plain]) -> None:
+    torch._dynamo.reset()
+    model = load(plain_models["mixtral"])
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(forward(compiled, TOKENS[:1]), forward(model, TOKENS[:1]))
+    trains = load(plain_models["mixtral"]).train()
+    torch.compile(trains, backend="eager")(TOKENS[:1]).logits.sum().backward()  # type: ignore[no-untyped-call]
+    assert trains.get_submodule("model.layers.0.mlp.experts").down_proj.grad is not None
+
+
+def test_a_call_that_is_refused_takes_no_weights(plain_models: dict[str, Plain]) -> None:
+    model = load(plain_models["mixtral"])
+    with pytest.raises(ValueError, match="hidden of MixtralExperts in eval mode requires a gradient"):
+        model(TOKENS[:1])
+    model.train()(TOKENS[:1]).logits.sum().backward()  # as it would not, were its weights in a layer
+    register_parametrization(model.get_submodule("model.layers.0.mlp.experts"), "down_proj", nn.Identity())
+    untouched = load(plain_models["mixtral"])
+    register_parametrization(untouched.get_submodule("model.layers.0.mlp.experts"), "down_proj", nn.Identity())
+    for each in (model, untouched):
+        with pytest.raises(ValueError, match="has a parametrization of down_proj: the layer multiplies"):
+            forward(each, TOKENS[:1])
+
+
+def test_another_implementation_is_refused_once_weights_are_gone(plain_models: dict[str, Plain]) -> None:
+    model = load(plain_models["mixtral"])
+    model.set_experts_implementation("eager")
+    plain = forward(model, TOKENS[:1])
+    model.set_experts_implementation("megamoe")
+    found = forward(model, TOKENS[:1])
+    assert relative_error(found, plain) < 0.1
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match="experts_implementation='eager' would need them: load the model again"):
+        forward(model, TOKENS[:1])
+    model.set_experts_implementation("megamoe")
+    assert torch.equal(forward(model, TOKENS[:1]), found)
 
 
 def load_quantised(path: Path, **options: Any) -> PreTrainedModel:
