@@ -299,8 +299,8 @@ def test_torch_compile_leaves_a_first_call_alone(plain_models: dict[str, Plain])
         model = load(plain_models["mixtral"])
         experts = model.get_submodule(name).train(train)
         x = x[:, : model.config.hidden_size].requires_grad_(train)
-        found.append(torch.compile(experts, backend="eager")(x, ids, weights))
-    found[1].sum().backward()  # type: ignore[no-untyped-call]
+        found.append(torch.compile(experts, backend="eager")(x, ids, weights))  # type: ignore[no-untyped-call]
+    found[1].sum().backward()
     assert torch.equal(*found)
     assert experts.down_proj.grad is not None
 
