@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from megamoe.ambient import undisturbed
+from megamoe.ambient import eager, undisturbed
 from megamoe.execution.products import multiply_in_blocks
 from megamoe.formats.blocks import spread_blocks
 from megamoe.formats.mxfp8 import e4m3_to_bf16
@@ -366,6 +366,7 @@ def compute_in_fixed_order(model: nn.Module) -> None:
     order, forward, alive = FixedOrder(model), type(model).forward, weakref.ref(model)
 
     @wraps(model.forward)
+    @eager
     def ordered(*args: Any, **kwargs: Any) -> Any:
         with order:
             return forward(alive(), *args, **kwargs)  # a model that held itself would outlive its last user

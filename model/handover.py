@@ -9,14 +9,18 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from megamoe.ambient import eager
+from megamoe.execution.checks import check_gradient
 from megamoe.execution.experts import Weight
 from megamoe.model.experts import RoutedExperts
 from megamoe.model.packed import PackedExperts
-from megamoe.model.private import empty
+from megamoe.model.private import before_state_dicts, empty
 from megamoe.model.structure import Structure, read_structure
 from megamoe.model.training.stock import TrainedExperts
 from megamoe.parallel.group import EPGroup
 from megamoe.training.steps import refuse_parametrized
+
+NAME = "megamoe"  # in transformers' registries
 
 # layers without a group of ranks share buffers and turns with the first layer of their model that lives
 _FIRST: WeakValueDictionary[int, RoutedExperts] = WeakValueDictionary()
@@ -49,7 +53,7 @@ def hand_over(experts: nn.Module, structure: Structure, group: EPGroup | None, t
         routed.load(expert, *_matrices(experts, structure, index), *_biases(experts, structure, index))
     empty(experts)
     experts.routed = routed
-    experts.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
+    before_state_dicts(experts, _refuse_state_dict)
     return routed
 
 
@@ -71,6 +75,16 @@ def _refuse_state_dict(experts: nn.Module, prefix: str, keep_vars: bool) -> None
     )
 
 
+def _refuse_other_implementation(experts: nn.Module, args: object) -> None:  # noqa: ARG001
+    """ValueError where transformers is told to run a module by another implementation after its weights have left."""
+    chosen = getattr(getattr(experts, "config", None), "_experts_implementation", NAME)
+    if chosen != NAME and "forward" not in vars(experts):
+        raise ValueError(
+            f"the weights of {type(experts).__name__} are in this rank's layer since its first call, and "
+            f"experts_implementation={chosen!r} would need them: load the model again"
+        )
+
+
 def refuse_late_training(experts: nn.Module, hidden_states: Tensor) -> None:
     """ValueError where a gradient is asked for of experts whose weights have left the module."""
     if experts.training and torch.is_grad_enabled() and hidden_states.requires_grad:
@@ -81,6 +95,7 @@ def refuse_late_training(experts: nn.Module, hidden_states: Tensor) -> None:
         )
 
 
+@eager
 def run_alone(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The module's forward on the layer, without other ranks: [T, H], [T, K] int64, [T, K] -> [T, H].
 
@@ -90,6 +105,9 @@ def run_alone(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, to
     trained: TrainedExperts | None = getattr(experts, "trained", None)
     routed: RoutedExperts | None = getattr(experts, "routed", None)
     if trained is None and routed is None:
+        refuse_parametrized(experts)
+        if not experts.training:
+            check_gradient(f"hidden of {type(experts).__name__} in eval mode", hidden_states)  # it keeps its weights
         trained, routed = _begin_alone(experts, top_k_index.shape[-1])
     if trained is not None:
         return trained(hidden_states, top_k_index, top_k_weights)
@@ -109,5 +127,6 @@ def _begin_alone(experts: nn.Module, topk: int) -> tuple[TrainedExperts | None, 
         _FIRST.setdefault(model, trained.routed)
         return trained, None
     routed = hand_over(experts, structure, group, topk)
+    experts.register_forward_pre_hook(_refuse_other_implementation)
     _FIRST.setdefault(model, routed)
     return None, routed

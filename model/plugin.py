@@ -10,6 +10,7 @@ in train mode they stay the module's parameters, and train (training.md).
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch.distributed as dist
@@ -17,13 +18,12 @@ from torch import Tensor, nn
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from megamoe.ambient import eager
 from megamoe.model.experts import RoutedExperts
-from megamoe.model.handover import hand_over, refuse_late_training, run_alone, structure_of
+from megamoe.model.handover import NAME, hand_over, refuse_late_training, run_alone, structure_of
 from megamoe.model.training.slices import gather_slices, take_slice
 from megamoe.model.training.stock import TrainedExperts, owners_of
 from megamoe.parallel.group import EPGroup
-
-NAME = "megamoe"
 
 
 class MegaMoEExperts(EPImplementation):  # type: ignore[misc]
@@ -40,11 +40,13 @@ class MegaMoEExperts(EPImplementation):  # type: ignore[misc]
         self._owners: list[Tensor] = []
         experts.register_forward_pre_hook(self._note_owners)
 
+    @eager
     def _note_owners(self, experts: nn.Module, args: object) -> None:
         """The parameters as optimisers know them, for which transformers and FSDP stand others in during the call."""
         del args
         self._owners = owners_of(experts)
 
+    @eager
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H]"""
         if self.tp_mesh.size() == 1:
@@ -67,6 +69,7 @@ class MegaMoEExperts(EPImplementation):  # type: ignore[misc]
         """One EPGroup for all layers of the model: they share buffers, and the link is measured once."""
         shared: EPGroup | None = getattr(self.ep_mesh, "_megamoe_group", None)
         if shared is None:
+            gc.collect()  # ranks tell layers of one name apart by those that live: models that are gone must be
             group = self.ep_mesh.get_group()
             dist.barrier(group)  # ranks end loading at different times, and a layer's call waits for a minute alone
             shared = EPGroup.of(group, hidden_states.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ def sharded_parameters(module: nn.Module) -> list[Tensor]:
     if not isinstance(module, FSDPModule):
         return []
     return [parameter.sharded_param for group in _groups(module._get_fsdp_state()) for parameter in group.fsdp_params]
+
+
+def before_state_dicts(module: nn.Module, hook: Callable[[nn.Module, str, bool], None]) -> None:
+    """Has hook called before all others that are asked for a state dict: FSDP's would look for what is gone, and torch
+    has no public order of them."""
+    module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+    hooks = module._state_dict_pre_hooks
+    hooks.move_to_end(next(reversed(hooks)), last=False)  # type: ignore[attr-defined]
 
 
 def with_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:

@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megamoe.model import load
@@ -202,6 +203,44 @@ def test_an_expert_that_the_other_format_cannot_hold_is_named(folder: Path, tmp_
         shutil.copytree(folder / family, source)
         checkpoints.rewrite(source, spoil)
         assert said in refused("convert", source, tmp_path / f"to-{source.name}", "--experts", experts)
+
+
+def test_what_stays_after_a_refusal_halfway_is_said(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    for name in ("sharded", "mixtral"):
+        source, target = tmp_path / name, tmp_path / f"to-{name}"
+        shutil.copytree(folder / name, source)
+        shards = sorted(source.glob("*.safetensors"))
+        last = max(number for number, shard in enumerate(shards) if any(".experts." in key for key in load_file(shard)))
+        tensors = load_file(shards[last])
+        next(each for key, each in tensors.items() if ".experts." in key)[0, 0] = float("nan")
+        save_file(tensors, shards[last], {"format": "pt"})
+        said = refused("convert", source, target, "--experts", "mxfp4")
+        assert "weights are NaN or infinite" in said
+        assert ("keeps" in said) == target.exists() == (name == "sharded")
+        if name == "sharded":
+            assert f"keeps what is whole, {last} of {len(shards)} shards" in said
+            assert len(list(target.glob("*.safetensors"))) == last > 0
+
+
+def test_dense_tensors_that_load_would_not_take_are_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    def changed(case: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
+        if key != name:
+            return {key: tensor}
+        cases = {"shape": {name: tensor[:-1]}, "dtype": {name: tensor.to(torch.int32)}}
+        return cases.get(case, {})
+
+    for case, message in (
+        ("shape", "q_proj.weight is [63, 64], the config asks for [64, 64]"),
+        ("dtype", "q_proj.weight has dtype I32, expected one of"),
+        ("missing", f"has nothing for {name}"),
+    ):
+        source, target = tmp_path / case, tmp_path / f"to-{case}"
+        shutil.copytree(folder / "mixtral", source)
+        checkpoints.rewrite(source, partial(changed, case))
+        assert message in refused("convert", source, target, "--experts", "mxfp4")
+        assert not target.exists()
 
 
 def test_a_wrong_request_writes_nothing(folder: Path, tmp_path: Path) -> None:  # noqa: F811

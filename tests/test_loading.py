@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import threading
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from megamoe.launch.ranks import LocalRanks
@@ -317,6 +319,116 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "weights are NaN or infinite",
     ),
 }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_experts_in_bf16_are_finite(folder: Path, tmp_path: Path, value: float) -> None:
+    shutil.copytree(folder / "mixtral", tmp_path / "spoilt")
+    changed(tmp_path / "spoilt", EXPERT, lambda each: each.index_fill(1, torch.tensor(3), value))
+    with pytest.raises(ValueError, match=r"experts: down of expert 2: 64 of 6144 weights are NaN or infinite in BF16"):
+        load(tmp_path / "spoilt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": -1}, r"config.json: transformers makes no MixtralForCausalLM of it: RuntimeError"),
+        (
+            {"hidden_act": "abacus"},
+            r"config.json: transformers makes no MixtralForCausalLM of it: KeyError\('abacus'\)",
+        ),
+        ({"dtype": "abacus"}, "config.json: transformers cannot read it: AttributeError.*'abacus'"),
+        ({"dtype": "float8_e4m3fn"}, "config.json: dtype must be one of torch.float64, .*, got torch.float8_e4m3fn"),
+        ({"quantization_config": "fp8"}, "config.json: quantization_config must be an object, got 'fp8'"),
+        (
+            {"quantization_config": {"weight_block_size": [128]}},
+            r"weight_block_size must be two positive integers, got",
+        ),
+    ],
+    ids=["negative", "activation", "no_dtype", "dtype", "quantization", "block"],
+)
+def test_a_config_that_nothing_is_made_of_is_a_value_error(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(folder / "mixtral", tmp_path / "odd")
+    edit_config(tmp_path / "odd", **changes)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "odd")
+
+
+def test_a_generation_config_that_is_a_list_is_a_value_error(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "mixtral", tmp_path / "odd")
+    (tmp_path / "odd" / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config.json: 'list' object is not a mapping"):
+        load(tmp_path / "odd")
+
+
+def test_a_format_of_others_is_refused_by_its_name(folder: Path, tmp_path: Path) -> None:
+    def as_nvfp4(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if ".experts." not in name:
+            return {name: tensor}
+        rows, columns = tensor.shape
+        scales = torch.ones(rows, columns // 16).to(torch.float8_e4m3fn)
+        return {name: torch.zeros(rows, columns // 2, dtype=torch.uint8), f"{name}_scale": scales}
+
+    shutil.copytree(folder / "mixtral", tmp_path / "nvfp4")
+    checkpoints.rewrite(tmp_path / "nvfp4", as_nvfp4)
+    edit_config(tmp_path / "nvfp4", quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    with pytest.raises(
+        ValueError, match=r"_scale has dtype F8_E4M3, expected .*; config.json says quant_method 'modelopt'"
+    ):
+        load(tmp_path / "nvfp4")
+
+
+def with_header(file: Path, change: Callable[[dict[str, Any]], None], more: bytes = b"") -> None:
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :] + more)
+
+
+def overlapping(header: dict[str, Any]) -> None:
+    header[EXPERT]["data_offsets"] = header[EXPERT.replace("w2", "w1").replace("2.w1", "1.w2")]["data_offsets"]
+
+
+def test_bytes_that_two_tensors_share_or_none_has_are_refused(folder: Path, tmp_path: Path) -> None:
+    for name, change, more, message in (
+        ("shared", overlapping, b"", r"ends at byte \d+, and \S+, which is next, begins at \d+"),
+        ("more", lambda _: None, b"\0" * 8, r"8 more than its header says: something else wrote to it"),
+    ):
+        shutil.copytree(folder / "mixtral", tmp_path / name)
+        with_header(tmp_path / name / "model.safetensors", change, more)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / name)
+
+
+def test_tensors_without_a_place_have_any_dtype_of_the_format(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "mixtral", tmp_path / "more")
+    file = tmp_path / "more" / "model.safetensors"
+    dtypes = (torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.bool)
+    more = {f"beside.{number}": torch.ones(2, dtype=dtype) for number, dtype in enumerate(dtypes)}
+    save_file({**load_file(file), **more}, file)
+    assert load(tmp_path / "more").megamoe_report.unused == tuple(more)
+
+
+def test_a_loaded_model_is_neither_saved_nor_copied(folder: Path, tmp_path: Path) -> None:
+    model = load(folder / "mixtral")
+    with pytest.raises(ValueError, match=r"cannot be saved, .* `megamoe convert` writes it in another format"):
+        model.save_pretrained(tmp_path / "saved")
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="is neither copied nor pickled: load it again"):
+            copied(model)
+
+
+def test_torch_compile_and_a_default_device_change_nothing(folder: Path) -> None:
+    with torch.device("meta"):
+        model = load(folder / "mixtral")
+    expected = logits_of(model, batch())
+    assert torch.equal(expected, logits_of(load(folder / "mixtral"), batch()))
+    torch._dynamo.reset()
+    assert torch.equal(logits_of(torch.compile(model, backend="eager"), batch()), expected)
 
 
 def refused(group: EPGroup, folders: list[list[Path]]) -> list[str]:

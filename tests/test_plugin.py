@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -235,6 +236,36 @@ def write_on(group: EPGroup, plain: Plain, prompts: list[Tensor]) -> list[int]:
     return found
 
 
+def one_after_another(group: EPGroup, plain: Plain) -> tuple[Tensor, str]:
+    """The logits of a second model, whose first is garbage that one rank has collected; what it says of its weights."""
+    sizes = {"fsdp_size": group.size, "ep_size": group.size}
+    gc.collect()
+    gc.disable()
+    try:
+        first = load(plain, **sizes)
+        forward(first, TOKENS[:1])
+        del first
+        if group.rank == 0:
+            gc.collect()
+        second = load(plain, **sizes)
+        logits = forward(second, TOKENS[:1])
+    finally:
+        gc.enable()
+    with pytest.raises(ValueError, match="in this rank's layer since its first call") as refusal:
+        second.state_dict()
+    return logits, str(refusal.value)
+
+
+def test_models_come_one_after_another_and_say_where_their_weights_are(
+    plain_models: dict[str, Plain], ranks: LocalRanks
+) -> None:
+    plain = plain_models["qwen3-moe"]
+    expected = forward(load(plain), TOKENS[:1])
+    for logits, said in ranks.run(one_after_another, plain, size=2):
+        assert torch.equal(logits, expected)
+        assert "save the model before it is called" in said
+
+
 def test_ranks_generate_from_their_own_prompts(plain_models: dict[str, Plain], ranks: LocalRanks) -> None:
     plain = plain_models["qwen3-moe"]
     prompts = [TOKENS[:1, :9], TOKENS[1:2, :23]]
@@ -258,6 +289,47 @@ def test_weights_have_left_the_module_and_no_state_dict_claims_otherwise(
         model.state_dict()
     with pytest.raises(ValueError, match="save the model before it is called"):
         model.save_pretrained(tmp_path)
+
+
+def test_torch_compile_leaves_a_first_call_alone(plain_models: dict[str, Plain]) -> None:
+    name, found = "model.layers.0.mlp.experts", []
+    x, ids, weights = torch.randn(5, 512).bfloat16(), torch.tensor([[0, 1, 2]] * 5), torch.full((5, 3), 0.25)
+    torch._dynamo.reset()
+    for train in (False, True):
+        model = load(plain_models["mixtral"])
+        experts = model.get_submodule(name).train(train)
+        x = x[:, : model.config.hidden_size].requires_grad_(train)
+        found.append(torch.compile(experts, backend="eager")(x, ids, weights))  # type: ignore[no-untyped-call]
+    found[1].sum().backward()
+    assert torch.equal(*found)
+    assert experts.down_proj.grad is not None
+
+
+def test_a_call_that_is_refused_takes_no_weights(plain_models: dict[str, Plain]) -> None:
+    model = load(plain_models["mixtral"])
+    with pytest.raises(ValueError, match="hidden of MixtralExperts in eval mode requires a gradient"):
+        model(TOKENS[:1])
+    model.train()(TOKENS[:1]).logits.sum().backward()  # as it would not, were its weights in a layer
+    register_parametrization(model.get_submodule("model.layers.0.mlp.experts"), "down_proj", nn.Identity())
+    untouched = load(plain_models["mixtral"])
+    register_parametrization(untouched.get_submodule("model.layers.0.mlp.experts"), "down_proj", nn.Identity())
+    for each in (model, untouched):
+        with pytest.raises(ValueError, match="has a parametrization of down_proj: the layer multiplies"):
+            forward(each, TOKENS[:1])
+
+
+def test_another_implementation_is_refused_once_weights_are_gone(plain_models: dict[str, Plain]) -> None:
+    model = load(plain_models["mixtral"])
+    model.set_experts_implementation("eager")
+    plain = forward(model, TOKENS[:1])
+    model.set_experts_implementation("megamoe")
+    found = forward(model, TOKENS[:1])
+    assert relative_error(found, plain) < 0.1
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match="experts_implementation='eager' would need them: load the model again"):
+        forward(model, TOKENS[:1])
+    model.set_experts_implementation("megamoe")
+    assert torch.equal(forward(model, TOKENS[:1]), found)
 
 
 def load_quantised(path: Path, **options: Any) -> PreTrainedModel:

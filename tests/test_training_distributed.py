@@ -489,6 +489,22 @@ def wrapped_gradients(group: EPGroup, wrap: str) -> dict[str, Tensor]:
     return whole | norm
 
 
+def sharded(group: EPGroup) -> list[str]:
+    """What FSDP is told around a model, and around its layer."""
+    mesh, said = init_device_mesh("cpu", (group.size,)), []
+    for layer_alone in (False, True):
+        model = Model(group)
+        with pytest.raises(ValueError, match="cannot be sharded by FSDP") as refusal:
+            fully_shard(model.first if layer_alone else model, mesh=mesh)
+        said.append(str(refusal.value))
+    return said
+
+
+def test_fsdp_that_does_not_ignore_the_layer_is_refused(ranks: LocalRanks) -> None:
+    for said in ranks.run(sharded, size=2):
+        assert all("leave them out with fully_shard(model, ignored_params=" in each for each in said)
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_wrappers_that_ignore_the_layer_reduce_the_rest(ranks: LocalRanks, wrap: str) -> None:
     (alone,) = ranks.run(wrapped_gradients, "none", size=1)

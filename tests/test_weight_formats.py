@@ -40,10 +40,12 @@ def test_what_a_format_takes_is_held_as_it_says_and_comes_back(weight_format: We
 def test_what_has_no_code_is_refused_alike_before_and_while_it_is_taken() -> None:
     weight = randn(64, 32)
     weight[3, 5] = torch.nan
-    for method in (WEIGHT_FORMATS["mxfp4"].refuse, WEIGHT_FORMATS["mxfp4"].take):
-        with pytest.raises(ValueError, match="1 of 2048 weights are NaN or infinite"):
-            method(weight)
-    WEIGHT_FORMATS["bf16"].refuse(weight)
+    beyond = randn(64, 32).index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(3.4e38))  # of FP32, not of BF16
+    cases = [("mxfp4", weight), ("bf16", weight), ("bf16", weight.mT), ("bf16", beyond)]
+    for name, given in cases:
+        for method in (WEIGHT_FORMATS[name].refuse, WEIGHT_FORMATS[name].take):
+            with pytest.raises(ValueError, match="1 of 2048 weights are NaN or infinite"):
+                method(given)
 
 
 class E5M2Weights(CastWeights):

@@ -201,11 +201,20 @@ class Experts(nn.Module):
         ]
         scales = [key for key in expected if key.endswith(SCALES) and self.ids]
         biases = [key for key in expected if key.endswith(_BIAS)]
+        values = [] if self.packed or wrong else [key for key in expected if key not in biases]
         faults = [
+            *(self._value_fault(state_dict[key], key) for key in values),
             *(_scale_fault(state_dict[key], key) for key in scales),
             *(_bias_fault(state_dict[key], key) for key in biases),
         ]
         return wrong or [fault for fault in faults if fault]
+
+    def _value_fault(self, values: Tensor, key: str) -> str:
+        try:
+            self.format.refuse(values)
+        except ValueError as refusal:
+            return f"{key}: {refusal}"
+        return ""
 
     def _strangers(self, prefix: str, whose: Tensor) -> str:
         """Why a state dict of other experts is refused."""
@@ -308,7 +317,7 @@ class Experts(nn.Module):
         for name, matrix in self.matrices.items():
             what = f"{name} of expert {expert}"
             weight = as_weight(given[name], (matrix.outputs, matrix.inputs), what)
-            with _about(what):
+            with about(what):
                 self.format.refuse(weight)
 
     def _checked_biases(self, expert: int, biases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -339,7 +348,7 @@ class Experts(nn.Module):
         """A weight in the layer's format. ValueError names what is wrong with it."""
         what = f"{matrix.name} of expert {expert}"
         weight = as_weight(weight, (matrix.outputs, matrix.inputs), what)
-        with _about(what):
+        with about(what):
             return self.format.take(weight)
 
     def stack(self, name: str, experts: range) -> MXFP4 | Prepacked | Tensor:
@@ -422,7 +431,7 @@ def describe(ids: range) -> str:
 
 
 @contextmanager
-def _about(what: str) -> Iterator[None]:
+def about(what: str) -> Iterator[None]:
     """Has a ValueError of the block begin with what it is about."""
     try:
         yield

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from megamoe.execution.experts import HELD, Experts, Weight
+from megamoe.execution.experts import HELD, Experts, Weight, describe
 from megamoe.execution.products import Held, KernelProducts
 from megamoe.execution.weights import Matrix
 from megamoe.formats import BLOCK, MXFP4, VALUES, WEIGHT_FORMATS, dequantize_mxfp4
@@ -126,8 +126,20 @@ class TrainableExperts(Experts):
         """See TrainableMoE."""
         shards = import_module(_SHARDS)
         for name, master in list(self.named_parameters()):
-            setattr(self, name, shards.shard(master, mesh, self.shape.num_experts))
+            self.register_parameter(name, shards.shard(master, mesh, self.shape.num_experts))
         self.distributed = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """ValueError where a framework would have a parameter sharded over a mesh that the layer does not know: FSDP
+        takes each rank's stack for a copy of the same one, and would gather parts of different experts as one."""
+        mesh = getattr(value, "device_mesh", None) if isinstance(value, nn.Parameter) else None
+        if mesh is not None and mesh != getattr(getattr(self, name, None), "device_mesh", None):
+            raise ValueError(
+                f"a layer's experts cannot be sharded by FSDP, since each rank has others ({describe(self.ids)} here): "
+                "leave them out with fully_shard(model, ignored_params=set(layer.parameters())); "
+                "layer.distribute(mesh) makes DTensors of them"
+            )
+        super().__setattr__(name, value)
 
     def reset_parameters(self, seed: int) -> None:
         """See TrainableMoE."""

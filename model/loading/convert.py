@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamoe.execution.experts import about
 from megamoe.formats import BLOCK, MXFP4, WEIGHT_FORMATS
-from megamoe.model.loading.expert_weights import expert_source, parameter_names
+from megamoe.model.loading.expert_weights import expert_source, names_of_experts, parameter_names
 from megamoe.model.loading.files import DTYPES, INDEX, SINGLE, Entry, TensorFiles, writing
-from megamoe.model.loading.naming import made_by, name_tensors
+from megamoe.model.loading.naming import dense_targets, made_by, name_tensors
 from megamoe.model.loading.quantization import RoundingError, check_scales, quantize
-from megamoe.model.loading.skeleton import CONFIG, MANIFEST, build, fp8_block, read_config
+from megamoe.model.loading.skeleton import CONFIG, MANIFEST, build, fp8_block, naming_format, read_config
 from megamoe.model.loading.stored import Encoding, Stored, stored_tensors
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
@@ -83,7 +85,8 @@ def convert(
     MXFP4 experts are `*.weight` U8 with `*.scale` E8M0 beside them where an expert has tensors of its own, as
     DeepSeek-V4 has them, and `*_blocks` with `*_scales` where all are in one, as gpt-oss has them. ValueError, with
     nothing written, for what load() would not take, for a target that holds something else, and for one that was begun
-    from another source or with other settings.
+    from another source or with other settings. A value that the other format has no code for is found when its shard
+    is read: the ValueError then says which shards stay.
     """
     source, target = Path(source), Path(target)
     if experts not in WEIGHT_FORMATS:
@@ -93,27 +96,29 @@ def convert(
         raise ValueError(f"{target} is the source itself: give another folder")
     with TensorFiles.open(source) as files:
         config = read_config(source)
-        stored = stored_tensors(files, fp8_block(config))
-        of_experts = _expert_tensors(source, stored, experts)
+        with naming_format(config):
+            stored = stored_tensors(files, fp8_block(config))
+            of_experts = _expert_tensors(source, stored, experts)
         done = Conversion(str(source), str(target), experts, scales)
         writer = _Writer(files, target, done, progress)
         manifest = writer.begin()
         shards = _shards(stored)
         done.shards = len(shards)
-        for number, (shard, tensors) in enumerate(shards.items(), 1):
-            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            if writer.has(manifest, name):
-                done.shards_kept += 1
-                writer.skip(tensors)
-                continue
-            error = RoundingError()
-            pieces = [piece for each in tensors for piece in writer.pieces(each, of_experts.get(each.name), error)]
-            manifest["shards"][name] = writer.write(name, pieces)
-            done.tensors_converted += sum(each.name in of_experts for each in tensors)
-            if error.norm:
-                done.quantization_error[name] = error.relative
-            manifest["shards"][name]["from"] = shard
-            _write_json(target / MANIFEST, manifest)
+        with writer.keeping(manifest):
+            for number, (shard, tensors) in enumerate(shards.items(), 1):
+                name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                if writer.has(manifest, name):
+                    done.shards_kept += 1
+                    writer.skip(tensors)
+                    continue
+                error = RoundingError()
+                pieces = [piece for each in tensors for piece in writer.pieces(each, of_experts.get(each.name), error)]
+                manifest["shards"][name] = writer.write(name, pieces)
+                done.tensors_converted += sum(each.name in of_experts for each in tensors)
+                if error.norm:
+                    done.quantization_error[name] = error.relative
+                manifest["shards"][name]["from"] = shard
+                _write_json(target / MANIFEST, manifest)
         writer.end(manifest, config, experts, dense_fp8=_has_dense_fp8(stored, of_experts))
         done.bytes_read = files.bytes_read
     return done
@@ -132,6 +137,7 @@ def _expert_tensors(source: Path, stored: dict[str, Stored], experts: str) -> di
     skeleton = build(source, None)
     naming = name_tensors(skeleton.model, skeleton.tensors, stored)
     targets = {name: target for target in naming.targets.values() for name in made_by(target, skeleton.tensors)}
+    dense_targets(naming, skeleton.model, skeleton.tensors, names_of_experts(skeleton.blocks))
     changes = {}
     for block in skeleton.blocks:
         made = expert_source(block.name, block.structure, targets, skeleton.tensors, skeleton.model)
@@ -222,6 +228,22 @@ class _Writer:
                 digest.update(chunk)
         return bool(digest.hexdigest() == known["sha256"])
 
+    @contextmanager
+    def keeping(self, manifest: dict[str, Any]) -> Iterator[None]:
+        """A ValueError of the block says what stays in the target; the folder goes where that would be nothing."""
+        try:
+            yield
+        except ValueError as refusal:
+            if kept := len(manifest["shards"]):
+                raise ValueError(
+                    f"{refusal}; {self.target} keeps what is whole, {kept} of {self.done.shards} shards: the same "
+                    "command goes on from there, and a source that has changed needs another folder"
+                ) from refusal
+            (self.target / MANIFEST).unlink()
+            with suppress(OSError):  # of a folder with something else in it, or of somebody else's
+                self.target.rmdir()
+            raise
+
     def skip(self, tensors: list[Stored]) -> None:
         self._skipped += sum(each.size for each in tensors)
         self._progress(self._skipped + self.files.bytes_read, self._total)
@@ -260,13 +282,11 @@ class _Writer:
 
         def parts() -> Iterator[Tensor]:
             for matrix in self._matrices(stored):
-                if isinstance(matrix, MXFP4):
-                    dense = WEIGHT_FORMATS["mxfp4"].dense(matrix)
-                else:
-                    dense = matrix.to(torch.bfloat16)
+                with about(stored.name):
+                    dense = WEIGHT_FORMATS["bf16"].take(matrix)
+                assert isinstance(dense, Tensor)
+                if isinstance(matrix, Tensor):
                     error.add(matrix, dense)
-                if wrong := int((~dense.isfinite()).sum()):
-                    raise ValueError(f"{stored.name}: {wrong} of {dense.numel()} weights are NaN or infinite in BF16")
                 yield dense.mT if flips else dense
 
         shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2]) if flips else stored.shape
@@ -281,10 +301,8 @@ class _Writer:
             for matrix in self._matrices(stored):
                 assert isinstance(matrix, Tensor)
                 weight = matrix.mT.contiguous() if change.transposed else matrix
-                try:
+                with about(stored.name):
                     packed = quantize(weight, self.done.scales, error)
-                except ValueError as refusal:
-                    raise ValueError(f"{stored.name}: {refusal}") from refusal
                 waiting.append(packed.scales)
                 yield packed.packed
 

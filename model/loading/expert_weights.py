@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from megamoe.model.experts import RoutedExperts
 from megamoe.model.loading.files import FLOATS, Entry, TensorFiles
 from megamoe.model.loading.naming import Target
 from megamoe.model.loading.quantization import RoundingError, quantize
+from megamoe.model.loading.skeleton import Block
 from megamoe.model.loading.stored import Encoding, Stored
 from megamoe.model.structure import Structure
 
@@ -58,6 +59,11 @@ def parameter_names(structure: Structure) -> tuple[str, ...]:
     """Of the experts module: Linear-1's weight, Linear-2's, and their biases."""
     biases = (f"{structure.first}_bias", "down_proj_bias") if structure.has_bias else ()
     return (structure.first, "down_proj", *biases)
+
+
+def names_of_experts(blocks: Iterable[Block]) -> set[str]:
+    """Of all parameters of these blocks, in the model's state dict."""
+    return {f"{each.name}.{name}" for each in blocks for name in parameter_names(each.structure)}
 
 
 @dataclass(slots=True)
@@ -228,7 +234,7 @@ class ExpertSource:
             for what, size in (("hidden", self.structure.hidden), ("intermediate", self.structure.intermediate)):
                 if size % BLOCK:
                     raise ValueError(
-                        f"{self.name}: {what} {size} is no multiple of {BLOCK}, which mxfp4 needs: bf16 is not"
+                        f"{self.name}: {what} {size} is no multiple of {BLOCK}, which mxfp4 needs and bf16 does not"
                     )
 
     def format(self, experts: str) -> str:

@@ -27,10 +27,16 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -239,7 +245,19 @@ def read_header(file: Path) -> list[Entry]:
     if end > total:
         last = max(entries, key=lambda entry: entry.start + entry.size).name
         raise ValueError(f"{file} is truncated: it has {total} bytes, and {last} ends at byte {end}")
-    return sorted(entries, key=lambda entry: entry.start)
+    entries.sort(key=lambda entry: (entry.start, entry.size))
+    place, before = 8 + length, "the header"
+    for entry in entries:
+        if entry.start != place:
+            raise ValueError(
+                f"{file}: {before} ends at byte {place}, and {entry.name}, which is next, begins at {entry.start}"
+            )
+        place, before = entry.start + entry.size, entry.name
+    if place != total:
+        raise ValueError(
+            f"{file} has {total} bytes, {total - place} more than its header says: something else wrote to it"
+        )
+    return entries
 
 
 def _entry(file: Path, version: Version, name: str, described: Mapping[str, Any], data: int) -> Entry:

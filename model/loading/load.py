@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import threading
 import time
 import warnings
@@ -28,15 +27,23 @@ from megamoe.kernels.cpu.layout import OUTPUTS
 from megamoe.kernels.cpu.library import KernelWarning
 from megamoe.model.dense import DenseLinear, DenseWeight, FP8Linear, compute_in_fixed_order
 from megamoe.model.experts import RoutedExperts
-from megamoe.model.loading.expert_weights import Buffers, ExpertSource, Weight, expert_source, parameter_names
+from megamoe.model.loading.expert_weights import Buffers, ExpertSource, Weight, expert_source, names_of_experts
 from megamoe.model.loading.files import FLOATS, TensorFiles
-from megamoe.model.loading.naming import Target, made_by, name_tensors
+from megamoe.model.loading.naming import Target, dense_targets, made_by, name_tensors
 from megamoe.model.loading.quantization import RoundingError, check_scales
 from megamoe.model.loading.report import LoadReport, Progress, shown
-from megamoe.model.loading.skeleton import Block, Skeleton, build, fp8_block, read_config, set_module, set_tensor
+from megamoe.model.loading.skeleton import (
+    Block,
+    Skeleton,
+    build,
+    fp8_block,
+    naming_format,
+    read_config,
+    set_module,
+    set_tensor,
+)
 from megamoe.model.loading.stored import Encoding, Stored, scales_to_float, stored_tensors
 from megamoe.model.loading.together import Checked, agree_on, run_together
-from megamoe.model.private import may_be_missing
 from megamoe.parallel.group import EPGroup
 
 EXPERTS = ("checkpoint", *WEIGHT_FORMATS)
@@ -197,27 +204,22 @@ class _Loading:
     @classmethod
     def of(cls, path: Path, group: EPGroup, device: torch.device, wish: _Wish, options: dict[str, Any]) -> _Loading:
         """Looks through everything. ValueError for what cannot be loaded; no weight is read."""
-        block = fp8_block(read_config(path))
-        with TensorFiles.open(path) as looked:
-            stored = stored_tensors(looked, block)
-            files = TensorFiles(looked.path, looked.entries)
-        skeleton = build(path, _stored_dtype(stored))
-        naming = name_tensors(skeleton.model, skeleton.tensors, stored)
-        targets = {name: target for target in naming.targets.values() for name in made_by(target, skeleton.tensors)}
-        sources = {
-            each.name: expert_source(each.name, each.structure, targets, skeleton.tensors, skeleton.model)
-            for each in skeleton.blocks
-        }
-        of_experts = {f"{each.name}.{name}" for each in skeleton.blocks for name in parameter_names(each.structure)}
-        _refuse_missing(skeleton, targets)
-        dense = [
-            target for target in naming.targets.values() if not of_experts & set(made_by(target, skeleton.tensors))
-        ]
-        for target in dense:
-            _check_dense(target, skeleton)
-        routed = {
-            each.name: _routed(each, sources[each.name], group, device, wish, options) for each in skeleton.blocks
-        }
+        config = read_config(path)
+        with naming_format(config):
+            with TensorFiles.open(path) as looked:
+                stored = stored_tensors(looked, fp8_block(config))
+                files = TensorFiles(looked.path, looked.entries)
+            skeleton = build(path, _stored_dtype(stored))
+            naming = name_tensors(skeleton.model, skeleton.tensors, stored)
+            targets = {name: target for target in naming.targets.values() for name in made_by(target, skeleton.tensors)}
+            sources = {
+                each.name: expert_source(each.name, each.structure, targets, skeleton.tensors, skeleton.model)
+                for each in skeleton.blocks
+            }
+            dense = dense_targets(naming, skeleton.model, skeleton.tensors, names_of_experts(skeleton.blocks))
+            routed = {
+                each.name: _routed(each, sources[each.name], group, device, wish, options) for each in skeleton.blocks
+            }
         made = cls(files, skeleton, sources, dense, routed, device, wish)
         made.report.unused = naming.unused
         return made
@@ -368,6 +370,8 @@ class _Loading:
             source.let_go()
         self.skeleton = replace(self.skeleton, model=None)  # the model has this, and must not hold itself
         model.megamoe_loading, model.megamoe_report = self, self.report
+        model.save_pretrained = _refuse_saving
+        model.__reduce_ex__ = _refuse_copy  # what copy and pickle ask for
         return model
 
 
@@ -390,52 +394,22 @@ def _routed(
     )
 
 
-def _refuse_missing(skeleton: Skeleton, targets: dict[str, Target]) -> None:
-    """ValueError for tensors of the model that nothing in the checkpoint is for."""
-
-    model = skeleton.model
-    tied = getattr(model, "all_tied_weights_keys", {})
-    ignored = [re.compile(each) for each in may_be_missing(model)]
-    missing = [
-        name
-        for name in skeleton.tensors
-        if name not in targets
-        and not (name in tied and tied[name] in targets)
-        and not any(each.search(name) for each in ignored)
-    ]
-    if missing:
-        raise ValueError(
-            f"the checkpoint has nothing for {missing[0]}"
-            + (f" and {len(missing) - 1} other tensors of the model" if len(missing) > 1 else "")
-        )
-
-
-def _check_dense(target: Target, skeleton: Skeleton) -> None:
-    """ValueError for a tensor whose shape or dtype is another than the model's, where it is taken as it is."""
-    if target.converter is not None:
-        return
-    if len(target.stored) > 1:
-        names = " and ".join(each.name for each in target.stored)
-        raise ValueError(f"{names} are both {target.name}")
-    (stored,) = target.stored
-    own = skeleton.tensors[target.name]
-    if stored.shape != tuple(own.shape):
-        raise ValueError(
-            f"{stored.values.file}: {stored.name} is {list(stored.shape)}, the config asks for {list(own.shape)}"
-        )
-    if own.is_floating_point() and stored.encoding is Encoding.plain and stored.values.dtype not in FLOATS:
-        raise ValueError(
-            f"{stored.values.file}: {stored.name} has dtype {stored.values.dtype}, expected one of {', '.join(FLOATS)}"
-        )
-    if not own.is_floating_point() and stored.values.dtype in FLOATS:
-        raise ValueError(f"{stored.values.file}: {stored.name} has dtype {stored.values.dtype}, expected integers")
-
-
 def _read_generation_config(model: Any, path: Path) -> None:
     from transformers import GenerationConfig
 
     if (path / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(path)
-        except (ValueError, OSError) as refusal:
+        except (ValueError, OSError, TypeError) as refusal:
             raise ValueError(f"{path / 'generation_config.json'}: {refusal}") from refusal
+
+
+def _refuse_saving(*_: object, **__: object) -> None:
+    raise ValueError(
+        "a model that megamoe.model.load() made cannot be saved, since its weights are packed as products read them: "
+        "the checkpoint is what it was, and `megamoe convert` writes it in another format"
+    )
+
+
+def _refuse_copy(protocol: object) -> None:  # noqa: ARG001
+    raise TypeError("a model that megamoe.model.load() made is neither copied nor pickled: load it again")

@@ -22,7 +22,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from megamoe.model.loading.stored import Stored
+from megamoe.model.loading.files import FLOATS
+from megamoe.model.loading.stored import Encoding, Stored
+from megamoe.model.private import may_be_missing
 
 
 @dataclass(slots=True)
@@ -129,6 +131,57 @@ def made_by(target: Target, own: Mapping[str, Tensor]) -> list[str]:
     first, *others = target.converter.target_patterns
     names = [target.name, *(target.name.replace(_literal(first), _literal(other)) for other in others)]
     return [name for name in names if name in own]
+
+
+def dense_targets(naming: Naming, model: Any, own: Mapping[str, Tensor], of_experts: set[str]) -> list[Target]:
+    """What is not made for routed experts, whose tensors in the model are of_experts.
+
+    ValueError for tensors of the model that nothing in the checkpoint is for, and for one that is taken as it is and
+    has another shape or dtype than the model's.
+    """
+    made = {id(target): set(made_by(target, own)) for target in naming.targets.values()}
+    _refuse_missing(model, own, {name for names in made.values() for name in names})
+    dense = [target for target in naming.targets.values() if not of_experts & made[id(target)]]
+    for target in dense:
+        _check_dense(target, own)
+    return dense
+
+
+def _refuse_missing(model: Any, own: Mapping[str, Tensor], made: set[str]) -> None:
+    tied = getattr(model, "all_tied_weights_keys", {})
+    ignored = [re.compile(each) for each in may_be_missing(model)]
+    missing = [
+        name
+        for name in own
+        if name not in made
+        and not (name in tied and tied[name] in made)
+        and not any(each.search(name) for each in ignored)
+    ]
+    if missing:
+        raise ValueError(
+            f"the checkpoint has nothing for {missing[0]}"
+            + (f" and {len(missing) - 1} other tensors of the model" if len(missing) > 1 else "")
+        )
+
+
+def _check_dense(target: Target, own: Mapping[str, Tensor]) -> None:
+    if target.converter is not None:
+        return
+    if len(target.stored) > 1:
+        names = " and ".join(each.name for each in target.stored)
+        raise ValueError(f"{names} are both {target.name}")
+    (stored,) = target.stored
+    expected = own[target.name]
+    if stored.shape != tuple(expected.shape):
+        raise ValueError(
+            f"{stored.values.file}: {stored.name} is {list(stored.shape)}, the config asks for {list(expected.shape)}"
+        )
+    if expected.is_floating_point() and stored.encoding is Encoding.plain and stored.values.dtype not in FLOATS:
+        raise ValueError(
+            f"{stored.values.file}: {stored.name} has dtype {stored.values.dtype}, expected one of {', '.join(FLOATS)}"
+        )
+    if not expected.is_floating_point() and stored.values.dtype in FLOATS:
+        raise ValueError(f"{stored.values.file}: {stored.name} has dtype {stored.values.dtype}, expected integers")
 
 
 def _literal(pattern: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from transformers import AutoConfig
 from megamoe.model.private import dtype_plan, model_class
 from megamoe.model.structure import Structure, read_structure
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+QUANT_METHODS = ("fp8", "mxfp4")  # of transformers' configs
 CONFIG, MANIFEST = "config.json", "megamoe_manifest.json"
 
 
@@ -60,14 +62,32 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read: {broken}") from broken
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"{file} has no model_type")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise ValueError(f"{file}: quantization_config must be an object, got {config['quantization_config']!r}")
     return config
 
 
 def fp8_block(config: dict[str, Any]) -> tuple[int, int]:
-    """Values that share a scale in FP8: the config's, else 128 x 128."""
+    """Values that share a scale in FP8: the config's, else 128 x 128. ValueError where that is no pair of integers."""
     said = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-    tall, wide = said
-    return int(tall), int(wide)
+    if len(said) != 2 or not all(isinstance(each, int) and each > 0 for each in said):
+        raise ValueError(f"{CONFIG}: weight_block_size must be two positive integers, got {said!r}")
+    return said[0], said[1]
+
+
+@contextmanager
+def naming_format(config: dict[str, Any]) -> Iterator[None]:
+    """A ValueError of the block ends in the config's quant_method, where that is of a format which is not read."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    try:
+        yield
+    except ValueError as refusal:
+        if method is None or method in QUANT_METHODS:
+            raise
+        raise ValueError(
+            f"{refusal}; {CONFIG} says quant_method {method!r}: of quantised checkpoints MXFP4 and FP8 with a scale "
+            "for each block of values are read"
+        ) from refusal
 
 
 def config_of(path: Path) -> Any:
@@ -77,8 +97,19 @@ def config_of(path: Path) -> Any:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except StrictDataclassError as refusal:
         raise ValueError(f"{path / CONFIG}: {' '.join(str(refusal).split())}") from refusal
-    except (ValueError, KeyError, OSError) as refusal:
+    except (ValueError, OSError) as refusal:
         raise ValueError(f"{path / CONFIG}: {str(refusal).strip().partition(chr(10))[0]}") from refusal
+    except Exception as failure:
+        raise ValueError(f"{path / CONFIG}: transformers cannot read it: {failure!r}") from failure
+
+
+@contextmanager
+def _as_refusal(what: str) -> Iterator[None]:
+    """Whatever a model's own code stumbles over in its config is a ValueError with what, by the first line of it."""
+    try:
+        yield
+    except Exception as failure:
+        raise ValueError(f"{what}: {repr(failure).partition(chr(10))[0]}") from failure
 
 
 def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
@@ -91,9 +122,11 @@ def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = config.dtype or stored_dtype or torch.float32
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"{path / CONFIG}: dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
     kind = model_class(config)
-    with ExitStack() as stack:
+    with ExitStack() as stack, _as_refusal(f"{path / CONFIG}: transformers makes no {kind.__name__} of it"):
         for context in kind.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         model = kind(config)
@@ -111,7 +144,8 @@ def _fill_buffers(model: Any) -> None:
     for name, buffer in model.named_non_persistent_buffers():
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-    model.initialize_weights()
+    with torch.device("cpu"):  # whatever the caller's default device is
+        model.initialize_weights()
 
 
 def find_blocks(model: nn.Module) -> Iterator[Block]:
