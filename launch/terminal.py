@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -33,6 +34,8 @@ _HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run it again
 _HINTS |= {errno.EFBIG: "files may not be as large here: see ulimit -f"}
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _HINTS |= dict.fromkeys(_REFUSED[:3], "give a place that this user may use")
+
+_EXTRAS = {"transformers": "models", "ray": "ray", "matplotlib": "figures"}  # library -> what of megamoe brings it
 
 
 class Interrupted(KeyboardInterrupt):
@@ -65,6 +68,14 @@ def exit_codes() -> Iterator[None]:
     except RuntimeError as failed:
         stderr.print(f"[bold red]failed:[/] {_escaped(failed)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from failed
+    except ImportError as missing:
+        library = (missing.name or "").partition(".")[0]
+        if library not in _EXTRAS:
+            raise
+        there = f"newer than the one that is here ({missing})" if sys.modules.get(library) else "which is not installed"
+        needs = f"this needs {library}, {there}: pip install --upgrade 'megamoe[{_EXTRAS[library]}]'"
+        stderr.print(f"[bold red]wrong request:[/] {_escaped(needs)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from missing
     except OSError as failure:
         if failure.filename is None or failure.errno == errno.EPIPE:  # an output, which main() knows, or our mistake
             raise
@@ -92,7 +103,7 @@ class _Lines(logging.Handler):
         stderr.print(Text(record.getMessage()), soft_wrap=True)
 
 
-def _escaped(error: Exception) -> str:
+def _escaped(error: Exception | str) -> str:
     return str(error).replace("[", r"\[")
 
 

@@ -363,3 +363,28 @@ finally:
             check=False,
         )
         assert (done.returncode, done.stdout.split(), done.stderr) == (0, [completed], "")
+
+
+@pytest.mark.parametrize(
+    ("library", "instead", "verb"),
+    [
+        ("transformers", "sys.modules['transformers'] = None", ("generate", "--model", "m", "--text", "x")),
+        ("transformers", "sys.modules['transformers'] = None", ("upcycle", "m", "to")),
+        ("transformers", "sys.modules['transformers'] = types.ModuleType('transformers')", ("upcycle", "m", "to")),
+        ("transformers", "sys.modules['transformers'] = None", ("convert", "m", "to", "--experts", "mxfp4")),
+        ("transformers", "sys.modules['transformers'] = None", ("tiny", "to", "--like", "gpt-oss")),
+    ],
+)
+def test_a_library_that_is_not_installed_is_named_with_what_installs_it(
+    library: str, instead: str, verb: tuple[str, ...], tmp_path: Path
+) -> None:
+    without = f"import sys, types; {instead}; from megamoe.__main__ import main; main()"
+    (tmp_path / "m").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", without, *verb], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    state = "which is not installed" if "None" in instead else "newer than the one that is here"
+    assert line.startswith(f"wrong request: this needs {library}, {state}")
+    assert line.endswith("pip install --upgrade 'megamoe[models]'")
