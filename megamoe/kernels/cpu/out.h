@@ -36,7 +36,7 @@ struct Out {
         }
     }
 
-    // Of `rows` rows from r on a unit of outputs, LANES from `first` on and as many from `second` on: sums [rows][2][LANES].
+    // Of `rows` rows from r on LANES outputs from `first` on and as many from `second` on: sums [rows][2][LANES].
     void write_unit(int64_t r, int rows, int64_t first, int64_t second, const float* sums) const {
         if (!wide && second == first + LANES && second + LANES <= width) {
             uint16_t* at = static_cast<uint16_t*>(to) + first;

@@ -56,13 +56,18 @@ inline float round_e4m3(float value) {
     return as_float(as_bits(as_float(by.sum) - as_float(by.to)) | (bits & 0x80000000));
 }
 
+// Whether any code times this scale is a normal number of BF16, or zero or NaN.
+inline bool is_moderate(uint8_t scale) { return scale >= 127 - 100 && scale <= 127 + 100; }
+
 #if defined(MEGAMOE_AVX512)
 
-// A group's values, and the same steps as above on all of them.
+// A group of FP32 or BF16 values, and the same steps as above on all of them.
 struct Group {
     Words low, high;  // bits
 
+    Group(Vector first, Vector second) : low(_mm512_castps_si512(first)), high(_mm512_castps_si512(second)) {}
     explicit Group(const float* values) : low(load_words(values)), high(load_words(values + LANES)) {}
+    explicit Group(const uint16_t* values) : low(widened(values)), high(widened(values + LANES)) {}
 
     uint8_t scale() const {
         const Words magnitude = _mm512_set1_epi32(0x7FFFFFFF);
@@ -97,7 +102,8 @@ struct Rounded {
     }
 };
 
-inline void quantize_group(const float* values, uint8_t* codes, uint8_t* scale) {
+template <class Value>
+void quantize_group(const Value* values, uint8_t* codes, uint8_t* scale) {
     const Group group(values);
     const uint8_t found = group.scale();
     *scale = found;
@@ -110,8 +116,7 @@ inline void quantize_group(const float* values, uint8_t* codes, uint8_t* scale) 
 }
 
 // quantize_group() and dequantize_group() in one.
-inline void round_group(const float* values, uint16_t* out) {
-    const Group group(values);
+inline void round_group(const Group& group, uint16_t* out) {
     const uint8_t scale = group.scale();
     if (scale == 255) {
         std::fill(out, out + GROUP, uint16_t(0x7FC0));
@@ -123,9 +128,11 @@ inline void round_group(const float* values, uint16_t* out) {
                                                        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     store_words(out, _mm512_permutex2var_epi16(low, load_words(UPPER), high));  // exact
 }
+inline void round_group(const float* values, uint16_t* out) { round_group(Group(values), out); }
+inline void round_group(const uint16_t* values, uint16_t* out) { round_group(Group(values), out); }
 
 inline void dequantize_group(const uint8_t* codes, uint8_t scale, uint16_t* out) {
-    if (scale < 127 - 100 || scale > 127 + 100) {  // a product may be no normal number
+    if (!is_moderate(scale)) {
         const float factor = scale == 255 ? as_float(0x7FC00000) : from_e8m0(scale);
         for (int i = 0; i < GROUP; i++) out[i] = to_bf16(from_e4m3(codes[i]) * factor);
         return;
@@ -177,11 +184,20 @@ inline void round_group(const float* values, uint16_t* out) {
     for (int i = 0; i < GROUP; i++) out[i] = uint16_t(as_bits(round_e4m3(values[i] * inverse) * factor) >> 16);  // exact
 }
 
-#endif
-
-void widen_group(const uint16_t* from, float* to) {
-    for (int i = 0; i < GROUP; i++) to[i] = from_bf16(from[i]);
+// The same of BF16 values.
+inline void quantize_group(const uint16_t* values, uint8_t* codes, uint8_t* scale) {
+    float group[GROUP];
+    for (int i = 0; i < GROUP; i++) group[i] = from_bf16(values[i]);
+    quantize_group(group, codes, scale);
 }
+
+inline void round_group(const uint16_t* values, uint16_t* out) {
+    float group[GROUP];
+    for (int i = 0; i < GROUP; i++) group[i] = from_bf16(values[i]);
+    round_group(group, out);
+}
+
+#endif
 
 }  // namespace
 }  // namespace megamoe
