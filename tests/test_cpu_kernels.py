@@ -333,7 +333,7 @@ def test_a_row_does_not_see_the_values_beside_it(path: Path, beside: float) -> N
 @pytest.mark.parametrize("path", TESTED, ids=ids)
 @pytest.mark.parametrize("num_rows", [1, 40], ids=["few", "many"])
 def test_sums_are_rounded_once_also_where_they_are_subnormal_or_no_numbers(path: Path, num_rows: int) -> None:
-    """Groups of 32 whose sums are normal leave 2^-127 between them; instructions that round to BF16 take it for zero."""
+    """Groups of 32 whose sums are normal leave 2^-127 between them; BF16 instructions take it for zero."""
     x, weight = randn(num_rows, 64).to(torch.bfloat16), torch.zeros(72, 64)
     weight[:, 0], weight[:, 32] = 1.5 * 2.0**-63, -(2.0**-63)
     weight[3, 5], weight[40, 6], weight[70] = torch.inf, torch.nan, randn(64)
