@@ -76,6 +76,7 @@ struct Group {
     }
 };
 
+// Values times `inverse`, rounded to E4M3 by ByStep's sum.
 struct Rounded {
     Words sign, to, sum;
 
