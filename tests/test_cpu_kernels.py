@@ -330,6 +330,22 @@ def test_a_row_does_not_see_the_values_beside_it(path: Path, beside: float) -> N
     assert same_bits(product(load(path), x, weight)[5], expected)
 
 
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+@pytest.mark.parametrize("num_rows", [1, 40], ids=["few", "many"])
+def test_sums_are_rounded_once_also_where_they_are_subnormal_or_no_numbers(path: Path, num_rows: int) -> None:
+    """Groups of 32 whose sums are normal leave 2^-127 between them; BF16 instructions take it for zero."""
+    x, weight = randn(num_rows, 64).to(torch.bfloat16), torch.zeros(72, 64)
+    weight[:, 0], weight[:, 32] = 1.5 * 2.0**-63, -(2.0**-63)
+    weight[3, 5], weight[40, 6], weight[70] = torch.inf, torch.nan, randn(64)
+    x[0], x[-1, 7] = 2.0**-63, 3e38
+    sums = product(load(path), x, weight.to(torch.bfloat16))
+    got, expected = product(load(path), x, weight.to(torch.bfloat16), torch.bfloat16), sums.to(torch.bfloat16)
+    assert path in TILED or sums[0, 0] == 2.0**-127
+    assert expected.isnan().any()
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert same_bits(got.nan_to_num(), expected.nan_to_num())
+
+
 @pytest.mark.parametrize("path", FUSED, ids=ids)
 def test_subnormals_are_kept_whatever_the_caller_asked_of_its_thread(path: Path) -> None:
     x = (randn(40, 64) * 2.0**-100).to(torch.bfloat16)
@@ -505,6 +521,21 @@ def test_the_sum_of_slots_is_torchs_to_the_bit(path: Path, tokens: int, topk: in
         torch.set_num_threads(threads)
         with using(path):
             assert same_bits(reduce_slots(rows, positions), expected)
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
+def test_every_code_and_scale_of_mxfp8_is_summed_as_torch_does(path: Path) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(257, 1)
+    scales = torch.arange(257).clamp(max=127).to(torch.uint8).view(257, 1).repeat(1, 8)
+    scales[:256, 4:] = torch.arange(256, dtype=torch.uint8).view(256, 1)  # the last row beside each
+    rows = MXFP8(codes.view(torch.float8_e4m3fn), scales)
+    positions = torch.stack((torch.arange(256), torch.full((256,), 256)), 1)
+    with using(None):
+        expected = reduce_slots(rows, positions)
+    with using(path):
+        got = reduce_slots(rows, positions)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert same_bits(got.nan_to_num(), expected.nan_to_num())
 
 
 # ---- how a library gets there ----

@@ -36,6 +36,26 @@ struct Out {
         }
     }
 
+    // Of `rows` rows from r on LANES outputs from `first` on and as many from `second` on: sums [rows][2][LANES].
+    void write_unit(int64_t r, int rows, int64_t first, int64_t second, const float* sums) const {
+        if (!wide && second == first + LANES && second + LANES <= width) {
+            uint16_t* at = static_cast<uint16_t*>(to) + first;
+            bool simple = true;
+            for (int i = 0; i < rows; i++)
+                simple &= store_two(at + (goes ? goes[r + i] : r + i) * stride, load(sums + i * 2 * LANES),
+                                    load(sums + i * 2 * LANES + LANES));
+            if (simple) return;
+        }
+        for (int i = 0; i < rows; i++, sums += 2 * LANES)
+            write<LANES>(r + i, first, sums), write<LANES>(r + i, second, sums + LANES);
+    }
+
+    // Asks for the memory where output `first` of `rows` rows from r on will be.
+    void prefetch(int64_t r, int rows, int64_t first) const {
+        for (int i = 0; i < rows; i++)
+            MEGAMOE_PREFETCH(static_cast<char*>(to) + ((goes ? goes[r + i] : r + i) * stride + first) * (wide ? 4 : 2));
+    }
+
     // The same of `count` outputs that are rounded already, bfloat16. streams: past the caches; others may read them after
     // finish_streams().
     void copy(int64_t r, int64_t first, int64_t count, const uint16_t* rounded, bool streams) const {

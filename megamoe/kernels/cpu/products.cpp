@@ -37,7 +37,7 @@ constexpr int FEW = 4;                  // rows, whose sums stay in registers wi
 // Rows for which weights are decoded anew for each FEW.
 constexpr int FEW_DECODED = STEP == 1 ? 8 : HELD_ROWS == TILE_ROWS ? 24 : 12;
 constexpr int DEPTH = 8 * GROUP;        // of K, that a decoded tile holds: 16 KB for each 8 lanes
-constexpr int PANEL_ROWS = 192;         // whose tokens, as FP32 and DEPTH deep, stay in the second cache
+constexpr int PANEL_ROWS = STEP == 1 ? 192 : 288;  // whose tokens, as elements and DEPTH deep, stay in the second cache
 constexpr int PANEL_UNITS = 8;          // whose sums for these rows stay there too
 
 // Not extreme: scales 2^-48 to 2^48, and values of x that are 0 or 2^-64 to 2^64 (as bits without the sign). Products
@@ -86,12 +86,12 @@ struct Rows {
     int64_t stride, depth;
     const int64_t* source;
 
-    // No value of these rows is extreme.
-    bool is_moderate(int64_t first, int num_rows) const {
+    // No value begin to end - 1 of these rows is extreme.
+    bool is_moderate(int64_t first, int num_rows, int64_t begin, int64_t end) const {
         uint16_t least = 0xFFFF, most = 0;  // least: of value - 1, where 0 is the largest
         for (int r = 0; r < num_rows; r++) {
-            const uint16_t* from = x + (source ? source[first + r] : first + r) * stride;
-            for (int64_t k = 0; k < depth; k++) {
+            const uint16_t* from = row(first + r);
+            for (int64_t k = begin; k < std::min(end, depth); k++) {
                 const uint16_t value = from[k] & 0x7FFF;
                 least = std::min<uint16_t>(least, value - 1), most = std::max(most, value);
             }
@@ -99,15 +99,19 @@ struct Rows {
         return least >= LEAST_X - 1 && most <= MOST_X;
     }
 
+    const uint16_t* row(int64_t r) const { return x + (source ? source[r] : r) * stride; }
+
     // Elements of up to TILE_ROWS rows, [end - begin][num_rows] in values of K, zero beyond K. begin and end are
-    // multiples of GROUP. What follows in `to`, up to LANES elements, is lost.
-    void spread(int64_t first, int num_rows, int64_t begin, int64_t end, Element* to) const {
+    // multiples of GROUP. What follows in `to`, up to LANES elements, is lost. soon: the row from which as many are asked
+    // of the memory meanwhile.
+    void spread(int64_t first, int num_rows, int64_t begin, int64_t end, Element* to, int64_t soon) const {
         constexpr int AT_ONCE = LANES * STEP;
-        const uint16_t* of_row[TILE_ROWS];
-        for (int r = 0; r < num_rows; r++) of_row[r] = x + (source ? source[first + r] : first + r) * stride;
+        const uint16_t *of_row[TILE_ROWS], *of_soon[TILE_ROWS];
+        for (int r = 0; r < num_rows; r++) of_row[r] = row(first + r), of_soon[r] = row(soon + r);
         const int64_t whole = std::min(end, depth) / STEP * STEP;
         for (; begin + AT_ONCE <= whole; begin += AT_ONCE) {
             Words square[LANES];
+            for (int r = 0; r < num_rows; r++) MEGAMOE_PREFETCH(of_soon[r] + begin);
             for (int r = 0; r < LANES; r++) square[r] = r < num_rows ? load_elements(of_row[r] + begin) : Words{};
             transpose(square);
             for (int k = 0; k < LANES; k++, to += num_rows) store_words(to, square[k]);
@@ -254,7 +258,7 @@ void run_few(const Share& share, const At& at) {
     Element* x = scratch.take_x(rows, depth);
     for (int part = 0; part < parts; part++)
         share.rows.spread(share.first + row_of(part), row_of(part + 1) - row_of(part), 0, depth,
-                          x + depth / STEP * row_of(part));
+                          x + depth / STEP * row_of(part), share.first + row_of(part));
     int64_t unit = share.begin * UNITS;
     const auto run = [&](auto num) {
         for (; unit + num <= end; unit += num)
@@ -268,11 +272,11 @@ void run_few(const Share& share, const At& at) {
 
 // ---- many rows: weights are decoded into a tile, which all rows of a panel read ----
 
-// Adds to the sums of ROWS rows [ROWS][UNIT] what `groups` groups of K bring: x [K / STEP][ROWS], tile
-// [K / STEP][UNIT], scales [groups][UNIT], or null where all are 1. soon: what is asked of the memory meanwhile, as much
-// as the tile.
+// Adds to the sums of ROWS rows [ROWS][UNIT], or to zero where it begins, what `groups` groups of K bring:
+// x [K / STEP][ROWS], tile [K / STEP][UNIT], scales [groups][UNIT], or null where all are 1. soon: what is asked of the
+// memory meanwhile, as much as the tile.
 template <int ROWS, bool SCALED>
-void sum_tile(const Element* x, const Element* tile, const float* scales, int groups, float* sums,
+void sum_tile(const Element* x, const Element* tile, const float* scales, int groups, float* sums, bool begins,
               const Element* soon) {
     constexpr bool HOLDS_SUMS = ROWS <= HELD_ROWS;
     Vector total[ROWS][2];
@@ -286,6 +290,7 @@ void sum_tile(const Element* x, const Element* tile, const float* scales, int gr
         for (int r = 0; r < ROWS; r++)
             for (int half = 0; half < 2; half++) store(sums + r * UNIT + half * LANES, total[r][half]);
     };
+    if (begins) std::fill_n(sums, ROWS * UNIT, 0.0f);
     if constexpr (HOLDS_SUMS) load_sums();
     for (int group = 0; group < groups; group++) {
         Vector part[ROWS][2];
@@ -323,11 +328,11 @@ void sum_tile(const Element* x, const Element* tile, const float* scales, int gr
 
 template <bool SCALED, int ROWS = TILE_ROWS>
 void sum_rows(int rows, const Element* x, const Element* tile, const float* scales, int groups, float* sums,
-              const Element* soon) {
+              bool begins, const Element* soon) {
     if (rows == ROWS) {
-        sum_tile<ROWS, SCALED>(x, tile, scales, groups, sums, soon);
+        sum_tile<ROWS, SCALED>(x, tile, scales, groups, sums, begins, soon);
     } else if constexpr (ROWS > 1) {
-        sum_rows<SCALED, ROWS - 1>(rows, x, tile, scales, groups, sums, soon);
+        sum_rows<SCALED, ROWS - 1>(rows, x, tile, scales, groups, sums, begins, soon);
     }
 }
 
@@ -376,21 +381,23 @@ void run_panel(const Share& share, int64_t first, int rows, const At& at) {
     constexpr int GROUPS = DEPTH / GROUP;
     const int64_t depth = share.groups * GROUP, last = share.end * UNITS;
     const int most = tile_rows(rows), tiles = (rows + most - 1) / most;
-    const auto row_of = [=](int tile) { return part_of(rows, most, tile); };
+    const int size = rows / tiles, larger = rows % tiles;  // tiles, which come first and have a row more
+    const auto row_of = [=](int tile) { return tile * size + std::min(tile, larger); };
     const auto packed_of = [&](int64_t unit, int64_t group) {
         return at(unit / UNITS).packed + group * (GROUP / 4) * Weights::BYTES;
     };
     Element *x = scratch.take_x(rows, depth), *decoded = scratch.take_tile();
     float *scales = scratch.take_scales(), *sums = scratch.take_sums();
-    const bool moderate = Weights::SCALED && share.rows.is_moderate(first, rows);
+    bool moderate = Weights::SCALED;
     for (int64_t k = 0; k < depth; k += DEPTH)
         for (int tile = 0; tile < tiles; tile++) {
             const int64_t row = row_of(tile), more = row_of(tile + 1) - row, deep = std::min<int64_t>(DEPTH, depth - k);
-            share.rows.spread(first + row, int(more), k, k + deep, x + (rows * k + row * deep) / STEP);
+            const int64_t soon = std::min(row + more, rows - more);
+            if (moderate) moderate = share.rows.is_moderate(first + row, int(more), k, k + deep);
+            share.rows.spread(first + row, int(more), k, k + deep, x + (rows * k + row * deep) / STEP, first + soon);
         }
     for (int64_t begin = share.begin * UNITS; begin < last; begin += PANEL_UNITS) {
         const int64_t end = std::min(begin + PANEL_UNITS, last);
-        std::fill(sums, sums + (end - begin) * rows * UNIT, 0.0f);
         for (int64_t group = 0; group < share.groups; group += GROUPS) {
             const int groups = int(std::min<int64_t>(GROUPS, share.groups - group));
             for (int64_t unit = begin; unit < end; unit++) {
@@ -410,21 +417,21 @@ void run_panel(const Share& share, int64_t first, int rows, const At& at) {
                     }
                     if (!folds) decode_unit<false>(weights, int(unit % UNITS), group, groups, decoded, scales, soon);
                 }
+                const auto sum = folds ? sum_rows<false> : sum_rows<Weights::SCALED>;
+                const bool ends = group + groups == share.groups;
+                const int64_t output = unit / UNITS * BLOCK + output_of(int(unit % UNITS), 0),
+                              second = output + output_of(0, 1);
                 for (int tile = 0; tile < tiles; tile++) {
                     const int64_t row = row_of(tile), more = row_of(tile + 1) - row;
-                    const bool asks = Weights::AS_TILES && !tile;
-                    const auto sum = folds ? sum_rows<false> : sum_rows<Weights::SCALED>;
-                    sum(int(more), x + (rows * group + row * groups) * GROUP / STEP, values, scales, groups,
-                        sums + ((unit - begin) * rows + row) * UNIT,
-                        asks ? reinterpret_cast<const Element*>(soon) : values);
+                    const bool asks = Weights::AS_TILES && (!tile || tile + 1 == tiles);
+                    float* of_tile = sums + ((unit - begin) * rows + row) * UNIT;
+                    if (ends) share.out.prefetch(first + row, int(more), output);
+                    sum(int(more), x + (rows * group + row * groups) * GROUP / STEP, values, scales, groups, of_tile,
+                        !group, asks ? reinterpret_cast<const Element*>(soon) : values);
+                    if (ends) share.out.write_unit(first + row, int(more), output, second, of_tile);
                 }
             }
         }
-        for (int row = 0; row < rows; row++)
-            for (int64_t unit = begin; unit < end; unit++)
-                for (int half = 0; half < 2; half++)
-                    share.out.write<LANES>(first + row, unit / UNITS * BLOCK + output_of(int(unit % UNITS), half),
-                                           sums + ((unit - begin) * rows + row) * UNIT + half * LANES);
     }
 }
 

@@ -324,6 +324,18 @@ struct DecodeE2M1 {
 
 #endif
 
+// Two vectors beside each other, as to_bf16() rounds. False where they have values that are not rounded so.
+inline bool store_two(uint16_t* to, const Vector& low, const Vector& high) {
+#if defined(__AVX512BF16__)
+    constexpr int NAN_OR_SUBNORMAL = 0x01 | 0x20 | 0x80;  // which the instruction rounds otherwise
+    store_words(to, Words(_mm512_cvtne2ps_pbh(high, low)));
+    return !(_mm512_fpclass_ps_mask(low, NAN_OR_SUBNORMAL) | _mm512_fpclass_ps_mask(high, NAN_OR_SUBNORMAL));
+#else
+    store_bf16(to, low), store_bf16(to + LANES, high);
+    return true;
+#endif
+}
+
 // ---- elements: what is broadcast of x and multiplied with a vector of weights ----
 //
 // folded(): weights times their scales, where neither x nor scales are extreme (products.cpp).
