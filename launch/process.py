@@ -25,6 +25,9 @@ import psutil
 
 from megamoe.launch.forking.server import FORK_SERVER, QUIET, context, forked_by, own_streams, starting
 from megamoe.launch.lab.namespaces import Host
+from megamoe.schedule.limits import cores
+
+_LOOPBACK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +173,32 @@ def cause(exit_code: int | None) -> str:
 
 
 def share_of_cores(num_processes: int) -> int:
-    """Threads for each of so many processes: the machine's cores shared out, at least one."""
-    return max(1, (os.cpu_count() or 1) // num_processes)
+    """Threads for each of so many processes: the cores that this one may use shared out, at least one."""
+    return max(1, cores() // num_processes)
 
 
 def loopback() -> Host:
-    """This machine's own loopback, whose interface is lo on Linux and lo0 on macOS."""
+    """This machine's own loopback, whose interface is lo on Linux and lo0 on macOS.
+
+    RuntimeError where nothing passes over it: ranks would try to meet until their deadlines.
+    """
+    refusal = loopback_refusal()
+    if refusal:
+        raise RuntimeError(
+            f"ranks of this machine meet over its loopback interface, which takes nothing: {refusal}; ip link set lo up"
+        )
     name = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     return Host(None, "127.0.0.1", name)
+
+
+def loopback_refusal() -> str:
+    """Why 127.0.0.1 cannot be reached, "" where it can."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=_LOOPBACK_S).close()
+    except OSError as refusal:
+        return str(refusal.strerror or refusal)
+    return ""
 
 
 def age_s() -> float:

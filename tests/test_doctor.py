@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,17 @@ from typer.testing import CliRunner, Result
 from megamoe.kernels.cpu.paths import worthwhile
 from megamoe.launch import devices
 from megamoe.launch.cli.doctor import _print, doctor
+from megamoe.launch.cluster.ray.session import connect
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices, present_device
 from megamoe.launch.doctor import machine, software
 from megamoe.launch.doctor.check import Check, Examination, Link
 from megamoe.launch.doctor.doctor import LOOK_AT, examine
 from megamoe.launch.doctor.exchange import Trial, exchange, try_backend
+from megamoe.launch.process import share_of_cores
+from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.group import BACKENDS, EPGroup
 from megamoe.parallel.interfaces import Interface
+from megamoe.schedule import limits
 
 BETWEEN_RANKS = [*BACKENDS.values(), "links"]
 CPU = Examination(ranks=2, device="cpu")
@@ -207,8 +214,37 @@ def groups(folder: Path, lines: str, files: dict[str, str], monkeypatch: pytest.
         file = folder / "tree" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{text}\n")
-    monkeypatch.setattr(machine, "OWN_CGROUPS", own)
-    monkeypatch.setattr(machine, "CGROUPS", folder / "tree")
+    monkeypatch.setattr(limits, "OWN_CGROUPS", own)
+    monkeypatch.setattr(limits, "CGROUPS", folder / "tree")
+
+
+@pytest.mark.parametrize(("quota", "threads"), [("350000 100000", 3), ("50000 100000", 1), ("max 100000", 8)])
+def test_threads_are_as_many_as_the_control_group_and_affinity_leave_cores(
+    quota: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups(tmp_path, "0::/a\n", {"a/cpu.max": quota}, monkeypatch)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert (limits.cores(), share_of_cores(1), share_of_cores(16)) == (threads, threads, 1)
+    assert share_of_cores(2) == max(1, threads // 2)
+
+
+def test_a_machine_whose_loopback_is_down_is_told_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    assert machine.loopback(CPU).state == "ok"
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    check = machine.loopback(CPU)
+    assert (check.state, check.found, check.fix) == ("fail", "Network is unreachable", "ip link set lo up")
+    starts: tuple[Callable[[], object], ...] = (lambda: LocalRanks(2), lambda: connect("local", 2, 5.0))
+    for start in starts:
+        with pytest.raises(RuntimeError, match="loopback interface, which takes nothing: Network is unreachable"):
+            start()
+
+
+def test_a_machine_without_an_interface_that_is_up_fails_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "list_interfaces", lambda: [Interface("lo", "127.0.0.1", True, False, 0)])
+    assert machine.interfaces(CPU).state == "fail"
 
 
 @pytest.mark.parametrize(
@@ -241,7 +277,7 @@ def test_memory_ends_where_the_control_group_does(tmp_path: Path, monkeypatch: p
 
 
 def test_without_control_groups_nothing_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "none")
+    monkeypatch.setattr(limits, "OWN_CGROUPS", tmp_path / "none")
     monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "none")
     assert "control group" not in machine.cores(CPU).found
     assert "control group" not in machine.memory(CPU).found

@@ -14,7 +14,7 @@ from typing import Any
 
 from megamoe.launch.cluster.torchrun import Place, torchrun_options
 from megamoe.launch.cluster.worker import Worker
-from megamoe.launch.process import share_of_cores
+from megamoe.launch.process import loopback, share_of_cores
 
 _ENDING_S = 20.0
 _STDERR = 2  # of this process, whatever stands for it as sys.stderr: in a notebook that is no file
@@ -27,6 +27,7 @@ def run_under_torchrun(
 
     What ranks print goes to stderr. RuntimeError where torchrun fails or takes longer than deadline_s.
     """
+    loopback()
     with tempfile.TemporaryDirectory(prefix="megamoe-torchrun-") as place:
         folder = Path(place)
         (folder / "work").write_bytes(pickle.dumps((work, args, device, deadline_s)))

@@ -9,7 +9,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,11 +16,11 @@ import psutil
 from megamoe.launch.doctor.check import GIB, Check, Examination, LookAt, gib
 from megamoe.launch.lab.namespaces import check_lab
 from megamoe.launch.output import plural
+from megamoe.launch.process import loopback_refusal
 from megamoe.parallel.interfaces import candidates, choose, list_interfaces
-from megamoe.schedule import kept
+from megamoe.schedule import limits
 
 SHARED_MEMORY = Path("/dev/shm")
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _TIMESYNC = Path("/run/systemd/timesync/synchronized")
 _LEAST_FILES, _FILES = 4096, 65536
 _LEAST_PROCESSES, _PROCESSES = 4096, 65536
@@ -31,7 +30,7 @@ _CLOCK_UNSYNCHRONISED = 5  # what adjtimex() returns: TIME_ERROR in <sys/timex.h
 
 def cores(examination: Examination) -> Check:
     """Cores that this process may use; ranks that share one wait for each other."""
-    there, allowed, quota = os.cpu_count() or 1, kept.cores(), _cpu_quota()
+    there, allowed, quota = os.cpu_count() or 1, limits.allowed_cores(), limits.cpu_quota()
     usable = min(allowed, quota or allowed)
     found = f"{usable:g} usable of {there}"
     if allowed < there:
@@ -113,7 +112,10 @@ def clock(_: Examination) -> Check:
 
 def interfaces(examination: Examination) -> Check:
     """The interface that ranks will use, and what else there would be. ValueError where the named one is not there."""
-    there, chosen = list_interfaces(), choose(name=examination.interface)
+    there = list_interfaces()
+    if examination.interface is None and not any(interface.up for interface in there):
+        return Check("interfaces", "fail", "none is up: ranks have nowhere to meet", "ip link set lo up")
+    chosen = choose(name=examination.interface)
     several = candidates(there)
     if examination.interface is not None:
         why = "as asked for"
@@ -125,6 +127,14 @@ def interfaces(examination: Examination) -> Check:
     found = f"{chosen}: {why}" + (f"; also {', '.join(others)}" if others else "")
     fix = f"megamoe doctor --interface {chosen.name}  # or the one that the other machines are reached by"
     return Check.needs("interfaces", examination.interface is not None or len(several) < 2, found, fix)
+
+
+def loopback(_: Examination) -> Check:
+    """Whether this machine's ranks can meet over its own loopback interface."""
+    refusal = loopback_refusal()
+    if refusal:
+        return Check("loopback", "fail", refusal, "ip link set lo up")
+    return Check.ok("loopback", "127.0.0.1 answers: ranks of this machine meet there")
 
 
 def lab(_: Examination) -> Check:
@@ -146,54 +156,24 @@ LOOK_AT: tuple[LookAt, ...] = (
     locked_memory,
     clock,
     interfaces,
+    loopback,
     lab,
 )
-
-
-def _cpu_quota() -> float | None:
-    """Cores' worth of time that control groups leave this process, None where nothing bounds it."""
-    shares = []
-    for text in _group_files("cpu", "cpu.max"):  # version 2: "200000 100000" or "max 100000"
-        quota, period = text.split()
-        if quota != "max":
-            shares.append(int(quota) / int(period))
-    periods = list(_group_files("cpu", "cpu.cfs_period_us"))
-    for quota, period in zip(_group_files("cpu", "cpu.cfs_quota_us"), periods, strict=False):  # version 1, -1: none
-        if int(quota) > 0:
-            shares.append(int(quota) / int(period))
-    return min(shares, default=None)
 
 
 def _group_memory_left() -> int | None:
     """Bytes that control groups leave this process, None where nothing bounds it. Their page cache can be had back."""
     left = []
-    for limits, usages in (
+    for names, usages in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        for limit, usage in zip(_group_files("memory", limits), _group_files("memory", usages), strict=False):
+        for limit, usage in zip(
+            limits.group_files("memory", names), limits.group_files("memory", usages), strict=False
+        ):
             if limit != "max" and int(limit) < psutil.virtual_memory().total:
                 left.append(int(limit) - int(usage))
     return None if not left else max(0, min(left))
-
-
-def _group_files(controller: str, name: str) -> Iterator[str]:
-    """What a file says in each of this process's control groups, its own first, then those around it.
-
-    Lines of /proc/self/cgroup are "0::/path" (version 2) and "4:memory:/path" (version 1, a tree per controller).
-    """
-    if not OWN_CGROUPS.exists():
-        return
-    for line in OWN_CGROUPS.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        root = CGROUPS / controllers if controllers else CGROUPS
-        inside = Path(path.lstrip("/"))
-        for folder in (inside, *inside.parents):
-            file = root / folder / name
-            if file.is_file():
-                yield file.read_text().strip()
 
 
 def _reaches(limit: int, least: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ import typer
 from megamoe.launch.output import Output, check_folder, emit, say, show
 from megamoe.launch.output import write as write_file
 from megamoe.launch.terminal import Format, exit_codes
+from megamoe.schedule import limits
 
 if TYPE_CHECKING:
     from megamoe.catalog import Machine
@@ -42,7 +42,7 @@ def calibrate(
         unseen = [report for path in check or [] for report in read_runs(path)]
         source = f"{len(reports)} runs of megamoe bench: {', '.join(path.name for path in runs)}"
         machine = planner.calibrate(
-            reports, load_machine(start), name=name, cores=cores or os.cpu_count() or 1, source=source
+            reports, load_machine(start), name=name, cores=cores or limits.cores(), source=source
         )
         fitted, held = planner.check(reports, machine), planner.check(unseen, machine)
         if write is not None:

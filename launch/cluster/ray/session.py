@@ -19,7 +19,9 @@ import psutil
 import ray
 
 from megamoe.launch.cluster.ray.private import logs_on_stderr, of_own_cluster
+from megamoe.launch.process import loopback
 from megamoe.launch.requests import check_ranks_here
+from megamoe.schedule.limits import cores
 
 _log = logging.getLogger(__name__)
 
@@ -94,9 +96,9 @@ def _join_as_connected(address: str | None) -> RaySession:
 def _start(num_workers: int) -> RaySession:
     """A cluster of this machine alone. It has as many CPUs as workers are wanted, whatever the machine has."""
     check_ranks_here("num_workers", num_workers)
-    cores = os.cpu_count() or 1
-    if num_workers > cores:
-        _log.warning("%d ranks share %d cores: they take turns", num_workers, cores)
+    loopback()
+    if num_workers > cores():
+        _log.warning("%d ranks share %d cores: they take turns", num_workers, cores())
     # the paths of Ray's sockets begin with it and must not exceed 107 bytes, which a Mac's temporary directory does
     place = Path(tempfile.mkdtemp(prefix="megamoe-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
     session = RaySession(place, connected_here=True)

@@ -13,7 +13,7 @@ from megamoe.launch.cluster.ray.actor import Occupant, WorkerOrder
 from megamoe.launch.cluster.worker import Worker, WorkerOptions
 from megamoe.launch.devices import device_of, device_type
 from megamoe.parallel.interfaces import interface_of
-from megamoe.schedule.kept import cores
+from megamoe.schedule.limits import cores
 
 
 def start(order: WorkerOrder) -> tuple[Worker, Occupant]:

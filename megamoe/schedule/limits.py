@@ -1,0 +1,53 @@
+"""What the system leaves this process of the machine's cores: by affinity, and by its control groups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cores() -> int:
+    """Cores that this process may use at once, at least 1: those it may run on, or whole ones that it has time for."""
+    quota = cpu_quota()
+    return allowed_cores() if quota is None else max(1, min(allowed_cores(), int(quota)))
+
+
+def allowed_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of time that control groups leave this process, None where nothing bounds it."""
+    shares = []
+    for text in group_files("cpu", "cpu.max"):  # version 2: "200000 100000" or "max 100000"
+        quota, period = text.split()
+        if quota != "max":
+            shares.append(int(quota) / int(period))
+    periods = list(group_files("cpu", "cpu.cfs_period_us"))
+    for quota, period in zip(group_files("cpu", "cpu.cfs_quota_us"), periods, strict=False):  # version 1, -1: none
+        if int(quota) > 0:
+            shares.append(int(quota) / int(period))
+    return min(shares, default=None)
+
+
+def group_files(controller: str, name: str) -> Iterator[str]:
+    """What a file says in each of this process's control groups, its own first, then those around it.
+
+    Lines of /proc/self/cgroup are "0::/path" (version 2) and "4:memory:/path" (version 1, a tree per controller).
+    """
+    if not OWN_CGROUPS.exists():
+        return
+    for line in OWN_CGROUPS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = CGROUPS / controllers if controllers else CGROUPS
+        inside = Path(path.lstrip("/"))
+        for folder in (inside, *inside.parents):
+            file = root / folder / name
+            if file.is_file():
+                yield file.read_text().strip()
