@@ -21,7 +21,8 @@ def examination(
     ValueError for what makes no sense, an unknown device type, and an interface that is not there, with those that are.
     """
     name = present_device() if device is None else device_type(device).name
-    choose(name=interface)
+    if interface is not None:
+        choose(name=interface)
     return Examination(ranks, name, interface, deadline_s, exchange)
 
 

@@ -102,9 +102,12 @@ def _tried(name: str, examination: Examination, work: TryOut) -> tuple[Check, li
     """Starts ranks, has them try a device type's backend, and ends them."""
     until = time.monotonic() + examination.deadline_s
     size = examination.ranks if name == "cpu" else min(examination.ranks, num_devices(name))
-    interface = choose(name=examination.interface)
-    hosts = [Host(None, interface.address, interface.name)] * size
     backend, measured = BACKENDS[name], name == examination.device
+    try:
+        interface = choose(name=examination.interface)
+    except ValueError as nowhere:
+        return Check(backend, "fail", str(nowhere), "ip link set lo up"), []
+    hosts = [Host(None, interface.address, interface.name)] * size
     try:
         with LocalRanks(size, threads_per_rank=1, deadline_s=examination.deadline_s, hosts=hosts) as ranks:
             left = max(0.1, until - time.monotonic())
