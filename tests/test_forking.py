@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from megamoe.launch.forking import server
 from megamoe.launch.forking.server import SPAWN, starting
 from megamoe.launch.forking.surroundings import surroundings, unsearched_folder
 from megamoe.launch.ranks import LocalRanks
@@ -227,3 +229,19 @@ def test_where_no_server_can_be_had_ranks_are_spawned(tmp_path: Path) -> None:
     )
     assert (done.stdout, done.returncode) == ("0 True\n", 0), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_where_the_servers_socket_has_no_room_for_its_path_ranks_are_spawned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried: list[Path] = []
+
+    def begin() -> None:
+        tried.append(tmp_path)
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(tmp_path / ("a" * 120)))
+
+    monkeypatch.setattr(server, "_server", server._Server())
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", begin)
+    assert [server.context(forked=True) for _ in range(2)] == [SPAWN, SPAWN]
+    assert len(tried) == 1

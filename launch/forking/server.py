@@ -2,7 +2,8 @@
 
 It begins with the first process that may be forked, ends with this one, and starts no threads. What it has inherited
 is remembered; a process that would inherit anything else is spawned, and so is the first where the server is not
-ready within a minute.
+ready within a minute, and every one where it cannot begin: its socket's path must not exceed 107 bytes, which that of a
+folder for temporary files may.
 """
 
 from __future__ import annotations
@@ -57,12 +58,21 @@ def context(forked: bool) -> SpawnContext | ForkServerContext:
     now = surroundings()
     with starting():
         if _server.inherited is None:
-            FORK_SERVER.set_forkserver_preload(list(_preloaded))
-            forkserver.ensure_running()
+            _begin()
             _server.inherited = now
-            threading.Thread(target=_answer, name="megamoe waits for its fork server", daemon=True).start()
     same = now == _server.inherited and _server.ready.wait(_READY_S)
     return FORK_SERVER if same and not _server.failed else SPAWN
+
+
+def _begin() -> None:
+    FORK_SERVER.set_forkserver_preload(list(_preloaded))
+    try:
+        forkserver.ensure_running()
+    except OSError:
+        _server.failed = True
+        _server.ready.set()
+    else:
+        threading.Thread(target=_answer, name="megamoe waits for its fork server", daemon=True).start()
 
 
 def _answer() -> None:
