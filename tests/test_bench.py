@@ -85,6 +85,16 @@ def test_bench_on_loopback_says_that_links_are_not_shaped(weights: str) -> None:
     assert report["flops_per_rank"] % (6 * 64 * 32) == 0
 
 
+def test_calls_without_waves_are_said_to_be_so_and_not_predicted() -> None:
+    few = invoked("bench", *SMALL, "--ranks", 2, "--format", "json")
+    report = json.loads(few.stdout)
+    check(report)
+    assert (report["small"], report["waves"], report["predicted_ms"], report["predicted_by"]) == (True, 1, None, None)
+    assert "in one exchange and no waves" in invoked("bench", *SMALL, "--ranks", 2).stdout.replace("\n", " ")
+    waves = json.loads(invoked("bench", *SMALL, "--ranks", 2, "--waves", 1, "--format", "json").stdout)
+    assert (waves["small"], waves["predicted_ms"] is None) == (False, False)
+
+
 @needs_lab
 def test_on_a_slow_link_communication_takes_what_the_link_allows() -> None:
     done = invoked(

@@ -240,6 +240,8 @@ def test_too_few_or_mixed_runs() -> None:
         calibrate(mixed, CPU, name="x", cores=2, source="made up")
     with pytest.raises(ValueError, match="runs of --backward make no machine"):
         calibrate([{**each, "backward": True} for each in reports(CPU)], CPU, name="x", cores=2, source="made up")
+    with pytest.raises(ValueError, match="went without waves make no machine"):
+        calibrate([*reports(CPU), {**reports(CPU)[0], "small": True}], CPU, name="x", cores=2, source="made up")
 
 
 def test_a_profile_survives_its_file(tmp_path: Path, found: Machine) -> None:

@@ -135,6 +135,7 @@ class RankTimes:
 
     times: dict[str, list[float]]
     waves: int
+    small: bool
     bytes_sent: int
     far_bytes: int
     rows_computed: int
@@ -150,6 +151,8 @@ class BenchReport:
     traced_ms is the overlapped layer while it is recorded, trace_cost the median over repeats of how much longer that
     took than without, as a share; hidden_percent is the share of communication that hid. predicted_ms is what the
     planner says of the overlapped layer, None where it cannot, and predicted_by whose constants it took.
+    small: calls of few tokens, which the layer makes without waves (CallRecord.small): compute and communication alone
+    are those of a call in waves then, and may take longer, and the planner, which plans waves, predicts none.
     link_bytes_per_host: what the ranks of a host send over its link in a call, of the host that sends most; None
     without links.
     """
@@ -168,6 +171,7 @@ class BenchReport:
     dispatch_format: str
     combine_format: str
     waves: int
+    small: bool
     threads_per_rank: int
     backward: bool
     serial_ms: float
@@ -350,7 +354,9 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     calls = [record, layer.last_backward] if isinstance(layer, TrainableMoE) else [record]
     sent, far = (sum(getattr(each, name) for each in calls) for name in ("bytes_sent", "far_bytes"))
     rows = record.rows_received + record.rows_local
-    return RankTimes(times, record.waves, sent, far, rows, formats["dispatch_format"], identical, recording)
+    return RankTimes(
+        times, record.waves, record.small, sent, far, rows, formats["dispatch_format"], identical, recording
+    )
 
 
 def _in_turn(names: list[str], repeat: int) -> list[str]:
@@ -378,10 +384,13 @@ def _report(
     overlapped = [run.share() for run in timeline.runs() if run.layer.startswith("overlapped")] if timeline else []
     products = 18 if request.backward else 6  # FLOPs of a row; a backward has two products for each of the forward
     limit = max(middle["compute"], middle["communication"])
-    predicted = predict_run(request, machine, found[0].waves, found[0].dispatch_format) if machine else None
+    predicted = None
+    if machine is not None and not found[0].small:
+        predicted = predict_run(request, machine, found[0].waves, found[0].dispatch_format)
     asked = {f.name: getattr(request, f.name) for f in fields(BenchReport) if hasattr(request, f.name)}
     asked |= {
         "waves": found[0].waves,
+        "small": found[0].small,
         "dispatch_format": found[0].dispatch_format,
         "identical": all(rank.identical for rank in found) if request.check else None,
     }

@@ -161,6 +161,11 @@ def _print_bench(report: BenchReport) -> None:
         f"speedup over serial {report.speedup:.2f}, efficiency {report.efficiency:.2f}, exposed "
         f"{report.exposed_ms:.1f} ms, {report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}"
     )
+    if report.small:
+        say(
+            "so few tokens travel with the page of their call, in one exchange and no waves; what computes and what "
+            "communicates alone is of a call in waves, as --waves 1 has it"
+        )
     if report.ranks_per_host > 1:
         assert report.link_bytes_per_host is not None
         say(f"{report.link_bytes_per_host / 1e6:.2f} MB over the link of a host")

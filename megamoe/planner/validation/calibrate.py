@@ -70,14 +70,17 @@ def median_error(checks: Sequence[Check]) -> float:
 def calibrate(reports: Sequence[dict[str, Any]], start: Machine, *, name: str, cores: int, source: str) -> Machine:
     """A machine that fits the reports, from the constants of `start` on.
 
-    ValueError for fewer than 8 reports, for reports of different threads or devices, and where nothing was shaped or
-    everything was, so that a link's constants cannot be told apart from loopback's: those keep `start`'s values.
+    ValueError for fewer than 8 reports, for reports of different threads or devices or of calls without waves, and
+    where nothing was shaped or everything was, so that a link's constants cannot be told apart from loopback's: those keep
+    `start`'s values.
     """
     threads = {int(each["threads_per_rank"]) for each in reports}
     if len(reports) < FEWEST_RUNS:
         raise ValueError(f"{len(reports)} runs are too few to fit {len(_COMPUTE)} constants: at least {FEWEST_RUNS}")
     if any(each.get("backward") for each in reports):
         raise ValueError("runs of --backward make no machine: what they take follows from forwards and gradient_ns")
+    if any(each.get("small") for each in reports):
+        raise ValueError("runs of few tokens that went without waves make no machine: give --waves, or more tokens")
     if len(threads) > 1:
         raise ValueError(f"runs with {' and '.join(map(str, sorted(threads)))} threads a rank cannot make one machine")
     title = f"Fitted to {len(reports)} runs of megamoe bench"
