@@ -20,6 +20,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from megamoe.kernels.cpu import library
 from megamoe.kernels.cpu.paths import worthwhile
 from megamoe.launch import devices
 from megamoe.launch.cli.doctor import _print, doctor
@@ -342,6 +343,9 @@ def test_what_computes_the_experts_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     check = software.experts(CPU)
     assert (check.state, check.found) == ("warn", "torch on cpu, slower; not avx2: there is no C++ compiler 'c++'")
     assert "g++" in check.fix
+    refused = f"avx2: k.so cannot be loaded: failed to map segment: Operation not permitted; {library.ELSEWHERE}"
+    monkeypatch.setattr(software, "find", lambda _: (None, [refused]))
+    assert software.experts(CPU).fix == library.ELSEWHERE
     monkeypatch.setattr(software, "keeps_bits", lambda *_: False)
     assert "its products depend on the batch on this machine" in software.experts(CPU).found
     assert software.experts(Examination(2, "npu")).found == "there is no npu to compute them"

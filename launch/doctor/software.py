@@ -14,7 +14,7 @@ import torch
 import megamoe
 from megamoe.execution.ops import has_kernels
 from megamoe.execution.products import ROW_BLOCKS, keeps_bits, multiply_dtype
-from megamoe.kernels.cpu.library import KernelWarning, find
+from megamoe.kernels.cpu.library import ELSEWHERE, KernelWarning, find
 from megamoe.kernels.cpu.paths import may_use_tiles
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices
 from megamoe.launch.doctor.check import Check, Examination, LookAt, gib
@@ -125,7 +125,8 @@ def _cpu_kernels() -> Check:
         library, reasons = find(None)
     said = f"; not {', '.join(reasons)}" if reasons else ""
     if library is None:
-        fix = "install a C++ compiler: apt-get install g++, or point CXX at one"
+        built = any(ELSEWHERE in reason for reason in reasons)
+        fix = ELSEWHERE if built else "install a C++ compiler: apt-get install g++, or point CXX at one"
         depends = "" if _torch_keeps_bits() else "; its products depend on the batch on this machine"
         return Check("experts", "warn", f"torch on cpu, slower{depends}{said}", fix)
     return Check.ok("experts", f"kernels {library.path.name} on cpu, sums in order {library.path.arithmetic}{said}")

@@ -21,6 +21,7 @@ from megamoe.kernels.cpu.paths import Path, worthwhile
 from megamoe.kernels.gating import Tables
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+ELSEWHERE = "set TORCH_EXTENSIONS_DIR to a folder of a file system that is not mounted noexec"
 _SIGNATURES = {
     "products": (
         *(_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG),
@@ -377,7 +378,7 @@ def load(path: Path, note: Callable[[str], None] | None = None) -> Library:
         try:
             library = Library(path, str(file))
         except OSError as refusal:
-            raise BuildError(f"{file} cannot be loaded: {refusal}") from refusal
+            raise BuildError(f"{file} cannot be loaded: {refusal}; {ELSEWHERE}") from refusal
         fault = find_fault(library)
         if fault:
             raise BuildError(fault)

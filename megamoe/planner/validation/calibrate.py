@@ -71,8 +71,8 @@ def calibrate(reports: Sequence[dict[str, Any]], start: Machine, *, name: str, c
     """A machine that fits the reports, from the constants of `start` on.
 
     ValueError for fewer than 8 reports, for reports of different threads or devices or of calls without waves, and
-    where nothing was shaped or everything was, so that a link's constants cannot be told apart from loopback's: those keep
-    `start`'s values.
+    where nothing was shaped or everything was, so that a link's constants cannot be told apart from loopback's:
+    those keep `start`'s values.
     """
     threads = {int(each["threads_per_rank"]) for each in reports}
     if len(reports) < FEWEST_RUNS:
