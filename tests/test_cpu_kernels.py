@@ -389,6 +389,22 @@ def test_many_rows_have_the_bits_of_one_whatever_the_powers_of_rows_and_scales(p
 
 
 @pytest.mark.parametrize("path", TESTED, ids=ids)
+@pytest.mark.parametrize("power", [-126.0, -100.0, 100.0])
+def test_a_value_that_forbids_it_is_seen_wherever_it_lies_in_a_row(path: Path, power: float) -> None:
+    """Rows are looked at in parts of 256 values, while they are laid out for the product."""
+    library, (rows, weight) = load(path), cancelling(33, 576)
+    packed = quantize_mxfp4(weight.float())
+    for at in (3, 300, 575):
+        x = rows[:37].clone()
+        x[9, at] = 1.5 * 2.0**power
+        scales = packed.scales.clone()
+        scales[:, at // 32] = 10 if power < 0 else 230  # products of both are extreme, and in reach of FP32
+        moved = MXFP4(packed.packed, scales)
+        alone = torch.cat([product(library, row[None], moved) for row in x])
+        assert same_bits(product(library, x, moved), alone), at
+
+
+@pytest.mark.parametrize("path", TESTED, ids=ids)
 def test_every_code_and_scale_of_mxfp4_is_multiplied_by(path: Path) -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(253, 2)  # [253, 32], a row for each scale byte
     scales = torch.arange(253, dtype=torch.uint8).view(253, 1)
