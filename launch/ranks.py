@@ -44,7 +44,7 @@ class RankFailedError(RuntimeError):
 class LocalRanks:
     """A context manager with num_ranks processes that wait for work.
 
-    threads_per_rank   torch threads of each; by default the machine's cores shared out, at least one
+    threads_per_rank   torch threads of each; by default the cores that this process may use shared out, at least one
     deadline_s         bound on starting, on every wait of the group, and the default for a run as a whole
     hosts              where each rank lives, the machine's own loopback by default; lab() makes others
 

@@ -161,7 +161,7 @@ class SpawnPool:
 
     device      type of what the workers compute on; worker 2 has the device with that number
     deadline_s  bound on every wait of the workers
-    threads     torch threads of each; by default the machine's cores shared out, at least one
+    threads     torch threads of each; by default the cores that this process may use shared out, at least one
     hosts       where each worker is, the machine's own loopback by default; lab() makes others
     interface   network interface that the workers use, where no hosts are given
     run         id of the run, see WorkerOptions
