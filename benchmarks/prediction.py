@@ -65,15 +65,16 @@ def compare(asked: argparse.Namespace) -> int:
             check=False,
         )
         found = run_bench(request)
-        assert found.predicted_ms is not None
-        by = found.predicted_by or ""
-        off = found.predicted_ms / found.overlapped_ms - 1
-        worst = max(worst, abs(off))
         took = f"{found.overlapped_ms:.1f} ({found.overlapped_ms_min:.1f} to {found.overlapped_ms_max:.1f})"
         parts = f"{found.compute_ms:>7.1f}  {found.communication_ms:>7.1f}"
         asked_for = f"{link:<10} {tokens:>6}  {weights:<7}  {found.waves:>5}"
+        if found.predicted_ms is None:
+            print(f"{asked_for}  {parts}  {took:<26} without waves: not predicted", flush=True)
+            continue
+        by, off = found.predicted_by or "", found.predicted_ms / found.overlapped_ms - 1
+        worst = max(worst, abs(off))
         print(f"{asked_for}  {parts}  {took:<26} {found.predicted_ms:>8.1f}  {off:+.0%}", flush=True)
-    print(f"\nlargest error {worst:.0%}; by {by}")
+    print(f"\nlargest error {worst:.0%}; by {by}" if by else "\nnone was predicted")
     kept = find(setting_here(2, 1, shaped=True))
     if kept is not None:
         print(", ".join(f"{key} {figure.value:g}" for key, figure in figures(kept).items()))

@@ -45,7 +45,7 @@ SMALLEST = {
     "launch": ["--ranks", "2", "--repeats", "1"],
     "loading": ["--gb", "0.001", "--ranks", "2", "--repeats", "1", "--folder", "{}"],
     "node_limited": ["--tokens-per-rank", "1024", "--repeats", "1", "--ranks-per-host", "1"],
-    "prediction": ["--links", "1gbit", "--tokens-per-rank", "8", "--weight-formats", "bf16", "--within", "1000"],
+    "prediction": ["--links", "1gbit", "--tokens-per-rank", "8,300", "--weight-formats", "bf16", "--within", "1000"],
 }
 SOAK = list(SMALLEST)[list(SMALLEST).index("heartbeat") :]
 QUICK = [name for name in SMALLEST if name not in SOAK]
