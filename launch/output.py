@@ -49,6 +49,10 @@ def note(line: str) -> None:
     stderr.print(Text(line), soft_wrap=True)
 
 
+# what a folder that is not ours says to a new file, and a file that is mounted by itself
+_PLACE_TAKEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
+
+
 def write(path: Path, content: str | bytes, use: str = "") -> None:
     """Writes a file and says so, and of what use it is. See write_whole()."""
     write_whole(path, content)
@@ -93,10 +97,6 @@ def _replaced(path: Path, there: os.stat_result | None, data: bytes) -> bool:
             return False
         raise
     return True
-
-
-# what a folder that is not ours says to a new file, and a file that is mounted by itself
-_PLACE_TAKEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
 
 
 def check_folder(path: Path) -> None:

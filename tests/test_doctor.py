@@ -219,7 +219,10 @@ def groups(folder: Path, lines: str, files: dict[str, str], monkeypatch: pytest.
     monkeypatch.setattr(limits, "CGROUPS", folder / "tree")
 
 
-@pytest.mark.parametrize(("quota", "threads"), [("350000 100000", 3), ("50000 100000", 1), ("max 100000", 8)])
+@pytest.mark.parametrize(
+    ("quota", "threads"),
+    [("350000 100000", 3), ("50000 100000", 1), ("max 100000", 8), ("max", 8), ("", 8), ("100000 0", 8)],
+)
 def test_threads_are_as_many_as_the_control_group_and_affinity_leave_cores(
     quota: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +230,20 @@ def test_threads_are_as_many_as_the_control_group_and_affinity_leave_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert (limits.cores(), share_of_cores(1), share_of_cores(16)) == (threads, threads, 1)
     assert share_of_cores(2) == max(1, threads // 2)
+
+
+def test_control_groups_that_may_not_be_read_bound_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups(tmp_path, "0::/a\n", {"a/cpu.max": "100000 100000"}, monkeypatch)
+    assert limits.cpu_quota() == 1.0
+
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    whole = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: refused() if path.name == "cpu.max" else whole(path))
+    assert limits.cpu_quota() is None
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert limits.cpu_quota() is None
 
 
 def test_a_machine_whose_loopback_is_down_is_told_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

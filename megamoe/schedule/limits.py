@@ -21,33 +21,37 @@ def allowed_cores() -> int:
 
 
 def cpu_quota() -> float | None:
-    """Cores' worth of time that control groups leave this process, None where nothing bounds it."""
+    """Cores' worth of time that control groups leave this process, None where nothing bounds it or does not say so."""
     shares = []
     for text in group_files("cpu", "cpu.max"):  # version 2: "200000 100000" or "max 100000"
-        quota, period = text.split()
-        if quota != "max":
+        quota, _, period = text.partition(" ")
+        if quota.isdecimal() and period.isdecimal() and int(period):
             shares.append(int(quota) / int(period))
     periods = list(group_files("cpu", "cpu.cfs_period_us"))
     for quota, period in zip(group_files("cpu", "cpu.cfs_quota_us"), periods, strict=False):  # version 1, -1: none
-        if int(quota) > 0:
+        if quota.isdecimal() and period.isdecimal() and int(quota) and int(period):
             shares.append(int(quota) / int(period))
     return min(shares, default=None)
 
 
 def group_files(controller: str, name: str) -> Iterator[str]:
-    """What a file says in each of this process's control groups, its own first, then those around it.
+    """What a file says in each of this process's control groups that lets it be read, its own first, then those around.
 
     Lines of /proc/self/cgroup are "0::/path" (version 2) and "4:memory:/path" (version 1, a tree per controller).
     """
-    if not OWN_CGROUPS.exists():
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
         return
-    for line in OWN_CGROUPS.read_text().splitlines():
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         root = CGROUPS / controllers if controllers else CGROUPS
         inside = Path(path.lstrip("/"))
         for folder in (inside, *inside.parents):
-            file = root / folder / name
-            if file.is_file():
-                yield file.read_text().strip()
+            try:
+                text = (root / folder / name).read_text()
+            except OSError:
+                continue
+            yield text.strip()

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from megamoe.model.private import dtype_plan, model_class
 from megamoe.model.structure import Structure, read_structure
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 QUANT_METHODS = ("fp8", "mxfp4")  # of transformers' configs
 CONFIG, MANIFEST = "config.json", "megamoe_manifest.json"
 
@@ -123,8 +123,8 @@ def build(path: Path, stored_dtype: torch.dtype | None) -> Skeleton:
         del config.quantization_config
     dtype = config.dtype or stored_dtype or torch.float32
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in FLOATS:
-        raise ValueError(f"{path / CONFIG}: dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{path / CONFIG}: dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     kind = model_class(config)
     with ExitStack() as stack, _as_refusal(f"{path / CONFIG}: transformers makes no {kind.__name__} of it"):
         for context in kind.get_init_context(dtype, False, False, None):

@@ -89,9 +89,8 @@ class WorkerActor:
 
     def _start(self, order: WorkerOrder) -> Occupant:
         sys.path[:] = [folder for folder in sys.path if folder != order.unsearched]
-        from megamoe.launch.cluster.ray.worker import (
-            start,
-        )  # brings torch, and all modules from where the driver has them
+        # brings torch, and all modules from where the driver has them
+        from megamoe.launch.cluster.ray.worker import start
 
         self._worker, occupant = start(order)
         return occupant
