@@ -398,6 +398,20 @@ def test_a_tile_by_hand() -> None:
     slow = replace(plain, feed_ps=20.0)
     assert tile_us(slow, 128, 1000) == pytest.approx((5.12**3 + epilogue**3) ** (1 / 3))
     assert tile_us(slow, 128, 1000, 0.5) == pytest.approx((3.84**3 + epilogue**3) ** (1 / 3))
+    scaled = tile_us(plain, 128, 1000, scale_ps=2.0)  # 3.2768 + 2 ps x 256 x 1000, while the tensor core waits
+    assert scaled == pytest.approx((3.7888**3 + epilogue**3) ** (1 / 3))
+    assert tile_us(slow, 128, 1000, scale_ps=2.0) == tile_us(slow, 128, 1000), "hidden behind what feeds it"
+
+
+def test_one_warp_group_scales_while_nothing_is_multiplied_two_take_turns() -> None:
+    """Grouped products of Hopper in tiles of 64 rows: on H100 what feeds the tensor core hides it, on H20 nothing."""
+    for name, longer in (("h100", 1.0), ("h20", 1.14)):
+        on = device(name)
+        unscaled = replace(on, scale_ps=0.0)
+        few, without = (sum(grouped_us(V3, each, [64], [32])) for each in (on, unscaled))
+        assert few / without == pytest.approx(longer, abs=0.01), name
+        assert grouped_us(V3, on, [128], [78]) == pytest.approx(grouped_us(V3, unscaled, [128], [78])), name
+    assert device("gb200").scale_ps == 0
 
 
 def test_products_add_up_their_tiles_and_wait_for_one_of_each() -> None:

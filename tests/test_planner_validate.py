@@ -94,14 +94,18 @@ def test_other_columns_are_ignored_and_formats_are_taken(tmp_path: Path) -> None
         (HEADER + ROW.replace("407.9", "nan"), "line 2: latency_us 'nan' is no positive number"),
         (HEADER + ROW + ROW.replace(",8,512", ",0,512"), "line 3: ep_size '0' is no positive whole number"),
         (HEADER + ROW.replace("gb200", "gb20"), "line 2: no hardware is called 'gb20'"),
-        (HEADER + "gb200,deepseek-v4-pro\n", "line 2: hidden '' is no positive whole number"),
+        (HEADER + "gb200,deepseek-v4-pro\n", "line 2: ep_size '' is no positive whole number"),
+        (
+            HEADER + "gb200,mine,7168\n",
+            "line 2: no intermediate, and the catalog has no model 'mine' that would say it",
+        ),
         (
             HEADER + ROW.replace("407.9", "1,407.9"),
             "line 2: 11 cells in 10 columns: write numbers with a decimal point",
         ),
         ((HEADER + ROW).replace(",", ";").replace("407.9", "407,9"), "'407,9' is no positive number: write numbers"),
         (HEADER + ROW.replace("7168", '"7,168"'), "hidden '7,168' is no positive whole number: write numbers"),
-        (HEADER.replace("routing", "latency_us") + ROW, "no column routing"),
+        (HEADER.replace("topk", "latency_us") + ROW, "more than one column latency_us"),
         (HEADER.replace("\n", ",Latency_us\n") + ROW.replace("\n", ",1\n"), "more than one column latency_us"),
         (HEADER + ROW.replace("balanced", "b" * 140_000), "line 2: field larger than field limit"),
         (HEADER + ROW.replace("7168", "7" * 5000), "hidden '7{37}...' is no positive whole number$"),
@@ -116,6 +120,7 @@ def test_other_columns_are_ignored_and_formats_are_taken(tmp_path: Path) -> None
         "ep",
         "hardware",
         "short",
+        "no-such-model",
         "thousands",
         "decimal-comma",
         "quoted-thousands",
@@ -163,6 +168,18 @@ def test_a_table_is_the_same_however_a_program_writes_it(tmp_path: Path, text: s
     plain.write_text(HEADER + ROW)
     written.write_bytes(text.encode())
     assert [replace(each, line=2) for each in read_table(written)] == read_table(plain)
+
+
+def test_sizes_and_routing_that_a_table_has_not_are_the_catalogs(tmp_path: Path) -> None:
+    whole, short = tmp_path / "whole.csv", tmp_path / "short.csv"
+    whole.write_text(HEADER + ROW)
+    short.write_text(
+        "hardware,model,ep_size,tokens_per_rank,stack,latency_us\nGB200,DeepSeek_V4_Pro,8,512,kernel,407.9\n"
+    )
+    found = read(short)
+    assert found.rows[0].expert == read_table(whole)[0].expert
+    assert {said.split(":")[0] for said in found.assumed} >= {"sizes that the file does not say"}
+    assert "balanced routing, where none is said" in found.assumed
 
 
 def test_a_table_comes_through_a_pipe(tmp_path: Path) -> None:
@@ -216,6 +233,8 @@ def test_all_tables_are_held_to_a_bar() -> None:
         ("h20", "deepgemm 383", 22, 8, 20),
         ("b200", "moe_ep_benchmark, deepgemm", 35, 8, 30),
         ("gb200", "flashinfer tuning page, deepgemm", 15, 8, 20),
+        ("h20", "sgl deepgemm 48, deepep", 15, 16, 30),
+        ("h20", "sgl deepgemm 36, deepep", 20, 14, 24),
     ],
 )
 def test_what_was_held_out_is_met(hardware: str, source: str, rows: int, most_median: float, most: float) -> None:

@@ -305,8 +305,9 @@ class Profile(Staged):
     """What a kind of device reaches of its peaks and pays on top; `fitted` says from which data. See planner/layer.py.
 
     feed_ps             an SM, bringing a byte of an operand to its tensor core
+    scale_ps            the same of grouped products in a tile of one warp group, which scales sums between products
     epilogue_ps         an SM, one value of a tile's result: activation, quantisation, the way home
-    sm_ghz              clock of the SMs at which the two were fitted; a device of another takes them by the ratio
+    sm_ghz              clock of the SMs at which these were fitted; a device of another takes them by the ratio
     tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
     small_rows          mean rows of an expert up to which a call has the smallest tiles; none for half of one
     last_rows           what the rows of an expert's last tile are filled up to whole steps of
@@ -372,6 +373,7 @@ class Profile(Staged):
     ll_combine_expert_us: Figure
     ll_dispatch_efficiency: Figure
     ll_combine_efficiency: Figure
+    scale_ps: Figure = Figure(value=0.0, tag="assumed", source="scaled by the tensor cores or by warps of their own")
     slot_us: Figure = Figure(value=0.0, tag="assumed", source="hidden behind the slots' bytes, as far as is known")
     dense_efficiency: Figure = Figure(
         value=0.6,

@@ -22,7 +22,7 @@ class Device:
     operand_bytes   of one value of that format, without its scale
     host_bridge     whether devices meet over PCIe, which then carries what goes to the NIC too
     sms             SMs or compute units; where nobody counted them, as many of GB200's as the peak is worth
-    feed_ps, epilogue_ps    at this device's clock, where it and the profile's are known
+    feed_ps, epilogue_ps, scale_ps    at this device's clock, where it and the profile's are known
     """
 
     name: str
@@ -37,6 +37,7 @@ class Device:
     nic_gb_s: float | None
     feed_ps: float
     epilogue_ps: float
+    scale_ps: float
     tile_rows: int
     block_rows: int
     small_rows: float
@@ -81,6 +82,7 @@ class Device:
             nic_gb_s=nic.one_way if nic else None,
             feed_ps=profile.feed_ps.value * slower,
             epilogue_ps=profile.epilogue_ps.value * slower,
+            scale_ps=profile.scale_ps.value * slower,
             tile_rows=max(1, round(profile.tile_rows.value)),
             block_rows=max(1, round(profile.block_rows.value)),
             small_rows=profile.small_rows.value if profile.small_rows else max(1, round(profile.tile_rows.value)) / 2,

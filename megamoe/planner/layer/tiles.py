@@ -13,6 +13,10 @@ all of it, and one whose peak is large does not. The epilogue belongs to other w
 next is multiplied: the 3-norm of both. A narrow expert has fewer steps of K in the second product, which hide less of
 it. The fused kernel keeps the tiles of all experts and of both products in one queue, and has one size of
 tiles for a call; grouped products are two launches, of which each ends in a wave that is not full.
+
+Grouped products of Hopper give every 64 rows of a tile to a warp group, which multiplies a block of K and then scales
+its sums by itself: scale_ps for each byte. In a tile of 128 rows one group multiplies while the other scales; in a
+tile of 64 rows the tensor cores wait. That shows where tensor cores are slow and weights are not: on H20.
 """
 
 # n rows of an expert   K, N of a product   T_n tiles
@@ -34,13 +38,16 @@ _SWAPPED_AT_MOST = 1.5  # times swap_rows: DeepGEMM's 16 rows of an expert, 24 i
 _EPILOGUE_NORM = 3.0
 
 
-def tile_us(device: Device, rows: int, k: float, weight_bytes: float | None = None) -> float:
-    """One tile of rows x 128 over K. weight_bytes: of a weight's value, None for that of the device's format."""
+def tile_us(device: Device, rows: int, k: float, weight_bytes: float | None = None, *, scale_ps: float = 0.0) -> float:
+    """One tile of rows x 128 over K. weight_bytes: of a weight's value, None for that of the device's format.
+
+    scale_ps: for each byte of the operands, what the tensor core waits for.
+    """
     size = rows * COLUMNS
-    tensor = 2e-6 * size * k / (device.tflops / device.sms)
     columns = COLUMNS * (device.operand_bytes if weight_bytes is None else weight_bytes)
-    feed = 1e-6 * device.feed_ps * (rows * device.operand_bytes + columns) * k
-    return norm(max(tensor, feed), 1e-6 * device.epilogue_ps * size, _EPILOGUE_NORM)
+    moved = 1e-6 * (rows * device.operand_bytes + columns) * k
+    tensor = 2e-6 * size * k / (device.tflops / device.sms) + scale_ps * moved
+    return norm(max(tensor, device.feed_ps * moved), 1e-6 * device.epilogue_ps * size, _EPILOGUE_NORM)
 
 
 def products_us(
@@ -109,10 +116,11 @@ def grouped_us(expert: Expert, device: Device, rows: Sequence[float], number: Se
         across = -(-n // COLUMNS)
         best: tuple[float, int, float] | None = None
         for block in GROUPED_BLOCKS:
+            scale_ps = device.scale_ps if block <= device.tile_rows else 0.0
             blocks = sum(math.ceil(each / block) * count for each, count in zip(rows, number, strict=True))
             one = (
                 across
-                * tile_us(device, block, k, expert.weight_element_bytes)
+                * tile_us(device, block, k, expert.weight_element_bytes, scale_ps=scale_ps)
                 / device.sms
                 * _whole_waves(blocks * across, device.sms)
             )

@@ -3,6 +3,7 @@
 Three kinds of rows, told apart by their columns (other columns are ignored):
 
     layer      hardware, model, hidden, intermediate, num_experts, topk, ep_size, tokens_per_rank, routing, latency_us;
+               sizes that are missing are the catalog's, of a model that it has; routing is balanced where none is said;
                weight_format, dispatch_format and combine_format, or a `variant` that names them (nvfp4_bf16wire)
     products   op_name moe_generation or moe_context: grouped products of one rank (ai-dynamo/aiconfigurator)
     exchange   op_name ll, dispatch_avg_t_us and combine_avg_t_us: DeepEP's low-latency kernels (aiconfigurator), of
@@ -32,18 +33,8 @@ from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.stacks import check_kernel
 from megamoe.schedule.formats import value_bytes
 
-COLUMNS = (
-    "hardware",
-    "model",
-    "hidden",
-    "intermediate",
-    "num_experts",
-    "topk",
-    "ep_size",
-    "tokens_per_rank",
-    "routing",
-    "latency_us",
-)
+COLUMNS = ("hardware", "model", "ep_size", "tokens_per_rank", "latency_us")
+SIZES = {"hidden": "expert_hidden", "intermediate": "intermediate", "num_experts": "num_experts", "topk": "topk"}
 _OTHER_NAMES = {
     "hardware": ("device",),
     "hidden": ("hidden_size",),
@@ -200,7 +191,8 @@ def _kind(path: Path, reader: _Reader) -> Reads:
     timed = any(f"latency_{unit}" in columns for unit in _UNITS)
     missing = [key for key in COLUMNS if not reader.has(key) and not (key == "latency_us" and timed)]
     if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
+        needed = f"{', '.join(COLUMNS)}, and {', '.join(SIZES)} of models that the catalog has not"
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it needs {needed}")
     return _layer
 
 
@@ -231,10 +223,13 @@ def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
     name, hardware = reader.text(row, "model"), _hardware(reader.text(row, "hardware"))
     model = _known_model(name)
     formats = _formats(reader, row, model)
-    hidden, width, experts, topk = (reader.whole(row, key) for key in ("hidden", "intermediate", "num_experts", "topk"))
+    hidden, width, experts, topk = (_size(reader, row, key, model) for key in SIZES)
     expert = Expert(hidden, width, experts, topk, model.gated if model else True, *formats)
     stack = _stack(reader, row)
-    routing, drawn = reader.text(row, "routing") or "balanced", None
+    routing, drawn = reader.text(row, "routing"), None
+    if not routing:
+        reader.assume("balanced routing, where none is said")
+        routing = "balanced"
     if stack == "kernel" and routing == "balanced":
         # the benchmarks of DeepGEMM and FlashInfer draw each token's experts; SGLang's deals them out
         reader.assume("balanced routing of a kernel alone: every expert as likely, drawn by chance (uniform)")
@@ -253,6 +248,17 @@ def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
         drawn,
         profile,
     )
+
+
+def _size(reader: _Reader, row: dict[str, str], key: str, model: Model | None) -> int:
+    """A size of the layer: the row's, or the catalog's. ValueError where neither has it."""
+    if reader.text(row, key):
+        return reader.whole(row, key)
+    if model is None:
+        name = reader.text(row, "model")
+        raise ValueError(f"no {key}, and the catalog has no model {_quoted(name)} that would say it")
+    reader.assume("sizes that the file does not say: those of the catalog's model of that name")
+    return int(getattr(model, SIZES[key]))
 
 
 def _profile(reader: _Reader, row: dict[str, str], hardware: str, stack: str, expert: Expert) -> str | None:
