@@ -345,7 +345,7 @@ class Profile(Staged):
     attention_efficiency  of the BF16 peak, in attention cores
     dense_overlap       p of the norm in which compute and memory of a kernel add up
     kernel_us           for every launch that waits for the one before, in a captured graph
-    attention_us        a call of the attention core in decode, beyond a launch
+    attention_us        a call of the core of a dense latent (mla) in decode, beyond a launch
     attention_spill     1: values between the projections of a latent are written and read; 0: one operator keeps them
     """
 
@@ -401,7 +401,9 @@ class Profile(Staged):
 
     attention_us: Figure = Figure(value=0.0, tag="assumed", source="no more than a launch, as far as is known")
     attention_spill: Figure = Figure(
-        value=1.0, tag="assumed", source="norms, rope, quantisation and the products of a layer are kernels of their own"
+        value=1.0,
+        tag="assumed",
+        source="norms, rope, quantisation and the products of a layer are kernels of their own",
     )
 
     @property

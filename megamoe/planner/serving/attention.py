@@ -18,7 +18,9 @@ from megamoe.catalog.parameters import attention_parameters
 
 KV_FORMATS = ("bf16", "fp8", "int8")
 INDEX_FORMATS = ("bf16", "fp8", "fp4")
-DENSE_KINDS = ("mla",)  # whose kernels multiply an 8-bit cache in 8 bits, on devices that have such a kernel
+DENSE_KINDS = (
+    "mla",
+)  # whose kernels were timed: a call's time, and products in 8 bits where a device's kernel has them
 
 # Dependent launches of one layer's attention in a fused serving stack (vLLM, SGLang, cann-recipes-infer): each waits
 # for the one before. mla: norm, down projections, norms, q up, absorb, rope and cache, core, v up, quantise, o.

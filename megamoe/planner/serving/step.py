@@ -162,9 +162,9 @@ class Costs:
         eight_bits = self.formats.kv != "bf16" and cost.kind in DENSE_KINDS and core.eight_bit_tflops is not None
         compute_us = flops * 1e-6 / (core.eight_bit_tflops if eight_bits else core.tflops)  # type: ignore[operator]
         memory_us = nbytes / core.bytes_us
-        us = self.both_us(compute_us, memory_us) + self.attention_us
-        name, call_us = f"{cost.kind} core", self.attention_us
-        return Piece(name, part, times, us, flops, nbytes, compute_us, memory_us, 0, call_us=call_us)
+        call_us = self.attention_us if cost.kind in DENSE_KINDS else 0.0
+        us = self.both_us(compute_us, memory_us) + call_us
+        return Piece(f"{cost.kind} core", part, times, us, flops, nbytes, compute_us, memory_us, 0, call_us=call_us)
 
     def both_us(self, compute_us: float, memory_us: float) -> float:
         """Of a kernel's products and its bytes: their p-norm."""
@@ -238,7 +238,7 @@ def _attention(
         pieces.append(costs.core_piece(cost, part, layers, core, moved))
     elif cost.unfolded:
         # queries in before, results out after: the tables of prefill say that they do not overlap with the products
-        moved = sequences * (2 * d.context - d.cached) * 2 * cost.unfolded / tp
+        moved = sequences * (2 * d.context - d.cached) * 2 * cost.unfolded
         pieces.append(costs.piece(f"{cost.kind} core", part, layers, core, core * 1e-6 / costs.core_tflops, 0.0, 0))
         pieces.append(costs.piece(f"{cost.kind} core's values", part, layers, 0.0, 0.0, moved, 0))
     else:
