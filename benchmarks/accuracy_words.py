@@ -165,13 +165,14 @@ after it. At 48 sequences 30 % are planned. A second figure of the GB200 post is
 
 ATTENTION = """
 Memory's share was fitted to the cores of these tables, and to the same with 16 and 64 heads, one figure a device; what
-products reach is the most that a row reached. Nothing was fitted to whole attention. Before 2026-11-30 every device had 60 % of its BF16 peak and 78 % of its
-memory, whatever the cache's format, and what runs between the products of attention was left out: medians of 36 and 39
-% for FP8 cores on GB200 and B200, 17 and 21 % for their FP8 attention, 8 to 17 % for the rest.
+products reach is the most that a row reached. Nothing was fitted to whole attention. Before 2026-11-30 every device had
+60 % of its BF16 peak and 78 % of its memory, whatever the cache's format, and what runs between the products of
+attention was left out: medians of 36 and 39 % for FP8 cores on GB200 and B200, 17 and 21 % for their FP8 attention, 8
+to 17 % for the rest.
 
 Where it is worst: 32 sequences of 1024 tokens on Hopper, which take 45 us where 30 are planned (a kernel that fills the
-SMs by splitting a sequence), and 512 with an FP8 cache there. TensorRT-LLM's kernel is 8 to 25 % faster than in SGLang's
-table of the same kernel on Blackwell with long caches; the planner lies between.
+SMs by splitting a sequence), and 512 with an FP8 cache there. TensorRT-LLM's kernel is 8 to 25 % faster than in
+SGLang's table of the same kernel on Blackwell with long caches; the planner lies between.
 
 What else was found, and where it went:
 

@@ -133,6 +133,7 @@ def test_a_dense_prefill_moves_unfolded_keys_and_values_once() -> None:
     )
     values = next(piece for piece in step_pieces(costs_of(d), d) if piece.name == "mla core's values")
     assert values.nbytes == 4 * (1000 + 2000) * 128 * (192 + 128) * 2
+    assert costs("deepseek-v3")[0].prefill_value_bytes(0, 1) == 163840
     assert values.us == values.memory_us
 
 
@@ -156,6 +157,17 @@ def test_a_device_without_figures_of_its_own_has_the_profiles() -> None:
     assert core.compute_us == pytest.approx(core.flops * 1e-6 / (0.6 * hardware("mi300x").tflops("bf16")))
     assert core.memory_us == pytest.approx(core.nbytes / (5.3e6 * 0.782))
     assert core.call_us == 0
+
+
+def test_figures_of_attention_are_shares_and_yes_or_no() -> None:
+    with pytest.raises(ValueError, match="attention_8bit_efficiency is a share of the peak"):
+        override(hardware("gb200"), {"attention_8bit_efficiency": 1.2})
+    with pytest.raises(ValueError, match=r"attention_spill is 0 or 1, not 0\.5"):
+        override(find_profile(hardware("gb200")), {"attention_spill": 0.5})
+    without = override(hardware("gb200"), {"attention_8bit_efficiency": "none"})
+    d = deployment("deepseek-v3", "gb200", devices=8, ep=8, batch_per_device=64, context=4096)
+    core = core_of(replace(d, hardware=without))
+    assert core.compute_us == pytest.approx(core.flops * 1e-6 / (0.6 * 2500))  # unpacked
 
 
 def test_one_operator_keeps_what_is_between_the_products() -> None:

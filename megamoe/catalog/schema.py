@@ -416,6 +416,8 @@ class Profile(Staged):
         for key, figure in figures(self).items():
             if key.endswith("_efficiency") and not 0 < figure.value <= 1:
                 raise ValueError(f"{key} is a share of the peak, above 0 and at most 1, not {figure.value:g}")
+        if self.attention_spill.value not in (0, 1):
+            raise ValueError(f"attention_spill is 0 or 1, not {self.attention_spill.value:g}")
         for key in ("memory_overlap", "overlap", "dense_overlap"):
             if getattr(self, key).value < 1:
                 raise ValueError(f"{key} is 1 (nothing overlaps) or more, not {getattr(self, key).value:g}")

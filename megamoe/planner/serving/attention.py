@@ -98,11 +98,19 @@ class AttentionCost:
         return self.index_pair_flops * (_floor_sum(stop, self.ratio, None) - _floor_sum(start, self.ratio, None))
 
     def prefill_read_bytes(self, start: int, stop: int, kv_format: str) -> float:
-        """Cache read by the core: every query its own entries where they are chosen, else once for 128 queries."""
-        if self.unfolded:  # keys and values of all heads, once; their tiles are read again out of the caches
-            return 2.0 * stop * self.unfolded
+        """Cache read by the core: every query its own entries where they are chosen, else once for 128 queries.
+
+        Not of a latent that is unfolded first, of which prefill_value_bytes says what the core moves.
+        """
         together = 1 if self.cap else 128
         return self._entries_between(start, stop) * self.entry_bytes(kv_format) / together
+
+    def prefill_value_bytes(self, start: int, stop: int) -> int:
+        """Moved by the core of a latent that is unfolded: queries and results of start+1 .. stop, all keys and values.
+
+        BF16, all heads, each once: tiles that are read again come out of the caches.    V3: 163840 for a token of each
+        """
+        return 2 * self.unfolded * (stop - start + stop)
 
     def cache_bytes(self, context: int, kv_format: str, index_format: str) -> int:
         """Cache of one sequence of `context` tokens in one layer, scales included."""

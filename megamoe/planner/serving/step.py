@@ -238,7 +238,7 @@ def _attention(
         pieces.append(costs.core_piece(cost, part, layers, core, moved))
     elif cost.unfolded:
         # queries in before, results out after: the tables of prefill say that they do not overlap with the products
-        moved = sequences * (2 * d.context - d.cached) * 2 * cost.unfolded
+        moved = sequences * cost.prefill_value_bytes(d.cached, d.context)
         pieces.append(costs.piece(f"{cost.kind} core", part, layers, core, core * 1e-6 / costs.core_tflops, 0.0, 0))
         pieces.append(costs.piece(f"{cost.kind} core's values", part, layers, 0.0, 0.0, moved, 0))
     else:
