@@ -25,11 +25,19 @@ from megamoe.planner.validation.validate import Compared, Errors, compare, quant
 from megamoe.schedule.machine import read_runs
 
 try:
-    from benchmarks.accuracy_words import ATTENTION, HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, SERVING, WORST
+    from benchmarks.accuracy_words import (
+        ATTENTION,
+        HEAD,
+        HELD_OUT,
+        KERNELS_OF_THEIR_OWN,
+        PRODUCTS_ON_GB200,
+        SERVING,
+        WORST,
+    )
     from benchmarks.fit_kernels import KERNELS, rows_of
     from benchmarks.fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200, table
 except ModuleNotFoundError:  # run as a file, which has its own folder on the path
-    from accuracy_words import ATTENTION, HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, SERVING, WORST  # type: ignore[import-not-found, no-redef]
+    from accuracy_words import ATTENTION, HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, PRODUCTS_ON_GB200, SERVING, WORST  # type: ignore[import-not-found, no-redef]
     from fit_kernels import KERNELS, rows_of  # type: ignore[import-not-found, no-redef]
     from fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200, table  # type: ignore[import-not-found, no-redef]
 
@@ -43,6 +51,7 @@ def lines() -> Iterator[str]:
     yield from _layers()
     yield from _halves()
     yield from _staged()
+    yield from _gb200_products()
     yield from _left_out()
     yield from _kernels()
     yield from _holdouts()
@@ -177,6 +186,24 @@ def _staged() -> Iterator[str]:
         numbers = f"{each.row.latency_us:.1f} | {each.planned_us:.1f} | {each.error_pct:+.1f} %"
         yield f"| {each.row.tokens_per_rank} | {numbers} |"
     yield ""
+
+
+def _gb200_products() -> Iterator[str]:
+    """Grouped products on Blackwell, by EP size: looked up last, fitted to nothing."""
+    yield "## Grouped FP8 products on GB200, fitted to nothing\n"
+    yield "`docs/data/sglang_grouped_gemm_gb200_fp8_decode.csv` and `..._prefill.csv`: ai-dynamo/aiconfigurator 0.12"
+    yield "(Apache-2.0), SGLang 0.5.10: DeepSeek-V3, one rank's experts, six routings. The second median is with its"
+    yield "sign, above 0 where it is planned too long.\n"
+    yield "| stage | EP | number | median | with its sign | 95th percentile | largest |"
+    yield "|---|---|---|---|---|---|---|"
+    for stage in ("decode", "prefill"):
+        compared = compare(read_table(DATA / f"sglang_grouped_gemm_gb200_fp8_{stage}.csv"))
+        for ep in sorted({each.row.ep_size for each in compared}):
+            rows = [each for each in compared if each.row.ep_size == ep]
+            found, signed = Errors.of(rows), median(each.error_pct for each in rows)
+            numbers = f"{found.median_abs_pct_error:.1f} % | {signed:+.1f} % | {found.p95_abs_pct_error:.1f} %"
+            yield f"| {stage} | {ep} | {len(rows)} | {numbers} | {found.max_abs_pct_error:.1f} % |"
+    yield PRODUCTS_ON_GB200
 
 
 def _left_out() -> Iterator[str]:
