@@ -311,11 +311,11 @@ def _serving() -> Iterator[str]:
     for each in published():
         numbers = f"{each.published:.0f} | {each.ours:.0f} | {each.error_pct:+.1f} %"
         yield f"| {each.result.what} | {numbers} | {each.result.role} | {each.result.assumed or '-'} |"
-    yield "\nNo host time between steps, and balanced routing, are taken for all of these. V3 decode on EP72 was +52"
+    yield "\nNo host time between steps is taken for any, and balanced routing but on H20. V3 decode on EP72 was +52"
     yield "% while the links of a half were taken to hide behind all that the other half computes. In a decode they"
     yield "hide behind its attention alone: the engines of these runs cut attention in two, and an expert's rows of"
     yield "one half are sent while the other half's attention runs. V3 decode on EP144 has a third of the tokens"
-    yield "and waits for no link. Of H20's routing its source tells more than that, and no constant was fitted to any."
+    yield "and waits for no link."
     yield SERVING
 
 
