@@ -10,24 +10,34 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
 from benchmarks.command import new_file, run
 from megamoe.catalog import figures, find_profile, load_machine, load_model
 from megamoe.planner.serving.flops import ASSUMPTIONS, efficiency
 from megamoe.planner.validation.ascend_guides import guides, median_of
+from megamoe.planner.validation.attention_kernels import attention_kernels
 from megamoe.planner.validation.calibrate import calibrate, check, median_error
 from megamoe.planner.validation.published import published
 from megamoe.planner.validation.published_layers import deepep_dispatch, deepep_low_latency, isca, pull_request_316
 from megamoe.planner.validation.tables import read_table
-from megamoe.planner.validation.validate import Compared, Errors, compare
+from megamoe.planner.validation.validate import Compared, Errors, compare, quantile
 from megamoe.schedule.machine import read_runs
 
 try:
-    from benchmarks.accuracy_words import HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, SERVING, WORST
+    from benchmarks.accuracy_words import (
+        ATTENTION,
+        HEAD,
+        HELD_OUT,
+        KERNELS_OF_THEIR_OWN,
+        PRODUCTS_ON_GB200,
+        SERVING,
+        WORST,
+    )
     from benchmarks.fit_kernels import KERNELS, rows_of
     from benchmarks.fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200, table
 except ModuleNotFoundError:  # run as a file, which has its own folder on the path
-    from accuracy_words import HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, SERVING, WORST  # type: ignore[import-not-found, no-redef]
+    from accuracy_words import ATTENTION, HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, PRODUCTS_ON_GB200, SERVING, WORST  # type: ignore[import-not-found, no-redef]
     from fit_kernels import KERNELS, rows_of  # type: ignore[import-not-found, no-redef]
     from fit_layer import EXCHANGES, FUSED, PRODUCTS, halves, staged_h200, table  # type: ignore[import-not-found, no-redef]
 
@@ -41,11 +51,13 @@ def lines() -> Iterator[str]:
     yield from _layers()
     yield from _halves()
     yield from _staged()
+    yield from _gb200_products()
     yield from _left_out()
     yield from _kernels()
     yield from _holdouts()
     yield from _efficiency()
     yield from _serving()
+    yield from _attention()
     yield from _guides()
     yield from _machine()
 
@@ -176,6 +188,24 @@ def _staged() -> Iterator[str]:
     yield ""
 
 
+def _gb200_products() -> Iterator[str]:
+    """Grouped products on Blackwell, by EP size: looked up last, fitted to nothing."""
+    yield "## Grouped FP8 products on GB200, fitted to nothing\n"
+    yield "`docs/data/sglang_grouped_gemm_gb200_fp8_decode.csv` and `..._prefill.csv`: ai-dynamo/aiconfigurator 0.12"
+    yield "(Apache-2.0), SGLang 0.5.10: DeepSeek-V3, one rank's experts, six routings. The second median is with its"
+    yield "sign, above 0 where it is planned too long.\n"
+    yield "| stage | EP | number | median | with its sign | 95th percentile | largest |"
+    yield "|---|---|---|---|---|---|---|"
+    for stage in ("decode", "prefill"):
+        compared = compare(read_table(DATA / f"sglang_grouped_gemm_gb200_fp8_{stage}.csv"))
+        for ep in sorted({each.row.ep_size for each in compared}):
+            rows = [each for each in compared if each.row.ep_size == ep]
+            found, signed = Errors.of(rows), median(each.error_pct for each in rows)
+            numbers = f"{found.median_abs_pct_error:.1f} % | {signed:+.1f} % | {found.p95_abs_pct_error:.1f} %"
+            yield f"| {stage} | {ep} | {len(rows)} | {numbers} | {found.max_abs_pct_error:.1f} % |"
+    yield PRODUCTS_ON_GB200
+
+
 def _left_out() -> Iterator[str]:
     """What fit_layer.py found without one device after the other."""
     found = json.loads((DATA / "layer_fit.json").read_text())
@@ -281,12 +311,29 @@ def _serving() -> Iterator[str]:
     for each in published():
         numbers = f"{each.published:.0f} | {each.ours:.0f} | {each.error_pct:+.1f} %"
         yield f"| {each.result.what} | {numbers} | {each.result.role} | {each.result.assumed or '-'} |"
-    yield "\nNo host time between steps, and balanced routing, are taken for all of these. V3 decode on EP72 was +52"
+    yield "\nNo host time between steps is taken for any, and balanced routing but on H20. V3 decode on EP72 was +52"
     yield "% while the links of a half were taken to hide behind all that the other half computes. In a decode they"
     yield "hide behind its attention alone: the engines of these runs cut attention in two, and an expert's rows of"
     yield "one half are sent while the other half's attention runs. V3 decode on EP144 has a third of the tokens"
-    yield "and waits for no link. GB200's and H20's runs were looked up last, and nothing was changed for them."
+    yield "and waits for no link."
     yield SERVING
+
+
+def _attention() -> Iterator[str]:
+    found = attention_kernels(DATA / "mla_decode_kernels.csv")
+    yield "## Attention of DeepSeek-V3 in decode, kernel by kernel\n"
+    yield "`docs/data/mla_decode_kernels.csv`: ai-dynamo/aiconfigurator 0.12 (Apache-2.0), one layer, 128 heads, 32"
+    yield "sequences and more of 1024 to 65536 tokens. The core of SGLang 0.5.14 and TensorRT-LLM 1.3.0rc20, and the"
+    yield "latter's attention from hidden state to hidden state with projections in FP8.\n"
+    yield "| what | device | cache | number | median | 95th percentile | largest |"
+    yield "|---|---|---|---|---|---|---|"
+    for part, name in (("core", "core"), ("attention", "attention, **kept**")):
+        for hardware, kv_format in sorted({(each.hardware, each.kv_format) for each in found}):
+            rows = [each for each in found if (each.part, each.hardware, each.kv_format) == (part, hardware, kv_format)]
+            errors = sorted(abs(each.error_pct) for each in rows)
+            numbers = f"{median(errors):.1f} % | {quantile(errors, 0.95):.1f} % | {errors[-1]:.1f} %"
+            yield f"| {name} | {hardware} | {kv_format} | {len(rows)} | {numbers} |"
+    yield ATTENTION
 
 
 def _guides() -> Iterator[str]:

@@ -18,7 +18,8 @@ the collector's history has for the shares of power_law_sampled its runs had, an
 tables in sight. What grouped products and DeepEP's kernels add, to every other row of their tables. Links are
 DeepEP's own figures, the NIC was fitted to its dispatch on H800. Five constants of the `ascend` profile were fitted
 to 11 of the 13 rows of one guide, in the knowledge of all 13 and of the other rows on Ascend. Kernels with a profile
-of their own to every other of their rows, further down. Nothing else was fitted. Skewed rows are drawn and rounded as
+of their own to every other of their rows, and what attention reaches of a device's memory to the kernels' own rows,
+both further down. Nothing else was fitted. Skewed rows are drawn and rounded as
 the table's own workloads are; the tiles of a call have the size that DeepGEMM gives them.
 """
 
@@ -76,6 +77,14 @@ make of today's model:
   counted, as EP4 and EP8 with 16384 and 32768 say: 3 to 5 % too short then, 1 to 3 % now.
 """
 
+PRODUCTS_ON_GB200 = """
+Decode is met where a rank has 4 experts and more, but for the fewest tokens at EP2 and EP4 (a fifth to a half too
+short); at EP128 and EP256 a call takes 27 us, where launches fitted on H100 are planned with 19 beside the weights of
+two experts. Prefill's calls of few rows wait for the host, 500 us here and 400 on the H200 where that was fitted; of
+many rows they are planned a third too long at EP4 and EP16: 131072 rows at EP4 took 5.9 ms, 8.2 are planned. So
+GB200's prefill runs below, a year older, are met with experts that today's kernels overtake. Nothing was changed.
+"""
+
 HELD_OUT = """
 Left out of it: repeats by the same harness, variants that sum slots within the kernel, kernels of pull requests that
 were overtaken (323, 360, 411, 69, and 48, which takes 5 to 26 % longer than 383 in the same rows), and figures given
@@ -102,7 +111,7 @@ block of K between its products: tensor cores wait. On H100 what feeds them take
 H100 tells how long it takes; FlashInfer's kernels on H200 with and without a scale for every block do (3.2 ps a byte,
 above). With that term H20 stands where the table says, and no other table of this page moved. The rows of H20 alone
 would make it 5.4 ps and half the error; that was not taken from them. R1's decode on H20, whose kernel swaps its
-operands for few rows and has no such tile, is planned 1 to 3 points lower by it.
+operands for few rows and has no such tile, is planned 2 to 5 points lower by it.
 
 Where it errs by more than 20 %:
 
@@ -143,13 +152,60 @@ Those beyond 20 %, and why nothing was changed for them:
 - V4-Flash in INT8 on Atlas A3: its projections, which the guide leaves in BF16, were planned in INT8 here before, +50
   %. A step takes 50 ms and is planned at 37, in 43 layers: 0.3 ms a layer more than any of its parts accounts for. R1
   on the same machine is planned 18 % too slow, so that no constant of the chip mends both.
-- V3 in FP8 on GB200: Part I and II are three months of kernels apart and were measured under the same conditions, 101
-  and 85 ms a step, planned at 70. Attention reaches 60 % of the BF16 peak here, as FlashMLA does on H800; no
-  figure of Blackwell's was found. At 30 % they would be off by +23 and +2 %, and NVFP4's run by -34 %.
+- V3 in FP8 on GB200, June 2025: with September's kernels the same conditions took 85 ms a step in place of 101; 73 are
+  planned. June's attention was CUTLASS's, and its authors say that many kernels were far from the device's limits.
 - V4-Flash with 768 sequences at 128K of context on 950DT: a step of 96 tokens a chip with one draft took 20.5 ms, less
   than one of 64 tokens at 8K with three drafts, 24.0 ms. So a draft costs more there than its layer and its head, 0.6
   ms here; but 1536 sequences with one draft took longer than is planned, and a constant for a draft would widen that.
 
-H20's attention is planned with products in BF16, which that run's kernel, FlashMLA-FP8, has in 8 bits; at 60 % of that
-peak the three rows would be off by +16 to +28 % in place of -17 to -2 %.
+September's two decode runs on GB200 are planned 15 and 16 % too fast, in FP8 and in NVFP4 alike. Attention and its
+projections are met (further down), and so are grouped products of up to 1024 rows a rank (further up). What is left is
+what the posts name without a figure, how evenly the experts were loaded, the host, and sampling: 0.2 ms of 73, were the
+logits read three times. Their overlap of results with the last product is not planned either, and goes the other way.
+
+The conditions of five rows are their sources' own since 2026-11-30. What they were before is contradicted by them, so
+that what was met was met by accident:
+
+- GB200, NVFP4 decode: tokens travel and are multiplied in NVFP4, where MXFP8 by FP4 was planned; attention multiplies
+  in FP8; masked products, which are those of DeepEP's low-latency kernels, the only ones that ran there (DeepEP issue
+  392), and for which 1408 tokens were taken for too many. From -18.7 to +14.7 %.
+- GB200, NVFP4 prefill: tokens and products likewise. From -10.1 to +0.2 %.
+- H20: four cards of 400 Gb/s for eight devices, where one for each was planned; a load balance above 70 %, where all
+  ranks were alike; attention in FP8, where 60 % of the BF16 peak was planned. With grouped products as they are planned
+  now, from -16.0, -19.1 and -4.7 % to +0.8, -4.4 and +10.0 %.
+
+How far above 70 % H20's balance lay the source does not say: 71 % was chosen with these rows in sight, a slightly more
+even load (zipf_0.3) would be off by +8, +3 and +17 %, all ranks alike by +18, +9 and +20 %. With the 8-bit cache
+unpacked to BF16 they would be off by -17, -20 and -4 %. Their post says that attention in 8 bits gave 16.9 % more
+tokens at 56 sequences, for a kernel 70 % faster: 24 % of a step after it. At 48 sequences 30 % are planned. A second
+figure of the GB200 post is met as well: 768 sequences in place of 1408 gave roughly a tenth less, 6 % are planned.
+"""
+
+ATTENTION = """
+Memory's share was fitted to the cores of these tables, and to the same with 16 and 64 heads, one figure a device; what
+products reach is the most that a row reached. Nothing was fitted to whole attention. Before 2026-11-30 every device had
+60 % of its BF16 peak and 78 % of its memory, whatever the cache's format, and what runs between the products of
+attention was left out: medians of 36 and 39 % for FP8 cores on GB200 and B200, 17 and 21 % for their FP8 attention, 8
+to 17 % for the rest.
+
+Where it is worst: 32 sequences of 1024 tokens on Hopper, which take 45 us where 30 are planned (a kernel that fills the
+SMs by splitting a sequence), and 512 with an FP8 cache there. TensorRT-LLM's kernel is 8 to 25 % faster than in
+SGLang's table of the same kernel on Blackwell with long caches; the planner lies between.
+
+What else was found, and where it went:
+
+- FlashMLA on H800: 660 TFLOP/s and 3000 GB/s (README); `megamoe/catalog/hardware/h800.yaml`. Sparse decode reaches 410
+  TFLOP/s there, and 350 on B200, for which its authors had not tuned it: not used, no run here is of a sparse kind.
+- On H20 125 to 130 TFLOP/s of 148 in BF16 (FlashMLA issue 30), 70 % faster in FP8 (pull request 82, LMSYS 2025-09-26).
+- A kernel for Ascend 910 reaches 614 TFLOP/s, 87 % (AMLA, arXiv 2509.25224). It is younger than the two runs of R1 on
+  910C here; what their kernel reached was not found, and the profile's 60 % stand.
+- Prefill of 2000 tokens reaches 1020 TFLOP/s on GB200 and 475 on H100 (the same package, context_mla), 1500 and 590
+  with long prompts: products at 60 % of the peak, and keys, values, queries and results of all heads moved once
+  besides, which do not overlap. The absorbed form's values were taken before, four times as many bytes, and the two
+  were planned 19 and 33 % too long; now 1 and 16 %.
+- Products reach 60 to 69 % of the peak in FP8 on both (gemm), as dense_efficiency has it, and absorbed halves 19 to 26
+  % of the BF16 peak (mla_bmm), since a token moves 164 KB there: so they are planned now.
+
+A step also has, counted and planned: norms and quantisation, rope, residuals, router, shared experts, head, drafts. Not
+planned: sampling, all-gathers of data-parallel attention (none with one expert group over all), the host.
 """

@@ -100,7 +100,7 @@ def test_time_grows_with_tokens_and_never_faster_than_they_do_but_for_a_tile(
 ) -> None:
     """Between neighbours time grows by their ratio at most, or by that of the tiles that an expert's rows take.
 
-    The staged stack changes its kernels above 1024 tokens, where DeepEP's low-latency buffers end.
+    The staged stack changes its kernels above LOW_LATENCY_TOKENS, where DeepEP's low-latency buffers end.
     """
     expert = SHAPES[shape]
     device, profile = _made_up(name, expert, factors)

@@ -14,6 +14,7 @@ import pytest
 
 from megamoe.catalog import load_profile
 from megamoe.planner.validation.ascend_guides import AUGUST, guides, median_of
+from megamoe.planner.validation.attention_kernels import Timed, attention_kernels
 from megamoe.planner.validation.published import RESULTS
 from megamoe.planner.validation.published_layers import deepep_dispatch, deepep_low_latency, isca, pull_request_316
 from megamoe.planner.validation.tables import read, read_table
@@ -209,6 +210,8 @@ BARS = {  # median and 95th percentile, in percent
     "deepep_ll_h100_nodes": (8, 20),
     "sglang_grouped_gemm_h100_fp8_decode": (10, 25),
     "sglang_grouped_gemm_h100_fp8_prefill": (10, 30),
+    "sglang_grouped_gemm_gb200_fp8_decode": (12, 52),  # fitted to nothing, as the next
+    "sglang_grouped_gemm_gb200_fp8_prefill": (22, 50),
     "holdouts": (10, 30),
 }
 
@@ -224,7 +227,36 @@ def test_every_table_is_read_as_it_is_and_met(name: str) -> None:
 
 
 def test_all_tables_are_held_to_a_bar() -> None:
-    assert {path.stem for path in DATA.glob("*.csv")} == set(BARS)
+    assert {path.stem for path in DATA.glob("*.csv")} == {*BARS, "mla_decode_kernels"}
+
+
+@pytest.fixture(scope="module")
+def attention() -> list[Timed]:
+    return attention_kernels(DATA / "mla_decode_kernels.csv")
+
+
+@pytest.mark.parametrize("hardware", ["gb200", "b200", "h100", "h200"])
+@pytest.mark.parametrize(("part", "most_median", "most"), [("core", 11, 43), ("attention", 9, 27)])
+def test_decode_attention_is_met(
+    attention: list[Timed], hardware: str, part: str, most_median: float, most: float
+) -> None:
+    """By cache format: the core, to which memory's share was fitted, and all of attention, to which nothing was."""
+    for kv_format in ("bf16", "fp8"):
+        errors = [
+            abs(row.error_pct)
+            for row in attention
+            if (row.hardware, row.part, row.kv_format) == (hardware, part, kv_format)
+        ]
+        assert len(errors) >= 32
+        assert median(errors) <= most_median
+        assert max(errors) <= most
+
+
+def test_a_table_of_attention_names_the_column_that_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("hardware,framework,part,kv_format,batch,context\n")
+    with pytest.raises(ValueError, match="has no column latency_us"):
+        attention_kernels(path)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,10 @@ class Hardware(Entry):
     `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has. `joined_by: pcie` says that there is no
     scale-up link: the devices of a host reach each other over its PCIe bridge, of which `scaleup_gb_s` is a device's
     share. `sms` counts SMs or compute units, `sm_ghz` is the highest clock that they run at.
+
+    What its attention kernel reaches in decode, as far as one was measured (else the profile's figures count):
+    attention_efficiency         of the BF16 peak            attention_8bit_efficiency    of the 8-bit peak, where the
+    attention_memory_efficiency  of the memory bandwidth     products of an 8-bit cache are 8-bit; none: it is unpacked
     """
 
     name: str
@@ -91,6 +95,9 @@ class Hardware(Entry):
     usd_per_hour_hyperscaler: Figure | None = None
     usd_per_hour_neocloud: Figure | None = None
     usd_per_hour_rental: Figure | None = None
+    attention_efficiency: Figure | None = None
+    attention_8bit_efficiency: Figure | None = None
+    attention_memory_efficiency: Figure | None = None
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -102,6 +109,8 @@ class Hardware(Entry):
                 raise ValueError(f"{key} needs way: one-way or both")
             if not link and figure.way is not None:
                 raise ValueError(f"{key} is no link and has no way")
+            if key.endswith("_efficiency") and figure.value > 1:
+                raise ValueError(f"{key} is a share of the peak, above 0 and at most 1, not {figure.value:g}")
         if self.sms and self.sms.value != int(self.sms.value):
             raise ValueError(f"sms counts SMs or compute units, {self.sms.value:g} is no whole number")
         if self.scaleup_domain.value != int(self.scaleup_domain.value):
@@ -337,6 +346,8 @@ class Profile(Staged):
     attention_efficiency  of the BF16 peak, in attention cores
     dense_overlap       p of the norm in which compute and memory of a kernel add up
     kernel_us           for every launch that waits for the one before, in a captured graph
+    attention_us        a call of the core of a dense latent (mla) in decode, beyond a launch
+    attention_spill     1: values between the projections of a latent are written and read; 0: one operator keeps them
     """
 
     name: str
@@ -390,6 +401,13 @@ class Profile(Staged):
         source="launch in a captured graph, ramp up and drain, of a small kernel; not measured here",
     )
 
+    attention_us: Figure = Figure(value=0.0, tag="assumed", source="no more than a launch, as far as is known")
+    attention_spill: Figure = Figure(
+        value=1.0,
+        tag="assumed",
+        source="norms, rope, quantisation and the products of a layer are kernels of their own",
+    )
+
     @property
     def one_kernel(self) -> bool:
         """Whether it is of a kernel of its own, in place of all that a kind of device runs."""
@@ -400,6 +418,8 @@ class Profile(Staged):
         for key, figure in figures(self).items():
             if key.endswith("_efficiency") and not 0 < figure.value <= 1:
                 raise ValueError(f"{key} is a share of the peak, above 0 and at most 1, not {figure.value:g}")
+        if self.attention_spill.value not in (0, 1):
+            raise ValueError(f"attention_spill is 0 or 1, not {self.attention_spill.value:g}")
         for key in ("memory_overlap", "overlap", "dense_overlap"):
             if getattr(self, key).value < 1:
                 raise ValueError(f"{key} is 1 (nothing overlaps) or more, not {getattr(self, key).value:g}")

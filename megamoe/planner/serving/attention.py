@@ -18,6 +18,9 @@ from megamoe.catalog.parameters import attention_parameters
 
 KV_FORMATS = ("bf16", "fp8", "int8")
 INDEX_FORMATS = ("bf16", "fp8", "fp4")
+DENSE_KINDS = (
+    "mla",
+)  # whose kernels were timed: a call's time, and products in 8 bits where a device's kernel has them
 
 # Dependent launches of one layer's attention in a fused serving stack (vLLM, SGLang, cann-recipes-infer): each waits
 # for the one before. mla: norm, down projections, norms, q up, absorb, rope and cache, core, v up, quantise, o.
@@ -25,6 +28,15 @@ INDEX_FORMATS = ("bf16", "fp8", "fp4")
 # rope back, o_a, o_b; hca adds compressor and pool; csa those and an index.
 KERNELS = {"gqa": 5, "sliding": 5, "mla": 10, "csa": 17, "hca": 13, "linear": 6}
 V4_SLIDING_KERNELS, INDEX_KERNELS = 11, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One projection of a layer: its parameters, and the values of a token that go in and come out."""
+
+    name: str
+    weights: int
+    values: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +58,14 @@ class AttentionCost:
     index_dim: int
     token_flops: int  # what does not depend on the context: the state update of linear attention
     state_bytes: int  # per sequence, whatever the context
-    query_bytes: int  # q in and o out of one token, written and read once each, BF16
+    query_bytes: int  # q in and o out of one token, BF16; written and read once each where no `products` count that
     splits: int  # ways that tensor parallelism can divide the cache: KV heads; 1 for a shared latent
     kernels: int
+    products: tuple[Product, ...] = ()  # in decode, one after the other; empty: all weights as one, hidden in and out
+    prefill_products: tuple[Product, ...] = ()
+    pass_bytes: int = 0  # of one token, read and written by what runs between the products: norms, rope, quantisation
+    prefill_pass_bytes: int = 0
+    unfolded: int = 0  # dims of keys and values of all heads, where a dense prefill unfolds them
 
     def entries(self, context: int) -> int:
         """Entries that the query at position `context` (counted from 1) attends."""
@@ -81,9 +98,19 @@ class AttentionCost:
         return self.index_pair_flops * (_floor_sum(stop, self.ratio, None) - _floor_sum(start, self.ratio, None))
 
     def prefill_read_bytes(self, start: int, stop: int, kv_format: str) -> float:
-        """Cache read by the core: every query its own entries where they are chosen, else once for 128 queries."""
+        """Cache read by the core: every query its own entries where they are chosen, else once for 128 queries.
+
+        Not of a latent that is unfolded first, of which prefill_value_bytes says what the core moves.
+        """
         together = 1 if self.cap else 128
         return self._entries_between(start, stop) * self.entry_bytes(kv_format) / together
+
+    def prefill_value_bytes(self, start: int, stop: int) -> int:
+        """Moved by the core of a latent that is unfolded: queries and results of start+1 .. stop, all keys and values.
+
+        BF16, all heads, each once: tiles that are read again come out of the caches.    V3: 163840 for a token of each
+        """
+        return 2 * self.unfolded * (stop - start + stop)
 
     def cache_bytes(self, context: int, kv_format: str, index_format: str) -> int:
         """Cache of one sequence of `context` tokens in one layer, scales included."""
@@ -169,15 +196,55 @@ def _latent(a: Attention, hidden: int) -> AttentionCost:
     absorbed = 2 * a.heads * (2 * latent + rope)
     unfolded = 2 * a.heads * (_size(a.qk_nope_dim) + rope + _size(a.v_head_dim))
     index = _index_flops(a)
+    weights = attention_parameters(a, hidden)
+    decode, prefill = _latent_products(a, hidden, weights)
+    passes = _latent_passes(a, hidden)
+    sparse = a.kind == "dsa"
     return AttentionCost(
-        kind=a.kind, layers=a.layers, weights=attention_parameters(a, hidden),
+        kind=a.kind, layers=a.layers, weights=weights,
         wide_weights=hidden * (a.index_heads or 0) if index else 0,
         ratio=1, cap=a.index_topk, window=0,
-        pair_flops=absorbed, prefill_pair_flops=absorbed if a.kind == "dsa" else unfolded, index_pair_flops=index,
+        pair_flops=absorbed, prefill_pair_flops=absorbed if sparse else unfolded, index_pair_flops=index,
         nope=latent, rope=rope, index_dim=a.index_dim or 0 if index else 0, token_flops=0, state_bytes=0,
-        query_bytes=4 * a.heads * (2 * latent + rope), splits=1,
+        query_bytes=2 * a.heads * (2 * latent + rope), splits=1,
         kernels=KERNELS["mla"] + (INDEX_KERNELS if index else 0),
+        products=decode, prefill_products=decode if sparse else prefill,
+        pass_bytes=passes, prefill_pass_bytes=passes + (0 if sparse else _unfolding_bytes(a)),
+        unfolded=0 if sparse else unfolded // 2,
     )  # fmt: skip
+
+
+def _latent_products(a: Attention, hidden: int, weights: int) -> tuple[tuple[Product, ...], tuple[Product, ...]]:
+    """Decode: down, q up, keys' half absorbed into q, values' half, out. Prefill: latents unfolded in place of halves.
+
+    What is left of `weights` (an index's, an output gate's) goes down with the first.
+    """
+    latent, nope, v_dim = _size(a.kv_lora), _size(a.qk_nope_dim), _size(a.v_head_dim)
+    queries, low = a.heads * (nope + _size(a.rope_dim)), a.q_lora or 0
+    first = low + latent + _size(a.rope_dim)
+    up = [Product("q up", low * queries, low + queries)] if low else []
+    halves = [
+        Product("absorb", a.heads * nope * latent, a.heads * (nope + latent)),
+        Product("values up", a.heads * latent * v_dim, a.heads * (latent + v_dim)),
+    ]
+    out = Product("out", a.heads * v_dim * hidden, a.heads * v_dim + hidden)
+    rest = weights - sum(product.weights for product in (*up, *halves, out))
+    down = Product("down", rest, hidden + first + (0 if low else queries))
+    both = Product("unfold", halves[0].weights + halves[1].weights, latent + a.heads * (nope + v_dim))
+    return (down, *up, *halves, out), (down, *up, both, out)
+
+
+def _latent_passes(a: Attention, hidden: int) -> int:
+    """Bytes of a token: hidden, low-rank q and the core's output quantised (2 in, 1 out), norms and rope (2 and 2)."""
+    quantised = hidden + (a.q_lora or 0) + a.heads * _size(a.v_head_dim)
+    normed = (a.q_lora or 0) + _size(a.kv_lora) + _size(a.rope_dim)
+    return 3 * quantised + 4 * (normed + a.heads * _size(a.rope_dim))
+
+
+def _unfolding_bytes(a: Attention) -> int:
+    """Of a token whose keys are put together from unfolded and rotated dims, for every head, in BF16."""
+    nope = _size(a.qk_nope_dim)
+    return 2 * a.heads * (nope + nope + _size(a.rope_dim))
 
 
 def _index_flops(a: Attention) -> int:

@@ -178,6 +178,8 @@ def _piece_term(costs: Costs, piece: Piece) -> Term:
         formula = "times x (p-norm(FLOPs / rate, bytes / rate) + launches x kernel_us), p = overlap"
         numbers = f"{piece.times} x (p-norm({piece.flops / 1e9:.3g} GFLOP in {piece.compute_us:.1f} us, "
         numbers += f"{piece.nbytes / 1e6:.3g} MB in {piece.memory_us:.1f} us) + {piece.kernels} x {costs.kernel_us:g})"
+    if piece.call_us:
+        formula, numbers = f"{formula} + attention_us", f"{numbers} + {piece.times} x {piece.call_us:g}"
     if piece.hidden_us:
         formula, numbers = f"{formula} - hidden", f"{numbers} - {piece.times} x {piece.hidden_us:.1f} hidden"
     return Term(f"{piece.part}: {piece.name}", formula, numbers, piece.total_us / 1e3, "ms")

@@ -16,7 +16,7 @@ from megamoe.planner.layer.cost import LayerTime
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.stacks import Stack, stack_time
-from megamoe.planner.serving.attention import AttentionCost, attention_cost, draft_attention
+from megamoe.planner.serving.attention import DENSE_KINDS, AttentionCost, attention_cost, draft_attention
 from megamoe.planner.serving.deployment import Deployment, Formats
 from megamoe.planner.serving.flops import attention_costs
 from megamoe.schedule.formats import value_bytes
@@ -40,6 +40,7 @@ class Piece:
     memory_us: float
     kernels: int
     hidden_us: float = 0.0  # of one: what runs behind something else and does not count
+    call_us: float = 0.0  # of one, in `us`: what a call takes beyond a launch
 
     @property
     def total_us(self) -> float:
@@ -49,8 +50,35 @@ class Piece:
         """The same with so much of it behind something else. dataclasses.replace() takes ten times as long."""
         return Piece(
             self.name, self.part, self.times, self.us, self.flops, self.nbytes, self.compute_us, self.memory_us,
-            self.kernels, hidden_us,
+            self.kernels, hidden_us, self.call_us,
         ) if hidden_us else self  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCore:
+    """What the attention kernel of a device reaches in decode: TFLOP/s, and bytes of the cache in a microsecond.
+
+    tflops where it multiplies in BF16, as kernels do that unpack an 8-bit cache or whose entries are chosen;
+    eight_bit_tflops where the products of a dense 8-bit cache are 8-bit too, None where no kernel is known that does so
+    """
+
+    tflops: float
+    eight_bit_tflops: float | None
+    bytes_us: float
+
+    @classmethod
+    def of(cls, hardware: Hardware, tflops: float, bytes_us: float) -> DecodeCore:
+        """By the device's own figures; where it has none, by the profile's: tflops and bytes_us."""
+        own, eight, memory = (
+            hardware.attention_efficiency,
+            hardware.attention_8bit_efficiency,
+            hardware.attention_memory_efficiency,
+        )
+        return cls(
+            _peak(hardware, 2.0) * own.value if own else tflops,
+            _peak(hardware, 1.0) * eight.value if eight else None,
+            hardware.memory_tb_s.value * 1e6 * memory.value if memory else bytes_us,
+        )
 
 
 class Costs:
@@ -77,7 +105,10 @@ class Costs:
         self.index_tflops = _peak(hardware, {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5}[formats.index]) * attention
         around = load_profile(profile.extends) if profile.one_kernel and profile.extends else profile
         self.bytes_us = self.device.memory_bytes_s * around.memory_efficiency.value / 1e6
+        self.decode_core = DecodeCore.of(hardware, self.core_tflops, self.bytes_us)
         self.kernel_us = profile.kernel_us.value
+        self.attention_us = profile.attention_us.value
+        self.spill = profile.attention_spill.value
         self.power = profile.dense_overlap.value
         self.profile = profile
         self.own_device = Device.of(hardware, profile, "bf16") if "bf16" in hardware.formats else self.device
@@ -122,11 +153,24 @@ class Costs:
         self, name: str, part: str, times: int, flops: float, compute_us: float, nbytes: float, kernels: int
     ) -> Piece:
         memory_us = nbytes / self.bytes_us
+        us = self.both_us(compute_us, memory_us) + kernels * self.kernel_us
+        return Piece(name, part, times, us, flops, nbytes, compute_us, memory_us, kernels)
+
+    def core_piece(self, cost: AttentionCost, part: str, times: int, flops: float, nbytes: float) -> Piece:
+        """The core of one layer's attention in decode, by what this device's kernel reaches."""
+        core = self.decode_core
+        eight_bits = self.formats.kv != "bf16" and cost.kind in DENSE_KINDS and core.eight_bit_tflops is not None
+        compute_us = flops * 1e-6 / (core.eight_bit_tflops if eight_bits else core.tflops)  # type: ignore[operator]
+        memory_us = nbytes / core.bytes_us
+        call_us = self.attention_us if cost.kind in DENSE_KINDS else 0.0
+        us = self.both_us(compute_us, memory_us) + call_us
+        return Piece(f"{cost.kind} core", part, times, us, flops, nbytes, compute_us, memory_us, 0, call_us=call_us)
+
+    def both_us(self, compute_us: float, memory_us: float) -> float:
+        """Of a kernel's products and its bytes: their p-norm."""
         if compute_us > 0 < memory_us:
-            us = (compute_us**self.power + memory_us**self.power) ** (1 / self.power)
-        else:
-            us = compute_us + memory_us
-        return Piece(name, part, times, us + kernels * self.kernel_us, flops, nbytes, compute_us, memory_us, kernels)
+            return float((compute_us**self.power + memory_us**self.power) ** (1 / self.power))
+        return compute_us + memory_us
 
 
 def step_pieces(costs: Costs, d: Deployment) -> list[Piece]:
@@ -155,6 +199,11 @@ def least_us(costs: Costs, d: Deployment) -> float:
     return costs.number(key, make)
 
 
+def attention_pieces(costs: Costs, d: Deployment) -> list[Piece]:
+    """Attention of the first kind's layers in a decode step, with its projections."""
+    return _attention(costs, d, costs.attention[0], d.new_tokens, d.batch_per_device, 1)
+
+
 def _all_attention(costs: Costs, d: Deployment, tokens: float, sequences: float, times: int) -> tuple[Piece, ...]:
     """Of all layers."""
 
@@ -179,23 +228,22 @@ def _attention(
     part: str = "attention",
 ) -> list[Piece]:
     layers, tp = cost.layers * times, d.attention_tp
-    narrow = cost.weights - cost.wide_weights
-    weight_bytes = (narrow * costs.dense_bytes + 2 * cost.wide_weights) / tp
-    compute = 2e-6 * tokens * (narrow / costs.dense_tflops + cost.wide_weights / costs.wide_tflops)
-    io = tokens * costs.model.hidden * 4
+    into = "projections" if part == "attention" else part
     core, index, core_bytes, index_bytes = _work(costs, d, cost, tokens, sequences)
     # a latent that all heads share is read by every device of a tensor-parallel group
     copies = tp / min(tp, cost.splits)
-    pieces = [
-        costs.piece(
-            f"{cost.kind} projections", "projections" if part == "attention" else part, layers,
-            2 * tokens * cost.weights, compute, weight_bytes + io, cost.kernels,
-        ),
-        costs.piece(
-            f"{cost.kind} core", part, layers,
-            core, core * 1e-6 / costs.core_tflops, core_bytes * copies + tokens * cost.query_bytes, 0,
-        ),
-    ]  # fmt: skip
+    moved = core_bytes * copies + tokens * cost.query_bytes
+    pieces = _projections(costs, d, cost, tokens, layers, into)
+    if d.phase == "decode":
+        pieces.append(costs.core_piece(cost, part, layers, core, moved))
+    elif cost.unfolded:
+        # queries in before, results out after: the tables of prefill say that they do not overlap with the products
+        moved = sequences * cost.prefill_value_bytes(d.cached, d.context)
+        pieces.append(costs.piece(f"{cost.kind} core", part, layers, core, core * 1e-6 / costs.core_tflops, 0.0, 0))
+        pieces.append(costs.piece(f"{cost.kind} core's values", part, layers, 0.0, 0.0, moved, 0))
+    else:
+        compute = core * 1e-6 / costs.core_tflops
+        pieces.append(costs.piece(f"{cost.kind} core", part, layers, core, compute, moved, 0))
     if index:
         pieces.append(
             costs.piece(
@@ -205,6 +253,30 @@ def _attention(
     if tp > 1:
         pieces.append(_gather(costs, tokens, tp, layers, part))
     return pieces
+
+
+def _projections(
+    costs: Costs, d: Deployment, cost: AttentionCost, tokens: float, layers: int, part: str
+) -> list[Piece]:
+    """The projections of one layer and the kernels between them; where one operator runs all, as one product."""
+    tp, io = d.attention_tp, costs.model.hidden * 2
+    products = cost.products if d.phase == "decode" else cost.prefill_products
+    if not products or not costs.spill:
+        narrow = cost.weights - cost.wide_weights
+        nbytes = (narrow * costs.dense_bytes + 2 * cost.wide_weights) / tp + tokens * 2 * io
+        compute = 2e-6 * tokens * (narrow / costs.dense_tflops + cost.wide_weights / costs.wide_tflops)
+        name, flops = f"{cost.kind} projections", 2 * tokens * cost.weights
+        return [costs.piece(name, part, layers, flops, compute, nbytes, cost.kernels)]
+    pieces, wide = [], cost.wide_weights  # those of an index, which go down with the first
+    for product in products:
+        narrow = product.weights - wide
+        nbytes = (narrow * costs.dense_bytes + 2 * wide) / tp + tokens * 2 * product.values
+        compute = 2e-6 * tokens * (narrow / costs.dense_tflops + wide / costs.wide_tflops)
+        name, flops = f"{cost.kind} {product.name}", 2 * tokens * product.weights
+        pieces.append(costs.piece(name, part, layers, flops, compute, nbytes, 0))
+        wide = 0
+    between = tokens * (cost.pass_bytes if d.phase == "decode" else cost.prefill_pass_bytes)
+    return [*pieces, costs.piece(f"{cost.kind} passes", part, layers, 0.0, 0.0, between, cost.kernels)]
 
 
 def _work(
