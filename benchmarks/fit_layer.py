@@ -32,13 +32,15 @@ from megamoe.schedule.formats import value_bytes
 DATA = Path(__file__).parents[1] / "docs" / "data"
 FUSED = "mega_moe_gb200_deepseek_v4_pro", "flashinfer_fused_gb200_ep4", "deepgemm_pr383_h200_fp8_flash"
 PRODUCTS = "sglang_grouped_gemm_h100_fp8_decode", "sglang_grouped_gemm_h100_fp8_prefill"
+PRODUCTS_ON_GB200 = "sglang_grouped_gemm_gb200_fp8_decode", "sglang_grouped_gemm_gb200_fp8_prefill"
 EXCHANGES = "deepep_ll_h100_1node", "deepep_ll_gb200_1node", "deepep_ll_h100_nodes"
 # what a table weighs in all, in rows: few rows of another device say as much as many of one
 WEIGHTS = {"pull request 316": 26.0, FUSED[0]: 80.0, FUSED[1]: 40.0, FUSED[2]: 20.0}
 SHARED = ("feed_ps", "epilogue_ps", "memory_efficiency", "memory_overlap", "fixed_us", "staging_us", "staging_bytes")
 # blackwell.overlap is none of them: fitted, it grows without end, since that kernel's links and products wait for none
 CORE = (*(f"*.{key}" for key in SHARED), "hopper.overlap", "blackwell.fused_link_efficiency")
-STAGED = ("*.masked_us", "*.contiguous_us", "*.host_us")
+STAGED = ("*.masked_us", "hopper.contiguous_us", "hopper.host_us")
+STAGED_ON_GB200 = ("blackwell.contiguous_us", "blackwell.host_us")
 LOW_LATENCY = (
     *("*.ll_dispatch_us", "*.ll_dispatch_token_us", "*.ll_combine_us", "*.ll_combine_token_us", "*.ll_node_us"),
     *(f"{name}.ll_{way}_expert_us" for name in ("hopper", "blackwell") for way in ("dispatch", "combine")),
@@ -49,7 +51,7 @@ INCAST = ("*.link_incast",)
 # GB200 alone tells of modules and of skewed rows: no kernels around the layer's, bytes that can be counted, no incast
 UNTOLD_WITHOUT_GB200 = {"*.link_incast": 0.0, "*.staging_us": 0.0, "*.staging_bytes": 13.0}
 Constants = dict[str, float]
-_NEAR, _ROUNDS, _STEP = 0.02, 12, 0.02
+_NEAR, _ROUNDS, _STEP = 0.02, 60, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ def fit(
                 point, errors, damping = there, moved, damping / 3
                 break
             damping *= 5
-        if before - loss(errors) < 1e-3 * before:
+        if before - loss(errors) < 1e-6 * before:
             break
     return {key: float(f"{value:.3g}") for key, value in zip(keys, np.exp(point).tolist(), strict=True)}
 
@@ -153,6 +155,7 @@ def fit_all() -> Constants:
     found = fit(CORE, samples(("pull request 316", *FUSED)))
     found |= fit(INCAST, [Sample(row, 1.0) for row in halves(FUSED[0])[1][::2]], found)
     found |= fit(STAGED, samples(PRODUCTS), found)
+    found |= fit(STAGED_ON_GB200, samples(PRODUCTS_ON_GB200), found)
     found |= fit(LOW_LATENCY, samples(EXCHANGES), found)
     return found | fit(NORMAL, [Sample(row, 1.0) for row in staged_h200()[::2]], found)
 
@@ -187,14 +190,14 @@ def left_out(device: str) -> dict[str, dict[str, float]]:
     found = untold | (fit([*keys, *STAGED], data, untold) if device != "h100" else fit(keys, data))
     links = [key for key in LOW_LATENCY if not _own(device, key, links=True)]
     found |= fit(links, samples(EXCHANGES, without=device), found) if device != "h200" else {}
-    for key in (*CORE, "blackwell.overlap", *LOW_LATENCY):
+    for key in (*CORE, "blackwell.overlap", *LOW_LATENCY, *STAGED_ON_GB200):
         if _own(device, key, links=True):
             name, figure = key.split(".")
             same = "*.memory_overlap" if figure == "overlap" else f"{other[name]}.{figure}"
             found[key] = found.get(same, values([same])[same])
     found |= _links_of_h200(found) if device == "h200" else {}
     errors = {}
-    for name in ("pull request 316", *FUSED, *PRODUCTS, *EXCHANGES):
+    for name in ("pull request 316", *FUSED, *PRODUCTS, *PRODUCTS_ON_GB200, *EXCHANGES):
         rows = [row for row in table(name) if row.hardware == device]
         if rows:
             errors[name] = Errors.of(compare(rows, profiles(found))).as_dict()
@@ -219,7 +222,9 @@ def _exchanges_reach(name: str) -> float:
 def _own(device: str, key: str, links: bool = False) -> bool:
     """Whether no other device tells this constant: a generation's links in the fused kernel, and in DeepEP."""
     generation = {"gb200": "blackwell", "h200": "hopper", "h100": "hopper"}[device]
-    alone = {"gb200": ("overlap", "fused_link", "ll_"), "h200": ("overlap",), "h100": ("ll_",)}[device]
+    alone = {"gb200": ("overlap", "fused_link", "ll_", "contiguous", "host"), "h200": ("overlap",), "h100": ("ll_",)}[
+        device
+    ]
     figure = key.split(".")[1]
     return key.startswith(generation) and any(figure.startswith(each) for each in alone if links or each != "ll_")
 

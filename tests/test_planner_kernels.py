@@ -148,7 +148,8 @@ def test_explain_counts_the_slots_that_are_decoded() -> None:
         found = answer(ask({**asked, "combine_format": combine}))
         (term,) = (term for term in explain(found) if term.name == "slot sum")
         assert term.value == pytest.approx(found.plan.layer.sum_us)
-        assert ("+ 8 x 0.932" in term.numbers, "k slot_us" in term.formula) == (said, said)
+        slot_us = load_profile("flashinfer-nvfp4").slot_us.value
+        assert (f"+ 8 x {slot_us:g}" in term.numbers, "k slot_us" in term.formula) == (said, said)
 
 
 def test_of_a_whole_step_only_the_experts_are_the_kernels() -> None:
@@ -200,7 +201,9 @@ def test_a_file_may_extend_a_profile_and_then_serves_every_device(tmp_path: Path
         own = load_hardware(hardware)
         request = PlanRequest(load_model("deepseek-v3"), own, find_profile(own, path), 8)
         less = replace(request, profile=load_profile("blackwell"))
-        assert plan(request).layer.layer_us == pytest.approx(plan(less).layer.layer_us + 30 - 18.6)
+        assert plan(request).layer.layer_us == pytest.approx(
+            plan(less).layer.layer_us + 30 - less.profile.fixed_us.value
+        )
 
 
 @pytest.mark.parametrize(

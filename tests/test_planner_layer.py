@@ -414,6 +414,19 @@ def test_one_warp_group_scales_while_nothing_is_multiplied_two_take_turns() -> N
     assert device("gb200").scale_ps == 0
 
 
+def test_two_sms_of_blackwell_share_the_weights_of_a_tile_of_grouped_products() -> None:
+    """FP8 weights are brought by halves, and weights of 4 bits come as bytes: both as 64 columns of a byte."""
+    alone = replace(GB200, pair_sms=1)
+    fp8, fp4 = V3, replace(V3, weight_format="mxfp4")
+    assert grouped_us(fp8, GB200, [128], [152]) == grouped_us(fp4, GB200, [128], [152])
+    assert grouped_us(fp8, GB200, [128], [152]) < grouped_us(fp8, alone, [128], [152])
+    assert grouped_us(fp4, GB200, [128], [152]) == grouped_us(fp4, alone, [128], [152])
+    assert products_us(fp8, GB200, [128], [152], Tiling(128, 16)) == products_us(
+        fp8, alone, [128], [152], Tiling(128, 16)
+    )
+    assert device("h200").pair_sms == 1
+
+
 def test_products_add_up_their_tiles_and_wait_for_one_of_each() -> None:
     def cost(rows: int) -> float:
         return (48 * tile_us(GB200, rows, 7168, 0.5) + 56 * tile_us(GB200, rows, 3072, 0.5)) / 152

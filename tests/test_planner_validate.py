@@ -210,8 +210,8 @@ BARS = {  # median and 95th percentile, in percent
     "deepep_ll_h100_nodes": (8, 20),
     "sglang_grouped_gemm_h100_fp8_decode": (10, 25),
     "sglang_grouped_gemm_h100_fp8_prefill": (10, 30),
-    "sglang_grouped_gemm_gb200_fp8_decode": (12, 52),  # fitted to nothing, as the next
-    "sglang_grouped_gemm_gb200_fp8_prefill": (22, 50),
+    "sglang_grouped_gemm_gb200_fp8_decode": (10, 40),
+    "sglang_grouped_gemm_gb200_fp8_prefill": (12, 34),
     "holdouts": (10, 30),
 }
 

@@ -38,6 +38,7 @@ class Device:
     feed_ps: float
     epilogue_ps: float
     scale_ps: float
+    pair_sms: int
     tile_rows: int
     block_rows: int
     small_rows: float
@@ -83,6 +84,7 @@ class Device:
             feed_ps=profile.feed_ps.value * slower,
             epilogue_ps=profile.epilogue_ps.value * slower,
             scale_ps=profile.scale_ps.value * slower,
+            pair_sms=max(1, round(profile.pair_sms.value)),
             tile_rows=max(1, round(profile.tile_rows.value)),
             block_rows=max(1, round(profile.block_rows.value)),
             small_rows=profile.small_rows.value if profile.small_rows else max(1, round(profile.tile_rows.value)) / 2,

@@ -16,7 +16,9 @@ tiles for a call; grouped products are two launches, of which each ends in a wav
 
 Grouped products of Hopper give every 64 rows of a tile to a warp group, which multiplies a block of K and then scales
 its sums by itself: scale_ps for each byte. In a tile of 128 rows one group multiplies while the other scales; in a
-tile of 64 rows the tensor cores wait. That shows where tensor cores are slow and weights are not: on H20.
+tile of 64 rows the tensor cores wait. That shows where tensor cores are slow and weights are not: on H20. Those of
+Blackwell multiply with pair_sms SMs at a time, of which each brings its part of the weights; a weight of 4 bits comes
+as a byte.
 """
 
 # n rows of an expert   K, N of a product   T_n tiles
@@ -113,14 +115,16 @@ def grouped_us(expert: Expert, device: Device, rows: Sequence[float], number: Se
     """As products_us, the two products launched one after the other."""
     total = [0.0] * len(rows)
     for k, n in expert.products:
-        across = -(-n // COLUMNS)
+        across, weight_bytes = -(-n // COLUMNS), expert.weight_element_bytes
+        if device.pair_sms > 1:
+            weight_bytes = max(weight_bytes, device.operand_bytes) / device.pair_sms
         best: tuple[float, int, float] | None = None
         for block in GROUPED_BLOCKS:
             scale_ps = device.scale_ps if block <= device.tile_rows else 0.0
             blocks = sum(math.ceil(each / block) * count for each, count in zip(rows, number, strict=True))
             one = (
                 across
-                * tile_us(device, block, k, expert.weight_element_bytes, scale_ps=scale_ps)
+                * tile_us(device, block, k, weight_bytes, scale_ps=scale_ps)
                 / device.sms
                 * _whole_waves(blocks * across, device.sms)
             )
