@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from megamoe.catalog.schema import Hardware, Machine, Model, Profile
 from megamoe.catalog.wording import nearest, plain
+from megamoe.paths import AnyPath, path_of
 
 if TYPE_CHECKING:
     from yaml import SafeLoader as _Loader
@@ -50,7 +51,7 @@ def names(kind: Kind) -> list[str]:
     return sorted(path.stem for path in (_HERE / kind).glob("*.yaml"))
 
 
-def load_hardware(name_or_path: str | os.PathLike[str]) -> Hardware:
+def load_hardware(name_or_path: AnyPath) -> Hardware:
     """A device by the catalog's name or alias, or from a .yaml file. ValueError names the nearest."""
     path = _find("hardware", name_or_path)
     hardware = _read(Hardware, path)
@@ -60,7 +61,7 @@ def load_hardware(name_or_path: str | os.PathLike[str]) -> Hardware:
     return hardware
 
 
-def load_model(name_or_path: str | os.PathLike[str]) -> Model:
+def load_model(name_or_path: AnyPath) -> Model:
     """A model by name or alias, or from a .yaml file, a Hugging Face config.json or a folder that has one."""
     path = _find("models", name_or_path)
     if path.is_dir():
@@ -70,7 +71,7 @@ def load_model(name_or_path: str | os.PathLike[str]) -> Model:
     return _read_config(path) if path.suffix == ".json" else _read(Model, path)
 
 
-def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
+def load_profile(name_or_path: AnyPath) -> Profile:
     """A profile by the catalog's name, or from a .yaml file; one that extends another has its figures too."""
     path = _find("profiles", name_or_path)
     data = _mapping(Profile, path)
@@ -85,12 +86,12 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     return _validated(Profile, data, path)
 
 
-def load_machine(name_or_path: str | os.PathLike[str]) -> Machine:
+def load_machine(name_or_path: AnyPath) -> Machine:
     """A machine by the catalog's name, or from a .yaml file, such as megamoe calibrate writes."""
     return _read(Machine, _find("machines", name_or_path))
 
 
-def find_profile(hardware: Hardware, name_or_path: str | os.PathLike[str] | None = None) -> Profile:
+def find_profile(hardware: Hardware, name_or_path: AnyPath | None = None) -> Profile:
     """The profile asked for, or else the one that the hardware names.
 
     ValueError where it is of a kernel that no device of this kind runs.
@@ -105,9 +106,9 @@ def find_profile(hardware: Hardware, name_or_path: str | os.PathLike[str] | None
     return found
 
 
-def _find(kind: Kind, name_or_path: str | os.PathLike[str]) -> Path:
+def _find(kind: Kind, name_or_path: AnyPath) -> Path:
     """The file behind a name, an alias or a path: the catalog first, so that a folder called gb200 hides nothing."""
-    text = os.fspath(name_or_path)
+    text = os.fsdecode(name_or_path)
     if not text.strip():
         raise ValueError(f"an empty name is no {_SINGULAR[kind]}'s; megamoe catalog list shows the names")
     if "://" in text:
@@ -116,7 +117,7 @@ def _find(kind: Kind, name_or_path: str | os.PathLike[str]) -> Path:
     shipped = _HERE / kind / f"{name}.yaml"
     if "/" not in name and shipped.is_file():
         return shipped
-    path = Path(text)
+    path = path_of(text)
     if path.is_file() or (kind == "models" and path.is_dir()):
         return path
     aliases = _aliases(kind)

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from megamoe.paths import AnyPath, lasting_path_of
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
     "F64": torch.float64,
@@ -108,13 +110,13 @@ class TensorFiles:
 
     @classmethod
     @contextmanager
-    def open(cls, path: str | Path) -> Iterator[TensorFiles]:
+    def open(cls, path: AnyPath) -> Iterator[TensorFiles]:
         """Reads the headers of a folder's safetensors files: those of its index, or its one file.
 
         ValueError for a folder without any (also one that has pickles only, which are not opened), a shard that is
         missing or truncated, a header that contradicts itself, and an index that names a tensor which is not there.
         """
-        path = Path(path)
+        path = lasting_path_of(path)
         files = cls(path, {entry.name: entry for entry in _entries(path)})
         try:
             yield files

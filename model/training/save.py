@@ -26,13 +26,14 @@ from megamoe.model.loading.together import run_together
 from megamoe.model.making.files import INDEX
 from megamoe.model.training.experts import TrainableRoutedExperts
 from megamoe.parallel.group import EPGroup
+from megamoe.paths import AnyPath, lasting_path_of
 
 _WHAT = "saving"
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def save_native(
-    model: Any, path: str | Path, group: EPGroup | dist.ProcessGroup | None = None, *, tokenizer: Any = None
+    model: Any, path: AnyPath, group: EPGroup | dist.ProcessGroup | None = None, *, tokenizer: Any = None
 ) -> None:
     """Writes a checkpoint that megamoe.model.load() reads as it is, of a model that make_trainable() has changed.
 
@@ -44,7 +45,7 @@ def save_native(
     ranks must call. ValueError on every rank where path is taken or cannot be written, and for a family whose
     checkpoints have all experts in one tensor (gpt-oss), which ranks cannot write apart; PeerError where one is lost.
     """
-    path, ranks = Path(path), EPGroup.of(group)
+    path, ranks = lasting_path_of(path), EPGroup.of(group)
     draft = path.absolute().parent / f".{path.name}.partial"
     shard = draft / _shard(ranks.rank, ranks.size)
     tensors, first = _tensors(model, ranks), ranks.rank == 0
