@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megamoe.parallel.recorder import Flight, Recording
-from megamoe.paths import AnyPath, path_of
+from megamoe.paths import AnyPath, path_of, write_whole
 
 FORWARD = ("dispatch", "linear-1", "activation", "linear-2", "combine", "reduce")
 BACKWARD = ("linear-2 gradient", "activation gradient", "linear-1 gradient", "weight gradient")
@@ -144,7 +144,7 @@ class Timeline:
 
     def save(self, path: AnyPath) -> None:
         """Writes the trace as Chrome and Perfetto read it: a process for each rank, a thread for each lane."""
-        path_of(path).write_text(self.text)
+        write_whole(path_of(path), self.text)
 
     @property
     def text(self) -> str:
