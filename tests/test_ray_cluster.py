@@ -28,7 +28,10 @@ from megamoe.parallel.group import EPGroup
 
 pytest.importorskip("ray")
 
+from ray import cloudpickle
+
 from megamoe.launch.cluster.ray import session
+from megamoe.launch.cluster.ray.actor import WorkerActor, WorkerOrder, end_process
 from megamoe.launch.cluster.ray.handle import RayHandle
 from megamoe.launch.cluster.ray.placement import Placement, order_bundles
 from tests.ray_nodes import add_up, is_gone, meet, nap, two_nodes
@@ -324,6 +327,17 @@ def test_a_connection_outlasts_a_worker_that_is_being_opened(monkeypatch: pytest
     assert str(opened.exception(0)) == "the connection was open"
     with pytest.raises(RuntimeError, match="have been closed"):
         workers.open(0, WAIT_S)
+
+
+def test_what_ray_sends_a_process_first_needs_no_module_of_this_package(tmp_path: Path) -> None:
+    """Ray has a process look for modules in the driver's folder first, where a user's megamoe.py may lie."""
+    (tmp_path / "megamoe.py").write_text("raise SystemExit('a script of the user')")
+    order = WorkerOrder("cpu", 1, None, WAIT_S, None)
+    (tmp_path / "sent").write_bytes(cloudpickle.dumps((WorkerActor, order, end_process)))
+    program = "import pickle, sys; actor, order, _ = pickle.load(open('sent', 'rb')); print(actor(3), order.device)"
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert done.stderr == "rank 3 cpu\n", "the actor's stdout is stderr"
 
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,5 +221,6 @@ def _fill(model: Any) -> None:
 def _store(folder: Path, native: Callable[[str, Tensor], Stored], entries: dict[str, Any]) -> None:
     file, config = folder / "model.safetensors", folder / "config.json"
     tensors = {key: part for name, tensor in load_file(file).items() for key, part in native(name, tensor).items()}
+    file.unlink()  # which safetensors made readable by its owner alone
     write_tensors(tensors, file)
     config.write_text(json.dumps({**json.loads(config.read_text()), **entries}, indent=1))

@@ -145,7 +145,7 @@ def _found(name: str, kind: Kind | None) -> tuple[Kind, Any]:
 
     if kind is None:
         kind = next((each for each in Kind if name.lower() in names(each.value)), None)
-    if kind is None and path_of(name).exists():
+    if kind is None and name and path_of(name).exists():
         kind = _kind_of_file(path_of(name))
     if kind is not None:
         return kind, _load(kind, name)
