@@ -163,9 +163,13 @@ def _found(name: str, kind: Kind | None) -> tuple[Kind, Any]:
 
 def _kind_of_file(path: Path) -> Kind:
     """By the keys that only one kind has."""
+    from megamoe.catalog.load import read_text
+
     if path.is_dir() or path.suffix == ".json":
         return Kind.models
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_text(path, "replace")
+    if text.lstrip().startswith("{"):
+        return Kind.models
     if "memory_gb:" in text or "_tflops:" in text:
         return Kind.hardware
     if "_efficiency:" in text or "extends:" in text:
