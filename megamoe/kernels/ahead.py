@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 from megamoe.kernels import KERNELS, load
 from megamoe.kernels.chips.sass import product_loop
 from megamoe.kernels.chips.targets import KIB, OPTIONS, TARGETS, Build, Target, target
-from megamoe.paths import path_of
+from megamoe.paths import path_of, write_whole
 
 _MATRIX = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?mfma)[\w.:]*")
 
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.write:
         sys.stdout.write(text)
     elif not problems:
-        asked.write.write_text(text)
+        write_whole(asked.write, text)
     return 1 if problems else 0
 
 
