@@ -18,6 +18,7 @@ import psutil
 
 from benchmarks.command import positive, run
 from megamoe.launch.bench.bench import BenchReport, BenchRequest, run_bench
+from megamoe.paths import path_of
 from megamoe.routing.waves import Waves
 
 Workload = tuple[str, int, int, int, int, int, str | None, Waves]
@@ -109,7 +110,7 @@ def undisturbed(request: BenchRequest) -> tuple[BenchReport, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "docs" / "data")
+    parser.add_argument("--folder", type=path_of, default=Path(__file__).parents[1] / "docs" / "data")
     parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--runs", type=positive, help="only the first so many of each kind")
     asked = parser.parse_args(arguments)

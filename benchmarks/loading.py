@@ -29,6 +29,7 @@ from benchmarks.command import above_zero, positive, run
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import load
 from megamoe.parallel.group import EPGroup
+from megamoe.paths import path_of
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 2048, 1024
 _AT_ONCE = 8 << 20
@@ -200,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gb", type=above_zero, default=4.0, help="gigabytes of experts in each checkpoint")
     parser.add_argument("--ranks", type=positive, default=4)
     parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where checkpoints are made; a temporary folder")
+    parser.add_argument("--folder", type=path_of, default=None, help="where checkpoints are made; a temporary folder")
     parser.add_argument("--kind", choices=KINDS, default=None, help="one kind alone")
     asked = parser.parse_args(arguments)
     if asked.folder is not None and not asked.folder.is_dir():

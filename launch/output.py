@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
-from uuid import uuid4
 
 import typer
 from rich.text import Text
 
 from megamoe.launch.terminal import Format, stderr, stdout
+from megamoe.paths import write_whole
 
 Output = Annotated[Format, typer.Option("--format", help="How to print the result.")]
 # words that have a colour, at the beginning or the end of a line, or alone in a cell
@@ -49,54 +46,10 @@ def note(line: str) -> None:
     stderr.print(Text(line), soft_wrap=True)
 
 
-# what a folder that is not ours says to a new file, and a file that is mounted by itself
-_PLACE_TAKEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
-
-
 def write(path: Path, content: str | bytes, use: str = "") -> None:
     """Writes a file and says so, and of what use it is. See write_whole()."""
     write_whole(path, content)
     note(f"wrote {path}{use}")
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file, text in UTF-8, in place of one that is there, which stays as it is until all is written.
-
-    A device and a pipe are written to. So is a file that no other can take the place of: one that is mounted by itself,
-    has several names, another owner, or lies in a folder that this user may not write to. OSError, which names path,
-    where it cannot be written.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        there = path.stat() if path.exists() else None
-        open_already = str(path).startswith(("/dev/", "/proc/"))  # /dev/stdout may be a file that the shell has opened
-        kept = there is not None and (open_already or not _replaceable(there))
-        if kept or not _replaced(path.resolve(), there, data):
-            path.write_bytes(data)
-    except OSError as failure:
-        failure.filename = str(path)
-        raise
-
-
-def _replaceable(there: os.stat_result) -> bool:
-    return stat.S_ISREG(there.st_mode) and there.st_nlink == 1 and there.st_uid == os.geteuid()
-
-
-def _replaced(path: Path, there: os.stat_result | None, data: bytes) -> bool:
-    """Puts a new file in a file's place, with its rights, and says whether it could. What ends it early leaves none."""
-    part = path.with_name(f".{uuid4().hex}.part")
-    try:
-        part.write_bytes(data)
-        if there is not None:
-            part.chmod(stat.S_IMODE(there.st_mode))
-        part.replace(path)
-    except BaseException as failure:
-        with suppress(OSError):
-            part.unlink()
-        if there is not None and isinstance(failure, OSError) and failure.errno in _PLACE_TAKEN:
-            return False
-        raise
-    return True
 
 
 def check_folder(path: Path) -> None:

@@ -9,15 +9,20 @@ import errno
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import wraps
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+from megamoe.paths import path_of
 
 stdout, stderr = Console(), Console(stderr=True)
 
@@ -105,6 +110,22 @@ class _Lines(logging.Handler):
 
 def _escaped(error: Exception | str) -> str:
     return str(error).replace("[", r"\[")
+
+
+def with_homes(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb whose paths may begin with ~, which a shell expands in `--out ~/x` and not in `--out=~/x`."""
+
+    @wraps(verb)
+    def called(**given: Any) -> None:
+        verb(**{name: _with_home(value) for name, value in given.items()})
+
+    return called
+
+
+def _with_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_home(each) for each in value]
+    return path_of(value) if isinstance(value, Path) else value
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
@@ -57,13 +58,27 @@ class MegaMoEExperts(EPImplementation):  # type: ignore[misc]
 
     def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.computed is None:
+            group = self._group(hidden_states)
+            self._refuse_gradient(hidden_states)
             begin = TrainedExperts if self.experts.training else hand_over
-            self.computed = begin(self.experts, self.structure, self._group(hidden_states), top_k_index.shape[-1])
+            self.computed = begin(self.experts, self.structure, group, top_k_index.shape[-1])
         if isinstance(self.computed, TrainedExperts):
             return self.computed(hidden_states, top_k_index, top_k_weights, self._owners)
         refuse_late_training(self.experts, hidden_states)
         out: Tensor = self.computed(hidden_states, top_k_index, top_k_weights)
         return out
+
+    def _refuse_gradient(self, hidden_states: Tensor) -> None:
+        """ValueError on all ranks where one asks for a gradient in eval mode, before any weights are taken for it."""
+        asked = not self.experts.training and hidden_states.requires_grad and torch.is_grad_enabled()
+        asking = torch.tensor([int(asked)], device=hidden_states.device)
+        dist.all_reduce(asking, dist.ReduceOp.MAX, self.ep_mesh.get_group())
+        if asking.item():
+            raise ValueError(
+                f"hidden of {type(self.experts).__name__} in eval mode requires a gradient on "
+                f"{'this' if asked else 'another'} rank, and the layer has no backward then: call the model under "
+                "torch.no_grad(), or in train mode first"
+            )
 
     def _group(self, hidden_states: Tensor) -> EPGroup:
         """One EPGroup for all layers of the model: they share buffers, and the link is measured once."""

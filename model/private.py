@@ -98,3 +98,8 @@ def dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 def may_be_missing(model: Any) -> list[str]:
     """Patterns of tensors that a checkpoint need not have: a class attribute that only from_pretrained() reads."""
     return list(model._keys_to_ignore_on_load_missing or ())
+
+
+def may_be_unused(model: Any) -> list[str]:
+    """Patterns of tensors that a checkpoint may have and the model has not: as may_be_missing()."""
+    return list(model._keys_to_ignore_on_load_unexpected or ())

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from megamoe.model.handover import run_alone
 from megamoe.model.packed import PackedExperts, packing_of
 from megamoe.model.registration import refuse_old
 from megamoe.model.structure import read_structure
+from megamoe.paths import AnyPath, path_of
 
 refuse_old()
 
@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin  # no
 METHOD = "megamoe"
 
 
-def packed_config(path: str | Path, **options: Any) -> Any:
+def packed_config(path: AnyPath, **options: Any) -> Any:
     """The configuration of a checkpoint with packed experts: `from_pretrained(path, config=..., ...)` keeps them so.
 
     FP4, DeepSeek-V4's own and MXFP4 as gpt-oss has it, stays FP4 on the layer; without this transformers makes BF16 of
@@ -36,11 +36,12 @@ def packed_config(path: str | Path, **options: Any) -> Any:
     Qwen3 have it, stays FP8 until a layer's first call, and is BF16 on the layer. Dense FP8 weights become BF16.
     options are those of AutoConfig.from_pretrained(). ValueError where the experts are in another format.
     """
-    config = AutoConfig.from_pretrained(path, **options)
+    place = str(path_of(path))  # a name of the Hub stays one
+    config = AutoConfig.from_pretrained(place, **options)
     own = getattr(config, "quantization_config", None)
     if own is None:
         raise ValueError(
-            f"{path} has no quantization_config, so its experts are not packed: "
+            f"{place} has no quantization_config, so its experts are not packed: "
             "quantization_config=PackedExpertsConfig() quantises them at the first call"
         )
     config.quantization_config = PackedExpertsConfig(own).to_dict()

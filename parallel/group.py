@@ -25,6 +25,7 @@ from megamoe.parallel.errors import CallRefusedError, PeerError, named
 from megamoe.parallel.health.heartbeat import HeartbeatMonitor
 from megamoe.parallel.health.runs import check_name, list_rank
 from megamoe.parallel.health.status import RAISED, OwnStatus
+from megamoe.parallel.private import known_groups
 from megamoe.parallel.recorder import CallNotes, Notes, Recorder, Recording
 from megamoe.parallel.rendezvous import compare_starts, fresh_store, heartbeat_address
 from megamoe.parallel.streams import Streams
@@ -315,8 +316,9 @@ def _leave_to_parent() -> None:
     """In a process that was forked: its calls would read and write what the parent's peers send to the parent. Nor may
     it end the group, also not when it ends itself: it would wait for threads that the parent alone has.
     """
-    for group, shared in _SHARED.items():
+    for group in {*_SHARED, *(known_groups() if _SHARED else ())}:  # of others the user's program has the same threads
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    for group, shared in _SHARED.items():
         if group.size() > 1:
             shared.broken.append(f"this process was forked from that of rank {group.rank()}, which goes on")
 

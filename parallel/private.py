@@ -31,6 +31,11 @@ def in_functional_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def known_groups() -> list[dist.ProcessGroup]:
+    """Every process group that torch.distributed has made and keeps: in public it tells of the default one alone."""
+    return list(distributed_c10d._world.pg_map)
+
+
 def abort_group(world: dist.ProcessGroup) -> None:
     """Ends torch's default group without waiting for peers. ProcessGroup.abort(), which is public, leaves the group
     registered, and destroy_process_group(), which would not, waits for what a lost peer never does."""

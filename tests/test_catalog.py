@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +28,7 @@ from megamoe.catalog import (
     split_overrides,
 )
 from megamoe.catalog.huggingface import model_from_config
-from megamoe.catalog.load import Kind
+from megamoe.catalog.load import _HERE, Kind
 from megamoe.catalog.parameters import attention_parameters, expert_parameters
 from megamoe.catalog.schema import LINKS, Tag
 
@@ -71,6 +73,22 @@ def test_an_alias_stands_for_one_entry_and_hides_no_name(kind: Kind) -> None:
     assert len(set(aliases)) == len(aliases)
     assert not set(aliases) & set(names(kind))
     assert all(LOAD[kind](alias).name == owner for alias, owner in owners)
+
+
+@pytest.mark.parametrize("text", ["yaml", "json"])
+def test_what_comes_through_a_pipe_is_loaded_as_often_as_it_is_asked_for(tmp_path: Path, text: str) -> None:
+    """bash's <(...), which can be read once."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    said = (_HERE / "models" / "deepseek-v3.yaml").read_bytes()
+    if text == "json":
+        keys = {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_local_experts": 8}
+        keys |= {"num_experts_per_tok": 2, "num_hidden_layers": 32, "vocab_size": 32000, "num_attention_heads": 32}
+        said = json.dumps(keys).encode()
+    with ThreadPoolExecutor(1) as writer:
+        writer.submit(pipe.write_bytes, said)
+        first, second = load_model(pipe), load_model(str(pipe))
+    assert first == second
+    assert first.name == ("deepseek-v3" if text == "yaml" else "piped")
 
 
 def test_names_are_found_however_they_are_written() -> None:

@@ -236,7 +236,7 @@ WRONG: dict[str, tuple[Callable[[MegaMoECluster], object], str]] = {
     "ranks_in_words": (lambda c: c.resize("two"), "ranks must be at least 0, got 'two'"),  # type: ignore[arg-type]
     "waves": (lambda c: c.load("anywhere", waves=0), "waves must be"),
     "format": (lambda c: c.load("anywhere", dispatch_format="fp8"), "dispatch_format must be one of mxfp8, bf16, auto"),
-    "no_path": (lambda c: c.load(7), "checkpoint must be the path of a folder, got int"),  # type: ignore[arg-type]
+    "no_path": (lambda c: c.load(7), "checkpoint must be a path, as str, bytes or os.PathLike, got 7"),  # type: ignore[arg-type]
 }
 
 

@@ -243,6 +243,26 @@ def test_dense_tensors_that_load_would_not_take_are_refused(folder: Path, tmp_pa
         assert not target.exists()
 
 
+def test_dense_values_that_are_not_finite_are_refused_and_those_that_load_does_not_read_are_copied(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    def spoilt(name: str, key: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {key: tensor, "beside": torch.tensor([torch.nan])} | (
+            {key: torch.full_like(tensor, torch.inf)} if key == name else {}
+        )
+
+    for name, message in (("model.norm.weight", "64 of 64 values are NaN or infinite in bfloat16"), ("none", "")):
+        source, target = tmp_path / name, tmp_path / f"to-{name}"
+        shutil.copytree(folder / "mixtral", source)
+        checkpoints.rewrite(source, partial(spoilt, name))
+        if message:
+            assert f"{name}: {message}" in refused("convert", source, target, "--experts", "mxfp4")
+            assert not target.exists()
+        else:
+            convert(source, target, experts="mxfp4")
+
+
 def test_a_wrong_request_writes_nothing(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     source, target = folder / "mixtral", tmp_path / "to"
     assert "is the source itself" in refused("convert", source, source, "--experts", "mxfp4")

@@ -135,6 +135,35 @@ def test_a_process_that_a_rank_forks_ends_like_any_other_and_ends_nothing_of_the
     assert (done.returncode, done.stderr) == (0, "")
 
 
+LEAVES_OTHERS = """
+import os, sys, time
+import torch.distributed as dist
+from megamoe import EPGroup
+
+other = os.fork()
+rank = 0 if other else 1
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=rank, world_size=2)
+group = EPGroup.of(dist.new_group([0, 1]))
+dist.barrier()
+child = os.fork() if rank == 1 else 1
+if child == 0:
+    sys.exit(7)
+if rank == 1:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+dist.barrier()
+if rank == 0:
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
+def test_a_process_that_a_rank_forks_waits_for_no_other_group_of_the_program(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", LEAVES_OTHERS, str(tmp_path / "store")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def refused_together(group: EPGroup) -> None:
     layer, batch = make_layer(SHAPE, group), make_batch(SHAPE, 9)
     expected = call(layer, batch)

@@ -262,6 +262,10 @@ def changed(path: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
     checkpoints.rewrite(path, lambda each, tensor: {each: change(tensor) if each == name else tensor})
 
 
+def renamed(path: Path, part: str, other: str) -> None:
+    checkpoints.rewrite(path, lambda name, tensor: {name.replace(part, other): tensor})
+
+
 def as_pickle(path: Path) -> None:
     torch.save({}, path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
@@ -297,6 +301,15 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard_missing": (lost_shard, "lacks other.safetensors, which its index names"),
     "index_of_nothing": (wrong_index, "says that model.safetensors has model.layers.9.weight, which it has not"),
     "expert_missing": (lambda p: without(p, EXPERT), r"has 5 experts, and the checkpoint has 4 tensors like"),
+    "expert_missing_in_between": (
+        lambda p: renamed(p, "experts.2.", "experts.7."),
+        r"has experts 0 to 4, and where expert 2 should be the checkpoint has \S+experts.3.w1.weight",
+    ),
+    "more_experts_than_the_config_says": (
+        lambda p: edit_config(p, num_local_experts=4),
+        r"block_sparse_moe.gate.weight is \[5, 64\], the config asks for \[4, 64\]",
+    ),
+    "layer_missing": (lambda p: edit_config(p, num_hidden_layers=3), "has nothing for model.layers.2.mlp.experts"),
     "dense_missing": (lambda p: without(p, "model.norm.weight"), "has nothing for model.norm.weight"),
     "experts_of_another_shape": (
         lambda p: changed(p, EXPERT, lambda each: each[:, :-1]),
@@ -318,6 +331,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: changed(p, EXPERT, lambda each: each.fill_(torch.nan)),
         "weights are NaN or infinite",
     ),
+    "dense_not_a_number": (
+        lambda p: changed(p, "lm_head.weight", lambda each: each.index_fill(1, torch.tensor(3), torch.nan)),
+        r"model.safetensors: lm_head.weight: 160 of 10240 values are NaN or infinite in bfloat16",
+    ),
 }
 
 
@@ -327,6 +344,56 @@ def test_experts_in_bf16_are_finite(folder: Path, tmp_path: Path, value: float) 
     changed(tmp_path / "spoilt", EXPERT, lambda each: each.index_fill(1, torch.tensor(3), value))
     with pytest.raises(ValueError, match=r"experts: down of expert 2: 64 of 6144 weights are NaN or infinite in BF16"):
         load(tmp_path / "spoilt")
+
+
+def spoilt(value: float) -> Callable[[Tensor], Tensor]:
+    """One of a tensor's values is another; a byte where it is of FP8."""
+
+    def change(tensor: Tensor) -> Tensor:
+        raw = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        raw.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "value", "message"),
+    [
+        ("mixtral", "model.embed_tokens.weight", torch.nan, "1 of 10240 values are NaN or infinite in bfloat16"),
+        ("mixtral", "model.norm.weight", torch.inf, "1 of 64 values are NaN or infinite"),
+        ("mixtral", "model.layers.1.self_attn.q_proj.weight", -torch.inf, "1 of 4096 values are NaN or infinite"),
+        ("mixtral", "model.layers.0.block_sparse_moe.gate.weight", torch.nan, "1 of 320 values are NaN or infinite"),
+        ("deepseek_v3", "model.layers.1.mlp.gate.e_score_correction_bias", torch.inf, "1 of 8 values are NaN"),
+        ("fp8", "model.layers.0.self_attn.k_proj.weight", 0x7F, "values are NaN or infinite in float8_e4m3fn"),
+        ("fp8", "model.layers.0.self_attn.k_proj.weight_scale_inv", torch.nan, "NaN or infinite in float32"),
+        ("native_v4", "layers.0.ffn.shared_experts.w1.scale", 0xFF, "NaN or infinite in float32"),
+        ("native_v4", "layers.0.ffn.gate.tid2eid", 8, "has expert ids 0 to 8, expected 0 to 7"),
+        ("native_v4", "layers.0.ffn.gate.tid2eid", -1, "has expert ids -1 to 7, expected 0 to 7"),
+    ],
+)
+def test_what_every_rank_has_is_finite_and_names_experts_that_there_are(
+    folder: Path, tmp_path: Path, name: str, tensor: str, value: float, message: str
+) -> None:
+    shutil.copytree(folder / name, tmp_path / "spoilt")
+    changed(tmp_path / "spoilt", tensor, spoilt(value))
+    with pytest.raises(ValueError, match=rf"{re.escape(tensor)}:? .*{re.escape(message)}"):
+        load(tmp_path / "spoilt")
+
+
+def test_minus_infinity_in_a_routers_bias_switches_an_expert_off(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "deepseek_v3", tmp_path / "off")
+    changed(tmp_path / "off", "model.layers.1.mlp.gate.e_score_correction_bias", spoilt(-torch.inf))
+    assert logits_of(load(tmp_path / "off"), batch()).isfinite().all()
+
+
+def test_tensors_of_layers_that_the_config_has_not_are_said(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "mixtral", tmp_path / "short")
+    edit_config(tmp_path / "short", num_hidden_layers=1)
+    with pytest.warns(
+        UserWarning, match=r"has model.layers.1.block_sparse_moe.\S+ and \d+ others, for which the model"
+    ):
+        load(tmp_path / "short")
 
 
 @pytest.mark.parametrize(
@@ -410,7 +477,23 @@ def test_tensors_without_a_place_have_any_dtype_of_the_format(folder: Path, tmp_
     dtypes = (torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.bool)
     more = {f"beside.{number}": torch.ones(2, dtype=dtype) for number, dtype in enumerate(dtypes)}
     save_file({**load_file(file), **more}, file)
-    assert load(tmp_path / "more").megamoe_report.unused == tuple(more)
+    with pytest.warns(UserWarning, match="has beside.0 and 4 others, for which the model"):
+        assert load(tmp_path / "more").megamoe_report.unused == tuple(more)
+
+
+@pytest.mark.parametrize("given", [str, Path, os.fsencode, lambda name: f"{name}/"], ids=["str", "Path", "bytes", "/"])
+def test_a_checkpoint_is_found_however_its_folder_is_given(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Callable[[str], Any]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "größe").symlink_to(folder / "mixtral")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(given("~/größe")).megamoe_report.unused == ()
+    monkeypatch.chdir(tmp_path)
+    model = load(given("größe"))
+    monkeypatch.chdir("elsewhere")
+    assert regroup(model, None).experts_read == 0
+    assert model.megamoe_loading.files.path == tmp_path / "größe"
 
 
 def test_a_loaded_model_is_neither_saved_nor_copied(folder: Path, tmp_path: Path) -> None:
@@ -533,10 +616,11 @@ def test_a_rank_that_calls_while_another_loads_is_refused_on_both(ranks: LocalRa
         ({"scales": "worst"}, "scales must be one of contract, best"),
         ({"device": "meta"}, "device must be one that can hold weights, got 'meta': leave it out for the CPU"),
         ({"device": "abacus"}, "device must be one that torch knows, got 'abacus'"),
-        ({"path": None}, "path must be the folder of a checkpoint, a str or a Path, got None"),
-        ({"path": 3}, "path must be the folder of a checkpoint, a str or a Path, got 3"),
+        ({"path": None}, "path must be a path, as str, bytes or os.PathLike, got None"),
+        ({"path": 3}, "path must be a path, as str, bytes or os.PathLike, got 3"),
+        ({"path": ""}, "path must be a path, got ''"),
     ],
-    ids=["experts", "dense", "scales", "meta", "device", "no_path", "number"],
+    ids=["experts", "dense", "scales", "meta", "device", "no_path", "number", "empty"],
 )
 def test_what_is_asked_wrongly_is_said(folder: Path, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

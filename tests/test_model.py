@@ -109,7 +109,7 @@ def test_all_layers_give_the_same_bits_on_any_number_of_ranks(
 LAYER_0, LAYER_1 = "model-00002-of-00004.safetensors", "model-00003-of-00004.safetensors"
 
 
-def edit(path: Path, change: Callable[[dict[str, Tensor]], None], shard: str = LAYER_1) -> None:
+def edit(path: Path, change: Callable[[dict[str, Tensor]], object], shard: str = LAYER_1) -> None:
     tensors = load_file(path / shard)
     change(tensors)
     save_file(tensors, path / shard)
@@ -156,6 +156,15 @@ def wild_table(path: Path) -> None:
     edit(path, change, LAYER_0)
 
 
+def infinite_gate(path: Path) -> None:
+    edit(path, lambda tensors: tensors["layers.1.ffn.gate.weight"].view(-1)[:2].fill_(torch.inf))
+
+
+def nan_in_shared_expert(path: Path) -> None:
+    name = "layers.1.ffn.shared_experts.w2.weight"
+    edit(path, lambda tensors: tensors[name].view(torch.uint8).view(-1)[:3].fill_(0xFF))
+
+
 def config_without(path: Path) -> None:
     text = json.loads((path / "config.json").read_text())
     del text["moe_intermediate_size"]
@@ -177,6 +186,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "nan_scale": (nan_scale, r"layers.1.ffn: down of expert 4 has a scale byte of 255"),
     "hash_table_out_of_range": (wild_table, r"tid2eid holds expert ids 0 to 7, expected \[0, 7\)"),
+    "gate_infinite": (infinite_gate, r"layers.1.ffn.gate.weight: 2 of \d+ values are NaN or infinite in bfloat16"),
+    "nan_in_shared_expert": (nan_in_shared_expert, r"shared_experts.w2.weight: 3 of \d+ values are NaN or infinite"),
     "shard_missing": (lambda p: (p / "model-00002-of-00004.safetensors").unlink(), "lacks model-00002-of-00004"),
     "index_unreadable": (lambda p: (p / INDEX).write_text("{"), "has no weight_map that can be read"),
     "no_index": (lambda p: (p / INDEX).unlink(), "holds neither model.safetensors.index.json nor model.safetensors"),

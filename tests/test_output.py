@@ -12,14 +12,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from rich.console import Console
+from safetensors.torch import load_file
 
 import megamoe
 from megamoe import catalog
 from megamoe.launch import output
-from megamoe.launch.output import check_folder, emit, plural, say, short, show, write_whole
+from megamoe.launch.output import check_folder, emit, plural, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
+from megamoe.model.loading.files import write_tensors
+from megamoe.model.making.files import new_folder
+from megamoe.paths import write_whole
 from tests.commands import files_no_larger_than, invoked, refused
 
 ROWS = [("one", 1, 1234.56, 0.012345, None), (), ("a longer one", None, "loopback", 7.0, "x")]
@@ -301,7 +306,61 @@ def test_a_file_whose_place_no_other_can_take_is_written_where_it_is(
     monkeypatch.setattr(Path, "replace", busy)
     write_whole(old, "mounted")
     assert (old.read_text(), old.stat().st_ino) == ("mounted", before)
+    write_tensors({"hidden": torch.ones(2)}, old)
+    assert torch.equal(load_file(old)["hidden"], torch.ones(2))
+    assert old.stat().st_ino == before
     assert list(tmp_path.iterdir()) == [old]
+
+
+_ON_MOUNTS = """
+import subprocess, sys, torch
+from pathlib import Path
+from megamoe.model.loading.files import write_tensors
+from megamoe.model.making.files import new_folder
+from megamoe.paths import write_whole
+place = Path(sys.argv[1])
+def mount(*given): subprocess.run(["mount", *map(str, given)], check=True)
+mount("--make-rprivate", "/")
+for name in ("file", "fixed"):
+    (place / name).touch()
+    mount("--bind", place / name, place / name)
+mount("-o", "remount,bind,ro", place / "fixed")
+(place / "folder").mkdir()
+mount("-t", "tmpfs", "tmpfs", place / "folder")
+for write in (lambda file: write_whole(file, "new"), lambda file: write_tensors({"a": torch.ones(2)}, file)):
+    write(place / "file")
+    assert (place / "file").stat().st_size
+    try:
+        write(place / "fixed")
+    except OSError as refusal:
+        assert refusal.filename == str(place / "fixed"), refusal
+        assert refusal.strerror == "Read-only file system", refusal
+with new_folder(place / "folder") as draft:
+    (draft / "config.json").touch()
+    (draft / "part").mkdir()
+print(sorted(each.name for each in (place / "folder").iterdir()), sorted(each.name for each in place.iterdir()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() != 0, reason="mounts need root")
+def test_mounts_are_written_to(tmp_path: Path) -> None:
+    """A file and an empty folder that a container has from its host, and a file that is read-only."""
+    line = ["unshare", "--mount", sys.executable, "-c", _ON_MOUNTS, str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    if "unshare" in done.stderr or "permission denied" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.stdout == "['config.json', 'part'] ['file', 'fixed', 'folder']\n", done.stderr
+
+
+def test_a_new_folder_behind_a_link_leaves_the_link(tmp_path: Path) -> None:
+    for name in ("there", "none"):
+        (link := tmp_path / f"to-{name}").symlink_to(tmp_path / name)
+        if name == "there":
+            (tmp_path / name).mkdir()
+        with new_folder(link) as draft:
+            (draft / "config.json").touch()
+        assert link.is_symlink()
+        assert [each.name for each in (tmp_path / name).iterdir()] == ["config.json"]
 
 
 def test_a_pipe_and_a_device_are_written_to(tmp_path: Path) -> None:

@@ -266,6 +266,26 @@ def test_models_come_one_after_another_and_say_where_their_weights_are(
         assert "save the model before it is called" in said
 
 
+def refused_first(group: EPGroup, plain: Plain) -> tuple[str, Tensor]:
+    """What a first call in eval mode says in which rank 1 alone asks for a gradient; then the gradients of training."""
+    model = load(plain, fsdp_size=group.size, ep_size=group.size)
+    with torch.set_grad_enabled(group.rank == 1), pytest.raises(ValueError, match="in eval mode") as refusal:
+        model(TOKENS[:1])
+    assert model.state_dict(), "which is refused where weights have gone over"
+    untouched = load(plain, fsdp_size=group.size, ep_size=group.size)
+    return str(refusal.value), forward(untouched, TOKENS[:1])
+
+
+def test_a_first_call_that_one_rank_makes_wrongly_takes_weights_on_none(
+    plain_models: dict[str, Plain], ranks: LocalRanks
+) -> None:
+    plain = plain_models["qwen3-moe"]
+    expected = forward(load(plain), TOKENS[:1])
+    for rank, (said, logits) in enumerate(ranks.run(refused_first, plain, size=2)):
+        assert f"requires a gradient on {'this' if rank == 1 else 'another'} rank" in said
+        assert torch.equal(logits, expected)
+
+
 def test_ranks_generate_from_their_own_prompts(plain_models: dict[str, Plain], ranks: LocalRanks) -> None:
     plain = plain_models["qwen3-moe"]
     prompts = [TOKENS[:1, :9], TOKENS[1:2, :23]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -27,7 +28,10 @@ from megamoe.parallel.group import EPGroup
 
 pytest.importorskip("ray")
 
+from ray import cloudpickle
+
 from megamoe.launch.cluster.ray import session
+from megamoe.launch.cluster.ray.actor import WorkerActor, WorkerOrder, end_process
 from megamoe.launch.cluster.ray.handle import RayHandle
 from megamoe.launch.cluster.ray.placement import Placement, order_bundles
 from tests.ray_nodes import add_up, is_gone, meet, nap, two_nodes
@@ -205,6 +209,77 @@ def test_a_ray_that_does_not_start_is_said_in_a_line_and_leaves_nothing(monkeypa
     assert set(Path("/tmp").glob("megamoe-ray-*")) <= there
 
 
+_WRITES = """
+import os, sys, uuid
+while True:
+    os.makedirs(folder := os.path.join(sys.argv[1], "logs", uuid.uuid4().hex), exist_ok=True)
+"""
+
+
+def test_what_a_failed_start_leaves_running_ends_and_its_folder_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the process that started it has ended before it, as Ray's own agents outlive what started them."""
+    places: list[str] = []
+
+    def fails(*_: object, _temp_dir: str, **__: object) -> None:
+        places.append(_temp_dir)
+        line = [sys.executable, "-c", _WRITES, _temp_dir, str(Path(str(sys.modules["ray"].__file__)).parent / "agent")]
+        subprocess.run(["sh", "-c", '"$@" & sleep 0.2', "sh", *line], check=True)
+        assert Path(_temp_dir, "logs").exists()
+        raise RuntimeError("no port is free")
+
+    monkeypatch.setattr("ray.init", fails)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr(session, "STOP_S", 0.1)
+    with pytest.raises(RuntimeError, match="Ray does not start on this machine: no port is free"):
+        session.connect("local", 2, 10.0)
+    assert not Path(places[0]).exists()
+    assert not session.processes_of(Path(places[0]))
+
+
+_HOLDS = """
+import sys, tempfile
+from pathlib import Path
+tempfile.tempdir = sys.argv[1]
+from megamoe.launch.cluster.ray import session
+session.os.access = lambda *_: False
+own = session.OwnPlace()
+print(own.path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_folder_of_a_driver_that_was_killed_goes_with_the_next_start(tmp_path: Path) -> None:
+    drivers = [
+        subprocess.Popen([sys.executable, "-c", _HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    try:
+        places = [Path(driver.stdout.readline().decode().strip()) for driver in drivers if driver.stdout]
+        (tmp_path / "megamoe-ray-of-others").mkdir()
+        drivers[0].kill()
+        drivers[0].wait(WAIT_S)
+        assert all(place.is_dir() for place in places)
+        session.sweep(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([places[1], tmp_path / "megamoe-ray-of-others"])
+    finally:
+        for driver in drivers:
+            driver.kill()
+            driver.communicate(timeout=WAIT_S)
+
+
+def test_a_full_disk_where_a_cluster_begins_is_said_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "driver")
+
+    there = set(Path("/tmp").glob("megamoe-ray-*"))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("fcntl.flock", full)
+    with pytest.raises(RuntimeError, match=r"Ray does not start on this machine: .*No space left on device"):
+        session.connect("local", 2, 10.0)
+    assert set(Path("/tmp").glob("megamoe-ray-*")) <= there
+
+
 def test_a_signal_waits_until_ray_knows_of_all_that_it_has_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ray.shutdown() overlooks crashes this process at its end."""
     happened: list[str] = []
@@ -252,6 +327,17 @@ def test_a_connection_outlasts_a_worker_that_is_being_opened(monkeypatch: pytest
     assert str(opened.exception(0)) == "the connection was open"
     with pytest.raises(RuntimeError, match="have been closed"):
         workers.open(0, WAIT_S)
+
+
+def test_what_ray_sends_a_process_first_needs_no_module_of_this_package(tmp_path: Path) -> None:
+    """Ray has a process look for modules in the driver's folder first, where a user's megamoe.py may lie."""
+    (tmp_path / "megamoe.py").write_text("raise SystemExit('a script of the user')")
+    order = WorkerOrder("cpu", 1, None, WAIT_S, None)
+    (tmp_path / "sent").write_bytes(cloudpickle.dumps((WorkerActor, order, end_process)))
+    program = "import pickle, sys; actor, order, _ = pickle.load(open('sent', 'rb')); print(actor(3), order.device)"
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert done.stderr == "rank 3 cpu\n", "the actor's stdout is stderr"
 
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

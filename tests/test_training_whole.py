@@ -253,7 +253,7 @@ def test_a_folder_that_is_taken_or_cannot_be_is_refused_on_every_rank(ranks: Loc
     (tmp_path / "mine").write_text("")
     first, second = ranks.run(refused, tmp_path, size=2)
     assert first[0] == f"{tmp_path} is there already: give a folder that is new"
-    assert first[1] == f"{tmp_path / 'mine' / '.new.partial'} cannot be written: Not a directory"
+    assert first[1] == f"{tmp_path / 'mine' / '.new-partial'} cannot be written: Not a directory"
     assert second == [f"rank 0: {each}" for each in first]
     assert [each.name for each in tmp_path.iterdir()] == ["mine"]
 

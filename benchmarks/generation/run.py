@@ -26,6 +26,7 @@ from benchmarks.generation.report import Comparison, Series, Workload, document
 from benchmarks.peers.report import machine, versions
 from megamoe.launch.lab.namespaces import lab
 from megamoe.launch.process import loopback
+from megamoe.paths import path_of
 
 LINKS = {"1gbit": "1gbit", "loopback": None}
 _WARM_UP = 2  # rounds not counted: the first call of a layer measures links and packs what it needs
@@ -119,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=positive, default=128, help="of each prompt")
     parser.add_argument("--new-tokens", type=positive, default=32, help="after each prompt")
     parser.add_argument("--layers", type=positive, default=Sizes().layers, help="of the model that is made")
-    parser.add_argument("--model", type=Path, help="a checkpoint in BF16 instead of the one that is made")
+    parser.add_argument("--model", type=path_of, help="a checkpoint in BF16 instead of the one that is made")
     parser.add_argument("--only", action="append", choices=list(LINKS), help="this link; may be given again")
     parser.add_argument("--contenders", help="parts of names, separated by semicolons")
     parser.add_argument("--format", choices=("table", "json"), default="table")

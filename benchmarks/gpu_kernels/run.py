@@ -28,6 +28,7 @@ from benchmarks.gpu_kernels.plan import PLAN, Stage, select
 from benchmarks.gpu_kernels.runner import Runner, say
 from benchmarks.gpu_kernels.store import GPU, REHEARSAL, Store
 from benchmarks.gpu_kernels.summary import summary
+from megamoe.paths import path_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 _NODES = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA's and AMD's drivers
@@ -135,8 +136,8 @@ def _parser(plan: Sequence[Stage]) -> argparse.ArgumentParser:
         epilog="stages, in this order; --stages decode takes all that begin with decode-:\n" + "\n".join(lines),
     )
     parser.add_argument("--budget-s", type=float, default=520.0, help="seconds for everything (default: 520)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results, logs and tables go")
+    parser.add_argument("--out", type=path_of, metavar="DIR", help="where results, logs and tables go")
     parser.add_argument("--stages", metavar="A,B", help="only these, by name or by what their names begin with")
     page = "writes docs/gpu_kernels.md from a GPU's results; of several folders the later one's stages count"
-    parser.add_argument("--page", type=Path, metavar="DIR", nargs="+", help=page)
+    parser.add_argument("--page", type=path_of, metavar="DIR", nargs="+", help=page)
     return parser

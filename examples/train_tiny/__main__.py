@@ -11,7 +11,7 @@ import typer
 from examples.train_tiny.model import Sizes
 from examples.train_tiny.train import Recipe, train
 from megamoe import MegaMoECluster, RestartPolicy, init_group
-from megamoe.launch.terminal import exit_codes
+from megamoe.launch.terminal import exit_codes, with_homes
 
 _DAY_S = 24 * 3600.0
 _RECIPE, _SIZES = Recipe(Path()), Sizes()
@@ -53,4 +53,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(with_homes(main))

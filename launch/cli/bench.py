@@ -9,16 +9,17 @@ import typer
 
 from megamoe.launch.cli import rule
 from megamoe.launch.output import Output, check_folder, emit, note, say, show, write
-from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress
+from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress, with_homes
 
 if TYPE_CHECKING:
     from megamoe.launch.bench.bench import BenchReport
 
 app = typer.Typer(invoke_without_command=True)
-app.command("rule")(rule.rule)
+app.command("rule")(with_homes(rule.rule))
 
 
 @app.callback()
+@with_homes
 def bench(
     context: typer.Context,
     ranks: Annotated[int, typer.Option(help="Processes, each a rank.")] = 2,

@@ -19,7 +19,7 @@ import typer.core
 import typer.main
 
 import megamoe
-from megamoe.launch.terminal import stdout
+from megamoe.launch.terminal import stdout, with_homes
 
 # command -> module of this folder and what there: a function, or the app of a group
 COMMANDS = {
@@ -55,7 +55,7 @@ class _Commands(Mapping[str, Any]):
             command: Any = typer.main.get_group(found)
         else:
             alone = typer.Typer(add_completion=False)
-            alone.command(name)(found)
+            alone.command(name)(with_homes(found))
             command = typer.main.get_command(alone)
         command.name = name
         return command

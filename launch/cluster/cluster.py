@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from pickle import PicklingError
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +30,7 @@ from megamoe.launch.cluster.worker_handle import WorkerHandle, WorkerPool
 from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.requests import IMPORTABLE, check_count, check_seconds, check_tokens, check_work
 from megamoe.parallel.health.runs import sweep
+from megamoe.paths import AnyPath, lasting_path_of
 from megamoe.routing.waves import Waves, check_waves
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class MegaMoECluster:
         interface: str | None = None,
         hosts: Sequence[Host] | None = None,
         run: str | None = None,
-        log_dir: Path | None = None,
+        log_dir: AnyPath | None = None,
         policy: RestartPolicy | None = None,
         on_event: Callable[[Event], None] = lambda _: None,
         pool: WorkerPool | None = None,
@@ -124,6 +124,8 @@ class MegaMoECluster:
         for name in unused:
             if {"address": address, "interface": interface, "hosts": hosts}[name] is not None:
                 raise ValueError(f"{name} means nothing to launcher {launcher!r}")
+        if log_dir is not None:
+            log_dir = lasting_path_of(log_dir, "log_dir")
         self.policy = policy or RestartPolicy()
         least, most = self.policy.elastic or (ranks, ranks)
         if not least <= ranks <= most:
@@ -212,7 +214,7 @@ class MegaMoECluster:
 
     def load(
         self,
-        checkpoint: Path | str,
+        checkpoint: AnyPath,
         *,
         waves: Waves = "auto",
         dispatch_format: str = "mxfp8",
@@ -229,10 +231,9 @@ class MegaMoECluster:
         """
         begun = time.monotonic()
         self._load = None
-        if not isinstance(checkpoint, str | Path):
-            raise ValueError(f"checkpoint must be the path of a folder, got {type(checkpoint).__name__}")
+        place = lasting_path_of(checkpoint, "checkpoint")
         check_waves(waves)
-        load = Load(Path(checkpoint), waves, dispatch_format, combine_format, whole)
+        load = Load(place, waves, dispatch_format, combine_format, whole)
         reports: list[LoadReport] = self._insist(lambda: self._all("load", [(load,)] * self.ranks))
         self._load, self.loads = load, reports
         self.starting.load_s = time.monotonic() - begun

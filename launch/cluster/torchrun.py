@@ -32,7 +32,7 @@ from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_dev
 from megamoe.launch.output import Output, check_folder, emit
 from megamoe.launch.process import share_of_cores
 from megamoe.launch.report import print_report
-from megamoe.launch.terminal import Format, exit_codes, parse_waves
+from megamoe.launch.terminal import Format, exit_codes, parse_waves, with_homes
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
 from megamoe.model.loading.files import write_tensors
 from megamoe.parallel.group import EPGroup
@@ -225,4 +225,4 @@ def _collect_work(group: EPGroup, loaded: LoadReport, tokens: int) -> list[RankW
 
 def main() -> None:
     """Entry point of python -m megamoe.launch.worker."""
-    typer.run(worker)
+    typer.run(with_homes(worker))

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from megamoe.catalog.schema import Hardware, Machine, Model, Profile
 from megamoe.catalog.wording import nearest, plain
+from megamoe.paths import AnyPath, path_of
 
 if TYPE_CHECKING:
     from yaml import SafeLoader as _Loader
@@ -29,6 +30,7 @@ Kind = Literal["hardware", "models", "profiles", "machines"]
 T = TypeVar("T", Hardware, Model, Profile, Machine)
 
 _HERE = Path(__file__).parent
+_PIPES: dict[tuple[Path, int, int], bytes] = {}
 _SINGULAR = {"hardware": "hardware", "models": "model", "profiles": "profile", "machines": "machine"}
 
 
@@ -50,7 +52,7 @@ def names(kind: Kind) -> list[str]:
     return sorted(path.stem for path in (_HERE / kind).glob("*.yaml"))
 
 
-def load_hardware(name_or_path: str | os.PathLike[str]) -> Hardware:
+def load_hardware(name_or_path: AnyPath) -> Hardware:
     """A device by the catalog's name or alias, or from a .yaml file. ValueError names the nearest."""
     path = _find("hardware", name_or_path)
     hardware = _read(Hardware, path)
@@ -60,17 +62,21 @@ def load_hardware(name_or_path: str | os.PathLike[str]) -> Hardware:
     return hardware
 
 
-def load_model(name_or_path: str | os.PathLike[str]) -> Model:
-    """A model by name or alias, or from a .yaml file, a Hugging Face config.json or a folder that has one."""
+def load_model(name_or_path: AnyPath) -> Model:
+    """A model by name or alias, or from a .yaml file, a Hugging Face config.json or a folder that has one.
+
+    Like all that is loaded here, also from a pipe, such as bash's <(...).
+    """
     path = _find("models", name_or_path)
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
             raise ValueError(f"{path.parent} has no config.json")
-    return _read_config(path) if path.suffix == ".json" else _read(Model, path)
+    is_config = path.suffix == ".json" or (path.is_fifo() and read_text(path).lstrip().startswith("{"))
+    return _read_config(path) if is_config else _read(Model, path)
 
 
-def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
+def load_profile(name_or_path: AnyPath) -> Profile:
     """A profile by the catalog's name, or from a .yaml file; one that extends another has its figures too."""
     path = _find("profiles", name_or_path)
     data = _mapping(Profile, path)
@@ -85,12 +91,12 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     return _validated(Profile, data, path)
 
 
-def load_machine(name_or_path: str | os.PathLike[str]) -> Machine:
+def load_machine(name_or_path: AnyPath) -> Machine:
     """A machine by the catalog's name, or from a .yaml file, such as megamoe calibrate writes."""
     return _read(Machine, _find("machines", name_or_path))
 
 
-def find_profile(hardware: Hardware, name_or_path: str | os.PathLike[str] | None = None) -> Profile:
+def find_profile(hardware: Hardware, name_or_path: AnyPath | None = None) -> Profile:
     """The profile asked for, or else the one that the hardware names.
 
     ValueError where it is of a kernel that no device of this kind runs.
@@ -105,9 +111,9 @@ def find_profile(hardware: Hardware, name_or_path: str | os.PathLike[str] | None
     return found
 
 
-def _find(kind: Kind, name_or_path: str | os.PathLike[str]) -> Path:
+def _find(kind: Kind, name_or_path: AnyPath) -> Path:
     """The file behind a name, an alias or a path: the catalog first, so that a folder called gb200 hides nothing."""
-    text = os.fspath(name_or_path)
+    text = os.fsdecode(name_or_path)
     if not text.strip():
         raise ValueError(f"an empty name is no {_SINGULAR[kind]}'s; megamoe catalog list shows the names")
     if "://" in text:
@@ -116,15 +122,26 @@ def _find(kind: Kind, name_or_path: str | os.PathLike[str]) -> Path:
     shipped = _HERE / kind / f"{name}.yaml"
     if "/" not in name and shipped.is_file():
         return shipped
-    path = Path(text)
-    if path.is_file() or (kind == "models" and path.is_dir()):
+    path = path_of(text)
+    if path.is_file() or path.is_fifo() or (kind == "models" and path.is_dir()):
         return path
     aliases = _aliases(kind)
     if name in aliases:
         return _HERE / kind / f"{aliases[name]}.yaml"
-    if path.suffix in (".yaml", ".yml", ".json"):
+    if path.suffix in (".yaml", ".yml", ".json") or text.startswith(("/", "./", "../", "~/")):
         raise ValueError(f"there is no file {text}")
     raise ValueError(f"no {_SINGULAR[kind]} is called '{text}'; {nearest(name, [*names(kind), *aliases], aliases)}")
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """A file's text; of a pipe such as bash's <(...) what came through it first, since it comes once."""
+    if not path.is_fifo():
+        return path.read_text(encoding="utf-8-sig", errors=errors)
+    there = path.stat()
+    pipe = (path, there.st_dev, there.st_ino)
+    if pipe not in _PIPES:
+        _PIPES[pipe] = path.read_bytes()
+    return _PIPES[pipe].decode("utf-8-sig", errors)
 
 
 def _aliases(kind: Kind) -> dict[str, str]:
@@ -144,7 +161,7 @@ def _read(schema: type[T], path: Path) -> T:
 def _mapping(schema: type[T], path: Path) -> dict[str, Any]:
     """The keys of a YAML file."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        data = yaml.load(read_text(path), Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: {error.problem or error.context}") from None
@@ -172,7 +189,7 @@ def _read_config(path: Path) -> Model:
         if not isinstance(quantization, dict):
             raise ValueError(f"{beside} holds an object of keys, not {type(quantization).__name__}")
         config["quantization_config"] = quantization.get("quantization", {})
-    name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    name = path.resolve().parent.name if path.name == "config.json" else "piped" if path.is_fifo() else path.stem
     try:
         return model_from_config(config, name=name.lower(), source=str(path))
     except ValidationError as error:
@@ -183,6 +200,6 @@ def _read_config(path: Path) -> Model:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
         raise ValueError(f"{path} is not JSON: {error}") from None

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -33,6 +32,7 @@ from triton.runtime.jit import JITFunction
 from megamoe.kernels import KERNELS, load
 from megamoe.kernels.chips.sass import product_loop
 from megamoe.kernels.chips.targets import KIB, OPTIONS, TARGETS, Build, Target, target
+from megamoe.paths import path_of, write_whole
 
 _MATRIX = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_s?mfma)[\w.:]*")
 
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megamoe.kernels.ahead", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kernel", action="append", choices=tuple(KERNELS), help="only this one; may be repeated")
     parser.add_argument("--target", action="append", choices=[each.name for each in TARGETS], help="likewise")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="where the table goes, else to the terminal")
+    parser.add_argument("--write", type=path_of, metavar="FILE", help="where the table goes, else to the terminal")
     asked = parser.parse_args(arguments)
     chips = [target(name) for name in asked.target] if asked.target else TARGETS
     compiled = [each for name in asked.kernel or KERNELS for chip in chips for each in compile_ahead(name, chip)]
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.write:
         sys.stdout.write(text)
     elif not problems:
-        asked.write.write_text(text)
+        write_whole(asked.write, text)
     return 1 if problems else 0
 
 

@@ -24,10 +24,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import comb
-from pathlib import Path
 from typing import Any
 
 from megamoe.catalog.schema import Machine
+from megamoe.paths import AnyPath, path_of
 from megamoe.schedule.cost_model import CostModel, Spread, best_waves
 from megamoe.schedule.formats import value_bytes
 from megamoe.schedule.schedule import Link, Work, play, schedule
@@ -323,8 +323,9 @@ def link_of(run: Run, machine: Machine) -> Link:
     return Link(burst, machine.exchange_us.value)
 
 
-def read_runs(path: Path) -> list[dict[str, Any]]:
+def read_runs(path: AnyPath) -> list[dict[str, Any]]:
     """The reports of megamoe bench --format json in a file, one or a list; ValueError for anything else."""
+    path = path_of(path)
     if path.is_dir() or not path.exists():  # what comes through a pipe is read as well
         raise ValueError(f"{path} is a folder" if path.is_dir() else f"there is no file {path}")
     try:

@@ -11,10 +11,10 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megamoe.parallel.recorder import Flight, Recording
+from megamoe.paths import AnyPath, path_of, write_whole
 
 FORWARD = ("dispatch", "linear-1", "activation", "linear-2", "combine", "reduce")
 BACKWARD = ("linear-2 gradient", "activation gradient", "linear-1 gradient", "weight gradient")
@@ -142,9 +142,9 @@ class Timeline:
         wanted = set(calls)
         return Timeline(self.hosts, tuple(e for e in self.events if (e.layer, e.call) in wanted))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: AnyPath) -> None:
         """Writes the trace as Chrome and Perfetto read it: a process for each rank, a thread for each lane."""
-        path.write_text(self.text)
+        write_whole(path_of(path), self.text)
 
     @property
     def text(self) -> str:
@@ -183,8 +183,9 @@ class Timeline:
         }
 
     @classmethod
-    def load(cls, path: Path) -> Timeline:
+    def load(cls, path: AnyPath) -> Timeline:
         """Reads what save() wrote. ValueError for a file that cannot be read or is not such a trace."""
+        path = path_of(path)
         try:
             found = json.loads(path.read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ from torch import Tensor
 from megamoe.formats import BLOCK, MXFP4, dequantize_e4m3_blocks
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
 from megamoe.model.loading.files import TensorFiles
+from megamoe.model.loading.stored import check_values
+from megamoe.paths import AnyPath, lasting_path_of
 
 FP8_BLOCK = 128
 
@@ -45,12 +46,13 @@ class Checkpoint:
 
     @classmethod
     @contextmanager
-    def open(cls, path: str | Path) -> Iterator[Checkpoint]:
+    def open(cls, path: AnyPath) -> Iterator[Checkpoint]:
         """Opens config.json and the safetensors shards under path, and closes them on the way out.
 
         ValueError for a folder that is no such checkpoint, a shard that is missing or truncated.
         """
-        config = DeepSeekV4Config.read(Path(path))
+        path = lasting_path_of(path)
+        config = DeepSeekV4Config.read(path)
         with TensorFiles.open(path) as files:
             yield cls(files, config)
 
@@ -105,13 +107,19 @@ class Checkpoint:
         rows = torch.empty(len(unique), self.config.hidden_size, dtype=torch.bfloat16, device="cpu")
         for row, token in zip(rows, unique.tolist(), strict=True):
             self._files.read(entry, row.unsqueeze(0), first=token, count=1)
+        check_values(rows, f"{self.path}: embed.weight")
         return rows[where]
 
     def tensor(self, name: str, shape: Sequence[int], *dtypes: str) -> Tensor:
         """One tensor by name. F4: shape in bytes.
 
-        ValueError where it is missing or has another shape or dtype than expected.
+        ValueError where it is missing, has another shape or dtype than expected, or values that are NaN or infinite.
         """
+        found = self._read(name, shape, *dtypes)
+        check_values(found, f"{self.path}: {name}")
+        return found
+
+    def _read(self, name: str, shape: Sequence[int], *dtypes: str) -> Tensor:
         self._check(name, shape, *dtypes)
         return self._files.read(self._files.entries[name])
 
@@ -125,8 +133,8 @@ class Checkpoint:
             raise ValueError(f"{self.path}: {name} has shape {list(entry.shape)}, expected {list(shape)}")
 
     def _mxfp4(self, name: str, rows: int, columns: int) -> MXFP4:
-        packed = self.tensor(f"{name}.weight", (rows, columns // 2), "I8", "U8", "F4")
-        scales = self.tensor(f"{name}.scale", (rows, columns // BLOCK), "F8_E8M0", "U8")
+        packed = self._read(f"{name}.weight", (rows, columns // 2), "I8", "U8", "F4")
+        scales = self._read(f"{name}.scale", (rows, columns // BLOCK), "F8_E8M0", "U8")
         return MXFP4.from_bytes(packed, scales)
 
     def _fp8(self, name: str, rows: int, columns: int) -> E4M3Blocks:

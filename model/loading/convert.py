@@ -24,7 +24,8 @@ from megamoe.model.loading.files import DTYPES, INDEX, SINGLE, Entry, TensorFile
 from megamoe.model.loading.naming import dense_targets, made_by, name_tensors
 from megamoe.model.loading.quantization import RoundingError, check_scales, quantize
 from megamoe.model.loading.skeleton import CONFIG, MANIFEST, build, fp8_block, naming_format, read_config
-from megamoe.model.loading.stored import Encoding, Stored, stored_tensors
+from megamoe.model.loading.stored import Encoding, Stored, check_values, stored_tensors
+from megamoe.paths import AnyPath, lasting_path_of
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
 _AT_ONCE = 64 << 20  # bytes that are copied at a time
@@ -69,8 +70,8 @@ class Conversion:
 
 
 def convert(
-    source: str | Path,
-    target: str | Path,
+    source: AnyPath,
+    target: AnyPath,
     *,
     experts: str,
     scales: str = "contract",
@@ -88,7 +89,7 @@ def convert(
     from another source or with other settings. A value that the other format has no code for is found when its shard
     is read: the ValueError then says which shards stay.
     """
-    source, target = Path(source), Path(target)
+    source, target = lasting_path_of(source, "source"), lasting_path_of(target, "target")
     if experts not in WEIGHT_FORMATS:
         raise ValueError(f"experts must be one of {', '.join(WEIGHT_FORMATS)}, got {experts!r}")
     check_scales(scales)
@@ -98,7 +99,7 @@ def convert(
         config = read_config(source)
         with naming_format(config):
             stored = stored_tensors(files, fp8_block(config))
-            of_experts = _expert_tensors(source, stored, experts)
+            of_experts, unused = _expert_tensors(source, stored, experts)
         done = Conversion(str(source), str(target), experts, scales)
         writer = _Writer(files, target, done, progress)
         manifest = writer.begin()
@@ -112,7 +113,11 @@ def convert(
                     writer.skip(tensors)
                     continue
                 error = RoundingError()
-                pieces = [piece for each in tensors for piece in writer.pieces(each, of_experts.get(each.name), error)]
+                pieces = [
+                    piece
+                    for each in tensors
+                    for piece in writer.pieces(each, of_experts.get(each.name), error, read=each.name not in unused)
+                ]
                 manifest["shards"][name] = writer.write(name, pieces)
                 done.tensors_converted += sum(each.name in of_experts for each in tensors)
                 if error.norm:
@@ -132,8 +137,13 @@ class _Change:
     transposed: bool
 
 
-def _expert_tensors(source: Path, stored: dict[str, Stored], experts: str) -> dict[str, _Change]:
-    """The experts' matrices that are to change, by name. ValueError for what load() would not take."""
+def _expert_tensors(
+    source: Path, stored: dict[str, Stored], experts: str
+) -> tuple[dict[str, _Change], tuple[str, ...]]:
+    """The experts' matrices that are to change, by name; names that load() has no place for.
+
+    ValueError for what load() would not take.
+    """
     skeleton = build(source, None)
     naming = name_tensors(skeleton.model, skeleton.tensors, stored)
     targets = {name: target for target in naming.targets.values() for name in made_by(target, skeleton.tensors)}
@@ -154,7 +164,7 @@ def _expert_tensors(source: Path, stored: dict[str, Stored], experts: str) -> di
                 if each.encoding is not wanted or (experts == "bf16" and each.values.dtype != "BF16"):
                     changes[each.name] = _Change(experts, block.structure.is_transposed)
                     _check_inputs(each, changes[each.name])
-    return changes
+    return changes, naming.unused
 
 
 def _check_inputs(stored: Stored, change: _Change) -> None:
@@ -248,23 +258,28 @@ class _Writer:
         self._skipped += sum(each.size for each in tensors)
         self._progress(self._skipped + self.files.bytes_read, self._total)
 
-    def pieces(self, stored: Stored, change: _Change | None, error: RoundingError) -> list[Piece]:
-        """What is written for a tensor of the source."""
+    def pieces(self, stored: Stored, change: _Change | None, error: RoundingError, *, read: bool) -> list[Piece]:
+        """What is written for a tensor of the source. read: by load(), which refuses values that are not finite."""
         if change is None:
-            return [self._copied(entry) for entry in (stored.values, stored.scales) if entry is not None]
+            return [self._copied(entry, read) for entry in (stored.values, stored.scales) if entry is not None]
         if change.experts == "bf16":
             return [self._bf16(stored, change, error)]
         return self._mxfp4(stored, change, error)
 
-    def _copied(self, entry: Entry) -> Piece:
+    def _copied(self, entry: Entry, read: bool) -> Piece:
+        def checked(part: Tensor) -> Tensor:
+            if read:
+                check_values(part, f"{entry.file}: {entry.name}")
+            return part
+
         def parts() -> Iterator[Tensor]:
             rows = entry.shape[0] if entry.shape else 0
             step = max(1, _AT_ONCE // max(1, entry.size // max(1, rows)))
             if rows <= step:
-                yield self.files.read(entry)
+                yield checked(self.files.read(entry))
                 return
             for first in range(0, rows, step):
-                yield self.files.read(entry, first=first, count=min(step, rows - first))
+                yield checked(self.files.read(entry, first=first, count=min(step, rows - first)))
 
         shape = (*entry.shape[:-1], 2 * entry.shape[-1]) if entry.dtype == "F4" else entry.shape
         return Piece(entry.name, entry.dtype, shape, entry.size, parts)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from megamoe.model.loading.stored import Encoding, Stored
 from megamoe.model.structure import Structure
 
 Weight = Tensor | MXFP4
+_NUMBER = re.compile(r"\bexperts\.(\d+)\.")  # of an expert, in the name of a tensor of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +109,20 @@ class ExpertParameter:
             )
 
     def _check_number(self, sources: list[Stored], experts: int) -> None:
-        if len(sources) == experts and (experts > 1 or not self._is_stack(sources)):
+        if self._is_stack(sources):
             return
-        if not self._is_stack(sources):
+        if len(sources) != experts:
             raise ValueError(
                 f"{self.target.name} has {experts} experts, and the checkpoint has {len(sources)} tensors like "
                 f"{sources[0].name} {list(sources[0].shape)}"
             )
+        for expert, source in enumerate(sources):
+            number = _NUMBER.search(source.name)
+            if number is not None and int(number[1]) != expert:
+                raise ValueError(
+                    f"{self.target.name} has experts 0 to {experts - 1}, and where expert {expert} should be the "
+                    f"checkpoint has {source.name}"
+                )
 
     def _is_stack(self, sources: list[Stored]) -> bool:
         """Whether one tensor holds all experts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
+
+from megamoe.paths import AnyPath, lasting_path_of, put_whole
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
@@ -108,13 +111,13 @@ class TensorFiles:
 
     @classmethod
     @contextmanager
-    def open(cls, path: str | Path) -> Iterator[TensorFiles]:
+    def open(cls, path: AnyPath) -> Iterator[TensorFiles]:
         """Reads the headers of a folder's safetensors files: those of its index, or its one file.
 
         ValueError for a folder without any (also one that has pickles only, which are not opened), a shard that is
         missing or truncated, a header that contradicts itself, and an index that names a tensor which is not there.
         """
-        path = Path(path)
+        path = lasting_path_of(path)
         files = cls(path, {entry.name: entry for entry in _entries(path)})
         try:
             yield files
@@ -277,6 +280,29 @@ def _entry(file: Path, version: Version, name: str, described: Mapping[str, Any]
     return Entry(name, file, dtype, shape, data + begin, size, version)
 
 
+def draft_of(path: Path, mark: str) -> Path:
+    """Where a folder is written that is to become path: beside it, or in it where it is there, as a mount may be."""
+    path = path.resolve()
+    return (path if path.is_dir() else path.parent) / f".{path.name}-{mark}"
+
+
+def settle(draft: Path, path: Path) -> None:
+    """Gives what was written at draft_of(path) its name, or its files their place in path, config.json last.
+
+    OSError where path has such files meanwhile.
+    """
+    path = path.resolve()
+    if draft.parent != path:
+        draft.replace(path)
+        return
+    for each in draft.iterdir():
+        if (path / each.name).exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path / each.name))
+    for each in sorted(draft.iterdir(), key=lambda each: each.name == "config.json"):
+        each.replace(path / each.name)
+    draft.rmdir()
+
+
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
     """A block that writes file: what the system refuses is an OSError that names it, also where a library in Rust says
@@ -308,20 +334,22 @@ def writing(part: Path, file: Path) -> Iterator[None]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """A safetensors file of these tensors, whole or not at all, in place of one that is there, with the rights of any
-    other new file: safetensors itself makes it readable by its owner alone. OSError where it cannot be written.
+    """A safetensors file of these tensors, whole or not at all, as put_whole() writes it in place of one that is there.
+
+    It has the rights of any other new file: safetensors itself makes it readable by its owner alone. OSError where it
+    cannot be written.
     """
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    if file.exists() and not file.is_file():  # a device or a pipe, which safetensors would put a file in the place of
-        with naming(file):
-            file.write_bytes(save(whole, {"format": "pt"}))
-        return
-    file = file.resolve()
-    part = file.with_name(f".{file.name}-{uuid4().hex}.part")
-    with writing(part, file):
-        save_file(whole, part, {"format": "pt"})
+
+    def make(part: Path) -> None:
+        with naming(part):
+            save_file(whole, part, {"format": "pt"})
         _give_usual_rights(part)
-        part.replace(file)
+
+    def fill(place: Path) -> None:
+        place.write_bytes(save(whole, {"format": "pt"}))  # save_file() would put a file in its place
+
+    put_whole(file, make, fill)
 
 
 def _give_usual_rights(file: Path) -> None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import gc
-import os
+import re
 import threading
 import time
 import warnings
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 
 from megamoe.execution.checks import check_device
 from megamoe.formats import WEIGHT_FORMATS
@@ -42,19 +42,22 @@ from megamoe.model.loading.skeleton import (
     set_module,
     set_tensor,
 )
-from megamoe.model.loading.stored import Encoding, Stored, scales_to_float, stored_tensors
+from megamoe.model.loading.stored import Encoding, Stored, check_values, scales_to_float, stored_tensors
 from megamoe.model.loading.together import Checked, agree_on, run_together
+from megamoe.model.private import may_be_unused
 from megamoe.parallel.group import EPGroup
+from megamoe.paths import AnyPath, lasting_path_of
 
 EXPERTS = ("checkpoint", *WEIGHT_FORMATS)
 DENSE = ("checkpoint", "bf16")
 _AHEAD = 2  # experts that are read while one is packed
 _CHUNK_BYTES = 32 << 20  # of a dense weight that is packed at a time
 _WHAT = "loading"
+_TABLE = "tid2eid"  # in which a hash-routed layer looks up a token's experts
 
 
 def load(
-    path: str | Path,
+    path: AnyPath,
     *,
     group: EPGroup | dist.ProcessGroup | None = None,
     device: torch.device | str = "cpu",
@@ -94,9 +97,7 @@ def load(
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         check_scales(scales)
-        if not isinstance(path, str | os.PathLike):
-            raise ValueError(f"path must be the folder of a checkpoint, a str or a Path, got {path!r}")
-        loading.append(_Loading.of(Path(path), ranks, device, _Wish(experts, dense, scales), options))
+        loading.append(_Loading.of(lasting_path_of(path), ranks, device, _Wish(experts, dense, scales), options))
         return f"{experts} {dense} {scales} {len(loading[0].sources)} blocks"
 
     try:
@@ -142,12 +143,13 @@ def regroup(
     return again[0].report
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: AnyPath) -> Any:
     """The checkpoint's tokenizer. ValueError where it has none that transformers can read."""
     from transformers import AutoTokenizer
 
+    path = lasting_path_of(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(Path(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except StrictDataclassError as refusal:  # of the config, which transformers reads for it
         raise ValueError(f"{path}: {' '.join(str(refusal).split())}") from refusal
     except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError) as refusal:
@@ -222,6 +224,8 @@ class _Loading:
             }
         made = cls(files, skeleton, sources, dense, routed, device, wish)
         made.report.unused = naming.unused
+        if group.rank == 0:
+            _warn_of_unused(naming.unused, skeleton.model)
         return made
 
     def again(self, group: EPGroup) -> _Loading:
@@ -276,11 +280,11 @@ class _Loading:
             raise ValueError(f"{name}: {refusal}") from refusal
 
     def _read_dense(self, target: Target) -> None:
-        model, dtypes = self.skeleton.model, self.skeleton.dtypes
+        model = self.skeleton.model
         if target.converter is None:
             (stored,) = target.stored
             if not self._read_linear(target.name, stored):
-                set_tensor(model, target.name, stored.read_dense(self.files).to(dtypes[target.name]))
+                self._set(target.name, stored.read_dense(self.files), f"{stored.values.file}: {stored.name}")
             return
         tensors = {
             pattern: [each.read_dense(self.files) for each in found] for pattern, found in target.sources.items()
@@ -289,7 +293,25 @@ class _Loading:
             expected = tuple(self.skeleton.tensors[name].shape)
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{name} is {list(tensor.shape)} as the checkpoint has it, expected {list(expected)}")
-            set_tensor(model, name, tensor.to(dtypes[name]))
+            self._set(name, tensor, name)
+
+    def _set(self, name: str, tensor: Tensor, called: str) -> None:
+        """Puts a tensor to its place in the model, in its dtype there. called: its name in a refusal."""
+        tensor = tensor.to(self.skeleton.dtypes[name])
+        check_values(tensor, called)
+        if name.endswith(_TABLE):
+            self._check_table(tensor, name, called)
+        set_tensor(self.skeleton.model, name, tensor)
+
+    def _check_table(self, table: Tensor, name: str, called: str) -> None:
+        """tid2eid [V, K] of a hash-routed layer has experts that there are."""
+        above = name.rpartition(".")[0].rpartition(".")[0]
+        source = self.sources.get(f"{above}.experts")
+        if source is None or not table.numel():
+            return
+        low, high, experts = int(table.min()), int(table.max()), source.structure.num_experts
+        if low < 0 or high >= experts:
+            raise ValueError(f"{called} has expert ids {low} to {high}, expected 0 to {experts - 1}")
 
     def _read_linear(self, name: str, stored: Stored) -> bool:
         """Reads a linear module's weight, where name is of one, to where products read it."""
@@ -307,16 +329,23 @@ class _Loading:
         return type(self.skeleton.model.get_submodule(module)) is nn.Linear
 
     def _linear(self, stored: Stored, dtype: torch.dtype) -> DenseWeight | FP8Linear:
-        files = self.files
+        files, called = self.files, f"{stored.values.file}: {stored.name}"
         if stored.encoding is Encoding.fp8 and self.wish.dense == "checkpoint":
             assert stored.scales is not None
-            return FP8Linear(files.read(stored.values), scales_to_float(files.read(stored.scales)), stored.block)
+            values, scales = files.read(stored.values), scales_to_float(files.read(stored.scales))
+            check_values(values, f"{stored.values.file}: {stored.values.name}")
+            check_values(scales, f"{stored.scales.file}: {stored.scales.name}")
+            return FP8Linear(values, scales, stored.block)
         if stored.encoding is not Encoding.plain:
-            return DenseWeight.of(stored.read_dense(files).to(dtype))
+            weight = stored.read_dense(files).to(dtype)
+            check_values(weight, called)
+            return DenseWeight.of(weight)
         held, (outputs, inputs) = DenseWeight(stored.shape, dtype), stored.shape
         step = max(OUTPUTS, _CHUNK_BYTES // (inputs * stored.values.torch_dtype.itemsize) // OUTPUTS * OUTPUTS)
         for first in range(0, outputs, step):
-            held.put(first, files.read(stored.values, first=first, count=min(step, outputs - first)))
+            rows = files.read(stored.values, first=first, count=min(step, outputs - first)).to(dtype)
+            check_values(rows, called)
+            held.put(first, rows)
         return held
 
     # ---- after it ----
@@ -373,6 +402,19 @@ class _Loading:
         model.save_pretrained = _refuse_saving
         model.__reduce_ex__ = _refuse_copy  # what copy and pickle ask for
         return model
+
+
+def _warn_of_unused(unused: tuple[str, ...], model: Any) -> None:
+    """Says which tensors the model has no place for, but for those that its family is known to leave."""
+    known = [re.compile(each) for each in may_be_unused(model)]
+    left = [name for name in unused if not any(each.search(name) for each in known)]
+    if left:
+        more = f" and {len(left) - 1} others" if len(left) > 1 else ""
+        warnings.warn(
+            f"the checkpoint has {left[0]}{more}, for which the model that its config.json describes has no place: "
+            "they are not read",
+            stacklevel=6,  # of load()'s caller
+        )
 
 
 def _stored_dtype(stored: dict[str, Stored]) -> torch.dtype | None:

@@ -35,6 +35,7 @@ _PAIRS = (
     (r"^(.*)$", r"\1_scale_inv", r"\1"),  # stacks of experts in FP8
 )
 _SCALES = ("F8_E8M0", "U8", *FLOATS)
+_SWITCHES = re.compile(r"(bias|sinks?)$")  # vectors in which minus infinity switches off an expert or a head's sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,29 @@ class Stored:
         """As read(), MXFP4 as bfloat16."""
         found = self.read(files, expert)
         return dequantize_mxfp4(found) if isinstance(found, MXFP4) else found
+
+
+def check_values(values: Tensor, name: str) -> None:
+    """ValueError for values that are NaN or infinite. One read. name: of the tensor, in the message.
+
+    values: floats, E4M3, UE8M0; integers always pass. A vector of biases or sinks may hold minus infinity.
+    """
+    if not values.numel():
+        return
+    if values.dtype == torch.float8_e8m0fnu:
+        good = int(values.view(torch.uint8).max()) != 0xFF
+    elif values.dtype == torch.float8_e4m3fn:
+        good = int((values.view(torch.uint8) & 0x7F).max()) != 0x7F
+    elif values.is_floating_point():
+        low, high = torch.aminmax(values if values.dtype.itemsize > 1 else values.to(torch.float32))  # a NaN is both
+        switches = values.dim() == 1 and _SWITCHES.search(name) is not None
+        good = bool(high.isfinite()) and (switches or bool(low.isfinite()))
+    else:
+        return
+    if not good:
+        wrong = int((~values.to(torch.float32).isfinite()).sum())
+        dtype = str(values.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: {wrong} of {values.numel()} values are NaN or infinite in {dtype}")
 
 
 def scales_to_float(scales: Tensor) -> Tensor:

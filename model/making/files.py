@@ -15,7 +15,7 @@ from uuid import uuid4
 from torch import Tensor
 from transformers.utils import logging
 
-from megamoe.model.loading.files import naming, write_tensors
+from megamoe.model.loading.files import draft_of, naming, settle, write_tensors
 
 INDEX = "model.safetensors.index.json"
 _WAIT_S = 600.0  # for another process that makes the same
@@ -23,14 +23,16 @@ _WAIT_S = 600.0  # for another process that makes the same
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside path to write to, which takes path's name when the block ends; an error or a signal removes it.
+    """A folder to write to, which takes path's name when the block ends; an error or a signal removes it.
+
+    In a folder that is there and empty, what was written gets its place when the block ends, config.json last.
 
     OSError, which names path, where the disk is full. ValueError where path is there already and is no empty folder,
     also when the block ends, or cannot be made.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: give a folder that is new")
-    draft = path.absolute().parent / f".{path.name}-{uuid4().hex}"
+    draft = draft_of(path, uuid4().hex)
     try:
         try:
             draft.mkdir(parents=True)
@@ -39,7 +41,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         with naming(path):
             yield draft
         try:
-            draft.replace(path)
+            settle(draft, path)
         except OSError as refusal:
             raise ValueError(f"{path} was made by somebody else meanwhile: {refusal.strerror}") from refusal
     finally:

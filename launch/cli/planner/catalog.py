@@ -13,6 +13,7 @@ import typer
 from megamoe.launch import output as out
 from megamoe.launch.output import Output, emit, say
 from megamoe.launch.terminal import Format, exit_codes
+from megamoe.paths import path_of
 
 if TYPE_CHECKING:
     from megamoe.catalog import Hardware, Machine, Model, Profile
@@ -144,8 +145,8 @@ def _found(name: str, kind: Kind | None) -> tuple[Kind, Any]:
 
     if kind is None:
         kind = next((each for each in Kind if name.lower() in names(each.value)), None)
-    if kind is None and Path(name).exists():
-        kind = _kind_of_file(Path(name))
+    if kind is None and name and path_of(name).exists():
+        kind = _kind_of_file(path_of(name))
     if kind is not None:
         return kind, _load(kind, name)
     for each in Kind:
@@ -162,9 +163,13 @@ def _found(name: str, kind: Kind | None) -> tuple[Kind, Any]:
 
 def _kind_of_file(path: Path) -> Kind:
     """By the keys that only one kind has."""
+    from megamoe.catalog.load import read_text
+
     if path.is_dir() or path.suffix == ".json":
         return Kind.models
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_text(path, "replace")
+    if text.lstrip().startswith("{"):
+        return Kind.models
     if "memory_gb:" in text or "_tflops:" in text:
         return Kind.hardware
     if "_efficiency:" in text or "extends:" in text:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megamoe.launch.output import write_whole
+from megamoe.paths import write_whole
 from megamoe.planner.question import Question, ask, keys_of_questions, nearest
 
 NEEDED = {"model": "deepseek-v4-pro", "hardware": "gb200"}  # so that keys can be checked that do not name them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from concurrent.futures import Future, wait
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray import cloudpickle
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -18,6 +20,8 @@ from megamoe.launch.cluster.worker_handle import WorkerLostError
 
 KILL_S = 20.0  # how long a process may take to end; a node that has to start one to see to it needs a few seconds
 _LOOK_S = 0.2
+# what a process of Ray's has first of this package goes there whole: it would import a megamoe.py of the user's folder
+cloudpickle.register_pickle_by_value(sys.modules[WorkerActor.__module__])
 
 
 class RayHandle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -27,6 +29,55 @@ _log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 256 * 2**20  # results of a call are all that goes through it; what does not fit goes to disk
 STOP_S = 10.0
+_PREFIX, _HELD = "megamoe-ray-", "driver"  # of a cluster's directory; the file there that its driver has locked
+
+
+class OwnPlace:
+    """The directory of a cluster that is started here, removed with it, or by the next driver where this one is killed.
+
+    Its driver holds a lock on a file in it, which the kernel lets go of whatever ends the process.
+    """
+
+    def __init__(self) -> None:
+        # the paths of Ray's sockets begin with it and must not exceed 107 bytes, which a Mac's temporary directory does
+        root = Path("/tmp") if os.access("/tmp", os.W_OK) else Path(tempfile.gettempdir())
+        sweep(root)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+        try:
+            self._held = (self.path / f".{_HELD}").open("w")
+            fcntl.flock(self._held, fcntl.LOCK_EX)
+            (self.path / f".{_HELD}").rename(self.path / _HELD)  # so that none is there that is not locked
+        except BaseException:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def remove(self) -> None:
+        """Ends what still runs there, and removes it. A file that a process writes meanwhile does not keep it."""
+        until = time.monotonic() + STOP_S
+        while self.path.exists():
+            left = processes_of(self.path)
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=STOP_S)
+            shutil.rmtree(self.path, ignore_errors=True)
+            if self.path.exists():
+                if time.monotonic() > until:
+                    _log.warning("%s cannot be removed", self.path)
+                    break
+                time.sleep(0.05)
+        self._held.close()
+
+
+def sweep(root: Path) -> None:
+    """Removes directories of this user's clusters whose driver was killed, and of which no process is left."""
+    for each in root.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # it has a driver, or has gone meanwhile
+            if each.stat().st_uid == os.geteuid():
+                with (each / _HELD).open("r+") as held:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if not processes_of(each):
+                        shutil.rmtree(each, ignore_errors=True)
 
 
 class RaySession:
@@ -35,8 +86,9 @@ class RaySession:
     place    directory of the cluster that was started here, None of another's
     """
 
-    def __init__(self, place: Path | None, *, connected_here: bool) -> None:
-        self.place = place
+    def __init__(self, own: OwnPlace | None, *, connected_here: bool) -> None:
+        self.place = own.path if own else None
+        self._own = own
         self._ends = ExitStack()
         if connected_here:
             self._ends.enter_context(logs_on_stderr())
@@ -47,14 +99,13 @@ class RaySession:
         self._ends.close()
 
     def _stop(self) -> None:
-        started = _processes_of(self.place) if self.place else []
-        ray.shutdown()
-        _, left = psutil.wait_procs(started, timeout=STOP_S)
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, timeout=STOP_S)
-        if self.place:
-            shutil.rmtree(self.place)
+        started = processes_of(self.place) if self.place else []
+        try:
+            ray.shutdown()
+            psutil.wait_procs(started, timeout=STOP_S)
+        finally:
+            if self._own:
+                self._own.remove()
 
 
 def connect(address: str | None, num_workers: int, deadline_s: float) -> RaySession:
@@ -99,11 +150,11 @@ def _start(num_workers: int) -> RaySession:
     loopback()
     if num_workers > cores():
         _log.warning("%d ranks share %d cores: they take turns", num_workers, cores())
-    # the paths of Ray's sockets begin with it and must not exceed 107 bytes, which a Mac's temporary directory does
-    place = Path(tempfile.mkdtemp(prefix="megamoe-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
-    session = RaySession(place, connected_here=True)
+    session: RaySession | None = None
     try:
         with _in_one_piece():
+            own = OwnPlace()
+            session = RaySession(own, connected_here=True)
             ray.init(
                 "local",
                 num_cpus=num_workers,
@@ -111,10 +162,11 @@ def _start(num_workers: int) -> RaySession:
                 include_dashboard=False,
                 logging_level=logging.ERROR,  # of Ray's own notes; without, it warns that tokens are on, as they should
                 log_to_driver=True,
-                **of_own_cluster(place),
+                **of_own_cluster(own.path),
             )
     except BaseException as refusal:
-        session.close()
+        if session is not None:
+            session.close()
         if isinstance(refusal, Exception):  # of any type: a machine that is too busy gives a bare Exception
             raise RuntimeError(f"Ray does not start on this machine: {refusal}") from refusal
         raise
@@ -165,16 +217,16 @@ def check_cluster(address: str, deadline_s: float) -> None:
 _HINT = "The address is the one that `ray start --head` prints, with its port, 6379 by default"
 
 
-def _processes_of(place: Path) -> list[psutil.Process]:
-    """What this process started for the cluster in a directory, and what that has started."""
-    found = []
-    for child in psutil.Process().children():
-        try:
-            if any(str(place) in argument for argument in child.cmdline()):
-                found += [child, *child.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-    return found
+def processes_of(place: Path) -> list[psutil.Process]:
+    """What runs of the cluster in a directory, also where its parent has ended, and what that has started."""
+    found: dict[int, psutil.Process] = {}
+    programs = str(Path(ray.__file__).parent)  # of Ray's own: somebody may look at a file there
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            line = " ".join(process.cmdline())
+            if process.pid != os.getpid() and str(place) in line and programs in line:
+                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+    return list(found.values())
 
 
 @contextmanager

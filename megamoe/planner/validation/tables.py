@@ -29,6 +29,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from megamoe.catalog import Hardware, Model, Profile, find_profile, load_hardware, load_model, names
+from megamoe.paths import AnyPath, path_of
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.stacks import check_kernel
 from megamoe.schedule.formats import value_bytes
@@ -128,8 +129,9 @@ class _Reader:
 Reads = Callable[[_Reader, dict[str, str]], Iterator[Measured]]
 
 
-def read(path: Path) -> Table:
+def read(path: AnyPath) -> Table:
     """The rows of a CSV file; ValueError names the file, the line and what is wrong with it."""
+    path = path_of(path)
     if path.is_dir() or not path.exists():  # what comes through a pipe is read as well
         raise ValueError(f"{path} is a folder" if path.is_dir() else f"there is no file {path}")
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -176,7 +178,7 @@ def _rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path}, line {number}: {wrong}") from wrong
 
 
-def read_table(path: Path) -> list[Measured]:
+def read_table(path: AnyPath) -> list[Measured]:
     """The rows of a CSV file, as `read` has them."""
     return read(path).rows
 
