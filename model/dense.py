@@ -287,11 +287,16 @@ class FixedOrder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _known(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self._weights
+        """Whether it is a weight, or a part of one: a cast of the model leaves the memory of weights to others."""
+        if tensor.device.type != "cpu":
+            return False
+        place = tensor.untyped_storage().data_ptr()
+        weight = self._weights.get(place)
+        return weight is not None and weight.untyped_storage().data_ptr() == place
 
     def _cast(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A cast of a weight is made once and kept."""
-        key = (args[0].data_ptr(), *args[0].shape, *args[0].stride(), func, *args[1:], *kwargs.items())
+        key = (*_as_it_is(args[0]), func, *args[1:], *kwargs.items())
         if key not in self._casts:
             made = func(*args, **kwargs)
             self._casts[key] = made
@@ -314,7 +319,7 @@ class FixedOrder(TorchFunctionMode):
     def _held(self, weight: Tensor) -> DenseWeight:
         if not self._known(weight):
             return DenseWeight.of(weight)
-        key = (weight.data_ptr(), weight.dtype, *weight.shape, *weight.stride())
+        key = _as_it_is(weight)
         if key not in self._packed:
             self._packed[key] = DenseWeight.of(weight)
         return self._packed[key]
@@ -330,6 +335,12 @@ class FixedOrder(TorchFunctionMode):
             if x.dtype == torch.float32 and x.numel():
                 return _in_tiles(func, x, kwargs)
             return func(x, **kwargs)  # type: ignore[no-any-return]
+
+
+def _as_it_is(weight: Tensor) -> tuple[Any, ...]:
+    """What tells a weight from others, and from itself before it was changed in place."""
+    changes = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), changes, weight.dtype, *weight.shape, *weight.stride()
 
 
 def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

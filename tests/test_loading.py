@@ -660,3 +660,20 @@ def test_products_with_a_parameter_keep_the_order(product: Callable[[Tensor, Ten
     together = router(x)
     assert torch.equal(torch.cat([router(each[None]) for each in x[:16]]), together[:16])
     assert torch.allclose(together, plain, atol=1e-2)
+
+
+def test_a_weight_that_was_changed_is_packed_anew_and_its_former_memory_is_no_weight() -> None:
+    router = Router(PRODUCTS["matmul"])
+    x = torch.randn(5, 7168, generator=torch.Generator().manual_seed(1))
+    compute_in_fixed_order(router)
+    before = router(x)
+    with torch.no_grad():
+        router.table.mul_(2)
+    assert torch.equal(router(x), 2 * before)
+    former = router.table.data
+    router.double()
+    assert torch.allclose(router(x.double()), 2 * before.double(), atol=1e-2)
+    router.product = lambda x, _: x @ torch.from_numpy(former.numpy()).T  # an activation that lies there now
+    doubled = router(x)
+    former.mul_(2)
+    assert torch.equal(router(x), 2 * doubled)
