@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from megamoe.parallel.private import is_batched
 from megamoe.training.call import ExpertGradients
 from megamoe.training.kept import Kept
 
@@ -33,11 +32,6 @@ class Apply(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if is_batched(gradient):
-            raise RuntimeError(
-                f"layer {ctx.layer.name!r} takes one gradient in a backward, and got a batch of them: is_grads_batched "
-                "and vectorize must be False"
-            )
         with torch.no_grad():
             found = _gradients(ctx, gradient)
         return _FirstOrder.of(ctx.layer.name, found) if torch.is_grad_enabled() else found

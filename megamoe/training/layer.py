@@ -18,6 +18,7 @@ from megamoe.execution.pipeline import Call
 from megamoe.execution.small_call import Input
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.private import is_batched
 from megamoe.parallel.recorder import Notes
 from megamoe.parallel.streams import on_device
 from megamoe.routing.agreement import Agreement, Page, Part, agree
@@ -205,6 +206,7 @@ class TrainableMoE(MegaMoE):
 
     # ---- backward ----
 
+    @eager
     def backward_of(
         self,
         origin: Origin,
@@ -217,8 +219,13 @@ class TrainableMoE(MegaMoE):
     ) -> tuple[Tensor, Tensor]:
         """gradient [T, H] of a call's output -> gradients of hidden [T, H] and topk_weights [T, K]; fills of_masters.
 
-        hidden is given where tokens are dispatched again.
+        hidden is given where tokens are dispatched again. RuntimeError for a batch of gradients.
         """
+        if is_batched(gradient):
+            raise RuntimeError(
+                f"layer {self.name!r} takes one gradient in a backward, and got a batch of them: is_grads_batched and "
+                "vectorize must be False"
+            )
         with self._turn(), undisturbed(self.device), on_device(self.device):
             name, record = f"{self.name} (backward)", CallRecord()
             notes = self.group.notes(name, origin.call)

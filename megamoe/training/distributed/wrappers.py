@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -37,6 +38,8 @@ def said_of(layer: TrainableMoE) -> str:
 
 def _before_wrapping(module: nn.Module, name: str, wrapped: nn.Module | None) -> None:
     """DistributedDataParallel takes a module before it broadcasts what that has."""
+    if torch.compiler.is_compiling():  # torch traces calls of this, with modules that are half made
+        return
     if not isinstance(module, DistributedDataParallel) or name != "module" or wrapped is None:
         return
     named = {name: each for name, each in wrapped.named_parameters() if name not in module.parameters_to_ignore}
