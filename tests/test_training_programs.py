@@ -285,6 +285,39 @@ def test_gradients_that_ranks_do_not_have_in_common_are_not_summed(ranks: LocalR
         assert "a gradient is torch.sparse_coo" in sparse
 
 
+def never_summed(group: EPGroup) -> str:
+    """Each rank has the gradients of its own tokens, and would scale its copy of the dense weights otherwise."""
+    model = Model(group)
+    mine = split(len(BATCH.hidden), group.size)[group.rank]
+    batch = BATCH.part(mine)
+    model(batch.hidden, batch.ids, batch.weights).square().sum().backward()
+    before = gradients_of(model)
+    with pytest.raises(CallRefusedError) as refused:
+        clip_grad_norm_(model.parameters(), 1e-3)
+    assert same(gradients_of(model), before)
+    sum_gradients(model.dense.parameters(), group)
+    clip_grad_norm_(model.parameters(), 1e-3)
+    model.dense.weight.grad.fill_(float("nan"))  # type: ignore[union-attr]
+    assert clip_grad_norm_(model.parameters(), 1.0).isnan()
+    return str(refused.value)
+
+
+def test_dense_gradients_that_were_not_summed_are_not_clipped(ranks: LocalRanks) -> None:
+    for said in ranks.run(never_summed, size=2):
+        assert "gradients of parameters that are no layer's differ: their norm is" in said
+        assert "sum them over ranks first" in said
+
+
+def in_another_order(group: EPGroup) -> None:
+    given = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(2, 3))][:: 1 - 2 * group.rank]
+    with pytest.raises(CallRefusedError, match="rank 1 sums 12 values in 2 tensors, rank 0 12 in 2, in other shapes"):
+        sum_gradients(given, group)
+
+
+def test_parameters_in_another_order_are_not_summed(ranks: LocalRanks) -> None:
+    ranks.run(in_another_order, size=2)
+
+
 def unused(group: EPGroup, by_replicas: bool) -> None:
     """What no rank used has no gradient afterwards, so that no optimiser decays it; as on one rank."""
     used, half, never = (nn.Parameter(torch.ones(3)) for _ in range(3))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: EPGroup) -> None:
         return
     _check_whole(trained, group)
     with group.turn(_WHAT, trained[0].device), group.unbroken(_WHAT, group.own_status.calls):
-        _check_sizes(len(trained), sum(each.numel() for each in trained), group)
+        _check_sizes(
+            len(trained), sum(each.numel() for each in trained), group, [tuple(each.shape) for each in trained]
+        )
         there = _gather(torch.tensor([each.grad is not None for each in trained]), group).any(0).tolist()
         for bucket in _buckets([each for each, found in zip(trained, there, strict=True) if found]):
             total = _sum(torch.cat([_flat(each) for each in bucket]), group)
@@ -84,14 +87,14 @@ def _sum(mine: Tensor, group: EPGroup) -> Tensor:
     return total
 
 
-def _check_sizes(tensors: int, values: int, group: EPGroup) -> None:
+def _check_sizes(tensors: int, values: int, group: EPGroup, shapes: Sequence[tuple[int, ...]] = ()) -> None:
     """CallRefusedError, on all ranks, where these are not what rank 0 brings."""
-    pages = _gather(torch.tensor([tensors, values]), group).tolist()
+    pages = _gather(torch.tensor([tensors, values, crc32(repr(shapes).encode())]), group).tolist()
     for rank, page in enumerate(pages):
         if page != pages[0]:
             raise CallRefusedError(
                 f"{group.named(rank)} sums {page[1]} values in {page[0]} tensors, {group.named(0)} {pages[0][1]} in "
-                f"{pages[0][0]}"
+                f"{pages[0][0]}{', in other shapes' if page[:2] == pages[0][:2] else ''}"
             )
 
 
