@@ -137,6 +137,7 @@ class DenseLinear(nn.Module):
     """nn.Linear whose products have the same bits in any batch: x [..., K] -> [..., N] in the dtype of x.
 
     The weight is no parameter: it lies as the kernels read it. `weight` gives it back, unpacked anew at each access.
+    torch refuses to change that in place, which no product would show.
     """
 
     def __init__(self, held: DenseWeight, bias: Tensor | None = None) -> None:
@@ -147,7 +148,8 @@ class DenseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.held.plain()
+        with torch.inference_mode():
+            return self.held.plain()
 
     def forward(self, x: Tensor) -> Tensor:
         with undisturbed(torch.device("cpu")):
@@ -185,9 +187,10 @@ class FP8Linear(nn.Module):
     def weight(self) -> Tensor:
         """[N, K] bfloat16 where that is exact, else float32."""
         values, scales = self.get_buffer("values"), self.get_buffer("scales")
-        rows = scales.repeat_interleave(self.block[0], 0)[: self.out_features]
-        spread = rows.repeat_interleave(self.block[1], 1)[:, : self.in_features]
-        return (values.to(torch.float32) * spread).to(torch.bfloat16 if self.exact else torch.float32)
+        with torch.inference_mode():  # in which it is made, so that torch refuses to change it in place
+            rows = scales.repeat_interleave(self.block[0], 0)[: self.out_features]
+            spread = rows.repeat_interleave(self.block[1], 1)[:, : self.in_features]
+            return (values.to(torch.float32) * spread).to(torch.bfloat16 if self.exact else torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self._buffers["bias"]
