@@ -129,12 +129,17 @@ def settled(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous() if tensor.is_neg() else tensor.contiguous()
 
 
+def can_tell_nobody() -> bool:
+    """Whether tensors that are made here stand for others, or are fake: none of them can be sent to another rank."""
+    return in_functional_transform() or type(torch.empty(0, device="cpu")) is not Tensor
+
+
 def in_a_transform() -> str:
     """What of torch only pretends to compute here, "" where nothing does: a layer could not but give wrong numbers."""
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return "torch.jit.trace"
     if in_functional_transform():
         return "a transform of torch.func"
-    if type(torch.empty(0, device="cpu")) is not Tensor:
+    if can_tell_nobody():
         return "a FakeTensorMode"
     return ""

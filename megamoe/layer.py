@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamoe.ambient import eager, settled, undisturbed
+from megamoe.ambient import can_tell_nobody, eager, settled, undisturbed
 from megamoe.execution.autotune import Tuner
 from megamoe.execution.checks import (
     any_wrong,
@@ -315,28 +315,33 @@ class MegaMoE(nn.Module):
         calls = self._calls
         if self._fused.opened and self.experts.missing:  # a rank that computes rows of others must not take part
             raise complaint or ValueError(f"layer {self.name!r} has experts without weights")
-        calls.number += 1
+        number = calls.number + 1
         record = CallRecord(tokens=0 if complaint else len(hidden), waves=1)
         if complaint is None:
             hidden, topk_weights = settled(hidden.to(torch.bfloat16)), settled(topk_weights)
-        with self.group.unbroken(self.name, calls.number), record.timing("total_s"):
+        with self.group.unbroken(self.name, number), record.timing("total_s"):
             if not self._fused.opened:
                 nobody = Part(0, np.zeros((2, self.shape.num_experts), np.int32), 0.0)
-                agree(self.group, self._current_page(), calls.number, nobody, complaint, self._place())
+                agree(self.group, self._current_page(), number, nobody, complaint, self._place())
+            calls.number = number
             out: Tensor = self._fused.compute(hidden, topk_ids, topk_weights, complaint)
         calls.last = record
         self._fused.complain()
         return out
 
     def _agree(self, given: Input, complaint: ValueError | None, record: CallRecord) -> Agreement | SmallAgreement:
-        """Agrees with all ranks on the call, before any row moves but those that lie behind a page."""
-        self._calls.number += 1
+        """Agrees with all ranks on the call, before any row moves but those that lie behind a page.
+
+        A call that is refused does not count: ranks that called different layers may have been refused together.
+        """
+        number = self._calls.number + 1
         self.tuner.learn()
         begun, place = perf_counter(), self._place()
         placed = perf_counter()
         part, complaint = self._part(given, complaint, place)
         packed = perf_counter()
-        agreed = agree(self.group, self._current_page(), self._calls.number, part, complaint, place)
+        agreed = agree(self.group, self._current_page(), number, part, complaint, place)
+        self._calls.number = number
         record.compute_s += packed - placed
         record.counts_s += placed - begun + perf_counter() - packed
         return agreed
@@ -399,6 +404,7 @@ class MegaMoE(nn.Module):
         return found[:-1].view(2, -1), None
 
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
+        """What all ranks are told of this one's call. ValueError where none could be told anything."""
         try:
             if self.group.recorders and self.device.type != "cpu":
                 raise ValueError(f"a recording notes host time, which says nothing of work on {self.device}")
@@ -412,6 +418,8 @@ class MegaMoE(nn.Module):
                 missing = shortened(self.experts.missing)
                 raise ValueError(f"layer {self.name!r} has no weights for experts {missing}: load them first")
         except ValueError as complaint:
+            if can_tell_nobody():
+                raise
             return complaint
         return None
 

@@ -137,6 +137,7 @@ class DenseLinear(nn.Module):
     """nn.Linear whose products have the same bits in any batch: x [..., K] -> [..., N] in the dtype of x.
 
     The weight is no parameter: it lies as the kernels read it. `weight` gives it back, unpacked anew at each access.
+    torch refuses to change that in place, which no product would show.
     """
 
     def __init__(self, held: DenseWeight, bias: Tensor | None = None) -> None:
@@ -147,7 +148,8 @@ class DenseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.held.plain()
+        with torch.inference_mode():
+            return self.held.plain()
 
     def forward(self, x: Tensor) -> Tensor:
         with undisturbed(torch.device("cpu")):
@@ -185,9 +187,10 @@ class FP8Linear(nn.Module):
     def weight(self) -> Tensor:
         """[N, K] bfloat16 where that is exact, else float32."""
         values, scales = self.get_buffer("values"), self.get_buffer("scales")
-        rows = scales.repeat_interleave(self.block[0], 0)[: self.out_features]
-        spread = rows.repeat_interleave(self.block[1], 1)[:, : self.in_features]
-        return (values.to(torch.float32) * spread).to(torch.bfloat16 if self.exact else torch.float32)
+        with torch.inference_mode():  # in which it is made, so that torch refuses to change it in place
+            rows = scales.repeat_interleave(self.block[0], 0)[: self.out_features]
+            spread = rows.repeat_interleave(self.block[1], 1)[:, : self.in_features]
+            return (values.to(torch.float32) * spread).to(torch.bfloat16 if self.exact else torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self._buffers["bias"]
@@ -287,11 +290,16 @@ class FixedOrder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _known(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self._weights
+        """Whether it is a weight, or a part of one: a cast of the model leaves the memory of weights to others."""
+        if tensor.device.type != "cpu":
+            return False
+        place = tensor.untyped_storage().data_ptr()
+        weight = self._weights.get(place)
+        return weight is not None and weight.untyped_storage().data_ptr() == place
 
     def _cast(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A cast of a weight is made once and kept."""
-        key = (args[0].data_ptr(), *args[0].shape, *args[0].stride(), func, *args[1:], *kwargs.items())
+        key = (*_as_it_is(args[0]), func, *args[1:], *kwargs.items())
         if key not in self._casts:
             made = func(*args, **kwargs)
             self._casts[key] = made
@@ -314,7 +322,7 @@ class FixedOrder(TorchFunctionMode):
     def _held(self, weight: Tensor) -> DenseWeight:
         if not self._known(weight):
             return DenseWeight.of(weight)
-        key = (weight.data_ptr(), weight.dtype, *weight.shape, *weight.stride())
+        key = _as_it_is(weight)
         if key not in self._packed:
             self._packed[key] = DenseWeight.of(weight)
         return self._packed[key]
@@ -330,6 +338,12 @@ class FixedOrder(TorchFunctionMode):
             if x.dtype == torch.float32 and x.numel():
                 return _in_tiles(func, x, kwargs)
             return func(x, **kwargs)  # type: ignore[no-any-return]
+
+
+def _as_it_is(weight: Tensor) -> tuple[Any, ...]:
+    """What tells a weight from others, and from itself before it was changed in place."""
+    changes = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), changes, weight.dtype, *weight.shape, *weight.stride()
 
 
 def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -107,7 +107,8 @@ def run_alone(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, to
     if trained is None and routed is None:
         refuse_parametrized(experts)
         if not experts.training:
-            check_gradient(f"hidden of {type(experts).__name__} in eval mode", hidden_states)  # it keeps its weights
+            name = f"hidden of {type(experts).__name__} in eval mode"
+            check_gradient(name, hidden_states, "have a call in train mode come first")  # it keeps its weights
         trained, routed = _begin_alone(experts, top_k_index.shape[-1])
     if trained is not None:
         return trained(hidden_states, top_k_index, top_k_weights)

@@ -35,7 +35,7 @@ class Router(nn.Module):
             raise ValueError("a router takes either a bias (scored) or a table (hash-routed)")
         self.topk, self.scale, self.num_experts = topk, scale, len(weight)
         self.register_buffer("weight", weight)
-        self._prepared: tuple[Tensor, int, Prepared] | None = None
+        self._prepared: tuple[Tensor, tuple[int, int], Prepared] | None = None
         self.register_buffer("bias", bias)
         self.register_buffer("table", table)
 
@@ -77,7 +77,7 @@ class Router(nn.Module):
 
     def _weight_prepared(self) -> Prepared:
         """The weight as products read it, made anew where a state dict or a move has changed it."""
-        weight, version = self.weight, self.weight._version
-        if self._prepared is None or self._prepared[0] is not weight or self._prepared[1] != version:
-            self._prepared = weight, version, Prepared(weight)
+        weight, state = self.weight, (self.weight.data_ptr(), self.weight._version)
+        if self._prepared is None or self._prepared[0] is not weight or self._prepared[1] != state:
+            self._prepared = weight, state, Prepared(weight)
         return self._prepared[2]

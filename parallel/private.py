@@ -36,6 +36,13 @@ def known_groups() -> list[dist.ProcessGroup]:
     return list(distributed_c10d._world.pg_map)
 
 
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether it stands for many tensors at once, as in torch.autograd.grad(..., is_grads_batched=True), which runs a
+    backward for all of them and shows it by nothing public."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
+
+
 def abort_group(world: dist.ProcessGroup) -> None:
     """Ends torch's default group without waiting for peers. ProcessGroup.abort(), which is public, leaves the group
     registered, and destroy_process_group(), which would not, waits for what a lost peer never does."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import load, load_tokenizer, regroup
-from megamoe.model.dense import compute_in_fixed_order
+from megamoe.model.dense import DenseLinear, DenseWeight, FP8Linear, compute_in_fixed_order
 from megamoe.model.loading.report import Progress
 from megamoe.model.loading.skeleton import build
 from megamoe.parallel.group import EPGroup
@@ -744,3 +744,34 @@ def test_products_with_a_parameter_keep_the_order(product: Callable[[Tensor, Ten
     together = router(x)
     assert torch.equal(torch.cat([router(each[None]) for each in x[:16]]), together[:16])
     assert torch.allclose(together, plain, atol=1e-2)
+
+
+def test_a_weight_that_was_changed_is_packed_anew_and_its_former_memory_is_no_weight() -> None:
+    router = Router(PRODUCTS["matmul"])
+    x = torch.randn(5, 7168, generator=torch.Generator().manual_seed(1))
+    compute_in_fixed_order(router)
+    before = router(x)
+    with torch.no_grad():
+        router.table.mul_(2)
+    assert torch.equal(router(x), 2 * before)
+    former = router.table.data
+    router.double()
+    assert torch.allclose(router(x.double()), 2 * before.double(), atol=1e-2)
+    router.product = lambda x, _: x @ torch.from_numpy(former.numpy()).T  # an activation that lies there now
+    doubled = router(x)
+    former.mul_(2)
+    assert torch.equal(router(x), 2 * doubled)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_the_weight_of_a_linear_module_is_to_be_read_only(fp8: bool) -> None:
+    values = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    module: DenseLinear | FP8Linear = (
+        FP8Linear(values.to(torch.float8_e4m3fn), torch.ones(1, 2), (32, 32))
+        if fp8
+        else DenseLinear(DenseWeight.of(values.to(torch.bfloat16)))
+    )
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        module.weight.mul_(2)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(module(x), x @ module.weight.float().T, rtol=1e-3, atol=1e-3)

@@ -243,6 +243,15 @@ def test_scored_router_chooses_by_bias_and_weighs_without_it() -> None:
     assert weights.dtype == torch.float32
 
 
+def test_a_router_multiplies_by_the_weight_that_it_has_now() -> None:
+    rng = torch.Generator().manual_seed(0)
+    router = Router(torch.randn(9, 64, generator=rng).to(torch.bfloat16), 4, 2.5, bias=torch.zeros(9))
+    hidden = torch.randn(5, 64, generator=rng).to(torch.bfloat16)
+    router.scores(hidden)
+    router.weight.data = router.weight.flip(0)
+    assert torch.equal(router.scores(hidden), Router(router.weight, 4, 2.5, bias=torch.zeros(9)).scores(hidden))
+
+
 def test_hash_router_chooses_by_token_id() -> None:
     table = torch.tensor([[0, 2], [1, 2], [2, 0]], dtype=torch.int32)
     router = Router(torch.randn(3, 32).to(torch.bfloat16), 2, 1.5, table=table)

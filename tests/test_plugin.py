@@ -327,7 +327,7 @@ def test_torch_compile_leaves_a_first_call_alone(plain_models: dict[str, Plain])
 
 def test_a_call_that_is_refused_takes_no_weights(plain_models: dict[str, Plain]) -> None:
     model = load(plain_models["mixtral"])
-    with pytest.raises(ValueError, match="hidden of MixtralExperts in eval mode requires a gradient"):
+    with pytest.raises(ValueError, match=r"MixtralExperts in eval mode requires a gradient.* train mode come first"):
         model(TOKENS[:1])
     model.train()(TOKENS[:1]).logits.sum().backward()  # as it would not, were its weights in a layer
     register_parametrization(model.get_submodule("model.layers.0.mlp.experts"), "down_proj", nn.Identity())

@@ -19,6 +19,7 @@ from megamoe.model.deepseek_v4.blocks import ExpertStack
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
 from megamoe.model.deepseek_v4.synthetic import SMALL, write_checkpoint
 from megamoe.shape import MoEShape
+from megamoe.training import TrainableMoE
 from tests.cases import Batch, make_batch, make_layer, make_weights
 
 SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2, swiglu_limit=3.0)
@@ -287,3 +288,21 @@ def test_blocks_have_the_same_bits_too(checkpoint: Path, ambient: str) -> None:
     for asks in (again, again.blocks[0]):
         with pytest.raises(ValueError, match="hidden requires a gradient"):
             asks(hidden.float().requires_grad_(), ids)
+
+
+def test_a_compiled_step_with_its_backward_trains_as_an_eager_one() -> None:
+    """torch compiles the backward too then, and makes modules while it traces."""
+    layer = TrainableMoE(SHAPE)
+    hidden, found = BATCH.hidden.clone().requires_grad_(), []
+
+    def step() -> None:
+        layer(hidden, BATCH.ids, BATCH.weights).float().square().sum().backward()
+
+    for each in (step, torch.compile(step, backend="eager")):
+        with torch._dynamo.config.patch(compiled_autograd=each is not step):
+            each()
+        found.append([hidden.grad, *(parameter.grad for parameter in layer.parameters())])
+        hidden.grad = None
+        layer.zero_grad()
+    torch._dynamo.reset()
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -70,12 +70,11 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be a plain dense tensor that lies on this rank, got {found}")
 
 
-def check_gradient(name: str, tensor: Tensor) -> None:
-    """ValueError where a gradient is asked for, backward or forward, that there is none of."""
+def check_gradient(name: str, tensor: Tensor, instead: str = "make it a TrainableMoE") -> None:
+    """ValueError where a gradient is asked for, backward or forward, that there is none of; instead: what has one."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name} requires a gradient, and this layer has no backward: make it a TrainableMoE, or call it under "
-            "torch.no_grad()"
+            f"{name} requires a gradient, and this layer has no backward: {instead}, or call it under torch.no_grad()"
         )
     if forward_ad._current_level < 0:
         return

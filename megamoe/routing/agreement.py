@@ -277,9 +277,20 @@ def _refuse_differences(group: EPGroup, pages: npt.NDArray[np.void]) -> None:
     if found:
         order = any(each.startswith(("layer is", "call is")) for each in found)
         hint = "; every rank must call the same layers in the same order, from whatever threads" if order else ""
+        layers = {str(each) for each in values["layer"].values()}
+        if len(set(map(_without_number, layers))) < len(layers):
+            hint += (
+                "; a rank may still hold a layer of that name that is gone on others: gc.collect(), or give each layer "
+                "a name of its own"
+            )
         if not any(each.startswith("weight_format is") for each in found):  # what there are kernels for follows from it
             hint += _hint_of_arithmetic(values["arithmetic"], group)
         raise CallRefusedError(f"ranks disagree, so no rank computed: {'; '.join(found)}{hint}")
+
+
+def _without_number(layer: str) -> str:
+    """moe (number 2 of that name) -> moe"""
+    return layer.split(" (number ")[0]
 
 
 def _hint_of_arithmetic(arithmetic: Mapping[int, object], group: EPGroup) -> str:

@@ -18,11 +18,12 @@ from megamoe.formats import BLOCK, MXFP4, VALUES, WEIGHT_FORMATS, dequantize_mxf
 from megamoe.kernels.cpu.library import Rows
 from megamoe.parallel.workspace import Workspace
 from megamoe.training.rounding import Place, round_stochastically
-from megamoe.training.steps import local, refuse_parametrized, watch
+from megamoe.training.steps import Seen, local, refuse_parametrized, watch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+MASTER_DTYPES = (torch.float32, torch.bfloat16)
 _BF16 = WEIGHT_FORMATS["bf16"]
 STEP = "rounding_step"  # a key of a state dict
 _SHARDS = "megamoe.training.distributed.shards"  # imports DTensor, which takes as long as half of torch
@@ -92,7 +93,7 @@ class TrainableExperts(Experts):
         for name, matrix in self.matrices.items():
             bias = torch.zeros(len(self.ids), matrix.outputs, dtype=torch.float32, device=self.device)
             self.register_parameter(f"{name}_bias", nn.Parameter(bias) if self.shape.bias else None)
-        self._quantized: tuple[tuple[int, int, int], ...] = ()
+        self._quantized: Seen | None = None
         watch(self)
         self.reset_parameters(seed)
 
@@ -172,14 +173,20 @@ class TrainableExperts(Experts):
                 master[index] = dequantize_mxfp4(weight, torch.float32) if isinstance(weight, MXFP4) else weight
 
     def quantize(self) -> None:
-        """Packs all experts anew from the master weights."""
-        self.rounding_step += 1
+        """Packs all experts anew from the master weights. ValueError where a cast gave them a dtype of no master."""
         values = [each.detach() for each in self.values()]
+        for master in values:
+            if master.dtype not in MASTER_DTYPES:
+                raise ValueError(
+                    f"master weights must be torch.float32 or torch.bfloat16 to be trained, got {master.dtype}: cast "
+                    f"{describe(self.ids)} back, as layer.float() does"
+                )
+        self.rounding_step += 1
         for index, expert in enumerate(self.ids):
             gate_up, down, *biases = (each[index] for each in values)
             rounded = self._rounded(gate_up, expert, 0), self._rounded(down, expert, 1)
             super().load(expert, *rounded, *biases)
-        self._quantized = self._state()
+        self._quantized = Seen.of(self.sources())
 
     def _rounded(self, weight: Tensor, expert: int, matrix: int) -> Tensor | MXFP4:
         if self.rounding == "nearest":
@@ -189,21 +196,19 @@ class TrainableExperts(Experts):
 
     def quantize_what_changed(self) -> None:
         """quantize() where a master weight is another tensor, was changed in place or stepped, since the last time."""
-        if self._quantized != self._state():
+        if not self._unchanged():
             self.quantize()
 
     def has_stepped(self) -> None:
         """An optimiser has changed master weights, perhaps without torch counting it."""
-        self._quantized = ()
+        self._quantized = None
 
     def unchanged_since(self, rounding_step: int) -> bool:
         """Whether the masters are those that were quantised as that rounding_step."""
-        return self.rounding_step == rounding_step and self._quantized == self._state()
+        return self.rounding_step == rounding_step and self._unchanged()
 
-    def _state(self) -> tuple[tuple[int, int, int], ...]:
-        """Changes as torch counts them: of a DTensor those of the whole and those of its local tensor apart."""
-        pairs = ((each, local(each.detach())) for each in self.sources())
-        return tuple((part.data_ptr(), part._version, whole._version) for whole, part in pairs)
+    def _unchanged(self) -> bool:
+        return self._quantized is not None and self._quantized.still(self.sources())
 
     def inference_state_dict(self) -> dict[str, Tensor]:
         """A state dict of Experts in place of one of master weights: what the forward multiplies by."""

@@ -11,13 +11,14 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from megamoe.ambient import eager, settled, undisturbed
+from megamoe.ambient import eager, in_a_transform, settled, undisturbed
 from megamoe.execution.experts import Experts
 from megamoe.execution.journeys import CallRecord
 from megamoe.execution.pipeline import Call
 from megamoe.execution.small_call import Input
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.private import is_batched
 from megamoe.parallel.recorder import Notes
 from megamoe.parallel.streams import on_device
 from megamoe.routing.agreement import Agreement, Page, Part, agree
@@ -29,7 +30,7 @@ from megamoe.schedule.backward import DATA, RECOMPUTE, SAVED, WEIGHTS, BackwardL
 from megamoe.schedule.schedule import LOOKAHEAD
 from megamoe.training.call import BackwardCall, BackwardParts, ExpertGradients
 from megamoe.training.distributed.mesh import check_mesh
-from megamoe.training.experts import Captured, TrainableExperts
+from megamoe.training.experts import MASTER_DTYPES, Captured, TrainableExperts
 from megamoe.training.function import Apply
 from megamoe.training.kept import Kept, keep
 from megamoe.training.pages import empty
@@ -38,8 +39,6 @@ from megamoe.training.wire import GradientWire, check_gradient_format
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-MASTER_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,9 @@ class TrainableMoE(MegaMoE):
     experts.gate_up [e, 2I, H] and experts.down [e, H, I] of master_dtype are this rank's experts (gate_up [e, I, H]
     without a gate); experts.gate_up_bias [e, 2I] and experts.down_bias [e, H], FP32, where the shape has biases. What
     the forward multiplies by is made from them, in one pass, before the first forward after they changed: torch counts
-    in-place changes, and tells of its optimisers' steps. quantize() does so at once, and is needed after changes that
-    neither shows, through `.data`. Rounding passes gradients straight through to the master weights.
+    in-place changes, and tells of its optimisers' steps, and some values of each expert show others. quantize() does so
+    at once, and is needed after changes of single values through `.data`. Rounding passes gradients straight through to
+    the master weights.
 
     In addition to MegaMoE's arguments:
     master_dtype      torch.float32 or torch.bfloat16
@@ -159,8 +159,10 @@ class TrainableMoE(MegaMoE):
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """As MegaMoE.forward(); where a gradient is asked for, of anything, its backward is one call of all ranks."""
         masters = self.experts.values()
-        asked = (hidden, topk_weights, *masters)
-        if torch.is_grad_enabled() and any(getattr(each, "requires_grad", False) for each in asked):
+        asked = torch.is_grad_enabled() and any(
+            getattr(each, "requires_grad", False) for each in (hidden, topk_weights, *masters)
+        )
+        if asked and not in_a_transform():  # which torch would refuse before the other ranks heard of it
             out: Tensor = Apply.apply(  # type: ignore[no-untyped-call]
                 self, hidden, topk_ids, topk_weights, *masters
             )
@@ -195,14 +197,16 @@ class TrainableMoE(MegaMoE):
     def _complaint(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> ValueError | None:
         """Quantises what has changed, so that weights which cannot be are a complaint like others."""
         try:
-            with undisturbed(self.device):
-                self.experts.quantize_what_changed()
+            if not in_a_transform():
+                with undisturbed(self.device):
+                    self.experts.quantize_what_changed()
         except ValueError as complaint:
             return complaint
         return super()._complaint(hidden, topk_ids, topk_weights)
 
     # ---- backward ----
 
+    @eager
     def backward_of(
         self,
         origin: Origin,
@@ -215,8 +219,13 @@ class TrainableMoE(MegaMoE):
     ) -> tuple[Tensor, Tensor]:
         """gradient [T, H] of a call's output -> gradients of hidden [T, H] and topk_weights [T, K]; fills of_masters.
 
-        hidden is given where tokens are dispatched again.
+        hidden is given where tokens are dispatched again. RuntimeError for a batch of gradients.
         """
+        if is_batched(gradient):
+            raise RuntimeError(
+                f"layer {self.name!r} takes one gradient in a backward, and got a batch of them: is_grads_batched and "
+                "vectorize must be False"
+            )
         with self._turn(), undisturbed(self.device), on_device(self.device):
             name, record = f"{self.name} (backward)", CallRecord()
             notes = self.group.notes(name, origin.call)

@@ -1,10 +1,13 @@
-"""Steps of optimisers, which change weights without torch counting it, and the part of a parameter that a rank has."""
+"""How changes of weights show, also those that torch does not count, and the part of a parameter that a rank has."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -21,6 +24,47 @@ class Watching(Protocol):
     def has_stepped(self) -> None:
         """An optimiser has changed one of them."""
         ...
+
+
+_LOOKED_AT = 4  # values along each dimension of an expert's matrix
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """Weights as they were: where they lie, changes as torch counts them, and some values, 16 of each matrix.
+
+    The values show what torch does not count: a change through `.data`, by NumPy, by an optimiser of others.
+    """
+
+    counted: tuple[tuple[int, int, int], ...]
+    values: list[Tensor]
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor]) -> Seen:
+        return cls(_counted(weights), [_some(each).clone() for each in weights])
+
+    def still(self, weights: Sequence[Tensor]) -> bool:
+        """Whether weights show no change."""
+        return self.counted == _counted(weights) and all(
+            torch.equal(then, _some(now)) for then, now in zip(self.values, weights, strict=True)
+        )
+
+
+def _counted(weights: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+    """Of a DTensor changes of the whole and those of its local tensor apart."""
+    pairs = ((each, local(each.detach())) for each in weights)
+    return tuple((part.data_ptr(), part._version, whole._version) for whole, part in pairs)
+
+
+def _some(weight: Tensor) -> Tensor:
+    """Some values of each slice along dimension 0, which is an expert's matrix or bias: a view.
+
+    64 values along a dimension: those at 8, 24, 40 and 56
+    """
+    part = local(weight.detach())
+    of_each = [slice(size // 8, None, -(-size // _LOOKED_AT)) for size in part.shape[1:]]
+    places = (slice(None), *of_each)
+    return part[places]
 
 
 _living: WeakSet[Watching] = WeakSet()

@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from math import isclose, isnan
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
+from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.transport.pairs import Label
@@ -23,6 +25,7 @@ from megamoe.training.steps import local
 
 _NAME = "clip_grad_norm_"
 _SHARDS = "megamoe.training.distributed.shards"
+_SAME = 1e-5  # by which norms of the same gradients may differ: CPUs of two kinds sum in other orders
 
 
 def clip_grad_norm_(
@@ -36,7 +39,7 @@ def clip_grad_norm_(
 
     As torch's, gradients are multiplied by max_norm / (norm + 1e-6) where that is below 1, and the norm, a scalar of
     float32, is that before. It is of all parameters of the model, each once: those of a TrainableMoE over the ranks of
-    its group, DTensors over their mesh, others as this rank has them, which are taken to be the same on all ranks.
+    its group, DTensors over their mesh, others as this rank has them, which must be the same on all ranks of the group.
 
     Every rank must call, with the same parameters in the same order; parameters without a gradient count as 0. Bits of
     the norm are the same for any number of ranks that experts, or DTensors along dimension 0, are spread over, since
@@ -44,8 +47,9 @@ def clip_grad_norm_(
     nor for a norm_type other than 1, 2 and math.inf.
 
     RuntimeError, on every rank, for a norm that is not finite where error_if_nonfinite; CallRefusedError where ranks do
-    not call alike; PeerError within the deadline of a layer's group for a rank that does not. ValueError for a
-    norm_type that is not above 0, and for sparse gradients.
+    not call alike, or differ in the norm of parameters that are no layer's, as where gradients were not summed over
+    ranks; PeerError within the deadline of a layer's group for a rank that does not call. ValueError for a norm_type
+    that is not above 0, and for sparse gradients.
     """
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     total = grad_norm(given, norm_type)
@@ -69,10 +73,13 @@ def grad_norm(parameters: Tensor | Iterable[Tensor], norm_type: float = 2.0) -> 
         if each.grad is not None and each.grad.layout != torch.strided:
             raise ValueError(f"a gradient is {each.grad.layout}: only dense ones have a norm here")
     layers = _layers_of(given)
+    plain = [each for each in given if id(each) not in layers and not hasattr(each.grad, "to_local")]
+    mine = norm.joined(torch.stack([_of_others(each, norm).to("cpu") for each in plain])) if plain else torch.zeros(())
     experts: dict[int, Tensor] = {}
     for group in {id(layer.group): layer.group for each in given if (layer := layers.get(id(each)))}.values():
         own = [(each, layers[id(each)]) for each in given if id(each) in layers]
-        experts |= _of_experts(group, [(each, layer) for each, layer in own if layer.group is group], norm)
+        of_group = [(each, layer) for each, layer in own if layer.group is group]
+        experts |= _of_experts(group, of_group, mine, norm)
     device = next((each.grad.device for each in given if each.grad is not None), torch.device("cpu"))
     partials = [experts[id(each)] if id(each) in layers else _of_others(each, norm) for each in given]
     return norm.total(norm.joined(torch.stack([each.to(device) for each in partials]) if partials else torch.zeros(0)))
@@ -100,11 +107,17 @@ def _of_others(parameter: Tensor, norm: Norm) -> Tensor:
     return norm.joined(slices)
 
 
-def _of_experts(group: EPGroup, own: Sequence[tuple[Tensor, TrainableMoE]], norm: Norm) -> dict[int, Tensor]:
-    """What each stack of experts adds over all ranks of the group, a scalar of float64, by the parameter's id."""
+def _of_experts(
+    group: EPGroup, own: Sequence[tuple[Tensor, TrainableMoE]], others: Tensor, norm: Norm
+) -> dict[int, Tensor]:
+    """What each stack of experts adds over all ranks of the group, a scalar of float64, by the parameter's id.
+
+    others: what parameters of no layer add on this rank, and must add on all of them
+    """
     sizes = [Placement(layer.shape.num_experts, group.size) for _, layer in own]
-    partials = torch.zeros(len(own), max(each.most for each in sizes), dtype=torch.float64, device="cpu")
-    for row, (parameter, _) in zip(partials, own, strict=True):
+    partials = torch.zeros(len(own) + 1, max(each.most for each in sizes), dtype=torch.float64, device="cpu")
+    partials[-1, 0] = others
+    for row, (parameter, _) in zip(partials, own, strict=False):
         if parameter.grad is not None:
             slices = norm.of_slices(local(parameter.grad))
             row[: len(slices)] = slices
@@ -124,7 +137,19 @@ def _gathered(group: EPGroup, partials: Tensor, own: Sequence[tuple[Tensor, Trai
     with group.turn(_NAME, device), group.unbroken(_NAME, 0):
         agree(group, Page(_terms(group, own, norm), group.host), 0, Part(0, np.zeros((2, 1), np.int32), 0.0), None)
         pages = group.transport.gather(partials.view(torch.uint8).flatten(), Label(_NAME, "more counts"))
-    return pages.view(torch.float64).view(group.size, *partials.shape)
+        everyones = pages.view(torch.float64).view(group.size, *partials.shape)
+        _refuse_others(group, [float(norm.total(each)) for each in everyones[:, -1, 0]])
+    return everyones
+
+
+def _refuse_others(group: EPGroup, norms: Sequence[float]) -> None:
+    """CallRefusedError, on all ranks, where parameters of no layer have another norm than on rank 0."""
+    for rank, each in enumerate(norms):
+        if not isclose(each, norms[0], rel_tol=_SAME) and not (isnan(each) and isnan(norms[0])):
+            raise CallRefusedError(
+                f"gradients of parameters that are no layer's differ: their norm is {norms[0]:g} on {group.named(0)}, "
+                f"{each:g} on {group.named(rank)}; sum them over ranks first, by sum_gradients() or DDP"
+            )
 
 
 def _terms(group: EPGroup, own: Sequence[tuple[Tensor, TrainableMoE]], norm: Norm) -> Terms:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megamoe.execution.experts import Experts
-from megamoe.training.experts import TrainableExperts
-from megamoe.training.layer import MASTER_DTYPES, TrainableMoE
+from megamoe.training.experts import MASTER_DTYPES, TrainableExperts
+from megamoe.training.layer import TrainableMoE
 from megamoe.training.steps import watch
 
 
@@ -23,7 +23,7 @@ class GivenExperts(TrainableExperts):
 
     def make_masters(self, dtype: torch.dtype, seed: int, rounding: str) -> None:
         self.rounding, self.rounding_step, self._seed = rounding, 0, seed
-        self._quantized: tuple[tuple[int, int, int], ...] = ()
+        self._quantized = None
         watch(self)
         del dtype
 

@@ -40,15 +40,14 @@ class Norm:
 
         [[3., 4.], [0., 1.]] -> [25., 1.] where p is 2
         """
+        if not x.numel():
+            return x.new_zeros(len(x), dtype=torch.float64)
         rows = x.detach().reshape(len(x) if x.dim() else 1, -1)
-        if not rows.shape[1]:
-            return rows.new_zeros(len(rows), dtype=torch.float64)
         if self.largest:
             return rows.abs().amax(1).to(torch.float64)
         width = min(BLOCK, 1 << (rows.shape[1] - 1).bit_length())
         num_rows = max(1, _AT_ONCE // width)
-        found = [self._of_rows(some, width) for some in torch.split(rows, num_rows)]
-        return torch.cat(found) if found else rows.new_zeros(0, dtype=torch.float64)
+        return torch.cat([self._of_rows(some, width) for some in torch.split(rows, num_rows)])
 
     def _of_rows(self, rows: Tensor, width: int) -> Tensor:
         first, *others = torch.split(rows, width, 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import DEADLINE_S, EPGroup
 from megamoe.parallel.transport.pairs import Label
+from megamoe.training.distributed.wrappers import layer_on_several, said_of
 from megamoe.training.steps import local
 
 if TYPE_CHECKING:
@@ -37,14 +38,15 @@ def reduce_over_replicas(
 
     For ranks that hold the same experts in several expert-parallel groups: `parameters` are a layer's, `replicas` the
     process group, or the mesh of one dimension, of the ranks that hold the same ones. All call once a step, after
-    the last backward, with the same parameters in the same order; a parameter without a gradient gets one.
+    the last backward, with the same parameters in the same order. A replica without a gradient adds zeros; where
+    none has one there is none afterwards.
 
     Values are summed in FP32 in ascending order of the replicas, divided by their number, and rounded once to the
     gradient's dtype: all replicas have the same bits. They depend on the number of replicas, since each sums its own
     tokens first. Each value travels twice, as in a ring; 32 MB are in flight.
 
     CallRefusedError, on every replica, where their parameters differ; PeerError within deadline_s for one that does
-    not call; ValueError for a mesh of several dimensions.
+    not call; ValueError for a mesh of several dimensions, and for ranks that share a layer whose parameters these are.
     """
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     device = given[0].device if given else torch.device("cpu")
@@ -52,17 +54,24 @@ def reduce_over_replicas(
     group = EPGroup.of(ranks, device, deadline_s=deadline_s)
     if group.size == 1:
         return
-    own = [_gradient_of(each) for each in given if each.requires_grad]
+    layer = layer_on_several(given, dist.get_process_group_ranks(ranks))
+    if layer is not None:
+        raise ValueError(
+            f"the replicas share {said_of(layer)}: give the process group of the ranks that hold the same experts"
+        )
+    trained = [each for each in given if each.requires_grad]
     assert group.clock is not None
     with group.turn(_LAYER, device), group.unbroken(_LAYER, 0):
         with group.clock.naming(ranks, Label(_LAYER, "counts")):
-            differing = _differing(own, ranks, device, deadline_s)
+            differing = _differing(trained, ranks, device, deadline_s)
         if differing:
             raise CallRefusedError(
                 f"replicas differ in what they reduce, so no gradient was changed: replica {differing[0]} has other "
                 "parameters than replica 0; all must give the same ones, in the same order"
             )
-        for bucket in _buckets(own):
+        with group.clock.naming(ranks, Label(_LAYER, "counts")):
+            there = _there(trained, ranks, device, deadline_s)
+        for bucket in _buckets([_gradient_of(each) for each, found in zip(trained, there, strict=True) if found]):
             with group.clock.naming(ranks, Label(_LAYER, "reduce")):
                 _reduce(bucket, ranks, average, deadline_s)
 
@@ -86,14 +95,25 @@ def _gradient_of(parameter: Tensor) -> Tensor:
     return local(parameter.grad)
 
 
-def _differing(own: list[Tensor], replicas: dist.ProcessGroup, device: torch.device, deadline_s: float) -> list[int]:
-    """Replicas whose gradients have other shapes or dtypes than the first one's."""
-    said = repr([(tuple(each.shape), each.dtype) for each in own]).encode()
+def _differing(
+    trained: list[Tensor], replicas: dist.ProcessGroup, device: torch.device, deadline_s: float
+) -> list[int]:
+    """Replicas whose parameters have other shapes or dtypes than the first one's."""
+    said = repr([(tuple(local(each.detach()).shape), each.dtype) for each in trained]).encode()
     digest = torch.frombuffer(bytearray(hashlib.sha256(said).digest()), dtype=torch.uint8).to(device)
     gathered = digest.new_empty(replicas.size() * len(digest))
     _end(dist.all_gather_into_tensor(gathered, digest, group=replicas, async_op=True), deadline_s)
     first, *others = torch.split(gathered, len(digest))
     return [rank for rank, each in enumerate(others, 1) if not torch.equal(each, first)]
+
+
+def _there(trained: list[Tensor], replicas: dist.ProcessGroup, device: torch.device, deadline_s: float) -> list[bool]:
+    """Of each parameter whether any replica has a gradient."""
+    own = torch.tensor([each.grad is not None for each in trained], dtype=torch.uint8, device=device)
+    gathered = own.new_empty(replicas.size() * len(own))
+    _end(dist.all_gather_into_tensor(gathered, own, group=replicas, async_op=True), deadline_s)
+    found: list[bool] = gathered.view(replicas.size(), len(own)).any(0).tolist()
+    return found
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

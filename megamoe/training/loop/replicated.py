@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
+from megamoe.training.distributed.mesh import ranks_of
+from megamoe.training.distributed.wrappers import layer_on_several, said_of
 
 _WHAT = "replicated gradients"
 _BUCKET = 1 << 20  # values that are exchanged at a time
@@ -23,19 +26,24 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: EPGroup) -> None:
 
     parameters   those that every rank has whole, in the same order on all ranks: attention, norms, embeddings. Not an
                  expert layer's, whose gradients are of the global batch already. Those without requires_grad are left
-                 out; a rank without a gradient adds zeros
+                 out; a rank without a gradient adds zeros, and where no rank has one there is none afterwards
 
     Sums are in FP32, rank 0 first, and rounded once to the gradient's dtype. A rank receives every other rank's values:
     for a model whose dense part is large, over many ranks, DistributedDataParallel moves less. With a loss that each
     rank divides by the global batch's tokens the sum is the global batch's gradient. ValueError on all ranks, and no
-    gradient has changed, where they bring different sizes; PeerError where a rank is lost.
+    gradient has changed, where they bring different sizes; PeerError where a rank is lost. ValueError for an expert
+    layer's parameters, and for gradients that are sparse or DTensors.
     """
     trained = [each for each in parameters if each.requires_grad]
     if group.transport is None or not trained:
         return
+    _check_whole(trained, group)
     with group.turn(_WHAT, trained[0].device), group.unbroken(_WHAT, group.own_status.calls):
-        _check_sizes(len(trained), sum(each.numel() for each in trained), group)
-        for bucket in _buckets(trained):
+        _check_sizes(
+            len(trained), sum(each.numel() for each in trained), group, [tuple(each.shape) for each in trained]
+        )
+        there = _gather(torch.tensor([each.grad is not None for each in trained]), group).any(0).tolist()
+        for bucket in _buckets([each for each, found in zip(trained, there, strict=True) if found]):
             total = _sum(torch.cat([_flat(each) for each in bucket]), group)
             for each, part in zip(bucket, torch.split(total, [each.numel() for each in bucket]), strict=True):
                 if each.grad is None:
@@ -56,6 +64,20 @@ def sum_over_ranks(values: Tensor, group: EPGroup) -> Tensor:
     return total.view(values.shape).to(values.device)
 
 
+def _check_whole(trained: Sequence[nn.Parameter], group: EPGroup) -> None:
+    """ValueError for what is not the same weights on every rank."""
+    layer = layer_on_several(trained, ranks_of(group))
+    if layer is not None:
+        raise ValueError(
+            f"the parameters have {said_of(layer)}, and whose gradients are of the global batch already: sum those of "
+            "dense_parameters(model), or leave layer.parameters() out"
+        )
+    for each in trained:
+        if each.grad is not None and (each.grad.layout != torch.strided or hasattr(each.grad, "to_local")):
+            kind = "a DTensor" if hasattr(each.grad, "to_local") else f"{each.grad.layout}"
+            raise ValueError(f"a gradient is {kind}: only dense ones that every rank has whole are summed here")
+
+
 def _sum(mine: Tensor, group: EPGroup) -> Tensor:
     """mine [n], on the CPU -> the sum, in order of rank"""
     pages = _gather(mine, group)
@@ -65,14 +87,14 @@ def _sum(mine: Tensor, group: EPGroup) -> Tensor:
     return total
 
 
-def _check_sizes(tensors: int, values: int, group: EPGroup) -> None:
+def _check_sizes(tensors: int, values: int, group: EPGroup, shapes: Sequence[tuple[int, ...]] = ()) -> None:
     """CallRefusedError, on all ranks, where these are not what rank 0 brings."""
-    pages = _gather(torch.tensor([tensors, values]), group).tolist()
+    pages = _gather(torch.tensor([tensors, values, crc32(repr(shapes).encode())]), group).tolist()
     for rank, page in enumerate(pages):
         if page != pages[0]:
             raise CallRefusedError(
                 f"{group.named(rank)} sums {page[1]} values in {page[0]} tensors, {group.named(0)} {pages[0][1]} in "
-                f"{pages[0][0]}"
+                f"{pages[0][0]}{', in other shapes' if page[:2] == pages[0][:2] else ''}"
             )
 
 
