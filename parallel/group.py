@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 DEADLINE_S = 60.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class EPGroup:
     """An expert-parallel group as a layer uses it.
 
@@ -62,8 +62,8 @@ class EPGroup:
     host, hosts      this rank's host name; those of the others, filled in at the first call
     workspace        buffers that the group's layers use in turn
     links            at most one: bytes per second that each rank can send while it receives as many, once measured
-    status      where this rank is, noted as it goes
-    heartbeats          at most one: tells the others, and knows where they are; a group of init_group() has it
+    own_status       where this rank is, noted as it goes
+    monitors         at most one heartbeat: tells the others, and knows where they are; a group of init_group() has it
     wave_costs       at most one: seconds that a wave takes beside its rows on the slowest rank, once it is agreed on
     broken           why the group cannot be used any more, empty while it can; always, where a rank is alone
     turns            whose turn it is to call, and which layers there are
@@ -92,6 +92,10 @@ class EPGroup:
     recorders: list[Recorder] = field(default_factory=list)
     streams: dict[torch.device, Streams] = field(default_factory=dict)
     node_limited: bool = True
+
+    def __repr__(self) -> str:
+        broken = f", broken: {self.broken[0]}" if self.broken else ""
+        return f"EPGroup(rank={self.rank}, size={self.size}, deadline_s={self.deadline_s:g}{broken})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EPGroup:
         """Of several ranks there is one connection, which copies of a layer share; a rank alone gets all of its own."""

@@ -17,8 +17,9 @@ from rich.console import Console
 
 import megamoe
 from megamoe import catalog
+from megamoe.catalog.wording import plural, size
 from megamoe.launch import output
-from megamoe.launch.output import check_folder, emit, plural, say, short, show, write_whole
+from megamoe.launch.output import check_folder, emit, say, short, show, write_whole
 from megamoe.launch.terminal import Format, exit_codes
 from tests.commands import files_no_larger_than, invoked, refused
 
@@ -87,6 +88,12 @@ def test_numbers_and_nouns() -> None:
         "1 rank",
         "2 ranks",
         "0 processes",
+    ]
+    assert [size(each) for each in (12_345, 12_345_678, 9_876_543_210, 98_765_432_100)] == [
+        "0.0 MB",
+        "12.3 MB",
+        "9.88 GB",
+        "98.8 GB",
     ]
 
 

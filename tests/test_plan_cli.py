@@ -411,6 +411,7 @@ def test_validate_names_the_file_and_the_row(tmp_path: Path) -> None:
         ((*PRO, "--ep", 16, "--batch", 4, "--ttft-ms", 3), "ttft_ms is a target of prefill"),
         ((*PRO, "--config", "/nowhere.yaml"), "cannot read /nowhere.yaml"),
         ((*PRO, "--report", "/nowhere/page.html"), "is in no folder that exists"),
+        ((*PRO, "--report", "page.pdf"), "--report writes HTML: give it a name that ends in .html, got page.pdf"),
     ],
 )
 def test_a_wrong_plan_is_refused_in_one_line(arguments: tuple[object, ...], said: str) -> None:

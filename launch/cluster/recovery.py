@@ -40,11 +40,12 @@ class RestartPolicy:
     retry_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.restarts < 0 or not (0 <= self.backoff_s < math.inf and 0 < self.retry_s < math.inf):
-            raise ValueError(
-                f"restarts {self.restarts} and backoff_s {self.backoff_s} must not be negative, "
-                f"retry_s {self.retry_s} must be positive"
-            )
+        if self.restarts < 0:
+            raise ValueError(f"restarts must be 0 or more, got {self.restarts}")
+        if not 0 <= self.backoff_s < math.inf:
+            raise ValueError(f"backoff_s must be 0 or more and finite, got {self.backoff_s}")
+        if not 0 < self.retry_s < math.inf:
+            raise ValueError(f"retry_s must be positive and finite, got {self.retry_s}")
         if self.elastic is not None and not 1 <= self.elastic[0] <= self.elastic[1]:
             raise ValueError(f"elastic must be (least, most) with 1 <= least <= most, got {self.elastic}")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cli.planner.plan_flags import asks, keys_of
 from megamoe.launch.output import Output, emit, note, say, show
 from megamoe.launch.terminal import Format, exit_codes
@@ -108,5 +109,5 @@ def _print_question(answers: list[Answer], by: By) -> None:
     said = [f"{request.model.name}: {sizes}"] if by is not By.model else []
     said += [request.hardware.name] if by is not By.hardware else []
     if all(each.plan.request.tokens_per_rank == request.tokens_per_rank for each in answers):
-        said.append(f"{request.tokens_per_rank} tokens a rank")
+        said.append(f"{plural(request.tokens_per_rank, 'token')} a rank")
     say(", ".join([*said, f"{expert.dispatch_format} there, {expert.combine_format} back"]))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cli.planner.plan_flags import keys_of, takes
 from megamoe.launch.output import Output, check_folder, emit, note, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
@@ -86,8 +87,9 @@ def _print(found: Recommendation) -> None:
     d, load = found.decode.serving.deployment, found.load
     price = f", {short(found.usd_per_hour)} $ an hour" if found.usd_per_hour else ""
     say(
-        f"{found.devices} devices  {d.model.name} on {d.hardware.name}: {load.requests_per_s:g} requests/s of "
-        f"{load.input_tokens} tokens in and {load.output_tokens} out{price}"
+        f"{plural(found.devices, 'device')}  {d.model.name} on {d.hardware.name}: "
+        f"{load.requests_per_s:g} requests/s of {plural(load.input_tokens, 'token')} in and "
+        f"{load.output_tokens} out{price}"
     )
     columns = {"pool": "", **dict.fromkeys(("devices", "EP", "TP", "batch", "MTP", "context"), ",")}
     columns |= {**dict.fromkeys(("tok/s/dev", "load", "used %"), ",.0f"), "GB": ",.1f"}
@@ -109,7 +111,9 @@ def _write(found: Recommendation, plans: dict[str, Question], path: Path) -> Non
     from megamoe.launch.cli.planner.plan_file import write_plan
 
     load = found.load
-    asked = f"{load.requests_per_s:g} requests/s of {load.input_tokens} tokens in and {load.output_tokens} out"
+    asked = (
+        f"{load.requests_per_s:g} requests/s of {plural(load.input_tokens, 'token')} in and {load.output_tokens} out"
+    )
     for phase, where in (("decode", path), ("prefill", _beside(path))):
         write_plan(
             plans[phase], where, [f"megamoe recommend: {asked}; {phase} pool", f"megamoe plan --config {where.name}"]

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cluster.ray.private import logs_on_stderr, of_own_cluster
 from megamoe.launch.process import loopback
 from megamoe.launch.requests import check_ranks_here
@@ -98,7 +99,7 @@ def _start(num_workers: int) -> RaySession:
     check_ranks_here("num_workers", num_workers)
     loopback()
     if num_workers > cores():
-        _log.warning("%d ranks share %d cores: they take turns", num_workers, cores())
+        _log.warning("%s share %s: they take turns", plural(num_workers, "rank"), plural(cores(), "core"))
     # the paths of Ray's sockets begin with it and must not exceed 107 bytes, which a Mac's temporary directory does
     place = Path(tempfile.mkdtemp(prefix="megamoe-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
     session = RaySession(place, connected_here=True)
