@@ -24,6 +24,7 @@ from megamoe.execution.checks import (
     check_device,
     check_formats,
     check_input,
+    check_machine,
     check_name,
     check_transport,
     check_values,
@@ -118,6 +119,7 @@ class MegaMoE(nn.Module):
         check_name(name)
         check_formats(shape, weight_format, dispatch_format, combine_format)
         check_transport(transport, max_tokens_per_rank)
+        check_machine(machine)
         self.shape, self.name = shape, name
         self.weight_format, self.dispatch_format, self.combine_format = weight_format, dispatch_format, combine_format
         self.waves, self.overlap = check_waves(waves if overlap else 1), overlap

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from numbers import Integral, Real
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -245,8 +246,7 @@ class EPGroup:
         if isinstance(group, EPGroup):
             check_made_for(getattr(group.transport, "device_type", None), device)
             return group
-        if not deadline_s > 0:
-            raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+        _check_deadline(deadline_s)
         if group is None:
             return cls(0, 1, None, deadline_s)
         check_group(group)
@@ -355,10 +355,10 @@ def init_group(
     device = torch.device(device)
     if device.type not in BACKENDS:
         raise ValueError(f"no process-group backend is known for device type {device.type!r}, only {sorted(BACKENDS)}")
+    _check_integers(rank=rank, size=size)
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} is not in [0, {size})")
-    if not deadline_s > 0:
-        raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+    _check_deadline(deadline_s)
     if dist.is_initialized():
         raise ValueError(
             "torch.distributed is initialised already, and that group is not this function's to replace: give its "
@@ -389,6 +389,17 @@ def init_group(
                 group.transport.host.release()
             if dist.group.WORLD is world:  # else the block has ended it by itself
                 end_group(world, device, in_peace=group is not None and not group.broken)
+
+
+def _check_integers(**values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
+def _check_deadline(deadline_s: object) -> None:
+    if isinstance(deadline_s, bool) or not isinstance(deadline_s, Real) or not float(deadline_s) > 0:
+        raise ValueError(f"deadline_s must be positive, got {deadline_s!r}")
 
 
 def _meet(store: Store | None, init_method: str | None, rank: int, size: int, deadline_s: float) -> Store:

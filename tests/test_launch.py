@@ -104,7 +104,7 @@ BAD = {
     "text": (["--text", "/nowhere.txt"], "text /nowhere.txt cannot be read"),
     "out": (["--out", "/no/such/folder/out.safetensors"], "out.safetensors is in no folder that exists"),
     "interface": (["--interface", "nosuch0"], "nosuch0"),
-    "restarts": (["--restarts", "-1"], "restarts must be 0 or more, got -1"),
+    "restarts": (["--restarts", "-1"], "restarts must be an integer of 0 or more, got -1"),
     "device": (["--device", "tpu"], "tpu"),
     "deadline": (["--deadline-s", "0"], "deadline_s must be positive, got 0"),
 }

@@ -315,6 +315,13 @@ def test_explain_prints_every_term() -> None:
 # ---- catalog, validate ----
 
 
+def test_a_machine_that_calibrate_wrote_is_shown_and_named_as_a_shell_reads_it(tmp_path: Path) -> None:
+    runs, written = Path(__file__).parents[1] / "docs" / "data" / "lab_runs.json", tmp_path / "a machine.yaml"
+    done = run("calibrate", runs, "--write", written)
+    assert f"wrote {written}: megamoe bench --machine '{written}'\n" in done.stderr
+    assert as_json("catalog", "show", written)["kind"] == "machines"
+
+
 def test_the_catalog_lists_and_shows_everything() -> None:
     found = as_json("catalog", "list")
     assert {"hardware", "models", "profiles"} <= set(found)

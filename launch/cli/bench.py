@@ -163,9 +163,11 @@ def _print_bench(report: BenchReport) -> None:
         f"{report.exposed_ms:.1f} ms, {report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}"
     )
     if report.small:
+        way = (
+            "travel with the page of their call, in one exchange and no waves" if report.ranks > 1 else "need no waves"
+        )
         say(
-            "so few tokens travel with the page of their call, in one exchange and no waves; what computes and what "
-            "communicates alone is of a call in waves, as --waves 1 has it"
+            f"so few tokens {way}; what computes and what communicates alone is of a call in waves, as --waves 1 has it"
         )
     if report.ranks_per_host > 1:
         assert report.link_bytes_per_host is not None

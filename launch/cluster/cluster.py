@@ -125,6 +125,8 @@ class MegaMoECluster:
         for name in unused:
             if {"address": address, "interface": interface, "hosts": hosts}[name] is not None:
                 raise ValueError(f"{name} means nothing to launcher {launcher!r}")
+        if policy is not None and not isinstance(policy, RestartPolicy):
+            raise ValueError(f"policy must be a RestartPolicy, got {type(policy).__name__}")
         self.policy = policy or RestartPolicy()
         least, most = self.policy.elastic or (ranks, ranks)
         if not least <= ranks <= most:

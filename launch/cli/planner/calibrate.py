@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,7 +48,7 @@ def calibrate(
         )
         fitted, held = planner.check(reports, machine), planner.check(unseen, machine)
         if write is not None:
-            write_file(write, planner.as_yaml(machine), f": megamoe bench --machine {write}")
+            write_file(write, planner.as_yaml(machine), f": megamoe bench --machine {quote(str(write))}")
         emit(output, _as_dict(machine, fitted, held), lambda: _print(machine, fitted, held))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import isfinite
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -115,7 +116,10 @@ def _write(found: Recommendation, plans: dict[str, Question], path: Path) -> Non
         f"{load.requests_per_s:g} requests/s of {plural(load.input_tokens, 'token')} in and {load.output_tokens} out"
     )
     for phase, where in (("decode", path), ("prefill", _beside(path))):
+        command = quote(where.name)
         write_plan(
-            plans[phase], where, [f"megamoe recommend: {asked}; {phase} pool", f"megamoe plan --config {where.name}"]
+            plans[phase],
+            where,
+            [f"megamoe recommend: {asked}; {phase} pool", f"megamoe plan --config {command}"],
         )
         note(f"wrote {where}")
