@@ -315,6 +315,17 @@ def test_explain_prints_every_term() -> None:
 # ---- catalog, validate ----
 
 
+def test_what_changes_nothing_and_what_no_link_hides_is_said() -> None:
+    done = run("plan", *PRO, "--ep", 2, "--links", "nic=50,25")
+    assert done.stderr.endswith("links of nic change nothing: no row crosses one at EP2\n")
+    assert "change nothing" not in run("plan", *PRO, "--ep", 2, "--links", "scaleup=900,450").stderr
+    why = "staged is exposed on any link: each of its stages waits for the one before\n"
+    assert run("sweep", *PRO, "--ep", 8, "--over", "stack", "--values", "fused,staged").stdout.endswith(why)
+    by_stack = ("compare", "--by", "stack", *PRO, "--ep", 8, "fused")
+    assert run(*by_stack, "staged").stdout.endswith(why)
+    assert not run(*by_stack, "staged-two-batch").stdout.endswith(why)
+
+
 def test_a_machine_that_calibrate_wrote_is_shown_and_named_as_a_shell_reads_it(tmp_path: Path) -> None:
     runs, written = Path(__file__).parents[1] / "docs" / "data" / "lab_runs.json", tmp_path / "a machine.yaml"
     done = run("calibrate", runs, "--write", written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,6 +79,13 @@ def _print_rows(rows: list[Row], by: By) -> None:
     columns |= {"batch": ">", "tok/s/dev": ",.0f", "$/M tok": "~"} if serves else {}
     title = "\nGB/s one way that would hide it, and over which link; GB of a device's memory"
     show(columns, [(name, *_needed(found)) for name, found in answers], title)
+    say_serial([found for _, found in answers])
+
+
+def say_serial(answers: Iterable[Answer]) -> None:
+    """Why a layer is exposed whose rule holds."""
+    if any(found.plan.request.serial for found in answers):
+        say("staged is exposed on any link: each of its stages waits for the one before")
 
 
 def _sent(found: Answer) -> tuple[Any, ...]:

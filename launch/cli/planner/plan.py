@@ -69,7 +69,11 @@ def answered(given: dict[str, Any]) -> Answer:
 
 
 def say_picked(found: Answer) -> None:
+    """What was picked, and which of what was given changes nothing."""
     question, choice = found.question, found.choice
+    crossed = {"nic" if rule.tier == "nic" else "scaleup" for rule in found.plan.rules}
+    for tier in sorted({text.partition("=")[0].strip() for text in question.links or ()} - crossed):
+        note(f"links of {tier} change nothing: no row crosses one at EP{found.plan.request.ep}")
     if choice.picked:
         values = ", ".join(f"{key} {getattr(question, key)}" for key in choice.picked)
         note(f"picked {values}: {choice.why}")
