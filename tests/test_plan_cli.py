@@ -316,9 +316,9 @@ def test_explain_prints_every_term() -> None:
 
 
 def test_what_changes_nothing_and_what_no_link_hides_is_said() -> None:
-    done = run("plan", *PRO, "--ep", 2, "--links", "nic=50,25")
-    assert done.stderr.endswith("links of nic change nothing: no row crosses one at EP2\n")
-    assert "change nothing" not in run("plan", *PRO, "--ep", 2, "--links", "scaleup=900,450").stderr
+    done = run("plan", *PRO, "--ep", 8, "--links", "nic=50x4,25x4")
+    assert done.stderr.endswith("links of nic change nothing: no row crosses one at EP8\n")
+    assert "change nothing" not in run("plan", *PRO, "--ep", 8, "--links", "scaleup=900x4,450x4").stderr
     why = "staged is exposed on any link: each of its stages waits for the one before\n"
     assert run("sweep", *PRO, "--ep", 8, "--over", "stack", "--values", "fused,staged").stdout.endswith(why)
     by_stack = ("compare", "--by", "stack", *PRO, "--ep", 8, "fused")
