@@ -315,6 +315,12 @@ def test_explain_prints_every_term() -> None:
 # ---- catalog, validate ----
 
 
+def test_a_recommendation_names_the_tokens_that_are_cached_already() -> None:
+    load = ("--requests-per-s", 2, "--input-tokens", 400, "--cached-tokens", 300, "--output-tokens", 80)
+    done = run("recommend", "--model", "gpt-oss-20b", "--hardware", "h100", *load)
+    assert "2 requests/s of 400 tokens in (300 of them cached) and 80 out" in done.stdout.splitlines()[0]
+
+
 def test_what_changes_nothing_and_what_no_link_hides_is_said() -> None:
     done = run("plan", *PRO, "--ep", 8, "--links", "nic=50x4,25x4")
     assert done.stderr.endswith("links of nic change nothing: no row crosses one at EP8\n")
@@ -429,7 +435,7 @@ def test_validate_names_the_file_and_the_row(tmp_path: Path) -> None:
         ((*PRO, "--ep", 16, "--batch", 4, "--ttft-ms", 3), "ttft_ms is a target of prefill"),
         ((*PRO, "--config", "/nowhere.yaml"), "cannot read /nowhere.yaml"),
         ((*PRO, "--report", "/nowhere/page.html"), "is in no folder that exists"),
-        ((*PRO, "--report", "page.pdf"), "--report writes HTML: give it a name that ends in .html, got page.pdf"),
+        ((*PRO, "--report", "page.pdf"), "report page.pdf must end in .html"),
     ],
 )
 def test_a_wrong_plan_is_refused_in_one_line(arguments: tuple[object, ...], said: str) -> None:

@@ -30,7 +30,7 @@ def plan(
         if report is not None:
             check_folder(report)
             if report.suffix.lower() not in ("", ".html", ".htm"):
-                raise ValueError(f"--report writes HTML: give it a name that ends in .html, got {report}")
+                raise ValueError(f"report {report} must end in .html")
         found = answered(given)
         if report is not None:  # before anything is printed: whoever reads that may close the pipe
             write_report(found, report)

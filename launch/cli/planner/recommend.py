@@ -16,7 +16,7 @@ from megamoe.launch.terminal import Format, exit_codes
 
 if TYPE_CHECKING:
     from megamoe.planner.question import Question
-    from megamoe.planner.search.recommend import Pool, Recommendation
+    from megamoe.planner.search.recommend import Load, Pool, Recommendation
 
 _FLAGS = (
     *("model", "hardware", "profile", "settings", "config", "ep", "attention_tp", "mtp", "microbatches"),
@@ -87,11 +87,7 @@ def _pool(pool: Pool) -> dict[str, Any]:
 def _print(found: Recommendation) -> None:
     d, load = found.decode.serving.deployment, found.load
     price = f", {short(found.usd_per_hour)} $ an hour" if found.usd_per_hour else ""
-    say(
-        f"{plural(found.devices, 'device')}  {d.model.name} on {d.hardware.name}: "
-        f"{load.requests_per_s:g} requests/s of {plural(load.input_tokens, 'token')} in and "
-        f"{load.output_tokens} out{price}"
-    )
+    say(f"{plural(found.devices, 'device')}  {d.model.name} on {d.hardware.name}: {_in_words(load)}{price}")
     columns = {"pool": "", **dict.fromkeys(("devices", "EP", "TP", "batch", "MTP", "context"), ",")}
     columns |= {**dict.fromkeys(("tok/s/dev", "load", "used %"), ",.0f"), "GB": ",.1f"}
     rows = []
@@ -108,13 +104,17 @@ def _beside(path: Path) -> Path:
     return path.with_stem(f"{path.stem}-prefill")
 
 
+def _in_words(load: Load) -> str:
+    """20 requests/s of 4000 tokens in (3000 of them cached) and 800 out"""
+    cached = f" ({load.cached_tokens} of them cached)" if load.cached_tokens else ""
+    tokens = plural(load.input_tokens, "token")
+    return f"{load.requests_per_s:g} requests/s of {tokens} in{cached} and {load.output_tokens} out"
+
+
 def _write(found: Recommendation, plans: dict[str, Question], path: Path) -> None:
     from megamoe.launch.cli.planner.plan_file import write_plan
 
-    load = found.load
-    asked = (
-        f"{load.requests_per_s:g} requests/s of {plural(load.input_tokens, 'token')} in and {load.output_tokens} out"
-    )
+    asked = _in_words(found.load)
     for phase, where in (("decode", path), ("prefill", _beside(path))):
         command = quote(where.name)
         write_plan(
