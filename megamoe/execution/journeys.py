@@ -26,13 +26,15 @@ from megamoe.routing.waves import WavePlan
 class CallRecord:
     """What one call of the layer did on this rank. Seconds are host time; bytes are those that left this rank.
 
-    tokens            of this rank's, and the waves of the call
+    tokens, waves     this rank's tokens, and the waves of the call
     rows_local        (token, expert) pairs of this rank's tokens and experts
-    rows_sent         pairs of its tokens and other ranks' experts; rows_received those of others' tokens and its experts
+    rows_sent         pairs of its tokens and other ranks' experts
+    rows_received     pairs of other ranks' tokens and its experts
     dispatch_bytes    sent with tokens, combine_bytes with results; far_bytes those of both for ranks that it shares no
                       memory with
     tokens_fetched    tokens from other hosts that it read from a rank of its own host, on which they landed
-    counts_s          the exchange of counts that opens the call; compute_s, waiting_s its other parts; total_s all of it
+    counts_s          the exchange of counts that opens the call
+    compute_s         its products and all else that a rank computes; waiting_s its waits, total_s the whole call
     small             all ranks brought few tokens, so that one exchange carried them, and there was one wave: see
                       small_call.py
 
