@@ -123,7 +123,7 @@ def test_the_command_says_what_it_made_and_refuses_a_folder_that_is_there(tmp_pa
     said = refused("tiny", tmp_path / "other", "--like", "gpt-5")
     assert "like must be one of deepseek-v4-flash, deepseek-v3, gpt-oss, mixtral, qwen3-moe, got 'gpt-5'" in said
     said = refused("tiny", tmp_path / "other", "--like", "deepseek-v3", "--num-experts", 6, "--topk", 4)
-    assert "deepseek-v3 cannot have top-4 of 6 experts in 2 groups" in said
+    assert "topk of deepseek-v3 must be 1 to 3, the 3 experts of one of its 2 groups, got 4" in said
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
