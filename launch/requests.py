@@ -102,7 +102,8 @@ def check_devices(device: str, needed: int) -> None:
     device_type(device)
     if device != "cpu" and num_devices(device) < needed:
         raise ValueError(
-            f"{plural(needed, 'rank')} on this machine cannot each have a {device} device, it has {num_devices(device)}"
+            f"{plural(needed, 'rank')} on this machine need{'s' * (needed == 1)} as many {device} devices, it has "
+            f"{num_devices(device)}"
         )
 
 

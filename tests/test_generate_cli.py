@@ -83,7 +83,7 @@ def test_texts_are_printed_in_order_under_their_prompts(model: Path) -> None:
     done = invoked("generate", *arguments, "--ranks", 1, "--raw", "--check")
     assert done.exit_code == 0, done.output
     assert done.stdout.index("[1] ") < done.stdout.index("[2] ")
-    assert " tokens on 1 ranks (spawn): " in done.stdout
+    assert " tokens on 1 rank (spawn): " in done.stdout
     assert done.stdout.rstrip().endswith("every token: identical")
 
 
