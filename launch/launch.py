@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamoe.catalog.wording import plural
 from megamoe.execution.checks import check_wire
 from megamoe.launch.cluster.cluster import Event, MegaMoECluster
 from megamoe.launch.cluster.job import (
@@ -89,7 +90,7 @@ def run_launch(
         check_vocabulary(token_ids, config)
         jobs = batches(token_ids, request.batch_tokens) * request.repeat
         prepared_s = time.monotonic() - begun
-        progress(f"starting {request.ranks} ranks", 0, len(jobs))
+        progress(f"starting {plural(request.ranks, 'rank')}", 0, len(jobs))
         with _cluster(request, on_event) as cluster:
             cluster.load(
                 path,
@@ -124,7 +125,7 @@ def _run(cluster: MegaMoECluster, jobs: list[Sequence[int]], progress: Progress)
     begun = time.monotonic()
     first_s = until_first_s = 0.0
     for number, batch in enumerate(jobs):
-        progress(f"batch {number + 1} on {cluster.ranks} ranks", number, len(jobs))
+        progress(f"batch {number + 1} on {plural(cluster.ranks, 'rank')}", number, len(jobs))
         outputs.append(cluster.forward(batch))
         if not number:
             first_s, until_first_s = time.monotonic() - begun, age_s()

@@ -128,8 +128,3 @@ def short(value: float | None) -> str:
     if size >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.{1 if size >= 100 else 2 if size >= 10 else 3 if size >= 1 else 4}f}"
-
-
-def plural(number: int, one: str, several: str = "") -> str:
-    """1, "rank" -> "1 rank"    2, "rank" -> "2 ranks" """
-    return f"{number} {one if number == 1 else several or f'{one}s'}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megamoe.launch.output import plural, say, show
+from megamoe.catalog.wording import plural
+from megamoe.launch.output import say, show
 
 if TYPE_CHECKING:
     from megamoe.launch.cluster.job import JobReport
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 def print_report(report: JobReport) -> None:
     """Ranks and what they did, times, the digest of the output."""
     batches = plural(report.batches, "batch", "batches")
-    say(f"{report.launcher}: {report.tokens} tokens in {batches}, {report.seconds:.2f} s")
+    say(f"{report.launcher}: {plural(report.tokens, 'token')} in {batches}, {report.seconds:.2f} s")
     rows = [(each.rank, each.tokens, each.experts, each.read_mb) for each in report.per_rank]
     show({"rank": ">", "tokens": ">", "experts": ">", "read MB": ".1f"}, rows)
     if report.starting:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.devices import device_type, num_devices
 
 MOST_HERE = 256
@@ -100,7 +101,10 @@ def check_devices(device: str, needed: int) -> None:
     """ValueError for a device type that is not known, or of which this machine has too few for one a rank."""
     device_type(device)
     if device != "cpu" and num_devices(device) < needed:
-        raise ValueError(f"{needed} ranks on this machine need as many {device} devices, it has {num_devices(device)}")
+        raise ValueError(
+            f"{plural(needed, 'rank')} on this machine need{'s' * (needed == 1)} as many {device} devices, it has "
+            f"{num_devices(device)}"
+        )
 
 
 def check_main() -> None:

@@ -29,6 +29,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megamoe.activations import Activation
     from megamoe.execution.journeys import CallRecord
     from megamoe.formats import MXFP4, MXFP8
     from megamoe.launch.cluster.cluster import MegaMoECluster
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Activation": "megamoe.activations",
     "CallRecord": "megamoe.execution.journeys",
     "EPGroup": "megamoe.parallel.group",
     "MXFP4": "megamoe.formats",
@@ -62,6 +64,7 @@ _EXPORTS = {
 __all__ = [
     "MXFP4",
     "MXFP8",
+    "Activation",
     "CallRecord",
     "EPGroup",
     "MegaMoE",

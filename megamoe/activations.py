@@ -77,6 +77,7 @@ class Activation:
         return self.limit if self.up_limit is None else self.up_limit
 
     def with_limit(self, limit: float | None) -> Activation:
+        """The same with another L; None takes its clamp away."""
         return replace(self, limit=limit)
 
     def __str__(self) -> str:

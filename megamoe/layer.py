@@ -24,6 +24,7 @@ from megamoe.execution.checks import (
     check_device,
     check_formats,
     check_input,
+    check_machine,
     check_name,
     check_transport,
     check_values,
@@ -72,7 +73,7 @@ class MegaMoE(nn.Module):
                       With bf16 weights mxfp8 rounds the tokens, and auto does so where the group's link is slow: give
                       the format where bits must not depend on the link
     combine_format    "bf16", or "mxfp8" (H + H/32 bytes a row): every expert's result is rounded once more, which is an
-                      error of 2.6 % at the root mean square, for links that are too slow otherwise
+                      error of 2.7 % at the root mean square, for links that are too slow otherwise
     waves             "auto", a number, or relative sizes of uneven waves; the bits are the same. "auto" on CPUs has
                       ranks on CPUs that bring few tokens do without waves: see last_call.small
     device            where the weights are and the tokens must be; the CPU by default
@@ -82,7 +83,8 @@ class MegaMoE(nn.Module):
                       the device has no kernels, which decode on the way
     arithmetic        on CPUs "fma" keeps to fused multiply-adds where one has BF16 instructions and another has not:
                       ranks must sum alike; "auto" takes the CPU's best
-    machine           what `megamoe calibrate` found of this machine, for waves="auto"; None is what ships
+    machine           what `megamoe calibrate` found of this machine, for waves="auto"; None takes what `megamoe bench`
+                      kept of it in the user's cache folder, else what ships
     deadline_s        seconds that a call may be kept waiting, where group is not an EPGroup that has its own
     transport         "auto" is the group's; "fused" makes a call one kernel on every rank, over memory that all map,
                       for few tokens on a device with Triton kernels: see docs/mega_kernel.md
@@ -118,6 +120,7 @@ class MegaMoE(nn.Module):
         check_name(name)
         check_formats(shape, weight_format, dispatch_format, combine_format)
         check_transport(transport, max_tokens_per_rank)
+        check_machine(machine)
         self.shape, self.name = shape, name
         self.weight_format, self.dispatch_format, self.combine_format = weight_format, dispatch_format, combine_format
         self.waves, self.overlap = check_waves(waves if overlap else 1), overlap

@@ -47,7 +47,7 @@ class MoEShape:
         """Has activation and swiglu_limit say the same, so that shapes are equal where they mean the same."""
         given, limit = self.activation or SWIGLU, self.swiglu_limit
         if not isinstance(given, Activation):
-            raise ValueError(f"activation must be an Activation, got {type(given).__name__}")
+            raise ValueError(f"activation must be a megamoe.Activation, such as Activation('gelu_tanh'), got {given!r}")
         if limit is not None:
             if not (is_finite(limit) and limit > 0):
                 raise ValueError(f"swiglu_limit must be a positive finite number or None, got {limit!r}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megamoe.catalog.wording import plural
 from megamoe.execution.checks import check_formats
 from megamoe.model.handover import run_alone
 from megamoe.model.packed import PackedExperts, packing_of
@@ -119,7 +120,10 @@ class PackedExpertsQuantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
             if not getattr(parameter, "_is_hf_initialized", False)
         ]
         if missing:
-            raise ValueError(f"the checkpoint has no {', '.join(missing[:3])}: {len(missing)} tensors are missing")
+            raise ValueError(
+                f"the checkpoint has no {', '.join(missing[:3])}: {plural(len(missing), 'tensor')} missing; MXFP4 that "
+                "megamoe convert or upcycle wrote is read by megamoe.model.load()"
+            )
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:

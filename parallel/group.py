@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from numbers import Integral, Real
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -51,7 +52,7 @@ _log = logging.getLogger(__name__)
 DEADLINE_S = 60.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class EPGroup:
     """An expert-parallel group as a layer uses it.
 
@@ -63,8 +64,8 @@ class EPGroup:
     host, hosts      this rank's host name; those of the others, filled in at the first call
     workspace        buffers that the group's layers use in turn
     links            at most one: bytes per second that each rank can send while it receives as many, once measured
-    status      where this rank is, noted as it goes
-    heartbeats          at most one: tells the others, and knows where they are; a group of init_group() has it
+    own_status       where this rank is, noted as it goes
+    monitors         at most one heartbeat: tells the others, and knows where they are; a group of init_group() has it
     wave_costs       at most one: seconds that a wave takes beside its rows on the slowest rank, once it is agreed on
     broken           why the group cannot be used any more, empty while it can; always, where a rank is alone
     turns            whose turn it is to call, and which layers there are
@@ -93,6 +94,10 @@ class EPGroup:
     recorders: list[Recorder] = field(default_factory=list)
     streams: dict[torch.device, Streams] = field(default_factory=dict)
     node_limited: bool = True
+
+    def __repr__(self) -> str:
+        broken = f", broken: {self.broken[0]}" if self.broken else ""
+        return f"EPGroup(rank={self.rank}, size={self.size}, deadline_s={self.deadline_s:g}{broken})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EPGroup:
         """Of several ranks there is one connection, which copies of a layer share; a rank alone gets all of its own."""
@@ -242,8 +247,7 @@ class EPGroup:
         if isinstance(group, EPGroup):
             check_made_for(getattr(group.transport, "device_type", None), device)
             return group
-        if not deadline_s > 0:
-            raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+        _check_deadline(deadline_s)
         if group is None:
             return cls(0, 1, None, deadline_s)
         check_group(group)
@@ -353,10 +357,10 @@ def init_group(
     device = torch.device(device)
     if device.type not in BACKENDS:
         raise ValueError(f"no process-group backend is known for device type {device.type!r}, only {sorted(BACKENDS)}")
+    _check_integers(rank=rank, size=size)
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} is not in [0, {size})")
-    if not deadline_s > 0:
-        raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+    _check_deadline(deadline_s)
     if dist.is_initialized():
         raise ValueError(
             "torch.distributed is initialised already, and that group is not this function's to replace: give its "
@@ -387,6 +391,17 @@ def init_group(
                 group.transport.host.release()
             if dist.group.WORLD is world:  # else the block has ended it by itself
                 end_group(world, device, in_peace=group is not None and not group.broken)
+
+
+def _check_integers(**values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
+def _check_deadline(deadline_s: object) -> None:
+    if isinstance(deadline_s, bool) or not isinstance(deadline_s, Real) or not float(deadline_s) > 0:
+        raise ValueError(f"deadline_s must be positive, got {deadline_s!r}")
 
 
 def _meet(store: Store | None, init_method: str | None, rank: int, size: int, deadline_s: float) -> Store:

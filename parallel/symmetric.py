@@ -23,7 +23,7 @@ import secrets
 import select
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -234,8 +234,8 @@ class SymmetricMemory:
             os.close(self._file)
             self._file = -1
 
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if hasattr(self, "_file") and not ending():  # Python that ends has taken `os` away, and the kernel closes files
             self.close()
 
 

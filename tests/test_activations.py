@@ -93,7 +93,7 @@ def test_swiglu_limit_is_short_for_an_activation() -> None:
         ),
         ({"swiglu_limit": 7.0, "activation": SWIGLU.with_limit(3.0)}, "swiglu_limit 7.0 is short for"),
         ({"swiglu_limit": 7.0, "activation": Activation(clamp="after")}, "swiglu_limit 7.0 is short for"),
-        ({"activation": "silu"}, "activation must be an Activation, got str"),
+        ({"activation": "silu"}, "activation must be a megamoe.Activation, such as .*, got 'silu'"),
         ({"bias": 1}, "bias must be True or False, got 1"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamoe import MegaMoECluster, TrainableMoE
 from megamoe.activations import Activation
 from megamoe.formats import MXFP4, quantize_mxfp4
 from megamoe.launch.ranks import LocalRanks
@@ -298,3 +299,34 @@ def test_a_layer_without_all_its_weights_says_which_are_missing() -> None:
 def test_groups_are_validated(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message), init_group(**options):  # type: ignore[arg-type]
         pass
+
+
+def entered(**given: Any) -> None:
+    with init_group(**given):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "said"),
+    [
+        (MegaMoE, {"shape": SHAPE, "deadline_s": "60"}, "deadline_s must be positive, got '60'"),
+        (MegaMoE, {"shape": SHAPE, "machine": "machine.yaml"}, "machine must be what megamoe.catalog.load_machine"),
+        (TrainableMoE, {"shape": SHAPE, "seed": "a"}, "seed must be an integer, got 'a'"),
+        (MegaMoECluster, {"ranks": 2, "policy": 3}, "policy must be a RestartPolicy, got int"),
+        (entered, {"rank": "0", "size": 1}, "rank must be an integer, got '0'"),
+        (entered, {"rank": 0, "size": 1.5}, "size must be an integer, got 1.5"),
+        (entered, {"rank": 0, "size": 1, "deadline_s": None}, "deadline_s must be positive, got None"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_by_name(
+    make: Callable[..., object], given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        make(**given)
+
+
+def test_a_group_is_printed_in_a_line_that_says_whether_it_serves() -> None:
+    group = EPGroup.of(None)
+    assert repr(group) == "EPGroup(rank=0, size=1, deadline_s=60)"
+    group.broken.append("rank 1 is dead")
+    assert repr(group) == "EPGroup(rank=0, size=1, deadline_s=60, broken: rank 1 is dead)"

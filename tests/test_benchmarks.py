@@ -158,7 +158,11 @@ def run_smallest(name: str, folder: Path) -> None:
         ("peers", ["--repeats", "0"], "argument --repeats: must be at least 1, got 0"),
         ("generation", ["--contenders", "vllm"], "no contender has 'vllm' in its name; there are "),
         ("generation", ["--new-tokens", "1"], "--new-tokens must be at least 2"),
-        ("generation", ["--model", "/nowhere"], "/nowhere holds no config.json, so it is no checkpoint"),
+        (
+            "generation",
+            ["--model", "/nowhere"],
+            "/nowhere holds no config.json: there is no such folder, and no checkpoint is downloaded",
+        ),
         ("transformers_families", ["--families", "bert"], "no family is called bert; there are "),
         ("gpu_kernels", ["--out", "/nowhere/at/all"], "--out: there is no folder /nowhere/at"),
     ],

@@ -79,7 +79,7 @@ def test_one_token_on_four_ranks_is_said_to_be_identical_in_a_table(checkpoint: 
         "demo", "--launcher", "spawn", "--ranks", 4, "--text", text, "--checkpoint", checkpoint, "--question", ""
     )
     assert done.exit_code == 0, done.output
-    assert "word.txt: 1 tokens through " in done.stdout
+    assert "word.txt: 1 token through " in done.stdout
     assert done.stdout.rstrip().endswith("4 ranks (spawn) against one, every bit of the output: identical")
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110

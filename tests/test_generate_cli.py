@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from megamoe.launch.cluster.generation import TokenFiles
 from megamoe.launch.generation.answer import Answering, model_for_answers
 from megamoe.launch.generation.prompts import Given, TextStream, encode, read_prompts
 from megamoe.launch.generation.ranks import OnCluster, Texts
@@ -81,7 +83,7 @@ def test_texts_are_printed_in_order_under_their_prompts(model: Path) -> None:
     done = invoked("generate", *arguments, "--ranks", 1, "--raw", "--check")
     assert done.exit_code == 0, done.output
     assert done.stdout.index("[1] ") < done.stdout.index("[2] ")
-    assert " tokens on 1 ranks (spawn): " in done.stdout
+    assert " tokens on 1 rank (spawn): " in done.stdout
     assert done.stdout.rstrip().endswith("every token: identical")
 
 
@@ -102,6 +104,8 @@ def test_texts_are_printed_in_order_under_their_prompts(model: Path) -> None:
         (["--text", "a", "--max-new-tokens", 5000], "with 5000 new ones that is more than the 4096 that the model"),
         (["--text", "a" * 5000], "tokens, and with 128 new ones that is more than the 4096"),
         (["--text", "a", "--temperature", -1], "temperature must be 0"),
+        (["--text", "a", "--top-p", 0.9], "--top-p and --top-k are of draws, and --temperature 0 draws nothing"),
+        (["--text", "a", "--top-k", 5], "--top-p and --top-k are of draws, and --temperature 0 draws nothing"),
         (["--text", "a", "--waves", 0], "waves must be"),
         (["--text", "a", "--experts", "int3"], "experts must be one of checkpoint, "),
         (["--text", "a", "--launcher", "torchrun", "--restarts", 1], "under torchrun ranks are not restarted"),
@@ -173,6 +177,28 @@ def test_tokens_that_come_again_are_taken_once_and_must_be_the_same() -> None:
     assert texts.token_ids(0) == (5, 6)
     with pytest.raises(RuntimeError, match="prompt 0 has another token 1 than before the restart"):
         texts.take(Token(0, 1, 7))
+
+
+def test_times_of_tokens_that_ranks_write_down_are_the_ranks_own_and_loading_is_none_of_them(tmp_path: Path) -> None:
+    """Under torchrun tokens are read late, many at once; the times are those at which they were there."""
+    texts = Texts(GenerationRequest((Prompt("a", (1,)), Prompt("b", (1,)))), lambda _: None)
+    start = texts.begun
+    files = TokenFiles(tmp_path, 2, texts.begin, texts.take)
+    files.poll()
+    assert texts.begun == start
+    first = [
+        {"at_s": start + 10},
+        *({"at_s": start + at, **asdict(Token(0, i, 7))} for i, at in enumerate((11, 12, 13))),
+    ]
+    second = [{"at_s": start + 10.5}, {"at_s": start + 11.5, **asdict(Token(1, 0, 7))}]
+    for rank, lines in enumerate((first, second)):
+        (tmp_path / f"tokens-{rank}").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files.poll()
+    files.poll()
+    assert [texts.new_tokens, texts.begun] == [4, pytest.approx(start + 10.5)]
+    assert texts.ttft_ms == pytest.approx(750)
+    assert texts.tpot_ms == pytest.approx(1000)
+    assert texts.tokens_per_s == pytest.approx(4 / 2.5)
 
 
 def test_without_the_english_model_a_tiny_one_answers_and_says_how_to_get_it(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -233,6 +235,22 @@ def test_unknown_names_are_refused_by_name(name: str) -> None:
 
 
 # ---- how files begin ----
+
+
+def test_what_docstrings_of_exports_list_is_there() -> None:
+    """Each line `name    meaning` of a class's docstring is of a field, a parameter or an attribute of that name."""
+    line = re.compile(r"^    ([a-z_]\w*(?:, [a-z_]\w*)*)  +\S", re.MULTILINE)
+    for module in ("megamoe", "megamoe.model", "megamoe.training"):
+        there = importlib.import_module(module)
+        for name in there.__all__:
+            thing = getattr(there, name)
+            if not inspect.isclass(thing):
+                continue
+            listed = {each for found in line.findall(thing.__doc__ or "") for each in found.split(", ")}
+            known = {*dir(thing), *inspect.signature(thing).parameters}
+            source = inspect.getsource(thing)
+            lacking = {each for each in listed - known if not re.search(rf"self\.{each}\b", source)}
+            assert not lacking, f"{name}: {lacking}"
 
 
 def test_every_file_begins_with_its_purpose_in_one_line() -> None:

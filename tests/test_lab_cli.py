@@ -235,7 +235,7 @@ WRONG = [
     (["fault", "--heal", "x"], "Invalid value for '--heal'"),
     (["fault", "--slow", "1", "slowly"], "rate 'slowly' is not a rate such as 1gbit"),
     (["fault", "--slow", "1", "2gbit"], "rate 2gbit does not slow rank 1 down: the lab's links have 1gbit"),
-    (["fault", "--lab", "two", "--cut", "1"], "no lab is called 'two'; the nearest are one"),
+    (["fault", "--lab", "two", "--cut", "1"], "no lab is called 'two'; there is one"),
 ]
 ASKED = """
 import json, sys

@@ -93,7 +93,7 @@ def test_what_a_rank_raised_under_torchrun_is_raised_whatever_surrounds_it(
 BAD = {
     "no checkpoint": (["--checkpoint", "/nowhere"], "there is no checkpoint /nowhere: leave it out for a small one"),
     "too many ranks": (["--ranks", "257"], "a machine holds at most 256 ranks, got 257"),
-    "backoff": (["--restarts", "1", "--backoff-s", "nan"], "must not be negative"),
+    "backoff": (["--restarts", "1", "--backoff-s", "nan"], "backoff_s must be 0 or more and finite, got nan"),
     "deadline that is none": (["--deadline-s", "nan"], "deadline_s must be positive, got nan"),
     "no ranks": (["--ranks", "0"], "ranks must be at least 1, got 0"),
     "elastic": (["--elastic", "four"], "elastic must be MIN:MAX, such as 2:4, got 'four'"),
@@ -104,7 +104,7 @@ BAD = {
     "text": (["--text", "/nowhere.txt"], "text /nowhere.txt cannot be read"),
     "out": (["--out", "/no/such/folder/out.safetensors"], "out.safetensors is in no folder that exists"),
     "interface": (["--interface", "nosuch0"], "nosuch0"),
-    "restarts": (["--restarts", "-1"], "must not be negative"),
+    "restarts": (["--restarts", "-1"], "restarts must be an integer of 0 or more, got -1"),
     "device": (["--device", "tpu"], "tpu"),
     "deadline": (["--deadline-s", "0"], "deadline_s must be positive, got 0"),
 }

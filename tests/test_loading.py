@@ -212,7 +212,7 @@ def test_progress_counts_every_byte(folder: Path) -> None:
     report = model.megamoe_report
     assert seen[-1].read == seen[-1].total == (report.bytes_read,)
     assert report.bytes_read == report.bytes_total
-    assert str(report).startswith("read 0.00 of 0.00 GB in ")
+    assert re.match(r"read (\d\.\d MB) of \1 in ", str(report)), str(report)
 
 
 def wanders(_: EPGroup, path: Path) -> list[tuple[int, int, str]]:

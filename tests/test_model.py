@@ -192,6 +192,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "index_unreadable": (lambda p: (p / INDEX).write_text("{"), "has no weight_map that can be read"),
     "no_index": (lambda p: (p / INDEX).unlink(), "holds neither model.safetensors.index.json nor model.safetensors"),
     "no_config": (lambda p: (p / "config.json").unlink(), "holds no config.json"),
+    "other_model": (
+        lambda p: (p / "config.json").write_text('{"model_type": "mixtral"}'),
+        "config.json is of a model of type 'mixtral', and this runs those of deepseek_v4; megamoe.model.load",
+    ),
+    "no_model_type": (lambda p: (p / "config.json").write_text("{}"), "model_type: Field required"),
     "config_incomplete": (config_without, "moe_intermediate_size: Field required; expert_dtype: Input should be 'fp4'"),
 }
 

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 import megamoe
 from megamoe import catalog
+from megamoe.catalog.wording import plural, size
 from megamoe.launch import output
-from megamoe.launch.output import check_folder, emit, plural, say, short, show
+from megamoe.launch.output import check_folder, emit, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
 from megamoe.model.loading.files import write_tensors
 from megamoe.model.making.files import new_folder
@@ -92,6 +93,12 @@ def test_numbers_and_nouns() -> None:
         "1 rank",
         "2 ranks",
         "0 processes",
+    ]
+    assert [size(each) for each in (12_345, 12_345_678, 9_876_543_210, 98_765_432_100)] == [
+        "0.0 MB",
+        "12.3 MB",
+        "9.88 GB",
+        "98.8 GB",
     ]
 
 

@@ -315,6 +315,30 @@ def test_explain_prints_every_term() -> None:
 # ---- catalog, validate ----
 
 
+def test_a_recommendation_names_the_tokens_that_are_cached_already() -> None:
+    load = ("--requests-per-s", 2, "--input-tokens", 400, "--cached-tokens", 300, "--output-tokens", 80)
+    done = run("recommend", "--model", "gpt-oss-20b", "--hardware", "h100", *load)
+    assert "2 requests/s of 400 tokens in (300 of them cached) and 80 out" in done.stdout.splitlines()[0]
+
+
+def test_what_changes_nothing_and_what_no_link_hides_is_said() -> None:
+    done = run("plan", *PRO, "--ep", 8, "--links", "nic=50x4,25x4")
+    assert done.stderr.endswith("links of nic change nothing: no row crosses one at EP8\n")
+    assert "change nothing" not in run("plan", *PRO, "--ep", 8, "--links", "scaleup=900x4,450x4").stderr
+    why = "staged is exposed on any link: each of its stages waits for the one before\n"
+    assert run("sweep", *PRO, "--ep", 8, "--over", "stack", "--values", "fused,staged").stdout.endswith(why)
+    by_stack = ("compare", "--by", "stack", *PRO, "--ep", 8, "fused")
+    assert run(*by_stack, "staged").stdout.endswith(why)
+    assert not run(*by_stack, "staged-two-batch").stdout.endswith(why)
+
+
+def test_a_machine_that_calibrate_wrote_is_shown_and_named_as_a_shell_reads_it(tmp_path: Path) -> None:
+    runs, written = Path(__file__).parents[1] / "docs" / "data" / "lab_runs.json", tmp_path / "a machine.yaml"
+    done = run("calibrate", runs, "--write", written)
+    assert f"wrote {written}: megamoe bench --machine '{written}'\n" in done.stderr
+    assert as_json("catalog", "show", written)["kind"] == "machines"
+
+
 def test_the_catalog_lists_and_shows_everything() -> None:
     found = as_json("catalog", "list")
     assert {"hardware", "models", "profiles"} <= set(found)
@@ -411,6 +435,7 @@ def test_validate_names_the_file_and_the_row(tmp_path: Path) -> None:
         ((*PRO, "--ep", 16, "--batch", 4, "--ttft-ms", 3), "ttft_ms is a target of prefill"),
         ((*PRO, "--config", "/nowhere.yaml"), "cannot read /nowhere.yaml"),
         ((*PRO, "--report", "/nowhere/page.html"), "is in no folder that exists"),
+        ((*PRO, "--report", "page.pdf"), "report page.pdf must end in .html"),
     ],
 )
 def test_a_wrong_plan_is_refused_in_one_line(arguments: tuple[object, ...], said: str) -> None:

@@ -389,7 +389,7 @@ def test_a_local_cluster_leaves_stdout_alone_and_nothing_behind_but_logs(tmp_pat
     assert stdout == ""
     for number, kept in enumerate((spoken[:2], spoken[2:])):
         assert all(re.search(rf"^\(rank {number} pid=\d+\) {each}$", heard, re.MULTILINE) for each in kept)
-        assert (tmp_path / f"rank-{number}.log").read_text().splitlines() == kept
+        assert (tmp_path / f"worker-{number}.log").read_text().splitlines() == kept
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert not Path(seen["place"]).exists()
     assert len(seen["pids"]) > 4

@@ -161,9 +161,13 @@ def test_each_further_restart_in_a_row_waits_twice_as_long_and_thirty_seconds_at
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"restarts": -1}, "restarts -1 and backoff_s 0.5 must not be negative"),
-        ({"backoff_s": -0.1}, "backoff_s -0.1"),
-        ({"retry_s": 0.0}, "retry_s 0.0 must be positive"),
+        ({"restarts": -1}, "^restarts must be an integer of 0 or more, got -1$"),
+        ({"restarts": "3"}, "^restarts must be an integer of 0 or more, got '3'$"),
+        ({"backoff_s": None}, "^backoff_s must be 0 or more and finite, got None$"),
+        ({"elastic": 3}, "1 <= least <= most, got 3"),
+        ({"elastic": "2:4"}, "1 <= least <= most, got '2:4'"),
+        ({"backoff_s": -0.1}, "^backoff_s must be 0 or more and finite, got -0.1$"),
+        ({"retry_s": 0.0}, "^retry_s must be positive and finite, got 0.0$"),
         ({"elastic": (0, 4)}, r"1 <= least <= most, got \(0, 4\)"),
         ({"elastic": (3, 2)}, r"1 <= least <= most, got \(3, 2\)"),
     ],

@@ -8,6 +8,8 @@ import mmap
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -55,6 +57,13 @@ def outputs(group: EPGroup, empty: int | None = None) -> list[Tensor]:
         with record(group):
             found.append(layer(mine.hidden, mine.ids, mine.weights))
     return found
+
+
+def test_python_that_ends_with_a_segment_still_in_use_says_nothing() -> None:
+    """As a program does that keeps a model until its end: by then Python has taken this module's names away."""
+    program = "import threading, megamoe.parallel.symmetric as s; threading.kept = s, s.SymmetricMemory(0, 2)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def is_right(by_rank: list[list[Tensor]]) -> bool:

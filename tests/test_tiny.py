@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megamoe.catalog import load_model
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
 from megamoe.model.loading.load import load, load_tokenizer
 from megamoe.model.making.tiny import FAMILIES, write_tiny
@@ -34,6 +35,31 @@ def test_every_family_loads_whole_with_its_tokenizer(folder: Path, family: str) 
     logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
     assert logits.shape == (1, 3, VOCABULARY)
     assert bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_planner_reads_every_family(folder: Path, family: str) -> None:
+    model = load_model(str(folder / family))
+    assert sum(each.layers for each in model.attention) == model.layers
+    if family == "deepseek-v4-flash":
+        assert {(each.kind, each.ratio) for each in model.attention} == {("sliding", None), ("csa", 4), ("hca", 8)}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "said"),
+    [
+        ("mixtral", (0, 1), "^num_experts of mixtral must be at least 1, got 0$"),
+        ("mixtral", (4, 5), "^topk of mixtral must be 1 to 4, its experts, got 5$"),
+        ("qwen3-moe", (4, 0), "^topk of qwen3-moe must be 1 to 4, its experts, got 0$"),
+        ("deepseek-v3", (7, 2), "^num_experts of deepseek-v3 must be an even number of at least 2, since it has two "),
+        ("deepseek-v3", (8, 5), "^topk of deepseek-v3 must be 1 to 4, the 4 experts of one of its 2 groups, got 5$"),
+    ],
+)
+def test_experts_that_a_family_cannot_have_are_refused_by_name(
+    tmp_path: Path, family: str, sizes: tuple[int, int], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        write_tiny(tmp_path / "tiny", family, num_experts=sizes[0], topk=sizes[1])
 
 
 def test_deepseek_v4_has_every_attention_both_routers_and_packed_experts(folder: Path) -> None:
@@ -97,7 +123,7 @@ def test_the_command_says_what_it_made_and_refuses_a_folder_that_is_there(tmp_pa
     said = refused("tiny", tmp_path / "other", "--like", "gpt-5")
     assert "like must be one of deepseek-v4-flash, deepseek-v3, gpt-oss, mixtral, qwen3-moe, got 'gpt-5'" in said
     said = refused("tiny", tmp_path / "other", "--like", "deepseek-v3", "--num-experts", 6, "--topk", 4)
-    assert "deepseek-v3 cannot have top-4 of 6 experts in 2 groups" in said
+    assert "topk of deepseek-v3 must be 1 to 3, the 3 experts of one of its 2 groups, got 4" in said
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

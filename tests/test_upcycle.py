@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megamoe.formats import MXFP4, dequantize_mxfp4, quantize_mxfp4
+from megamoe.model import packed_config
 from megamoe.model.loading.load import load, load_tokenizer
 from megamoe.model.making import upcycle as module
 from megamoe.model.making.files import Shards
@@ -64,6 +65,9 @@ def test_mxfp4_copies_take_the_better_of_two_scales(dense: Path, tmp_path: Path)
     assert 0.05 < report.rounding_error < 0.12
     config = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert config["upcycled"] == {"source": str(dense), "experts": "3 copies of each dense MLP", "seed": 5}
+    for options in ({}, {"config": packed_config(tmp_path / "moe"), "experts_implementation": "megamoe"}):
+        with pytest.raises((ValueError, RuntimeError), match=r"mismatched|is read by megamoe\.model\.load\(\)"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "moe", **options)
     layer = load_file(tmp_path / "moe" / "model-00002-of-00003.safetensors")
     weight = load_file(dense / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float()
     errors = []

@@ -26,13 +26,13 @@ def main(
     launcher: Annotated[str, typer.Option(help="spawn or ray; under torchrun it is torchrun.")] = "spawn",
     restarts: Annotated[int, typer.Option(help="How often a rank that is lost is started again.")] = 0,
     deadline_s: Annotated[float, typer.Option(help="Seconds that any wait may take.")] = 120.0,
-    steps: int = _RECIPE.steps,
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = _RECIPE.steps,
     sequences: Annotated[int, typer.Option(help="Of a batch, over all ranks.")] = _RECIPE.sequences,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = _RECIPE.length,
     save_every: Annotated[int, typer.Option(help="Steps from one state to the next.")] = _RECIPE.save_every,
-    vocab_size: int = _SIZES.vocab_size,
-    hidden: int = _SIZES.hidden,
-    layers: int = _SIZES.layers,
+    vocab_size: Annotated[int, typer.Option(help="Tokens that the tokenizer is trained to.")] = _SIZES.vocab_size,
+    hidden: Annotated[int, typer.Option(help="Width of a token, and inside an expert.")] = _SIZES.hidden,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = _SIZES.layers,
 ) -> None:
     """Train a small DeepSeek-V4 with FP4 experts over ranks, and save it in FP4."""
     with exit_codes():

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megamoe.catalog import Machine, load_machine
+from megamoe.catalog.wording import plural
 from megamoe.execution.checks import check_formats
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
 from megamoe.launch.bench.probe import machine_here
@@ -217,7 +218,7 @@ def run_traced(
 ) -> tuple[BenchReport, Timeline | None]:
     """As run_bench(), with a serial and an overlapped call of middling length on one time axis if the request asks."""
     with _hosts(request) as hosts:
-        progress(f"starting {request.ranks} ranks")
+        progress(f"starting {plural(request.ranks, 'rank')}")
         with LocalRanks(
             request.ranks, threads_per_rank=request.threads_per_rank, deadline_s=request.deadline_s, hosts=hosts
         ) as ranks:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.bench.bench import BenchReport, BenchRequest, run_bench
 from megamoe.parallel.placement import Placement
 from megamoe.routing.waves import Waves
@@ -254,7 +255,7 @@ def link_for(x: float, flops_per_s: float, threshold: float) -> str:
 
 def machine() -> str:
     """Cores, processor and torch, for captions."""
-    return f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}"
+    return f"{plural(os.cpu_count() or 1, 'core')} of {processor()}, torch {torch.__version__}"
 
 
 def _calibration(request: RuleRequest, intermediate: int) -> BenchRequest:

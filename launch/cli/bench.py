@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cli import rule
 from megamoe.launch.output import Output, check_folder, emit, note, say, show, write
 from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress, with_homes
@@ -57,7 +58,7 @@ def bench(
         typer.Option(help="Profile to predict by, such as megamoe calibrate writes; without, this machine's."),
     ] = None,
     predict: Annotated[
-        bool, typer.Option(help="Predict the run; a machine's constants are measured once, in two seconds, and kept.")
+        bool, typer.Option(help="Predict the run; a machine's constants are measured once, in seconds, and kept.")
     ] = True,
     check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
     output: Output = Format.table,
@@ -104,7 +105,7 @@ def bench(
             requests = sweep_waves(request) if waves == "sweep" else [request]
             reports = []
             for number, each in enumerate(requests):
-                bar.update(task, description=f"{each.waves} waves", completed=number, total=len(requests))
+                bar.update(task, description=f"waves {each.waves}", completed=number, total=len(requests))
                 report, timeline = run_traced(each, lambda what: bar.update(task, description=what))
                 reports.append(report)
         if trace and timeline:
@@ -142,15 +143,15 @@ def _workload(report: BenchReport) -> str:
     experts = f"{report.num_experts} experts {report.hidden} x {report.intermediate} {report.weight_format}"
     both = ", forward and backward" if report.backward else ""
     formats = f"{report.dispatch_format} there, {report.combine_format} back"
-    ranks = f"{report.ranks} ranks"
+    ranks = plural(report.ranks, "rank")
     if report.ranks_per_host > 1:
         ranks += f", {report.ranks_per_host} a host{'' if report.node_limited else ' and not node-limited'}"
-    tokens = f"{ranks}, {link}, {report.tokens_per_rank} tokens a rank"
+    tokens = f"{ranks}, {link}, {plural(report.tokens_per_rank, 'token')} a rank"
     return f"{tokens}, {experts}, top-{report.topk}, {formats}{both}"
 
 
 def _print_bench(report: BenchReport) -> None:
-    say(f"{_workload(report)}, {report.waves} waves")
+    say(f"{_workload(report)}, {plural(report.waves, 'wave')}")
     values = report.as_dict()
     names = ("serial", "overlapped", "compute", "communication", *(["traced"] if report.traced_ms else []))
     rows = [(name, *(values[f"{name}_ms{suffix}"] for suffix in ("", "_min", "_max"))) for name in names]
@@ -163,9 +164,11 @@ def _print_bench(report: BenchReport) -> None:
         f"{report.exposed_ms:.1f} ms, {report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}"
     )
     if report.small:
+        way = (
+            "travel with the page of their call, in one exchange and no waves" if report.ranks > 1 else "need no waves"
+        )
         say(
-            "so few tokens travel with the page of their call, in one exchange and no waves; what computes and what "
-            "communicates alone is of a call in waves, as --waves 1 has it"
+            f"so few tokens {way}; what computes and what communicates alone is of a call in waves, as --waves 1 has it"
         )
     if report.ranks_per_host > 1:
         assert report.link_bytes_per_host is not None

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megamoe.launch.output import Output, emit, note, plural, say
+from megamoe.catalog.wording import plural, size
+from megamoe.launch.output import Output, emit, note, say
 from megamoe.launch.terminal import Format, Terminated, exit_codes, progress
 
 if TYPE_CHECKING:
@@ -30,8 +31,10 @@ class Scales(str, Enum):
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint: config.json and safetensors.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write; after an interruption, the one that was begun.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a checkpoint: config.json and safetensors.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="Folder to write; after an interruption, the one that was begun.")
+    ],
     experts: Annotated[Experts, typer.Option(help="Format of the routed experts; all else is copied.")],
     scales: Annotated[
         Scales, typer.Option(help="mxfp4: the contract's scale, or the better of it and half of it for each block.")
@@ -61,9 +64,10 @@ def convert(
 def _print(done: Conversion) -> None:
     kept = f", {done.shards_kept} of them kept from an earlier run" if done.shards_kept else ""
     say(
-        f"{done.target}: {done.bytes_written / 1e9:.2f} GB in {plural(done.shards, 'shard')}{kept}; read "
-        f"{done.bytes_read / 1e9:.2f} GB, {plural(done.tensors_converted, 'tensor')} became {done.experts}"
+        f"{done.target}: {size(done.bytes_written)} in {plural(done.shards, 'shard')}{kept}; read "
+        f"{size(done.bytes_read)}, {plural(done.tensors_converted, 'tensor')} became {done.experts}"
     )
     if done.quantization_error:
         errors = done.quantization_error.values()
-        say(f"rounded by {min(errors):.2%} to {max(errors):.2%} of a shard's experts (scales {done.scales})")
+        least = f"{min(errors):.2%} to " if len(errors) > 1 else ""
+        say(f"the experts of a shard were rounded by {least}{max(errors):.2%} (scales {done.scales})")

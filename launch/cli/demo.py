@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.output import Output, emit, note, say, show
 from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress
 
@@ -74,13 +75,13 @@ _COLUMNS |= {"sent MB": ".2f", "waves": ">", "compute ms": ".1f", "wait ms": ".1
 
 def _print_demo(report: DemoReport) -> None:
     say(
-        f"{report.text}: {report.tokens} tokens through {report.layers} layers of {report.num_experts} MXFP4 experts, "
-        f"top-{report.topk}, {report.hidden} x {report.intermediate}"
+        f"{report.text}: {plural(report.tokens, 'token')} through {report.layers} layers of "
+        f"{report.num_experts} MXFP4 experts, top-{report.topk}, {report.hidden} x {report.intermediate}"
     )
     rows = [_row(str(rank.rank), rank) for rank in report.ranks]
     show(_COLUMNS, [*rows, (), _row("alone", report.one_rank)], "one forward")
     verdict = "identical" if report.identical else "different"
-    say(f"{len(report.ranks)} ranks ({report.launcher}) against one, every bit of the output: {verdict}")
+    say(f"{plural(len(report.ranks), 'rank')} ({report.launcher}) against one, every bit of the output: {verdict}")
     if report.answer is not None:
         _print_answer(report.answer, len(report.ranks), report.launcher)
 
@@ -97,6 +98,6 @@ def _print_answer(answer: AnswerReport, ranks: int, launcher: str) -> None:
     for line in ("", f"{answer.model}{kept}", f"> {answer.question}", answer.text, ""):
         say(line)
     say(
-        f"{answer.new_tokens} tokens: {answer.tokens_per_s:.1f} a second on {ranks} ranks ({launcher}), "
-        f"{answer.one_rank_tokens_per_s:.1f} on one, every token: {verdict}"
+        f"{plural(answer.new_tokens, 'token')}: {answer.tokens_per_s:.1f} a second on {plural(ranks, 'rank')} "
+        f"({launcher}), {answer.one_rank_tokens_per_s:.1f} on one, every token: {verdict}"
     )

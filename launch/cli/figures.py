@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from megamoe.catalog.wording import plural
+
 if TYPE_CHECKING:
     from megamoe.launch.bench.rule import Curve, RulePoint, RuleReport  # brings torch
 
@@ -136,7 +138,7 @@ def _caption(report: RuleReport) -> str:
         f"{report.bytes_per_row:.0f} bytes a row / {report.f_remote:.2g} of rows remote.\n"
         f"Points: medians of {request.repeats}; bars: least and most overlapped time. "
         f"Left of 1 remains what overlap costs on any link, as a share of ever less communication.\n"
-        f"{request.ranks} ranks, {threads} each, {request.tokens_per_rank} tokens a rank, h = {request.hidden}, "
-        f"{request.num_experts} experts, top-{request.topk}, {request.weight_format} weights, "
+        f"{plural(request.ranks, 'rank')}, {threads} each, {plural(request.tokens_per_rank, 'token')} a rank, "
+        f"h = {request.hidden}, {request.num_experts} experts, top-{request.topk}, {request.weight_format} weights, "
         f"{request.dispatch_format} there, {request.combine_format} back. {report.machine}. {report.date}"
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.lab import faults
 from megamoe.launch.lab.namespaces import (
     PREFIX,
@@ -21,7 +22,7 @@ from megamoe.launch.lab.namespaces import (
     remove,
     runs,
 )
-from megamoe.launch.output import Output, emit, note, plural, say, show
+from megamoe.launch.output import Output, emit, note, say, show
 from megamoe.launch.terminal import Format, exit_codes
 
 app = typer.Typer(no_args_is_help=True, help="Labs with shaped links for ranks of your own, and faults in any lab.")
@@ -30,7 +31,9 @@ _PORT = 29500  # torchrun's; a lab's ranks have a network of their own, so every
 
 @app.command()
 def up(
-    ranks: Annotated[int, typer.Option(help="Ranks, each in a network namespace of its own.")] = 2,
+    ranks: Annotated[
+        int, typer.Option(help="Ranks, each in a network namespace of its own unless --ranks-per-host says otherwise.")
+    ] = 2,
     ranks_per_host: Annotated[
         int, typer.Option(help="Ranks that share a namespace: one link, and memory as ranks of a machine do.")
     ] = 1,

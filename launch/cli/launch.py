@@ -49,7 +49,9 @@ def launch(
         typer.Option(help="MIN:MAX ranks: goes on with fewer where a rank cannot come back, and grows again."),
     ] = None,
     run: Annotated[str | None, typer.Option(help="Name of the run, for megamoe doctor --run.")] = None,
-    log_dir: Annotated[Path | None, typer.Option(help="Folder in which every rank's output is kept.")] = None,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Folder in which worker-0.log, worker-1.log, ... keep what ranks print.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help='Safetensors file for the output, "hidden" [T, H].')] = None,
     output: Output = Format.table,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.output import Output, check_folder, emit, say, show, write
 from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress
 
@@ -103,10 +104,11 @@ def _parse_points(text: str) -> tuple[float, ...]:
 def _print_rule(report: RuleReport) -> None:
     request = report.request
     say(
-        f"{request.ranks} ranks, {request.tokens_per_rank} tokens a rank, {request.num_experts} experts "
-        f"{request.weight_format}, top-{request.topk}, {request.dispatch_format} there, {request.combine_format} back, "
-        f"{report.bytes_per_row:.0f} bytes a row both ways, {report.f_remote:.0%} of rows remote; C in FLOP/s, B in "
-        "bytes/s one way; milliseconds"
+        f"{plural(request.ranks, 'rank')}, {plural(request.tokens_per_rank, 'token')} a rank, "
+        f"{request.num_experts} experts {request.weight_format}, top-{request.topk}, "
+        f"{request.dispatch_format} there, {request.combine_format} back, "
+        f"{report.bytes_per_row:.0f} bytes a row both ways, {report.f_remote:.0%} of rows remote; "
+        "C in FLOP/s, B in bytes/s one way; milliseconds"
     )
     for curve in report.curves:
         _print_curve(curve, request.hidden)

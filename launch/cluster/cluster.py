@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from megamoe.catalog.wording import plural
 from megamoe.execution.journeys import CallRecord
 from megamoe.launch.cluster.job import share
 from megamoe.launch.cluster.membership import Membership
@@ -91,7 +92,7 @@ class MegaMoECluster:
     threads      torch threads of a rank
     interface    network interface of spawned ranks; hosts places them in a lab instead
     run          id under which `megamoe doctor --run` finds the ranks
-    log_dir      where each rank's output is kept
+    log_dir      folder in which worker-N.log keeps what each worker prints; worker N begins as rank N
     policy       whether and how the group comes back when a rank is lost; by default it does not
     on_event     called with every Event
     pool           where workers come from, in place of what launcher says
@@ -126,6 +127,8 @@ class MegaMoECluster:
                 raise ValueError(f"{name} means nothing to launcher {launcher!r}")
         if log_dir is not None:
             log_dir = lasting_path_of(log_dir, "log_dir")
+        if policy is not None and not isinstance(policy, RestartPolicy):
+            raise ValueError(f"policy must be a RestartPolicy, got {type(policy).__name__}")
         self.policy = policy or RestartPolicy()
         least, most = self.policy.elastic or (ranks, ranks)
         if not least <= ranks <= most:
@@ -328,7 +331,7 @@ class MegaMoECluster:
             self._membership.close_pool(number for number in coming if number not in self._membership.vacant)
             raise next(iter(refusals.values()))
         self._wanted = ranks
-        self._tell("resized", f"{ranks} ranks")
+        self._tell("resized", plural(ranks, "rank"))
         self._insist(lambda: None)
 
     # ---- the group ----
@@ -357,8 +360,8 @@ class MegaMoECluster:
         if self._load is not None:
             self.loads = self._all("load", [(self._load,)] * len(members))
         self._formed = True
-        read = f", {sum(load.experts_read for load in self.loads)} experts read" if self._load else ""
-        self._tell("formed", f"{len(members)} ranks{read}")
+        read = f", {plural(sum(load.experts_read for load in self.loads), 'expert')} read" if self._load else ""
+        self._tell("formed", f"{plural(len(members), 'rank')}{read}")
 
     def _unreached(self, members: Sequence[WorkerHandle]) -> list[int]:
         """Workers of those that have no way to where the others meet: of rank 0, where nobody else finds it."""
@@ -433,7 +436,7 @@ class MegaMoECluster:
         """RuntimeError where fewer ranks are left than the policy allows: the refusal, if there is one."""
         least = min(self._wanted, self.policy.elastic[0]) if self.policy.elastic else self._wanted
         if self.ranks < least:
-            lacking = f"{self.ranks} ranks are left of at least {least}, the others cannot be had yet"
+            lacking = f"{self.ranks} of at least {plural(least, 'rank')} left, the others cannot be had yet"
             raise (refusal or RuntimeError(lacking)) from cause
 
     def _take_back(self) -> None:

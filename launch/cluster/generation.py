@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -113,26 +114,37 @@ class GenerationWorker:
 
 
 def generate_in_full(group: EPGroup, job: GenerationJob, device: str, place: Path) -> Advance:
-    """A whole job on one rank of a group; its tokens go to place/tokens-RANK as they come, a line of JSON each."""
+    """A whole job on one rank of a group; its tokens go to place/tokens-RANK as they come, a line of JSON each.
+
+    Each line has the time at which it was written, by a clock that all processes of a machine share. The first line
+    has nothing else: the model is loaded.
+    """
     worker = GenerationWorker(device)
+    whole = worker.advance(group, job, 0)
     with (place / f"tokens-{group.rank}").open("w") as file:
-        whole = worker.advance(group, job, 0)
+        file.write(json.dumps({"at_s": time.monotonic()}) + "\n")
         while not whole.done:
             part = worker.advance(group, job, 1)
             for token in part.tokens:
-                file.write(json.dumps(asdict(token)) + "\n")
+                file.write(json.dumps({"at_s": time.monotonic(), **asdict(token)}) + "\n")
             file.flush()
             whole = whole + part
     return whole
 
 
 class TokenFiles:
-    """What ranks have written to place/tokens-RANK so far, each line once."""
+    """What ranks have written to place/tokens-RANK so far, each line once.
 
-    def __init__(self, place: Path, ranks: int, take: Callable[[Token], None]) -> None:
+    begin    called with the time at which a rank had loaded the model, once for each
+    take     called with each token and the time at which its rank had it
+    """
+
+    def __init__(
+        self, place: Path, ranks: int, begin: Callable[[float], None], take: Callable[[Token, float], None]
+    ) -> None:
         self._files = [place / f"tokens-{rank}" for rank in range(ranks)]
         self._read = [0] * ranks
-        self._take = take
+        self._begin, self._take = begin, take
 
     def poll(self) -> None:
         for rank, file in enumerate(self._files):
@@ -144,4 +156,9 @@ class TokenFiles:
             whole = lines[: lines.rfind(b"\n") + 1]
             self._read[rank] += len(whole)
             for line in whole.splitlines():
-                self._take(Token(**json.loads(line)))
+                token = json.loads(line)
+                at_s = token.pop("at_s")
+                if token:
+                    self._take(Token(**token), at_s)
+                else:
+                    self._begin(at_s)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamoe.catalog.wording import plural
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
 
 
@@ -84,8 +85,9 @@ def check_vocabulary(token_ids: Sequence[int], config: DeepSeekV4Config) -> None
     outside = [token for token in token_ids if token >= config.vocab_size]
     if outside:
         raise ValueError(
-            f"the text has {len(outside)} tokens outside of the checkpoint's vocabulary of {config.vocab_size}, "
-            f"the first is {outside[0]}"
+            f"the text has {plural(len(outside), 'token')} outside of the checkpoint's vocabulary of "
+            f"{config.vocab_size}, the first is {outside[0]}: the text is read with DeepSeek's tokenizer, whatever the "
+            f"checkpoint has; megamoe generate reads it with the checkpoint's own"
         )
 
 

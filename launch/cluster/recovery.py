@@ -40,17 +40,25 @@ class RestartPolicy:
     retry_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.restarts < 0 or not (0 <= self.backoff_s < math.inf and 0 < self.retry_s < math.inf):
-            raise ValueError(
-                f"restarts {self.restarts} and backoff_s {self.backoff_s} must not be negative, "
-                f"retry_s {self.retry_s} must be positive"
-            )
-        if self.elastic is not None and not 1 <= self.elastic[0] <= self.elastic[1]:
-            raise ValueError(f"elastic must be (least, most) with 1 <= least <= most, got {self.elastic}")
+        if not isinstance(self.restarts, int) or self.restarts < 0:
+            raise ValueError(f"restarts must be an integer of 0 or more, got {self.restarts!r}")
+        if not isinstance(self.backoff_s, int | float) or not 0 <= self.backoff_s < math.inf:
+            raise ValueError(f"backoff_s must be 0 or more and finite, got {self.backoff_s!r}")
+        if not isinstance(self.retry_s, int | float) or not 0 < self.retry_s < math.inf:
+            raise ValueError(f"retry_s must be positive and finite, got {self.retry_s!r}")
+        if self.elastic is not None and not _is_range(self.elastic):
+            raise ValueError(f"elastic must be (least, most) with 1 <= least <= most, got {self.elastic!r}")
 
     def wait_s(self, in_a_row: int) -> float:
         """Before the in_a_row-th restart without a batch in between.    0.5: 0.5, 1, 2, ..., 30"""
         return min(30.0, self.backoff_s * 2.0 ** min(in_a_row - 1, 60))
+
+
+def _is_range(elastic: object) -> bool:
+    if not isinstance(elastic, Sequence) or len(elastic) != 2 or not all(isinstance(each, int) for each in elastic):
+        return False
+    least, most = elastic
+    return bool(1 <= least <= most)
 
 
 def parse_elastic(text: str) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import torch
 import typer
 from torch import Tensor
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cluster.job import (
     JobReport,
     RankWork,
@@ -126,7 +127,8 @@ def torchrun_options(device: str, place: Place, interface: str | None, deadline_
     settings = [each.interface_setting(through.name) for each in (DEVICE_TYPES["cpu"], device_type(device))]
     if device != "cpu" and num_devices(device) <= place.local_rank:
         raise ValueError(
-            f"{place.local_size} ranks on this machine need as many {device} devices, it has {num_devices(device)}"
+            f"{plural(place.local_size, 'rank')} on this machine need{'s' * (place.local_size == 1)} as many {device} "
+            f"devices, it has {num_devices(device)}"
         )
     for setting in settings:
         os.environ.update(setting)

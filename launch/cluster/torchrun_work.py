@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cluster.torchrun import Place, torchrun_options
 from megamoe.launch.cluster.worker import Worker
 from megamoe.launch.process import loopback, share_of_cores
@@ -40,7 +41,9 @@ def run_under_torchrun(
         try:
             code = process.wait(deadline_s)
         except subprocess.TimeoutExpired as late:
-            raise RuntimeError(f"{ranks} ranks under torchrun did not finish within {deadline_s:g} s") from late
+            raise RuntimeError(
+                f"{plural(ranks, 'rank')} under torchrun did not finish within {deadline_s:g} s"
+            ) from late
         finally:
             _end(process)
         outcomes = [_outcome(folder / f"rank-{rank}") for rank in range(ranks)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.devices import device_type, present_device
 from megamoe.launch.doctor import machine, software
 from megamoe.launch.doctor.check import Check, Diagnosis, Examination, Link, LookAt
@@ -37,7 +38,7 @@ def examine(
     for look in look_at:
         progress(_title(look))
         checks.append(_looked(look, asked))
-    progress(f"starting {asked.ranks} ranks")
+    progress(f"starting {plural(asked.ranks, 'rank')}")
     tried, links = between(asked)
     return Diagnosis((*checks, *tried), tuple(links))
 

@@ -11,11 +11,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.devices import DeviceType, device_of, device_type, num_devices
 from megamoe.launch.doctor.check import Check, Examination, Link
 from megamoe.launch.doctor.links import Line, measure
 from megamoe.launch.lab.namespaces import Host
-from megamoe.launch.output import plural
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.group import BACKENDS, EPGroup
 from megamoe.parallel.interfaces import choose

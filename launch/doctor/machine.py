@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.doctor.check import GIB, Check, Examination, LookAt, gib
 from megamoe.launch.lab.namespaces import check_lab
-from megamoe.launch.output import plural
 from megamoe.launch.process import loopback_refusal
 from megamoe.parallel.interfaces import candidates, choose, list_interfaces
 from megamoe.schedule import limits

@@ -6,11 +6,11 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megamoe.catalog.wording import nearest
 from megamoe.launch.lab.namespaces import enter_network
 from megamoe.parallel.health.diagnosis import PeerStatus
 from megamoe.parallel.health.heartbeat import ask
@@ -38,10 +38,7 @@ def look(run: str, timeout_s: float = 2.0) -> Picture:
     """
     runs = listed()
     if run not in runs:
-        near = get_close_matches(run, runs, n=3, cutoff=0.3) or sorted(runs)
-        there = (
-            f"there are {', '.join(near)}" if near else "no run is listed here: name one with --run when it is launched"
-        )
+        there = nearest(run, runs) if runs else "no run is listed here: name one with --run when it is launched"
         raise ValueError(f"no run is called {run!r} on this machine; {there}")
     said = []
     for rank in runs[run]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 import megamoe
+from megamoe.catalog.wording import plural
 from megamoe.execution.ops import has_kernels
 from megamoe.execution.products import ROW_BLOCKS, keeps_bits, multiply_dtype
 from megamoe.kernels.cpu.library import ELSEWHERE, KernelWarning, find
 from megamoe.kernels.cpu.paths import may_use_tiles
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices
 from megamoe.launch.doctor.check import Check, Examination, LookAt, gib
-from megamoe.launch.output import plural
 from megamoe.schedule.kept import processor
 
 LEAST_TORCH, LEAST_RAY = (2, 11), (2, 40)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cluster.cluster import LAUNCHERS, Event, MegaMoECluster
 from megamoe.launch.cluster.generation import GenerationJob, shared
 from megamoe.launch.cluster.recovery import RestartPolicy
@@ -135,7 +136,7 @@ def run_generate(
 
     texts, again = Texts(job.request, show), Texts(job.request, lambda _: None)
     with _runner(request, on_event) as run:
-        progress(f"loading on {request.ranks} ranks")
+        progress(f"loading on {plural(request.ranks, 'rank')}")
         begun = time.monotonic()
         parts = run.generate(job, texts)
         load_s = texts.begun - begun

@@ -26,11 +26,15 @@ class Texts:
         self.begun = self.ended = time.monotonic()
         self._on_token = on_token
 
-    def begin(self) -> None:
-        self.begun = time.monotonic()
+    def begin(self, at_s: float | None = None) -> None:
+        """The model is loaded: now, or at a time of time.monotonic(); of several ranks' times the last counts."""
+        self.begun = time.monotonic() if at_s is None else max(self.begun, at_s)
 
-    def take(self, token: Token) -> None:
-        """A token that is new, or that came before the group had to come back, and is the same then."""
+    def take(self, token: Token, at_s: float | None = None) -> None:
+        """A token that is new, or that came before the group had to come back, and is the same then.
+
+        at_s: when it came, of time.monotonic(); now by default.
+        """
         known = self.tokens[token.prompt]
         if token.index < len(known):
             if known[token.index] != token:
@@ -38,8 +42,9 @@ class Texts:
             return
         assert token.index == len(known), (token.index, len(known))
         known.append(token)
-        self.ended = time.monotonic()
-        self.arrived[token.prompt].append(self.ended)
+        came = time.monotonic() if at_s is None else at_s
+        self.ended = max(self.ended, came)
+        self.arrived[token.prompt].append(came)
         self._on_token(token)
 
     def token_ids(self, prompt: int) -> tuple[int, ...]:
@@ -109,15 +114,13 @@ class UnderTorchrun:
 
     def generate(self, job: GenerationJob, texts: Texts) -> list[Advance]:
         with tempfile.TemporaryDirectory(prefix="megamoe-generate-") as place:
-            files, ended = TokenFiles(Path(place), self._ranks, texts.take), threading.Event()
+            files, ended = TokenFiles(Path(place), self._ranks, texts.begin, texts.take), threading.Event()
             failed: list[BaseException] = []
 
             def follow() -> None:
-                """Takes tokens as they are written, and loading as over when the first file is there."""
+                """Takes tokens as they are written."""
                 try:
                     while not ended.wait(0.05):
-                        if not texts.new_tokens and not (Path(place) / "tokens-0").exists():
-                            texts.begin()
                         files.poll()
                 except BaseException as error:  # noqa: BLE001  raised below
                     failed.append(error)

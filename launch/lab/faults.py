@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
+from megamoe.catalog.wording import nearest
 from megamoe.launch.lab.namespaces import (
     BRIDGE,
     INTERFACE,
@@ -72,8 +72,7 @@ def find(name: str | None = None) -> str:
         raise ValueError(f"{len(standing)} labs stand on this machine, name one: {', '.join(standing)}")
     wanted = next(iter(standing)) if name is None else name.removeprefix(PREFIX)
     if wanted not in standing:
-        near = get_close_matches(wanted, standing, n=3, cutoff=0.3) or sorted(standing)
-        raise ValueError(f"no lab is called {wanted!r}; the nearest are {', '.join(near)}")
+        raise ValueError(f"no lab is called {wanted!r}; {nearest(wanted, standing)}")
     return standing[wanted]
 
 

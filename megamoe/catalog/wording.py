@@ -1,4 +1,4 @@
-"""The wording of what a user got wrong: the nearest names, and pydantic's complaints in one line."""
+"""Words for users: counted things, sizes, the nearest names to a wrong one, and pydantic's complaints in one line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ def nearest(wrong: str, known: Iterable[str], aliases: Mapping[str, str] | None 
     if not close:
         return f"there is {', '.join(sorted(set(meant.values())))}"
     return f"the nearest {'is' if len(close) == 1 else 'are'} {', '.join(close)}"
+
+
+def plural(number: int, one: str, several: str = "") -> str:
+    """1, "rank" -> "1 rank"    2, "rank" -> "2 ranks"    2, "batch", "batches" -> "2 batches" """
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
+def size(num_bytes: int) -> str:
+    """12_345_678 -> '12.3 MB'    9_876_543_210 -> '9.88 GB'    98_765_432_100 -> '98.8 GB'; a MB is 1e6 bytes"""
+    if num_bytes < 1e9:
+        return f"{num_bytes / 1e6:.1f} MB"
+    return f"{num_bytes / 1e9:.{2 if num_bytes < 1e10 else 1}f} GB"
 
 
 def plain(error: ValidationError, schema: type[BaseModel]) -> str:

@@ -92,6 +92,13 @@ def check_name(name: str) -> None:
         raise ValueError(f"name must be text that UTF-8 can hold, got {name!r}") from wrong
 
 
+def check_machine(machine: object) -> None:
+    """ValueError for what is neither None nor the catalog's Machine, which is not imported for this."""
+    if machine is not None and not hasattr(machine, "wave_us"):
+        found = type(machine).__name__
+        raise ValueError(f"machine must be what megamoe.catalog.load_machine() reads, or None, got {found}")
+
+
 def check_transport(transport: str, max_tokens_per_rank: int | None) -> None:
     """ValueError for a transport that there is not, for "fused" where it cannot be, for a bound that says nothing."""
     if transport not in TRANSPORTS:

@@ -26,9 +26,17 @@ from megamoe.routing.waves import WavePlan
 class CallRecord:
     """What one call of the layer did on this rank. Seconds are host time; bytes are those that left this rank.
 
-    far_bytes are those for ranks that it shares no memory with; tokens_fetched counts tokens from other hosts that it
-    read from a rank of its own, on which they landed.
-    small: all ranks brought few tokens, so that one exchange carried them, and there was one wave: see small_call.py
+    tokens, waves     this rank's tokens, and the waves of the call
+    rows_local        (token, expert) pairs of this rank's tokens and experts
+    rows_sent         pairs of its tokens and other ranks' experts
+    rows_received     pairs of other ranks' tokens and its experts
+    dispatch_bytes    sent with tokens, combine_bytes with results; far_bytes those of both for ranks that it shares no
+                      memory with
+    tokens_fetched    tokens from other hosts that it read from a rank of its own host, on which they landed
+    counts_s          the exchange of counts that opens the call
+    compute_s         its products and all else that a rank computes; waiting_s its waits, total_s the whole call
+    small             all ranks brought few tokens, so that one exchange carried them, and there was one wave: see
+                      small_call.py
 
     Where a GPU's kernels compute, compute_s is the GPU's time, known once the next call has begun, and a rank alone
     notes its tokens and nothing else.

@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from megamoe.catalog.wording import plural
 from megamoe.planner.layer.plan import Plan, plan
 from megamoe.planner.layer.rule import Rule, hides_tflops
 from megamoe.planner.layer.traffic import traffic
@@ -114,7 +115,8 @@ class Answer:
         request = self.plan.request
         what = "training the routed experts of " if self.training else ""
         where = f"DOES NOT FIT  {what}{request.model.name} on {request.hardware.name}, EP{request.ep}"
-        would = f"EP{self.smallest_ep} would ({self.smallest_devices} devices)" if self.smallest_ep else self._no_ep
+        devices = plural(self.smallest_devices or 0, "device")
+        would = f"EP{self.smallest_ep} would ({devices})" if self.smallest_ep else self._no_ep
         return f"{where}: {self.memory.total_gb:.1f} GB a device, {self.memory.capacity_gb:.1f} usable; {would}"
 
     @property

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megamoe.catalog import Figure, Hardware
+from megamoe.catalog.wording import plural
 
 TIERS = {"scaleup": "scaleup_gb_s", "nic": "nic_gb_s"}
 
@@ -67,7 +68,9 @@ def with_links(hardware: Hardware, texts: Sequence[str], ep: int | None) -> Hard
             raise ValueError(f"links of {each.tier} are given twice")
         if len(each.gb_s) != ep:
             has = "no ep is given" if ep is None else f"ep is {ep}"
-            raise ValueError(f"links of {each.tier} name {len(each.gb_s)} ranks, and {has}: give a rate for every rank")
+            raise ValueError(
+                f"links of {each.tier} name {plural(len(each.gb_s), 'rank')}, and {has}: give a rate for every rank"
+            )
     changes = {
         TIERS[each.tier]: Figure(
             value=min(each.gb_s),

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 
 from megamoe import __version__
 from megamoe.catalog import figures
+from megamoe.catalog.wording import plural
 from megamoe.planner.answer import Answer
 from megamoe.planner.explain import explain
 from megamoe.planner.layer.tiles import reached_tflops
@@ -73,7 +74,7 @@ def page(found: Answer, command: str = "") -> ReportData:
 
 def tiles(found: Answer) -> tuple[Tile, ...]:
     layer, rule, served, held = found.plan.layer, found.binding, found.serving, found.memory
-    tokens = f"{found.plan.request.tokens_per_rank} tokens a rank, {layer.waves} waves"
+    tokens = f"{plural(found.plan.request.tokens_per_rank, 'token')} a rank, {plural(layer.waves, 'wave')}"
     shown = [Tile("layer", layer.layer_us, "us", tokens)]
     if found.training is not None:
         shown = [Tile("step", found.training.step_us, "us", f"forward and backward of a layer, {tokens}")]

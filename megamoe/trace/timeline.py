@@ -195,7 +195,8 @@ class Timeline:
             hosts = {int(rank): host for rank, host in found["otherData"]["megamoe"]["hosts"].items()}
             events = [_parsed(event) for event in found["traceEvents"] if event["ph"] == "X"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is no trace that megamoe wrote: {type(error).__name__} at {error}") from error
+            lacks = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is no trace that megamoe wrote: {lacks}") from error
         if not events:
             raise ValueError(f"{path} holds no event")
         return cls(hosts, tuple(events))

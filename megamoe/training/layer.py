@@ -96,6 +96,8 @@ class TrainableMoE(MegaMoE):
             raise ValueError(f"master_dtype must be torch.float32 or torch.bfloat16, got {master_dtype}")
         if saved not in SAVED:
             raise ValueError(f"saved must be one of {', '.join(SAVED)}, got {saved!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed must be an integer, got {seed!r}")
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         check_gradient_format(gradient_format, self.shape.hidden)

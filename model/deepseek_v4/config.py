@@ -37,10 +37,23 @@ class DeepSeekV4Config(BaseModel):
         """Reads path/config.json. ValueError names the file and every key that is missing or has another value."""
         file = path / "config.json"
         if not file.is_file():
-            raise ValueError(f"{path} holds no config.json, so it is not a checkpoint")
+            if not path.exists():
+                raise ValueError(
+                    f"{path} holds no config.json: there is no such folder, and no checkpoint is downloaded"
+                )
+            raise ValueError(f"{path} holds no config.json, so it is no checkpoint")
         try:
             return cls.model_validate_json(file.read_bytes())
         except ValidationError as wrong:
+            for each in wrong.errors():
+                if (each["loc"], each["type"]) == (
+                    ("model_type",),
+                    "literal_error",
+                ):  # what else differs follows from it
+                    raise ValueError(
+                        f"{file} is of a model of type {each['input']!r}, and this runs those of deepseek_v4; "
+                        "megamoe.model.load() and megamoe generate take the others"
+                    ) from wrong
             found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in wrong.errors())
             raise ValueError(f"{file}: {found}") from wrong
 

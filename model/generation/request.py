@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megamoe.catalog.wording import plural
 from megamoe.model.generation.sampling import Sampling
 
 STOP, LENGTH = "stop", "length"
@@ -77,6 +78,6 @@ def check_fits(request: GenerationRequest, vocab_size: int, max_positions: int |
             most = max_positions - length
             cure = f"at most {most} new tokens fit" if most > 0 else "shorten it"
             raise ValueError(
-                f"prompt {prompt.id} has {length} tokens, and with {request.max_new_tokens} new ones that is more than "
-                f"the {max_positions} that the model takes: {cure}"
+                f"prompt {prompt.id} has {plural(length, 'token')}, and with {request.max_new_tokens} new ones that is "
+                f"more than the {max_positions} that the model takes: {cure}"
             )

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from megamoe.catalog.wording import plural, size
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -16,7 +18,7 @@ class Progress:
     total: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"read {_gb(sum(self.read))} of {_gb(sum(self.total))} GB on {len(self.read)} ranks"
+        return f"read {size(sum(self.read))} of {size(sum(self.total))} on {plural(len(self.read), 'rank')}"
 
 
 @dataclass(slots=True)
@@ -46,15 +48,11 @@ class LoadReport:
 
     def __str__(self) -> str:
         rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
-        said = f"read {_gb(self.bytes_read)} of {_gb(self.bytes_total)} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)"
+        said = f"read {size(self.bytes_read)} of {size(self.bytes_total)} in {self.seconds:.1f} s ({rate:.2f} GB/s)"
         if not self.quantization_error:
             return said
         worst = max(self.quantization_error, key=self.quantization_error.__getitem__)
         return f"{said}; experts were rounded, by at most {self.quantization_error[worst]:.2%} in {worst}"
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f}" if size < 1e10 else f"{size / 1e9:.1f}"
 
 
 @contextmanager

@@ -55,6 +55,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         if (path / MANIFEST).is_file():
             raise ValueError(f"{path} holds no {CONFIG}: megamoe convert was cut off; run it again to go on")
+        if not path.exists():
+            raise ValueError(f"{path} holds no {CONFIG}: there is no such folder, and no checkpoint is downloaded")
         raise ValueError(f"{path} holds no {CONFIG}, so it is no checkpoint")
     try:
         config = json.loads(file.read_bytes())

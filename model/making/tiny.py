@@ -190,8 +190,12 @@ def write_tiny(path: AnyPath, like: str, *, seed: int = 0, num_experts: int = 16
         raise ValueError(f"like must be one of {', '.join(FAMILIES)}, got {like!r}")
     path = lasting_path_of(path)
     groups = 2 if like == "deepseek-v3" else 1  # a token's experts are of one of them
-    if num_experts % groups or not 1 <= topk <= num_experts // groups:
-        raise ValueError(f"{like} cannot have top-{topk} of {num_experts} experts in {groups} groups")
+    if num_experts < groups or num_experts % groups:
+        bound = "an even number of at least 2, since it has two groups of experts" if groups == 2 else "at least 1"
+        raise ValueError(f"num_experts of {like} must be {bound}, got {num_experts}")
+    if not 1 <= topk <= num_experts // groups:
+        which = f"the {num_experts // groups} experts of one of its {groups} groups" if groups > 1 else "its experts"
+        raise ValueError(f"topk of {like} must be 1 to {num_experts // groups}, {which}, got {topk}")
     configuration, native, entries = FAMILIES[like]
     with undisturbed(torch.device("cpu")), new_folder(path) as folder:
         with torch.random.fork_rng(devices=[]):

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from megamoe.ambient import undisturbed
 from megamoe.formats import BLOCK
+from megamoe.model.loading.convert import config_with
 from megamoe.model.loading.quantization import RoundingError, quantize
 from megamoe.model.loading.skeleton import config_of
 from megamoe.model.making.files import Shards, new_folder, no_bars
@@ -97,7 +98,7 @@ def upcycle(
         error = RoundingError()
         size = _write(draft, weights, config, experts_format, seed, error, progress)
         note = {"source": str(gguf or folder), "experts": f"{num_experts} copies of each dense MLP", "seed": seed}
-        _write_config(draft, dense, config, note)
+        _write_config(draft, dense, config, experts_format, note)
         tokenizer.save_pretrained(draft)
     layers, hidden, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     return UpcycleReport(
@@ -272,8 +273,10 @@ def _stored(weight: Tensor, experts_format: str, error: RoundingError) -> dict[s
     return {"weight": q.packed.view(torch.int8), "scale": q.scales.view(torch.float8_e8m0fnu)}
 
 
-def _write_config(draft: Path, dense: Any, config: MixtralConfig, note: dict[str, object]) -> None:
-    entries = {**config.to_dict(), "architectures": ["MixtralForCausalLM"], "upcycled": note}
+def _write_config(draft: Path, dense: Any, config: MixtralConfig, experts_format: str, note: dict[str, object]) -> None:
+    """As megamoe convert has it, so that plain transformers refuses MXFP4 and does not take bytes for weights."""
+    entries = config_with(config.to_dict(), experts_format, dense_fp8=False)
+    entries |= {"architectures": ["MixtralForCausalLM"], "upcycled": note}
     (draft / "config.json").write_text(json.dumps(entries, indent=1))
     dense.generation_config.save_pretrained(draft)
 

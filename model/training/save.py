@@ -110,7 +110,8 @@ def _experts(model: Any, name: str, experts: TrainableRoutedExperts) -> dict[str
     for theirs, tensor in revert_weight_conversion(model, stacks).items():
         if structure.is_transposed or structure.has_bias or not _EXPERT.search(theirs) or tensor.dim() != 2:
             raise ValueError(
-                f"{type(model).__name__} keeps {theirs} of all experts in one tensor, which ranks cannot write apart"
+                f"{type(model).__name__} keeps {theirs} of all experts in one tensor, which ranks cannot write apart: "
+                "train it as transformers loads it (ep_implementation='megamoe'), whose save_pretrained() writes it"
             )
         expert = _EXPERT.sub(lambda found: f".experts.{int(found[1]) + layer.local_experts.start}.", theirs)
         found |= _stored(_own_name(model, expert), tensor, layer.weight_format)

@@ -81,7 +81,7 @@ class Clock:
     """Deadline, names and notes that both transports need, and what turns a failure into a PeerError.
 
     global_ranks   of the group's ranks in the whole program, where they differ; empty where they are the same
-    heartbeats        at most one: says who is to blame where the transport only knows whom it waited for
+    monitors       at most one heartbeat: says who is to blame where the transport only knows whom it waited for
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cli.demo import Launcher
 from megamoe.launch.output import Output, emit, note, say
 from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress
@@ -45,6 +46,8 @@ def generate(
 ) -> None:
     """Generate texts, prompts spread over ranks; no text depends on the others or on the number of ranks."""
     with exit_codes():
+        if temperature == 0 and (top_p != 1 or top_k != 0):
+            raise ValueError("--top-p and --top-k are of draws, and --temperature 0 draws nothing: give one above 0")
         given = _given(text, prompts)
         from megamoe.launch.cluster.recovery import RestartPolicy  # brings torch, which --help does not need
         from megamoe.launch.devices import present_device
@@ -116,8 +119,8 @@ def _print_figures(report: GenerateReport) -> None:
     each = f", {report.tpot_ms:.0f} ms a token after that" if report.tpot_ms is not None else ""
     hidden = f", {report.hidden_percent:.0f} % of communication hidden" if report.hidden_percent is not None else ""
     say(
-        f"{report.new_tokens} tokens on {report.ranks} ranks ({report.launcher}): {report.tokens_per_s:.1f} tokens/s, "
-        f"first after {report.ttft_ms:.0f} ms{each}{hidden}"
+        f"{plural(report.new_tokens, 'token')} on {plural(report.ranks, 'rank')} ({report.launcher}): "
+        f"{report.tokens_per_s:.1f} tokens/s, first after {report.ttft_ms:.0f} ms{each}{hidden}"
     )
     if report.identical is not None:
         verdict = "identical" if report.identical else "different"

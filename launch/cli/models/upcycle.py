@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.output import Output, emit, say
 from megamoe.launch.terminal import Format, exit_codes, progress
 
@@ -45,8 +46,9 @@ def upcycle(
 
 def _print(report: UpcycleReport) -> None:
     say(
-        f"{report.path}: {report.num_layers} layers of {report.num_experts} experts, {report.hidden} x "
-        f"{report.intermediate}, top-{report.topk}; {report.expert_parameters / 1e6:.0f} M expert weights in "
-        f"{report.experts_format}, rounded by {report.rounding_error:.1%}; {report.bytes / 1e6:.0f} MB in all"
+        f"{report.path}: {plural(report.num_layers, 'layer')} of {plural(report.num_experts, 'expert')}, "
+        f"{report.hidden} x {report.intermediate}, top-{report.topk}; "
+        f"{report.expert_parameters / 1e6:.0f} M expert weights in {report.experts_format}, "
+        f"rounded by {report.rounding_error:.1%}; {report.bytes / 1e6:.0f} MB in all"
     )
     say("All experts of a layer are copies of the dense model's MLP: until they are trained, this is that model")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.output import Output, check_folder, emit, say, show
 from megamoe.launch.output import write as write_file
 from megamoe.launch.terminal import Format, exit_codes
@@ -40,13 +42,13 @@ def calibrate(
             raise ValueError(f"cores must be at least 1, got {cores}")
         reports = [report for path in runs for report in read_runs(path)]
         unseen = [report for path in check or [] for report in read_runs(path)]
-        source = f"{len(reports)} runs of megamoe bench: {', '.join(path.name for path in runs)}"
+        source = f"{plural(len(reports), 'run')} of megamoe bench: {', '.join(path.name for path in runs)}"
         machine = planner.calibrate(
             reports, load_machine(start), name=name, cores=cores or limits.cores(), source=source
         )
         fitted, held = planner.check(reports, machine), planner.check(unseen, machine)
         if write is not None:
-            write_file(write, planner.as_yaml(machine), f": megamoe bench --machine {write}")
+            write_file(write, planner.as_yaml(machine), f": megamoe bench --machine {quote(str(write))}")
         emit(output, _as_dict(machine, fitted, held), lambda: _print(machine, fitted, held))
 
 

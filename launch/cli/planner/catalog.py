@@ -172,6 +172,8 @@ def _kind_of_file(path: Path) -> Kind:
         return Kind.models
     if "memory_gb:" in text or "_tflops:" in text:
         return Kind.hardware
+    if "product_gflops:" in text:
+        return Kind.machines
     if "_efficiency:" in text or "extends:" in text:
         return Kind.profiles
     return Kind.machines if "fitted:" in text else Kind.models

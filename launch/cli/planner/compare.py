@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cli.planner.plan_flags import asks, keys_of
 from megamoe.launch.output import Output, emit, note, say, show
 from megamoe.launch.terminal import Format, exit_codes
@@ -77,6 +79,13 @@ def _print_rows(rows: list[Row], by: By) -> None:
     columns |= {"batch": ">", "tok/s/dev": ",.0f", "$/M tok": "~"} if serves else {}
     title = "\nGB/s one way that would hide it, and over which link; GB of a device's memory"
     show(columns, [(name, *_needed(found)) for name, found in answers], title)
+    say_serial([found for _, found in answers])
+
+
+def say_serial(answers: Iterable[Answer]) -> None:
+    """Why a layer is exposed whose rule holds."""
+    if any(found.plan.request.serial for found in answers):
+        say("staged is exposed on any link: each of its stages waits for the one before")
 
 
 def _sent(found: Answer) -> tuple[Any, ...]:
@@ -108,5 +117,5 @@ def _print_question(answers: list[Answer], by: By) -> None:
     said = [f"{request.model.name}: {sizes}"] if by is not By.model else []
     said += [request.hardware.name] if by is not By.hardware else []
     if all(each.plan.request.tokens_per_rank == request.tokens_per_rank for each in answers):
-        said.append(f"{request.tokens_per_rank} tokens a rank")
+        said.append(f"{plural(request.tokens_per_rank, 'token')} a rank")
     say(", ".join([*said, f"{expert.dispatch_format} there, {expert.combine_format} back"]))

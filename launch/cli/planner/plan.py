@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cli.planner.plan_flags import asks, question_of
 from megamoe.launch.cli.planner.plan_view import print_answer
 from megamoe.launch.output import Output, check_folder, emit, note, say, show, write
@@ -28,6 +29,8 @@ def plan(
     with exit_codes():
         if report is not None:
             check_folder(report)
+            if report.suffix.lower() not in ("", ".html", ".htm"):
+                raise ValueError(f"report {report} must end in .html")
         found = answered(given)
         if report is not None:  # before anything is printed: whoever reads that may close the pipe
             write_report(found, report)
@@ -66,7 +69,11 @@ def answered(given: dict[str, Any]) -> Answer:
 
 
 def say_picked(found: Answer) -> None:
+    """What was picked, and which of what was given changes nothing."""
     question, choice = found.question, found.choice
+    crossed = {"nic" if rule.tier == "nic" else "scaleup" for rule in found.plan.rules}
+    for tier in sorted({text.partition("=")[0].strip() for text in question.links or ()} - crossed):
+        note(f"links of {tier} change nothing: no row crosses one at EP{found.plan.request.ep}")
     if choice.picked:
         values = ", ".join(f"{key} {getattr(question, key)}" for key in choice.picked)
         note(f"picked {values}: {choice.why}")
@@ -74,7 +81,9 @@ def say_picked(found: Answer) -> None:
         if thing.announced:
             note(f"{thing.name} is announced: its figures are nobody's measurement")
     if found.serving is not None and question.tokens_per_rank is not None:
-        note(f"the layer shown is that of {question.tokens_per_rank} tokens a rank, whatever the workload has")
+        note(
+            f"the layer shown is that of {plural(question.tokens_per_rank, 'token')} a rank, whatever the workload has"
+        )
 
 
 def write_report(found: Answer, path: Path) -> None:

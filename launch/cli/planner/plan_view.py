@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cli.planner.training_view import print_training
 from megamoe.launch.output import say, show
 
@@ -59,8 +60,8 @@ def _print_layer(found: Answer) -> None:
     request = planned.request
     name = "" if request.stack == "fused" else f", {request.stack}"
     name += ", forward" if found.training is not None else ""
-    title = f"\none layer{name}: {request.tokens_per_rank} tokens a rank, {request.routing}, "
-    title += f"{layer.waves} waves, {layer.rows:,.0f} rows in {layer.experts_touched:.4g} experts"
+    title = f"\none layer{name}: {plural(request.tokens_per_rank, 'token')} a rank, {request.routing}, "
+    title += f"{plural(layer.waves, 'wave')}, {layer.rows:,.0f} rows in {layer.experts_touched:.4g} experts"
     parts = (
         ("fixed: kernel, graph, staging", layer.fixed_us),
         ("  the kernel: a call, experts, barriers", layer.kernel_us),
@@ -118,7 +119,8 @@ def _print_serving(found: Answer) -> None:
     assert served is not None
     d = served.deployment
     what = "sequences" if d.phase == "decode" else "prompts"
-    title = f"\n{d.phase}: {d.devices} devices, EP{d.ep}, {d.batch_per_device} {what} a device, {d.context} tokens, "
+    title = f"\n{d.phase}: {plural(d.devices, 'device')}, EP{d.ep}, {d.batch_per_device} {what} a device, "
+    title += f"{plural(d.context, 'token')}, "
     title += "attention DP" if d.attention_tp == 1 else f"attention TP{d.attention_tp}"
     title += (f", MTP{d.mtp}" if d.mtp else "") + (f", {d.microbatches} micro-batches" if d.microbatches > 1 else "")
     rate = served.tokens_per_s_per_device

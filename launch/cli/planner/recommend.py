@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from math import isfinite
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cli.planner.plan_flags import keys_of, takes
 from megamoe.launch.output import Output, check_folder, emit, note, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
 
 if TYPE_CHECKING:
     from megamoe.planner.question import Question
-    from megamoe.planner.search.recommend import Pool, Recommendation
+    from megamoe.planner.search.recommend import Load, Pool, Recommendation
 
 _FLAGS = (
     *("model", "hardware", "profile", "settings", "config", "ep", "attention_tp", "mtp", "microbatches"),
@@ -85,10 +87,7 @@ def _pool(pool: Pool) -> dict[str, Any]:
 def _print(found: Recommendation) -> None:
     d, load = found.decode.serving.deployment, found.load
     price = f", {short(found.usd_per_hour)} $ an hour" if found.usd_per_hour else ""
-    say(
-        f"{found.devices} devices  {d.model.name} on {d.hardware.name}: {load.requests_per_s:g} requests/s of "
-        f"{load.input_tokens} tokens in and {load.output_tokens} out{price}"
-    )
+    say(f"{plural(found.devices, 'device')}  {d.model.name} on {d.hardware.name}: {_in_words(load)}{price}")
     columns = {"pool": "", **dict.fromkeys(("devices", "EP", "TP", "batch", "MTP", "context"), ",")}
     columns |= {**dict.fromkeys(("tok/s/dev", "load", "used %"), ",.0f"), "GB": ",.1f"}
     rows = []
@@ -105,13 +104,22 @@ def _beside(path: Path) -> Path:
     return path.with_stem(f"{path.stem}-prefill")
 
 
+def _in_words(load: Load) -> str:
+    """20 requests/s of 4000 tokens in (3000 of them cached) and 800 out"""
+    cached = f" ({load.cached_tokens} of them cached)" if load.cached_tokens else ""
+    tokens = plural(load.input_tokens, "token")
+    return f"{load.requests_per_s:g} requests/s of {tokens} in{cached} and {load.output_tokens} out"
+
+
 def _write(found: Recommendation, plans: dict[str, Question], path: Path) -> None:
     from megamoe.launch.cli.planner.plan_file import write_plan
 
-    load = found.load
-    asked = f"{load.requests_per_s:g} requests/s of {load.input_tokens} tokens in and {load.output_tokens} out"
+    asked = _in_words(found.load)
     for phase, where in (("decode", path), ("prefill", _beside(path))):
+        command = quote(where.name)
         write_plan(
-            plans[phase], where, [f"megamoe recommend: {asked}; {phase} pool", f"megamoe plan --config {where.name}"]
+            plans[phase],
+            where,
+            [f"megamoe recommend: {asked}; {phase} pool", f"megamoe plan --config {command}"],
         )
         note(f"wrote {where}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megamoe.launch.cli.planner.compare import say_serial
 from megamoe.launch.cli.planner.plan import answered
 from megamoe.launch.cli.planner.plan_flags import asks, question_of
 from megamoe.launch.output import Output, check_folder, emit, say, show, write
@@ -123,6 +124,7 @@ def _print_sweep(over: str, points: list[Point]) -> None:
     columns = {over.rpartition(".")[2]: ",g", "verdict": "", "margin": ".2f", "needs": ",.0f", took: ",.1f"}
     show({**columns, **more, "GB": ",.1f", "fits": ""}, [_row(point, serves) for point in points])
     say("needs: GB/s one way that would hide it; GB of a device's memory")
+    say_serial(point.answer for point in points)
 
 
 def _row(point: Point, serves: bool) -> tuple[Any, ...]:

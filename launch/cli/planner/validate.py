@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.output import Output, emit, note, say, show
 from megamoe.launch.terminal import Format, exit_codes
 
@@ -113,7 +114,7 @@ def _print_published(report: dict[str, dict[str, Any]]) -> None:
         rows = [tuple(row.get(key, "") for key in keys) for row in found["compared"]]
         show(columns, rows, f"\n{found['what']}", folds=True)
         median, largest = found["median_abs_pct_error"], found["max_abs_pct_error"]
-        say(f"{found['rows']} rows, errors whatever the sign: median {median:.1f} %, largest {largest:.1f} %")
+        say(f"{plural(found['rows'], 'row')}, errors whatever the sign: median {median:.1f} %, largest {largest:.1f} %")
 
 
 def _set(name: str) -> list[dict[str, Any]]:
@@ -138,7 +139,7 @@ def _set(name: str) -> list[dict[str, Any]]:
     if name == "deepgemm-316":
         return [
             {
-                "what": f"{each.row.model}, {each.row.tokens_per_rank} tokens a rank",
+                "what": f"{each.row.model}, {each.row.tokens_per_rank:g} tokens a rank",
                 "published": each.row.latency_us,
                 "ours": each.planned_us,
                 "unit": "us",

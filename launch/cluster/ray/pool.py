@@ -6,6 +6,7 @@ Ray is an extra. Of these files only this one can be imported without it; the ot
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import threading
@@ -25,6 +26,8 @@ from megamoe.parallel.health.runs import check_name
 if TYPE_CHECKING:
     from megamoe.launch.cluster.ray.handle import RayHandle
     from megamoe.launch.cluster.ray.placement import Placement
+
+_log = logging.getLogger(__name__)
 
 # Read by Ray, the first when it is imported: without them it merges lines that look alike, and colours prefixes
 _PLAIN_OUTPUT = {"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
@@ -50,8 +53,8 @@ class RayPool:
     deadline_s   bound on connecting and on finding room, and on every wait of a worker
     threads      torch threads of each worker; by default its node's cores shared out among the workers there
     run          id of the run, under which `megamoe doctor --run` finds the ranks
-    log_dir      where rank-N.log is left for each worker of a cluster that was started here; another cluster keeps its
-                 logs itself, where log_paths() says
+    log_dir      where worker-N.log is left for each worker of a cluster that was started here; another cluster keeps
+                 its logs itself, where log_paths() says
 
     What ranks write, to stdout or stderr, goes to the driver's stderr behind "(rank N pid=...)". Connects when first
     used or entered. ValueError where Ray is not installed.
@@ -111,6 +114,10 @@ class RayPool:
                 self._ends.callback(session.close)
                 if session.place and self._log_dir:
                     self._ends.callback(self._keep_logs, session.place, self._log_dir)
+                elif self._log_dir:
+                    _log.warning(
+                        "the Ray cluster was not started here, and keeps logs itself: none in %s", self._log_dir
+                    )
                 placement = Placement(self.num_workers, self._resource)
                 self._ends.callback(self._await_opens)
                 self._ends.callback(placement.release)
@@ -187,10 +194,10 @@ class RayPool:
             list(pool.map(lambda handle: handle.kill(), handles))
 
     def _keep_logs(self, place: Path, directory: Path) -> None:
-        """rank-N.log for every worker: what its processes wrote, one after the other, without Ray's marks."""
+        """worker-N.log for every worker: what its processes wrote, one after the other, without Ray's marks."""
         directory.mkdir(parents=True, exist_ok=True)
         for number in {log.number for log in self._logs}:
-            with open(directory / f"rank-{number}.log", "w") as kept:
+            with open(directory / f"worker-{number}.log", "w") as kept:
                 for pid in [log.pid for log in self._logs if log.number == number]:
                     for path in place.glob(f"session_latest/logs/worker-*-{pid}.err"):
                         with open(path, errors="replace") as written:

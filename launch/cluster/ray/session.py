@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from megamoe.catalog.wording import plural
 from megamoe.launch.cluster.ray.private import logs_on_stderr, of_own_cluster
 from megamoe.launch.process import loopback
 from megamoe.launch.requests import check_ranks_here
@@ -149,7 +150,7 @@ def _start(num_workers: int) -> RaySession:
     check_ranks_here("num_workers", num_workers)
     loopback()
     if num_workers > cores():
-        _log.warning("%d ranks share %d cores: they take turns", num_workers, cores())
+        _log.warning("%s share %s: they take turns", plural(num_workers, "rank"), plural(cores(), "core"))
     session: RaySession | None = None
     try:
         with _in_one_piece():

@@ -10,13 +10,12 @@ from megamoe.catalog.huggingface.mixers import block_types, layer_kinds, num_lay
 from megamoe.catalog.schema import Attention, AttentionKind
 
 RATIOS: dict[int, AttentionKind] = {0: "sliding", 4: "csa", 128: "hca"}
-V4_KINDS = {"csa": 4, "hca": 128, "sliding": 0}
 
 
 def attention_of(text: Config) -> tuple[Attention, ...]:
     """The attention of a model, one entry for each kind; ValueError names a key that is missing or not understood."""
     if first(text, "compress_ratios") is not None:
-        return _v4(text, per_layer(text, "compress_ratios", num_layers(text)))
+        return _v4_of_ratios(text, per_layer(text, "compress_ratios", num_layers(text)))
     if block_types(text):
         kinds = Counter(kind for kind in block_types(text) if kind in ("linear", "full"))
         return tuple(_ONE_KIND[kind](text, n) for kind, n in kinds.items())
@@ -203,20 +202,27 @@ def _indexers(text: Config, layers: int) -> list[str]:
 
 def _v4_of_kinds(text: Config, kinds: list[str]) -> tuple[Attention, ...]:
     """V4 as transformers writes it, with the kind of each layer and the ratio of each kind."""
-    if unknown := set(kinds) - set(V4_KINDS):
-        raise ValueError(f"layers of kind {', '.join(sorted(unknown))} beside compressed ones are not known here")
     rates = section(text, "compress_rates")
-    for name, expected in (("compressed_sparse_attention", 4), ("heavily_compressed_attention", 128)):
-        if (optional_count(rates, name) or expected) != expected:
-            raise ValueError(f"compress_rates of {name} is {rates[name]}; known is {expected}")
-    return _v4(text, [V4_KINDS[kind] for kind in kinds])
+    layers: dict[str, tuple[AttentionKind, int]] = {
+        "sliding": ("sliding", 0),
+        "csa": ("csa", optional_count(rates, "compressed_sparse_attention") or 4),
+        "hca": ("hca", optional_count(rates, "heavily_compressed_attention") or 128),
+    }
+    if unknown := set(kinds) - set(layers):
+        raise ValueError(f"layers of kind {', '.join(sorted(unknown))} beside compressed ones are not known here")
+    return _v4(text, [layers[kind] for kind in kinds])
 
 
-def _v4(text: Config, ratios: list[Any]) -> tuple[Attention, ...]:
-    """DeepSeek-V4: compress_ratios has an entry per layer, and one more for each MTP layer."""
+def _v4_of_ratios(text: Config, ratios: list[Any]) -> tuple[Attention, ...]:
+    """V4 as DeepSeek writes it: compress_ratios has an entry per layer, and one more for each MTP layer."""
     unknown = ", ".join(sorted({str(ratio) for ratio in ratios if ratio not in RATIOS}))
     if unknown:
         raise ValueError(f"compress_ratios has {unknown}; known are 0 (sliding), 4 (csa) and 128 (hca)")
+    return _v4(text, [(RATIOS[ratio], ratio) for ratio in ratios])
+
+
+def _v4(text: Config, layers: list[tuple[AttentionKind, int]]) -> tuple[Attention, ...]:
+    """DeepSeek-V4, with each layer's kind and how many tokens an entry of its cache stands for."""
     sizes: dict[str, Any] = {
         "heads": count(text, "num_attention_heads"),
         "kv_heads": count(text, "num_key_value_heads"),
@@ -230,6 +236,6 @@ def _v4(text: Config, ratios: list[Any]) -> tuple[Attention, ...]:
     index: dict[str, Any] = {"index_heads": count(text, "index_n_heads"), "index_dim": count(text, "index_head_dim")}
     index["index_topk"] = count(text, "index_topk")
     return tuple(
-        Attention(kind=RATIOS[r], layers=n, ratio=r or None, **sizes, **(index if r == 4 else {}))
-        for r, n in Counter(ratios).items()
+        Attention(kind=kind, layers=n, ratio=ratio or None, **sizes, **(index if kind == "csa" else {}))
+        for (kind, ratio), n in Counter(layers).items()
     )

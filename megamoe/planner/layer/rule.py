@@ -32,8 +32,8 @@ class Tier:
 class Rule:
     """One tier held against one compute rate. FLOPs per byte, TFLOP/s, gigabytes per second one way.
 
-    threshold   what the experts allow          ratio      what the machine has, C / B
-    required    bandwidth at which ratio is threshold, beyond which more brings nothing
+    threshold       what the experts allow          ratio      what the machine has, C / B
+    required_gb_s   bandwidth at which ratio is threshold, beyond which more brings nothing
     """
 
     tier: str

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from megamoe.catalog.wording import plural
 from megamoe.planner.report.charts import memory, pareto, roofline, timeline, tornado
 from megamoe.planner.report.data import MemoryBar, ParetoPoint, ReportData
-from megamoe.planner.report.words import amount, breakable, percent, plural, safe
+from megamoe.planner.report.words import amount, breakable, percent, safe
 
 HALF = (340, 480, 700)  # widths that a figure is drawn at; the style sheet shows the one that fits
 FULL = (*HALF, 1080)

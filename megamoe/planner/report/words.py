@@ -63,10 +63,6 @@ def amount(value: float | str, unit: str = "") -> str:
     return f"{text}{NBSP}{unit}" if unit else text
 
 
-def plural(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
 def percent(change: float) -> str:
     """A change with its sign: 0.081 -> +8.1 %."""
     if not math.isfinite(change):

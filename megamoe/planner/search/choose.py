@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from megamoe.catalog.wording import plural
 from megamoe.planner.layer.plan import TOKENS_PER_RANK, PlanRequest
 from megamoe.planner.question import TRAINING, Question, Subject, check_load
 from megamoe.planner.search.search import (
@@ -166,10 +167,10 @@ def _training_choice(question: Question, subject: Subject) -> Choice:
     if fitting:
         least = min(found.step_us for _, found in fitting)
         ep = next(ep for ep, found in fitting if found.step_us <= least * (1 + WORTH))
-        why = f"the shortest step of {len(tried)} EP sizes"
+        why = f"the shortest step of {plural(len(tried), 'EP size')}"
     else:
         ep = min(tried, key=lambda each: each[1].memory.memory.total_gb)[0]
-        why = f"none of {len(tried)} EP sizes fits, this needs least memory"
+        why = f"none of {plural(len(tried), 'EP size')} fits, this needs least memory"
     return Choice(question.but(ep=ep), ("ep",), len(tried), why)
 
 
@@ -198,7 +199,9 @@ def explore(question: Question, subject: Subject) -> Choice:
     )
     picked = tuple(key for key in ("ep", "batch", "attention_tp", "microbatches") if getattr(question, key) is None)
     why = (
-        f"the best of {tried} deployments" if meeting else f"none of {tried} deployments fits, this needs least memory"
+        f"the best of {plural(tried, 'deployment')}"
+        if meeting
+        else f"none of {tried} deployments fits, this needs least memory"
     )
     return Choice(_counted(filled, subject), picked, tried, why, front_of(fitting), tuple(fitting))
 

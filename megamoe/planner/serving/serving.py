@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megamoe.catalog.wording import plural
 from megamoe.planner.serving.deployment import Deployment
 from megamoe.planner.serving.flops import Term
 from megamoe.planner.serving.memory import Memory, largest_batch, memory, smallest_ep
@@ -166,7 +167,7 @@ def _layer_terms(costs: Costs, d: Deployment) -> list[Term]:
         Term("routed: weights read", "experts touched x bytes", touched, layer.memory_us, "us"),
         Term("routed: products", "rows x 6hd / rate", f"{layer.rows:g} rows", layer.compute_us, "us"),
         Term("routed: links", "rows x bytes / rate", link, layer.communication_us, "us"),
-        Term("routed: links that show", "core - alone", f"{layer.waves} waves", layer.exposed_us, "us"),
+        Term("routed: links that show", "core - alone", f"{plural(layer.waves, 'wave')}", layer.exposed_us, "us"),
         Term("routed: fixed", "kernel + barriers + staging", "", layer.fixed_us, "us"),
     ]
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from megamoe.catalog.wording import plural
 from megamoe.planner.report.charts.axes import draw_axes
 from megamoe.planner.report.charts.labels import ABOVE, LEADING, ROUND, Box, Labels, around
 from megamoe.planner.report.charts.scales import Scale, round_up
 from megamoe.planner.report.charts.svg import FONT, SMALL, Drawing
 from megamoe.planner.report.data import ParetoPoint
-from megamoe.planner.report.words import amount, plural, shorten, wrap
+from megamoe.planner.report.words import amount, shorten, wrap
 
 LOG_RATIO = 40  # an axis is logarithmic where the front spans more than this
 DOTS = 1200  # other configurations that are drawn, about: beyond that, close ones are drawn once
