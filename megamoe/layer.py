@@ -322,7 +322,7 @@ class MegaMoE(nn.Module):
         with self.group.unbroken(self.name, calls.number), record.timing("total_s"):
             if not self._fused.opened:
                 nobody = Part(0, np.zeros((2, self.shape.num_experts), np.int32), 0.0)
-                agree(self.group, self._current_page(), calls.number, nobody, complaint, self._place())
+                agree(self.group, self._current_page(), calls.number, nobody, complaint)
             out: Tensor = self._fused.compute(hidden, topk_ids, topk_weights, complaint)
         calls.last = record
         self._fused.complain()
@@ -336,7 +336,7 @@ class MegaMoE(nn.Module):
         placed = perf_counter()
         part, complaint = self._part(given, complaint, place)
         packed = perf_counter()
-        agreed = agree(self.group, self._current_page(), self._calls.number, part, complaint, place)
+        agreed = agree(self.group, self._current_page(), self._calls.number, part, complaint)
         record.compute_s += packed - placed
         record.counts_s += placed - begun + perf_counter() - packed
         return agreed
