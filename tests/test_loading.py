@@ -280,6 +280,16 @@ def lost_shard(path: Path) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def doubled(path: Path) -> None:
+    shutil.copy(path / "model.safetensors", path / "other.safetensors")
+    lost_shard(path)
+
+
+def header_without_dtypes(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"dtype"', b'"dtypo"'))
+
+
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, r"model.safetensors is truncated: it has \d+ bytes, and \S+ ends at byte \d+"),
@@ -295,6 +305,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no_language_model": (lambda p: edit_config(p, model_type="vit"), "is no language model"),
     "pickle": (as_pickle, "pytorch_model.bin and no safetensors: pickles run code"),
     "shard_missing": (lost_shard, "lacks other.safetensors, which its index names"),
+    "tensors_in_two_files": (doubled, r"two files have a tensor \S+"),
+    "header_unreadable": (header_without_dtypes, "model.safetensors has a header that cannot be read: 'dtype'"),
     "index_of_nothing": (wrong_index, "says that model.safetensors has model.layers.9.weight, which it has not"),
     "expert_missing": (lambda p: without(p, EXPERT), r"has 5 experts, and the checkpoint has 4 tensors like"),
     "dense_missing": (lambda p: without(p, "model.norm.weight"), "has nothing for model.norm.weight"),
