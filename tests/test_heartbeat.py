@@ -114,6 +114,22 @@ def test_every_rank_hears_which_ranks_share_memory() -> None:
         assert lit[2].statuses()[2].near == (1,)
 
 
+def test_whether_a_silent_rank_has_a_process_is_found_out_by_its_port() -> None:
+    with monitors(3) as lit:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            free = taken.getsockname()[1]
+        lit[0]._peers[2].port = free
+        assert lit[0]._probe([1, 2]) == {1: "accepted", 2: "refused"}
+
+
+def test_a_rank_that_ends_before_it_has_said_anything_is_lost() -> None:
+    with monitors(2) as lit:
+        peer = lit[0]._peers[1]
+        peer.position = None
+        lit[0]._take_in(peer, [], closed=True)
+        assert lit[0].lost() == 1
+
+
 def test_a_rank_that_raises_is_heard_before_the_next_beat_and_ends_the_waits_of_those_in_a_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
