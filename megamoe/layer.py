@@ -325,7 +325,7 @@ class MegaMoE(nn.Module):
         with self.group.unbroken(self.name, number), record.timing("total_s"):
             if not self._fused.opened:
                 nobody = Part(0, np.zeros((2, self.shape.num_experts), np.int32), 0.0)
-                agree(self.group, self._current_page(), number, nobody, complaint, self._place())
+                agree(self.group, self._current_page(), number, nobody, complaint)
             calls.number = number
             out: Tensor = self._fused.compute(hidden, topk_ids, topk_weights, complaint)
         calls.last = record
@@ -343,7 +343,7 @@ class MegaMoE(nn.Module):
         placed = perf_counter()
         part, complaint = self._part(given, complaint, place)
         packed = perf_counter()
-        agreed = agree(self.group, self._current_page(), number, part, complaint, place)
+        agreed = agree(self.group, self._current_page(), number, part, complaint)
         self._calls.number = number
         record.compute_s += packed - placed
         record.counts_s += placed - begun + perf_counter() - packed

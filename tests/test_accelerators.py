@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.distributed import distributed_c10d
 
-from megamoe.execution.checks import check_input
+from megamoe.execution.checks import check_device, check_input
 from megamoe.launch.cluster.worker import Worker, WorkerOptions
+from megamoe.layer import MegaMoE
 from megamoe.model.router import Router
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
@@ -121,8 +122,9 @@ def group_of(transport: AllToAllTransport) -> EPGroup:
 # ---- a queue of messages ----
 
 
-def test_pages_come_without_their_marks(transport: AllToAllTransport) -> None:
+def test_pages_come_without_their_marks_in_one_collective(transport: AllToAllTransport, queue: Queue) -> None:
     assert torch.equal(transport.gather(PAGE, LABEL), PAGE.expand(3, -1))
+    assert len(queue.works) == 1
 
 
 def test_a_page_that_never_came_is_no_page_of_another_version(transport: AllToAllTransport, queue: Queue) -> None:
@@ -270,28 +272,39 @@ SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2)
 
 
 @pytest.mark.parametrize(
-    ("layer", "devices", "said"),
+    ("devices", "said"),
     [
-        ("cuda:0", ("cuda:0", "cuda:0", "cuda:0"), None),
-        ("cuda", ("cuda:1", "cuda:1", "cuda:1"), None),
-        ("cuda:0", ("cuda:1", "cuda:1", "cuda:1"), "hidden is on cuda:1, the layer is on cuda:0"),
-        ("cuda:0", ("cuda:0", "cuda:1", "cuda:0"), "topk_ids is on cuda:1, the layer is on cuda:0"),
-        ("cuda", ("cuda:0", "cuda:0", "cuda:1"), "topk_weights is on cuda:1, hidden is on cuda:0"),
-        ("cuda:0", ("cuda:0", "cpu", "cuda:0"), "topk_ids is on cpu, the layer is on cuda:0"),
-        ("cpu:0", ("cpu", "cpu", "cpu"), None),
+        (("cuda:0", "cuda:0", "cuda:0"), None),
+        (("cuda:1", "cuda:1", "cuda:1"), "hidden is on cuda:1, the layer is on cuda:0"),
+        (("cuda:0", "cuda:1", "cuda:0"), "topk_ids is on cuda:1, the layer is on cuda:0"),
+        (("cuda:0", "cuda:0", "cuda:1"), "topk_weights is on cuda:1, the layer is on cuda:0"),
+        (("cuda:0", "cpu", "cuda:0"), "topk_ids is on cpu, the layer is on cuda:0"),
     ],
 )
 def test_a_tensor_on_another_device_of_the_same_type_is_refused(
-    layer: str, devices: tuple[str, str, str], said: str | None
+    devices: tuple[str, str, str], said: str | None
 ) -> None:
     with FakeTensorMode(), mock.patch("megamoe.execution.checks._check_plain"):  # which refuses tensors that are fake
+        layer = check_device("cuda")
         hidden = torch.empty(3, 64, device=devices[0])
         ids, weights = torch.zeros(3, 2, dtype=torch.int64, device=devices[1]), torch.empty(3, 2, device=devices[2])
         if said is None:
-            check_input(SHAPE, torch.device(layer), hidden, ids, weights)
+            check_input(SHAPE, layer, hidden, ids, weights)
             return
         with pytest.raises(ValueError, match=said):
-            check_input(SHAPE, torch.device(layer), hidden, ids, weights)
+            check_input(SHAPE, layer, hidden, ids, weights)
+
+
+@pytest.mark.parametrize(("named", "is_called"), [("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_a_layers_device_is_called_as_its_tensors_call_it_and_they_stay_there(named: str, is_called: str) -> None:
+    experts = MegaMoE(SHAPE).experts
+    with FakeTensorMode():
+        experts.device = check_device(named)
+        assert experts.device == torch.device(is_called)
+        experts.half().to(is_called)
+        with pytest.raises(ValueError, match=f"are on {is_called}, not to be moved to cuda:2"):
+            experts.to("cuda:2")
+    assert check_device("cpu:0") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("num_tokens", [0, 3, 2500])

@@ -270,11 +270,13 @@ def test_biases_that_do_not_fit_are_refused_and_nothing_is_taken(change: dict[st
     assert layer.experts.missing == [0, 1, 2, 3]
 
 
-def test_a_bias_is_refused_by_a_layer_without() -> None:
+def test_a_bias_is_refused_by_a_layer_without_and_where_it_is_no_tensor() -> None:
     layer = MegaMoE(MoEShape(64, 32, 4, 2))
     gate_up, down = make_weights(BIASED)
     with pytest.raises(ValueError, match="down_bias of expert 2 was given to a layer without biases"):
         layer.load_expert(2, gate_up[2], down[2], down_bias=torch.zeros(64))
+    with pytest.raises(ValueError, match="down_bias of expert 2 must be a tensor, got list"):
+        MegaMoE(BIASED).load_expert(2, gate_up[2], down[2], torch.zeros(64), [0.0] * 64)  # type: ignore[arg-type]
 
 
 def test_an_ungated_layer_takes_one_matrix_for_linear1() -> None:

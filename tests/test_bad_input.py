@@ -201,6 +201,7 @@ def test_shapes_are_validated(arguments: tuple[int, ...], message: str) -> None:
         ({"group": "world"}, "group must be a torch ProcessGroup, an EPGroup or None, got str"),
         ({"deadline_s": 0}, "deadline_s must be positive, got 0"),
         ({"device": "gpu"}, "device must be one that torch knows, got 'gpu'"),
+        ({"name": 5}, "name must be a string, got int"),
         ({"device": "privateuseone:7"}, "device privateuseone:7 is none of this machine's, or not of this build"),
     ],
 )

@@ -277,6 +277,13 @@ CASES |= {
 }
 
 
+def test_a_rank_that_says_nothing_any_more_is_told_of_with_when_and_where_it_was_heard_last() -> None:
+    nothing, stopped = PeerStatus(1, "h1", None, 0.5), silent(works(1), True)
+    assert str(nothing) == "rank 1 on h1: nothing heard yet"
+    assert str(gone(nothing)) == "rank 1 on h1: dead; not heard for 0.5 s; it never said anything"
+    assert str(stopped) == f"rank 1 on h1: stopped; not heard for 3.0 s; last seen: {stopped.position}"
+
+
 @pytest.mark.parametrize(("statuses", "awaited", "rank", "condition"), CASES.values(), ids=CASES.keys())
 def test_the_rank_to_blame_is_named(statuses: list[PeerStatus], awaited: int, rank: int, condition: str) -> None:
     verdict = diagnose(0, awaited, statuses)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from megamoe.launch.cluster.cluster import MegaMoECluster
-from megamoe.launch.cluster.generation import Advance, GenerationJob, shared
+from megamoe.launch.cluster.generation import Advance, GenerationJob, TokenFiles, shared
 from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.generation.ranks import OnCluster, Texts
 from megamoe.launch.ranks import LocalRanks
@@ -130,3 +131,15 @@ def test_a_rank_that_makes_no_step_is_named_and_the_group_is_not_used_again(rank
     assert "rank 1" in late
     assert "layer 'generation'" in late
     assert "the group cannot be used any more" in broken
+
+
+def test_tokens_that_ranks_write_are_taken_once_when_their_line_is_whole(tmp_path: Path) -> None:
+    taken: list[Token] = []
+    files, tokens = TokenFiles(tmp_path, 2, taken.append), [Token(0, index, 7) for index in range(3)]
+    lines = [json.dumps(asdict(token)) + "\n" for token in tokens]
+    with (tmp_path / "tokens-1").open("w") as file:
+        for text, known in ((lines[0], 1), (lines[1][:9], 1), (lines[1][9:] + lines[2], 3)):
+            file.write(text)
+            file.flush()
+            files.poll()
+            assert taken == tokens[:known]

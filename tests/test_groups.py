@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from megamoe.parallel.health.status import OwnStatus
 from megamoe.parallel.interfaces import Interface, told
 from megamoe.parallel.rendezvous import compare_starts, fresh_store, heartbeat_address
 from megamoe.parallel.transport.host import HostTransport
+from megamoe.parallel.transport.process_group import backend_for
 from megamoe.parallel.transport.threads import gloo_threads
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer, oracle, split
@@ -129,6 +131,12 @@ def moves_rows_on_gloo(group: EPGroup) -> str:
 
 def test_gloo_is_not_taken_for_a_backend_of_gpus(ranks: LocalRanks) -> None:
     assert "it has cpu:gloo,cuda:gloo" in ranks.run(moves_rows_on_gloo, size=2)[0]
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "nccl")])
+def test_each_device_of_a_group_with_two_backends_has_its_own(device: str, backend: str) -> None:
+    with mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl"):
+        assert backend_for(mock.Mock(), torch.device(device)) == backend
 
 
 # ---- names ----

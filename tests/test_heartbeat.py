@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import socket
 import struct
@@ -10,8 +11,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,32 @@ def holds(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
     return True
 
 
+def test_no_rank_goes_on_before_all_have_met() -> None:
+    """One that left at once would leave the others without an answer."""
+    store, reached, let_go = HashStore(), threading.Event(), threading.Event()
+
+    class Late:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def add(self, *counted: Any) -> int:
+            reached.set()
+            let_go.wait(5.0)
+            return store.add(*counted)
+
+    def light(rank: int) -> HeartbeatMonitor:
+        own: Any = Late() if rank else store
+        return HeartbeatMonitor(rank, 2, own, OwnStatus(), address="127.0.0.1", host="h", deadline_s=10.0)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(light, rank) for rank in range(2))
+        assert reached.wait(5.0)
+        assert not wait([first], 0.1).done
+        let_go.set()
+        for each in (first, second):
+            each.result().leave()
+
+
 def position_of(seer: HeartbeatMonitor, rank: int) -> RankStatus:
     return seer.statuses()[rank].position or RankStatus()
 
@@ -67,6 +95,7 @@ def test_every_rank_hears_where_the_others_are() -> None:
             assert str(seen).startswith("waits for rank 0, for ")
             assert other.lost() is None
         assert [status.host for status in lit[2].statuses()] == ["h0", "h1", "h2"]
+        assert holds(lambda: {rank for rank, _ in lit[0].statuses()[1].answers} == {0, 2}), "how long answers take, too"
 
 
 def test_one_answer_that_is_late_is_no_slow_link_until_a_beat_has_passed() -> None:
@@ -83,6 +112,22 @@ def test_every_rank_hears_which_ranks_share_memory() -> None:
         assert holds(lambda: lit[0].statuses()[2].near == (1,))
         assert ask(lit[0].address, lit[0].port, lit[0].token)[2].near == (1,)
         assert lit[2].statuses()[2].near == (1,)
+
+
+def test_whether_a_silent_rank_has_a_process_is_found_out_by_its_port() -> None:
+    with monitors(3) as lit:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            free = taken.getsockname()[1]
+        lit[0]._peers[2].port = free
+        assert lit[0]._probe([1, 2]) == {1: "accepted", 2: "refused"}
+
+
+def test_a_rank_that_ends_before_it_has_said_anything_is_lost() -> None:
+    with monitors(2) as lit:
+        peer = lit[0]._peers[1]
+        peer.position = None
+        lit[0]._take_in(peer, [], closed=True)
+        assert lit[0].lost() == 1
 
 
 def test_a_rank_that_raises_is_heard_before_the_next_beat_and_ends_the_waits_of_those_in_a_call(
@@ -394,7 +439,11 @@ def test_a_list_of_runs_outlives_files_that_are_cut_short_or_of_another_version(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(runs, "folder", lambda: tmp_path)
+    gone = tmp_path / "old" / "rank-0.json"
+    gone.parent.mkdir()
+    gone.write_text(json.dumps(asdict(runs.ListedRank(0, os.getpid(), 0.0, "127.0.0.1", 6, "token"))))
     with runs.list_rank("mine", 0, "127.0.0.1", 7, "token"):
+        assert not gone.parent.exists(), "left by a process that was killed"
         file = tmp_path / "mine" / "rank-0.json"
         known = json.loads(file.read_text())
         file.write_text(json.dumps({**known, "mood": "good"}))

@@ -100,6 +100,7 @@ def as_measured(behind: Any, link_gb_s: float) -> list[list[dict[str, float]]]:
 def test_the_fit_predicts_larger_layers_than_it_saw(behind: Any) -> None:
     here = probe.fitted(as_measured(behind, 0.125), replace(SETTING, cores=behind.cores), 0.125)
     assert "this machine, measured" in here.title
+    assert here.gradient_ns.value == pytest.approx(behind.gradient_ns.value, rel=0.05)
     for small in probe.SMALL:
         for link in (0.0625, 0.125, 0.25):
             run = replace(small.run(2, link, 1), tokens_per_rank=2048, hidden=1024, intermediate=512, waves=4)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamoe.execution import pipeline
 from megamoe.execution.journeys import CallRecord
 from megamoe.formats import quantize_mxfp4
 from megamoe.kernels.cpu.library import using
@@ -19,6 +20,7 @@ from megamoe.parallel.transport.pairs import Clock
 from megamoe.parallel.workspace import Workspace
 from megamoe.reference import moe_fp64, relative_error
 from megamoe.routing.waves import Waves, plan_waves
+from megamoe.schedule.schedule import Load, Step, schedule
 from megamoe.shape import MoEShape
 from tests.cases import Batch, make_batch, make_layer, make_weights, oracle, split
 
@@ -246,21 +248,32 @@ def test_memory_is_stated_and_a_kept_bf16_copy_changes_no_bit() -> None:
         assert packed.memory_bytes == values // 2 + values // 32
         assert kept.memory_bytes == packed.memory_bytes + 2 * values
         assert torch.equal(packed(batch.hidden, batch.ids, batch.weights), kept(batch.hidden, batch.ids, batch.weights))
+        assert kept.experts.decode_rows < packed.experts.decode_rows
 
 
-def records(group: EPGroup, batch: Batch, shares: list[slice]) -> CallRecord:
-    mine = batch.part(shares[group.rank])
+def records(group: EPGroup, batch: Batch, shares: list[slice]) -> tuple[CallRecord, Load]:
+    """Of one call: its record, and what its schedule was made for."""
+    mine, loads = batch.part(shares[group.rank]), list[Load]()
     layer = make_layer(SHAPE, group, waves=2)
-    layer(mine.hidden, mine.ids, mine.weights)
-    return layer.last_call
+
+    def noted(waves: list[range], load: Load) -> list[Step]:
+        loads.append(load)
+        return schedule(waves, load)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "schedule", noted)
+        layer(mine.hidden, mine.ids, mine.weights)
+    (load,) = loads
+    return layer.last_call, load
 
 
-def test_the_record_of_a_call_counts_every_row_and_byte(ranks: LocalRanks) -> None:
+def test_a_call_counts_every_row_and_byte(ranks: LocalRanks) -> None:
+    """In its record, and in what its steps are ordered by."""
     batch = make_batch(SHAPE, 61)
     shares = split(61, 3)
     found = ranks.run(records, batch, shares, size=3)
     placement = Placement(SHAPE.num_experts, 3)
-    for rank, record in enumerate(found):
+    for rank, (record, load) in enumerate(found):
         own = placement.experts(rank)
         mine = batch.ids[shares[rank]]
         local = int(((mine >= own.start) & (mine < own.stop)).sum())
@@ -281,7 +294,11 @@ def test_the_record_of_a_call_counts_every_row_and_byte(ranks: LocalRanks) -> No
         assert record.dispatch_bytes == (travelling + heads) * row_bytes, "a token goes to a rank once"
         assert record.combine_bytes == record.rows_received * 2 * 128
         assert 0 < record.compute_s <= record.total_s
-    assert sum(record.rows_sent for record in found) == sum(record.rows_received for record in found)
+        rows = {expert: int((mine == expert).sum()) for expert in own}
+        assert load.local == list(rows.values())
+        ours = [plan_waves(placement, 2).experts(rank, wave) for wave in range(2)]
+        assert load.arriving == [sum(int((batch.ids == each).sum()) - rows[each] for each in ids) for ids in ours]
+    assert sum(record.rows_sent for record, _ in found) == sum(record.rows_received for record, _ in found)
 
 
 @pytest.mark.parametrize("weights", ["mxfp4", "bf16"])

@@ -284,11 +284,22 @@ def lost_shard(path: Path) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def doubled(path: Path) -> None:
+    shutil.copy(path / "model.safetensors", path / "other.safetensors")
+    lost_shard(path)
+
+
+def header_without_dtypes(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"dtype"', b'"dtypo"'))
+
+
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, r"model.safetensors is truncated: it has \d+ bytes, and \S+ ends at byte \d+"),
     "no_config": (lambda p: (p / "config.json").unlink(), "holds no config.json"),
     "config_unreadable": (lambda p: (p / "config.json").write_text("{"), "config.json cannot be read"),
+    "config_that_is_no_object": (lambda p: (p / "config.json").write_text("5"), "config.json has no model_type"),
     "unknown_model": (lambda p: edit_config(p, model_type="nothing_at_all"), "nothing_at_all"),
     "size_that_is_no_number": (lambda p: edit_config(p, hidden_size="x"), "'hidden_size' expected int, got str"),
     "code_of_its_own": (
@@ -299,6 +310,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no_language_model": (lambda p: edit_config(p, model_type="vit"), "is no language model"),
     "pickle": (as_pickle, "pytorch_model.bin and no safetensors: pickles run code"),
     "shard_missing": (lost_shard, "lacks other.safetensors, which its index names"),
+    "tensors_in_two_files": (doubled, r"two files have a tensor \S+"),
+    "header_unreadable": (header_without_dtypes, "model.safetensors has a header that cannot be read: 'dtype'"),
     "index_of_nothing": (wrong_index, "says that model.safetensors has model.layers.9.weight, which it has not"),
     "expert_missing": (lambda p: without(p, EXPERT), r"has 5 experts, and the checkpoint has 4 tensors like"),
     "expert_missing_in_between": (
@@ -428,6 +441,24 @@ def test_a_generation_config_that_is_a_list_is_a_value_error(folder: Path, tmp_p
     (tmp_path / "odd" / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"generation_config.json: 'list' object is not a mapping"):
         load(tmp_path / "odd")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "ending", "expected"),
+    [
+        ("native_v4", "experts.3.w2.scale", "are no MXFP4: expected a scale per 32 values"),
+        ("gpt_oss_fp4", "down_proj_scales", "are no MXFP4: expected a scale per 32 values"),
+        ("gpt_oss_fp4", "down_proj_blocks", "are no MXFP4: expected a scale per 32 values"),
+        ("fp8", "weight_scale_inv", "expected a scale per 128 x 128 values"),
+    ],
+)
+def test_scales_that_do_not_fit_their_values_are_refused(
+    folder: Path, tmp_path: Path, checkpoint: str, ending: str, expected: str
+) -> None:
+    shutil.copytree(folder / checkpoint, tmp_path / "cut")
+    checkpoints.rewrite(tmp_path / "cut", lambda name, each: {name: each[..., :-1] if name.endswith(ending) else each})
+    with pytest.raises(ValueError, match=expected):
+        load(tmp_path / "cut")
 
 
 def test_a_format_of_others_is_refused_by_its_name(folder: Path, tmp_path: Path) -> None:

@@ -78,13 +78,16 @@ def test_ranks_of_one_process_have_the_addresses() -> None:
     check(list(virtual_buffers(SIZE, BYTES, CPU)))
 
 
-def test_a_rank_that_cannot_share_is_named_on_every_rank() -> None:
+@pytest.mark.parametrize(("host", "said"), [(b"elsewhere", "it is on another host"), (b"", "it has none to share")])
+def test_a_rank_that_cannot_share_is_named_on_every_rank(host: bytes, said: str) -> None:
     def refused(rank: int, exchange: Exchange) -> SymmetricBuffer:
-        if rank == 0:
-            return map_files(rank, BYTES, exchange)
-        return map_files(rank, BYTES, lambda card: exchange(card.replace(host_key().encode(), b"elsewhere")))
+        def elsewhere(card: bytes) -> list[bytes]:
+            key = host_key().encode()
+            return exchange(card.replace(key, host) if host or key not in card else b"")
 
-    why = "rank 0 cannot map the memory of rank 1: it is on another host"
+        return map_files(rank, BYTES, elsewhere if rank else exchange)
+
+    why = f"rank 0 cannot map the memory of rank 1: {said}"
     assert together(refused) == [f"no symmetric memory for rank {rank} and its peers: {why}" for rank in range(SIZE)]
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from megamoe.catalog import Machine, figures, load_machine
 from megamoe.launch.cli.main import app
 from megamoe.planner.validation.calibrate import as_yaml, calibrate, check, median_error, nonnegative
-from megamoe.schedule.machine import Run, choose_waves, communication_us, predict, read_runs
+from megamoe.schedule.machine import Amounts, Run, choose_waves, communication_us, predict, read_runs
 from megamoe.schedule.schedule import Link
 from megamoe.schedule.training import predict_step
 
@@ -100,6 +100,21 @@ def test_bytes_of_a_run() -> None:
     assert RUN.dispatch_bytes == pytest.approx(2048 * (1 - missed) * 2048 + 4096 * 8)
     assert RUN.combine_bytes == 4096 * 2048
     assert replace(RUN, dispatch_format="mxfp8").dispatch_bytes == pytest.approx(2048 * (1 - missed) * 1056 + 4096 * 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rounded"),
+    [
+        ({}, 0),
+        ({"dispatch_format": "mxfp8"}, (2048 + 2048 * 4) * 1024),
+        ({"combine_format": "mxfp8"}, 2 * 2048 * 4 * 1024),
+        ({"weight_format": "mxfp4"}, (2048 + 2048 * 4) * 1024 + 2048 * 4 * 512),
+    ],
+    ids=str,
+)
+def test_what_a_call_rounds(changes: dict[str, Any], rounded: int) -> None:
+    """Tokens and their rows, activated rows where weights are packed, results there and at home."""
+    assert Amounts.of(replace(RUN, **changes), 8).rounded == rounded
 
 
 def test_a_machine_that_only_multiplies() -> None:

@@ -196,6 +196,7 @@ def test_linear_attention_keeps_a_state_instead_of_a_cache() -> None:
     linear = next(cost for cost in costs("qwen3-next-80b-a3b") if cost.kind == "linear")
     assert linear.cache_bytes(10, "bf16", "bf16") == linear.cache_bytes(100_000, "bf16", "bf16") == 32 * 128 * 128 * 4
     assert linear.core_flops(10) == linear.core_flops(100_000) > 0
+    assert linear.read_bytes(10, "bf16", 1) == 2 * 32 * 128 * 128 * 4, "read and written"
 
 
 def test_draft_layer_of_v4_looks_at_its_window_alone() -> None:

@@ -303,14 +303,16 @@ def test_a_rank_that_dies_while_it_computes_is_named() -> None:
 
 
 def stands_still(group: EPGroup) -> str:
+    """What rank 0 says of rank 1, and where rank 1 says that it is meanwhile."""
     own = EPGroup.of(dist.group.WORLD, deadline_s=0.6 if group.rank == 0 else 20.0)
     layer, batch = make_layer(SHAPE, own, name="layers.5"), make_batch(SHAPE, 5)
     call(layer, batch)
     come = threading.Event()
 
     def late() -> None:
+        at = own.own_status.position()
         come.wait(3.0)
-        raise RuntimeError("too late")
+        raise RuntimeError(str(at))
 
     with computing(layer, late) if group.rank == 1 else nullcontext(), pytest.raises(RuntimeError) as lost:
         call(layer, batch)
@@ -319,9 +321,10 @@ def stands_still(group: EPGroup) -> str:
 
 def test_a_rank_that_stalls_is_named_with_layer_wave_and_phase() -> None:
     with LocalRanks(2, threads_per_rank=1) as two:
-        said, _ = two.run(stands_still, size=2)
+        said, meanwhile = two.run(stands_still, size=2)
     assert "rank 1" in said
     assert "layer 'layers.5', wave 0, phase combine" in said
+    assert "linear-1" in meanwhile
 
 
 # ---- what is noted, what is kept ----

@@ -147,12 +147,30 @@ def returns_a_lock(_: EPGroup) -> object:
     return threading.Lock()
 
 
-def test_what_cannot_be_sent_is_said_and_the_worker_goes_on(workers: OpenWorkers) -> None:
+class ReadableThere:
+    """Can be unpickled in the process that made it alone."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return read_in, (os.getpid(),)
+
+
+def read_in(process: int) -> None:
+    if process != os.getpid():
+        raise ImportError("no module has it here")
+
+
+def returns_what_is_readable_there(_: EPGroup) -> object:
+    return ReadableThere()
+
+
+def test_what_cannot_be_sent_or_read_is_said_and_the_worker_goes_on(workers: OpenWorkers) -> None:
     handle = alone(workers[0])
     with pytest.raises(TypeError, match="cannot pickle"):
         handle.call("run", squared, threading.Lock())
     assert isinstance(handle.call("run", returns_a_lock).exception(QUICK_S), TypeError)
     assert isinstance(handle.call("no_such_method").exception(QUICK_S), AttributeError)
+    unreadable = handle.call("run", returns_what_is_readable_there).exception(QUICK_S)
+    assert str(unreadable) == "the answer of worker 0 cannot be read: ImportError('no module has it here')"
     assert handle.call("run", squared, 3).result(QUICK_S) == 9
 
 

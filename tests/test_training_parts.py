@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,13 @@ def names(load: BackwardLoad) -> str:
 )
 def test_what_needs_no_link_fills_the_gaps(dispatch: list[float], expected: str) -> None:
     assert names(BackwardLoad([2.0] * 3, [2.0] * 3, [2.0] * 3, dispatch, [1.0] * 3)) == expected
+
+
+def test_without_overlap_rows_come_before_anything_is_computed_and_leave_after_it() -> None:
+    call = mock.Mock()
+    TrainableMoE(SHAPE, overlap=False)._run(call)
+    done = [(name, *arguments) for name, arguments, _ in call.method_calls]
+    assert done == [(name, 0) for name in ("dispatch", "arrive", "recompute", "data", "weights", "combine")]
 
 
 def test_every_wave_is_recomputed_before_its_data_and_its_weights_come_last() -> None:
@@ -243,6 +252,19 @@ def test_arguments_are_refused_by_name() -> None:
         TrainableMoE(SHAPE, master_dtype=torch.float16)
     with pytest.raises(ValueError, match="hidden 48 is not a multiple of 32"):
         TrainableMoE(MoEShape(48, 32, 2, 1), weight_format="bf16", dispatch_format="bf16", gradient_format="mxfp8")
+
+
+def test_parameters_begin_as_those_of_linear_layers_and_biases_at_zero() -> None:
+    layer = TrainableMoE(MoEShape(hidden=64, intermediate=96, num_experts=5, topk=3, bias=True))
+    with torch.no_grad():
+        for master in layer.experts.masters:
+            master.fill_(7.0)
+    layer.reset_parameters(3)
+    gate_up, down, *biases = layer.experts.masters
+    for master, inputs in ((gate_up, 64), (down, 96)):
+        assert 0.99 < float(master.detach().abs().max()) * inputs**0.5 <= 1.0
+    assert len(biases) == 2
+    assert not any(bool(bias.any()) for bias in biases)
 
 
 def test_a_layer_trains_its_own_parameters_in_whatever_order_and_no_others() -> None:

@@ -27,6 +27,7 @@ from megamoe.routing.agreement import Agreement
 from megamoe.schedule.cost_model import CostModel, Spread, best_waves, play
 from megamoe.schedule.kept import Setting, keep
 from megamoe.schedule.machine import product_row_us
+from megamoe.schedule.schedule import schedule
 from megamoe.shape import MoEShape
 from tests.cases import Batch, make_batch, make_layer, oracle, split
 from tests.test_lab import needs_lab
@@ -82,6 +83,7 @@ def tuner(
     packed: bool = False,
     dispatch_format: str = "auto",
     machine: Machine | None = None,
+    overlap: bool = True,
 ) -> Tuner:
     class Nothing:
         early = True
@@ -100,10 +102,10 @@ def tuner(
         "moe",
         group,
         experts,
-        waves="auto",
+        waves="auto" if overlap else 1,
         dispatch_format=dispatch_format,
         combine_format="bf16",
-        overlap=True,
+        overlap=overlap,
         machine=machine,
     )
 
@@ -127,6 +129,12 @@ def agreed(row_s: float, tokens: int = 2048, size: int = 2) -> Agreement:
 def test_fp8_travels_only_where_it_pays(size: int, link: float | None, packed: bool, expected: str) -> None:
     each = tuner(size, link, packed=packed)
     assert each.choose(agreed(0.0, size=size)).wire.dispatch_format == expected == each.dispatch_format
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_only_a_layer_that_overlaps_computes_before_rows_have_come(overlap: bool) -> None:
+    load = tuner(2, 38.75e6, overlap=overlap).choose(agreed(40e-6)).cost_model.load([512] * 8, [4096])
+    assert any(not step.arrived for step in schedule([range(8)], load)) is overlap
 
 
 def test_waves_follow_from_link_and_compute_once_both_are_known_and_then_stay() -> None:

@@ -30,10 +30,8 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
         _check_plain(name, tensor)
-        if _apart(tensor.device, device):
+        if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the layer is on {device}")
-        if _apart(tensor.device, hidden.device):  # of a layer on "cuda" hidden says which
-            raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}")
     _check_shape("hidden", hidden, ("T", shape.hidden))
     _check_shape("topk_ids", topk_ids, (len(hidden), shape.topk))
     _check_shape("topk_weights", topk_weights, (len(hidden), shape.topk))
@@ -117,7 +115,10 @@ def check_transport(transport: str, max_tokens_per_rank: int | None) -> None:
 
 
 def check_device(device: torch.device | str | None) -> torch.device:
-    """The device that holds a layer's weights: the CPU where none is given, whatever torch's default device is."""
+    """The device that holds a layer's weights, as its tensors will have it: "cuda" is the current one, "cuda:0".
+
+    The CPU where none is given, whatever torch's default device is. ValueError for a device that there is not.
+    """
     try:
         found = torch.device("cpu" if device is None else device)
     except RuntimeError as wrong:
@@ -125,11 +126,10 @@ def check_device(device: torch.device | str | None) -> torch.device:
     if found.type == "meta":
         raise ValueError("device must be one that can hold weights, got 'meta': leave it out for the CPU")
     try:
-        torch.empty(0, device=found)
+        return torch.empty(0, device=found).device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as none:
         said = str(none).partition("\n")[0]
         raise ValueError(f"device {found} is none of this machine's, or not of this build of torch: {said}") from none
-    return found
 
 
 def check_ambient() -> None:
@@ -142,11 +142,6 @@ def check_ambient() -> None:
             "torch.set_flush_denormal(True) was set before torch began its worker threads, which now flush denormal "
             "numbers for good: set it later, or torch.set_num_threads(1) before the first call"
         )
-
-
-def _apart(one: torch.device, other: torch.device) -> bool:
-    """Whether two devices are not the same. One without a number may be any of its type.    cuda, cuda:1 -> False"""
-    return one.type != other.type or (one.index != other.index and None not in (one.index, other.index))
 
 
 def any_wrong(shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Experts(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         """Casts leave the weights as they are; ValueError for a move to another device."""
         moved = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
-        if moved.type != self.device.type or moved.index not in (None, self.device.index):
+        if moved != self.device:
             raise ValueError(
                 f"{describe(self.ids)} are on {self.device}, not to be moved to {moved}: make the layer there"
             )

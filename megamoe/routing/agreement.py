@@ -192,16 +192,16 @@ class Page:
 
 
 def agree(
-    group: EPGroup, page: Page, call: int, part: Part, complaint: ValueError | None, place: Place | None = None
+    group: EPGroup, page: Page, call: int, part: Part, complaint: ValueError | None
 ) -> Agreement | SmallAgreement:
-    """Exchanges pages with all ranks of the group; from place, where this rank has written to it already.
+    """Exchanges pages with all ranks of the group.
 
     SmallAgreement where every rank's slots and tokens lie behind its page. Raises the complaint, if this rank has one,
     after all others have heard of it. CallRefusedError, on every rank alike, where any rank complained or the terms
     differ; PeerError for a rank that does not answer within the deadline.
     """
     if isinstance(group.transport, HostTransport):
-        place = group.transport.place(page.label) if place is None else place
+        place = group.transport.place(page.label)
         page.write(place.view, call, part, complaint)
         places = group.transport.share(page.label, part.message)
         if complaint is None and len(group.hosts) == group.size and part.small:
@@ -225,7 +225,7 @@ def agree(
     if complaint is not None:
         raise CallRefusedError(str(complaint)) from complaint
     _refuse_differences(group, pages)
-    if bool(pages["small"].all()) and place is not None:
+    if bool(pages["small"].all()):
         return SmallAgreement(pages["tokens"].tolist(), places)
     return _by_waves(group, page, part, pages)
 

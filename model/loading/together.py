@@ -13,10 +13,7 @@ from megamoe.model.loading.report import Progress
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
 
-_MAGIC = 0x4D4D4C31  # "MML1": a page of loading and of nothing else
-_PAGE = np.dtype(
-    [("magic", "<u4"), ("state", "<u4"), ("read", "<i8"), ("total", "<i8"), ("terms", "S64"), ("complaint", "S1024")]
-)
+_PAGE = np.dtype([("state", "<i8"), ("read", "<i8"), ("total", "<i8"), ("terms", "S64"), ("complaint", "S1024")])
 _WORKING, _DONE, _FAILED = 0, 1, 2
 _TURN_S = 0.1
 
@@ -108,19 +105,12 @@ def _exchange(
 ) -> np.ndarray:
     page = np.zeros(1, _PAGE)
     said = "" if complaint is None else f"{complaint}" if isinstance(complaint, ValueError) else repr(complaint)
-    page[0] = (_MAGIC, state, read, total, terms.encode(), said.encode()[:1024])
+    page[0] = (state, read, total, terms.encode(), said.encode()[:1024])
     if group.transport is None:
         return page
     with group.unbroken(what, 0):
         raw = group.transport.gather(torch.from_numpy(page.view(np.uint8)), Label(what, "load"))
-        pages = raw.numpy().view(_PAGE).reshape(-1)
-        for rank, each in enumerate(pages):
-            if each["magic"] != _MAGIC:
-                raise RuntimeError(
-                    f"{group.named(rank)} calls a layer of the group while this rank is {what}: with several ranks "
-                    "threads must do both in the same order on all of them"
-                )
-    return pages
+    return raw.numpy().view(_PAGE).reshape(-1)
 
 
 def _refuse(group: EPGroup, pages: np.ndarray, own: BaseException | None) -> None:

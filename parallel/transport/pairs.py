@@ -175,7 +175,8 @@ class PairTransfer:
     _TAIL = 32
 
     def __init__(self, pairs: PairTransport, label: Label, tag: int, among: Collection[int] | None) -> None:
-        self._pairs, self._label, self._tag, self._among = pairs, label, tag, among
+        self._pairs, self._label, self._tag = pairs, label, tag
+        self._among = pairs.receivers if among is None else among
         self._incoming: list[tuple[int, dist.Work]] = []
         self._outgoing: list[tuple[int, dist.Work]] = []
         self._ended: list[dist.Work] = []
@@ -197,7 +198,7 @@ class PairTransfer:
         smaller.
         """
         for peer in self._pairs.receivers:
-            if self._among is None or peer in self._among:
+            if peer in self._among:
                 self._post_one(self._outgoing, self._pairs.group.send, message, peer)
 
     def wait(self, within_s: float | None = None) -> None:
@@ -242,7 +243,7 @@ class PairTransfer:
     ) -> None:
         starts = list(accumulate(counts, initial=0))
         for peer in order:
-            if counts[peer] and (self._among is None or peer in self._among):
+            if counts[peer] and peer in self._among:
                 self._post_one(works, post, rows[starts[peer] : starts[peer + 1]], peer)
 
     def _post_one(
