@@ -189,6 +189,12 @@ def test_the_slowest_rank_counts_and_too_little_makes_no_constants() -> None:
     assert set(small_constants([without_most] * 2, runs, CPU)) == set(small_constants([found] * 2, runs, CPU))
 
 
+def test_times_that_vary_are_not_kept() -> None:
+    odd, same = {"compute_ms": 1.0, "agreement": 0.5}, {"compute_ms": 1.0, "agreement": 0.9}
+    assert not small_probe.disturbed([[odd, same, same, same, {}, odd, same], [odd, same, same, same, {}, same, same]])
+    assert "on 3 of 7 layers" in small_probe.disturbed([[odd, same, odd, same], [same, same, odd, odd]])
+
+
 @pytest.mark.parametrize(("ranks", "tokens"), [(1, 1), (2, 1), (2, 6), (3, 24), (4, 6), (8, 1)])
 def test_tokens_of_the_probe_are_spread_evenly(ranks: int, tokens: int) -> None:
     ids = torch.cat([spread_evenly(tokens, rank, ranks) for rank in range(ranks)])
@@ -203,7 +209,7 @@ def test_tokens_of_the_probe_are_spread_evenly(ranks: int, tokens: int) -> None:
 def test_ranks_measure_what_goes_without_waves(ranks: LocalRanks) -> None:
     found = ranks.run(few_workloads, size=2)
     for first, last in found:
-        assert set(first) == {"overlapped_ms", "compute_ms"}
+        assert set(first) == {"overlapped_ms", "compute_ms", "agreement"}
         assert all(ms > 0 for ms in first.values())
         assert last == {}, "so many tokens go by waves"
 

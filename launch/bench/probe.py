@@ -8,6 +8,7 @@ What threads that move bytes take of the core that computes is the link_share th
 overlapped times. What a shaped link makes of its rate is tc's and not the machine's: it is taken from the profile that
 ships, and so is what each byte takes beside, byte_ns, which links of several rates alone would tell. Of two workloads a
 backward is timed as well, on a rank by itself: what is left of it beside products and values is its gradients'.
+Calls of few tokens have constants of their own: small_probe.py.
 """
 
 # H hidden   I intermediate   E experts of all ranks
@@ -26,6 +27,7 @@ import torch
 
 from megamoe.catalog import Machine, load_machine
 from megamoe.execution.products import products_of
+from megamoe.launch.bench import small_probe
 from megamoe.launch.bench.replay import Replay, StillTransport, together
 from megamoe.launch.bench.small_probe import FEW, measure_small, small_constants
 from megamoe.launch.bench.training import make_gradient
@@ -98,8 +100,9 @@ def machine_here(
         return kept
     progress("measuring this machine, once")
     found = ranks.run(measure_rank)
-    machine = with_small(fitted(found, setting, link_gb_s), ranks.run(measure_small), setting, link_gb_s)
-    reason = disturbed(found) or keep(setting, machine)
+    few = ranks.run(measure_small)
+    machine = with_small(fitted(found, setting, link_gb_s), few, setting, link_gb_s)
+    reason = disturbed(found) or small_probe.disturbed(few) or keep(setting, machine)
     return machine.model_copy(update={"title": f"{machine.title}, not kept: {reason}"}) if reason else machine
 
 

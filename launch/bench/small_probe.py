@@ -1,7 +1,7 @@
 """What calls without waves take on a machine, measured on the spot by layers that few tokens come to.
 
 Seven workloads, of one token and of several, with both formats of weights, one with experts that take next to nothing.
-Their tokens are spread so that all ranks have as many rows, on as many experts. The lower third of the rounds' times
+Their tokens are spread so that all ranks have as many rows, on as many experts. The lower quarter of the rounds' times
 counts: other work on a machine only adds, but what waking another rank takes varies, and the least of it is too little.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -23,12 +23,15 @@ from megamoe.launch.bench.small import own_core, stand_ins
 from megamoe.launch.bench.workloads import EXPERTS_PER_RANK, TOPK, make_weights
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.transport.pairs import Label
 from megamoe.planner.validation.calibrate import nonnegative
 from megamoe.schedule.machine import Run, crowd_of
 from megamoe.schedule.small import SmallAmounts, small_bytes
 from megamoe.shape import MoEShape
 
-ROUNDS = 12
+ROUNDS, MOST_ROUNDS = 12, 48
+AGREED = 0.67  # of the median, that the lower quarter is where nothing disturbs
+_ODD = 2  # workloads that may vary more
 _FASTEST_GFLOPS = 1e6  # products too fast to show
 _CONSTANTS = ("small_call_us", "small_gflops", "small_weight_ns", "small_packed_gflops", "small_decode_ns")
 
@@ -61,13 +64,29 @@ FEW: tuple[Few, ...] = (
 
 
 def measure_small(group: EPGroup) -> list[dict[str, float]]:
-    """Milliseconds of every workload of FEW on this rank, lower thirds; nothing of one that went by waves."""
+    """Milliseconds of each workload of FEW here, lower quarters, and "agreement"; nothing where it took waves."""
     workloads = [_Workload(group, few) for few in FEW]
     with own_core(group):
-        for _ in range(ROUNDS):
+        for number in range(1, MOST_ROUNDS + 1):
             for each in workloads:
                 each.measure()
-    return [{name: sorted(times)[len(times) // 3] for name, times in each.times.items()} for each in workloads]
+            if number >= ROUNDS and number % 4 == 0 and _steady(group, workloads):
+                break
+    return [each.lower_quarters() for each in workloads]
+
+
+def _steady(group: EPGroup, workloads: Sequence[_Workload]) -> bool:
+    """Whether times agree on nearly all workloads on every rank; the same answer on all, which measure together."""
+    agreement = [each.lower_quarters().get("agreement", 1.0) for each in workloads]
+    odd = torch.tensor([each < AGREED for each in agreement], dtype=torch.uint8)
+    pages = odd[None] if group.transport is None else group.transport.gather(odd, Label("bench", "counts"))
+    return int(pages.any(0).sum()) <= _ODD
+
+
+def disturbed(found: Sequence[Sequence[dict[str, float]]]) -> str:
+    """What tells that others were at work meanwhile, "" where nothing does: lower quarters far below medians."""
+    odd = sum(min(each.get("agreement", 1.0) for each in times) < AGREED for times in zip(*found, strict=True))
+    return f"times without waves varied by more than a half on {odd} of {len(FEW)} layers" if odd > _ODD else ""
 
 
 def small_constants(
@@ -150,6 +169,12 @@ class _Workload:
         if self._small:
             for name, layer in (("overlapped_ms", self._plain), ("compute_ms", self._still)):
                 self.times.setdefault(name, []).append(self._timed(layer))
+
+    def lower_quarters(self) -> dict[str, float]:
+        """Of each time, and as agreement the least part that one has of its median; nothing where there is none."""
+        found = {name: sorted(times)[len(times) // 4] for name, times in self.times.items()}
+        agreement = [found[name] / median(times) for name, times in self.times.items()]
+        return found | ({"agreement": min(agreement)} if agreement else {})
 
     def _timed(self, work: Callable[..., object]) -> float:
         together(self._group)
