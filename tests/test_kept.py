@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megamoe.catalog import load_machine
-from megamoe.launch.bench import probe
+from megamoe.launch.bench import probe, small_probe
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.group import EPGroup
 from megamoe.schedule import kept
@@ -138,7 +138,7 @@ def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
 ) -> None:
     monkeypatch.setattr(probe, "fitted", lambda *_: CPU)
     monkeypatch.setattr(probe, "with_small", lambda machine, *_: machine)
-    monkeypatch.setattr(probe.small_probe, "disturbed", lambda _: "")
+    monkeypatch.setattr(small_probe, "disturbed", lambda _: "")
     for taken, times in (("others were at work", 2), ("", 1)):
         measured: list[object] = []
         said: list[str] = []

@@ -370,7 +370,7 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
                     together(group)
                     run(serial)
     times: dict[str, list[float]] = {name: [] for name in measures}
-    with own_core(group) if small else nullcontext():
+    with own_core(group) if request.tokens_per_rank <= MAX_TOKENS else nullcontext():
         for repeat in range(request.repeats + 1):
             for name in _in_turn(list(measures), repeat):
                 measure = measures[name]

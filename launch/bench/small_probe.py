@@ -67,20 +67,19 @@ def measure_small(group: EPGroup) -> list[dict[str, float]]:
     """Milliseconds of each workload of FEW here, lower quarters, and "agreement"; nothing where it took waves."""
     workloads = [_Workload(group, few) for few in FEW]
     with own_core(group):
-        for number in range(1, MOST_ROUNDS + 1):
-            for each in workloads:
+        for each in workloads:  # one after the other: calls in a row find their weights where the last left them
+            for number in range(1, MOST_ROUNDS + 1):
                 each.measure()
-            if number >= ROUNDS and number % 4 == 0 and _steady(group, workloads):
-                break
+                if number >= ROUNDS and number % 4 == 0 and _steady(group, each):
+                    break
     return [each.lower_quarters() for each in workloads]
 
 
-def _steady(group: EPGroup, workloads: Sequence[_Workload]) -> bool:
-    """Whether times agree on nearly all workloads on every rank; the same answer on all, which measure together."""
-    agreement = [each.lower_quarters().get("agreement", 1.0) for each in workloads]
-    odd = torch.tensor([each < AGREED for each in agreement], dtype=torch.uint8)
-    pages = odd[None] if group.transport is None else group.transport.gather(odd, Label("bench", "counts"))
-    return int(pages.any(0).sum()) <= _ODD
+def _steady(group: EPGroup, workload: _Workload) -> bool:
+    """Whether times agree on every rank; the same answer on all, which measure together."""
+    odd = torch.tensor([workload.lower_quarters().get("agreement", 1.0) < AGREED], dtype=torch.uint8)
+    pages = odd if group.transport is None else group.transport.gather(odd, Label("bench", "counts"))
+    return not pages.any()
 
 
 def disturbed(found: Sequence[Sequence[dict[str, float]]]) -> str:
