@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -13,8 +15,8 @@ import torch
 from megamoe.catalog import Machine
 from megamoe.execution import small_call
 from megamoe.kernels.cpu.library import chosen
-from megamoe.launch.bench import small_probe
-from megamoe.launch.bench.bench import BenchRequest, predict_run
+from megamoe.launch.bench import bench, small_probe
+from megamoe.launch.bench.bench import BenchRequest, RankTimes, predict_run, run_bench
 from megamoe.launch.bench.small import own_core, stand_ins
 from megamoe.launch.bench.small_probe import FEW, small_constants, spread_evenly
 from megamoe.launch.ranks import LocalRanks
@@ -129,6 +131,37 @@ def test_delayed_links_are_known_without_waves() -> None:
     request = BenchRequest(tokens_per_rank=8, link="1gbit", latency_ms=1.0)
     near = predict_run(replace(request, latency_ms=0.0), machine(), small=True)
     assert predict_run(request, machine(), small=True).overlapped_ms == pytest.approx(near.overlapped_ms + 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "small", "started"), [(8, True, [0.0, 1.0]), (8, False, [0.0, 1.0]), (300, False, [1.0])]
+)
+def test_constants_for_a_delayed_link_are_measured_without_the_delay(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, small: bool, started: list[float]
+) -> None:
+    delays = []
+
+    class Ranks:
+        def run(self, _: object, request: BenchRequest) -> list[RankTimes]:
+            times = {"overlapped": [3.0], "compute": [0.5], "communication": [2.2]}
+            return [RankTimes(times, 1, small, 100, 100, 10, "mxfp8", None, None)] * request.ranks
+
+    @contextmanager
+    def made_up(request: BenchRequest, _: object) -> Iterator[Ranks]:
+        delays.append(request.latency_ms)
+        yield Ranks()
+
+    monkeypatch.setattr(bench, "_ranks", made_up)
+    monkeypatch.setattr(bench, "machine_here", lambda *_: machine())
+    request = BenchRequest(tokens_per_rank=tokens, link="1gbit", latency_ms=1.0, check=False)
+    report = run_bench(request)
+    assert delays == started
+    if small:
+        assert report.predicted_ms == predict_run(request, machine(), small=True).overlapped_ms
+        assert report.unpredicted is None
+    else:
+        assert report.predicted_ms is None
+        assert report.unpredicted == "what waves take over delayed links is not known"
 
 
 def test_runs_without_waves_neither_make_nor_check_a_machine() -> None:
