@@ -9,7 +9,7 @@ that is predicted was fitted. Exit code 1 where a prediction is off by more than
 
 Behind them stand rows of few tokens, over loopback by memory and by sockets, over a link, and over a link with a delay
 where the kernel has one to give. They are printed to the microsecond and count for no exit code: a call of a
-millisecond is as long as whatever else a machine does for a moment. --no-few leaves them out.
+millisecond is as long as whatever else a machine does for a moment. --few-tokens "" leaves them out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megamoe.launch.bench.probe import setting_here
 from megamoe.schedule.kept import find, processor
 
 LINKS, TOKENS, WEIGHTS = "500mbit,1gbit,2gbit", "512,2048", "bf16,mxfp4"
-FEW_TOKENS, FEW_REPEATS = (1, 8, 32), 25
+FEW_TOKENS, FEW_REPEATS = [1, 8, 32], 25
 PLACES: dict[str, dict[str, Any]] = {
     "memory": {},
     "sockets": {"shared_memory": False},
@@ -48,19 +48,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--within", type=above_zero, default=0.15, help="the largest share that a prediction may be off by"
     )
-    parser.add_argument("--no-few", action="store_true", help="no rows of few tokens")
+    parser.add_argument("--few-tokens", type=few_counts, default=FEW_TOKENS, help='of the rows behind; "" for none')
+    parser.add_argument("--few-places", type=places, default=list(PLACES))
     asked = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         code = compare(asked)
-        if not (asked.no_few or asked.backward):
-            compare_few(asked.weight_formats.split(","))
+        if asked.few_tokens and not asked.backward:
+            compare_few(asked.few_places, asked.few_tokens, asked.weight_formats.split(","))
         return code
 
 
 def token_counts(text: str) -> list[int]:
     """ "512,2048" -> [512, 2048]"""
     return [natural(each) for each in text.split(",")]
+
+
+def few_counts(text: str) -> list[int]:
+    """As token_counts(), and "" for none."""
+    return token_counts(text) if text else []
+
+
+def places(text: str) -> list[str]:
+    """ "memory,1gbit" -> ["memory", "1gbit"]"""
+    unknown = [each for each in text.split(",") if each not in PLACES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(PLACES)}, got {unknown[0]!r}")
+    return text.split(",")
 
 
 def compare(asked: argparse.Namespace) -> int:
@@ -97,13 +111,13 @@ def compare(asked: argparse.Namespace) -> int:
     return int(worst > asked.within)
 
 
-def compare_few(weight_formats: Sequence[str]) -> None:
+def compare_few(where: Sequence[str], few_tokens: Sequence[int], weight_formats: Sequence[str]) -> None:
     """Prints a row for every workload of few tokens, in milliseconds."""
     print(
         "\nplace      tokens  weights  waves  compute  commun.  measured (min to max)      predicted   off", flush=True
     )
     worst = 0.0
-    for place, tokens, weights in product(PLACES, FEW_TOKENS, weight_formats):
+    for place, tokens, weights in product(where, few_tokens, weight_formats):
         request = BenchRequest(
             tokens_per_rank=tokens, weight_format=weights, repeats=FEW_REPEATS, check=False, **PLACES[place]
         )
