@@ -41,12 +41,16 @@ def links_of(report: BenchReport) -> list[str]:
 def row(name: str, report: BenchReport) -> str:
     link = f"{report.link_gb_s * 8000:.0f} Mbit/s" if report.link_gb_s else "loopback"
     values = report.as_dict()
-    times = [f"{values[m]:.1f} ({values[f'{m}_min']:.1f}-{values[f'{m}_max']:.1f})" for m in TIMES]
+    times = [
+        "-" if values[m] is None else f"{values[m]:.1f} ({values[f'{m}_min']:.1f}-{values[f'{m}_max']:.1f})"
+        for m in TIMES
+    ]
     work = f"{report.ranks} x {report.tokens_per_rank}, {report.hidden} x {report.intermediate}"
     formats = f"{report.weight_format}, {report.dispatch_format} wire"
     assert report.hidden_percent is not None
     assert report.trace_cost is not None
-    ratios = [f"{report.speedup:.2f}", f"{report.efficiency:.2f}", f"{report.exposed_ms / report.compute_ms:+.0%}"]
+    speedup = "-" if report.speedup is None else f"{report.speedup:.2f}"
+    ratios = [speedup, f"{report.efficiency:.2f}", f"{report.exposed_ms / report.compute_ms:+.0%}"]
     traced = [f"{report.hidden_percent:.0f} %", f"{report.trace_cost:+.1%}"]
     same = {True: "yes", False: "NO", None: "-"}[report.identical]
     return f"| {' | '.join((name, work, formats, link, str(report.waves), *times, *ratios, *traced, same))} |"
@@ -63,8 +67,9 @@ HEAD = f"""# Overlap, measured
 
 16 experts, top-4, one thread a rank, waves as the layer chose them. Median (min-max) in milliseconds of the slowest
 rank over {{repeats}} repeats (61 for one token); the measures alternate within one run. Serial: one wave, and nothing
-at the same time. Compute: the overlapped call with its rows there already. Communication: its messages with nothing
-computed. Speedup: serial over overlapped. Efficiency: the larger of compute and communication, over overlapped.
+at the same time; none (-) for calls that go without waves, which overlap nothing. Compute: the overlapped call with its
+rows there already. Communication: its messages with nothing computed. Speedup: serial over overlapped. Efficiency: the
+larger of compute and communication, over overlapped.
 Exposed: what overlapped takes beyond compute, as a share of compute. Hidden: the share of the time with rows on their
 way in which the rank computed. Recorded: how much longer the overlapped call took while it was recorded, median of
 pairs. Ranks share the cores with the system's work of moving bytes, so what a transfer costs in CPU time cannot hide

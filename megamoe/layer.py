@@ -359,7 +359,7 @@ class MegaMoE(nn.Module):
         row_s, small = self.tuner.row_s, self._small
         if complaint is None and small is not None and (place is not None or self.group.transport is None):
             wire = self.tuner.known_wire()
-            if wire is not None and small.takes(len(given[0]), wire):
+            if wire is not None and small.takes(len(given[0]), wire, self.experts):
                 part = small.bring(given, place, row_s)
                 if part is not None:
                     return part, None

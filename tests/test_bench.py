@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megamoe.launch.bench.bench import BenchRequest, sweep_waves
+from megamoe.launch.bench.bench import BenchRequest, _may_be_small, sweep_waves
 from megamoe.launch.bench.presets import preset
 from megamoe.launch.lab.namespaces import burst_bytes
 from megamoe.shape import MoEShape
@@ -63,10 +63,16 @@ def check(report: dict[str, Any]) -> None:
     assert set(report) >= set(KEYS)
     assert report["identical"] is True
     assert report["repeats"] == 7
-    for name in ("serial", "overlapped", "compute", "communication"):
+    serial = [] if report["small"] else ["serial"]
+    for name in ("overlapped", "compute", "communication", *serial):
         assert 0 < report[f"{name}_ms_min"] <= report[f"{name}_ms"] <= report[f"{name}_ms_max"]
     assert report["limit_ms"] == max(report["compute_ms"], report["communication_ms"])
-    assert report["speedup"] == pytest.approx(report["serial_ms"] / report["overlapped_ms"])
+    if report["small"]:
+        assert (report["serial_ms"], report["serial_ms_max"], report["speedup"]) == (None, None, None)
+        assert "overlaps nothing" in report["without_serial"]
+    else:
+        assert report["speedup"] == pytest.approx(report["serial_ms"] / report["overlapped_ms"])
+        assert report["without_serial"] is None
     assert report["efficiency"] == pytest.approx(report["limit_ms"] / report["overlapped_ms"])
     assert report["exposed_ms"] == pytest.approx(report["overlapped_ms"] - report["compute_ms"])
 
@@ -85,14 +91,38 @@ def test_bench_on_loopback_says_that_links_are_not_shaped(weights: str) -> None:
     assert report["flops_per_rank"] % (6 * 64 * 32) == 0
 
 
-def test_calls_without_waves_are_said_to_be_so_and_not_predicted() -> None:
-    few = invoked("bench", *SMALL, "--ranks", 2, "--format", "json")
+@pytest.mark.parametrize("place", ["--shared-memory", "--no-shared-memory"])
+def test_what_is_alone_in_a_call_without_waves_is_of_such_a_call(place: str) -> None:
+    few = invoked("bench", *SMALL, "--ranks", 2, place, "--trace", "/dev/null", "--format", "json")
     report = json.loads(few.stdout)
     check(report)
-    assert (report["small"], report["waves"], report["predicted_ms"], report["predicted_by"]) == (True, 1, None, None)
-    assert "in one exchange and no waves" in invoked("bench", *SMALL, "--ranks", 2).stdout.replace("\n", " ")
+    assert (report["small"], report["waves"], report["shared_memory"]) == (True, 1, place == "--shared-memory")
+    assert report["compute_ms_min"] < report["overlapped_ms_max"]
+    assert report["predicted_ms"] is None
+    assert "cpu does not say what calls without waves take" in report["unpredicted"]
+    assert 0 < report["traced_ms_min"] <= report["traced_ms_max"]
+
+
+def test_a_table_says_what_a_call_without_waves_has_none_of() -> None:
+    said = " ".join(invoked("bench", *SMALL, "--ranks", 2, "--no-shared-memory").stdout.split())
+    assert "loopback without shared memory" in said
+    assert "in one exchange and no waves" in said
+    assert "serial - - -" in said
+    assert "serial: none, since" in said
+    assert "no speedup" in said
+    assert "not predicted: cpu does not say" in said
     waves = json.loads(invoked("bench", *SMALL, "--ranks", 2, "--waves", 1, "--format", "json").stdout)
-    assert (waves["small"], waves["predicted_ms"] is None) == (False, False)
+    check(waves)
+    assert (waves["small"], waves["predicted_ms"] is None, waves["unpredicted"]) == (False, False, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "whether"),
+    [({}, True), ({"tokens_per_rank": 300}, False), ({"waves": 1}, False), ({"backward": True}, False),
+     ({"combine_format": "mxfp8"}, False)],
+)  # fmt: skip
+def test_which_requests_may_go_without_waves(asked: dict[str, Any], whether: bool) -> None:
+    assert _may_be_small(BenchRequest(**{"tokens_per_rank": 8, **asked})) == whether
 
 
 @needs_lab

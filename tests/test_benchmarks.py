@@ -45,7 +45,20 @@ SMALLEST = {
     "launch": ["--ranks", "2", "--repeats", "1"],
     "loading": ["--gb", "0.001", "--ranks", "2", "--repeats", "1", "--folder", "{}"],
     "node_limited": ["--tokens-per-rank", "1024", "--repeats", "1", "--ranks-per-host", "1"],
-    "prediction": ["--links", "1gbit", "--tokens-per-rank", "8,300", "--weight-formats", "bf16", "--within", "1000"],
+    "prediction": [
+        "--links",
+        "1gbit",
+        "--tokens-per-rank",
+        "8,300",
+        "--weight-formats",
+        "bf16",
+        "--within",
+        "1000",
+        "--few-tokens",
+        "1",
+        "--few-places",
+        "memory",
+    ],
 }
 SOAK = list(SMALLEST)[list(SMALLEST).index("heartbeat") :]
 QUICK = [name for name in SMALLEST if name not in SOAK]
@@ -140,6 +153,7 @@ def run_smallest(name: str, folder: Path) -> None:
         ("node_limited", ["--link", "fast"], "wrong request: link 'fast' is not a rate"),
         ("node_limited", ["--repeats", "0"], "argument --repeats: must be at least 1, got 0"),
         ("prediction", ["--tokens-per-rank", "8,-8"], "argument --tokens-per-rank: must be at least 0, got -8"),
+        ("prediction", ["--few-places", "moon"], "must be of memory, sockets, 1gbit, 1gbit 1ms, got 'moon'"),
         ("prediction", ["--weight-formats", "int4"], "weight_format must be one of mxfp4, bf16, got 'int4'"),
         ("prediction", ["--links", "fast"], "wrong request: link 'fast' is not a rate"),
         ("layer", ["--only", "all"], "argument --only: invalid choice: 'all'"),

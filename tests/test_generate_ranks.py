@@ -134,12 +134,18 @@ def test_a_rank_that_makes_no_step_is_named_and_the_group_is_not_used_again(rank
 
 
 def test_tokens_that_ranks_write_are_taken_once_when_their_line_is_whole(tmp_path: Path) -> None:
-    taken: list[Token] = []
-    files, tokens = TokenFiles(tmp_path, 2, taken.append), [Token(0, index, 7) for index in range(3)]
-    lines = [json.dumps(asdict(token)) + "\n" for token in tokens]
+    taken: list[tuple[Token, float]] = []
+    begun: list[float] = []
+    files = TokenFiles(tmp_path, 2, begun.append, lambda token, at_s: taken.append((token, at_s)))
+    tokens = [(Token(0, index, 7), float(index)) for index in range(3)]
+    lines = [json.dumps({**asdict(token), "at_s": at_s}) + "\n" for token, at_s in tokens]
     with (tmp_path / "tokens-1").open("w") as file:
         for text, known in ((lines[0], 1), (lines[1][:9], 1), (lines[1][9:] + lines[2], 3)):
             file.write(text)
             file.flush()
             files.poll()
             assert taken == tokens[:known]
+        file.write('{"at_s": 9.0}\n')
+        file.flush()
+        files.poll()
+    assert begun == [9.0]

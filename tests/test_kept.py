@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from megamoe.catalog import load_machine
-from megamoe.launch.bench import probe
+from megamoe.launch.bench import probe, small_probe
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel.group import EPGroup
 from megamoe.schedule import kept
@@ -35,7 +36,15 @@ def test_what_was_kept_is_found_for_its_setting_alone() -> None:
     assert kept.keep(SETTING, CPU) == ""
     assert kept.find(SETTING) == CPU
     other: dict[str, Any]
-    for other in ({"cpu": "b"}, {"cores": 3}, {"kernels": "amx"}, {"version": "0.2"}, {"ranks": 3}, {"shaped": False}):
+    for other in (
+        {"cpu": "b"},
+        {"cores": 3},
+        {"kernels": "amx"},
+        {"version": "0.2"},
+        {"ranks": 3},
+        {"shaped": False},
+        {"shared_memory": False},
+    ):
         assert kept.find(replace(SETTING, **other)) is None, other
     assert [path.suffix for path in SETTING.path.parent.iterdir()] == [".json"], "nothing half written stays"
 
@@ -43,6 +52,22 @@ def test_what_was_kept_is_found_for_its_setting_alone() -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": 1}', "\0", '{"setting": {}, "machine": {}}'], ids=repr)
 def test_a_damaged_file_counts_as_none_and_is_replaced(text: str) -> None:
     kept.keep(SETTING, CPU)
+    SETTING.path.write_text(text)
+    assert kept.find(SETTING) is None
+    kept.keep(SETTING, CPU)
+    assert kept.find(SETTING) == CPU
+
+
+def test_a_file_of_before_calls_without_waves_were_measured_is_measured_again_and_never_read() -> None:
+    """Earlier settings had no shared_memory, and so had the names of their files."""
+    earlier = {key: value for key, value in asdict(SETTING).items() if key != "shared_memory"}
+    text = json.dumps({"setting": earlier, "machine": CPU.model_dump(exclude_defaults=True)})
+    SETTING.path.parent.mkdir(parents=True)
+    digest = hashlib.sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()
+    earlier_path = SETTING.path.with_name(f"{digest[:16]}.json")
+    earlier_path.write_text(text)
+    assert earlier_path != SETTING.path
+    assert kept.find(SETTING) is None
     SETTING.path.write_text(text)
     assert kept.find(SETTING) is None
     kept.keep(SETTING, CPU)
@@ -113,6 +138,8 @@ def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
     ranks: LocalRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "fitted", lambda *_: CPU)
+    monkeypatch.setattr(probe, "with_small", lambda machine, *_: machine)
+    monkeypatch.setattr(small_probe, "disturbed", lambda _: "")
     for taken, times in (("others were at work", 2), ("", 1)):
         measured: list[object] = []
         said: list[str] = []
@@ -121,7 +148,7 @@ def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
             ranks, "run", lambda work, measured=measured: measured.append(work) or as_measured(CPU, 0.1)
         )
         titles = [probe.machine_here(ranks, 0.1, said.append).title for _ in range(2)]
-        assert len(measured) == len(said) == times
+        assert len(measured) == 2 * len(said) == 2 * times
         assert ["not kept: others were at work" in title for title in titles] == [bool(taken)] * 2
 
 

@@ -376,6 +376,16 @@ def test_a_copy_of_a_layer_computes_with_its_own_weights() -> None:
     assert torch.equal(call(layer, batch), expected)
 
 
+def test_experts_of_another_layer_are_those_that_a_call_computes_with() -> None:
+    """A layer's experts can be replaced by another's, as the benchmark does: few tokens once went through the old."""
+    layer, other = make_layer(SHAPE, None), MegaMoE(SHAPE)
+    batch = make_batch(SHAPE, 3)
+    other.experts = layer.experts
+    out = other(batch.hidden, batch.ids, batch.weights)
+    assert other.last_call.small
+    assert torch.equal(out, oracle(SHAPE, batch, "mxfp4", "mxfp8"))
+
+
 def from_threads(group: EPGroup) -> bool:
     layer, outputs = make_layer(SHAPE, group), {}
     batches = [make_batch(SHAPE, tokens, seed=tokens) for tokens in (1, 2, 9)]

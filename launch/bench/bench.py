@@ -5,6 +5,10 @@ overlapped     the layer as it is used
 compute        the overlapped layer's compute, its rows already there
 communication  the overlapped layer's messages, nothing computed
 limit          the larger of the last two: what perfect overlap would take
+
+Calls of few tokens go without waves (execution/small_call.py), and compute and communication are then of such a call
+too: pages, tokens and results of other ranks are there already, or both exchanges are made and nothing is computed.
+Serial has no meaning, since such a call overlaps nothing. Limit is what it would take if it did.
 """
 
 # T tokens of a rank   H hidden   I intermediate   E experts   K experts per token
@@ -24,9 +28,11 @@ from torch import Tensor
 from megamoe.catalog import Machine, load_machine
 from megamoe.catalog.wording import plural
 from megamoe.execution.checks import check_formats
+from megamoe.execution.small_call import MAX_TOKENS
 from megamoe.formats import dequantize_mxfp4, quantize_mxfp4
 from megamoe.launch.bench.probe import machine_here
-from megamoe.launch.bench.replay import Replay, StillTransport, together
+from megamoe.launch.bench.replay import together
+from megamoe.launch.bench.small import own_core, stand_ins
 from megamoe.launch.bench.training import expected, make_gradient, step
 from megamoe.launch.bench.training import identical as is_identical
 from megamoe.launch.lab.namespaces import Host, check_latency, lab, parse_rate
@@ -46,6 +52,7 @@ from megamoe.training import TrainableMoE
 SERIAL_TRACES = 3
 SETTLING = 5
 _MOST_THREADS = 1024
+NO_SERIAL = "a call without waves exchanges, computes and exchanges, one after the other: it overlaps nothing"
 TRACED = "traced"  # the overlapped layer with a recorder in place
 
 
@@ -55,6 +62,7 @@ class BenchRequest:
 
     backward: measures forward and backward together, of a layer that trains
     ranks_per_host ranks share a link and memory; node_limited: a token then goes once to each other host.
+    shared_memory: ranks of a host exchange rows through memory; False has them do so over sockets.
 
     machine: the profile by which the run is predicted, a name of the catalog or a file that megamoe calibrate wrote;
     None takes this machine's constants, which are measured before the run where they are not kept from an earlier one.
@@ -66,6 +74,7 @@ class BenchRequest:
     latency_ms: float = 0.0
     ranks_per_host: int = 1
     node_limited: bool = True
+    shared_memory: bool = True
     tokens_per_rank: int = 1024
     hidden: int = 1024
     intermediate: int = 512
@@ -114,19 +123,17 @@ class BenchRequest:
 
 
 def predict_run(
-    request: BenchRequest, machine: Machine, waves: int = 0, dispatch_format: str | None = None
-) -> Predicted | None:
-    """What a machine's constants say of a request; None where nobody can say: delayed links.
+    request: BenchRequest, machine: Machine, waves: int = 0, dispatch_format: str | None = None, *, small: bool = False
+) -> Predicted:
+    """What a machine's constants say of a request. ValueError where they say nothing of it. Waves know no latency.
 
-    waves and dispatch_format: as they turned out, where the layer decides. Uneven waves count by their number.
+    waves, dispatch_format and small: as they turned out, where the layer decides. Uneven waves count by their number.
     """
-    if request.latency_ms:
-        return None
     if not waves and request.waves != "auto":
         waves = request.waves if isinstance(request.waves, int) else len(request.waves)
     wire = dispatch_format or request.dispatch_format
     asked = {each.name: getattr(request, each.name) for each in fields(Run) if hasattr(request, each.name)}
-    asked |= {"dispatch_format": "mxfp8" if wire == "auto" else wire, "waves": waves}
+    asked |= {"dispatch_format": "mxfp8" if wire == "auto" else wire, "waves": waves, "small": small}
     return predict_step(Run(**asked), machine)
 
 
@@ -152,8 +159,9 @@ class BenchReport:
     traced_ms is the overlapped layer while it is recorded, trace_cost the median over repeats of how much longer that
     took than without, as a share; hidden_percent is the share of communication that hid. predicted_ms is what the
     planner says of the overlapped layer, None where it cannot, and predicted_by whose constants it took.
-    small: calls of few tokens, which the layer makes without waves (CallRecord.small): compute and communication alone
-    are those of a call in waves then, and may take longer, and the planner, which plans waves, predicts none.
+    small: calls of few tokens, which the layer makes without waves (CallRecord.small). Compute alone is then such a
+    call with everything there already, communication alone its two exchanges; without_serial says why no serial layer
+    stands beside them, and is None where one does. unpredicted: why nothing is predicted though it was asked for.
     link_bytes_per_host: what the ranks of a host send over its link in a call, of the host that sends most; None
     without links.
     """
@@ -163,6 +171,7 @@ class BenchReport:
     latency_ms: float
     ranks_per_host: int
     node_limited: bool
+    shared_memory: bool
     tokens_per_rank: int
     hidden: int
     intermediate: int
@@ -175,9 +184,10 @@ class BenchReport:
     small: bool
     threads_per_rank: int
     backward: bool
-    serial_ms: float
-    serial_ms_min: float
-    serial_ms_max: float
+    serial_ms: float | None
+    serial_ms_min: float | None
+    serial_ms_max: float | None
+    without_serial: str | None
     overlapped_ms: float
     overlapped_ms_min: float
     overlapped_ms_max: float
@@ -194,10 +204,11 @@ class BenchReport:
     hidden_percent: float | None
     limit_ms: float
     exposed_ms: float
-    speedup: float
+    speedup: float | None
     efficiency: float
     predicted_ms: float | None
     predicted_by: str | None
+    unpredicted: str | None
     bytes_sent_per_rank: int
     link_bytes_per_host: int | None
     flops_per_rank: int
@@ -217,26 +228,40 @@ def run_traced(
     request: BenchRequest, progress: Callable[[str], None] = lambda _: None
 ) -> tuple[BenchReport, Timeline | None]:
     """As run_bench(), with a serial and an overlapped call of middling length on one time axis if the request asks."""
-    with _hosts(request) as hosts:
-        progress(f"starting {plural(request.ranks, 'rank')}")
-        with LocalRanks(
-            request.ranks, threads_per_rank=request.threads_per_rank, deadline_s=request.deadline_s, hosts=hosts
-        ) as ranks:
-            machine = _machine(request, ranks, progress)
-            progress("running")
-            found = ranks.run(bench_rank, request)
+    machine = None if request.machine is None else load_machine(request.machine)
+    measured = request.predict and machine is None
+    if measured and request.latency_ms and _may_be_small(request):  # delay is added to what is measured without it
+        with _ranks(replace(request, latency_ms=0.0), progress) as ranks:
+            machine = machine_here(ranks, request.link_gb_s, progress)
+    with _ranks(request, progress) as ranks:
+        if measured and not request.latency_ms:
+            machine = machine_here(ranks, request.link_gb_s, progress)
+        progress("running")
+        found = ranks.run(bench_rank, request)
     recordings = [rank.recording for rank in found if rank.recording is not None]
     timeline = _typical(Timeline.merge(recordings)) if recordings else None
     return _report(request, found, timeline, machine), timeline
 
 
-def _machine(request: BenchRequest, ranks: LocalRanks, progress: Callable[[str], None]) -> Machine | None:
-    """By whose constants the run is predicted; None where it is not."""
-    if not request.predict or request.latency_ms:
-        return None
-    if request.machine is not None:
-        return load_machine(request.machine)
-    return machine_here(ranks, request.link_gb_s, progress)
+@contextmanager
+def _ranks(request: BenchRequest, progress: Callable[[str], None]) -> Iterator[LocalRanks]:
+    """Ranks on the links that a request asks for."""
+    with _hosts(request) as hosts:
+        progress(f"starting {plural(request.ranks, 'rank')}")
+        with LocalRanks(
+            request.ranks,
+            threads_per_rank=request.threads_per_rank,
+            deadline_s=request.deadline_s,
+            hosts=hosts,
+            shared_memory=request.shared_memory,
+        ) as ranks:
+            yield ranks
+
+
+def _may_be_small(request: BenchRequest) -> bool:
+    """Whether so few tokens may go without waves."""
+    in_waves = request.waves != "auto" or request.backward or request.combine_format != "bf16"
+    return not in_waves and request.tokens_per_rank <= MAX_TOKENS
 
 
 def _most_of_a_host(request: BenchRequest, found: list[RankTimes]) -> int:
@@ -309,15 +334,17 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
     for _ in range(SETTLING):  # until it has decided what was left to it
         run(layer)
     formats["dispatch_format"] = layer.tuner.dispatch_format or request.dispatch_format
-    waves = layer.last_call.waves if request.waves == "auto" else request.waves
-    serial = make_layer(group, "serial", overlap=False)
-    replay = Replay(group.transport)
-    recorded = make_layer(replace(group, transport=replay if group.transport else None), "taped", waves)
-    silent = StillTransport(replay, copies=request.backward) if group.transport else None
+    small = layer.last_call.small  # on all ranks alike
+    waves: Waves = layer.last_call.waves if request.waves == "auto" and not small else request.waves
+    replay, silent = stand_ins(group.transport, small=small, copies=request.backward)
+    serial = None if small else make_layer(group, "serial", overlap=False)
+    recorded = make_layer(replace(group, transport=replay), "taped", waves)
     still = make_layer(replace(group, transport=silent), "still", waves)
-    serial.experts = recorded.experts = still.experts = layer.experts
+    layers = [layer, recorded, *([serial] if serial else [])]
+    for each in (*layers, still):
+        each.experts = layer.experts
 
-    outputs = [run(each) for each in (layer, serial, recorded)]
+    outputs = [run(each) for each in layers]
     identical = None
     if request.check:
         make = partial(make_workload, shape, num_tokens=request.tokens_per_rank)
@@ -329,28 +356,31 @@ def bench_rank(group: EPGroup, request: BenchRequest) -> RankTimes:
         del wanted
     del gate_up, down
     measures: dict[str, Callable[[], object]] = {
-        "serial": lambda: run(serial),
         "overlapped": lambda: run(layer),
         "compute": lambda: run(still),
-        "communication": replay.replay,
+        "communication": replay.replay if replay else lambda: None,
     }
     recording = Recording(group.rank, group.host) if request.trace else None
     if recording:
-        with group.record(recording):
-            for _ in range(SERIAL_TRACES):
-                together(group)
-                run(serial)
-        measures = {"serial": measures["serial"], TRACED: measures["overlapped"], **measures}
+        measures = {TRACED: measures["overlapped"], **measures}
+    if serial is not None:
+        measures = {"serial": partial(run, serial), **measures}
+        if recording:
+            with group.record(recording):
+                for _ in range(SERIAL_TRACES):
+                    together(group)
+                    run(serial)
     times: dict[str, list[float]] = {name: [] for name in measures}
-    for repeat in range(request.repeats + 1):
-        for name in _in_turn(list(measures), repeat):
-            measure = measures[name]
-            with group.record(recording) if recording and name == TRACED else nullcontext():
-                together(group)
-                begun = time.perf_counter()
-                measure()
-                if repeat:
-                    times[name].append((time.perf_counter() - begun) * 1e3)
+    with own_core(group) if request.tokens_per_rank <= MAX_TOKENS else nullcontext():
+        for repeat in range(request.repeats + 1):
+            for name in _in_turn(list(measures), repeat):
+                measure = measures[name]
+                with group.record(recording) if recording and name == TRACED else nullcontext():
+                    together(group)
+                    begun = time.perf_counter()
+                    measure()
+                    if repeat:
+                        times[name].append((time.perf_counter() - begun) * 1e3)
     record = layer.last_call
     calls = [record, layer.last_backward] if isinstance(layer, TrainableMoE) else [record]
     sent, far = (sum(getattr(each, name) for each in calls) for name in ("bytes_sent", "far_bytes"))
@@ -368,6 +398,18 @@ def _in_turn(names: list[str], repeat: int) -> list[str]:
     return names
 
 
+def _predicted(request: BenchRequest, found: RankTimes, machine: Machine | None) -> tuple[Predicted | None, str | None]:
+    """What is predicted of a request as it turned out, or why nothing is."""
+    if not request.predict:
+        return None, None
+    if machine is None or (request.latency_ms and not found.small):
+        return None, "what waves take over delayed links is not known"
+    try:
+        return predict_run(request, machine, found.waves, found.dispatch_format, small=found.small), None
+    except ValueError as reason:
+        return None, str(reason)
+
+
 def _report(
     request: BenchRequest, found: list[RankTimes], timeline: Timeline | None, machine: Machine | None
 ) -> BenchReport:
@@ -377,7 +419,9 @@ def _report(
         for name in found[0].times
     }
     middle = {name: median(times) for name, times in slowest.items()}
-    milliseconds: dict[str, float | None] = {f"{TRACED}_ms{end}": None for end in ("", "_min", "_max")}
+    milliseconds: dict[str, float | None] = {
+        f"{name}_ms{end}": None for name in (TRACED, "serial") for end in ("", "_min", "_max")
+    }
     for name, times in slowest.items():
         milliseconds |= {f"{name}_ms": middle[name], f"{name}_ms_min": min(times), f"{name}_ms_max": max(times)}
     pairs = zip(slowest.get(TRACED, []), slowest["overlapped"], strict=False)
@@ -385,9 +429,7 @@ def _report(
     overlapped = [run.share() for run in timeline.runs() if run.layer.startswith("overlapped")] if timeline else []
     products = 18 if request.backward else 6  # FLOPs of a row; a backward has two products for each of the forward
     limit = max(middle["compute"], middle["communication"])
-    predicted = None
-    if machine is not None and not found[0].small:
-        predicted = predict_run(request, machine, found[0].waves, found[0].dispatch_format)
+    predicted, unpredicted = _predicted(request, found[0], machine)
     asked = {f.name: getattr(request, f.name) for f in fields(BenchReport) if hasattr(request, f.name)}
     asked |= {
         "waves": found[0].waves,
@@ -402,10 +444,12 @@ def _report(
         hidden_percent=Share.sum(overlapped).hidden_percent if overlapped else None,
         limit_ms=limit,
         exposed_ms=middle["overlapped"] - middle["compute"],
-        speedup=middle["serial"] / middle["overlapped"],
+        speedup=middle["serial"] / middle["overlapped"] if "serial" in middle else None,
+        without_serial=None if "serial" in middle else NO_SERIAL,
         efficiency=limit / middle["overlapped"],
         predicted_ms=predicted.overlapped_ms if predicted else None,
         predicted_by=machine.title if machine and predicted else None,
+        unpredicted=unpredicted,
         bytes_sent_per_rank=max(rank.bytes_sent for rank in found),
         link_bytes_per_host=_most_of_a_host(request, found) if request.link else None,
         flops_per_rank=products * request.hidden * request.intermediate * max(rank.rows_computed for rank in found),

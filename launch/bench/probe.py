@@ -8,6 +8,7 @@ What threads that move bytes take of the core that computes is the link_share th
 overlapped times. What a shaped link makes of its rate is tc's and not the machine's: it is taken from the profile that
 ships, and so is what each byte takes beside, byte_ns, which links of several rates alone would tell. Of two workloads a
 backward is timed as well, on a rank by itself: what is left of it beside products and values is its gradients'.
+Calls of few tokens have constants of their own: small_probe.py.
 """
 
 # H hidden   I intermediate   E experts of all ranks
@@ -20,16 +21,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 
 from megamoe.catalog import Machine, load_machine
 from megamoe.execution.products import products_of
-from megamoe.formats import MXFP4
+from megamoe.launch.bench import small_probe
 from megamoe.launch.bench.replay import Replay, StillTransport, together
+from megamoe.launch.bench.small_probe import FEW, measure_small, small_constants
 from megamoe.launch.bench.training import make_gradient
+from megamoe.launch.bench.workloads import EXPERTS_PER_RANK, TOPK, make_weights
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
@@ -45,7 +47,6 @@ REPEATS, MOST_REPEATS = 3, 8
 QUIET = 0.1  # of the time; what was measured while others took more is not kept
 AGREED = 0.93  # of the next to least time, that the least is where two rounds agree; 0.1 ms counts as nothing
 _ODD = 2  # workloads that may have no two rounds that agree: the fits leave what is far off aside
-_TOPK, _EXPERTS_PER_RANK = 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Small:
 
     def run(self, ranks: int, link_gb_s: float | None, threads_per_rank: int) -> Run:
         """As calibration and prediction take it."""
-        sizes = (self.tokens, self.hidden, self.intermediate, _EXPERTS_PER_RANK * ranks, _TOPK)
+        sizes = (self.tokens, self.hidden, self.intermediate, EXPERTS_PER_RANK * ranks, TOPK)
         return Run(ranks, link_gb_s, *sizes, self.weight_format, self.dispatch_format, self.waves, threads_per_rank)
 
 
@@ -92,20 +93,31 @@ def machine_here(
     Errors are those of LocalRanks.run(). Where others had the cores or the links meanwhile, or the cache folder takes
     no file, the constants serve this once, and the title says so.
     """
-    setting = setting_here(ranks.num_ranks, ranks.threads_per_rank, shaped=link_gb_s is not None)
+    shaped, shared_memory = link_gb_s is not None, ranks.shared_memory
+    setting = setting_here(ranks.num_ranks, ranks.threads_per_rank, shaped=shaped, shared_memory=shared_memory)
     kept = find(setting)
     if kept is not None:
         return kept
     progress("measuring this machine, once")
     found = ranks.run(measure_rank)
-    machine = fitted(found, setting, link_gb_s)
-    reason = disturbed(found) or keep(setting, machine)
+    few = ranks.run(measure_small)
+    machine = with_small(fitted(found, setting, link_gb_s), few, setting, link_gb_s)
+    reason = disturbed(found) or small_probe.disturbed(few) or keep(setting, machine)
     return machine.model_copy(update={"title": f"{machine.title}, not kept: {reason}"}) if reason else machine
 
 
-def setting_here(ranks: int, threads_per_rank: int, *, shaped: bool) -> Setting:
+def setting_here(ranks: int, threads_per_rank: int, *, shaped: bool, shared_memory: bool = True) -> Setting:
     """What constants are kept for."""
-    return Setting.here(products_of(torch.device("cpu")).path, threads_per_rank, ranks, shaped=shaped)
+    path = products_of(torch.device("cpu")).path
+    return Setting.here(path, threads_per_rank, ranks, shaped=shaped, shared_memory=shared_memory)
+
+
+def with_small(
+    machine: Machine, found: list[list[dict[str, float]]], setting: Setting, link_gb_s: float | None
+) -> Machine:
+    """The machine with what each rank measured of calls without waves, by measure_small()."""
+    runs = [few.run(setting.ranks, link_gb_s, setting.threads_per_rank) for few in FEW]
+    return with_measured(machine, machine.fitted, **small_constants(found, runs, machine))
 
 
 def fitted(found: list[list[dict[str, float]]], setting: Setting, link_gb_s: float | None) -> Machine:
@@ -230,7 +242,7 @@ def _steady(group: EPGroup, rounds: list[list[dict[str, float]]]) -> bool:
 
 def measure_backward(small: Small) -> float:
     """Milliseconds of core time of a backward of so many tokens, by a rank alone that has its experts of the layer."""
-    shape = MoEShape(small.hidden, small.intermediate, _EXPERTS_PER_RANK, _TOPK)
+    shape = MoEShape(small.hidden, small.intermediate, EXPERTS_PER_RANK, TOPK)
     formats = {"weight_format": small.weight_format, "dispatch_format": small.dispatch_format}
     layer = TrainableMoE(shape, name="probe backward", **formats)  # type: ignore[arg-type]
     batch, gradient = _batch(shape, 0, small.tokens), make_gradient(0, shape, small.tokens)
@@ -268,7 +280,7 @@ class _Workload:
             for name, transport in transports.items()
         }
         self._plain, self._still = layers["plain"], layers.get("still", layers["plain"])
-        self._plain.load_experts(*_weights(shape, packed=run.packed))
+        self._plain.load_experts(*make_weights(shape, packed=run.packed))
         for each in layers.values():
             each.experts = self._plain.experts
             each(*self._batch)
@@ -300,18 +312,3 @@ def _batch(shape: MoEShape, rank: int, tokens: int) -> tuple[torch.Tensor, torch
     hidden = torch.randn(tokens, shape.hidden, generator=generator).to(torch.bfloat16)
     ids = torch.rand(tokens, shape.num_experts, generator=generator).topk(shape.topk).indices
     return hidden, ids, torch.full((tokens, shape.topk), 1 / shape.topk)
-
-
-def _weights(shape: MoEShape, *, packed: bool) -> tuple[Any, Any]:
-    """One expert's random weights for all experts, as a layer takes them, without making a copy of each."""
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for outputs, inputs in ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)):
-        if packed:
-            values = torch.randint(0, 256, (1, outputs, inputs // 2), generator=generator, dtype=torch.uint8)
-            scales = torch.full((1, outputs, inputs // 32), 121, dtype=torch.uint8)
-            found.append(MXFP4(*(each.expand(shape.num_experts, -1, -1) for each in (values, scales))))
-        else:
-            value = torch.randn(1, outputs, inputs, generator=generator) / inputs**0.5
-            found.append(value.to(torch.bfloat16).expand(shape.num_experts, -1, -1))
-    return found[0], found[1]

@@ -37,13 +37,14 @@ class Replay:
         self.pages.append(self._transport.gather(page, label))
         return self.pages[-1]
 
-    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
+    def expect(self, receive: Tensor, counts: Sequence[int], label: Label, *among: Sequence[int]) -> Transfer:
+        """among: for pairs, which take it"""
         assert self._transport is not None
-        number, opened = self._num_transfers, self._transport.expect(receive, counts, label)
+        number, opened = self._num_transfers, self._transport.expect(receive, counts, label, *among)
         self.arrived.append(receive[:0])
         transfer = _ReplayedTransfer(opened, number, self._events, lambda: self._note(number, receive, label))
         # a buffer of its own: the one of the call belongs to the call
-        self._events.append(("expect", self._num_transfers, (torch.zeros_like(receive), counts, label)))
+        self._events.append(("expect", self._num_transfers, (torch.zeros_like(receive), counts, label, *among)))
         self._num_transfers += 1
         return transfer
 
@@ -66,6 +67,11 @@ class Replay:
         if self._transport is not None:
             self._transport.abort()
 
+    def note(self, work: Callable[[], object]) -> None:
+        """Does it, now and in every replay."""
+        work()
+        self._events.append(("do", 0, (work,)))
+
     def replay(self) -> None:
         """Sends and receives once more what was noted, in the same order, waiting where the call waited."""
         transfers: dict[int, Transfer] = {}
@@ -74,6 +80,8 @@ class Replay:
                 return
             if action == "gather":
                 self._transport.gather(*arguments)
+            elif action == "do":
+                arguments[0]()
             elif action == "expect":
                 transfers[number] = self._transport.expect(*arguments)
             else:
@@ -122,7 +130,7 @@ class StillTransport:
         del counts, label
         number = self._num_transfers % len(self._replay.arrived)
         self._num_transfers += 1
-        return _NoTransfer(receive, self._replay.arrived[number] if self._copies else receive[:0])
+        return NoTransfer(receive, self._replay.arrived[number] if self._copies else receive[:0])
 
     def nodes(self, layer: str) -> tuple[int, ...]:
         return self._replay.nodes(layer)
@@ -148,7 +156,7 @@ class _StillLandings(Landings):
     def finish(self) -> None: ...
 
 
-class _NoTransfer:
+class NoTransfer:
     def __init__(self, receive: Tensor, arrived: Tensor) -> None:
         self._receive, self._arrived = receive, arrived
 

@@ -30,6 +30,9 @@ def bench(
     node_limited: Annotated[
         bool, typer.Option(help="Send a token once to each other host, where ranks share one.")
     ] = True,
+    shared_memory: Annotated[
+        bool, typer.Option(help="Ranks of a host exchange rows through memory; without, through sockets.")
+    ] = True,
     preset: Annotated[
         str | None, typer.Option(help="A model's sizes, such as deepseek-v4-flash/16; sizes that are given too win.")
     ] = None,
@@ -83,6 +86,7 @@ def bench(
                 latency_ms=latency_ms,
                 ranks_per_host=ranks_per_host,
                 node_limited=node_limited,
+                shared_memory=shared_memory,
                 tokens_per_rank=tokens_per_rank,
                 weight_format=weight_format,
                 dispatch_format=dispatch_format,
@@ -140,6 +144,7 @@ def _print_sweep(reports: list[BenchReport]) -> None:
 
 def _workload(report: BenchReport) -> str:
     link = f"{report.link_gb_s * 8:g} Gbit/s links" if report.link_gb_s else "loopback"
+    link += "" if report.shared_memory else " without shared memory"
     experts = f"{report.num_experts} experts {report.hidden} x {report.intermediate} {report.weight_format}"
     both = ", forward and backward" if report.backward else ""
     formats = f"{report.dispatch_format} there, {report.combine_format} back"
@@ -151,31 +156,37 @@ def _workload(report: BenchReport) -> str:
 
 
 def _print_bench(report: BenchReport) -> None:
-    say(f"{_workload(report)}, {plural(report.waves, 'wave')}")
+    say(f"{_workload(report)}, {'no waves' if report.small else plural(report.waves, 'wave')}")
     values = report.as_dict()
     names = ("serial", "overlapped", "compute", "communication", *(["traced"] if report.traced_ms else []))
     rows = [(name, *(values[f"{name}_ms{suffix}"] for suffix in ("", "_min", "_max"))) for name in names]
-    show({"": "", **dict.fromkeys(("median ms", "min", "max"), ".1f")}, rows)
+    digits = ".3f" if report.small else ".1f"
+    show({"": "", **dict.fromkeys(("median ms", "min", "max"), digits)}, rows)
     verdict = {True: "identical to the oracle", False: "DIFFERENT from the oracle", None: "not checked"}[
         report.identical
     ]
+    speedup = "no speedup" if report.speedup is None else f"speedup over serial {report.speedup:.2f}"
     say(
-        f"speedup over serial {report.speedup:.2f}, efficiency {report.efficiency:.2f}, exposed "
-        f"{report.exposed_ms:.1f} ms, {report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}"
+        f"{speedup}, efficiency {report.efficiency:.2f}, exposed {report.exposed_ms:{digits}} ms, "
+        f"{report.bytes_sent_per_rank / 1e6:.2f} MB sent a rank; {verdict}"
     )
     if report.small:
         way = (
             "travel with the page of their call, in one exchange and no waves" if report.ranks > 1 else "need no waves"
         )
         say(
-            f"so few tokens {way}; what computes and what communicates alone is of a call in waves, as --waves 1 has it"
+            f"so few tokens {way}; compute is such a call with all there already"
+            + (", communication its two exchanges alone" if report.ranks > 1 else "")
         )
+        say(f"serial: none, since {report.without_serial}")
     if report.ranks_per_host > 1:
         assert report.link_bytes_per_host is not None
         say(f"{report.link_bytes_per_host / 1e6:.2f} MB over the link of a host")
     if report.predicted_ms is not None:
         off = report.predicted_ms / report.overlapped_ms - 1
-        say(f"the planner predicts {report.predicted_ms:.1f} ms overlapped: {off:+.0%} (by {report.predicted_by})")
+        say(f"the planner predicts {report.predicted_ms:{digits}} ms overlapped: {off:+.0%} (by {report.predicted_by})")
+    elif report.unpredicted is not None:
+        say(f"not predicted: {report.unpredicted}")
     if report.traced_ms is not None:
         hidden = "none" if report.hidden_percent is None else f"{report.hidden_percent:.1f} %"
         say(f"{hidden} of communication hidden; recording cost {report.trace_cost:+.1%}")

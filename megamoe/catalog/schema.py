@@ -441,6 +441,12 @@ class Machine(Entry):
     byte_ns               of a core's time, for every byte that a rank sends or receives
     link_share            of a core, taken by the threads that move bytes while a shaped link carries any
     gradient_ns           writing a weight's gradient, in a backward, and what turning rows into columns costs for it
+
+    Of calls of few tokens, which go without waves; None where nobody has measured it (schedule/small.py):
+    small_call_us         a call, whatever it does
+    small_gflops, small_packed_gflops  of one rank's products of few rows, with BF16 and with MXFP4 weights
+    small_weight_ns, small_decode_ns   reading a weight of either format
+    small_exchange_us     an exchange of pages or of results        small_byte_ns   a byte that a rank sends
     """
 
     name: str
@@ -463,11 +469,19 @@ class Machine(Entry):
     byte_ns: Figure
     link_share: Figure
     gradient_ns: Figure
+    small_call_us: Figure | None = None
+    small_gflops: Figure | None = None
+    small_packed_gflops: Figure | None = None
+    small_weight_ns: Figure | None = None
+    small_decode_ns: Figure | None = None
+    small_exchange_us: Figure | None = None
+    small_byte_ns: Figure | None = None
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
-        for key in ("product_gflops", "link_efficiency", "loopback_gb_s"):
-            if getattr(self, key).value == 0:
+        for key in ("product_gflops", "link_efficiency", "loopback_gb_s", "small_gflops", "small_packed_gflops"):
+            figure = getattr(self, key)
+            if figure is not None and figure.value == 0:
                 raise ValueError(f"{key} is divided by and cannot be 0")
         return self
 

@@ -88,7 +88,12 @@ class Tuner:
         if self._given is not None or not chooses:
             return self._given
         here = (self._experts.products.path, torch.get_num_threads(), self._group.size)
-        settings = (Setting.here(*here, shaped=shaped) for shaped in (True, False))
+        places = (
+            (shaped, shares)
+            for shares in (self._group.shared_memory, not self._group.shared_memory)
+            for shaped in (True, False)
+        )
+        settings = (Setting.here(*here, shaped=shaped, shared_memory=shares) for shaped, shares in places)
         return next(filter(None, map(find, settings)), None)
 
     @cached_property

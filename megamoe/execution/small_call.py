@@ -92,7 +92,7 @@ class SmallCalls:
         return type(self), (self._name, self._group, self._experts, self._library)
 
     def _point_at_experts(self) -> None:
-        """Once, since weights are loaded in place, and another group has other SmallCalls."""
+        """Once for the same experts, whose weights are loaded in place; another group has other SmallCalls."""
         few, experts, activation = self._few, self._experts, self._experts.shape.activation
         few.gated, few.quantized = activation.gated, experts.format.activations == "mxfp8"
         few.table = experts.tables.gate.data_ptr()
@@ -113,11 +113,15 @@ class SmallCalls:
         transport = self._group.transport
         return transport.host.far if isinstance(transport, HostTransport) else []
 
-    def takes(self, num_tokens: int, wire: Wire) -> bool:
+    def takes(self, num_tokens: int, wire: Wire, experts: Experts) -> bool:
         """Whether so many tokens of a rank are few: there is room for them behind a page, and they are MAX_TOKENS.
 
-        Asked once the transport has found out who shares this rank's memory.
+        Asked once the transport has found out who shares this rank's memory. experts: the layer's, which may be another
+        layer's since the last call.
         """
+        if experts is not self._experts:
+            self._experts = experts
+            self._point_at_experts()
         if wire is not self._wire:
             few, self._wire = self._few, wire
             few.row_bytes, few.mxfp8, few.rounds = (

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What constants hold for. kernels: the path that multiplies; shaped: ranks have links of a rate, not loopback."""
+    """What constants hold for. kernels: the path that multiplies; shaped: ranks have links of a rate, not loopback.
+
+    shared_memory: whether ranks of a host may share memory.
+    """
 
     cpu: str
     cores: int
@@ -34,13 +37,16 @@ class Setting:
     threads_per_rank: int
     ranks: int
     shaped: bool
+    shared_memory: bool = True
 
     @classmethod
-    def here(cls, kernels: str, threads_per_rank: int, ranks: int, *, shaped: bool) -> Setting:
+    def here(
+        cls, kernels: str, threads_per_rank: int, ranks: int, *, shaped: bool, shared_memory: bool = True
+    ) -> Setting:
         """This machine's."""
         from megamoe import __version__
 
-        return cls(processor(), cores(), kernels, __version__, threads_per_rank, ranks, shaped)
+        return cls(processor(), cores(), kernels, __version__, threads_per_rank, ranks, shaped, shared_memory)
 
     @property
     def path(self) -> Path:

@@ -41,6 +41,7 @@ class Run:
 
     With a link ranks_per_host ranks share it, and memory; node_limited: a token then goes once to each other host.
     Reports that do not say how results travel are of bf16. backward: forward and backward together, training.py.
+    small: few tokens, without waves, small.py; only there counts a link's latency.
     """
 
     ranks: int
@@ -58,11 +59,14 @@ class Run:
     ranks_per_host: int = 1
     node_limited: bool = True
     backward: bool = False
+    small: bool = False
+    latency_ms: float = 0.0
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Run:
-        """From a report's keys. ValueError names those that are missing, but for hosts of one rank."""
-        known = {"combine_format": "bf16", "ranks_per_host": 1, "node_limited": True, "backward": False, **found}
+        """From a report's keys. ValueError names those that are missing, but for those that early reports lack."""
+        early = {"combine_format": "bf16", "ranks_per_host": 1, "node_limited": True, "backward": False}
+        known = {**early, "small": False, "latency_ms": 0.0, **found}
         missing = [key for key in cls.__slots__ if key not in known]
         if missing:
             raise ValueError(f"no report of megamoe bench --format json: it has no {', '.join(missing)}")
@@ -93,7 +97,7 @@ class Run:
     @property
     def dispatch_bytes(self) -> float:
         """Sent by a rank: a token once to every rank that has one of its experts, and what is said of its pairs."""
-        return self.gradient_tokens * self._token_bytes + self.rows * self.f_remote * PAIR_BYTES
+        return self.gradient_tokens * self.token_bytes + self.rows * self.f_remote * PAIR_BYTES
 
     @property
     def gradient_tokens(self) -> float:
@@ -118,7 +122,7 @@ class Run:
         to_ranks = (self.ranks - together) * self._found_on(1)
         to_hosts = (self.ranks / together - 1) * self._found_on(together) if self.node_limited else to_ranks
         said = self._far_rows + self.tokens_per_rank * (to_ranks - to_hosts)
-        return together * (self.tokens_per_rank * to_hosts * self._token_bytes + said * PAIR_BYTES)
+        return together * (self.tokens_per_rank * to_hosts * self.token_bytes + said * PAIR_BYTES)
 
     @property
     def link_combine_bytes(self) -> float:
@@ -132,7 +136,8 @@ class Run:
         return self.rows * max(0.0, 1 - self.ranks_per_host / self.ranks)
 
     @property
-    def _token_bytes(self) -> float:
+    def token_bytes(self) -> float:
+        """Of a token on the wire."""
         return self.hidden * value_bytes(self.dispatch_format)
 
     def _found_on(self, ranks: int) -> float:
@@ -178,11 +183,8 @@ class Predicted:
 
 
 def predict(run: Run, machine: Machine) -> Predicted:
-    """What a run's forward takes. ValueError where ranks have other threads than the machine was calibrated with."""
-    if run.threads_per_rank != machine.threads_per_rank:
-        raise ValueError(
-            f"{machine.name} was calibrated with {machine.threads_per_rank} threads a rank, not {run.threads_per_rank}"
-        )
+    """What a forward in waves takes. ValueError where ranks have other threads than the machine was calibrated with."""
+    check_threads(run, machine)
     waves = run.waves or choose_waves(run, machine)
     crowd = crowd_of(run, machine)
     steps = intervals(run, machine, waves)
@@ -191,6 +193,14 @@ def predict(run: Run, machine: Machine) -> Predicted:
     serial = compute_us(run, machine, run.spread.experts_per_rank) * crowd + communication_us(run, machine, 1)
     overlapped = _overlapped_us(run, machine, steps, crowd) if run.ranks > 1 else compute
     return Predicted(waves, *(each / 1e3 for each in (compute, alone, serial, overlapped)))
+
+
+def check_threads(run: Run, machine: Machine) -> None:
+    """ValueError where ranks have other threads than the machine was calibrated with."""
+    if run.threads_per_rank != machine.threads_per_rank:
+        raise ValueError(
+            f"{machine.name} was calibrated with {machine.threads_per_rank} threads a rank, not {run.threads_per_rank}"
+        )
 
 
 def crowd_of(run: Run, machine: Machine) -> float:

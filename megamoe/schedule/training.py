@@ -1,4 +1,6 @@
-"""How long a forward and backward of this package's layer take on a machine that was calibrated: machine.py and this.
+"""How long a call of this package's layer takes on a machine that was calibrated, forward, backward, or of few tokens.
+
+Forwards are machine.py's, calls of few tokens small.py's, backwards this file's.
 
 Of one rank's backward, beside what a forward of the same rows takes (machine.py has the constants):
 
@@ -25,6 +27,7 @@ from megamoe.schedule.machine import (
     Predicted,
     Run,
     bytes_moved_us,
+    check_threads,
     crowd_of,
     link_bytes_us,
     link_of,
@@ -32,6 +35,7 @@ from megamoe.schedule.machine import (
     predict,
     weighed_us,
 )
+from megamoe.schedule.small import predict_small
 
 _VALUES = 2.0  # of a row in the backward, of those in the forward
 
@@ -51,7 +55,10 @@ class BackwardWork:
 
 
 def predict_step(run: Run, machine: Machine) -> Predicted:
-    """What a run takes, forward and backward where it has one. ValueError as predict()."""
+    """What a run takes, forward and backward where it has one. ValueError as predict(), or predict_small()."""
+    if run.small:
+        check_threads(run, machine)
+        return predict_small(run, machine)
     forward = predict(run, machine)
     if not run.backward:
         return forward

@@ -120,7 +120,7 @@ class HostTransport:
 
     def __init__(self, pairs: PairTransport, host: Host, sharing: Host) -> None:
         """sharing: the one of the group's two Hosts that shares memory; host itself, unless that does without."""
-        self.pairs, self.clock, self.host, self._sharing = pairs, pairs.clock, host, sharing
+        self.pairs, self.clock, self.host, self.sharing = pairs, pairs.clock, host, sharing
         self.rank, self.size = pairs.group.rank(), pairs.group.size()
         self._alone: tuple[Place, ...] = ()  # where this rank writes pages, where it shares no memory
         self._inboxes = torch.empty(0, MESSAGE_BYTES, dtype=torch.uint8)
@@ -137,7 +137,7 @@ class HostTransport:
 
         A rank that does without then hears ranks that do not, and all of them find out that they differ.
         """
-        return self._sharing if self._sharing.met else self.host
+        return self.sharing if self.sharing.met else self.host
 
     def nodes(self, layer: str) -> tuple[int, ...]:
         """As in Host; all ranks must ask, for the first time they do they find out who shares a host."""
@@ -291,7 +291,7 @@ class HostTransport:
         """
         host, rank = self.host, self.rank
         if not host.shares:
-            if not self._sharing.met:
+            if not self.sharing.met:
                 self._ask_all(_padded(b""), label)
             host.met, host.far = True, [peer for peer in range(self.size) if peer != rank]
             return

@@ -54,12 +54,18 @@ class Check:
 
 
 def check(reports: Sequence[dict[str, Any]], machine: Machine) -> list[Check]:
-    """ValueError for reports that lack a key, or were made with other threads than the machine."""
+    """ValueError for reports that lack a key, of calls without waves, or of other threads than the machine's."""
+    _refuse_small(reports)
     times = ("compute_ms", "communication_ms", "serial_ms", "overlapped_ms")
     return [
         Check(Run.of(each), predict_step(Run.of(each), machine), *(float(each[key]) for key in times))
         for each in reports
     ]
+
+
+def _refuse_small(reports: Sequence[dict[str, Any]]) -> None:
+    if any(each.get("small") for each in reports):
+        raise ValueError("runs of few tokens that went without waves make no machine: give --waves, or more tokens")
 
 
 def median_error(checks: Sequence[Check]) -> float:
@@ -79,8 +85,7 @@ def calibrate(reports: Sequence[dict[str, Any]], start: Machine, *, name: str, c
         raise ValueError(f"{len(reports)} runs are too few to fit {len(_COMPUTE)} constants: at least {FEWEST_RUNS}")
     if any(each.get("backward") for each in reports):
         raise ValueError("runs of --backward make no machine: what they take follows from forwards and gradient_ns")
-    if any(each.get("small") for each in reports):
-        raise ValueError("runs of few tokens that went without waves make no machine: give --waves, or more tokens")
+    _refuse_small(reports)
     if len(threads) > 1:
         raise ValueError(f"runs with {' and '.join(map(str, sorted(threads)))} threads a rank cannot make one machine")
     title = f"Fitted to {len(reports)} runs of megamoe bench"

@@ -1,0 +1,98 @@
+"""How long a call of few tokens takes, which goes without waves: execution/small_call.py.
+
+Of the rank that has most rows, whose experts e* are those with rows (machine.py and catalog/schema.py have the units):
+
+    a call       small_call_us
+    products     6HI flops a row              / small_gflops, or small_packed_gflops with mxfp4: few rows an expert
+    weights      3HI values an expert of e*   * small_weight_ns, or small_decode_ns with mxfp4
+    exchanges    two, of pages with tokens and of results, each small_exchange_us and the link's latency
+    bytes        of both messages, to all other ranks  * small_byte_ns
+
+Nothing of it overlaps: it is a sum. A shaped link that has rested passes such messages at once; where a host sends more
+than its link carries meanwhile, the link is what a call takes.
+"""
+
+# T tokens of a rank   H hidden   I intermediate   E experts   K experts per token   P ranks
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
+
+from megamoe.catalog.schema import Figure, Machine
+from megamoe.schedule.machine import PAIR_BYTES, Predicted, Run, crowd_of, link_bytes_us
+
+SMALL_PAGE_BYTES = 2240  # of a page with what fills it up to where slots begin
+
+
+@dataclass(frozen=True, slots=True)
+class SmallAmounts:
+    """What the rank with most rows does in a call: its rows, and how many of its experts have any."""
+
+    rows: float
+    experts: float
+
+    @classmethod
+    def of(cls, run: Run) -> SmallAmounts:
+        """Expected of tokens that choose their experts by chance, each K different ones.
+
+        2 ranks, 16 experts, top-4, 1 token each: 4 rows on average; sqrt(8 * 0.5 * 0.5 * 12 / 15) 1.26 is how far they
+        vary, and the fuller of two has 0.83 of that more -> 5.05 rows, of 5.03 experts: two tokens seldom share one
+        """
+        size, held = run.ranks, run.spread.experts_per_rank
+        tokens, share = size * run.tokens_per_rank, held / run.num_experts
+        rows = tokens * run.topk * share
+        if size > 1 and run.num_experts > 1:
+            others = (run.num_experts - run.topk) / (run.num_experts - 1)
+            most = NormalDist().inv_cdf((size - 0.375) / (size + 0.25)) * sqrt(size / (size - 1))
+            rows += most * sqrt(rows * (1 - share) * others)
+        rows = min(rows, float(tokens * min(run.topk, held)))
+        missed = (1 - rows / held / max(tokens, 1)) ** tokens
+        return cls(rows, held * (1 - missed))
+
+
+def small_bytes(run: Run) -> float:
+    """Sent by a rank: its page and tokens to each other rank, and results of other ranks' rows."""
+    brought = SMALL_PAGE_BYTES + run.tokens_per_rank * (run.token_bytes + PAIR_BYTES * run.topk)
+    return (run.ranks - 1) * brought + run.combine_bytes
+
+
+def small_compute_us(run: Run, machine: Machine, amounts: SmallAmounts) -> float:
+    """Computing alone. ValueError where a machine does not say what such a call takes."""
+    gflops, weight_ns = (
+        (machine.small_packed_gflops, machine.small_decode_ns)
+        if run.packed
+        else (machine.small_gflops, machine.small_weight_ns)
+    )
+    matrices = 3 * run.hidden * run.intermediate
+    products = 2 * matrices * amounts.rows / _value(machine, gflops) / 1e3
+    weights = matrices * amounts.experts * _value(machine, weight_ns) / 1e3
+    return (_value(machine, machine.small_call_us) + products + weights) * crowd_of(run, machine)
+
+
+def small_communication_us(run: Run, machine: Machine) -> float:
+    """Both exchanges, over a link that has rested."""
+    if run.ranks == 1:
+        return 0.0
+    exchange = _value(machine, machine.small_exchange_us) + run.latency_ms * 1e3
+    return 2 * exchange + small_bytes(run) * _value(machine, machine.small_byte_ns) / 1e3
+
+
+def predict_small(run: Run, machine: Machine) -> Predicted:
+    """ValueError where a machine does not say what such a call takes. There is no serial call of the kind to tell."""
+    compute = small_compute_us(run, machine, SmallAmounts.of(run))
+    alone = small_communication_us(run, machine)
+    carried = 0.0
+    if run.link_gb_s and run.ranks > 1:
+        together = min(run.ranks_per_host, run.ranks)
+        far = (run.ranks - together) / (run.ranks - 1)
+        carried = together * far * small_bytes(run) / link_bytes_us(run, machine)
+    whole = max(compute + alone, carried)
+    return Predicted(1, compute / 1e3, alone / 1e3, whole / 1e3, whole / 1e3)
+
+
+def _value(machine: Machine, figure: Figure | None) -> float:
+    if figure is None:
+        raise ValueError(f"{machine.name} does not say what calls without waves take: megamoe bench measures it")
+    return figure.value
