@@ -138,8 +138,6 @@ def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
     ranks: LocalRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "fitted", lambda *_: CPU)
-    monkeypatch.setattr(probe, "with_small", lambda machine, *_: machine)
-    monkeypatch.setattr(small_probe, "disturbed", lambda _: "")
     for taken, times in (("others were at work", 2), ("", 1)):
         measured: list[object] = []
         said: list[str] = []
@@ -148,8 +146,28 @@ def test_a_machine_is_measured_once_and_a_busy_one_is_not_kept(
             ranks, "run", lambda work, measured=measured: measured.append(work) or as_measured(CPU, 0.1)
         )
         titles = [probe.machine_here(ranks, 0.1, said.append).title for _ in range(2)]
-        assert len(measured) == 2 * len(said) == 2 * times
+        assert len(measured) == len(said) == times
         assert ["not kept: others were at work" in title for title in titles] == [bool(taken)] * 2
+
+
+def test_calls_of_few_tokens_are_measured_where_they_are_asked_for_and_others_stay_kept(
+    ranks: LocalRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[object] = []
+    few = CPU.model_copy(update={"small_call_us": CPU.call_us})
+    monkeypatch.setattr(probe, "fitted", lambda *_: CPU)
+    monkeypatch.setattr(probe, "with_small", lambda *_: few)
+    monkeypatch.setattr(probe, "disturbed", lambda _: "")
+    monkeypatch.setattr(ranks, "run", measured.append)
+    assert probe.machine_here(ranks, 0.1).small_call_us is None
+    for taken, times in (("times varied", 2), ("", 1)):
+        del measured[:]
+        monkeypatch.setattr(small_probe, "disturbed", lambda _, taken=taken: taken)
+        found = [probe.machine_here(ranks, 0.1, few=True) for _ in range(2)]
+        assert measured == [small_probe.measure_small] * times, "waves are not measured again"
+        assert [each.small_call_us for each in found] == [few.small_call_us] * 2
+        assert ["not kept: times varied" in each.title for each in found] == [bool(taken)] * 2
+        assert probe.machine_here(ranks, 0.1).title == CPU.title
 
 
 def test_disturbance_is_what_went_by_beyond_core_time() -> None:

@@ -152,7 +152,7 @@ def test_constants_for_a_delayed_link_are_measured_without_the_delay(
         yield Ranks()
 
     monkeypatch.setattr(bench, "_ranks", made_up)
-    monkeypatch.setattr(bench, "machine_here", lambda *_: machine())
+    monkeypatch.setattr(bench, "machine_here", lambda *_, **__: machine())
     request = BenchRequest(tokens_per_rank=tokens, link="1gbit", latency_ms=1.0, check=False)
     report = run_bench(request)
     assert delays == started

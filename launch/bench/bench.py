@@ -232,10 +232,10 @@ def run_traced(
     measured = request.predict and machine is None
     if measured and request.latency_ms and _may_be_small(request):  # delay is added to what is measured without it
         with _ranks(replace(request, latency_ms=0.0), progress) as ranks:
-            machine = machine_here(ranks, request.link_gb_s, progress)
+            machine = machine_here(ranks, request.link_gb_s, progress, few=True)
     with _ranks(request, progress) as ranks:
         if measured and not request.latency_ms:
-            machine = machine_here(ranks, request.link_gb_s, progress)
+            machine = machine_here(ranks, request.link_gb_s, progress, few=_may_be_small(request))
         progress("running")
         found = ranks.run(bench_rank, request)
     recordings = [rank.recording for rank in found if rank.recording is not None]

@@ -86,23 +86,28 @@ _LINK_SHARES = [0.02 * step for step in range(51)]
 
 
 def machine_here(
-    ranks: LocalRanks, link_gb_s: float | None, progress: Callable[[str], None] = lambda _: None
+    ranks: LocalRanks, link_gb_s: float | None, progress: Callable[[str], None] = lambda _: None, *, few: bool = False
 ) -> Machine:
     """The constants of this machine: those that were kept, or else measured now, on the ranks, and kept.
 
-    Errors are those of LocalRanks.run(). Where others had the cores or the links meanwhile, or the cache folder takes
-    no file, the constants serve this once, and the title says so.
+    few: those of calls without waves too, which are measured where they are first asked for. Errors are those of
+    LocalRanks.run(). Where others had the cores or the links meanwhile, or the cache folder takes no file, the
+    constants serve this once, and the title says so.
     """
     shaped, shared_memory = link_gb_s is not None, ranks.shared_memory
     setting = setting_here(ranks.num_ranks, ranks.threads_per_rank, shaped=shaped, shared_memory=shared_memory)
-    kept = find(setting)
-    if kept is not None:
-        return kept
-    progress("measuring this machine, once")
-    found = ranks.run(measure_rank)
-    few = ranks.run(measure_small)
-    machine = with_small(fitted(found, setting, link_gb_s), few, setting, link_gb_s)
-    reason = disturbed(found) or small_probe.disturbed(few) or keep(setting, machine)
+    machine, reason = find(setting), ""
+    if machine is not None and (machine.small_call_us or not few):
+        return machine
+    if machine is None:
+        progress("measuring this machine, once")
+        found = ranks.run(measure_rank)
+        machine, reason = fitted(found, setting, link_gb_s), disturbed(found)
+    if few:
+        progress("measuring calls of few tokens, once")
+        small = ranks.run(measure_small)
+        machine, reason = with_small(machine, small, setting, link_gb_s), reason or small_probe.disturbed(small)
+    reason = reason or keep(setting, machine)
     return machine.model_copy(update={"title": f"{machine.title}, not kept: {reason}"}) if reason else machine
 
 
