@@ -19,7 +19,7 @@ from megamoe.schedule.kept import processor
 SMALL = {"hidden": 1024, "intermediate": 512, "num_experts": 16, "topk": 4}
 BF16 = {"weight_format": "bf16", "dispatch_format": "bf16"}
 SQUARE = {**SMALL, **BF16, "intermediate": 1024, "tokens_per_rank": 1024}
-SHARES = (0.4, 0.8)  # of its computing alone, that a square workload's messages take on two more links
+SHARES = (0.4, 1.0)  # of its computing alone, that a square workload's messages take on two more links
 WORKLOADS: list[tuple[str, dict[str, object]]] = [
     ("prefill", {**SMALL, "tokens_per_rank": 2048, "weight_format": "bf16", "link": "1gbit"}),
     ("prefill", {**SMALL, "tokens_per_rank": 2048, "weight_format": "mxfp4", "link": "1gbit"}),
@@ -41,8 +41,11 @@ def links_of(report: BenchReport) -> list[str]:
 def row(name: str, report: BenchReport) -> str:
     link = f"{report.link_gb_s * 8000:.0f} Mbit/s" if report.link_gb_s else "loopback"
     values = report.as_dict()
+    places = 1 if report.overlapped_ms > 10 else 2
     times = [
-        "-" if values[m] is None else f"{values[m]:.1f} ({values[f'{m}_min']:.1f}-{values[f'{m}_max']:.1f})"
+        "-"
+        if values[m] is None
+        else f"{values[m]:.{places}f} ({values[f'{m}_min']:.{places}f}-{values[f'{m}_max']:.{places}f})"
         for m in TIMES
     ]
     work = f"{report.ranks} x {report.tokens_per_rank}, {report.hidden} x {report.intermediate}"
@@ -73,7 +76,7 @@ larger of compute and communication, over overlapped.
 Exposed: what overlapped takes beyond compute, as a share of compute. Hidden: the share of the time with rows on their
 way in which the rank computed. Recorded: how much longer the overlapped call took while it was recorded, median of
 pairs. Ranks share the cores with the system's work of moving bytes, so what a transfer costs in CPU time cannot hide
-here. Square experts have two more links, on which their messages take 0.4 and 0.8 of what they compute. Times of a
+here. Square experts have two more links, on which their messages take 0.4 and all of what they compute. Times of a
 shared machine are noisy: read the ratios, and the spread.
 
 | {" | ".join(COLUMNS)} |

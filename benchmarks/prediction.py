@@ -117,7 +117,10 @@ def compare_few(where: Sequence[str], few_tokens: Sequence[int], weight_formats:
         "\nplace      tokens  weights  waves  compute  commun.  measured (min to max)      predicted   off", flush=True
     )
     worst = 0.0
+    cannot: set[str] = set()
     for place, tokens, weights in product(where, few_tokens, weight_formats):
+        if place in cannot:
+            continue
         request = BenchRequest(
             tokens_per_rank=tokens, weight_format=weights, repeats=FEW_REPEATS, check=False, **PLACES[place]
         )
@@ -125,7 +128,8 @@ def compare_few(where: Sequence[str], few_tokens: Sequence[int], weight_formats:
         try:
             found = run_bench(request)
         except ValueError as reason:
-            print(f"{asked_for}  {reason}", flush=True)
+            print(f"{place:<10} cannot be measured: {reason}", flush=True)
+            cannot.add(place)
             continue
         waves = "none" if found.small else str(found.waves)
         took = f"{found.overlapped_ms:.3f} ({found.overlapped_ms_min:.3f} to {found.overlapped_ms_max:.3f})"

@@ -204,6 +204,6 @@ def test_a_package_that_is_not_installed_is_named(
 
 
 def test_links_on_which_messages_take_a_share_of_what_is_computed() -> None:
-    """60 ms of messages at 1 Gbit/s beside 60 ms of computing: 0.4 and 0.8 of it at 2.5 and 1.25 Gbit/s."""
+    """60 ms of messages at 1 Gbit/s beside 60 ms of computing: 0.4 and all of it at 2.5 and 1 Gbit/s."""
     report = mock.Mock(link_gb_s=0.125, communication_ms=60.0, compute_ms=60.0)
-    assert import_module("benchmarks.layer").links_of(report) == ["2500mbit", "1250mbit"]
+    assert import_module("benchmarks.layer").links_of(report) == ["2500mbit", "1000mbit"]
