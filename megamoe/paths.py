@@ -63,7 +63,7 @@ def put_whole(path: Path, make: Callable[[Path], None], fill: Callable[[Path], N
     A link stays, and its target is replaced. OSError, which names path, where it cannot be written.
     """
     try:
-        there = path.stat() if path.exists() else None
+        there = _stat(path)
         open_already = str(path).startswith(("/dev/", "/proc/"))  # /dev/stdout may be a file that the shell has opened
         kept = there is not None and (open_already or not _replaceable(there))
         if kept or not _replaced(path.resolve(), there, make):
@@ -73,8 +73,17 @@ def put_whole(path: Path, make: Callable[[Path], None], fill: Callable[[Path], N
         raise
 
 
+def _stat(path: Path) -> os.stat_result | None:
+    """None where there is no such file, nor one that a link leads to. OSError for links that lead in a circle."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
 def _replaceable(there: os.stat_result) -> bool:
-    return stat.S_ISREG(there.st_mode) and there.st_nlink == 1 and there.st_uid == os.geteuid()
+    owned = not hasattr(os, "geteuid") or there.st_uid == os.geteuid()  # Windows knows no such owner
+    return stat.S_ISREG(there.st_mode) and there.st_nlink == 1 and owned
 
 
 def _replaced(path: Path, there: os.stat_result | None, make: Callable[[Path], None]) -> bool:
