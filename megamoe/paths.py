@@ -56,7 +56,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def put_whole(path: Path, make: Callable[[Path], None], fill: Callable[[Path], None]) -> None:
     """Has a file written in place of one that is there, which stays as it is until all is written.
 
-    make   writes a new file of the name that it is given, which then takes path's place, with the rights of the old one
+    make   writes a file of the name that it is given, which then takes path's place, with the rights of the old one
     fill   writes into path itself: a device or a pipe, or a file that no other can take the place of, since it is
            mounted by itself, has several names or another owner, or lies in a folder that this user may not write to
 
@@ -90,6 +90,8 @@ def _replaced(path: Path, there: os.stat_result | None, make: Callable[[Path], N
     """Puts a new file in a file's place, with its rights, and says whether it could. What ends it early leaves none."""
     part = path.with_name(f".{uuid4().hex}.part")
     try:
+        if there is not None:
+            part.touch(0o600, exist_ok=False)  # what others may not read they do not read meanwhile either
         make(part)
         if there is not None:
             part.chmod(stat.S_IMODE(there.st_mode))

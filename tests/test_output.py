@@ -26,7 +26,7 @@ from megamoe.launch.output import check_folder, emit, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
 from megamoe.model.loading.files import write_tensors
 from megamoe.model.making.files import new_folder
-from megamoe.paths import write_whole
+from megamoe.paths import put_whole, write_whole
 from tests.commands import files_no_larger_than, invoked, refused
 
 ROWS = [("one", 1, 1234.56, 0.012345, None), (), ("a longer one", None, "loopback", 7.0, "x")]
@@ -295,6 +295,18 @@ def test_a_file_takes_the_place_of_another_with_its_rights_also_behind_a_link(tm
     write_whole(tmp_path / "fresh", "new")
     (usual := tmp_path / "usual").touch()
     assert (tmp_path / "fresh").stat().st_mode == usual.stat().st_mode
+
+
+def test_what_others_may_not_read_they_do_not_read_while_it_is_written(tmp_path: Path) -> None:
+    (old := tmp_path / "old").touch(0o600)
+    rights: list[int] = []
+
+    def make(part: Path) -> None:
+        part.write_text("new")
+        rights.append(stat.S_IMODE(part.stat().st_mode))
+
+    put_whole(old, make, make)
+    assert (rights, old.read_text()) == ([0o600], "new")
 
 
 def test_links_in_a_circle_are_refused_by_name_and_stay(tmp_path: Path) -> None:
