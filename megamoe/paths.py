@@ -56,14 +56,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def put_whole(path: Path, make: Callable[[Path], None], fill: Callable[[Path], None]) -> None:
     """Has a file written in place of one that is there, which stays as it is until all is written.
 
-    make   writes a new file of the name that it is given, which then takes path's place, with the rights of the old one
+    make   writes a file of the name that it is given, which then takes path's place, with the rights of the old one
     fill   writes into path itself: a device or a pipe, or a file that no other can take the place of, since it is
            mounted by itself, has several names or another owner, or lies in a folder that this user may not write to
 
     A link stays, and its target is replaced. OSError, which names path, where it cannot be written.
     """
     try:
-        there = path.stat() if path.exists() else None
+        there = _stat(path)
         open_already = str(path).startswith(("/dev/", "/proc/"))  # /dev/stdout may be a file that the shell has opened
         kept = there is not None and (open_already or not _replaceable(there))
         if kept or not _replaced(path.resolve(), there, make):
@@ -73,14 +73,25 @@ def put_whole(path: Path, make: Callable[[Path], None], fill: Callable[[Path], N
         raise
 
 
+def _stat(path: Path) -> os.stat_result | None:
+    """None where there is no such file, nor one that a link leads to. OSError for links that lead in a circle."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
 def _replaceable(there: os.stat_result) -> bool:
-    return stat.S_ISREG(there.st_mode) and there.st_nlink == 1 and there.st_uid == os.geteuid()
+    owned = not hasattr(os, "geteuid") or there.st_uid == os.geteuid()  # Windows knows no such owner
+    return stat.S_ISREG(there.st_mode) and there.st_nlink == 1 and owned
 
 
 def _replaced(path: Path, there: os.stat_result | None, make: Callable[[Path], None]) -> bool:
     """Puts a new file in a file's place, with its rights, and says whether it could. What ends it early leaves none."""
     part = path.with_name(f".{uuid4().hex}.part")
     try:
+        if there is not None:
+            part.touch(0o600, exist_ok=False)  # what others may not read they do not read meanwhile either
         make(part)
         if there is not None:
             part.chmod(stat.S_IMODE(there.st_mode))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import socket
 import time
@@ -400,7 +401,7 @@ def _check_integers(**values: object) -> None:
 
 
 def _check_deadline(deadline_s: object) -> None:
-    if isinstance(deadline_s, bool) or not isinstance(deadline_s, Real) or not float(deadline_s) > 0:
+    if isinstance(deadline_s, bool) or not isinstance(deadline_s, Real) or not 0 < float(deadline_s) < math.inf:
         raise ValueError(f"deadline_s must be positive, got {deadline_s!r}")
 
 

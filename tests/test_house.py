@@ -209,6 +209,15 @@ def test_the_links_are_committed_as_links() -> None:
     assert modes == {f"megamoe/{room}": "120000" for room in ROOMS}
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a git checkout")
+def test_nothing_that_a_command_of_the_docs_writes_is_committed() -> None:
+    """They are tried where the repository is, and write a table or a plan into the folder that they run in."""
+    command = ["git", "-c", "safe.directory=*", "ls-files", ":(glob)*"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    read_by_tools = {".gitignore", "Makefile", "constraints.txt", "pyproject.toml"}
+    assert set(listed) == {"CHANGELOG.md", "LICENSE", "README.md"} | read_by_tools
+
+
 # ---- the front page ----
 
 

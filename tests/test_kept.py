@@ -170,6 +170,21 @@ def test_calls_of_few_tokens_are_measured_where_they_are_asked_for_and_others_st
         assert probe.machine_here(ranks, 0.1).title == CPU.title
 
 
+def test_times_of_few_tokens_that_vary_do_not_cost_the_others_their_place(
+    ranks: LocalRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine of which nothing was kept before."""
+    measured: list[object] = []
+    monkeypatch.setattr(probe, "fitted", lambda *_: CPU)
+    monkeypatch.setattr(probe, "with_small", lambda *_: CPU.model_copy(update={"small_call_us": CPU.call_us}))
+    monkeypatch.setattr(probe, "disturbed", lambda _: "")
+    monkeypatch.setattr(small_probe, "disturbed", lambda _: "times varied")
+    monkeypatch.setattr(ranks, "run", measured.append)
+    assert "not kept: times varied" in probe.machine_here(ranks, 0.1, few=True).title
+    assert probe.machine_here(ranks, 0.1) == CPU
+    assert measured == [probe.measure_rank, small_probe.measure_small]
+
+
 def test_disturbance_is_what_went_by_beyond_core_time() -> None:
     quiet, busy = ({"compute_ms": 10.0, "wall_ms": wall, "agreement": 1.0} for wall in (10.2, 30.0))
     assert not probe.disturbed([[quiet, quiet, busy], [quiet, busy, quiet]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -25,7 +26,7 @@ from megamoe.launch.output import check_folder, emit, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
 from megamoe.model.loading.files import write_tensors
 from megamoe.model.making.files import new_folder
-from megamoe.paths import write_whole
+from megamoe.paths import put_whole, write_whole
 from tests.commands import files_no_larger_than, invoked, refused
 
 ROWS = [("one", 1, 1234.56, 0.012345, None), (), ("a longer one", None, "loopback", 7.0, "x")]
@@ -296,6 +297,37 @@ def test_a_file_takes_the_place_of_another_with_its_rights_also_behind_a_link(tm
     assert (tmp_path / "fresh").stat().st_mode == usual.stat().st_mode
 
 
+def test_what_others_may_not_read_they_do_not_read_while_it_is_written(tmp_path: Path) -> None:
+    (old := tmp_path / "old").touch(0o600)
+    rights: list[int] = []
+
+    def make(part: Path) -> None:
+        part.write_text("new")
+        rights.append(stat.S_IMODE(part.stat().st_mode))
+
+    put_whole(old, make, make)
+    assert (rights, old.read_text()) == ([0o600], "new")
+
+
+def test_links_in_a_circle_are_refused_by_name_and_stay(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.symlink_to(second)
+    second.symlink_to(first)
+    with pytest.raises(OSError, match=f"{os.strerror(errno.ELOOP)}: '{first}'"):
+        write_whole(first, "new")
+    assert sorted(tmp_path.iterdir()) == [first, second]
+    assert first.is_symlink()
+
+
+def test_a_file_is_replaced_where_files_have_no_such_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    (old := tmp_path / "old").write_text("old")
+    monkeypatch.delattr(os, "geteuid", raising=False)
+    write_whole(old, "new")
+    assert old.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [old]
+
+
 def test_a_file_whose_place_no_other_can_take_is_written_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,7 +381,10 @@ print(sorted(each.name for each in (place / "folder").iterdir()), sorted(each.na
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() != 0, reason="mounts need root")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="mounts need root and unshare",
+)
 def test_mounts_are_written_to(tmp_path: Path) -> None:
     """A file and an empty folder that a container has from its host, and a file that is read-only."""
     line = ["unshare", "--mount", sys.executable, "-c", _ON_MOUNTS, str(tmp_path)]

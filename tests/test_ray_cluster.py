@@ -223,8 +223,8 @@ def test_what_a_failed_start_leaves_running_ends_and_its_folder_goes(monkeypatch
     def fails(*_: object, _temp_dir: str, **__: object) -> None:
         places.append(_temp_dir)
         line = [sys.executable, "-c", _WRITES, _temp_dir, str(Path(str(sys.modules["ray"].__file__)).parent / "agent")]
-        subprocess.run(["sh", "-c", '"$@" & sleep 0.2', "sh", *line], check=True)
-        assert Path(_temp_dir, "logs").exists()
+        start = f'"$@" & until [ -d {_temp_dir}/logs ]; do sleep 0.01; done'
+        subprocess.run(["sh", "-c", start, "sh", *line], check=True, timeout=WAIT_S)
         raise RuntimeError("no port is free")
 
     monkeypatch.setattr("ray.init", fails)

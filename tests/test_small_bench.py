@@ -60,7 +60,6 @@ def test_a_machine_of_before_says_nothing_of_calls_without_waves() -> None:
 
 
 def test_a_call_without_waves_by_hand() -> None:
-    amounts = SmallAmounts(rows=20, experts=8)
     matrices = 3 * 1024 * 512
     sent = 2240 + 8 * (1024 * 33 / 32 + 32) + 8 * 4 / 2 * 2048
     assert small_bytes(RUN) == pytest.approx(sent)
@@ -115,6 +114,12 @@ def test_rows_and_experts_of_the_fullest_rank_are_those_of_chance(
     found = SmallAmounts.of(run)
     assert found.rows == pytest.approx(rows.gather(1, fullest).double().mean().item(), rel=0.03)
     assert found.experts == pytest.approx(busy.gather(1, fullest).double().mean().item(), rel=0.05)
+
+
+def test_the_fullest_rank_by_hand() -> None:
+    found = SmallAmounts.of(replace(RUN, tokens_per_rank=1))
+    assert found.rows == pytest.approx(5.05, abs=0.01)
+    assert found.experts == pytest.approx(4.26, abs=0.01)
 
 
 def test_all_experts_chosen_leave_nothing_to_chance() -> None:

@@ -97,17 +97,16 @@ def machine_here(
     shaped, shared_memory = link_gb_s is not None, ranks.shared_memory
     setting = setting_here(ranks.num_ranks, ranks.threads_per_rank, shaped=shaped, shared_memory=shared_memory)
     machine, reason = find(setting), ""
-    if machine is not None and (machine.small_call_us or not few):
-        return machine
     if machine is None:
         progress("measuring this machine, once")
         found = ranks.run(measure_rank)
-        machine, reason = fitted(found, setting, link_gb_s), disturbed(found)
-    if few:
+        machine = fitted(found, setting, link_gb_s)
+        reason = disturbed(found) or keep(setting, machine)
+    if few and machine.small_call_us is None:
         progress("measuring calls of few tokens, once")
         small = ranks.run(measure_small)
-        machine, reason = with_small(machine, small, setting, link_gb_s), reason or small_probe.disturbed(small)
-    reason = reason or keep(setting, machine)
+        machine = with_small(machine, small, setting, link_gb_s)
+        reason = reason or small_probe.disturbed(small) or keep(setting, machine)
     return machine.model_copy(update={"title": f"{machine.title}, not kept: {reason}"}) if reason else machine
 
 

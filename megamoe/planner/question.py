@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -21,6 +20,7 @@ from megamoe.catalog import (
     override,
     split_overrides,
 )
+from megamoe.catalog.wording import nearest
 from megamoe.planner.links import with_links
 
 # beyond these nothing is known to exist, and playing or drawing a layer would not end
@@ -168,14 +168,6 @@ def check_phase(question: Question) -> None:
 def keys_of_questions() -> list[str]:
     """What a plan file may say."""
     return [field.alias or name for name, field in Question.model_fields.items()]
-
-
-def nearest(wrong: str, known: list[str]) -> str:
-    """ "the nearest are context, cached" for "contex"; everything there is where nothing is near"""
-    near = get_close_matches(wrong, known, n=3, cutoff=0.5)
-    if not near:
-        return f"there is {', '.join(known)}"
-    return f"the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
 
 
 def _plain(error: ValidationError) -> str:

@@ -38,7 +38,8 @@ class SmallAmounts:
         """Expected of tokens that choose their experts by chance, each K different ones.
 
         2 ranks, 16 experts, top-4, 1 token each: 4 rows on average; sqrt(8 * 0.5 * 0.5 * 12 / 15) 1.26 is how far they
-        vary, and the fuller of two has 0.83 of that more -> 5.05 rows, of 5.03 experts: two tokens seldom share one
+        vary, and the fuller of two has 0.83 of that more -> 5.05 rows. A token misses each of its 8 experts with chance
+        1 - 5.05 / 16, both tokens with the square of it -> 8 * (1 - 0.468), 4.26 experts
         """
         size, held = run.ranks, run.spread.experts_per_rank
         tokens, share = size * run.tokens_per_rank, held / run.num_experts

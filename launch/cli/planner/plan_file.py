@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from megamoe.catalog.wording import nearest
 from megamoe.paths import write_whole
-from megamoe.planner.question import Question, ask, keys_of_questions, nearest
+from megamoe.planner.question import Question, ask, keys_of_questions
 
 NEEDED = {"model": "deepseek-v4-pro", "hardware": "gb200"}  # so that keys can be checked that do not name them
 

@@ -198,11 +198,8 @@ def explore(question: Question, subject: Subject) -> Choice:
         **{key: getattr(best, key) for key in ("ep", "attention_tp", "microbatches")}, batch=best.batch_per_device
     )
     picked = tuple(key for key in ("ep", "batch", "attention_tp", "microbatches") if getattr(question, key) is None)
-    why = (
-        f"the best of {plural(tried, 'deployment')}"
-        if meeting
-        else f"none of {tried} deployments fits, this needs least memory"
-    )
+    deployments = plural(tried, "deployment")
+    why = f"the best of {deployments}" if meeting else f"none of {deployments} fits, this needs least memory"
     return Choice(_counted(filled, subject), picked, tried, why, front_of(fitting), tuple(fitting))
 
 

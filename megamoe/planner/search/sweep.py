@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from megamoe.catalog.wording import nearest
 from megamoe.planner.answer import Answer, answer
-from megamoe.planner.question import Question, Subject, keys_of_questions, nearest
+from megamoe.planner.question import Question, Subject, keys_of_questions
 from megamoe.planner.search.choose import choose
 
 _NOT_SWEPT = ("model", "hardware", "profile", "set")

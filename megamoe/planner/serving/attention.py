@@ -18,9 +18,8 @@ from megamoe.catalog.parameters import attention_parameters
 
 KV_FORMATS = ("bf16", "fp8", "int8")
 INDEX_FORMATS = ("bf16", "fp8", "fp4")
-DENSE_KINDS = (
-    "mla",
-)  # whose kernels were timed: a call's time, and products in 8 bits where a device's kernel has them
+# kinds whose decode kernels were timed: a call takes attention_us, products are 8-bit where a device's kernel has them
+DENSE_KINDS = ("mla",)
 
 # Dependent launches of one layer's attention in a fused serving stack (vLLM, SGLang, cann-recipes-infer): each waits
 # for the one before. mla: norm, down projections, norms, q up, absorb, rope and cache, core, v up, quantise, o.

@@ -167,7 +167,7 @@ def _layer_terms(costs: Costs, d: Deployment) -> list[Term]:
         Term("routed: weights read", "experts touched x bytes", touched, layer.memory_us, "us"),
         Term("routed: products", "rows x 6hd / rate", f"{layer.rows:g} rows", layer.compute_us, "us"),
         Term("routed: links", "rows x bytes / rate", link, layer.communication_us, "us"),
-        Term("routed: links that show", "core - alone", f"{plural(layer.waves, 'wave')}", layer.exposed_us, "us"),
+        Term("routed: links that show", "core - alone", plural(layer.waves, "wave"), layer.exposed_us, "us"),
         Term("routed: fixed", "kernel + barriers + staging", "", layer.fixed_us, "us"),
     ]
 
