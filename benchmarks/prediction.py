@@ -116,7 +116,7 @@ def compare_few(where: Sequence[str], few_tokens: Sequence[int], weight_formats:
     print(
         "\nplace      tokens  weights  waves  compute  commun.  measured (min to max)      predicted   off", flush=True
     )
-    worst = 0.0
+    errors: list[float] = []
     cannot: set[str] = set()
     for place, tokens, weights in product(where, few_tokens, weight_formats):
         if place in cannot:
@@ -138,9 +138,10 @@ def compare_few(where: Sequence[str], few_tokens: Sequence[int], weight_formats:
             print(f"{line} not predicted: {found.unpredicted}", flush=True)
             continue
         off = found.predicted_ms / found.overlapped_ms - 1
-        worst = max(worst, abs(off))
+        errors.append(abs(off))
         print(f"{line} {found.predicted_ms:>8.3f}  {off:+.0%}", flush=True)
-    print(f"\nlargest error of few tokens {worst:.0%}")
+    if errors:
+        print(f"\nlargest error of few tokens {max(errors):.0%}")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def machine_here(
         machine = fitted(found, setting, link_gb_s)
         reason = disturbed(found) or keep(setting, machine)
     if few and machine.small_call_us is None:
-        progress("measuring calls of few tokens, once")
+        progress("measuring calls of few tokens")
         small = ranks.run(measure_small)
         machine = with_small(machine, small, setting, link_gb_s)
         reason = reason or small_probe.disturbed(small) or keep(setting, machine)

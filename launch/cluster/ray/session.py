@@ -58,7 +58,7 @@ class OwnPlace:
         while self.path.exists():
             left = processes_of(self.path)
             for process in left:
-                with suppress(psutil.NoSuchProcess):
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                     process.kill()
             psutil.wait_procs(left, timeout=STOP_S)
             shutil.rmtree(self.path, ignore_errors=True)
