@@ -20,6 +20,7 @@ from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import EPGroup
 from megamoe.shape import MoEShape
 from megamoe.training import TrainableMoE, clip_grad_norm_, reduce_over_replicas, sum_gradients
+from megamoe.training.distributed.norms import Norm
 from tests.cases import make_batch, split
 from tests.training_cases import backward, make_gradient, make_trainable
 
@@ -207,6 +208,18 @@ def wrapped_in_ddp(group: EPGroup) -> str:
     return str(refused.value)
 
 
+def names_of_two_layers(group: EPGroup) -> str:
+    model = nn.ModuleList(make_trainable(SHAPE, group, name=f"layers.{index}") for index in range(2))
+    with pytest.raises(ValueError, match="DistributedDataParallel would overwrite") as refused:
+        DistributedDataParallel(model)
+    return str(refused.value)
+
+
+def test_ddp_is_told_of_all_layers_at_once(ranks: LocalRanks) -> None:
+    for said in ranks.run(names_of_two_layers, size=2):
+        assert "0.experts.gate_up, 0.experts.down, 1.experts.gate_up, 1.experts.down, with" in said
+
+
 def test_ddp_is_refused_before_it_overwrites_experts(ranks: LocalRanks) -> None:
     for rank, said in enumerate(ranks.run(wrapped_in_ddp, size=2)):
         assert f"layer 'moe', of which each rank has others (experts {3 * rank} to {3 * rank + 2} here)" in said
@@ -306,6 +319,46 @@ def test_dense_gradients_that_were_not_summed_are_not_clipped(ranks: LocalRanks)
     for said in ranks.run(never_summed, size=2):
         assert "gradients of parameters that are no layer's differ: their norm is" in said
         assert "sum them over ranks first" in said
+
+
+def sparse_on_rank_1_alone(group: EPGroup, what: str) -> str:
+    """Rank 0 had no token for the table, and so has no gradient that could show that they are sparse."""
+    model, table = Model(group), nn.Embedding(4, 4, sparse=True)
+    model(*GIVEN).sum().backward()
+    if group.rank == 1:
+        table(torch.tensor([1])).sum().backward()
+    asked: dict[str, Callable[[], object]] = {
+        "sum": lambda: sum_gradients([*table.parameters(), *model.dense.parameters()], group),
+        "clip": lambda: clip_grad_norm_([*table.parameters(), *model.parameters()], 1.0),
+    }
+    with pytest.raises(CallRefusedError) as refused:
+        asked[what]()
+    sum_gradients(model.dense.parameters(), group)
+    clip_grad_norm_(model.parameters(), 1.0)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["sum", "clip"])
+def test_what_one_rank_alone_cannot_sum_is_refused_on_all(ranks: LocalRanks, what: str) -> None:
+    first, second = ranks.run(sparse_on_rank_1_alone, what, size=2)
+    assert "rank 1" in first
+    assert second.startswith("a gradient is torch.sparse_coo")
+
+
+def test_a_norm_looks_at_each_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, of_slices = list[int](), Norm.of_slices
+
+    def noted(norm: Norm, x: Tensor) -> Tensor:
+        looked.append(x.data_ptr())
+        return of_slices(norm, x)
+
+    monkeypatch.setattr(Norm, "of_slices", noted)
+    layer, dense = make_trainable(SHAPE), nn.Linear(4, 4)
+    backward(layer, BATCH, make_gradient(BATCH))
+    dense(torch.ones(2, 4)).sum().backward()
+    given = [*layer.parameters(), *dense.parameters()]
+    clip_grad_norm_(given, 1.0)
+    assert sorted(looked) == sorted(each.grad.data_ptr() for each in given if each.grad is not None)
 
 
 def in_another_order(group: EPGroup) -> None:

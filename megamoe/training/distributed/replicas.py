@@ -16,7 +16,7 @@ from torch import Tensor
 from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import DEADLINE_S, EPGroup
 from megamoe.parallel.transport.pairs import Label
-from megamoe.training.distributed.wrappers import layer_on_several, said_of
+from megamoe.training.distributed.wrappers import layers_on_several, said_of
 from megamoe.training.steps import local
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def reduce_over_replicas(
     group = EPGroup.of(ranks, device, deadline_s=deadline_s)
     if group.size == 1:
         return
-    layer = layer_on_several(given, dist.get_process_group_ranks(ranks))
-    if layer is not None:
+    layers = layers_on_several(given, dist.get_process_group_ranks(ranks))
+    if layers:
         raise ValueError(
-            f"the replicas share {said_of(layer)}: give the process group of the ranks that hold the same experts"
+            f"the replicas share {said_of(layers[0])}: give the process group of the ranks that hold the same experts"
         )
     trained = [each for each in given if each.requires_grad]
     assert group.clock is not None
