@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -388,6 +389,27 @@ def unused(group: EPGroup, by_replicas: bool) -> None:
 @pytest.mark.parametrize("by_replicas", [False, True], ids=["sum_gradients", "reduce_over_replicas"])
 def test_what_no_rank_used_has_no_gradient_afterwards(ranks: LocalRanks, by_replicas: bool) -> None:
     ranks.run(unused, by_replicas, size=2)
+
+
+def exchanges_of(group: EPGroup, by_replicas: bool) -> list[int]:
+    """How many there are for one bucket of gradients: where a replica lacks one of two, and where none does."""
+    found = []
+    module = dist if by_replicas else group.transport
+    name = "all_gather_into_tensor" if by_replicas else "gather"
+    for lacking in (True, False):
+        given = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        for each in given[lacking and group.rank :]:
+            each.grad = torch.ones(3)
+        with mock.patch.object(module, name, side_effect=getattr(module, name)) as gather:
+            reduce_over_replicas(given, world()) if by_replicas else sum_gradients(given, group)
+        found.append(gather.call_count)
+    return found
+
+
+@pytest.mark.parametrize("by_replicas", [False, True], ids=["sum_gradients", "reduce_over_replicas"])
+def test_which_gradients_there_are_is_asked_where_one_is_lacking(ranks: LocalRanks, by_replicas: bool) -> None:
+    for lacking, whole in ranks.run(exchanges_of, by_replicas, size=2):
+        assert lacking == whole + 1
 
 
 # ---- a rank without experts ----

@@ -39,9 +39,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: EPGroup) -> None:
         return
     shapes, complaint = [tuple(each.shape) for each in trained], _complaint(trained, group)
     with group.turn(_WHAT, trained[0].device), group.unbroken(_WHAT, group.own_status.calls):
-        _agree(len(trained), sum(each.numel() for each in trained), group, shapes, complaint)
-        there = _gather(torch.tensor([each.grad is not None for each in trained]), group).any(0).tolist()
-        for bucket in _buckets([each for each, found in zip(trained, there, strict=True) if found]):
+        own = [each.grad is not None for each in trained]
+        values, lacking = sum(each.numel() for each in trained), not all(own)
+        if _agree(len(trained), values, group, shapes, complaint, lacking):
+            own = _gather(torch.tensor(own), group).any(0).tolist()
+        for bucket in _buckets([each for each, found in zip(trained, own, strict=True) if found]):
             total = _sum(torch.cat([_flat(each) for each in bucket]), group)
             for each, part in zip(bucket, torch.split(total, [each.numel() for each in bucket]), strict=True):
                 if each.grad is None:
@@ -87,23 +89,31 @@ def _sum(mine: Tensor, group: EPGroup) -> Tensor:
 
 
 def _agree(
-    tensors: int, values: int, group: EPGroup, shapes: Sequence[tuple[int, ...]] = (), complaint: str = ""
-) -> None:
-    """CallRefusedError, on all ranks, where one has a complaint, or these are not what rank 0 brings."""
-    own = [tensors, values, crc32(repr(shapes).encode()), bool(complaint)]
+    tensors: int,
+    values: int,
+    group: EPGroup,
+    shapes: Sequence[tuple[int, ...]] = (),
+    complaint: str = "",
+    lacking: bool = False,
+) -> bool:
+    """Whether any rank is lacking a gradient.
+
+    CallRefusedError, on all ranks, where one has a complaint, or sizes and shapes are not what rank 0 brings.
+    """
+    own = [tensors, values, crc32(repr(shapes).encode()), bool(complaint), lacking]
     pages = _gather(torch.tensor(own, dtype=torch.int64, device="cpu"), group).tolist()
     if complaint:
         raise CallRefusedError(complaint)
-    for rank, (*page, wrong) in enumerate(pages):
-        if wrong:
-            raise CallRefusedError(f"{group.named(rank)} has gradients that cannot be summed: its own error says why")
-        pages[rank] = page
     for rank, page in enumerate(pages):
-        if page != pages[0]:
+        if page[3]:
+            raise CallRefusedError(f"{group.named(rank)} has gradients that cannot be summed: its own error says why")
+    for rank, page in enumerate(pages):
+        if page[:3] != pages[0][:3]:
             raise CallRefusedError(
                 f"{group.named(rank)} sums {page[1]} values in {page[0]} tensors, {group.named(0)} {pages[0][1]} in "
                 f"{pages[0][0]}{', in other shapes' if page[:2] == pages[0][:2] else ''}"
             )
+    return any(page[4] for page in pages)
 
 
 def _buckets(trained: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
