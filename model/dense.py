@@ -267,8 +267,8 @@ class FixedOrder(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._weights = {each.untyped_storage().data_ptr(): each for each in model.parameters()}
-        self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._packed: dict[tuple[Any, ...], DenseWeight] = {}
+        self._casts: dict[tuple[Any, ...], tuple[int, Tensor]] = {}
+        self._packed: dict[tuple[Any, ...], tuple[int, DenseWeight]] = {}
         self._tables: dict[Any, Tensor] = {}
 
     def __torch_function__(
@@ -293,18 +293,27 @@ class FixedOrder(TorchFunctionMode):
         """Whether it is a weight, or a part of one: a cast of the model leaves the memory of weights to others."""
         if tensor.device.type != "cpu":
             return False
-        place = tensor.untyped_storage().data_ptr()
-        weight = self._weights.get(place)
-        return weight is not None and weight.untyped_storage().data_ptr() == place
+        memory = _memory(tensor)
+        weight = self._weights.get(memory)
+        return weight is not None and _memory(weight) == memory
 
     def _cast(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A cast of a weight is made once and kept."""
-        key = (*_as_it_is(args[0]), func, *args[1:], *kwargs.items())
-        if key not in self._casts:
+        """A cast of a weight is made once, and kept until the weight changes."""
+        weight, key = args[0], (*_place(args[0]), func, *args[1:], *kwargs.items())
+        changes, made = self._casts.get(key, (-1, weight))
+        if changes != _changes(weight):
+            if _memory(made) != _memory(weight):
+                self._forget(_memory(made))
             made = func(*args, **kwargs)
-            self._casts[key] = made
-            self._weights.setdefault(made.untyped_storage().data_ptr(), made)
-        return self._casts[key]
+            self._casts[key] = _changes(weight), made
+            if not self._known(made):
+                self._weights[_memory(made)] = made
+        return made
+
+    def _forget(self, memory: int) -> None:
+        """Drops a cast of what a weight was, and what was packed of it."""
+        self._weights.pop(memory, None)
+        self._packed = {key: each for key, each in self._packed.items() if key[0] != memory}
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """torch's names, since a model may give them."""
@@ -322,10 +331,10 @@ class FixedOrder(TorchFunctionMode):
     def _held(self, weight: Tensor) -> DenseWeight:
         if not self._known(weight):
             return DenseWeight.of(weight)
-        key = _as_it_is(weight)
-        if key not in self._packed:
-            self._packed[key] = DenseWeight.of(weight)
-        return self._packed[key]
+        key = _place(weight)
+        if key not in self._packed or self._packed[key][0] != _changes(weight):
+            self._packed[key] = _changes(weight), DenseWeight.of(weight)
+        return self._packed[key][1]
 
     def _unary(self, func: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         with undisturbed(torch.device("cpu")):
@@ -340,10 +349,18 @@ class FixedOrder(TorchFunctionMode):
             return func(x, **kwargs)  # type: ignore[no-any-return]
 
 
-def _as_it_is(weight: Tensor) -> tuple[Any, ...]:
-    """What tells a weight from others, and from itself before it was changed in place."""
-    changes = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), changes, weight.dtype, *weight.shape, *weight.stride()
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _place(weight: Tensor) -> tuple[Any, ...]:
+    """What tells a weight, or a part of one, from others: first its memory."""
+    return _memory(weight), weight.data_ptr(), weight.dtype, *weight.shape, *weight.stride()
+
+
+def _changes(weight: Tensor) -> int:
+    """How often it was changed in place, as torch counts it: not in inference mode."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import os
@@ -806,3 +807,18 @@ def test_the_weight_of_a_linear_module_is_to_be_read_only(fp8: bool) -> None:
         module.weight.mul_(2)
     x = torch.randn(3, 64)
     torch.testing.assert_close(module(x), x @ module.weight.float().T, rtol=1e-3, atol=1e-3)
+
+
+def test_what_was_packed_of_a_weight_goes_when_the_weight_changes() -> None:
+    router, x = Router(lambda x, weight: x @ weight.float().t()), torch.ones(3, 7168)
+    router.table.data = router.table.data.bfloat16()
+    compute_in_fixed_order(router)
+    router(x)
+    gc.collect()
+    held = sum(isinstance(each, DenseWeight) for each in gc.get_objects())
+    for _ in range(3):
+        with torch.no_grad():
+            router.table.mul_(2)
+        router(x)
+    gc.collect()
+    assert sum(isinstance(each, DenseWeight) for each in gc.get_objects()) == held

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import EPGroup
 from megamoe.shape import MoEShape
 from megamoe.training import TrainableMoE, clip_grad_norm_, reduce_over_replicas, sum_gradients
+from megamoe.training.distributed.norms import Norm
 from tests.cases import make_batch, split
 from tests.training_cases import backward, make_gradient, make_trainable
 
@@ -207,6 +209,18 @@ def wrapped_in_ddp(group: EPGroup) -> str:
     return str(refused.value)
 
 
+def names_of_two_layers(group: EPGroup) -> str:
+    model = nn.ModuleList(make_trainable(SHAPE, group, name=f"layers.{index}") for index in range(2))
+    with pytest.raises(ValueError, match="DistributedDataParallel would overwrite") as refused:
+        DistributedDataParallel(model)
+    return str(refused.value)
+
+
+def test_ddp_is_told_of_all_layers_at_once(ranks: LocalRanks) -> None:
+    for said in ranks.run(names_of_two_layers, size=2):
+        assert "0.experts.gate_up, 0.experts.down, 1.experts.gate_up, 1.experts.down, with" in said
+
+
 def test_ddp_is_refused_before_it_overwrites_experts(ranks: LocalRanks) -> None:
     for rank, said in enumerate(ranks.run(wrapped_in_ddp, size=2)):
         assert f"layer 'moe', of which each rank has others (experts {3 * rank} to {3 * rank + 2} here)" in said
@@ -308,6 +322,46 @@ def test_dense_gradients_that_were_not_summed_are_not_clipped(ranks: LocalRanks)
         assert "sum them over ranks first" in said
 
 
+def sparse_on_rank_1_alone(group: EPGroup, what: str) -> str:
+    """Rank 0 had no token for the table, and so has no gradient that could show that they are sparse."""
+    model, table = Model(group), nn.Embedding(4, 4, sparse=True)
+    model(*GIVEN).sum().backward()
+    if group.rank == 1:
+        table(torch.tensor([1])).sum().backward()
+    asked: dict[str, Callable[[], object]] = {
+        "sum": lambda: sum_gradients([*table.parameters(), *model.dense.parameters()], group),
+        "clip": lambda: clip_grad_norm_([*table.parameters(), *model.parameters()], 1.0),
+    }
+    with pytest.raises(CallRefusedError) as refused:
+        asked[what]()
+    sum_gradients(model.dense.parameters(), group)
+    clip_grad_norm_(model.parameters(), 1.0)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["sum", "clip"])
+def test_what_one_rank_alone_cannot_sum_is_refused_on_all(ranks: LocalRanks, what: str) -> None:
+    first, second = ranks.run(sparse_on_rank_1_alone, what, size=2)
+    assert "rank 1" in first
+    assert second.startswith("a gradient is torch.sparse_coo")
+
+
+def test_a_norm_looks_at_each_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, of_slices = list[int](), Norm.of_slices
+
+    def noted(norm: Norm, x: Tensor) -> Tensor:
+        looked.append(x.data_ptr())
+        return of_slices(norm, x)
+
+    monkeypatch.setattr(Norm, "of_slices", noted)
+    layer, dense = make_trainable(SHAPE), nn.Linear(4, 4)
+    backward(layer, BATCH, make_gradient(BATCH))
+    dense(torch.ones(2, 4)).sum().backward()
+    given = [*layer.parameters(), *dense.parameters()]
+    clip_grad_norm_(given, 1.0)
+    assert sorted(looked) == sorted(each.grad.data_ptr() for each in given if each.grad is not None)
+
+
 def in_another_order(group: EPGroup) -> None:
     given = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(2, 3))][:: 1 - 2 * group.rank]
     with pytest.raises(CallRefusedError, match="rank 1 sums 12 values in 2 tensors, rank 0 12 in 2, in other shapes"):
@@ -335,6 +389,27 @@ def unused(group: EPGroup, by_replicas: bool) -> None:
 @pytest.mark.parametrize("by_replicas", [False, True], ids=["sum_gradients", "reduce_over_replicas"])
 def test_what_no_rank_used_has_no_gradient_afterwards(ranks: LocalRanks, by_replicas: bool) -> None:
     ranks.run(unused, by_replicas, size=2)
+
+
+def exchanges_of(group: EPGroup, by_replicas: bool) -> list[int]:
+    """How many there are for one bucket of gradients: where a replica lacks one of two, and where none does."""
+    found = []
+    module = dist if by_replicas else group.transport
+    name = "all_gather_into_tensor" if by_replicas else "gather"
+    for lacking in (True, False):
+        given = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        for each in given[lacking and group.rank :]:
+            each.grad = torch.ones(3)
+        with mock.patch.object(module, name, side_effect=getattr(module, name)) as gather:
+            reduce_over_replicas(given, world()) if by_replicas else sum_gradients(given, group)
+        found.append(gather.call_count)
+    return found
+
+
+@pytest.mark.parametrize("by_replicas", [False, True], ids=["sum_gradients", "reduce_over_replicas"])
+def test_which_gradients_there_are_is_asked_where_one_is_lacking(ranks: LocalRanks, by_replicas: bool) -> None:
+    for lacking, whole in ranks.run(exchanges_of, by_replicas, size=2):
+        assert lacking == whole + 1
 
 
 # ---- a rank without experts ----

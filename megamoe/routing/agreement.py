@@ -86,9 +86,8 @@ _TERMS = slice(_offset("hidden"), _offset("host"))
 _HEAD = struct.Struct("<IIqqd")  # the fields before them
 _CALL = struct.Struct("<q")
 PAGE_BYTES = _PAGE.itemsize
-PAGE_TERMS = slice(
-    _HEAD.size, PAGE_BYTES
-)  # all but what a rank brings to the call: tokens, and whether anything is wrong
+# all but what a rank brings to the call: tokens, and whether anything is wrong
+PAGE_TERMS = slice(_HEAD.size, PAGE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

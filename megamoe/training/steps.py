@@ -37,23 +37,26 @@ class Seen:
     """
 
     counted: tuple[tuple[int, int, int], ...]
-    values: list[Tensor]
+    values: Tensor
 
     @classmethod
     def of(cls, weights: Sequence[Tensor]) -> Seen:
-        return cls(_counted(weights), [_some(each).clone() for each in weights])
+        return cls(_counted(weights), _some_of_all(weights))
 
     def still(self, weights: Sequence[Tensor]) -> bool:
         """Whether weights show no change."""
-        return self.counted == _counted(weights) and all(
-            torch.equal(then, _some(now)) for then, now in zip(self.values, weights, strict=True)
-        )
+        return self.counted == _counted(weights) and torch.equal(self.values, _some_of_all(weights))
 
 
 def _counted(weights: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
     """Of a DTensor changes of the whole and those of its local tensor apart."""
     pairs = ((each, local(each.detach())) for each in weights)
     return tuple((part.data_ptr(), part._version, whole._version) for whole, part in pairs)
+
+
+def _some_of_all(weights: Sequence[Tensor]) -> Tensor:
+    """Some values of all weights in one tensor: to compare it waits for a GPU once, not once a weight."""
+    return torch.cat([_some(each).flatten().to(torch.float32) for each in weights])
 
 
 def _some(weight: Tensor) -> Tensor:

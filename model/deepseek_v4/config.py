@@ -46,10 +46,7 @@ class DeepSeekV4Config(BaseModel):
             return cls.model_validate_json(file.read_bytes())
         except ValidationError as wrong:
             for each in wrong.errors():
-                if (each["loc"], each["type"]) == (
-                    ("model_type",),
-                    "literal_error",
-                ):  # what else differs follows from it
+                if each["loc"] == ("model_type",) and each["type"] == "literal_error":  # the rest follows from it
                     raise ValueError(
                         f"{file} is of a model of type {each['input']!r}, and this runs those of deepseek_v4; "
                         "megamoe.model.load() and megamoe generate take the others"

@@ -49,7 +49,7 @@ def clip_grad_norm_(
     RuntimeError, on every rank, for a norm that is not finite where error_if_nonfinite; CallRefusedError where ranks do
     not call alike, or differ in the norm of parameters that are no layer's, as where gradients were not summed over
     ranks; PeerError within the deadline of a layer's group for a rank that does not call. ValueError for a norm_type
-    that is not above 0, and for sparse gradients.
+    that is not above 0, and, on every rank of a layer's group, where one has a sparse gradient.
     """
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     total = grad_norm(given, norm_type)
@@ -68,21 +68,30 @@ def clip_grad_norm_(
 def grad_norm(parameters: Tensor | Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     """The norm of clip_grad_norm_(), a scalar of float32, and nothing is scaled. All that is said there holds."""
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    norm = Norm(float(norm_type))
-    for each in given:
-        if each.grad is not None and each.grad.layout != torch.strided:
-            raise ValueError(f"a gradient is {each.grad.layout}: only dense ones have a norm here")
-    layers = _layers_of(given)
-    plain = [each for each in given if id(each) not in layers and not hasattr(each.grad, "to_local")]
-    mine = norm.joined(torch.stack([_of_others(each, norm).to("cpu") for each in plain])) if plain else torch.zeros(())
-    experts: dict[int, Tensor] = {}
-    for group in {id(layer.group): layer.group for each in given if (layer := layers.get(id(each)))}.values():
-        own = [(each, layers[id(each)]) for each in given if id(each) in layers]
-        of_group = [(each, layer) for each, layer in own if layer.group is group]
-        experts |= _of_experts(group, of_group, mine, norm)
+    norm, layers = Norm(float(norm_type)), _layers_of(given)
+    own = [(each, layers[id(each)]) for each in given if id(each) in layers]
+    groups = {id(layer.group): layer.group for _, layer in own}.values()
+    of_groups = [(group, [(each, layer) for each, layer in own if layer.group is group]) for group in groups]
+    sparse = next((x.layout for each in given if (x := each.grad) is not None and x.layout != torch.strided), None)
+    if sparse is not None:
+        complaint = ValueError(f"a gradient is {sparse}: only dense ones have a norm here")
+        for group, of_group in of_groups:
+            if group.transport is not None:
+                with group.turn(_NAME, of_group[0][1].device), group.unbroken(_NAME, 0):
+                    _agree(group, of_group, norm, complaint)
+        raise complaint
     device = next((each.grad.device for each in given if each.grad is not None), torch.device("cpu"))
-    partials = [experts[id(each)] if id(each) in layers else _of_others(each, norm) for each in given]
-    return norm.total(norm.joined(torch.stack([each.to(device) for each in partials]) if partials else torch.zeros(0)))
+
+    def joined(partials: Iterable[Tensor]) -> Tensor:
+        found = [each.to(device) for each in partials]
+        return norm.joined(torch.stack(found) if found else torch.zeros(0, dtype=torch.float64, device=device))
+
+    plain = [each for each in given if id(each) not in layers and not hasattr(each.grad, "to_local")]
+    added = {id(each): _of_others(each, norm) for each in plain}
+    mine = joined(added.values()) if own else torch.zeros(())
+    for group, of_group in of_groups:
+        added |= _of_experts(group, of_group, mine, norm)
+    return norm.total(joined(added[id(each)] if id(each) in added else _of_others(each, norm) for each in given))
 
 
 def _layers_of(parameters: Sequence[Tensor]) -> dict[int, TrainableMoE]:
@@ -135,11 +144,18 @@ def _gathered(group: EPGroup, partials: Tensor, own: Sequence[tuple[Tensor, Trai
         return partials.unsqueeze(0)
     device = own[0][1].device
     with group.turn(_NAME, device), group.unbroken(_NAME, 0):
-        agree(group, Page(_terms(group, own, norm), group.host), 0, Part(0, np.zeros((2, 1), np.int32), 0.0), None)
+        _agree(group, own, norm, None)
         pages = group.transport.gather(partials.view(torch.uint8).flatten(), Label(_NAME, "more counts"))
         everyones = pages.view(torch.float64).view(group.size, *partials.shape)
         _refuse_others(group, [float(norm.total(each)) for each in everyones[:, -1, 0]])
     return everyones
+
+
+def _agree(
+    group: EPGroup, own: Sequence[tuple[Tensor, TrainableMoE]], norm: Norm, complaint: ValueError | None
+) -> None:
+    """CallRefusedError, on all ranks, where they do not sum alike, or one has a complaint."""
+    agree(group, Page(_terms(group, own, norm), group.host), 0, Part(0, np.zeros((2, 1), np.int32), 0.0), complaint)
 
 
 def _refuse_others(group: EPGroup, norms: Sequence[float]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megamoe.parallel.errors import CallRefusedError
 from megamoe.parallel.group import DEADLINE_S, EPGroup
 from megamoe.parallel.transport.pairs import Label
-from megamoe.training.distributed.wrappers import layer_on_several, said_of
+from megamoe.training.distributed.wrappers import layers_on_several, said_of
 from megamoe.training.steps import local
 
 if TYPE_CHECKING:
@@ -54,23 +54,25 @@ def reduce_over_replicas(
     group = EPGroup.of(ranks, device, deadline_s=deadline_s)
     if group.size == 1:
         return
-    layer = layer_on_several(given, dist.get_process_group_ranks(ranks))
-    if layer is not None:
+    layers = layers_on_several(given, dist.get_process_group_ranks(ranks))
+    if layers:
         raise ValueError(
-            f"the replicas share {said_of(layer)}: give the process group of the ranks that hold the same experts"
+            f"the replicas share {said_of(layers[0])}: give the process group of the ranks that hold the same experts"
         )
     trained = [each for each in given if each.requires_grad]
     assert group.clock is not None
     with group.turn(_LAYER, device), group.unbroken(_LAYER, 0):
         with group.clock.naming(ranks, Label(_LAYER, "counts")):
-            differing = _differing(trained, ranks, device, deadline_s)
+            differing, lacking = _differing(trained, ranks, device, deadline_s)
         if differing:
             raise CallRefusedError(
                 f"replicas differ in what they reduce, so no gradient was changed: replica {differing[0]} has other "
                 "parameters than replica 0; all must give the same ones, in the same order"
             )
-        with group.clock.naming(ranks, Label(_LAYER, "counts")):
-            there = _there(trained, ranks, device, deadline_s)
+        there = [True] * len(trained)
+        if lacking:
+            with group.clock.naming(ranks, Label(_LAYER, "counts")):
+                there = _there(trained, ranks, device, deadline_s)
         for bucket in _buckets([_gradient_of(each) for each, found in zip(trained, there, strict=True) if found]):
             with group.clock.naming(ranks, Label(_LAYER, "reduce")):
                 _reduce(bucket, ranks, average, deadline_s)
@@ -97,14 +99,16 @@ def _gradient_of(parameter: Tensor) -> Tensor:
 
 def _differing(
     trained: list[Tensor], replicas: dist.ProcessGroup, device: torch.device, deadline_s: float
-) -> list[int]:
-    """Replicas whose parameters have other shapes or dtypes than the first one's."""
+) -> tuple[list[int], bool]:
+    """Replicas whose parameters have other shapes or dtypes than the first one's; whether any lacks a gradient."""
     said = repr([(tuple(local(each.detach()).shape), each.dtype) for each in trained]).encode()
-    digest = torch.frombuffer(bytearray(hashlib.sha256(said).digest()), dtype=torch.uint8).to(device)
-    gathered = digest.new_empty(replicas.size() * len(digest))
-    _end(dist.all_gather_into_tensor(gathered, digest, group=replicas, async_op=True), deadline_s)
-    first, *others = torch.split(gathered, len(digest))
-    return [rank for rank, each in enumerate(others, 1) if not torch.equal(each, first)]
+    page = bytearray(hashlib.sha256(said).digest()) + bytes([any(each.grad is None for each in trained)])
+    own = torch.frombuffer(page, dtype=torch.uint8).to(device)
+    gathered = own.new_empty(replicas.size() * len(own))
+    _end(dist.all_gather_into_tensor(gathered, own, group=replicas, async_op=True), deadline_s)
+    pages = gathered.view(replicas.size(), len(own)).tolist()
+    differing = [rank for rank, each in enumerate(pages) if each[:-1] != pages[0][:-1]]
+    return differing, any(each[-1] for each in pages)
 
 
 def _there(trained: list[Tensor], replicas: dist.ProcessGroup, device: torch.device, deadline_s: float) -> list[bool]:

@@ -19,16 +19,21 @@ from megamoe.training.layer import TrainableMoE, living_layers
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
-def layer_on_several(parameters: Iterable[Tensor], ranks: Sequence[int]) -> TrainableMoE | None:
-    """A layer whose experts are among the parameters, and that more than one of these ranks of the program share."""
+def layers_on_several(parameters: Iterable[Tensor], ranks: Sequence[int]) -> list[TrainableMoE]:
+    """Layers whose experts are among the parameters, and that more than one of these ranks of the program share."""
     asked = {id(each) for each in parameters}
-    for layer in living_layers():
-        held = [*layer.experts.parameters(), *getattr(layer.experts, "owners", ())]
-        if layer.group.size == 1 or not any(id(each) in asked for each in held):
-            continue
-        if len(set(ranks).intersection(ranks_of(layer.group))) > 1:
-            return layer
-    return None
+    return [
+        layer
+        for layer in living_layers()
+        if layer.group.size > 1
+        and any(id(each) in asked for each in _held(layer))
+        and len(set(ranks).intersection(ranks_of(layer.group))) > 1
+    ]
+
+
+def _held(layer: TrainableMoE) -> list[Tensor]:
+    """Its experts, also where a framework has them."""
+    return [*layer.experts.parameters(), *getattr(layer.experts, "owners", ())]
 
 
 def said_of(layer: TrainableMoE) -> str:
@@ -43,13 +48,13 @@ def _before_wrapping(module: nn.Module, name: str, wrapped: nn.Module | None) ->
     if not isinstance(module, DistributedDataParallel) or name != "module" or wrapped is None:
         return
     named = {name: each for name, each in wrapped.named_parameters() if name not in module.parameters_to_ignore}
-    layer = layer_on_several(named.values(), dist.get_process_group_ranks(module.process_group))
-    if layer is not None:
-        own = {id(each) for each in layer.experts.parameters()}
+    layers = layers_on_several(named.values(), dist.get_process_group_ranks(module.process_group))
+    if layers:
+        own = {id(each) for layer in layers for each in _held(layer)}
         names = [name for name, each in named.items() if id(each) in own]
         raise ValueError(
-            f"DistributedDataParallel would overwrite {said_of(layer)}, by rank 0's: before it wraps the model, leave "
-            f"out {', '.join(names)}, with "
+            f"DistributedDataParallel would overwrite {said_of(layers[0])}, by rank 0's: before it wraps the model, "
+            f"leave out {', '.join(names)}, with "
             "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)"
         )
 
@@ -61,11 +66,11 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     if known is None or not isinstance(optimizer, known):
         return
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    layer = layer_on_several(parameters, dist.get_process_group_ranks(optimizer.process_group))
-    if layer is not None:
+    layers = layers_on_several(parameters, dist.get_process_group_ranks(optimizer.process_group))
+    if layers:
         raise ValueError(
-            f"ZeroRedundancyOptimizer would overwrite {said_of(layer)}, by those of the rank that steps them: give it "
-            "the other parameters, and the layer's an optimizer of their own"
+            f"ZeroRedundancyOptimizer would overwrite {said_of(layers[0])}, by those of the rank that steps them: give "
+            "it the other parameters, and the layer's an optimizer of their own"
         )
 
 
