@@ -39,8 +39,8 @@ def clip_grad_norm_(
 
     As torch's, gradients are multiplied by max_norm / (norm + 1e-6) where that is below 1, and the norm, a scalar of
     float32, is that before. It is of all parameters of the model, each once: those of a TrainableMoE over the ranks of
-    its group, DTensors over their mesh, others as this rank has them, which must be the same on all ranks of the group: shards of a tensor-parallel or a flat
-    parameter are clipped as DTensors, or by themselves.
+    its group, DTensors over their mesh, others as this rank has them, which must be the same on all ranks of the group:
+    shards of a tensor-parallel or a flat parameter are clipped as DTensors, or by themselves.
 
     Every rank must call, with the same parameters in the same order; parameters without a gradient count as 0. Bits of
     the norm are the same for any number of ranks that experts, or DTensors along dimension 0, are spread over, since
