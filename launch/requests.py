@@ -94,7 +94,7 @@ def check_seconds(name: str, value: object) -> None:
     """ValueError for what is no positive, finite number of seconds."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
         return
-    raise ValueError(f"{name} must be positive, got {value!r}")
+    raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 def check_devices(device: str, needed: int) -> None:

@@ -402,7 +402,7 @@ def _check_integers(**values: object) -> None:
 
 def _check_deadline(deadline_s: object) -> None:
     if isinstance(deadline_s, bool) or not isinstance(deadline_s, Real) or not 0 < float(deadline_s) < math.inf:
-        raise ValueError(f"deadline_s must be positive, got {deadline_s!r}")
+        raise ValueError(f"deadline_s must be positive and finite, got {deadline_s!r}")
 
 
 def _meet(store: Store | None, init_method: str | None, rank: int, size: int, deadline_s: float) -> Store:

@@ -199,7 +199,7 @@ def test_shapes_are_validated(arguments: tuple[int, ...], message: str) -> None:
         ({"waves": (2, 0)}, "waves must be"),
         ({"waves": "many"}, "waves must be"),
         ({"group": "world"}, "group must be a torch ProcessGroup, an EPGroup or None, got str"),
-        ({"deadline_s": 0}, "deadline_s must be positive, got 0"),
+        ({"deadline_s": 0}, "deadline_s must be positive and finite, got 0"),
         ({"device": "gpu"}, "device must be one that torch knows, got 'gpu'"),
         ({"name": 5}, "name must be a string, got int"),
         ({"device": "privateuseone:7"}, "device privateuseone:7 is none of this machine's, or not of this build"),
@@ -310,14 +310,14 @@ def entered(**given: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "given", "said"),
     [
-        (MegaMoE, {"shape": SHAPE, "deadline_s": "60"}, "deadline_s must be positive, got '60'"),
+        (MegaMoE, {"shape": SHAPE, "deadline_s": "60"}, "deadline_s must be positive and finite, got '60'"),
         (MegaMoE, {"shape": SHAPE, "machine": "machine.yaml"}, "machine must be what megamoe.catalog.load_machine"),
         (TrainableMoE, {"shape": SHAPE, "seed": "a"}, "seed must be an integer, got 'a'"),
         (MegaMoECluster, {"ranks": 2, "policy": 3}, "policy must be a RestartPolicy, got int"),
         (entered, {"rank": "0", "size": 1}, "rank must be an integer, got '0'"),
         (entered, {"rank": 0, "size": 1.5}, "size must be an integer, got 1.5"),
-        (entered, {"rank": 0, "size": 1, "deadline_s": None}, "deadline_s must be positive, got None"),
-        (entered, {"rank": 0, "size": 1, "deadline_s": float("inf")}, "deadline_s must be positive, got inf"),
+        (entered, {"rank": 0, "size": 1, "deadline_s": None}, "deadline_s must be positive and finite, got None"),
+        (entered, {"rank": 0, "size": 1, "deadline_s": float("inf")}, "deadline_s must be positive and finite, got inf"),
     ],
 )
 def test_an_argument_of_another_type_is_refused_by_name(

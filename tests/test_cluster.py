@@ -463,8 +463,8 @@ def test_a_rank_whose_link_is_cut_is_left_out_until_it_is_healed(checkpoint: Pat
     [
         (0, {}, "ranks must be positive, got 0"),
         ("2", {}, "ranks must be positive, got '2'"),
-        (2, {"deadline_s": float("nan")}, "deadline_s must be positive, got nan"),
-        (2, {"batch_deadline_s": 0}, "batch_deadline_s must be positive, got 0"),
+        (2, {"deadline_s": float("nan")}, "deadline_s must be positive and finite, got nan"),
+        (2, {"batch_deadline_s": 0}, "batch_deadline_s must be positive and finite, got 0"),
         (2, {"launcher": "spawn", "address": "local"}, "address means nothing to launcher 'spawn'"),
         (2, {"launcher": "ray", "interface": "lo"}, "interface means nothing to launcher 'ray'"),
         (2, {"launcher": "spawn", "threads": 0}, "threads must be positive, got 0"),

@@ -94,7 +94,7 @@ def test_one_token_on_four_ranks_is_said_to_be_identical_in_a_table(checkpoint: 
         (["--waves", "some"], "got 'some'"),
         (["--text", "/nowhere/text.txt"], "text /nowhere/text.txt cannot be read: No such file"),
         (["--checkpoint", "tests"], "tests holds no config.json"),
-        (["--deadline-s", "-1"], "deadline_s must be positive, got -1.0"),
+        (["--deadline-s", "-1"], "deadline_s must be positive and finite, got -1.0"),
         (["--format", "xml"], "Invalid value for '--format'"),
     ],
 )

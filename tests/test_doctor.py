@@ -100,7 +100,7 @@ def test_without_exchange_no_rank_is_started_and_the_table_fits_80_columns() -> 
         (["--interface", "nope0"], "no interface called 'nope0' has an IP address; there are "),
         (["--device", "tpu"], "device type 'tpu' is not one of cpu, cuda, npu"),
         (["--ranks", 0], "ranks must be in [1, 256], got 0"),
-        (["--deadline-s", 0], "deadline_s must be positive, got 0"),
+        (["--deadline-s", 0], "deadline_s must be positive and finite, got 0"),
     ],
     ids=["interface", "device", "ranks", "deadline"],
 )

@@ -94,7 +94,7 @@ BAD = {
     "no checkpoint": (["--checkpoint", "/nowhere"], "there is no checkpoint /nowhere: leave it out for a small one"),
     "too many ranks": (["--ranks", "257"], "a machine holds at most 256 ranks, got 257"),
     "backoff": (["--restarts", "1", "--backoff-s", "nan"], "backoff_s must be 0 or more and finite, got nan"),
-    "deadline that is none": (["--deadline-s", "nan"], "deadline_s must be positive, got nan"),
+    "deadline that is none": (["--deadline-s", "nan"], "deadline_s must be positive and finite, got nan"),
     "no ranks": (["--ranks", "0"], "ranks must be at least 1, got 0"),
     "elastic": (["--elastic", "four"], "elastic must be MIN:MAX, such as 2:4, got 'four'"),
     "elastic order": (["--elastic", "4:2"], r"elastic must be (least, most) with 1 <= least <= most, got (4, 2)"),
@@ -106,7 +106,7 @@ BAD = {
     "interface": (["--interface", "nosuch0"], "nosuch0"),
     "restarts": (["--restarts", "-1"], "restarts must be an integer of 0 or more, got -1"),
     "device": (["--device", "tpu"], "tpu"),
-    "deadline": (["--deadline-s", "0"], "deadline_s must be positive, got 0"),
+    "deadline": (["--deadline-s", "0"], "deadline_s must be positive and finite, got 0"),
 }
 
 

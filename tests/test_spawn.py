@@ -409,7 +409,7 @@ def test_what_was_printed_before_a_kill_is_shown_and_kept_to_the_last_letter(
     ("arguments", "said"),
     [
         ({"num_workers": 0}, "num_workers must be positive, got 0"),
-        ({"num_workers": 2, "deadline_s": -1.0}, "deadline_s must be positive, got -1.0"),
+        ({"num_workers": 2, "deadline_s": -1.0}, "deadline_s must be positive and finite, got -1.0"),
         ({"num_workers": 2, "device": "abacus"}, "device type 'abacus' is not one of"),
         ({"num_workers": 2, "hosts": [loopback()]}, "2 workers cannot be on 1 hosts"),
         ({"num_workers": 1, "interface": "nothing0"}, "no interface called 'nothing0'"),
