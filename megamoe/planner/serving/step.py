@@ -159,8 +159,8 @@ class Costs:
     def core_piece(self, cost: AttentionCost, part: str, times: int, flops: float, nbytes: float) -> Piece:
         """The core of one layer's attention in decode, by what this device's kernel reaches."""
         core = self.decode_core
-        eight_bits = self.formats.kv != "bf16" and cost.kind in DENSE_KINDS and core.eight_bit_tflops is not None
-        compute_us = flops * 1e-6 / (core.eight_bit_tflops if eight_bits else core.tflops)  # type: ignore[operator]
+        eight_bits = core.eight_bit_tflops if self.formats.kv != "bf16" and cost.kind in DENSE_KINDS else None
+        compute_us = flops * 1e-6 / (eight_bits or core.tflops)
         memory_us = nbytes / core.bytes_us
         call_us = self.attention_us if cost.kind in DENSE_KINDS else 0.0
         us = self.both_us(compute_us, memory_us) + call_us
