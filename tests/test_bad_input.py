@@ -317,7 +317,11 @@ def entered(**given: Any) -> None:
         (entered, {"rank": "0", "size": 1}, "rank must be an integer, got '0'"),
         (entered, {"rank": 0, "size": 1.5}, "size must be an integer, got 1.5"),
         (entered, {"rank": 0, "size": 1, "deadline_s": None}, "deadline_s must be positive and finite, got None"),
-        (entered, {"rank": 0, "size": 1, "deadline_s": float("inf")}, "deadline_s must be positive and finite, got inf"),
+        (
+            entered,
+            {"rank": 0, "size": 1, "deadline_s": float("inf")},
+            "deadline_s must be positive and finite, got inf",
+        ),
     ],
 )
 def test_an_argument_of_another_type_is_refused_by_name(
