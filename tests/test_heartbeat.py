@@ -221,6 +221,26 @@ def test_a_rank_that_leaves_is_not_lost_and_one_whose_connection_ends_is(caplog:
         assert (verdict.rank, verdict.condition) == (2, "dead")
 
 
+def test_a_rank_that_leaves_at_once_tells_those_too_that_it_has_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have connected; without its last word it would be lost to them."""
+    run, held = HeartbeatMonitor._run, threading.Event()
+
+    def late(self: HeartbeatMonitor) -> None:
+        if self.rank == 1:
+            held.wait(5.0)
+        run(self)
+
+    monkeypatch.setattr(HeartbeatMonitor, "_run", late)
+    with monitors(3) as lit, ThreadPoolExecutor(1) as pool:
+        left = pool.submit(lit[1].leave)
+        assert holds(lambda: lit[1]._stopping)
+        held.set()
+        left.result()
+        assert holds(lambda: lit[2].statuses()[1].closed)
+        assert position_of(lit[2], 1).state == LEFT
+        assert lit[2].lost() is None
+
+
 def test_a_rank_that_has_said_its_last_word_keeps_it() -> None:
     where = OwnStatus()
     where.enter("moe", 3)

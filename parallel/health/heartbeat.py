@@ -288,7 +288,7 @@ class HeartbeatMonitor:
             while True:
                 stopping = self._stopping
                 woken = False
-                ready = self._selector.select(max(0.0, beat - time.monotonic())) if not stopping else []
+                ready = self._selector.select(0.0 if stopping else max(0.0, beat - time.monotonic()))
                 self._listen_again()
                 for key, _ in ready:
                     if key.data is self._listener:
@@ -298,6 +298,8 @@ class HeartbeatMonitor:
                         woken = True
                     else:
                         self._hear(key.data)
+                if stopping and ready and any(peer.line is None for peer in self._peers.values()):
+                    continue  # all have met, but who came has not been heard yet: the last word is for it too
                 if stopping or woken or time.monotonic() >= beat:
                     self._tell()
                     beat = time.monotonic() + self._beat_s
