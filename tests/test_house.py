@@ -188,6 +188,47 @@ def test_the_tree_in_the_docs_has_every_file_in_its_own_words() -> None:
     assert (ROOT / "docs" / "tree.md").read_text() == tree(), "python -m tests.tree --write docs/tree.md"
 
 
+# ---- the docs ----
+
+WRITTEN_OR_GIVEN = {  # files of a user, or of a command
+    "config.json",
+    "megamoe_manifest.json",
+    "megamoe.py",
+    "random.py",
+    "results.json",
+    "logs/",
+    "tables/",
+}
+
+
+def test_files_that_the_docs_name_are_there() -> None:
+    """`planner/layer/cost.py` means the file whose path ends so, wherever its folder is."""
+    ours = [
+        path.relative_to(ROOT).as_posix()
+        for room in (*TREE_ROOMS, "benchmarks", "examples", "tests", "docs")
+        for path in files_below(ROOT / room)
+    ]
+    named = re.compile(r"`([\w./-]+\.(?:py|cpp|yaml|json|csv|md)|[\w./-]+/)`")
+    lacking = [
+        f"{page.name}: {name}"
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for name in named.findall(page.read_text())
+        if name not in WRITTEN_OR_GIVEN and not any(_is_called(path, name) for path in ours)
+    ]
+    assert len(ours) > 500
+    assert lacking == []
+
+
+def _is_called(path: str, name: str) -> bool:
+    short = name.removeprefix("../").removeprefix("megamoe/")
+    return f"/{short}" in f"/{path}" if name.endswith("/") else f"/{path}".endswith(f"/{short}")
+
+
+def test_the_page_of_tests_has_every_file_of_tests() -> None:
+    page = (ROOT / "docs" / "testing.md").read_text()
+    assert [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if f"`{path.name}`" not in page] == []
+
+
 # ---- the links ----
 
 
