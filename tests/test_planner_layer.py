@@ -652,7 +652,8 @@ def test_a_rank_that_all_others_send_to_waits_longer_for_each_row() -> None:
     """16 rows, 4 pairs of its own: (16 / 4)^0.5 times as long a row; no rank takes less than where all are even."""
 
     def both(rows: float, incast: float) -> tuple[float, float]:
-        return row_us(replace(GB200, link_incast=incast), 8, rows, 4.0, 100.0, 200.0)
+        row = row_us(replace(GB200, link_incast=incast), 8, rows, 4.0, 100.0, 200.0, GB200.tiers(8))
+        return row.there_us, row.back_us
 
     assert [hot / plain for hot, plain in zip(both(16, 0.5), both(16, 0), strict=True)] == pytest.approx([2.0, 2.0])
     assert both(4, 0.5) == both(4, 0)

@@ -1,7 +1,8 @@
-"""What travels and over what: narrow formats both ways, host bridges in place of a scale-up link, links that differ."""
+"""What travels and over what: narrow formats both ways, host bridges, node-limited dispatch, links that differ."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from megamoe.catalog import load_hardware, names
 from megamoe.planner.answer import Answer, answer
 from megamoe.planner.explain import explain
+from megamoe.planner.layer.rule import landed, tiers
+from megamoe.planner.layer.traffic import traffic
 from megamoe.planner.links import Links
 from megamoe.planner.question import ask
 
@@ -101,6 +104,74 @@ def test_boxes_of_one_device_are_joined_by_their_nics_alone() -> None:
 def test_more_cards_than_a_box_has_need_a_nic() -> None:
     with pytest.raises(ValueError, match=r"spans 2 scale-up domains of 4, .* give hardware.nic_gb_s"):
         asked(hardware="rtx-5090", model="qwen3-30b-a3b", ep=8)
+
+
+# ---- node-limited dispatch ----
+
+
+def test_node_limited_a_token_goes_once_to_each_other_domain() -> None:
+    """16 experts, top-4, 4 ranks in domains of 2, every choice of four: counted, and as the planner has it."""
+    chosen = list(itertools.combinations(range(16), 4))  # of a token of rank 0; experts 0 to 3 are its own
+    domains = [{expert // 8 for expert in each if expert // 8 != 0} for each in chosen]
+    pairs = 4 * len(chosen)
+    over_the_nic = sum(map(len, domains)) / pairs
+    anywhere = sum(expert // 4 != 0 for each in chosen for expert in each) / pairs
+    assert landed(16, 4, 4, 2) == pytest.approx(over_the_nic)
+    board = tiers(4, 450, 2, 50, once=over_the_nic)
+    assert [(each.name, each.f_remote) for each in board] == [("scale-up", 0.25), ("nic", 0.5)]
+    assert [each.f_dispatch for each in board] == pytest.approx([anywhere - over_the_nic, over_the_nic])
+    cards = tiers(4, 64, 2, 50, host_bridge=True, once=over_the_nic)  # in and out again by the same link
+    assert [each.f_dispatch for each in cards] == pytest.approx([anywhere, over_the_nic])
+    once_each = {(expert // 4) for expert in range(16)} - {0}
+    sent = sum(any(expert // 4 == rank for expert in each) for each in chosen for rank in once_each) / pairs * 4 / 3
+    own = tiers(4, 450, 2, 50, sent=sent, once=over_the_nic)  # and to each rank there once
+    assert [each.f_dispatch for each in own] == pytest.approx([sent * 3 / 4 - over_the_nic, over_the_nic])
+
+
+@pytest.mark.parametrize("stack", ["fused", "megamoe"])
+def test_node_limited_dispatch_relieves_the_nic(stack: str) -> None:
+    plain, limited = (asked(ep=32, stack=stack, node_limited=each) for each in (False, True))
+    once = landed(384, 6, 32, 8)
+    assert once is not None
+    assert once < 0.75
+    nic = next(each for each in limited.as_dict()["rules"] if (each["count"], each["tier"]) == ("counted", "nic"))
+    assert (nic["f_remote"], nic["f_dispatch"]) == (0.75, once)
+    assert nic["threshold_flops_per_byte"] == pytest.approx(6 * 3072 / (33 / 32 * once + 2 * 0.75))
+    assert [rule.margin > before.margin for rule, before in zip(limited.plan.rules, plain.plan.rules, strict=True)] == [
+        False,
+        True,
+    ]
+    assert limited.plan.layer.layer_us < plain.plan.layer.layer_us
+    if stack == "fused":  # the link carries as many bytes as the traffic of a token says
+        sent = traffic(limited.plan.request)
+        share = sent.node_limited_bytes / sent.across_domains_bytes
+        assert limited.plan.layer.communication_us == pytest.approx(plain.plan.layer.communication_us * share)
+    assert "node-limited: " in limited.verdict
+    assert limited.as_dict()["node_limited"]
+
+
+def test_node_limited_dispatch_is_nothing_within_one_domain() -> None:
+    plain, limited = (asked(ep=8, node_limited=each).plan for each in (False, True))
+    assert (plain.layer, plain.rules, plain.counted) == (limited.layer, limited.rules, limited.counted)
+
+
+def test_node_limited_dispatch_reaches_the_serving() -> None:
+    given = {"ep": 32, "batch": 64, "context": 4096, "phase": "decode"}
+    plain, limited = (asked(node_limited=each, **given).serving for each in (False, True))
+    assert plain is not None
+    assert limited is not None
+    assert limited.tpot_ms < plain.tpot_ms
+
+
+@pytest.mark.parametrize("given", [{"stack": "staged"}, {"stack": "staged", "batch": 8}])
+def test_node_limited_dispatch_of_deepep_is_refused_by_name(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="node_limited is of the fused and the megamoe stack"):
+        asked(node_limited=True, **given)
+
+
+def test_node_limited_dispatch_of_training_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="a layer that trains sends a token once to each rank"):
+        asked(node_limited=True, phase="train")
 
 
 # ---- links that differ ----

@@ -111,8 +111,14 @@ def evaluate(numbers: str) -> float:
         {"routing": "zipf_1.1"},
         {"routing": "power_law_1.2", "redundant": 16, "ep": 8, "hardware": "h100"},
         {"combine_format": "nvfp4", "waves": 5, "set": ("model.gated=false",)},
+        {"ep": 32, "hardware": "h100", "node_limited": True},
+        {"ep": 32, "hardware": "h100", "node_limited": True, "stack": "megamoe", "routing": "zipf_0.5"},
+        {"ep": 16, "hardware": "h100-pcie", "node_limited": True, "set": ("hardware.nic_gb_s=400",)},
     ],
-    ids=["balanced", "one_token", "one_rank", "two_tiers", "bf16", "zipf", "redundant", "formats"],
+    ids=[
+        *("balanced", "one_token", "one_rank", "two_tiers", "bf16", "zipf", "redundant", "formats", "node_limited"),
+        *("node_limited_own", "node_limited_pcie"),
+    ],
 )
 def test_every_term_multiplies_out_to_the_plan(more: dict[str, Any]) -> None:
     planned = answer(question(HIDDEN, **more)).plan
@@ -125,7 +131,8 @@ def test_every_term_multiplies_out_to_the_plan(more: dict[str, Any]) -> None:
     assert values["compute"] == layer.compute_us
     assert values["waves"] == layer.core_us
     if planned.binding is not None:
-        assert values[f"paper, {planned.binding.tier}: margin"] == planned.binding.margin
+        tier = planned.request.hardware.tier_names[planned.binding.tier]
+        assert values[f"paper, {tier}: margin"] == planned.binding.margin
         assert values["communication"] == layer.communication_us
 
 

@@ -53,11 +53,15 @@ def _tier_terms(planned: Plan, count: str, rule: Rule) -> list[Term]:
     # the paper counts bytes of values alone; what is left of the threshold then is the bytes of both journeys
     per_value = flops * expert.intermediate / rule.threshold / rule.f_remote
     back = value_bytes(expert.combine_format)
-    there = per_value - back
+    there, formula = per_value - back, f"{flops}d / (b_dispatch + b_combine) / f_remote"
     limit = f"{flops} x {expert.intermediate} / ({g(there)} + {g(back)}) / {g(rule.f_remote)}"
+    if rule.f_dispatch is not None:  # node-limited: fewer tokens cross than results
+        there *= rule.f_remote / rule.f_dispatch
+        formula = f"{flops}d / (b_dispatch f_dispatch + b_combine f_remote)"
+        sent = f"{g(there)} x {g(rule.f_dispatch)} + {g(back)} x {g(rule.f_remote)}"
+        limit = f"{flops} x {expert.intermediate} / ({sent})"
     rates = f"{g(rule.tflops)} x 1000 / {g(rule.gb_s)}"
     needed = f"{g(rule.tflops)} x 1000 / {g(rule.threshold)}"
-    formula = f"{flops}d / (b_dispatch + b_combine) / f_remote"
     return [
         Term(f"{name}: threshold", formula, limit, rule.threshold, "FLOPs/Byte"),
         Term(f"{name}: C / B", "TFLOP/s / GB/s", rates, rule.ratio, "FLOPs/Byte"),

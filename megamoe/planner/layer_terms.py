@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import ceil
 
+from megamoe.planner.layer.cost import row_us
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan
 from megamoe.planner.layer.stacks import launched, sent_once
@@ -111,38 +112,34 @@ def _link_terms(planned: Plan) -> list[Term]:
     """Both journeys over the tier that is slowest for them."""
     request, layer = planned.request, planned.layer
     expert, device = request.expert, _device(planned)
-    inside = min(request.ep, device.scaleup_domain)
-    found = device.tiers(request.ep)
-    if not found:
+    sent = sent_once(expert, request.ep) if request.stack == "megamoe" else 1.0
+    tiers = device.tiers(request.ep, sent=sent, once=request.once)
+    own, there, back = request.tokens_per_rank * expert.topk, expert.dispatch_bytes, expert.combine_bytes
+    row = row_us(device, request.ep, layer.rows, own, there, back, tiers, fused=True)
+    slowest = row.tier
+    if slowest is None:
         return []
-    own = request.tokens_per_rank * expert.topk
-    incast = device.incast(layer.rows, own)
-    bytes_s = device.link_bytes_s(inside, fused=True)
-    rates = {"scale-up": bytes_s / incast / 1e9, "nic": device.nic_bytes_s / 1e9}
-    slowest = max(found, key=lambda tier: tier.f_remote / rates[tier.name])
-    there, back = expert.dispatch_bytes, expert.combine_bytes
-    if request.stack == "megamoe":
-        there *= sent_once(expert, request.ep)  # a token goes once to each rank
-    fuller = max(layer.rows * there + own * back, layer.rows * back + own * there) / layer.rows / (there + back)
     if slowest.name == "nic":
         rate = f"{g(device.nic_gb_s or 0)} x {g(device.nic_efficiency)}"
     else:
-        crowd = min(1.0, (8 / inside) ** device.link_congestion)
+        crowd = min(1.0, (8 / min(request.ep, device.scaleup_domain)) ** device.link_congestion)
         rate = f"{g(device.scaleup_gb_s)} x {g(device.fused_link_efficiency)} x {g(crowd)}"
-        plain = layer.rows * there * slowest.f_remote * fuller / bytes_s * 1e6
-        incast = layer.dispatch_us / plain  # a mean over draws
+        incast = layer.dispatch_us / (layer.rows * row.there_us) * device.incast(layer.rows, own)  # a mean over draws
         rate += f" / {g(incast)}" if incast > 1 + 1e-9 else ""
-    shared = f"{g(slowest.f_remote)} x {g(fuller)} / ({rate} x 1000)"
+    rest = f"{g(row.fuller)} / ({rate} x 1000)"
     formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion / incast)"
     terms = [
         Term(
             f"link, {request.hardware.tier_names[slowest.name]}: {name}",
-            formula,
-            f"{g(layer.rows)} x {g(each)} x {shared}",
+            formula if share == slowest.f_remote else formula.replace("f_remote", "tokens that cross for a row"),
+            f"{g(layer.rows)} x {g(each)} x {g(share)} x {rest}",
             us,
             "us",
         )
-        for name, each, us in (("dispatch", there, layer.dispatch_us), ("combine", back, layer.combine_us))
+        for name, each, share, us in (
+            ("dispatch", there, slowest.f_dispatch, layer.dispatch_us),
+            ("combine", back, slowest.f_remote, layer.combine_us),
+        )
     ]
     both = f"{g(layer.dispatch_us)} + {g(layer.combine_us)}"
     return [*terms, Term("communication", "dispatch + combine", both, layer.communication_us, "us")]

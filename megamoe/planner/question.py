@@ -72,6 +72,7 @@ class Question(BaseModel):
     combine_format: str = "bf16"
     stack: Literal["fused", "staged", "megamoe"] = "fused"
     two_batch: bool = False
+    node_limited: bool = False
     links: tuple[str, ...] = ()
     phase: Literal["decode", "prefill", "train"] | None = None
     batch: int | None = None

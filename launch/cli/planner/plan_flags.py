@@ -47,6 +47,11 @@ FLAGS: dict[str, Any] = {
         _LAYER,
     ),
     "two_batch": _flag(bool | None, "The staged stack in two halves, the links of one behind the other.", _LAYER),
+    "node_limited": _flag(
+        bool | None,
+        "A token goes once over the NIC to each other scale-up domain; of the fused and the megamoe stack.",
+        _LAYER,
+    ),
     "links": _flag(
         list[str] | None, "Rates of every rank, of which the slowest counts: scaleup=450x6,225x2 or nic=50,25.", _LAYER
     ),

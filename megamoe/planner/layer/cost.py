@@ -27,10 +27,12 @@ import math
 from dataclasses import dataclass
 from operator import mul
 from statistics import fmean
+from typing import NamedTuple
 
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.expert import Expert
 from megamoe.planner.layer.routing import RankLoad, busiest
+from megamoe.planner.layer.rule import Tier, landed
 from megamoe.planner.layer.tiles import Tiling, products_us, tiling_of
 from megamoe.schedule.formats import value_bytes
 from megamoe.schedule.schedule import Played, Work, play
@@ -112,11 +114,13 @@ def layer_time(
     most_waves: int = 16,
     staging: bool = True,
     sent: float = 1.0,
+    node_limited: bool = False,
 ) -> LayerTime:
     """Time of one layer. waves None: as many as are best, up to most_waves.
 
     staging=False: the fused kernel without the module that feeds it. sent: tokens that travel for a row, less than 1
-    where a token goes once to a rank that has several of its experts.
+    where a token goes once to a rank that has several of its experts. node_limited: it goes once to each other
+    scale-up domain, and on from there over the domain's own links.
 
     ValueError for sizes that make no sense, or where ranks lie in domains that nothing is known to join.
     """
@@ -124,9 +128,11 @@ def layer_time(
     drawn = busiest(routing, expert.num_experts, expert.topk, ep, tokens_per_rank, redundant)
     numbers = [waves] if waves else [each for each in _NUMBERS_OF_WAVES if each <= most_waves]
     tiling = tiling_of(device, tokens_per_rank * ep * expert.topk / (expert.num_experts + redundant))
+    once = landed(expert.num_experts, expert.topk, ep, device.scaleup_domain) if node_limited else None
+    tiers = device.tiers(ep, sent=sent, once=once)
     last = [
         max(
-            (_core(expert, device, load, ep, tokens_per_rank, tiling, numbers, sent) for load in ranks),
+            (_core(expert, device, load, ep, tokens_per_rank, tiling, numbers, tiers) for load in ranks),
             key=lambda c: c.played.total,
         )
         for ranks in drawn
@@ -196,17 +202,15 @@ def _core(
     tokens: float,
     tiling: Tiling,
     waves: list[int],
-    sent: float,
+    tiers: list[Tier],
 ) -> _Core:
     """One rank's waves in microseconds."""
     rows = load.rows
     if not rows:
         return _Core(load, Played(0.0, 0.0, 0.0, 0.0, ()), 1, *[0.0] * 6)
     own = tokens * expert.topk
-    there, back = (
-        rows * each
-        for each in row_us(device, ep, rows, own, expert.dispatch_bytes * sent, expert.combine_bytes, fused=True)
-    )
+    row = row_us(device, ep, rows, own, expert.dispatch_bytes, expert.combine_bytes, tiers, fused=True)
+    there, back = rows * row.there_us, rows * row.back_us
     counts, numbers = zip(*load.groups, strict=True)
     products = products_us(expert, device, counts, numbers, tiling)
     compute = sum(map(mul, products, numbers))
@@ -221,28 +225,45 @@ def dispatch_us(expert: Expert, device: Device, *, ep: int, tokens_per_rank: flo
     """A dispatch alone, in no kernel, of evenly spread tokens: every row to its expert's rank, nothing computed."""
     _check(expert, ep, tokens_per_rank, 0, None)
     rows = tokens_per_rank * expert.topk
-    row = row_us(device, ep, rows, rows, expert.dispatch_bytes, expert.combine_bytes)[0] if rows else 0.0
-    return device.exchange_us + rows * row
+    if not rows:
+        return device.exchange_us
+    row = row_us(device, ep, rows, rows, expert.dispatch_bytes, expert.combine_bytes, device.tiers(ep))
+    return device.exchange_us + rows * row.there_us
+
+
+class Crossing(NamedTuple):
+    """Microseconds of link time that a row takes there and back, over the tier that is slowest (None: over none).
+
+    A link carries, each way, what its rank receives and what it gives out for its own pairs: its fuller way so many
+    times the bytes of a row both ways.
+    """
+
+    there_us: float
+    back_us: float
+    fuller: float
+    tier: Tier | None
 
 
 def row_us(
-    device: Device, ep: int, rows: float, own: float, there: float, back: float, *, fused: bool = False
-) -> tuple[float, float]:
-    """Microseconds of link time that a row of this rank takes there and back, over the tier that is slowest.
+    device: Device, ep: int, rows: float, own: float, there: float, back: float, tiers: list[Tier], fused: bool = False
+) -> Crossing:
+    """A row of the busiest rank, which has so many rows and `own` pairs.
 
-    A rank's link carries, each way, what it receives and what it gives out for its `own` pairs; the fuller way counts.
-    there, back: bytes of a row. fused: a fused kernel carries it. Where many ranks send to one, its switch port serves
-    them worse than an even exchange.
+    there, back: bytes of a token and of a result. fused: a fused kernel carries it. Where many ranks send to one, its
+    switch port serves them worse than an even exchange.
     """
-    fuller = max(rows * there + own * back, rows * back + own * there) / rows / (there + back)
-    slowest = 0.0
-    for tier in device.tiers(ep):
+    slowest = Crossing(0.0, 0.0, 1.0, None)
+    for tier in tiers:
         if tier.name == "scale-up":
             bytes_s = device.link_bytes_s(min(ep, device.scaleup_domain), fused=fused) / device.incast(rows, own)
         else:
             bytes_s = device.nic_bytes_s
-        slowest = max(slowest, tier.f_remote * fuller / bytes_s)
-    return there * slowest * 1e6, back * slowest * 1e6
+        out, home = there * tier.f_dispatch, back * tier.f_remote
+        fuller = max(rows * out + own * home, rows * home + own * out) / rows / (out + home)
+        byte_us = fuller / bytes_s * 1e6
+        if (out + home) * byte_us > slowest.there_us + slowest.back_us:
+            slowest = Crossing(out * byte_us, home * byte_us, fuller, tier)
+    return slowest
 
 
 def _play(

@@ -117,9 +117,10 @@ class Device:
         sizes = [self.tile_rows * number for number in _BLOCKS]
         return [size for size in sizes if size <= self.block_rows] or [self.tile_rows]
 
-    def tiers(self, ep: int) -> list[Tier]:
-        """The tiers of links that so many ranks cross. ValueError where nothing is known of one of them."""
-        return tiers(ep, self.scaleup_gb_s, self.scaleup_domain, self.nic_gb_s, host_bridge=self.host_bridge)
+    def tiers(self, ep: int, *, sent: float = 1.0, once: float | None = None) -> list[Tier]:
+        """The tiers of links that so many ranks cross; see rule.tiers. ValueError where nothing is known of one."""
+        known = self.scaleup_gb_s, self.scaleup_domain, self.nic_gb_s
+        return tiers(ep, *known, host_bridge=self.host_bridge, sent=sent, once=once)
 
     def link_bytes_s(self, ep: int, *, fused: bool = False) -> float:
         """What an all-to-all of so many ranks gets out of the scale-up link: less the more ranks there are above 8.

@@ -8,8 +8,8 @@ from megamoe.catalog import Hardware, Model, Profile
 from megamoe.planner.layer.cost import LayerTime
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.expert import Expert
-from megamoe.planner.layer.rule import Rule, threshold
-from megamoe.planner.layer.stacks import Stack, check_kernel, stack_time
+from megamoe.planner.layer.rule import Rule, landed, threshold
+from megamoe.planner.layer.stacks import Stack, check_kernel, check_node_limited, stack_time
 from megamoe.planner.layer.tiles import reached_tflops
 
 TOKENS_PER_RANK = 4096
@@ -33,6 +33,7 @@ class PlanRequest:
     combine_format: str = "bf16"
     stack: Stack = "fused"
     two_batch: bool = False
+    node_limited: bool = False
 
     def __post_init__(self) -> None:
         for name in ("ep", "tokens_per_rank"):
@@ -42,6 +43,7 @@ class PlanRequest:
         if self.ep > slots:
             raise ValueError(f"EP{self.ep} is larger than the {slots} experts of {self.model.name}")
         weights = self.weight_format or self.model.weight_format
+        check_node_limited(self.stack, self.node_limited)
         check_kernel(self.profile, self.stack, weights, self.dispatch_format)
 
     @property
@@ -63,6 +65,12 @@ class PlanRequest:
         if self.stack == "megamoe" and "bf16" in self.hardware.formats:
             return "bf16"
         return compute_format(self.hardware, self.weight_format or self.model.weight_format, self.dispatch_format)
+
+    @property
+    def once(self) -> float | None:
+        """Tokens that go to another domain for a pair, where dispatch is node-limited and there are several."""
+        domain = int(self.hardware.scaleup_domain.value)
+        return landed(self.model.num_experts, self.model.topk, self.ep, domain) if self.node_limited else None
 
     @property
     def serial(self) -> bool:
@@ -108,6 +116,8 @@ class Plan:
         where = f"{self.verdict.upper()}  {request.model.name} on {request.hardware.name}, EP{request.ep}"
         if request.stack != "fused":
             where += f", {request.stack}" + (" with two-batch overlap" if request.two_batch else "")
+        if request.node_limited:
+            where += ", node-limited"
         if rule is None:
             return f"{where}: nothing leaves the device"
         if request.serial:
@@ -127,7 +137,7 @@ class Plan:
 def plan(request: PlanRequest) -> Plan:
     """ValueError for a request that makes no sense, or where nothing is known of a link that it needs."""
     device, expert = request.device, request.expert
-    found = device.tiers(request.ep)
+    found = device.tiers(request.ep, once=request.once)
     plain = _UNSCALED.get(expert.dispatch_format, expert.dispatch_format)
     layer = stack_time(
         request.stack,
@@ -140,23 +150,22 @@ def plan(request: PlanRequest) -> Plan:
         redundant=request.redundant,
         waves=request.waves,
         two_batch=request.two_batch,
+        node_limited=request.node_limited,
     )
     rules, counted, achieved = [], [], []
     for tier in found:
         scale_up = tier.name == "scale-up"
-        limit = threshold(
-            expert.intermediate, plain, expert.combine_format, 1.0 if scale_up else tier.f_remote, expert.gated
-        )
-        rules.append(Rule(tier.name, device.tflops, tier.gb_s, 1.0 if scale_up else tier.f_remote, limit))
-        limit = threshold(
-            expert.intermediate, expert.dispatch_format, expert.combine_format, tier.f_remote, expert.gated
-        )
-        counted.append(Rule(tier.name, device.tflops, tier.gb_s, tier.f_remote, limit))
+        back, there = tier.f_remote, None if request.once is None else tier.f_dispatch
+        paper = (1.0, None) if scale_up else (back, there)
+        limit = threshold(expert.intermediate, plain, expert.combine_format, paper[0], expert.gated, paper[1])
+        rules.append(Rule(tier.name, device.tflops, tier.gb_s, paper[0], limit, paper[1]))
+        limit = threshold(expert.intermediate, expert.dispatch_format, expert.combine_format, back, expert.gated, there)
+        counted.append(Rule(tier.name, device.tflops, tier.gb_s, back, limit, there))
         inside = min(request.ep, device.scaleup_domain)
         reached = (
             device.link_bytes_s(inside, fused=request.stack == "fused") / 1e9 if scale_up else device.nic_bytes_s / 1e9
         )
-        achieved.append(Rule(tier.name, reached_tflops(expert, device), reached, tier.f_remote, limit))
+        achieved.append(Rule(tier.name, reached_tflops(expert, device), reached, back, limit, there))
     return Plan(request, tuple(rules), tuple(counted), tuple(achieved), layer)
 
 

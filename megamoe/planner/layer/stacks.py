@@ -34,6 +34,15 @@ def check_kernel(profile: Profile, stack: str, weight_format: str, dispatch_form
         )
 
 
+def check_node_limited(stack: str, node_limited: bool) -> None:
+    """ValueError where a stack is asked for node-limited dispatch whose kernels do as they do."""
+    if node_limited and stack == "staged":
+        raise ValueError(
+            "node_limited is of the fused and the megamoe stack; of the staged one DeepEP's normal kernels send a "
+            "token once to each node as they are, and its low-latency kernels never do"
+        )
+
+
 def stack_time(
     stack: Stack,
     expert: Expert,
@@ -46,11 +55,14 @@ def stack_time(
     redundant: int = 0,
     waves: int | None = None,
     two_batch: bool = False,
+    node_limited: bool = False,
 ) -> LayerTime:
     """Time of one layer. waves: of the stacks that have them, None for the best; two_batch: of the staged one.
 
-    ValueError for sizes that make no sense, and for waves or two_batch of a stack that does not have them.
+    node_limited: of the others, a token goes once to each other scale-up domain. ValueError for sizes that make no
+    sense, and for waves, two_batch or node_limited of a stack that does not have them.
     """
+    check_node_limited(stack, node_limited)
     if two_batch and stack != "staged":
         raise ValueError(f"two-batch overlap is a way to run the staged stack; {stack} overlaps within the layer")
     if stack == "staged":
@@ -62,11 +74,12 @@ def stack_time(
         )  # fmt: skip
     if stack == "fused":
         return layer_time(
-            expert, device, ep=ep, tokens_per_rank=tokens_per_rank, routing=routing, redundant=redundant, waves=waves
-        )
+            expert, device, ep=ep, tokens_per_rank=tokens_per_rank, routing=routing, redundant=redundant, waves=waves,
+            node_limited=node_limited,
+        )  # fmt: skip
     return own_time(
         expert, device, profile, ep=ep, tokens_per_rank=tokens_per_rank, routing=routing, redundant=redundant,
-        waves=waves,
+        waves=waves, node_limited=node_limited,
     )  # fmt: skip
 
 
@@ -80,16 +93,18 @@ def own_time(
     routing: str = "balanced",
     redundant: int = 0,
     waves: int | None = None,
+    node_limited: bool = False,
 ) -> LayerTime:
     """This package's layer: waves of launched kernels, whose exchanges run on a stream of their own.
 
     Assumed throughout, nothing of it was run on a GPU: a wave is eight launches, tokens are quantised before the first
     and slots are summed after the last, up to 8 waves. Products run in BF16 (`device` is that format's), and a token
-    goes once to each rank.
+    goes once to each rank, or node-limited once to each other domain and on from there.
     """
     return layer_time(
         expert, launched(device, profile), ep=ep, tokens_per_rank=tokens_per_rank, routing=routing,
         redundant=redundant, waves=waves, most_waves=_MOST_WAVES, staging=False, sent=sent_once(expert, ep),
+        node_limited=node_limited,
     )  # fmt: skip
 
 

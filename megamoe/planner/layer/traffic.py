@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.planner.layer.plan import PlanRequest
-from megamoe.planner.layer.rule import found_among, inside
+from megamoe.planner.layer.rule import found_among, inside, landed
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,5 +51,6 @@ def traffic(request: PlanRequest) -> Traffic:
     whole = expert.topk * (expert.dispatch_bytes + expert.combine_bytes)
     fewest, _ = inside(ep, domain)
     leaving, found = 1 - fewest / ep, found_among(request.model.num_experts, expert.topk, fewest / ep)
-    once = (ep / fewest - 1) * found * expert.dispatch_bytes + expert.topk * leaving * expert.combine_bytes
+    copies = landed(request.model.num_experts, expert.topk, ep, domain) or 0.0
+    once = expert.topk * (copies * expert.dispatch_bytes + leaving * expert.combine_bytes)
     return Traffic(ep, domain, whole * (1 - 1 / ep), whole * leaving, once, found)

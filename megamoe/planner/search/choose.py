@@ -94,7 +94,8 @@ def _trained(question: Question, subject: Subject) -> dict[str, Any]:
 
 def _as_asked(question: Question) -> dict[str, Any]:
     """Of the layer, what a question says as it is meant."""
-    keys = ("routing", "redundant", "weight_format", "dispatch_format", "combine_format", "stack", "two_batch")
+    formats = ("weight_format", "dispatch_format", "combine_format")
+    keys = ("routing", "redundant", *formats, "stack", "two_batch", "node_limited")
     return {key: getattr(question, key) for key in keys}
 
 

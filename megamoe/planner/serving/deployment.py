@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megamoe.catalog import Hardware, Model, Profile
-from megamoe.planner.layer.stacks import Stack, check_kernel
+from megamoe.planner.layer.stacks import Stack, check_kernel, check_node_limited
 from megamoe.planner.serving.attention import INDEX_FORMATS, KV_FORMATS
 from megamoe.planner.serving.flops import index_format
 from megamoe.schedule.formats import value_bytes
@@ -32,6 +32,7 @@ class Deployment:
     microbatches       2: a batch in two halves, the links of each behind what the other computes meanwhile (step.py)
     head_split         devices that share embedding and output head (None: attention_tp)
     stack, two_batch   what runs the expert layers, and whether the staged stack runs them in two halves
+    node_limited       a token goes once to each other scale-up domain; of the fused and the megamoe stack
     chunk              prefill: most tokens that a device takes through a layer at once
     None formats: the model's; index keys FP4 or FP8 as the model was made for; tokens travel in MXFP8 where the
     experts compute in 8 bits, else in BF16
@@ -62,6 +63,7 @@ class Deployment:
     combine_format: str = "bf16"
     stack: Stack = "fused"
     two_batch: bool = False
+    node_limited: bool = False
 
     def __post_init__(self) -> None:
         self._check_counts()
@@ -113,6 +115,7 @@ class Deployment:
             if name is not None:
                 value_bytes(name)
         formats = self.formats
+        check_node_limited(self.stack, self.node_limited)
         check_kernel(self.profile, self.stack, formats.weight, formats.dispatch)
         if self.kv_format not in KV_FORMATS:
             raise ValueError(f"kv_format {self.kv_format!r} is none of {', '.join(KV_FORMATS)}")

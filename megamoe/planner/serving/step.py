@@ -112,13 +112,13 @@ class Costs:
         self.power = profile.dense_overlap.value
         self.profile = profile
         self.own_device = Device.of(hardware, profile, "bf16") if "bf16" in hardware.formats else self.device
-        self._layers: dict[tuple[int, float, str, int, Stack, bool], LayerTime] = {}
+        self._layers: dict[tuple[int, float, str, int, Stack, bool, bool], LayerTime] = {}
         self._pieces: dict[Hashable, tuple[Piece, ...]] = {}
         self._numbers: dict[Hashable, float] = {}
 
     def layer(self, d: Deployment, tokens: float) -> LayerTime:
         """The layer model's answer for so many tokens of a rank, asked once."""
-        key = (d.ep, tokens, d.routing, d.redundant, d.stack, d.two_batch)
+        key = (d.ep, tokens, d.routing, d.redundant, d.stack, d.two_batch, d.node_limited)
         found = self._layers.get(key)
         if found is None:
             found = stack_time(
@@ -131,6 +131,7 @@ class Costs:
                 routing=d.routing,
                 redundant=d.redundant,
                 two_batch=d.two_batch,
+                node_limited=d.node_limited,
             )
             self._layers[key] = found
         return found

@@ -140,9 +140,8 @@ class Pass:
 
     @property
     def there_bytes(self) -> float:
-        """Of a row on its way out: its share of a token that travels once for all rows of a rank."""
-        again = self.expert.dispatch_bytes if self.saved == "dispatch-again" else 0.0
-        return (self.gradient_bytes + again) * sent_once(self.expert, self.ep)
+        """Of a token on its way out, once for all rows of a rank."""
+        return self.gradient_bytes + (self.expert.dispatch_bytes if self.saved == "dispatch-again" else 0.0)
 
     @property
     def latency_us(self) -> float:
@@ -154,9 +153,9 @@ class Pass:
             return _Rank(0.0, {RECOMPUTE: 0.0, DATA: 0.0, WEIGHTS: 0.0}, 0.0, 0.0, 0.0, PlayedBackward(0.0, []))
         work = self._work(load)
         own = self.tokens * self.expert.topk
-        there, back = (
-            rows * each for each in row_us(self.device, self.ep, rows, own, self.there_bytes, self.home_bytes)
-        )
+        tiers = self.device.tiers(self.ep, sent=sent_once(self.expert, self.ep))
+        row = row_us(self.device, self.ep, rows, own, self.there_bytes, self.home_bytes, tiers)
+        there, back = rows * row.there_us, rows * row.back_us
         products = sum(work.values())
         # links and products get in each other's way, as in the forward
         slower = self.device.with_links(products, there + back) / products

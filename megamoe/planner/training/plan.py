@@ -142,6 +142,8 @@ def check_training(request: PlanRequest, saved: str, gradient_format: str) -> No
             f"--phase train plans stack megamoe, this package's layer, not {request.stack}: no table of the "
             f"backward of {what} is published that the planner could be held against"
         )
+    if request.node_limited:
+        raise ValueError("a layer that trains sends a token once to each rank: node_limited is of the forward alone")
     weights = request.expert.weight_format
     if weights not in WEIGHT_FORMATS:
         raise ValueError(f"weight_format {weights} does not train; there is {' and '.join(WEIGHT_FORMATS)}")
