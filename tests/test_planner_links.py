@@ -122,8 +122,7 @@ def test_node_limited_a_token_goes_once_to_each_other_domain() -> None:
     assert [each.f_dispatch for each in board] == pytest.approx([anywhere - over_the_nic, over_the_nic])
     cards = tiers(4, 64, 2, 50, host_bridge=True, once=over_the_nic)  # in and out again by the same link
     assert [each.f_dispatch for each in cards] == pytest.approx([anywhere, over_the_nic])
-    once_each = {(expert // 4) for expert in range(16)} - {0}
-    sent = sum(any(expert // 4 == rank for expert in each) for each in chosen for rank in once_each) / pairs * 4 / 3
+    sent = sum(any(expert // 4 == rank for expert in each) for each in chosen for rank in (1, 2, 3)) / pairs * 4 / 3
     own = tiers(4, 450, 2, 50, sent=sent, once=over_the_nic)  # and to each rank there once
     assert [each.f_dispatch for each in own] == pytest.approx([sent * 3 / 4 - over_the_nic, over_the_nic])
 
@@ -137,10 +136,8 @@ def test_node_limited_dispatch_relieves_the_nic(stack: str) -> None:
     nic = next(each for each in limited.as_dict()["rules"] if (each["count"], each["tier"]) == ("counted", "nic"))
     assert (nic["f_remote"], nic["f_dispatch"]) == (0.75, once)
     assert nic["threshold_flops_per_byte"] == pytest.approx(6 * 3072 / (33 / 32 * once + 2 * 0.75))
-    assert [rule.margin > before.margin for rule, before in zip(limited.plan.rules, plain.plan.rules, strict=True)] == [
-        False,
-        True,
-    ]
+    both = zip(limited.plan.rules, plain.plan.rules, strict=True)
+    assert [rule.margin > before.margin for rule, before in both] == [False, True]
     assert limited.plan.layer.layer_us < plain.plan.layer.layer_us
     if stack == "fused":  # the link carries as many bytes as the traffic of a token says
         sent = traffic(limited.plan.request)
@@ -160,7 +157,7 @@ def test_node_limited_dispatch_reaches_the_serving() -> None:
     plain, limited = (asked(node_limited=each, **given).serving for each in (False, True))
     assert plain is not None
     assert limited is not None
-    assert limited.tpot_ms < plain.tpot_ms
+    assert limited.tokens_per_s_per_user > plain.tokens_per_s_per_user
 
 
 @pytest.mark.parametrize("given", [{"stack": "staged"}, {"stack": "staged", "batch": 8}])
