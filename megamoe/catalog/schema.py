@@ -64,7 +64,10 @@ class Hardware(Entry):
     `announced` marks devices of which no measurement is published. In a machine whose devices are joined pair by pair,
     `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has. `joined_by: pcie` says that there is no
     scale-up link: the devices of a host reach each other over its PCIe bridge, of which `scaleup_gb_s` is a device's
-    share. `sms` counts SMs or compute units, `sm_ghz` is the highest clock that they run at.
+    share. `sms` counts SMs or compute units, `sm_ghz` is the highest clock that they run at. `busy_rate` is what large
+    products reach under load against what these two say, by GB200's; `host_us` the least that the host of this machine
+    takes to launch a prefill layer's kernels, in place of the profile's; `ll_us` what a journey by DeepEP's low-latency
+    kernels takes longer in this machine than the profile says.
 
     What its attention kernel reaches in decode, as far as one was measured (else the profile's figures count):
     attention_efficiency         of the BF16 peak            attention_8bit_efficiency    of the 8-bit peak, where the
@@ -84,6 +87,9 @@ class Hardware(Entry):
     int8_tflops: Figure | None = None
     sms: Figure | None = None
     sm_ghz: Figure | None = None
+    busy_rate: Figure | None = None
+    host_us: Figure | None = None
+    ll_us: Figure | None = None
     memory_gb: Figure
     memory_tb_s: Figure
     scaleup_gb_s: Figure
@@ -296,7 +302,8 @@ class Staged(Entry):
                nodes (once, and once more for every doubling of them)
     normal_efficiency    DeepEP's normal kernels, of the scale-up link; their calls hide behind the host's launches
     masked_us, contiguous_us     launches and the kernels between grouped products, in a graph and without one
-    host_us    the least that a host takes to launch the latter
+    masked_expert_us             for every expert of the rank, with rows or without
+    host_us    the least that a host takes to launch the latter; a device's own where it is known
     """
 
     ll_dispatch_us: Figure
@@ -306,6 +313,7 @@ class Staged(Entry):
     ll_node_us: Figure
     normal_efficiency: Figure
     masked_us: Figure
+    masked_expert_us: Figure
     contiguous_us: Figure
     host_us: Figure
 

@@ -23,6 +23,7 @@ class Device:
     host_bridge     whether devices meet over PCIe, which then carries what goes to the NIC too
     sms             SMs or compute units; where nobody counted them, as many of GB200's as the peak is worth
     feed_ps, epilogue_ps, scale_ps    at this device's clock, where it and the profile's are known
+    busy_rate       of the fused kernel's products, against what SMs and clock say
     """
 
     name: str
@@ -38,6 +39,7 @@ class Device:
     feed_ps: float
     epilogue_ps: float
     scale_ps: float
+    busy_rate: float
     pair_sms: int
     tile_rows: int
     block_rows: int
@@ -61,6 +63,8 @@ class Device:
     staging_bytes: float
     wave_us: float
     slot_us: float
+    host_us: float
+    ll_us: float
     ll_dispatch_efficiency: float
     ll_combine_efficiency: float
 
@@ -84,6 +88,7 @@ class Device:
             feed_ps=profile.feed_ps.value * slower,
             epilogue_ps=profile.epilogue_ps.value * slower,
             scale_ps=profile.scale_ps.value * slower,
+            busy_rate=hardware.busy_rate.value if hardware.busy_rate else 1.0,
             pair_sms=max(1, round(profile.pair_sms.value)),
             tile_rows=max(1, round(profile.tile_rows.value)),
             block_rows=max(1, round(profile.block_rows.value)),
@@ -107,6 +112,8 @@ class Device:
             staging_bytes=profile.staging_bytes.value,
             wave_us=profile.wave_us.value,
             slot_us=profile.slot_us.value,
+            ll_us=hardware.ll_us.value if hardware.ll_us else 0.0,
+            host_us=(hardware.host_us or profile.host_us).value,
             ll_dispatch_efficiency=profile.ll_dispatch_efficiency.value,
             ll_combine_efficiency=profile.ll_combine_efficiency.value,
         )

@@ -58,7 +58,7 @@ def low_latency(
     most = max(tokens * expert.topk, rows or 0.0)
 
     def way(name: str, row_bytes: float, efficiency: float) -> float:
-        fixed = getattr(profile, f"ll_{name}_us").value
+        fixed = device.ll_us + getattr(profile, f"ll_{name}_us").value
         fixed += getattr(profile, f"ll_{name}_expert_us").value * expert.num_experts
         sent = getattr(profile, f"ll_{name}_token_us").value * of_an_sm
         slowest = max(
@@ -106,7 +106,8 @@ def masked_us(expert: Expert, device: Device, profile: Profile, load: RankLoad) 
     total = [
         sum(each * count for each, count in zip(values, number, strict=True)) for values in (both, compute, memory)
     ]
-    return profile.masked_us.value + total[0], total[1], total[2]
+    fixed = profile.masked_us.value + profile.masked_expert_us.value * max(load.experts, load.touched)
+    return fixed + total[0], total[1], total[2]
 
 
 def contiguous_us(
@@ -114,7 +115,7 @@ def contiguous_us(
 ) -> tuple[float, float, float]:
     """The same launched by the host, from `tokens` that the rank received: scattered, computed, gathered."""
     if not load.groups:
-        return profile.host_us.value, 0.0, 0.0
+        return device.host_us, 0.0, 0.0
     rows, number = zip(*load.groups, strict=True)
     padded = [math.ceil(each / CONTIGUOUS_ROWS) * CONTIGUOUS_ROWS for each in rows]
     compute = grouped_us(expert, device, padded, number)
@@ -123,8 +124,9 @@ def contiguous_us(
     rows_us = device.memory_us(load.rows * (_row_bytes(expert) + moved) + tokens * moved)
     products = sum(device.with_memory(each, weights) * count for each, count in zip(compute, number, strict=True))
     alone = sum(each * count for each, count in zip(compute, number, strict=True))
-    total = profile.contiguous_us.value + products + rows_us
-    return max(profile.host_us.value, total), alone, weights * load.touched + rows_us
+    between = profile.contiguous_us.value * device.host_us / profile.host_us.value  # launches wait for the host
+    total = between + products + rows_us
+    return max(device.host_us, total), alone, weights * load.touched + rows_us
 
 
 def _row_bytes(expert: Expert) -> float:

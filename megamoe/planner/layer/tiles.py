@@ -25,6 +25,7 @@ as a byte.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,19 +36,29 @@ from megamoe.planner.layer.expert import Expert
 
 COLUMNS = 128  # of a tile: DeepGEMM's
 GROUPED_BLOCKS = (64, 128)  # rows of a tile of grouped products
+GROUPED_COLUMNS = (128, 64, 32)  # and its columns: fewer where there are too few tiles for the SMs
+PAIRED_COLUMNS = 256  # that two SMs multiply at once as well: M 256, N 256 (tcgen05, cta_group::2)
 SWAPPED_STEP = 8  # WGMMA: 64 rows, columns in steps of 8
 _SWAPPED_AT_MOST = 1.5  # times swap_rows: DeepGEMM's 16 rows of an expert, 24 in some shapes
 _EPILOGUE_NORM = 3.0
 
 
-def tile_us(device: Device, rows: int, k: float, weight_bytes: float | None = None, *, scale_ps: float = 0.0) -> float:
-    """One tile of rows x 128 over K. weight_bytes: of a weight's value, None for that of the device's format.
+def tile_us(
+    device: Device,
+    rows: int,
+    k: float,
+    weight_bytes: float | None = None,
+    *,
+    columns: int = COLUMNS,
+    scale_ps: float = 0.0,
+) -> float:
+    """One tile of rows x columns over K. weight_bytes: of a weight's value, None for that of the device's format.
 
     scale_ps: for each byte of the operands, what the tensor core waits for.
     """
-    size = rows * COLUMNS
-    columns = COLUMNS * (device.operand_bytes if weight_bytes is None else weight_bytes)
-    moved = 1e-6 * (rows * device.operand_bytes + columns) * k
+    size = rows * columns
+    weights = columns * (device.operand_bytes if weight_bytes is None else weight_bytes)
+    moved = 1e-6 * (rows * device.operand_bytes + weights) * k
     tensor = 2e-6 * size * k / (device.tflops / device.sms) + scale_ps * moved
     return norm(max(tensor, device.feed_ps * moved), 1e-6 * device.epilogue_ps * size, _EPILOGUE_NORM)
 
@@ -114,17 +125,18 @@ def matrix_us(device: Device, rows: float, columns: int, k: float) -> float:
 def grouped_us(expert: Expert, device: Device, rows: Sequence[float], number: Sequence[int]) -> list[float]:
     """As products_us, the two products launched one after the other."""
     total = [0.0] * len(rows)
+    widths = (PAIRED_COLUMNS, *GROUPED_COLUMNS) if device.pair_sms > 1 else GROUPED_COLUMNS
     for k, n in expert.products:
-        across, weight_bytes = -(-n // COLUMNS), expert.weight_element_bytes
+        weight_bytes = expert.weight_element_bytes
         if device.pair_sms > 1:
             weight_bytes = max(weight_bytes, device.operand_bytes) / device.pair_sms
         best: tuple[float, int, float] | None = None
-        for block in GROUPED_BLOCKS:
-            scale_ps = device.scale_ps if block <= device.tile_rows else 0.0
+        for block, columns in itertools.product(GROUPED_BLOCKS, widths):
+            scale_ps, across = device.scale_ps if block <= device.tile_rows else 0.0, -(-n // columns)
             blocks = sum(math.ceil(each / block) * count for each, count in zip(rows, number, strict=True))
             one = (
                 across
-                * tile_us(device, block, k, weight_bytes, scale_ps=scale_ps)
+                * tile_us(device, block, k, weight_bytes, columns=columns, scale_ps=scale_ps)
                 / device.sms
                 * _whole_waves(blocks * across, device.sms)
             )
