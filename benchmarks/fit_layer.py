@@ -46,7 +46,7 @@ LOW_LATENCY = (
     *(f"{name}.ll_{way}_expert_us" for name in ("hopper", "blackwell") for way in ("dispatch", "combine")),
     *(f"{name}.ll_{way}_efficiency" for name in ("hopper", "blackwell") for way in ("dispatch", "combine")),
 )
-NORMAL = ("*.normal_efficiency",)
+NORMAL = ("hopper.normal_efficiency",)  # Blackwell's was measured
 INCAST = ("*.link_incast",)
 # GB200 alone tells of modules and of skewed rows: no kernels around the layer's, bytes that can be counted, no incast
 UNTOLD_WITHOUT_GB200 = {"*.link_incast": 0.0, "*.staging_us": 0.0, "*.staging_bytes": 13.0}

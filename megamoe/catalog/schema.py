@@ -325,6 +325,7 @@ class Profile(Staged):
     scale_ps            the same of grouped products in a tile of one warp group, which scales sums between products
     epilogue_ps         an SM, one value of a tile's result: activation, quantisation, the way home
     sm_ghz              clock of the SMs at which these were fitted; a device of another takes them by the ratio
+    sustained_rate      of grouped products in a step that goes on, against launches timed one by one
     pair_sms            SMs that multiply together in grouped products, and share the weights of a tile
     tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
     small_rows          mean rows of an expert up to which a call has the smallest tiles; none for half of one
@@ -394,6 +395,7 @@ class Profile(Staged):
     ll_dispatch_efficiency: Figure
     ll_combine_efficiency: Figure
     scale_ps: Figure = Figure(value=0.0, tag="assumed", source="scaled by the tensor cores or by warps of their own")
+    sustained_rate: Figure = Figure(value=1.0, tag="assumed", source="power does not limit, as far as is known")
     pair_sms: Figure = Figure(value=1.0, tag="assumed", source="an SM multiplies by itself, as far as is known")
     slot_us: Figure = Figure(value=0.0, tag="assumed", source="hidden behind the slots' bytes, as far as is known")
     dense_efficiency: Figure = Figure(

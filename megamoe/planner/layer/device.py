@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megamoe.catalog import Hardware, Profile
 from megamoe.planner.layer.rule import Tier, tiers
@@ -40,6 +40,7 @@ class Device:
     epilogue_ps: float
     scale_ps: float
     busy_rate: float
+    sustained_rate: float
     pair_sms: int
     tile_rows: int
     block_rows: int
@@ -89,6 +90,7 @@ class Device:
             epilogue_ps=profile.epilogue_ps.value * slower,
             scale_ps=profile.scale_ps.value * slower,
             busy_rate=hardware.busy_rate.value if hardware.busy_rate else 1.0,
+            sustained_rate=profile.sustained_rate.value,
             pair_sms=max(1, round(profile.pair_sms.value)),
             tile_rows=max(1, round(profile.tile_rows.value)),
             block_rows=max(1, round(profile.block_rows.value)),
@@ -133,9 +135,23 @@ class Device:
 
         fused: where a fused kernel carries the rows.
         """
-        congestion = min(1.0, float((8 / ep) ** self.link_congestion))
         reached = self.fused_link_efficiency if fused else self.link_efficiency
-        return self.scaleup_gb_s * 1e9 * reached * congestion
+        return self.scaleup_gb_s * 1e9 * reached * self.congestion(ep)
+
+    def congestion(self, ep: int) -> float:
+        """What an exchange of so many ranks gets out of the scale-up link, of what 8 get."""
+        return min(1.0, float((8 / ep) ** self.link_congestion))
+
+    def under_load(self) -> Device:
+        """Grouped products of a step that goes on: slower than launches timed one by one, where power limits."""
+        rate = min(1.0, self.sustained_rate * self.busy_rate)
+        return replace(
+            self,
+            tflops=self.tflops * rate,
+            feed_ps=self.feed_ps / rate,
+            epilogue_ps=self.epilogue_ps / rate,
+            scale_ps=self.scale_ps / rate,
+        )
 
     def incast(self, rows: float, own: float) -> float:
         """How much longer the scale-up link of a rank takes for a row, to which others send more than it sends itself.

@@ -61,11 +61,9 @@ def low_latency(
         fixed = device.ll_us + getattr(profile, f"ll_{name}_us").value
         fixed += getattr(profile, f"ll_{name}_expert_us").value * expert.num_experts
         sent = getattr(profile, f"ll_{name}_token_us").value * of_an_sm
+        reached = {"scale-up": efficiency * device.congestion(min(ep, device.scaleup_domain))}
         slowest = max(
-            (
-                tier.f_remote / (tier.gb_s * (efficiency if tier.name == "scale-up" else device.nic_efficiency))
-                for tier in device.tiers(ep)
-            ),
+            (tier.f_remote / (tier.gb_s * reached.get(tier.name, device.nic_efficiency)) for tier in device.tiers(ep)),
             default=0.0,
         )
         return float(fixed + far + sent + most * row_bytes * slowest * 1e-3)
@@ -152,6 +150,7 @@ def staged_time(
     kinds: list[Kind] = [_normal_stages] if kernels != "low latency" else []
     if kernels == "low latency" or (kernels is None and tokens_per_rank <= LOW_LATENCY_TOKENS):
         kinds.append(_low_latency_stages)
+    device = device.under_load()
     halves = 2 if two_batch and tokens_per_rank > 1 else 1
     tokens = tokens_per_rank / halves
     loads = [

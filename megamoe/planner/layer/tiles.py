@@ -36,8 +36,8 @@ from megamoe.planner.layer.expert import Expert
 
 COLUMNS = 128  # of a tile: DeepGEMM's
 GROUPED_BLOCKS = (64, 128)  # rows of a tile of grouped products
-GROUPED_COLUMNS = (128, 64, 32)  # and its columns: fewer where there are too few tiles for the SMs
-PAIRED_COLUMNS = 256  # that two SMs multiply at once as well: M 256, N 256 (tcgen05, cta_group::2)
+NARROW_COLUMNS = (64, 32)  # of a tile where wider ones are fewer than the SMs
+PAIRED_COLUMNS = 256  # of a tile of two SMs, as well as COLUMNS: M 256, N 256 (tcgen05, cta_group::2)
 SWAPPED_STEP = 8  # WGMMA: 64 rows, columns in steps of 8
 _SWAPPED_AT_MOST = 1.5  # times swap_rows: DeepGEMM's 16 rows of an expert, 24 in some shapes
 _EPILOGUE_NORM = 3.0
@@ -125,15 +125,17 @@ def matrix_us(device: Device, rows: float, columns: int, k: float) -> float:
 def grouped_us(expert: Expert, device: Device, rows: Sequence[float], number: Sequence[int]) -> list[float]:
     """As products_us, the two products launched one after the other."""
     total = [0.0] * len(rows)
-    widths = (PAIRED_COLUMNS, *GROUPED_COLUMNS) if device.pair_sms > 1 else GROUPED_COLUMNS
+    wide = (PAIRED_COLUMNS, COLUMNS) if device.pair_sms > 1 else (COLUMNS,)
     for k, n in expert.products:
         weight_bytes = expert.weight_element_bytes
         if device.pair_sms > 1:
             weight_bytes = max(weight_bytes, device.operand_bytes) / device.pair_sms
         best: tuple[float, int, float] | None = None
-        for block, columns in itertools.product(GROUPED_BLOCKS, widths):
+        for block, columns in itertools.product(GROUPED_BLOCKS, (*wide, *NARROW_COLUMNS)):
             scale_ps, across = device.scale_ps if block <= device.tile_rows else 0.0, -(-n // columns)
             blocks = sum(math.ceil(each / block) * count for each, count in zip(rows, number, strict=True))
+            if best and columns < COLUMNS and blocks * -(-n // (2 * columns)) >= device.sms:
+                continue
             one = (
                 across
                 * tile_us(device, block, k, weight_bytes, columns=columns, scale_ps=scale_ps)
