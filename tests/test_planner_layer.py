@@ -171,7 +171,7 @@ def test_the_largest_share_may_be_given() -> None:
     draws = busiest("power_law_sampled_1.9_1024", 384, 6, 32, 8192)
     assert sum(ranks[0].rows for ranks in draws) / 10 / 8192 / 6 == pytest.approx(4.39, rel=0.01)
     assert len(busiest("power_law_1.2", 384, 6, 32, 64, draws=5)) == 5
-    assert [load.experts for load in busiest("power_law_1.2", 384, 6, 32, 64)[0]][0] == 12
+    assert busiest("power_law_1.2", 384, 6, 32, 64)[0][0].experts == 12
 
 
 def test_copies_go_to_the_most_loaded_and_ranks_are_filled_evenly() -> None:
@@ -583,7 +583,7 @@ def test_the_fused_kernels_products_follow_what_large_products_reach() -> None:
 def test_grouped_products_of_a_step_that_goes_on_are_slower_where_power_limits() -> None:
     under_load = GB200.under_load()
     slower = grouped_us(V3, under_load, [4096], [8])[0] / grouped_us(V3, GB200, [4096], [8])[0]
-    assert slower == pytest.approx(1.17, abs=0.005)
+    assert slower == pytest.approx(1.14, abs=0.005)
     assert device("gb300").under_load().feed_ps == pytest.approx(device("gb300").feed_ps, rel=1e-3)
     assert device("h100").under_load() == device("h100")
 

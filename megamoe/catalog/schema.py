@@ -64,10 +64,9 @@ class Hardware(Entry):
     `announced` marks devices of which no measurement is published. In a machine whose devices are joined pair by pair,
     `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has. `joined_by: pcie` says that there is no
     scale-up link: the devices of a host reach each other over its PCIe bridge, of which `scaleup_gb_s` is a device's
-    share. `sms` counts SMs or compute units, `sm_ghz` is the highest clock that they run at. `busy_rate` is what large
-    products reach under load against what these two say, by GB200's; `host_us` the least that the host of this machine
-    takes to launch a prefill layer's kernels, in place of the profile's; `ll_us` what a journey by DeepEP's low-latency
-    kernels takes longer in this machine than the profile says.
+    share. `sms` counts SMs or compute units, `sm_ghz` is the highest clock that they run at, `busy_rate` what large
+    products reach against these two, by GB200's. `host_us`: of this machine's host, in place of the profile's; `ll_us`:
+    what a journey by DeepEP's low-latency kernels takes on top of the profile's.
 
     What its attention kernel reaches in decode, as far as one was measured (else the profile's figures count):
     attention_efficiency         of the BF16 peak            attention_8bit_efficiency    of the 8-bit peak, where the
@@ -412,7 +411,6 @@ class Profile(Staged):
         tag="assumed",
         source="launch in a captured graph, ramp up and drain, of a small kernel; not measured here",
     )
-
     attention_us: Figure = Figure(value=0.0, tag="assumed", source="no more than a launch, as far as is known")
     attention_spill: Figure = Figure(
         value=1.0,

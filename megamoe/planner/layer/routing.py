@@ -9,7 +9,7 @@
                             them, without taking one twice
     power_law_sampled_A_M   the same with shares between 1 and M, as power_law_sampled_1.9_1024
 
-The last three are what the synthetic workloads of published mega-kernel tables are called (ai-dynamo/aiconfigurator), of
+The last are what the synthetic workloads of published mega-kernel tables are called (ai-dynamo/aiconfigurator), of
 which power_law_A is one draw, the same whenever sizes are the same, and power_law_sampled_A a mean over ten.
 Redundant experts: copies of the most loaded experts, and ranks filled anew so that they are as even as they can be.
 """
