@@ -185,11 +185,11 @@ def left_out(device: str) -> dict[str, dict[str, float]]:
     links in its fused kernel, that they overlap as well as memory does.
     """
     other = {"hopper": "blackwell", "blackwell": "hopper"}
-    data = samples(("pull request 316", *FUSED, *PRODUCTS, *PRODUCTS_ON_GB200), without=device)
+    data = samples(("pull request 316", *FUSED, *PRODUCTS), without=device)
     untold = UNTOLD_WITHOUT_GB200 if device == "gb200" else {}
     keys = [key for key in CORE if not _own(device, key) and key not in untold]
-    launches = [key for name, of in STAGED_OF.items() if GENERATION[device] != name or device == "h200" for key in of]
-    found = untold | fit([*keys, *STAGED, *launches], data, untold)
+    staged = (*STAGED, *STAGED_OF["hopper"]) if device != "h100" else ()  # H100 alone tells of them here
+    found = untold | fit([*keys, *staged], data, untold)
     links = [key for key in LOW_LATENCY if not _own(device, key, links=True)]
     found |= fit(links, samples(EXCHANGES, without=device), found) if device != "h200" else {}
     for key in (*CORE, "blackwell.overlap", *LOW_LATENCY, *STAGED_OF["blackwell"]):

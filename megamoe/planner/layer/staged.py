@@ -4,14 +4,15 @@ Low latency (decode): every row by itself, straight to its expert.
 
     dispatch   ll_dispatch_us + experts * ll_dispatch_expert_us + tokens of an SM * ll_dispatch_token_us + link
     combine    the same with its own constants
-    link       rows * bytes * f_remote / (link * ll_*_efficiency), or over the NIC; between nodes ll_node_us more, and
-               once more for every doubling of them
-    products   masked: each of the two a launch, rows of an expert in tiles of 64 or 128
+    link       rows * bytes * f_remote / (link * ll_*_efficiency), shared by more than 8 ranks of a domain as an
+               all-to-all is, or over the NIC; between nodes ll_node_us more, and once more for every doubling of them
+    products   masked: each of the two a launch, rows of an expert in tiles of 64 or 128, and masked_expert_us for every
+               expert of the rank
 
 DeepEP gives an expert's group of warps an SM: with 8 experts only 8 SMs send. Normal (prefill): a token goes once to
 each rank that wants it, rows are scattered to their experts in whole blocks of 128 and gathered again, and launches
-come from the host. A stage waits for the one before it; with two-batch overlap the links of one half of the tokens run
-while the other half computes.
+come from the host: host_us at least, and what lies between the products in proportion to it. A stage waits for the one
+before it; with two-batch overlap the links of one half of the tokens run while the other half computes.
 """
 
 # T tokens of a rank   P ranks   E experts   n rows of an expert   S SMs

@@ -1,6 +1,6 @@
 """What the products of a rank's experts take: tiles, spread over the SMs of a device.
 
-A tile has rows of one expert and 128 columns of its weights. One step of K costs an SM
+A tile has rows of one expert and columns of its weights, 128 where nothing else is said. One step of K costs an SM
 
     tensor    2 * rows * 128 FLOPs / (peak of an SM)
     feed      feed_ps * (rows * bytes of a token's value + 128 * bytes of a weight)    bringing both to the tensor core
@@ -15,10 +15,10 @@ it. The fused kernel keeps the tiles of all experts and of both products in one 
 tiles for a call; grouped products are two launches, of which each ends in a wave that is not full.
 
 Grouped products of Hopper give every 64 rows of a tile to a warp group, which multiplies a block of K and then scales
-its sums by itself: scale_ps for each byte. In a tile of 128 rows one group multiplies while the other scales; in a
-tile of 64 rows the tensor cores wait. That shows where tensor cores are slow and weights are not: on H20. Those of
-Blackwell multiply with pair_sms SMs at a time, of which each brings its part of the weights; a weight of 4 bits comes
-as a byte.
+its sums by itself: scale_ps for each byte. In a tile of 128 rows one group multiplies while the other scales; in a tile
+of 64 rows the tensor cores wait. That shows where tensor cores are slow and weights are not: on H20. Those of Blackwell
+multiply with pair_sms SMs at a time, of which each brings its part of the weights, 128 columns of them or 256; a weight
+of 4 bits comes as a byte. Where tiles of 128 columns are fewer than the SMs, narrower ones share the work out.
 """
 
 # n rows of an expert   K, N of a product   T_n tiles
