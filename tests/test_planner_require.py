@@ -111,8 +111,9 @@ def evaluate(numbers: str) -> float:
         {"routing": "zipf_1.1"},
         {"routing": "power_law_1.2", "redundant": 16, "ep": 8, "hardware": "h100"},
         {"combine_format": "nvfp4", "waves": 5, "set": ("model.gated=false",)},
+        {"hardware": "gb300"},
     ],
-    ids=["balanced", "one_token", "one_rank", "two_tiers", "bf16", "zipf", "redundant", "formats"],
+    ids=["balanced", "one_token", "one_rank", "two_tiers", "bf16", "zipf", "redundant", "formats", "busy_rate"],
 )
 def test_every_term_multiplies_out_to_the_plan(more: dict[str, Any]) -> None:
     planned = answer(question(HIDDEN, **more)).plan
