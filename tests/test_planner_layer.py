@@ -571,13 +571,14 @@ def test_a_host_of_its_own_launches_prefills_kernels_faster() -> None:
 
 
 def test_the_fused_kernels_products_follow_what_large_products_reach() -> None:
-    """GB300 has GB200's SMs and clock and more power: busy_rate, of products alone."""
+    """GB300 has GB200's SMs and clock and more power: busy_rate, of products and of rows, which SMs move."""
     rate = load_hardware("gb300").busy_rate
     assert rate is not None
     fast = replace(GB200, busy_rate=rate.value)
     slow, quick = (layer_time(PRO, each, ep=8, tokens_per_rank=8192) for each in (GB200, fast))
     assert slow.compute_us == pytest.approx(rate.value * quick.compute_us)
     assert slow.memory_us == quick.memory_us
+    assert slow.dispatch_us == pytest.approx(rate.value * quick.dispatch_us)
 
 
 def test_grouped_products_of_a_step_that_goes_on_are_slower_where_power_limits() -> None:

@@ -213,7 +213,7 @@ BARS = {  # median and 95th percentile, in percent
     "sglang_grouped_gemm_gb200_fp8_decode": (6, 19),
     "sglang_grouped_gemm_gb200_fp8_prefill": (7, 20),
     "holdouts": (10, 30),
-    "mega_moe_gb300_deepseek_v4_pro": (7, 20),
+    "mega_moe_gb300_deepseek_v4_pro": (5, 16),
     "mega_moe_b200_kimi_k3": (14, 26),
     "sglang_grouped_gemm_h200_fp8_decode": (6, 24),
     "sglang_grouped_gemm_h200_fp8_prefill": (8, 20),

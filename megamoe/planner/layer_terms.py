@@ -129,7 +129,8 @@ def _link_terms(planned: Plan) -> list[Term]:
         rate = f"{g(device.nic_gb_s or 0)} x {g(device.nic_efficiency)}"
     else:
         crowd = min(1.0, (8 / inside) ** device.link_congestion)
-        rate = f"{g(device.scaleup_gb_s)} x {g(device.fused_link_efficiency)} x {g(crowd)}"
+        faster = f" x {g(device.busy_rate)}" if device.busy_rate != 1 else ""
+        rate = f"{g(device.scaleup_gb_s)} x {g(device.fused_link_efficiency)} x {g(crowd)}{faster}"
         plain = layer.rows * there * slowest.f_remote * fuller / bytes_s * 1e6
         incast = layer.dispatch_us / plain  # a mean over draws
         rate += f" / {g(incast)}" if incast > 1 + 1e-9 else ""

@@ -23,7 +23,7 @@ class Device:
     host_bridge     whether devices meet over PCIe, which then carries what goes to the NIC too
     sms             SMs or compute units; where nobody counted them, as many of GB200's as the peak is worth
     feed_ps, epilogue_ps, scale_ps    at this device's clock, where it and the profile's are known
-    busy_rate       of the fused kernel's products, against what SMs and clock say
+    busy_rate       of the fused kernel's SMs, which multiply and move rows, against what their number and clock say
     """
 
     name: str
@@ -135,7 +135,7 @@ class Device:
 
         fused: where a fused kernel carries the rows.
         """
-        reached = self.fused_link_efficiency if fused else self.link_efficiency
+        reached = self.fused_link_efficiency * self.busy_rate if fused else self.link_efficiency
         return self.scaleup_gb_s * 1e9 * reached * self.congestion(ep)
 
     def congestion(self, ep: int) -> float:
