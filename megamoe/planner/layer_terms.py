@@ -91,7 +91,9 @@ def _tile_terms(planned: Plan) -> list[Term]:
     spread = f"{g(layer.experts_touched)} x ({' + '.join(parts)}) / {g(device.sms)}{faster}"
     longest = sum(_tile(planned, step, k).value for k, _ in expert.products) / device.busy_rate
     shown = request.routing == "balanced" and layer.compute_us > longest * (1 + 1e-9)
-    formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs" + " / busy rate" * bool(faster)
+    formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs" + " / busy rate" * bool(
+        faster
+    )
     compute = Term("compute", formula, spread if shown else g(layer.compute_us), layer.compute_us, "us")
     return [*(terms if shown else []), compute, rate]
 
