@@ -39,17 +39,18 @@ WEIGHTS = {"pull request 316": 26.0, FUSED[0]: 80.0, FUSED[1]: 40.0, FUSED[2]: 2
 SHARED = ("feed_ps", "epilogue_ps", "memory_efficiency", "memory_overlap", "fixed_us", "staging_us", "staging_bytes")
 # blackwell.overlap is none of them: fitted, it grows without end, since that kernel's links and products wait for none
 CORE = (*(f"*.{key}" for key in SHARED), "hopper.overlap", "blackwell.fused_link_efficiency")
-STAGED = ("*.masked_us", "hopper.contiguous_us", "hopper.host_us")
-STAGED_ON_GB200 = ("blackwell.contiguous_us", "blackwell.host_us")
+STAGED = ("*.masked_us", "*.masked_expert_us")
+STAGED_OF = {name: (f"{name}.contiguous_us", f"{name}.host_us") for name in ("hopper", "blackwell")}
 LOW_LATENCY = (
     *("*.ll_dispatch_us", "*.ll_dispatch_token_us", "*.ll_combine_us", "*.ll_combine_token_us", "*.ll_node_us"),
     *(f"{name}.ll_{way}_expert_us" for name in ("hopper", "blackwell") for way in ("dispatch", "combine")),
     *(f"{name}.ll_{way}_efficiency" for name in ("hopper", "blackwell") for way in ("dispatch", "combine")),
 )
-NORMAL = ("*.normal_efficiency",)
+NORMAL = ("hopper.normal_efficiency",)  # Blackwell's was measured
 INCAST = ("*.link_incast",)
 # GB200 alone tells of modules and of skewed rows: no kernels around the layer's, bytes that can be counted, no incast
 UNTOLD_WITHOUT_GB200 = {"*.link_incast": 0.0, "*.staging_us": 0.0, "*.staging_bytes": 13.0}
+GENERATION = {"gb200": "blackwell", "h200": "hopper", "h100": "hopper"}
 Constants = dict[str, float]
 _NEAR, _ROUNDS, _STEP = 0.02, 60, 0.02
 
@@ -154,8 +155,8 @@ def fit_all() -> Constants:
     """The fused kernel first; what it says of an SM and of memory holds for grouped products too."""
     found = fit(CORE, samples(("pull request 316", *FUSED)))
     found |= fit(INCAST, [Sample(row, 1.0) for row in halves(FUSED[0])[1][::2]], found)
-    found |= fit(STAGED, samples(PRODUCTS), found)
-    found |= fit(STAGED_ON_GB200, samples(PRODUCTS_ON_GB200), found)
+    staged = (*STAGED, *STAGED_OF["hopper"], *STAGED_OF["blackwell"])
+    found |= fit(staged, samples((*PRODUCTS, *PRODUCTS_ON_GB200)), found)
     found |= fit(LOW_LATENCY, samples(EXCHANGES), found)
     return found | fit(NORMAL, [Sample(row, 1.0) for row in staged_h200()[::2]], found)
 
@@ -187,10 +188,11 @@ def left_out(device: str) -> dict[str, dict[str, float]]:
     data = samples(("pull request 316", *FUSED, *PRODUCTS), without=device)
     untold = UNTOLD_WITHOUT_GB200 if device == "gb200" else {}
     keys = [key for key in CORE if not _own(device, key) and key not in untold]
-    found = untold | (fit([*keys, *STAGED], data, untold) if device != "h100" else fit(keys, data))
+    staged = (*STAGED, *STAGED_OF["hopper"]) if device != "h100" else ()  # H100 alone tells of them here
+    found = untold | fit([*keys, *staged], data, untold)
     links = [key for key in LOW_LATENCY if not _own(device, key, links=True)]
     found |= fit(links, samples(EXCHANGES, without=device), found) if device != "h200" else {}
-    for key in (*CORE, "blackwell.overlap", *LOW_LATENCY, *STAGED_ON_GB200):
+    for key in (*CORE, "blackwell.overlap", *LOW_LATENCY, *STAGED_OF["blackwell"]):
         if _own(device, key, links=True):
             name, figure = key.split(".")
             same = "*.memory_overlap" if figure == "overlap" else f"{other[name]}.{figure}"
@@ -221,7 +223,7 @@ def _exchanges_reach(name: str) -> float:
 
 def _own(device: str, key: str, links: bool = False) -> bool:
     """Whether no other device tells this constant: a generation's links in the fused kernel, and in DeepEP."""
-    generation = {"gb200": "blackwell", "h200": "hopper", "h100": "hopper"}[device]
+    generation = GENERATION[device]
     alone = {"gb200": ("overlap", "fused_link", "ll_", "contiguous", "host"), "h200": ("overlap",), "h100": ("ll_",)}[
         device
     ]

@@ -22,7 +22,7 @@ from megamoe.planner.layer.plan import PlanRequest, plan
 from megamoe.planner.layer.routing import KINDS, RankLoad, Routing, _dealt, _expected, _replicated, _spread, busiest
 from megamoe.planner.layer.rule import Rule, hides_tflops, threshold, tiers, transfer_us
 from megamoe.planner.layer.stacks import STACKS, own_time, stack_time
-from megamoe.planner.layer.staged import low_latency, normal, reached_by, staged_time
+from megamoe.planner.layer.staged import contiguous_us, low_latency, masked_us, normal, reached_by, staged_time
 from megamoe.planner.layer.tiles import Tiling, grouped_us, products_us, reached_tflops, tile_us, tiling_of
 from megamoe.schedule.formats import VALUE_BYTES, value_bytes
 from megamoe.schedule.schedule import Work, play
@@ -166,6 +166,14 @@ def test_sampled_shares_reach_to_most_of_the_tokens() -> None:
     assert share(32, 20) < 4.6, "640 tokens: shares up to 512"
 
 
+def test_the_largest_share_may_be_given() -> None:
+    assert Routing.parse("power_law_sampled_1.9_1024") == Routing("power_law_sampled", 1.9, 1024.0)
+    draws = busiest("power_law_sampled_1.9_1024", 384, 6, 32, 8192)
+    assert sum(ranks[0].rows for ranks in draws) / 10 / 8192 / 6 == pytest.approx(4.39, rel=0.01)
+    assert len(busiest("power_law_1.2", 384, 6, 32, 64, draws=5)) == 5
+    assert busiest("power_law_1.2", 384, 6, 32, 64)[0][0].experts == 12
+
+
 def test_copies_go_to_the_most_loaded_and_ranks_are_filled_evenly() -> None:
     ranks = _replicated([8, 1, 1, 2], 2, 2)
     assert sorted(sum(rank) for rank in ranks) == pytest.approx([5.667, 6.333], abs=1e-3)
@@ -223,7 +231,21 @@ def test_chance_counts_less_the_more_tokens_there_are() -> None:
     assert sum(_expected(np.geomspace(1, 1024, 384), 6)) == pytest.approx(6)
 
 
-@pytest.mark.parametrize("text", ["even", "zipf", "zipf_", "zipf_x", "balanced_2", "power_law_-1", "power_law_99", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "even",
+        "zipf",
+        "zipf_",
+        "zipf_x",
+        "balanced_2",
+        "power_law_-1",
+        "power_law_99",
+        "power_law_1.2_8",
+        "power_law_sampled_1.9_x",
+        "",
+    ],
+)
 def test_routings_that_are_not_known(text: str) -> None:
     with pytest.raises(ValueError, match="is not known; there are balanced"):
         Routing.parse(text)
@@ -385,6 +407,7 @@ def test_which_peak_counts() -> None:
 # ---- tiles ----
 
 V3 = Expert(7168, 2048, 256, 8, weight_format="fp8")
+BLACKWELL = load_profile("blackwell")
 
 
 def test_a_tile_by_hand() -> None:
@@ -415,12 +438,14 @@ def test_one_warp_group_scales_while_nothing_is_multiplied_two_take_turns() -> N
 
 
 def test_two_sms_of_blackwell_share_the_weights_of_a_tile_of_grouped_products() -> None:
-    """FP8 weights are brought by halves, and weights of 4 bits come as bytes: both as 64 columns of a byte."""
+    """FP8 weights are brought by halves, and weights of 4 bits come as bytes: 256 columns as 128 of a byte."""
     alone = replace(GB200, pair_sms=1)
     fp8, fp4 = V3, replace(V3, weight_format="mxfp4")
     assert grouped_us(fp8, GB200, [128], [152]) == grouped_us(fp4, GB200, [128], [152])
-    assert grouped_us(fp8, GB200, [128], [152]) < grouped_us(fp8, alone, [128], [152])
-    assert grouped_us(fp4, GB200, [128], [152]) == grouped_us(fp4, alone, [128], [152])
+    (paired,) = grouped_us(fp8, GB200, [128], [152])
+    tiles = 16 * tile_us(GB200, 128, 7168, 0.5, columns=256) + 28 * tile_us(GB200, 128, 2048, 0.5, columns=256)
+    assert paired == pytest.approx(tiles / 152)
+    assert paired < 0.8 * grouped_us(fp8, alone, [128], [152])[0]
     assert products_us(fp8, GB200, [128], [152], Tiling(128, 16)) == products_us(
         fp8, alone, [128], [152], Tiling(128, 16)
     )
@@ -511,10 +536,67 @@ def test_a_norm_goes_from_the_sum_to_the_longer(power: float, took: float) -> No
 
 
 def test_grouped_products_come_in_whole_waves() -> None:
-    """One expert, 128 rows: 32 tiles of Linear-1 and 56 of Linear-2, each in one wave of 132 SMs."""
+    """32 experts of 128 rows: 1024 tiles of Linear-1 and 1792 of Linear-2 in 8 and 14 waves of 132 SMs."""
     h100 = device("h100")
-    (found,) = grouped_us(V3, h100, [128], [1])
-    assert found == pytest.approx(tile_us(h100, 64, 7168) + tile_us(h100, 64, 2048), rel=1e-6)
+    (found,) = grouped_us(V3, h100, [128], [32])
+    waves = 8 * tile_us(h100, 128, 7168) + 14 * tile_us(h100, 128, 2048)
+    assert found == pytest.approx(waves / 32, rel=1e-6)
+
+
+def test_tiles_are_narrower_where_there_are_fewer_than_sms() -> None:
+    """One expert, 64 rows: 128 tiles of 32 columns for Linear-1, 112 of 64 for Linear-2, a wave of 132 SMs each."""
+    h100 = device("h100")
+    (found,) = grouped_us(V3, h100, [64], [1])
+    scaled = {"scale_ps": h100.scale_ps}
+    waves = tile_us(h100, 64, 7168, columns=32, **scaled) + tile_us(h100, 64, 2048, columns=64, **scaled)
+    assert found == pytest.approx(waves, rel=1e-6)
+
+
+def test_experts_without_rows_take_their_time_in_masked_products() -> None:
+    few, many = (masked_us(V3, GB200, BLACKWELL, RankLoad(((1.0, 8),), experts)) for experts in (8, 128))
+    assert many[0] - few[0] == pytest.approx(120 * BLACKWELL.masked_expert_us.value)
+    assert many[1:] == few[1:]
+
+
+def test_a_host_of_its_own_launches_prefills_kernels_faster() -> None:
+    """B200's x86 CPU against GB200's Grace: the least that a prefill's products take, and what lies between them."""
+    load, least = RankLoad(((1.0, 1),), 1), {}
+    for name in ("b200", "b300", "gb200"):
+        least[name] = contiguous_us(V3, device(name), BLACKWELL, load, 1)[0]
+    assert least["b200"] == least["b300"] == 310
+    assert least["gb200"] == BLACKWELL.host_us.value
+    rows, sooner = RankLoad(((16384.0, 8),), 8), replace(GB200, host_us=310.0)
+    saved = contiguous_us(V3, GB200, BLACKWELL, rows, 1)[0] - contiguous_us(V3, sooner, BLACKWELL, rows, 1)[0]
+    assert saved == pytest.approx(BLACKWELL.contiguous_us.value * (1 - 310 / BLACKWELL.host_us.value))
+
+
+def test_the_fused_kernels_products_follow_what_large_products_reach() -> None:
+    """GB300 has GB200's SMs and clock and more power: busy_rate, of products and of rows, which SMs move."""
+    rate = load_hardware("gb300").busy_rate
+    assert rate is not None
+    fast = replace(GB200, busy_rate=rate.value)
+    slow, quick = (layer_time(PRO, each, ep=8, tokens_per_rank=8192) for each in (GB200, fast))
+    assert slow.compute_us == pytest.approx(rate.value * quick.compute_us)
+    assert slow.memory_us == quick.memory_us
+    assert slow.dispatch_us == pytest.approx(rate.value * quick.dispatch_us)
+
+
+def test_grouped_products_of_a_step_that_goes_on_are_slower_where_power_limits() -> None:
+    under_load = GB200.under_load()
+    slower = grouped_us(V3, under_load, [4096], [8])[0] / grouped_us(V3, GB200, [4096], [8])[0]
+    assert slower == pytest.approx(1.14, abs=0.005)
+    assert device("gb300").under_load().feed_ps == pytest.approx(device("gb300").feed_ps, rel=1e-3)
+    assert device("h100").under_load() == device("h100")
+
+
+def test_low_latency_exchanges_of_many_ranks_share_switches_and_boards_of_eight_take_longer() -> None:
+    few, many = (low_latency(V3, GB200, BLACKWELL, ep=ep, tokens=512) for ep in (8, 48))
+    link = 512 * 8 * 7168 * 2 / (900e3 * BLACKWELL.ll_combine_efficiency.value)
+    assert few.combine_us - many.combine_us == pytest.approx(
+        link * (7 / 8 - 47 / 48 * (48 / 8) ** BLACKWELL.link_congestion.value), abs=0.01
+    )
+    later = low_latency(V3, replace(GB200, ll_us=4.5), BLACKWELL, ep=8, tokens=512)
+    assert later.dispatch_us - few.dispatch_us == pytest.approx(4.5)
 
 
 def test_a_small_tensor_peak_is_nearly_reached_and_a_large_one_is_not() -> None:

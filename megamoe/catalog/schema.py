@@ -64,7 +64,9 @@ class Hardware(Entry):
     `announced` marks devices of which no measurement is published. In a machine whose devices are joined pair by pair,
     `scaleup_gb_s` is the sum over all pairs, and `p2p_gb_s` what one pair has. `joined_by: pcie` says that there is no
     scale-up link: the devices of a host reach each other over its PCIe bridge, of which `scaleup_gb_s` is a device's
-    share. `sms` counts SMs or compute units, `sm_ghz` is the highest clock that they run at.
+    share. `sms` counts SMs or compute units, `sm_ghz` is the highest clock that they run at, `busy_rate` what large
+    products reach against these two, by GB200's. `host_us`: of this machine's host, in place of the profile's; `ll_us`:
+    what a journey by DeepEP's low-latency kernels takes on top of the profile's.
 
     What its attention kernel reaches in decode, as far as one was measured (else the profile's figures count):
     attention_efficiency         of the BF16 peak            attention_8bit_efficiency    of the 8-bit peak, where the
@@ -84,6 +86,9 @@ class Hardware(Entry):
     int8_tflops: Figure | None = None
     sms: Figure | None = None
     sm_ghz: Figure | None = None
+    busy_rate: Figure | None = None
+    host_us: Figure | None = None
+    ll_us: Figure | None = None
     memory_gb: Figure
     memory_tb_s: Figure
     scaleup_gb_s: Figure
@@ -296,7 +301,8 @@ class Staged(Entry):
                nodes (once, and once more for every doubling of them)
     normal_efficiency    DeepEP's normal kernels, of the scale-up link; their calls hide behind the host's launches
     masked_us, contiguous_us     launches and the kernels between grouped products, in a graph and without one
-    host_us    the least that a host takes to launch the latter
+    masked_expert_us             for every expert of the rank, with rows or without
+    host_us    the least that a host takes to launch the latter; a device's own where it is known
     """
 
     ll_dispatch_us: Figure
@@ -306,6 +312,7 @@ class Staged(Entry):
     ll_node_us: Figure
     normal_efficiency: Figure
     masked_us: Figure
+    masked_expert_us: Figure
     contiguous_us: Figure
     host_us: Figure
 
@@ -317,6 +324,7 @@ class Profile(Staged):
     scale_ps            the same of grouped products in a tile of one warp group, which scales sums between products
     epilogue_ps         an SM, one value of a tile's result: activation, quantisation, the way home
     sm_ghz              clock of the SMs at which these were fitted; a device of another takes them by the ratio
+    sustained_rate      of grouped products in a step that goes on, against launches timed one by one
     pair_sms            SMs that multiply together in grouped products, and share the weights of a tile
     tile_rows           rows of an expert in the smallest tile      block_rows         and in the largest
     small_rows          mean rows of an expert up to which a call has the smallest tiles; none for half of one
@@ -386,6 +394,7 @@ class Profile(Staged):
     ll_dispatch_efficiency: Figure
     ll_combine_efficiency: Figure
     scale_ps: Figure = Figure(value=0.0, tag="assumed", source="scaled by the tensor cores or by warps of their own")
+    sustained_rate: Figure = Figure(value=1.0, tag="assumed", source="power does not limit, as far as is known")
     pair_sms: Figure = Figure(value=1.0, tag="assumed", source="an SM multiplies by itself, as far as is known")
     slot_us: Figure = Figure(value=0.0, tag="assumed", source="hidden behind the slots' bytes, as far as is known")
     dense_efficiency: Figure = Figure(
@@ -402,7 +411,6 @@ class Profile(Staged):
         tag="assumed",
         source="launch in a captured graph, ramp up and drain, of a small kernel; not measured here",
     )
-
     attention_us: Figure = Figure(value=0.0, tag="assumed", source="no more than a launch, as far as is known")
     attention_spill: Figure = Figure(
         value=1.0,

@@ -88,10 +88,13 @@ def _tile_terms(planned: Plan) -> list[Term]:
             parts.append(f"{count} x ({cost})")
             for name, (k, _) in zip(("Linear-1", "Linear-2"), expert.products, strict=True):
                 terms.append(replace(_tile(planned, size, k), name=f"{which} of {name}, {size} rows"))
-    spread = f"{g(layer.experts_touched)} x ({' + '.join(parts)}) / {g(device.sms)}"
-    longest = sum(_tile(planned, step, k).value for k, _ in expert.products)
+    faster = f" / {g(device.busy_rate)}" if device.busy_rate != 1 else ""
+    spread = f"{g(layer.experts_touched)} x ({' + '.join(parts)}) / {g(device.sms)}{faster}"
+    longest = sum(_tile(planned, step, k).value for k, _ in expert.products) / device.busy_rate
     shown = request.routing == "balanced" and layer.compute_us > longest * (1 + 1e-9)
-    formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs"
+    formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs" + " / busy rate" * bool(
+        faster
+    )
     compute = Term("compute", formula, spread if shown else g(layer.compute_us), layer.compute_us, "us")
     return [*(terms if shown else []), compute, rate]
 
@@ -123,7 +126,8 @@ def _link_terms(planned: Plan) -> list[Term]:
         rate = f"{g(device.nic_gb_s or 0)} x {g(device.nic_efficiency)}"
     else:
         crowd = min(1.0, (8 / min(request.ep, device.scaleup_domain)) ** device.link_congestion)
-        rate = f"{g(device.scaleup_gb_s)} x {g(device.fused_link_efficiency)} x {g(crowd)}"
+        faster = f" x {g(device.busy_rate)}" if device.busy_rate != 1 else ""
+        rate = f"{g(device.scaleup_gb_s)} x {g(device.fused_link_efficiency)} x {g(crowd)}{faster}"
         incast = layer.dispatch_us / (layer.rows * row.there_us) * device.incast(layer.rows, own)  # a mean over draws
         rate += f" / {g(incast)}" if incast > 1 + 1e-9 else ""
     rest = f"{g(row.fuller)} / ({rate} x 1000)"

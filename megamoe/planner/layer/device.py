@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megamoe.catalog import Hardware, Profile
 from megamoe.planner.layer.rule import Tier, tiers
@@ -23,6 +23,7 @@ class Device:
     host_bridge     whether devices meet over PCIe, which then carries what goes to the NIC too
     sms             SMs or compute units; where nobody counted them, as many of GB200's as the peak is worth
     feed_ps, epilogue_ps, scale_ps    at this device's clock, where it and the profile's are known
+    busy_rate       of the fused kernel's SMs, which multiply and move rows, against what their number and clock say
     """
 
     name: str
@@ -38,6 +39,8 @@ class Device:
     feed_ps: float
     epilogue_ps: float
     scale_ps: float
+    busy_rate: float
+    sustained_rate: float
     pair_sms: int
     tile_rows: int
     block_rows: int
@@ -61,6 +64,8 @@ class Device:
     staging_bytes: float
     wave_us: float
     slot_us: float
+    host_us: float
+    ll_us: float
     ll_dispatch_efficiency: float
     ll_combine_efficiency: float
 
@@ -84,6 +89,8 @@ class Device:
             feed_ps=profile.feed_ps.value * slower,
             epilogue_ps=profile.epilogue_ps.value * slower,
             scale_ps=profile.scale_ps.value * slower,
+            busy_rate=hardware.busy_rate.value if hardware.busy_rate else 1.0,
+            sustained_rate=profile.sustained_rate.value,
             pair_sms=max(1, round(profile.pair_sms.value)),
             tile_rows=max(1, round(profile.tile_rows.value)),
             block_rows=max(1, round(profile.block_rows.value)),
@@ -107,6 +114,8 @@ class Device:
             staging_bytes=profile.staging_bytes.value,
             wave_us=profile.wave_us.value,
             slot_us=profile.slot_us.value,
+            ll_us=hardware.ll_us.value if hardware.ll_us else 0.0,
+            host_us=(hardware.host_us or profile.host_us).value,
             ll_dispatch_efficiency=profile.ll_dispatch_efficiency.value,
             ll_combine_efficiency=profile.ll_combine_efficiency.value,
         )
@@ -127,9 +136,23 @@ class Device:
 
         fused: where a fused kernel carries the rows.
         """
-        congestion = min(1.0, float((8 / ep) ** self.link_congestion))
-        reached = self.fused_link_efficiency if fused else self.link_efficiency
-        return self.scaleup_gb_s * 1e9 * reached * congestion
+        reached = self.fused_link_efficiency * self.busy_rate if fused else self.link_efficiency
+        return self.scaleup_gb_s * 1e9 * reached * self.congestion(ep)
+
+    def congestion(self, ep: int) -> float:
+        """What an exchange of so many ranks gets out of the scale-up link, of what 8 get."""
+        return min(1.0, float((8 / ep) ** self.link_congestion))
+
+    def under_load(self) -> Device:
+        """Grouped products of a step that goes on: slower than launches timed one by one, where power limits."""
+        rate = min(1.0, self.sustained_rate * self.busy_rate)
+        return replace(
+            self,
+            tflops=self.tflops * rate,
+            feed_ps=self.feed_ps / rate,
+            epilogue_ps=self.epilogue_ps / rate,
+            scale_ps=self.scale_ps / rate,
+        )
 
     def incast(self, rows: float, own: float) -> float:
         """How much longer the scale-up link of a rank takes for a row, to which others send more than it sends itself.

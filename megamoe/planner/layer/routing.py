@@ -7,8 +7,9 @@
                             (0.01 to 2 where there are fewer pairs than experts), then rounded to whole tokens
     power_law_sampled_A     shares drawn between 1 and 0.8 times the tokens, but at least 512; every token chooses by
                             them, without taking one twice
+    power_law_sampled_A_M   the same with shares between 1 and M, as power_law_sampled_1.9_1024
 
-The last two are what the synthetic workloads of published mega-kernel tables are called (ai-dynamo/aiconfigurator), of
+The last are what the synthetic workloads of published mega-kernel tables are called (ai-dynamo/aiconfigurator), of
 which power_law_A is one draw, the same whenever sizes are the same, and power_law_sampled_A a mean over ten.
 Redundant experts: copies of the most loaded experts, and ranks filled anew so that they are as even as they can be.
 """
@@ -21,7 +22,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 KINDS = ("balanced", "uniform", "zipf", "power_law_sampled", "power_law")
 _DRAWS = {"balanced": 1, "power_law": 1, "power_law_sampled": 10, "uniform": 8, "zipf": 8}
 _SAMPLED_MAX = 512.0  # the largest share of power_law_sampled where 0.8 times the tokens are fewer
+_MOST_SHARE = 1e12
 _MOST_TOKENS = 4096  # tokens drawn one by one; of more, chance counts as the root of their number
 
 Groups = tuple[tuple[float, int], ...]
@@ -39,10 +41,11 @@ Groups = tuple[tuple[float, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """A kind of routing and its exponent."""
+    """A kind of routing, its exponent, and the largest share of power_law_sampled where it is given, else 0."""
 
     kind: str
     exponent: float = 0.0
+    most: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Routing:
@@ -50,23 +53,31 @@ class Routing:
         kind = next((kind for kind in KINDS if text == kind or text.startswith(f"{kind}_")), None)
         number = text[len(kind) + 1 :] if kind else ""
         plain = kind in ("balanced", "uniform")
+        number, bounded, bound = number.partition("_")
         try:
             exponent = 0.0 if plain and kind == text else float(number)
+            most = float(bound) if bounded else 0.0
         except ValueError:
+            kind = None
+        if bounded and not (kind == "power_law_sampled" and 1 < most <= _MOST_SHARE):
             kind = None
         if kind is None or (plain and number) or not 0 <= exponent <= 10:
             raise ValueError(
                 f"routing {text!r} is not known; there are balanced, uniform, zipf_S, power_law_A and "
-                f"power_law_sampled_A with an exponent between 0 and 10, such as zipf_1.1"
+                f"power_law_sampled_A with an exponent between 0 and 10, such as zipf_1.1, and power_law_sampled_A_M"
             )
-        return cls(kind, exponent)
+        return cls(kind, exponent, most)
 
 
 @dataclass(frozen=True, slots=True)
 class RankLoad:
-    """What one rank computes: (rows, number of experts with so many), experts without rows left out."""
+    """What one rank computes: (rows, number of experts with so many), experts without rows left out.
+
+    experts: that the rank holds, those without rows among them
+    """
 
     groups: Groups
+    experts: int = field(default=0, compare=False)
 
     @property
     def rows(self) -> float:
@@ -79,18 +90,19 @@ class RankLoad:
 
 
 def busiest(
-    routing: str, num_experts: int, topk: int, ep: int, tokens_per_rank: float, redundant: int = 0
+    routing: str, num_experts: int, topk: int, ep: int, tokens_per_rank: float, redundant: int = 0, draws: int = 0
 ) -> tuple[tuple[RankLoad, ...], ...]:
     """For each draw of the routing, the ranks that may be last: the one with most rows, the one with most experts.
 
     redundant: copies of experts that there are beside the E; the ranks hold (E + redundant) / EP each
+    draws: how many, 0 for as many as the kind of routing has
         balanced, 16 experts, top-4, 2 ranks, 10 tokens -> one draw, one rank, 8 experts of 5 rows
     """
     parsed = Routing.parse(routing)
     if parsed.kind == "balanced":
         return ((_balanced(num_experts + redundant, topk, ep, tokens_per_rank),),)
     tokens = max(1, round(tokens_per_rank * ep))
-    return _drawn(parsed, num_experts, topk, ep, tokens, redundant)
+    return _drawn(parsed, num_experts, topk, ep, tokens, redundant, draws or _DRAWS[parsed.kind])
 
 
 def _balanced(slots: int, topk: int, ep: int, tokens_per_rank: float) -> RankLoad:
@@ -98,15 +110,15 @@ def _balanced(slots: int, topk: int, ep: int, tokens_per_rank: float) -> RankLoa
     local = -(-slots // ep)
     touched = min(local, max(1, math.ceil(pairs / ep))) if pairs else 0
     per_expert = max(pairs / slots, min(1.0, pairs / ep)) if touched else 0.0
-    return RankLoad(((per_expert, touched),) if touched else ())
+    return RankLoad(((per_expert, touched),) if touched else (), local)
 
 
 @lru_cache(maxsize=4096)
 def _drawn(
-    routing: Routing, num_experts: int, topk: int, ep: int, tokens: int, redundant: int
+    routing: Routing, num_experts: int, topk: int, ep: int, tokens: int, redundant: int, number: int
 ) -> tuple[tuple[RankLoad, ...], ...]:
     draws = []
-    for seed in range(_DRAWS[routing.kind]):
+    for seed in range(number):
         counts = _counts(routing, num_experts, topk, ep, tokens, seed)
         ranks = list(_replicated(counts, ep, redundant) if redundant else _contiguous(counts, ep))
         fullest, widest = max(ranks, key=sum), max(ranks, key=lambda rank: sum(rows > 0 for rows in rank))
@@ -115,7 +127,7 @@ def _drawn(
 
 
 def _load(rank: list[float]) -> RankLoad:
-    return RankLoad(tuple(Counter(rows for rows in rank if rows > 0).items()))
+    return RankLoad(tuple(Counter(rows for rows in rank if rows > 0).items()), len(rank))
 
 
 def _contiguous(counts: list[float], ep: int) -> Iterator[list[float]]:
@@ -158,7 +170,7 @@ def _counts(routing: Routing, num_experts: int, topk: int, ep: int, tokens: int,
     if routing.kind == "power_law":
         bounds = (1.0, tokens * 0.8) if pairs > num_experts else (0.01, 2.0)
         return _dealt(_power_law(num_experts, routing.exponent, *bounds, seed), pairs, tokens, ep)
-    most = max(_SAMPLED_MAX, 0.8 * tokens)
+    most = routing.most or max(_SAMPLED_MAX, 0.8 * tokens)
     drawn, expected = _token_by_token(routing, num_experts, topk, min(tokens, _MOST_TOKENS), most, seed)
     if tokens <= _MOST_TOKENS:
         return list(drawn)

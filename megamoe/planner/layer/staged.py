@@ -4,14 +4,15 @@ Low latency (decode): every row by itself, straight to its expert.
 
     dispatch   ll_dispatch_us + experts * ll_dispatch_expert_us + tokens of an SM * ll_dispatch_token_us + link
     combine    the same with its own constants
-    link       rows * bytes * f_remote / (link * ll_*_efficiency), or over the NIC; between nodes ll_node_us more, and
-               once more for every doubling of them
-    products   masked: each of the two a launch, rows of an expert in tiles of 64 or 128
+    link       rows * bytes * f_remote / (link * ll_*_efficiency), shared by more than 8 ranks of a domain as an
+               all-to-all is, or over the NIC; between nodes ll_node_us more, and once more for every doubling of them
+    products   masked: each of the two a launch, rows of an expert in tiles of 64 or 128, and masked_expert_us for every
+               expert of the rank
 
 DeepEP gives an expert's group of warps an SM: with 8 experts only 8 SMs send. Normal (prefill): a token goes once to
 each rank that wants it, rows are scattered to their experts in whole blocks of 128 and gathered again, and launches
-come from the host. A stage waits for the one before it; with two-batch overlap the links of one half of the tokens run
-while the other half computes.
+come from the host: host_us at least, and what lies between the products in proportion to it. A stage waits for the one
+before it; with two-batch overlap the links of one half of the tokens run while the other half computes.
 """
 
 # T tokens of a rank   P ranks   E experts   n rows of an expert   S SMs
@@ -58,14 +59,12 @@ def low_latency(
     most = max(tokens * expert.topk, rows or 0.0)
 
     def way(name: str, row_bytes: float, efficiency: float) -> float:
-        fixed = getattr(profile, f"ll_{name}_us").value
+        fixed = device.ll_us + getattr(profile, f"ll_{name}_us").value
         fixed += getattr(profile, f"ll_{name}_expert_us").value * expert.num_experts
         sent = getattr(profile, f"ll_{name}_token_us").value * of_an_sm
+        reached = {"scale-up": efficiency * device.congestion(min(ep, device.scaleup_domain))}
         slowest = max(
-            (
-                tier.f_remote / (tier.gb_s * (efficiency if tier.name == "scale-up" else device.nic_efficiency))
-                for tier in device.tiers(ep)
-            ),
+            (tier.f_remote / (tier.gb_s * reached.get(tier.name, device.nic_efficiency)) for tier in device.tiers(ep)),
             default=0.0,
         )
         return float(fixed + far + sent + most * row_bytes * slowest * 1e-3)
@@ -106,7 +105,8 @@ def masked_us(expert: Expert, device: Device, profile: Profile, load: RankLoad) 
     total = [
         sum(each * count for each, count in zip(values, number, strict=True)) for values in (both, compute, memory)
     ]
-    return profile.masked_us.value + total[0], total[1], total[2]
+    fixed = profile.masked_us.value + profile.masked_expert_us.value * max(load.experts, load.touched)
+    return fixed + total[0], total[1], total[2]
 
 
 def contiguous_us(
@@ -114,7 +114,7 @@ def contiguous_us(
 ) -> tuple[float, float, float]:
     """The same launched by the host, from `tokens` that the rank received: scattered, computed, gathered."""
     if not load.groups:
-        return profile.host_us.value, 0.0, 0.0
+        return device.host_us, 0.0, 0.0
     rows, number = zip(*load.groups, strict=True)
     padded = [math.ceil(each / CONTIGUOUS_ROWS) * CONTIGUOUS_ROWS for each in rows]
     compute = grouped_us(expert, device, padded, number)
@@ -123,8 +123,9 @@ def contiguous_us(
     rows_us = device.memory_us(load.rows * (_row_bytes(expert) + moved) + tokens * moved)
     products = sum(device.with_memory(each, weights) * count for each, count in zip(compute, number, strict=True))
     alone = sum(each * count for each, count in zip(compute, number, strict=True))
-    total = profile.contiguous_us.value + products + rows_us
-    return max(profile.host_us.value, total), alone, weights * load.touched + rows_us
+    between = profile.contiguous_us.value * device.host_us / profile.host_us.value  # launches wait for the host
+    total = between + products + rows_us
+    return max(device.host_us, total), alone, weights * load.touched + rows_us
 
 
 def _row_bytes(expert: Expert) -> float:
@@ -150,6 +151,7 @@ def staged_time(
     kinds: list[Kind] = [_normal_stages] if kernels != "low latency" else []
     if kernels == "low latency" or (kernels is None and tokens_per_rank <= LOW_LATENCY_TOKENS):
         kinds.append(_low_latency_stages)
+    device = device.under_load()
     halves = 2 if two_batch and tokens_per_rank > 1 else 1
     tokens = tokens_per_rank / halves
     loads = [

@@ -1,6 +1,6 @@
 """What the products of a rank's experts take: tiles, spread over the SMs of a device.
 
-A tile has rows of one expert and 128 columns of its weights. One step of K costs an SM
+A tile has rows of one expert and columns of its weights, 128 where nothing else is said. One step of K costs an SM
 
     tensor    2 * rows * 128 FLOPs / (peak of an SM)
     feed      feed_ps * (rows * bytes of a token's value + 128 * bytes of a weight)    bringing both to the tensor core
@@ -15,16 +15,17 @@ it. The fused kernel keeps the tiles of all experts and of both products in one 
 tiles for a call; grouped products are two launches, of which each ends in a wave that is not full.
 
 Grouped products of Hopper give every 64 rows of a tile to a warp group, which multiplies a block of K and then scales
-its sums by itself: scale_ps for each byte. In a tile of 128 rows one group multiplies while the other scales; in a
-tile of 64 rows the tensor cores wait. That shows where tensor cores are slow and weights are not: on H20. Those of
-Blackwell multiply with pair_sms SMs at a time, of which each brings its part of the weights; a weight of 4 bits comes
-as a byte.
+its sums by itself: scale_ps for each byte. In a tile of 128 rows one group multiplies while the other scales; in a tile
+of 64 rows the tensor cores wait. That shows where tensor cores are slow and weights are not: on H20. Those of Blackwell
+multiply with pair_sms SMs at a time, of which each brings its part of the weights, 128 columns of them or 256; a weight
+of 4 bits comes as a byte. Where tiles of 128 columns are fewer than the SMs, narrower ones share the work out.
 """
 
 # n rows of an expert   K, N of a product   T_n tiles
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,19 +36,29 @@ from megamoe.planner.layer.expert import Expert
 
 COLUMNS = 128  # of a tile: DeepGEMM's
 GROUPED_BLOCKS = (64, 128)  # rows of a tile of grouped products
+NARROW_COLUMNS = (64, 32)  # of a tile where wider ones are fewer than the SMs
+PAIRED_COLUMNS = 256  # of a tile of two SMs, as well as COLUMNS: M 256, N 256 (tcgen05, cta_group::2)
 SWAPPED_STEP = 8  # WGMMA: 64 rows, columns in steps of 8
 _SWAPPED_AT_MOST = 1.5  # times swap_rows: DeepGEMM's 16 rows of an expert, 24 in some shapes
 _EPILOGUE_NORM = 3.0
 
 
-def tile_us(device: Device, rows: int, k: float, weight_bytes: float | None = None, *, scale_ps: float = 0.0) -> float:
-    """One tile of rows x 128 over K. weight_bytes: of a weight's value, None for that of the device's format.
+def tile_us(
+    device: Device,
+    rows: int,
+    k: float,
+    weight_bytes: float | None = None,
+    *,
+    columns: int = COLUMNS,
+    scale_ps: float = 0.0,
+) -> float:
+    """One tile of rows x columns over K. weight_bytes: of a weight's value, None for that of the device's format.
 
     scale_ps: for each byte of the operands, what the tensor core waits for.
     """
-    size = rows * COLUMNS
-    columns = COLUMNS * (device.operand_bytes if weight_bytes is None else weight_bytes)
-    moved = 1e-6 * (rows * device.operand_bytes + columns) * k
+    size = rows * columns
+    weights = columns * (device.operand_bytes if weight_bytes is None else weight_bytes)
+    moved = 1e-6 * (rows * device.operand_bytes + weights) * k
     tensor = 2e-6 * size * k / (device.tflops / device.sms) + scale_ps * moved
     return norm(max(tensor, device.feed_ps * moved), 1e-6 * device.epilogue_ps * size, _EPILOGUE_NORM)
 
@@ -114,17 +125,20 @@ def matrix_us(device: Device, rows: float, columns: int, k: float) -> float:
 def grouped_us(expert: Expert, device: Device, rows: Sequence[float], number: Sequence[int]) -> list[float]:
     """As products_us, the two products launched one after the other."""
     total = [0.0] * len(rows)
+    wide = (PAIRED_COLUMNS, COLUMNS) if device.pair_sms > 1 else (COLUMNS,)
     for k, n in expert.products:
-        across, weight_bytes = -(-n // COLUMNS), expert.weight_element_bytes
+        weight_bytes = expert.weight_element_bytes
         if device.pair_sms > 1:
             weight_bytes = max(weight_bytes, device.operand_bytes) / device.pair_sms
         best: tuple[float, int, float] | None = None
-        for block in GROUPED_BLOCKS:
-            scale_ps = device.scale_ps if block <= device.tile_rows else 0.0
+        for block, columns in itertools.product(GROUPED_BLOCKS, (*wide, *NARROW_COLUMNS)):
+            scale_ps, across = device.scale_ps if block <= device.tile_rows else 0.0, -(-n // columns)
             blocks = sum(math.ceil(each / block) * count for each, count in zip(rows, number, strict=True))
+            if best and columns < COLUMNS and blocks * -(-n // (2 * columns)) >= device.sms:
+                continue
             one = (
                 across
-                * tile_us(device, block, k, weight_bytes, scale_ps=scale_ps)
+                * tile_us(device, block, k, weight_bytes, columns=columns, scale_ps=scale_ps)
                 / device.sms
                 * _whole_waves(blocks * across, device.sms)
             )
@@ -144,4 +158,4 @@ def reached_tflops(expert: Expert, device: Device) -> float:
     """Of an expert that has many rows: what its products reach, without memory and links."""
     block = max(device.blocks)
     tiles = sum(-(-n // COLUMNS) * tile_us(device, block, k, expert.weight_element_bytes) for k, n in expert.products)
-    return expert.flops * block / tiles * device.sms / 1e6
+    return expert.flops * block / tiles * device.sms / 1e6 * device.busy_rate

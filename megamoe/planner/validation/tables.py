@@ -31,6 +31,7 @@ from pathlib import Path
 from megamoe.catalog import Hardware, Model, Profile, find_profile, load_hardware, load_model, names
 from megamoe.paths import AnyPath, path_of
 from megamoe.planner.layer.expert import Expert
+from megamoe.planner.layer.routing import Routing
 from megamoe.planner.layer.stacks import check_kernel
 from megamoe.schedule.formats import value_bytes
 
@@ -53,6 +54,8 @@ STACKS = (
     *("masked", "contiguous", "dispatch", "combine"),
 )
 RANKS_OF_A_NODE = 8
+SHARE_MAX = 1024  # of power_law_sampled, in aiconfigurator's collector after its runs on GB200
+PRODUCT_DRAWS = 5  # of a power law, of which a row of aiconfigurator's products is the mean
 _MOST = 10**12  # beyond it a size is a slip of the pen
 
 
@@ -64,7 +67,8 @@ class Measured:
     staged       DeepEP with grouped products, also two-batch, or by the one kind of kernels that is named
     megamoe      this package's own layer
     masked, contiguous    grouped products of one rank alone           dispatch, combine    DeepEP low latency alone
-    Of products alone, tokens_per_rank is a mean and may be a fraction. drawn: the routing as the planner knows it.
+    Of products alone, tokens_per_rank is a mean and may be a fraction. drawn: the routing as the planner knows it;
+    draws: of how many draws it is the mean, 0 for as many as that kind of routing has.
     profile: None for the device's own.
     line: of the file that it is from, 0 where it is from none.
     """
@@ -81,6 +85,7 @@ class Measured:
     drawn: str | None = None
     profile: str | None = None
     line: int = 0
+    draws: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +241,10 @@ def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
         # the benchmarks of DeepGEMM and FlashInfer draw each token's experts; SGLang's deals them out
         reader.assume("balanced routing of a kernel alone: every expert as likely, drawn by chance (uniform)")
         drawn = "uniform"
+    if hardware != "gb200" and Routing.parse(routing).kind == "power_law_sampled" and not Routing.parse(routing).most:
+        # power_law_sampled of the runs on GB200 was drawn by an earlier state of its collector than everyone else's
+        reader.assume(f"shares of power_law_sampled up to {SHARE_MAX}, as the collector that gave it its name has them")
+        drawn = f"{routing}_{SHARE_MAX}"
     profile = _profile(reader, row, hardware, stack, expert)
     yield Measured(
         hardware,
@@ -392,6 +401,7 @@ def _products(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
         reader.time_us(row, "latency"),
         "masked" if decode else "contiguous",
         drawn=drawn,
+        draws=PRODUCT_DRAWS if routing.startswith("power_law") else 0,
     )
 
 

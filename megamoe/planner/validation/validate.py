@@ -111,7 +111,7 @@ def _loads(row: Measured) -> list[RankLoad]:
     """The fullest rank of each draw."""
     expert = row.expert
     routing = row.drawn or row.routing
-    drawn = busiest(routing, expert.num_experts, expert.topk, row.ep_size, row.tokens_per_rank)
+    drawn = busiest(routing, expert.num_experts, expert.topk, row.ep_size, row.tokens_per_rank, draws=row.draws)
     loads = [max(ranks, key=lambda load: load.rows) for ranks in drawn]
     return [_in_blocks(load) for load in loads] if (row.stack, routing) == ("contiguous", "balanced") else loads
 
