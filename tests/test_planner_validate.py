@@ -278,6 +278,15 @@ def test_decode_attention_is_met(
         assert max(errors) <= most
 
 
+def test_products_of_kernels_that_the_planner_has_not_are_refused_by_name(tmp_path: Path) -> None:
+    """A framework's other tables have the columns of these; what they timed is not DeepGEMM's."""
+    lines = (DATA / "sglang_grouped_gemm_h100_fp8_prefill.csv").read_text().splitlines()[:2]
+    path = tmp_path / "table.csv"
+    path.write_text("\n".join(lines).replace("moe_context", "wideep_moe"))
+    with pytest.raises(ValueError, match="line 2: op_name 'wideep_moe' is of products that the planner has not"):
+        read_table(path)
+
+
 def test_a_table_of_attention_names_the_column_that_it_lacks(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("hardware,framework,part,kv_format,batch,context\n")

@@ -375,7 +375,13 @@ def _variant(text: str) -> dict[str, str]:
 
 def _products(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
     """aiconfigurator's table of a rank's experts: num_tokens are those of all ranks."""
-    decode = "generation" in reader.text(row, "op_name")
+    op = reader.text(row, "op_name")
+    if op not in ("moe_generation", "moe_context"):
+        raise ValueError(
+            f"op_name {op!r} is of products that the planner has not; there is moe_generation and moe_context, masked "
+            "and contiguous grouped products of DeepGEMM"
+        )
+    decode = op == "moe_generation"
     ep, tokens = reader.whole(row, "ep_size"), reader.whole(row, "tokens_per_rank")
     split = reader.whole(row, "moe_tp_size") if reader.text(row, "moe_tp_size") else 1
     width = reader.whole(row, "intermediate") // split
