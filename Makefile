@@ -33,6 +33,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin --no-warn-unreachable -p megamoe
+	$(BIN)/mypy --platform win32 --no-warn-unreachable -p megamoe
 	$(BIN)/lint-imports
 
 bench: .venv/installed

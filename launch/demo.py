@@ -24,7 +24,7 @@ from megamoe.launch.cluster.cluster import LAUNCHERS, MegaMoECluster
 from megamoe.launch.cluster.job import check_vocabulary, read_text, share, tokenise
 from megamoe.launch.cluster.torchrun_work import run_under_torchrun
 from megamoe.launch.forking.server import MODELS, preload
-from megamoe.launch.requests import check_seconds
+from megamoe.launch.requests import check_seconds, check_system
 from megamoe.model.deepseek_v4.blocks import ExpertStack
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
@@ -106,6 +106,7 @@ class DemoReport:
 
 def run_demo(request: Request, progress: Progress = lambda *_: None) -> DemoReport:
     """Writes a checkpoint unless one is given, runs the text through it on request.ranks ranks and on one."""
+    check_system()
     progress("reading the text", 0, 1)
     text, source = read_text(request.text)
     token_ids = tokenise(text)

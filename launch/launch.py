@@ -27,7 +27,7 @@ from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.demo import checkpoint_or_small
 from megamoe.launch.output import check_folder
 from megamoe.launch.process import age_s
-from megamoe.launch.requests import check_seconds
+from megamoe.launch.requests import check_seconds, check_system
 from megamoe.model.loading.files import write_tensors
 from megamoe.parallel.health.runs import check_name
 from megamoe.routing.waves import Waves, check_waves
@@ -84,6 +84,7 @@ def run_launch(
     request: LaunchRequest, on_event: Callable[[Event], None] = lambda _: None, progress: Progress = lambda *_: None
 ) -> JobReport:
     """Runs it and takes everything down. What MegaMoECluster raises, where the group cannot come back."""
+    check_system()
     begun = time.monotonic()
     token_ids = tokenise(read_text(request.text)[0])
     with checkpoint_or_small(request.checkpoint, progress) as (path, config):

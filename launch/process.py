@@ -28,6 +28,7 @@ from megamoe.launch.lab.namespaces import Host
 from megamoe.schedule.limits import cores
 
 _LOOPBACK_S = 5.0
+LOOPBACK_UP = "sudo ifconfig lo0 up" if sys.platform == "darwin" else "ip link set lo up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ def start(
     forked   it may come from Python's fork server, which has imported torch already: a few milliseconds instead of
              seconds. It is spawned all the same where what it would inherit is not what the server began with.
     """
+    if sys.platform == "win32":
+        raise AssertionError("check_system() comes first")
     way = context(forked)
     whole = {**QUIET, **os.environ, **environment}
     here, there = way.Pipe()
@@ -101,6 +104,8 @@ def _begin(pipe: Connection, streams: list[Connection], host: Host, environment:
             stream.reconfigure(line_buffering=True)  # what was printed is out, whatever comes next
     for prints in streams:
         prints.close()
+    if sys.platform == "win32":
+        raise AssertionError("check_system() comes first")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which takes this process down
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     # it is killed in the end, and may start no process; locks of this method have no name that would be left behind
@@ -125,7 +130,7 @@ def _follow_parent() -> None:
     assert parent is not None
     ends: list[Any] = [parent.sentinel]
     server = forked_by()
-    if server is not None:
+    if server is not None and sys.platform == "linux":
         with suppress(OSError):  # a kernel older than 5.3, or a server that is gone already
             ends.append(os.pidfd_open(server))
         if os.getppid() != server:
@@ -185,7 +190,7 @@ def loopback() -> Host:
     refusal = loopback_refusal()
     if refusal:
         raise RuntimeError(
-            f"ranks of this machine meet over its loopback interface, which takes nothing: {refusal}; ip link set lo up"
+            f"ranks of this machine meet over its loopback interface, which takes nothing: {refusal}; {LOOPBACK_UP}"
         )
     name = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     return Host(None, "127.0.0.1", name)
@@ -204,7 +209,8 @@ def loopback_refusal() -> str:
 def age_s() -> float:
     """Seconds since this process was started."""
     stat = Path("/proc/self/stat")
-    if not stat.exists():
+    if sys.platform != "linux" or not stat.exists():
         return time.time() - float(psutil.Process().create_time())
-    ticks = stat.read_text().rpartition(")")[2].split()[19]  # psutil's answer is off by the part of a second of boot
+    _, _, fields = stat.read_bytes().rpartition(b")")
+    ticks = fields.split()[19]  # psutil's answer is off by the part of a second of boot
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")

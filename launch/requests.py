@@ -83,8 +83,18 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     raise ValueError(f"{name} must be {bound}, got {value!r}")
 
 
+def check_system() -> None:
+    """ValueError on a system where this package starts no processes: pipes, signals and locks are POSIX's."""
+    if sys.platform == "win32":
+        raise ValueError(
+            "ranks and workers are started on Linux and macOS, this is Windows: run it in WSL (wsl --install), or "
+            "start processes in a way of your own and have them meet by init_group()"
+        )
+
+
 def check_ranks_here(name: str, value: Any) -> None:
-    """ValueError for what is no number of ranks that one machine could hold."""
+    """ValueError for what is no number of ranks that one machine could hold, and where none can be started."""
+    check_system()
     check_count(name, value)
     if value > MOST_HERE:
         raise ValueError(f"a machine holds at most {MOST_HERE} ranks, got {value}")

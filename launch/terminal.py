@@ -43,6 +43,10 @@ _HINTS |= dict.fromkeys(_REFUSED[:3], "give a place that this user may use")
 _EXTRAS = {"transformers": "models", "ray": "ray", "matplotlib": "figures"}  # library -> what of megamoe brings it
 
 
+# what ends a command from outside; Windows has no SIGHUP
+_ENDS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
 class Interrupted(KeyboardInterrupt):
     """SIGINT. Where a KeyboardInterrupt itself has passed an exec(), Python ends by the signal whatever catches it."""
 
@@ -56,11 +60,11 @@ def exit_codes() -> Iterator[None]:
     """Turns what went wrong into one line and an exit code; the first signal unwinds, later ones wait for the end."""
 
     def unwind(number: int, _: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for each in _ENDS:
             signal.signal(each, signal.SIG_IGN)
         raise Interrupted if number == signal.SIGINT else Terminated
 
-    before = {each: signal.signal(each, unwind) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {each: signal.signal(each, unwind) for each in _ENDS}
     log = logging.getLogger("megamoe")
     log.addHandler(handler := _Lines(logging.WARNING))
     try:

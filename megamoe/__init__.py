@@ -26,6 +26,7 @@ Everything here is imported when it is first used, so that commands which need n
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ if TYPE_CHECKING:
     from megamoe.trace.recording import record
     from megamoe.trace.timeline import Timeline
     from megamoe.training import TrainableMoE
+
+if not os.path.isdir(os.path.join(__path__[0], "parallel")):
+    raise ImportError(
+        f"{__path__[0]} has no folders parallel, model and launch: they are symbolic links, which git leaves out on "
+        "Windows unless it may make them. Turn Developer Mode on, then: git config core.symlinks true; "
+        "git checkout -- megamoe"
+    )
 
 __version__ = "0.1.0"
 

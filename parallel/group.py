@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store, rendezvous
+from torch.distributed import PrefixStore, Store, rendezvous
 
 import megamoe
 from megamoe.parallel.errors import CallRefusedError, PeerError, named
@@ -29,7 +29,7 @@ from megamoe.parallel.health.runs import check_name, list_rank
 from megamoe.parallel.health.status import RAISED, OwnStatus
 from megamoe.parallel.private import known_groups
 from megamoe.parallel.recorder import CallNotes, Notes, Recorder, Recording
-from megamoe.parallel.rendezvous import compare_starts, fresh_store, heartbeat_address
+from megamoe.parallel.rendezvous import compare_starts, fresh_store, heartbeat_address, store_of_one
 from megamoe.parallel.streams import Streams
 from megamoe.parallel.transport.all_to_all import AllToAllTransport
 from megamoe.parallel.transport.host import Host, HostTransport
@@ -408,7 +408,7 @@ def _check_deadline(deadline_s: object) -> None:
 def _meet(store: Store | None, init_method: str | None, rank: int, size: int, deadline_s: float) -> Store:
     """Where the ranks meet, in a part of it that no earlier group has used."""
     if store is None and init_method is None and size == 1:
-        return HashStore()
+        return store_of_one()
     if store is None:
         store, _, _ = next(rendezvous(init_method or "env://", rank, size, timeout=timedelta(seconds=deadline_s)))
     return fresh_store(store, rank, deadline_s)
@@ -465,7 +465,7 @@ def _monitor(group: EPGroup, store: Store, address: str, run: str | None) -> Ite
 def _forget_failed_start() -> None:
     """After it torch would look for the next group under another name than ranks whose last start did not fail."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=store_of_one(), rank=0, world_size=1)
     dist.destroy_process_group()
 
 

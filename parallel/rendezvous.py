@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
+import tempfile
 from contextlib import suppress
 from datetime import timedelta
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
 from megamoe.parallel.errors import difference
 from megamoe.parallel.interfaces import told
 
 _MOMENT_S = 2.0
+
+
+def store_of_one() -> Store:
+    """A store for a rank that is alone: in its memory; on Windows, where torch has none, a file that goes with it."""
+    if sys.platform == "win32":
+        return dist.FileStore(str(Path(tempfile.gettempdir()) / f"megamoe-{uuid4().hex}"), 1)
+    return dist.HashStore()
 
 
 def fresh_store(store: Store, rank: int, within_s: float) -> Store:

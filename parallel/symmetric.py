@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,11 +149,16 @@ class SymmetricMemory:
     OSError where the system grants no such file, or not the addresses for it.
     """
 
+    own: Segment
+    _file: int
+
     def __init__(self, rank: int, size: int) -> None:
         self._layout, self.words, self._rank = Layout(size, region_bytes(size)), Words(size), rank
         self._spin_s = _SHORT_SPIN_S
         self._processes: dict[int, int] = {}
         self.peers: dict[int, Segment] = {}
+        if sys.platform != "linux":
+            raise AssertionError("available() comes first")
         self._file = os.memfd_create("megamoe")
         os.ftruncate(self._file, self._layout.total)
         self.own = Segment(self._file, self._layout)
@@ -166,12 +172,14 @@ class SymmetricMemory:
 
     def attach(self, rank: int, card: bytes) -> bool:
         """Maps a rank's segment; False where it is of another host or may not be opened by this process."""
+        if sys.platform != "linux":
+            raise AssertionError("available() comes first")
         key, process, file, total, token = card.decode().split()
         if key != host_key() or int(total) != self._layout.total:
             return False
         try:
             self._processes[rank] = os.pidfd_open(int(process))
-            opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
+            opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
         except OSError:  # of another user or of a process that may not be looked into: messages reach it all the same
             return False
         try:
@@ -189,6 +197,8 @@ class SymmetricMemory:
 
     def keep(self, ranks: Collection[int]) -> None:
         """Lets go of the segments of all ranks but these and this one; no rank will open this one's any more."""
+        if sys.platform != "linux":
+            raise AssertionError("available() comes first")
         os.close(self._file)
         self._file = -1
         self.peers = {rank: segment for rank, segment in self.peers.items() if rank in ranks or rank == self._rank}
@@ -197,6 +207,8 @@ class SymmetricMemory:
 
     def gone(self, rank: int) -> bool:
         """Whether the process of a rank has ended."""
+        if sys.platform != "linux":
+            raise AssertionError("available() comes first")
         poll = select.poll()
         poll.register(self._processes[rank], select.POLLIN)
         return bool(poll.poll(0))
@@ -244,6 +256,8 @@ def region_bytes(size: int) -> int:
 
     On a host of very many ranks less: a process maps the regions of all, in half of the addresses that it has.
     """
+    if sys.platform != "linux":
+        raise AssertionError("available() comes first")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return _aligned(min(memory, _ADDRESSES // (len(REGIONS) * size)))
 
@@ -255,7 +269,7 @@ def available() -> bool:
 
 def host_key() -> str:
     """The same for processes that can open each other's files by process id, and that a lab takes for one host."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return ":".join([boot, *(str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid", "user"))])
 
 
@@ -269,7 +283,14 @@ def _futex(address: int, operation: int, value: int, within_s: float | None) -> 
         raise OSError(ctypes.get_errno(), "futex")
 
 
-_SYSCALL = ctypes.CDLL(None, use_errno=True).syscall
-_LONG, _POINTER, _INT, _WORD = ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32
-_SYSCALL.argtypes = (_LONG, _POINTER, _INT, _WORD, _POINTER, _POINTER, _WORD)
-_SYSCALL.restype = ctypes.c_long
+def _system_call() -> Any:
+    """The C library's. None but on Linux: elsewhere ranks share no memory, and Windows has none without a name."""
+    if sys.platform != "linux":
+        return None
+    call, word = ctypes.CDLL(None, use_errno=True).syscall, ctypes.c_uint32
+    call.argtypes = (ctypes.c_long, ctypes.c_void_p, ctypes.c_int, word, ctypes.c_void_p, ctypes.c_void_p, word)
+    call.restype = ctypes.c_long
+    return call
+
+
+_SYSCALL = _system_call()

@@ -240,7 +240,7 @@ def test_control_groups_that_may_not_be_read_bound_nothing(tmp_path: Path, monke
         raise PermissionError(errno.EACCES, "Permission denied")
 
     whole = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path: refused() if path.name == "cpu.max" else whole(path))
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: refused() if path.name == "cpu.max" else whole(path))
     assert limits.cpu_quota() is None
     monkeypatch.setattr(Path, "read_text", refused)
     assert limits.cpu_quota() is None

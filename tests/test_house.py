@@ -111,6 +111,29 @@ def test_rooms_are_imported_through_megamoe_only() -> None:
     assert {path: rooms for path, rooms in found.items() if rooms} == {}
 
 
+def text_files_without_encoding(tree: ast.Module) -> Iterator[int]:
+    """Lines that open a file as text in the encoding of whoever runs it, which on Windows is not UTF-8."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        given = [*call.args, *(each.value for each in call.keywords if each.arg == "mode")]
+        texts = [each.value for each in given if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+        modes = [each for each in texts if re.fullmatch("[rwax]b?[+]?", each)]
+        if name == "open" or name.endswith("TemporaryFile"):
+            text = "b" not in modes[0] if modes else isinstance(call.func, ast.Name) and name == "open"
+        else:
+            text = (name, len(call.args)) in (("read_text", 0), ("write_text", 1))
+        if text and "encoding" not in [each.arg for each in call.keywords]:
+            yield call.lineno
+
+
+def test_text_is_read_and_written_in_utf8_on_every_system() -> None:
+    code = "open(a)\nopen(a, 'w')\na.open('r')\na.read_text()\na.write_text(b)\nopen(a, 'rb')\nFiles.open(a)"
+    assert sorted(text_files_without_encoding(ast.parse(code))) == [1, 2, 3, 4, 5]
+    package = [path for path in FILES if path.relative_to(ROOT).parts[0] in ("megamoe", *ROOMS)]
+    found = {str(path): list(text_files_without_encoding(tree_of(path))) for path in package}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
 PLANNING = [path for path in FILES if path.is_relative_to(ROOT / "megamoe" / "planner")]
 CATALOG = [path for path in FILES if path.is_relative_to(ROOT / "megamoe" / "catalog")]
 NO_TORCH = ("megamoe.planner", "megamoe.catalog", "megamoe.schedule", "megamoe.paths")

@@ -7,6 +7,7 @@ other has every page there already and waits for nobody.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,7 +30,10 @@ def own_core(group: EPGroup) -> Iterator[None]:
     Ranks whose calls take less than a millisecond and wait in between are left on one core by Linux for tens of calls,
     where they find themselves on one, beside cores that are idle: they then take twice as long.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if sys.platform != "linux":
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
     if not 1 < group.size <= len(cores) or torch.get_num_threads() > 1:
         yield
         return

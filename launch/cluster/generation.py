@@ -121,7 +121,7 @@ def generate_in_full(group: EPGroup, job: GenerationJob, device: str, place: Pat
     """
     worker = GenerationWorker(device)
     whole = worker.advance(group, job, 0)
-    with (place / f"tokens-{group.rank}").open("w") as file:
+    with (place / f"tokens-{group.rank}").open("w", encoding="utf-8") as file:
         file.write(json.dumps({"at_s": time.monotonic()}) + "\n")
         while not whole.done:
             part = worker.advance(group, job, 1)

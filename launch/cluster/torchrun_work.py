@@ -16,6 +16,7 @@ from megamoe.catalog.wording import plural
 from megamoe.launch.cluster.torchrun import Place, torchrun_options
 from megamoe.launch.cluster.worker import Worker
 from megamoe.launch.process import loopback, share_of_cores
+from megamoe.launch.requests import check_ranks_here
 
 _ENDING_S = 20.0
 _STDERR = 2  # of this process, whatever stands for it as sys.stderr: in a notebook that is no file
@@ -28,11 +29,13 @@ def run_under_torchrun(
 
     What ranks print goes to stderr. RuntimeError where torchrun fails or takes longer than deadline_s.
     """
-    loopback()
+    check_ranks_here("ranks", ranks)
+    here = loopback().address
     with tempfile.TemporaryDirectory(prefix="megamoe-torchrun-") as place:
         folder = Path(place)
         (folder / "work").write_bytes(pickle.dumps((work, args, device, deadline_s)))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["--local-addr", here]  # else the machine's name, which may stand for no address, as .local on a Mac
         command += ["--log-dir", place, "--module", "megamoe.launch.cluster.torchrun_work", place]
         environment = {"OMP_NUM_THREADS": str(share_of_cores(ranks)), **os.environ}  # else torchrun warns and sets 1
         # ranks import what this process would, whatever modules the folder has in which the user is

@@ -16,7 +16,9 @@ from megamoe.launch.devices import DeviceType, device_of, device_type, num_devic
 from megamoe.launch.doctor.check import Check, Examination, Link
 from megamoe.launch.doctor.links import Line, measure
 from megamoe.launch.lab.namespaces import Host
+from megamoe.launch.process import LOOPBACK_UP
 from megamoe.launch.ranks import LocalRanks
+from megamoe.launch.requests import check_system
 from megamoe.parallel.group import BACKENDS, EPGroup
 from megamoe.parallel.interfaces import choose
 
@@ -95,7 +97,13 @@ def _not_tried(name: str, examination: Examination) -> Check | None:
         return Check(backend, "fail", "this torch was built without it", fix)
     if not num_devices(name):
         return Check.ok(backend, f"not tried: no {name} device")
-    return None if wanted else Check.ok(backend, f"not tried: --device {examination.device}")
+    if not wanted:
+        return Check.ok(backend, f"not tried: --device {examination.device}")
+    try:
+        check_system()
+    except ValueError as refusal:
+        return Check(backend, "warn", f"not tried: {refusal}", "run it in WSL: wsl --install")
+    return None
 
 
 def _tried(name: str, examination: Examination, work: TryOut) -> tuple[Check, list[Link]]:
@@ -106,7 +114,7 @@ def _tried(name: str, examination: Examination, work: TryOut) -> tuple[Check, li
     try:
         interface = choose(name=examination.interface)
     except ValueError as nowhere:
-        return Check(backend, "fail", str(nowhere), "ip link set lo up"), []
+        return Check(backend, "fail", str(nowhere), LOOPBACK_UP), []
     hosts = [Host(None, interface.address, interface.name)] * size
     try:
         with LocalRanks(size, threads_per_rank=1, deadline_s=examination.deadline_s, hosts=hosts) as ranks:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
-import resource
+import platform
 import shutil
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import psutil
 from megamoe.catalog.wording import plural
 from megamoe.launch.doctor.check import GIB, Check, Examination, LookAt, gib
 from megamoe.launch.lab.namespaces import check_lab
-from megamoe.launch.process import loopback_refusal
+from megamoe.launch.process import LOOPBACK_UP, loopback_refusal
 from megamoe.parallel.interfaces import candidates, choose, list_interfaces
 from megamoe.schedule import limits
 
@@ -24,6 +25,9 @@ SHARED_MEMORY = Path("/dev/shm")
 _TIMESYNC = Path("/run/systemd/timesync/synchronized")
 _LEAST_FILES, _FILES = 4096, 65536
 _LEAST_PROCESSES, _PROCESSES = 4096, 65536
+if sys.platform == "darwin":  # whose kernel may refuse more files, and counts no threads
+    _FILES, _LEAST_PROCESSES, _PROCESSES = 8192, 512, 2048
+_NO_LIMIT = "this system has no such limit"
 _GIB_PER_RANK = 2
 _CLOCK_UNSYNCHRONISED = 5  # what adjtimex() returns: TIME_ERROR in <sys/timex.h>
 
@@ -37,7 +41,9 @@ def cores(examination: Examination) -> Check:
         found += f", affinity leaves {allowed}"
     if quota is not None and quota < there:
         found += f", the control group allows {quota:g}"
-    fix = f"use at most --ranks {max(1, int(usable))}, or give this process more cores (taskset, docker --cpus)"
+    fix = f"use at most --ranks {max(1, int(usable))}"
+    if usable < there:
+        fix += ", or give this process more cores (taskset, docker --cpus)"
     return Check.needs("cores", usable >= examination.ranks, f"{found}; {plural(examination.ranks, 'rank')}", fix)
 
 
@@ -69,30 +75,27 @@ def temporary_files(_: Examination) -> Check:
     """Where checkpoints of the demo and Ray's sessions go."""
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
-    return Check.needs(
-        "temporary files", free >= GIB, f"{folder}, {gib(free)} free", "export TMPDIR=/where/there/is/room"
-    )
+    fix = "set TMP=C:\\where\\there\\is\\room" if sys.platform == "win32" else "export TMPDIR=/where/there/is/room"
+    return Check.needs("temporary files", free >= GIB, f"{folder}, {gib(free)} free", fix)
 
 
 def open_files(_: Examination) -> Check:
     """Every pair of ranks has connections, and Ray has many more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = f"limit {_limit(soft)}, hard {_limit(hard)}"
-    return Check.needs("open files", _reaches(soft, _LEAST_FILES), found, _raised("-n", "nofile", _FILES, soft, hard))
+    return _limited("open files", "nofile", "-n", _LEAST_FILES, _FILES)
 
 
 def processes(_: Examination) -> Check:
     """Processes and threads of the user: a rank has some fifty, a Ray node hundreds."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    found = f"limit {_limit(soft)}, hard {_limit(hard)}"
-    fix = _raised("-u", "nproc", _PROCESSES, soft, hard)
-    return Check.needs("processes", _reaches(soft, _LEAST_PROCESSES), found, fix)
+    return _limited("processes", "nproc", "-u", _LEAST_PROCESSES, _PROCESSES)
 
 
 def locked_memory(examination: Examination) -> Check:
     """Memory that may be pinned: RDMA registers its buffers by pinning them, gloo over TCP needs none."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if _reaches(soft, GIB) or examination.device == "cpu":
+    limits_here = _limits("memlock")
+    if limits_here is None:
+        return Check.ok("locked memory", _NO_LIMIT)
+    soft, _ = limits_here
+    if soft >= GIB or examination.device == "cpu":
         return Check.ok("locked memory", _limit(soft, 2**20, " MiB") + "; matters for RDMA only")
     fix = "ulimit -l unlimited, or docker run --ulimit memlock=-1; not needed without RDMA"
     return Check("locked memory", "warn", _limit(soft, 2**20, " MiB"), fix)
@@ -114,7 +117,7 @@ def interfaces(examination: Examination) -> Check:
     """The interface that ranks will use, and what else there would be. ValueError where the named one is not there."""
     there = list_interfaces()
     if examination.interface is None and not any(interface.up for interface in there):
-        return Check("interfaces", "fail", "none is up: ranks have nowhere to meet", "ip link set lo up")
+        return Check("interfaces", "fail", "none is up: ranks have nowhere to meet", LOOPBACK_UP)
     chosen = choose(name=examination.interface)
     several = candidates(there)
     if examination.interface is not None:
@@ -133,7 +136,7 @@ def loopback(_: Examination) -> Check:
     """Whether this machine's ranks can meet over its own loopback interface."""
     refusal = loopback_refusal()
     if refusal:
-        return Check("loopback", "fail", refusal, "ip link set lo up")
+        return Check("loopback", "fail", refusal, LOOPBACK_UP)
     return Check.ok("loopback", "127.0.0.1 answers: ranks of this machine meet there")
 
 
@@ -176,27 +179,43 @@ def _group_memory_left() -> int | None:
     return None if not left else max(0, min(left))
 
 
-def _reaches(limit: int, least: int) -> bool:
-    return limit == resource.RLIM_INFINITY or limit >= least
+def _limits(name: str) -> tuple[float, float] | None:
+    """A limit of this process, soft and hard, infinite where nothing bounds it; None where the system has none such."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    found = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))
+    soft, hard = (math.inf if each == resource.RLIM_INFINITY else each for each in found)
+    return soft, hard
 
 
-def _raised(flag: str, name: str, wanted: int, soft: int, hard: int) -> str:
-    """What raises a limit as far as the hard limit lets it, and what raises that."""
-    if _reaches(hard, wanted):
-        return f"ulimit {flag} {wanted}"
+def _limited(check: str, name: str, flag: str, least: int, wanted: int) -> Check:
+    """Whether a limit leaves room for `least`; else what raises it, as far as the hard limit lets it, and that one."""
+    limits_here = _limits(name)
+    if limits_here is None:
+        return Check.ok(check, _NO_LIMIT)
+    soft, hard = limits_here
     further = f"/etc/security/limits.conf or docker --ulimit {name}={wanted}"
-    return f"raise the hard limit: {further}" if soft == hard else f"ulimit {flag} {hard}  # more needs {further}"
+    if sys.platform == "darwin":
+        further = f"sudo launchctl limit {'maxfiles' if name == 'nofile' else 'maxproc'} {wanted} {wanted}"
+    fix = f"ulimit {flag} {_limit(hard)}  # more needs {further}"
+    if hard >= wanted:
+        fix = f"ulimit {flag} {wanted}"
+    elif soft == hard:
+        fix = f"raise the hard limit: {further}"
+    return Check.needs(check, soft >= least, f"limit {_limit(soft)}, hard {_limit(hard)}", fix)
 
 
-def _limit(limit: int, unit: int = 1, name: str = "") -> str:
-    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit // unit}{name}"
+def _limit(limit: float, unit: int = 1, name: str = "") -> str:
+    return "unlimited" if limit == math.inf else f"{int(limit) // unit}{name}"
 
 
 def _synchronised() -> bool | None:
     """Whether something keeps the clock right, None where the system does not say."""
     if _TIMESYNC.exists():
         return True
-    if not sys.platform.startswith("linux"):
+    if sys.platform != "linux":
         return None
     asked = ctypes.create_string_buffer(1024)  # struct timex, larger than any; all zero: change nothing
     state = ctypes.CDLL(None).adjtimex(asked)
@@ -205,8 +224,8 @@ def _synchronised() -> bool | None:
 
 def _delays() -> str:
     """Whether links can have a latency: that takes sch_netem, of the kernel itself or a module to be loaded."""
-    modules = Path("/lib/modules") / os.uname().release
+    modules = Path("/lib/modules") / platform.release()
     lists = [path for path in (modules / "modules.builtin", modules / "modules.dep") if path.is_file()]
-    if Path("/sys/module/sch_netem").exists() or any("/sch_netem.ko" in path.read_text() for path in lists):
+    if Path("/sys/module/sch_netem").exists() or any(b"/sch_netem.ko" in path.read_bytes() for path in lists):
         return "links can be delayed"
     return "the kernel module sch_netem for delays was not found" if lists else "whether it can delay links is unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,10 @@ _INSTRUCTIONS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "avx_vnni
 # what a driver leaves in the file system, whether or not torch can use it
 _DRIVERS = {"NVIDIA": "/proc/driver/nvidia/version", "AMD": "/dev/kfd", "Ascend": "/dev/davinci_manager"}
 _INSTALL_TORCH = "install the torch that https://pytorch.org/get-started/locally names for it"
+_INSTALL_COMPILER = {
+    "darwin": "xcode-select --install, or point CXX at a C++ compiler",
+    "win32": "run it in WSL: wsl --install",
+}.get(sys.platform, "install a C++ compiler: apt-get install g++, or point CXX at one")
 _INSTALL_NPU = "pip install torch_npu (the version of your torch), and source CANN's set_env.sh"
 
 
@@ -54,6 +59,8 @@ def triton(examination: Examination) -> Check:
 
 def ray(_: Examination) -> Check:
     """Ray, for ranks on several machines."""
+    if sys.platform == "win32":
+        return Check.ok("ray", "not used on Windows")
     found = _installed("ray")
     if found is None:
         return Check("ray", "warn", "not installed: ranks of this machine only", "pip install 'megamoe[ray]'")
@@ -126,7 +133,7 @@ def _cpu_kernels() -> Check:
     said = f"; not {', '.join(reasons)}" if reasons else ""
     if library is None:
         built = any(ELSEWHERE in reason for reason in reasons)
-        fix = ELSEWHERE if built else "install a C++ compiler: apt-get install g++, or point CXX at one"
+        fix = ELSEWHERE if built else _INSTALL_COMPILER
         depends = "" if _torch_keeps_bits() else "; its products depend on the batch on this machine"
         return Check("experts", "warn", f"torch on cpu, slower{depends}{said}", fix)
     return Check.ok("experts", f"kernels {library.path.name} on cpu, sums in order {library.path.arithmetic}{said}")

@@ -18,15 +18,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from megamoe.launch.forking.surroundings import surroundings, unsearched_folder
 
+if sys.platform == "win32":  # which has no such server: no rank is started there
+    from multiprocessing.context import SpawnContext as ForkServerContext
+
+    FORK_SERVER = mp.get_context("spawn")
+else:
+    from multiprocessing.context import ForkServerContext
+
+    FORK_SERVER = mp.get_context("forkserver")
+
 MODELS = "megamoe.launch.generation.preloaded"
 _preloaded = ["megamoe.launch.preloaded"]
-SPAWN, FORK_SERVER = mp.get_context("spawn"), mp.get_context("forkserver")
+SPAWN = mp.get_context("spawn")
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # read when a process imports torch: no warnings of addresses without names
 _READY_S = 60.0
 _IMPORTED_IN = os.getpid()  # which a fork does not change
@@ -112,6 +121,8 @@ def starting() -> Iterator[None]:
     """
     first = QUIET if unsearched_folder() is None else {**QUIET, "PYTHONSAFEPATH": "1"}
     with _STARTING, _added(first):
+        if sys.platform == "win32":
+            raise AssertionError("check_system() comes first")
         resource_tracker.ensure_running()  # where it is started, it unblocks the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 _READ_WHEN_USED = {"COLUMNS", "LINES", "NO_COLOR", "PYTEST_CURRENT_TEST", "PYTHONBREAKPOINT", "TORCHINDUCTOR_CACHE_DIR"}
 _OF_RAY = "RAY_"
 _STATUS = {"Uid", "Gid", "Groups", "Umask", "SigIgn", "CapInh", "CapPrm", "NoNewPrivs", "Seccomp", "Cpus_allowed"}
-_LIMITS = [value for name, value in sorted(vars(resource).items()) if name.startswith("RLIMIT_")]
 
 
 def surroundings() -> dict[str, Any]:
@@ -24,6 +22,11 @@ def surroundings() -> dict[str, Any]:
     Its id is among it, so that a fork of the process that began a server is told apart. Streams, working directory
     and sys.path are not: they are handed over with every start.
     """
+    if sys.platform != "linux":
+        raise AssertionError("context() comes first")
+    import resource
+
+    limits = [value for name, value in sorted(vars(resource).items()) if name.startswith("RLIMIT_")]
     own = Path("/proc/self")
     return {
         "process": os.getpid(),
@@ -31,11 +34,11 @@ def surroundings() -> dict[str, Any]:
         "session": os.getsid(0),
         "program": (sys.executable, *sys.flags),
         "environment": {name: value for name, value in os.environ.items() if _read_early(name)},
-        "status": _status((own / "status").read_text()),
-        "limits": [resource.getrlimit(limit) for limit in _LIMITS],
+        "status": _status((own / "status").read_text(encoding="utf-8")),
+        "limits": [resource.getrlimit(limit) for limit in limits],
         "scheduling": (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)),
-        "cgroup": (own / "cgroup").read_text(),
-        "memory": (own / "oom_score_adj").read_text(),
+        "cgroup": (own / "cgroup").read_text(encoding="utf-8"),
+        "memory": (own / "oom_score_adj").read_text(encoding="utf-8"),
         "namespaces": {kind.name: os.readlink(kind) for kind in (own / "ns").iterdir()},
         "root": os.readlink(own / "root"),
     }

@@ -18,7 +18,7 @@ from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.forking.server import MODELS, preload
 from megamoe.launch.generation.prompts import Given, TextStream, encode
 from megamoe.launch.generation.ranks import OnCluster, Texts, UnderTorchrun
-from megamoe.launch.requests import check_seconds
+from megamoe.launch.requests import check_seconds, check_system
 from megamoe.model.generation.request import STOP, GenerationRequest, Token, check_fits
 from megamoe.model.generation.sampling import Sampling
 from megamoe.model.loading.files import TensorFiles
@@ -121,6 +121,7 @@ def run_generate(
     ValueError for a request that does not fit the model; PeerError, WorkerLostError or RuntimeError where a rank is
     lost and the policy does not have it come back.
     """
+    check_system()
     progress("reading the prompts")
     read_config(request.model)  # says what is wrong with a folder that is no checkpoint
     tokenizer = load_tokenizer(request.model)

@@ -12,7 +12,7 @@ def sent_bytes(interface: str) -> int:
 
     ValueError where there is no such interface.
     """
-    for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
+    for line in Path("/proc/thread-self/net/dev").read_text(encoding="utf-8").splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == interface and counters:
             return int(counters.split()[_RECEIVED_FIELDS])

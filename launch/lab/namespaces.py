@@ -19,7 +19,6 @@ its builder was killed.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import itertools
 import os
 import re
@@ -118,7 +117,7 @@ def check_latency(latency_ms: float) -> None:
 
 def check_lab() -> None:
     """ValueError that says what to install or how to run where this machine cannot hold a lab."""
-    if not sys.platform.startswith("linux"):
+    if sys.platform != "linux":
         raise ValueError(f"shaped links need Linux network namespaces, this is {sys.platform}: leave out the link")
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
@@ -219,6 +218,8 @@ def remove(run: str) -> list[int]:
 
     A lab that is not there is no error. Signals such as Ctrl-C's wait for the end.
     """
+    if sys.platform != "linux":
+        raise AssertionError("check_lab() comes first")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         namespaces = _namespaces(run)
@@ -241,6 +242,10 @@ def _namespaces(run: str) -> list[str]:
 @contextmanager
 def _one_builder() -> Iterator[None]:
     """Holds the machine's lock on names, which the kernel lets go of when this process ends, however it ends."""
+    if sys.platform != "linux":
+        raise AssertionError("check_lab() comes first")
+    import fcntl
+
     handle = os.open(NAMESPACES.parent, os.O_RDONLY)  # ip itself locks NAMESPACES
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -323,13 +328,15 @@ def run_tool(command: str) -> str:
 def _start_time(process: int) -> str:
     """Start time of a process in clock ticks since boot, "" where there is none: with the id, its name for good."""
     try:
-        stat = Path(f"/proc/{process}/stat").read_text()
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
     return stat.rpartition(")")[2].split()[19]
 
 
 def _kill(process: int) -> None:
+    if sys.platform != "linux":
+        raise AssertionError("check_lab() comes first")
     try:
         with open(os.pidfd_open(process), "rb", buffering=0) as handle:
             signal.pidfd_send_signal(handle.fileno(), signal.SIGKILL)

@@ -74,7 +74,7 @@ def folder() -> Path:
 def processor() -> str:
     """The CPU's model, as the system calls it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -103,9 +103,9 @@ def keep(setting: Setting, machine: Machine) -> str:
     partial = None
     try:
         setting.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=setting.path.parent, suffix=".part", delete=False) as file:
+        with tempfile.NamedTemporaryFile("wb", dir=setting.path.parent, suffix=".part", delete=False) as file:
             partial = file.name
-            file.write(text)
+            file.write(text.encode())
         os.replace(partial, setting.path)
     except OSError as reason:
         if partial is not None:

@@ -40,7 +40,7 @@ def group_files(controller: str, name: str) -> Iterator[str]:
     Lines of /proc/self/cgroup are "0::/path" (version 2) and "4:memory:/path" (version 1, a tree per controller).
     """
     try:
-        lines = OWN_CGROUPS.read_text().splitlines()
+        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -51,7 +51,7 @@ def group_files(controller: str, name: str) -> Iterator[str]:
         inside = Path(path.lstrip("/"))
         for folder in (inside, *inside.parents):
             try:
-                text = (root / folder / name).read_text()
+                text = (root / folder / name).read_text(encoding="utf-8")
             except OSError:
                 continue
             yield text.strip()

@@ -187,7 +187,7 @@ class Timeline:
         """Reads what save() wrote. ValueError for a file that cannot be read or is not such a trace."""
         path = path_of(path)
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             said = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"cannot read a trace from {path}: {said}") from error

@@ -53,7 +53,7 @@ def write_checkpoint(
     """
     with undisturbed(torch.device("cpu")):
         _write_shards(path, config, seed, progress)
-    (path / "config.json").write_text(config.model_dump_json(indent=1))
+    (path / "config.json").write_text(config.model_dump_json(indent=1), encoding="utf-8")
 
 
 def _write_shards(path: Path, config: DeepSeekV4Config, seed: int, progress: Callable[[str], None]) -> None:
@@ -73,7 +73,8 @@ def _write_shards(path: Path, config: DeepSeekV4Config, seed: int, progress: Cal
         tensors = _layer_tensors(config, layer, rng, progress)
         _save(path, shards[layer + 1], tensors, weight_map)
         progress(shards[layer + 1])
-    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
+    index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1)
+    (path / INDEX).write_text(index, encoding="utf-8")
 
 
 def _save(path: Path, shard: str, tensors: dict[str, Tensor], weight_map: dict[str, str]) -> None:

@@ -421,7 +421,7 @@ def _fingerprint(files: TensorFiles) -> str:
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
     part = file.with_name(f".{file.name}.part")
-    with writing(part, file), part.open("w") as opened:
+    with writing(part, file), part.open("w", encoding="utf-8") as opened:
         json.dump(content, opened, indent=1)
         opened.flush()
         os.fsync(opened.fileno())

@@ -7,10 +7,12 @@ import json
 import math
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -46,6 +48,7 @@ DTYPES = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 _F4 = "F4"  # two values a byte; its shape counts values
 _LONGEST_HEADER = 100_000_000  # the format's own limit
+_AT_ONCE = 2**30  # bytes of one read: macOS refuses 2 GiB
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -106,7 +109,7 @@ class TensorFiles:
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self.path, self.entries = path, entries
         self.bytes_read = 0
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, FileIO] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -126,8 +129,8 @@ class TensorFiles:
 
     def close(self) -> None:
         with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
+            for opened in self._open.values():
+                opened.close()
             self._open.clear()
 
     def read(self, entry: Entry, out: Tensor | None = None, *, first: int = 0, count: int | None = None) -> Tensor:
@@ -150,10 +153,10 @@ class TensorFiles:
 
     def _fill(self, entry: Entry, out: Tensor, start: int) -> None:
         view, done = memoryview(out.numpy().data), 0
-        descriptor = self._descriptor(entry.file)
+        opened = self._opened(entry.file)
         while done < len(view):
             try:
-                got = os.preadv(descriptor, [view[done:]], start + done)
+                got = self._take(opened, view[done : done + _AT_ONCE], start + done)
             except OSError as failure:
                 raise ValueError(f"{entry.file}: {entry.name} cannot be read: {failure}") from failure
             if not got:
@@ -162,7 +165,7 @@ class TensorFiles:
                     f"are [{entry.start}, {entry.start + entry.size})"
                 )
             done += got
-        if not entry.version.is_of(descriptor):
+        if not entry.version.is_of(opened.fileno()):
             raise ValueError(
                 f"{entry.file} was changed or replaced after its header was read, so {entry.name} is not what that "
                 "says: try again when nothing writes the checkpoint any more"
@@ -170,11 +173,19 @@ class TensorFiles:
         with self._lock:
             self.bytes_read += done
 
-    def _descriptor(self, file: Path) -> int:
+    def _take(self, opened: FileIO, view: memoryview, start: int) -> int:
+        """Reads some of a file's bytes from one on, and says how many."""
+        if sys.platform != "win32" and hasattr(os, "preadv"):
+            return os.preadv(opened.fileno(), [view], start)
+        with self._lock:  # Windows reads where the file stands, for all threads alike
+            opened.seek(start)
+            return opened.readinto(view)
+
+    def _opened(self, file: Path) -> FileIO:
         with self._lock:
             if file not in self._open:
                 try:
-                    self._open[file] = os.open(file, os.O_RDONLY)
+                    self._open[file] = FileIO(file)
                 except OSError as failure:
                     raise ValueError(f"{file} cannot be opened: {failure}") from failure
             return self._open[file]

@@ -62,7 +62,7 @@ def one_maker(path: Path, waits: Callable[[], None]) -> Iterator[None]:
 
     until, waited = time.monotonic() + _WAIT_S, False
     lock = path.parent / f".{path.name}.lock"
-    with lock.open("w") as held:
+    with lock.open("wb") as held:
         while True:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,5 +112,5 @@ class Shards:
         """Writes the index -> bytes of all tensors."""
         assert self._written == self.num_shards, (self._written, self.num_shards)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
-        (self.path / INDEX).write_text(json.dumps(index, indent=1))
+        (self.path / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
         return self._bytes

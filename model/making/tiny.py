@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -224,7 +224,9 @@ def _fill(model: Any) -> None:
 
 def _store(folder: Path, native: Callable[[str, Tensor], Stored], entries: dict[str, Any]) -> None:
     file, config = folder / "model.safetensors", folder / "config.json"
-    tensors = {key: part for name, tensor in load_file(file).items() for key, part in native(name, tensor).items()}
+    whole = load(file.read_bytes())  # not mapped: Windows removes no such file
+    tensors = {key: part for name, tensor in whole.items() for key, part in native(name, tensor).items()}
     file.unlink()  # which safetensors made readable by its owner alone
     write_tensors(tensors, file)
-    config.write_text(json.dumps({**json.loads(config.read_text()), **entries}, indent=1))
+    written = {**json.loads(config.read_text(encoding="utf-8")), **entries}
+    config.write_text(json.dumps(written, indent=1), encoding="utf-8")

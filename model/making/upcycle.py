@@ -277,7 +277,7 @@ def _write_config(draft: Path, dense: Any, config: MixtralConfig, experts_format
     """As megamoe convert has it, so that plain transformers refuses MXFP4 and does not take bytes for weights."""
     entries = config_with(config.to_dict(), experts_format, dense_fp8=False)
     entries |= {"architectures": ["MixtralForCausalLM"], "upcycled": note}
-    (draft / "config.json").write_text(json.dumps(entries, indent=1))
+    (draft / "config.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     dense.generation_config.save_pretrained(draft)
 
 

@@ -148,7 +148,8 @@ def _finish(model: Any, path: Path, draft: Path, size: int, tokenizer: Any) -> N
         with safe_open(draft / name, "pt") as shard:
             weight_map |= dict.fromkeys(shard.keys(), name)
         total += (draft / name).stat().st_size
-    (draft / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (draft / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(draft)
     (layer, *_) = (each.layer for each in model.modules() if isinstance(each, TrainableRoutedExperts))
@@ -158,5 +159,5 @@ def _finish(model: Any, path: Path, draft: Path, size: int, tokenizer: Any) -> N
         config |= FP4_EXPERTS
     else:
         config = config_with(config, layer.weight_format, dense_fp8=False)
-    (draft / CONFIG).write_text(json.dumps(config, indent=1))
+    (draft / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     settle(draft, path)

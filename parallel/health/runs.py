@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +41,8 @@ class ListedRank:
 
 def folder() -> Path:
     """Where this user's runs are listed."""
+    if sys.platform == "win32":  # where temporary files are a user's own
+        return Path(tempfile.gettempdir()) / "megamoe-runs"
     return Path(tempfile.gettempdir()) / f"megamoe-runs-{os.getuid()}"
 
 
@@ -55,7 +58,8 @@ def list_rank(run: str, rank: int, address: str, port: int, token: str) -> Itera
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder().chmod(0o700)
     draft = file.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(asdict(ListedRank(rank, os.getpid(), started, address, port, token))))
+    own = ListedRank(rank, os.getpid(), started, address, port, token)
+    draft.write_text(json.dumps(asdict(own)), encoding="utf-8")
     draft.replace(file)
     process = os.getpid()
     try:
@@ -94,7 +98,7 @@ def sweep() -> None:
 def _read(file: Path) -> ListedRank | None:
     """None for a file that has left meanwhile, or that does not say all that it should."""
     try:
-        said = json.loads(file.read_text())
+        said = json.loads(file.read_text(encoding="utf-8"))
         return ListedRank(**{each.name: said[each.name] for each in fields(ListedRank)})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,7 @@ def map_files(rank: int, num_bytes: int, exchange: Exchange) -> SymmetricBuffer:
     """Ranks of one host: anonymous files, which peers find through /proc. ValueError as in open_buffer()."""
     own, card, refusal = -1, b"", ""
     try:
-        if not available():
+        if sys.platform != "linux" or not available():
             raise OSError("ranks share memory on Linux on x86-64 alone")
         own = os.memfd_create("megamoe-buffer")
         os.ftruncate(own, num_bytes)
@@ -113,7 +114,7 @@ def _map_file(card: bytes, num_bytes: int, own: int | None) -> mmap.mmap:
     key, process, file = card.decode().split()
     if key != host_key():
         raise OSError("it is on another host")
-    opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
+    opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
     try:
         return mmap.mmap(opened, num_bytes)
     finally:

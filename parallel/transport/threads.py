@@ -17,12 +17,12 @@ _NAMED_WITHIN_S = 0.1
 
 def gloo_threads(names: tuple[str, ...] = _GLOO) -> set[int]:
     """Thread ids of gloo's threads of this process: of all groups that it has, whoever made them. Empty but on Linux"""
-    if not sys.platform.startswith("linux"):
+    if sys.platform != "linux":
         return set()
     found = set()
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # one that has ended meanwhile
-            if (task / "comm").read_text().strip() in names:
+            if (task / "comm").read_text(encoding="utf-8").strip() in names:
                 found.add(int(task.name))
     return found
 
@@ -33,7 +33,7 @@ def await_gloo_threads(others: Set[int]) -> None:
     A thread has no name before it runs, and on a busy machine that may be after the group has connected.
     """
     until = time.monotonic() + _NAMED_WITHIN_S
-    while sys.platform.startswith("linux") and len(gloo_threads((_WORKERS,)) - others) < _WORKERS_OF_A_GROUP:
+    while sys.platform == "linux" and len(gloo_threads((_WORKERS,)) - others) < _WORKERS_OF_A_GROUP:
         if time.monotonic() > until:
             return
         time.sleep(0.001)
@@ -48,6 +48,8 @@ def calm_gloo_threads(calm: bool = True, others: Set[int] = frozenset()) -> int:
     a rank took 4.6 ms (3.9 to 9.8) in place of 7.8 (3.7 to 11.5).
     """
     calmed = 0
+    if sys.platform != "linux":
+        return calmed
     for thread in gloo_threads() - others:
         with suppress(OSError):  # one that has ended meanwhile, or a sandbox that does not let schedulers be set
             os.sched_setscheduler(thread, os.SCHED_BATCH if calm else os.SCHED_OTHER, os.sched_param(0))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from megamoe.launch.devices import device_type
 from megamoe.launch.forking.surroundings import unsearched_folder
 from megamoe.launch.process import uninterrupted
-from megamoe.launch.requests import check_count, check_seconds
+from megamoe.launch.requests import check_count, check_seconds, check_system
 from megamoe.parallel.health.runs import check_name
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class RayPool:
         if run is not None:
             check_name(run)
         self._resource = device_type(device).ray_resource
+        check_system()
         _require_ray()
         self.num_workers, self.address, self.device, self.deadline_s = num_workers, address, device, deadline_s
         self._threads, self._run, self._log_dir = threads, run, log_dir
@@ -197,10 +198,10 @@ class RayPool:
         """worker-N.log for every worker: what its processes wrote, one after the other, without Ray's marks."""
         directory.mkdir(parents=True, exist_ok=True)
         for number in {log.number for log in self._logs}:
-            with open(directory / f"worker-{number}.log", "w") as kept:
+            with open(directory / f"worker-{number}.log", "w", encoding="utf-8") as kept:
                 for pid in [log.pid for log in self._logs if log.number == number]:
                     for path in place.glob(f"session_latest/logs/worker-*-{pid}.err"):
-                        with open(path, errors="replace") as written:
+                        with open(path, encoding="utf-8", errors="replace") as written:
                             kept.writelines(line for line in written if not _MARK.match(line))
 
 

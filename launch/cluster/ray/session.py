@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -16,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 import ray
@@ -40,13 +40,14 @@ class OwnPlace:
     """
 
     def __init__(self) -> None:
-        # the paths of Ray's sockets begin with it and must not exceed 107 bytes, which a Mac's temporary directory does
+        # the paths of Ray's sockets begin with it and must not exceed 107 bytes, on a Mac 103, which its temporary
+        # directory does
         root = Path("/tmp") if os.access("/tmp", os.W_OK) else Path(tempfile.gettempdir())
         sweep(root)
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
         try:
-            self._held = (self.path / f".{_HELD}").open("w")
-            fcntl.flock(self._held, fcntl.LOCK_EX)
+            self._held = (self.path / f".{_HELD}").open("wb")
+            _lock(self._held)
             (self.path / f".{_HELD}").rename(self.path / _HELD)  # so that none is there that is not locked
         except BaseException:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -70,13 +71,24 @@ class OwnPlace:
         self._held.close()
 
 
+def _lock(file: BinaryIO) -> None:
+    """Locks an open file until it is closed. OSError where another process has."""
+    if sys.platform == "win32":
+        raise AssertionError("check_system() comes first")
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def sweep(root: Path) -> None:
     """Removes directories of this user's clusters whose driver was killed, and of which no process is left."""
+    if sys.platform == "win32":
+        raise AssertionError("check_system() comes first")
     for each in root.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # it has a driver, or has gone meanwhile
             if each.stat().st_uid == os.geteuid():
-                with (each / _HELD).open("r+") as held:
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with (each / _HELD).open("rb+") as held:
+                    _lock(held)
                     if not processes_of(each):
                         shutil.rmtree(each, ignore_errors=True)
 
@@ -179,7 +191,7 @@ def _cluster_here() -> bool:
     note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     if not note.exists():
         return False
-    host, _, port = note.read_text().strip().rpartition(":")
+    host, _, port = note.read_text(encoding="utf-8").strip().rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=1.0).close()
     except (OSError, ValueError):
@@ -240,6 +252,8 @@ def _in_one_piece() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    if sys.platform == "win32":
+        raise AssertionError("check_system() comes first")
     came: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in signals}

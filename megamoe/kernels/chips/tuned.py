@@ -58,7 +58,7 @@ def write_tuned(tuned: Tuned, folder: Path) -> Path:
     """Writes the file of its device, in place of what is there -> the file"""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(tuned.device)
-    path.write_text(json.dumps(asdict(tuned), indent=1) + "\n")
+    path.write_text(json.dumps(asdict(tuned), indent=1) + "\n", encoding="utf-8")
     return path
 
 

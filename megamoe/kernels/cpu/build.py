@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
@@ -28,9 +28,10 @@ from megamoe.kernels.cpu.paths import Path
 
 SOURCES = ("rows.cpp", "routing.cpp", "values/backward.cpp")  # and the path's products
 HEADERS = ("out.h", "vectors.h", "library.h", "values/mxfp8.h")
-FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 # without OpenMP's own library: what is called of it is torch's, which has been loaded before
 LINK = ("-shared", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-shared",)
+_OPENMP = "-Wp,-fopenmp" if sys.platform == "darwin" else "-fopenmp"  # Apple's c++ passes on what it refuses
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", _OPENMP, "-fPIC")
 DEADLINE_S = 300.0
 _BUILDING = ".building-"
 _FORGOTTEN_S = 12 * DEADLINE_S  # after which a folder is nobody's whose builder cannot be asked after
@@ -44,23 +45,29 @@ class BuildError(RuntimeError):
 def build(path: Path, note: Callable[[str], None] | None = None) -> FilePath:
     """The path's library, compiled where the cache has none. note is told before a compilation begins.
 
-    BuildError where the compiler is missing or fails, or does not end within DEADLINE_S.
+    BuildError where the compiler is missing or fails, or does not end within DEADLINE_S; and on Windows, whose programs
+    cannot leave OpenMP to a library that is there when they run.
     """
+    if sys.platform == "win32":
+        raise BuildError("they are not built on Windows, but in WSL")
     found = _built(path)
     if found is not None:
         return found
     library = _cache() / f"{path.name}-{_fingerprint(path)}.so"
     with _turn(library):
         if not library.exists():
+            compiler = shlex.split(_compiler())
+            if shutil.which(compiler[0]) is None:
+                raise BuildError(f"there is no C++ compiler {compiler[0]!r}")
             if note is not None:
                 note(f"compiling the CPU's kernels ({path.name}), once on this machine")
-            _compile(path, library)
+            _compile(path, library, compiler)
     return library
 
 
 def is_built(path: Path) -> bool:
     """Whether the cache has the path's library."""
-    return _built(path) is not None
+    return sys.platform != "win32" and _built(path) is not None
 
 
 def _built(path: Path) -> FilePath | None:
@@ -76,8 +83,9 @@ def _caches() -> tuple[FilePath, FilePath]:
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or FilePath.home() / ".cache" / "torch_extensions"
     except RuntimeError:  # nobody's home is known
         root = os.devnull
-    own = "" if sys.platform == "win32" else f"-{os.getuid()}"  # temporary files are a user's own there
-    return FilePath(root) / "megamoe", FilePath(tempfile.gettempdir()) / f"megamoe-kernels{own}"
+    if sys.platform == "win32":
+        raise AssertionError("build() comes first")
+    return FilePath(root) / "megamoe", FilePath(tempfile.gettempdir()) / f"megamoe-kernels-{os.getuid()}"
 
 
 def _cache() -> FilePath:
@@ -97,7 +105,7 @@ def _cache() -> FilePath:
 def _is_own(folder: FilePath) -> bool:
     """Whether it is there, and nobody else can have put a library into it."""
     if sys.platform == "win32":
-        return folder.is_dir()
+        raise AssertionError("build() comes first")
     try:
         found = folder.lstat()
     except OSError:
@@ -117,19 +125,18 @@ def _fingerprint(path: Path) -> str:
 
 def _compiler() -> str:
     """As torch's builder of extensions chooses it."""
-    return os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
+    return os.environ.get("CXX") or "c++"
 
 
 @contextmanager
 def _turn(library: FilePath) -> Iterator[None]:
     """Waits until no other process builds this library. A process that dies gives its turn back."""
     if sys.platform == "win32":
-        yield
-        return
+        raise AssertionError("build() comes first")
     import fcntl
 
     deadline = time.monotonic() + DEADLINE_S
-    with open(library.with_suffix(".lock"), "w") as lock:
+    with open(library.with_suffix(".lock"), "wb") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,11 +148,8 @@ def _turn(library: FilePath) -> Iterator[None]:
         yield
 
 
-def _compile(path: Path, library: FilePath) -> None:
+def _compile(path: Path, library: FilePath, compiler: Sequence[str]) -> None:
     """Compiles all sources at once, and links what comes out."""
-    compiler = shlex.split(_compiler())
-    if shutil.which(compiler[0]) is None:
-        raise BuildError(f"there is no C++ compiler {compiler[0]!r}")
     with tempfile.TemporaryDirectory(prefix=f"{_BUILDING}{_here()}-{os.getpid()}-", dir=library.parent) as folder:
         _sweep(FilePath(folder))
         sources = [_HERE / name for name in (path.products, *SOURCES)]
@@ -175,7 +179,7 @@ def _run(command: list[str]) -> None:
 def _here() -> str:
     """Of this machine since it was started, and of what it has as one space of process ids."""
     try:
-        boot = FilePath("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = FilePath("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         known = f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:  # no Linux
         known = platform.node()
@@ -186,13 +190,13 @@ def _sweep(own: FilePath) -> None:
     """Removes what builders beside have left that do not live any more, as far as this user may.
 
     Another machine may share the cache: its builders are judged by age, by the clock of the file system, which had both
-    folders to date. So are those of Windows, where no process can be asked after without harm.
+    folders to date.
     """
     for folder in own.parent.glob(f"{_BUILDING}*"):
         where, _, rest = folder.name.removeprefix(_BUILDING).partition("-")
         pid = rest.partition("-")[0]
         with suppress(OSError):  # it has gone meanwhile
-            if where == _here() and pid.isdecimal() and sys.platform != "win32":
+            if where == _here() and pid.isdecimal():
                 left = not _lives(int(pid))
             else:
                 left = own.stat().st_mtime - folder.stat().st_mtime > _FORGOTTEN_S

@@ -345,12 +345,17 @@ def _best() -> Library | None:
 
 def find(note: Callable[[str], None] | None) -> tuple[Library | None, list[str]]:
     """The best library that can be built and passes its test, and why each better one is not used."""
-    reasons: list[str] = []
+    found: dict[str, list[str]] = {}
+    library = None
     for path in worthwhile():
         try:
-            return load(path, note), reasons
+            library = load(path, note)
+            break
         except BuildError as reason:
-            reasons.append(f"{path.name}: {reason}")
+            found.setdefault(str(reason), []).append(path.name)
+    reasons = [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
+    if library is not None:
+        return library, reasons
     warnings.warn(
         f"experts are computed by torch, slower: no kernels for this CPU ({'; '.join(reasons)})",
         KernelWarning,

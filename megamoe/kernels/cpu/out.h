@@ -58,7 +58,7 @@ struct Out {
 
     // The same of `count` outputs that are rounded already, bfloat16. streams: past the caches; others may read them after
     // finish_streams().
-    void copy(int64_t r, int64_t first, int64_t count, const uint16_t* rounded, bool streams) const {
+    void copy(int64_t r, int64_t first, int64_t count, const uint16_t* rounded, [[maybe_unused]] bool streams) const {
         uint16_t* at = static_cast<uint16_t*>(to) + (goes ? goes[r] : r) * stride + first;
         count = std::min(count, width - first);
 #if defined(MEGAMOE_AVX512)

@@ -11,7 +11,7 @@ namespace {
 constexpr int GROUP = 32;           // values under one scale
 constexpr int64_t AT_ONCE = 16384;  // values, below which a second thread is not worth waking
 
-int threads_for(int64_t values, int threads) {
+inline int threads_for(int64_t values, int threads) {
     return int(std::max<int64_t>(1, std::min<int64_t>(threads, values / AT_ONCE)));
 }
 
