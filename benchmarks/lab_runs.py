@@ -11,6 +11,7 @@ import json
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{report.overlapped_ms:8.1f} ms  {words}  ({foreign:.0%} of the machine was somebody else's)",
                 flush=True,
             )
-            reports[name].append({key: value for key, value in report.as_dict().items() if key != "predicted_ms"})
+            reports[name].append({key: value for key, value in asdict(report).items() if key != "predicted_ms"})
     for name, found in reports.items():
         (asked.folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -134,7 +134,7 @@ def _run(cluster: MegaMoECluster, jobs: list[Sequence[int]], progress: Progress)
             tokens[rank] += len(share(batch, rank, cluster.ranks))
     seconds = time.monotonic() - begun
     output = torch.cat(outputs)
-    starting = {**cluster.starting.as_dict(), "first_batch_s": first_s, "until_first_batch_s": until_first_s}
+    starting = {**asdict(cluster.starting), "first_batch_s": first_s, "until_first_batch_s": until_first_s}
     work = [
         RankWork(rank, tokens[rank], load.experts_kept + load.experts_read, load.bytes_read / 1e6)
         for rank, load in enumerate(cluster.loads)
@@ -150,7 +150,7 @@ def _run(cluster: MegaMoECluster, jobs: list[Sequence[int]], progress: Progress)
             waves=waves,
             per_rank=work,
             starting=starting,
-            events=[event.as_dict() for event in cluster.events],
+            events=[asdict(event) for event in cluster.events],
         ),
         output,
     )

@@ -13,7 +13,6 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -103,9 +102,7 @@ class LocalRanks:
         reap(process)
         return RankFailedError(rank, f"rank {rank} (process {process.pid}) died: {cause(process.exitcode)}")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:

@@ -13,6 +13,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from benchmarks.command import new_file, positive
 from benchmarks.peers.measure import WORKLOADS, run_workload
@@ -79,5 +80,5 @@ def _json(command: str, comparisons: Sequence[Comparison]) -> dict[str, object]:
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "versions": versions(),
-        "results": [finite(each.as_dict()) for each in comparisons],
+        "results": [finite(asdict(each)) for each in comparisons],
     }

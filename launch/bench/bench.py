@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from statistics import median
 
@@ -214,9 +214,6 @@ class BenchReport:
     flops_per_rank: int
     identical: bool | None
     repeats: int
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def run_bench(request: BenchRequest, progress: Callable[[str], None] = lambda _: None) -> BenchReport:

@@ -117,9 +117,9 @@ def bench(
         if link is None:
             note("links are not shaped: ranks talk over loopback; --link 1gbit gives each a link of its own")
         if waves == "sweep":
-            emit(output, [report.as_dict() for report in reports], lambda: _print_sweep(reports))
+            emit(output, reports, lambda: _print_sweep(reports))
         else:
-            emit(output, reports[0].as_dict(), lambda: _print_bench(reports[0]))
+            emit(output, reports[0], lambda: _print_bench(reports[0]))
         if any(report.identical is False for report in reports):
             raise typer.Exit(1)
 
@@ -157,9 +157,8 @@ def _workload(report: BenchReport) -> str:
 
 def _print_bench(report: BenchReport) -> None:
     say(f"{_workload(report)}, {'no waves' if report.small else plural(report.waves, 'wave')}")
-    values = report.as_dict()
     names = ("serial", "overlapped", "compute", "communication", *(["traced"] if report.traced_ms else []))
-    rows = [(name, *(values[f"{name}_ms{suffix}"] for suffix in ("", "_min", "_max"))) for name in names]
+    rows = [(name, *(getattr(report, f"{name}_ms{suffix}") for suffix in ("", "_min", "_max"))) for name in names]
     digits = ".3f" if report.small else ".1f"
     show({"": "", **dict.fromkeys(("median ms", "min", "max"), digits)}, rows)
     verdict = {True: "identical to the oracle", False: "DIFFERENT from the oracle", None: "not checked"}[

@@ -58,7 +58,7 @@ def convert(
                 if target.is_dir():
                     note(f"{target} keeps the shards that are whole: the same command goes on from there")
                 raise
-        emit(output, done.as_dict(), lambda: _print(done))
+        emit(output, done, lambda: _print(done))
 
 
 def _print(done: Conversion) -> None:

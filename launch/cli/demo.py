@@ -55,7 +55,7 @@ def demo(
                 bar.update(task, description=what, completed=done, total=of)
 
             report = run_demo(request, follow)
-        emit(output, report.as_dict(), lambda: _print_demo(report))
+        emit(output, report, lambda: _print_demo(report))
         if not (report.identical and (report.answer is None or report.answer.identical)):
             raise typer.Exit(1)
 

@@ -84,7 +84,7 @@ def launch(
             report = run_launch(
                 request, _say, lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
             )
-        emit(output, report.as_dict(), lambda: print_report(report))
+        emit(output, report, lambda: print_report(report))
 
 
 def _say(event: Event) -> None:

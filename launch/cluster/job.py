@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -52,9 +52,6 @@ class JobReport:
     per_rank: list[RankWork]
     starting: dict[str, float] = field(default_factory=dict)
     events: list[dict[str, object]] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def read_text(path: Path | None) -> tuple[str, str]:

@@ -13,7 +13,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any
 
 from megamoe.launch.cluster.worker import Worker, WorkerInfo, WorkerOptions
@@ -209,9 +208,7 @@ class SpawnPool:
     def __enter__(self) -> SpawnPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def open(self, number: int, deadline_s: float) -> SpawnHandle:

@@ -117,7 +117,7 @@ def worker(
             return
         if out is not None:
             write_tensors({"hidden": hidden}, out)
-        emit(output, report.as_dict(), lambda: print_report(report))
+        emit(output, report, lambda: print_report(report))
 
 
 def torchrun_options(device: str, place: Place, interface: str | None, deadline_s: float) -> WorkerOptions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,7 +58,7 @@ def _as_dict(status: PeerStatus) -> dict[str, Any]:
         "host": status.host,
         "condition": condition(status),
         "heard_s_ago": status.heard_s,
-        "position": None if position is None else position.as_dict(),
+        "position": None if position is None else asdict(position),
     }
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,6 @@ class UpcycleReport:
     expert_parameters: int
     bytes: int
     rounding_error: float
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def upcycle(

@@ -81,7 +81,7 @@ def generate(
                     writer.write(prompt, more, done)
 
             report = run_generate(request, on_text, _say, lambda what: bar.update(task, description=what))
-        emit(output, report.as_dict(), lambda: _print_figures(report))
+        emit(output, report, lambda: _print_figures(report))
         if report.identical is False:
             raise typer.Exit(1)
 

@@ -41,7 +41,7 @@ def upcycle(
                 seed=seed,
                 progress=lambda what, done, of: bar.update(task, description=what, completed=done, total=of),
             )
-        emit(output, report.as_dict(), lambda: _print(report))
+        emit(output, report, lambda: _print(report))
 
 
 def _print(report: UpcycleReport) -> None:
