@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.command import new_file, positive
+from benchmarks.command import new_file, positive, run
 from benchmarks.generation.checkpoint import Sizes, described, vocabulary_of, write_model
 from benchmarks.generation.contenders import Contender, choose
-from benchmarks.generation.ranks import Ranks
+from benchmarks.generation.ranks import load_model, ranks_of, write
 from benchmarks.generation.report import Comparison, Series, Workload, document
 from benchmarks.peers.report import machine, versions
 from megamoe.launch.lab.namespaces import lab
@@ -43,24 +43,19 @@ def compare(
         hosts = stack.enter_context(
             nullcontext([loopback()] * workload.ranks) if workload.link is None else lab(workload.ranks, workload.link)
         )
-        running: list[tuple[Series, Ranks]] = []
-        for series in found:
-            try:
-                running.append((series, stack.enter_context(Ranks(series.contender, hosts, path))))
-            except RuntimeError as failure:
-                series.problem = str(failure).partition("\n")[0]
+        ranks = [stack.enter_context(ranks_of(hosts)) for _ in found]
+        for each, series in zip(ranks, found, strict=True):
+            with series.problems():
+                each.run(load_model, series.contender, path)
         for round_number in range(-_WARM_UP, repeats):
-            for series, ranks in running:
+            for each, series in zip(ranks, found, strict=True):
                 if series.problem:
                     continue
-                try:
-                    passages = ranks.write(prompts, workload.new_tokens)
-                except RuntimeError as failure:
-                    series.problem = str(failure).partition("\n")[0]
-                    continue
-                if round_number >= 0:
-                    series.add(workload, passages)
-                    series.memory_mb = max(ranks.memory_mb)
+                with series.problems():
+                    written = each.run(write, prompts, workload.new_tokens)
+                    if round_number >= 0:
+                        series.add(workload, [passage for passage, _ in written])
+                        series.memory_mb = max(memory_mb for _, memory_mb in written)
     return Comparison(workload, repeats, tuple(found))
 
 
@@ -126,3 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--write", type=new_file, help="writes the tables as a Markdown page")
     return parser
+
+
+if __name__ == "__main__":
+    run(main)
