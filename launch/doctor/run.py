@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -72,19 +72,10 @@ def _in_network_of(pid: int, ask_there: Callable[[], T]) -> T:
     there = Path(f"/proc/{pid}/ns/net")
     if not there.exists() or os.readlink(there) == os.readlink("/proc/self/ns/net"):
         return ask_there()
-    found: list[T | OSError | EOFError] = []
 
-    def visit() -> None:
-        try:
-            enter_network(there)
-            found.append(ask_there())
-        except (OSError, EOFError) as silence:
-            found.append(silence)
+    def visit() -> T:
+        enter_network(there)
+        return ask_there()
 
-    visitor = threading.Thread(target=visit)
-    visitor.start()
-    visitor.join()
-    outcome = found[0]
-    if isinstance(outcome, OSError | EOFError):
-        raise outcome
-    return outcome
+    with ThreadPoolExecutor(1) as visitor:
+        return visitor.submit(visit).result()
