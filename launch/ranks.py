@@ -69,7 +69,7 @@ class LocalRanks:
         self._hosts = list(hosts) if hosts is not None else [loopback()] * num_ranks
         if len(self._hosts) != num_ranks:
             raise ValueError(f"{num_ranks} ranks cannot live on {len(self._hosts)} hosts, one each is needed")
-        self.num_ranks, self.deadline_s = num_ranks, deadline_s
+        self.num_ranks, self.deadline_s, self.shared_memory = num_ranks, deadline_s, shared_memory
         self._group = group or partial(_group, deadline_s=deadline_s, shared_memory=shared_memory)
         self.threads_per_rank = threads_per_rank or share_of_cores(num_ranks)
         self._processes: list[BaseProcess] = []
