@@ -27,7 +27,10 @@ Workload = tuple[str, int, int, int, int, int, str | None, Waves]
 TRIES = 3
 QUIET = 0.05  # of the cores; the kernel's own work for the network counts as somebody else's
 
-# weights, hidden, intermediate, experts, top-k, tokens of a rank, link, waves
+NAMES = (
+    *("weight_format", "hidden", "intermediate", "num_experts", "topk", "tokens_per_rank"),
+    *("link", "waves"),
+)
 FITTED: list[Workload] = [
     ("bf16", 1024, 512, 16, 4, 2048, "1gbit", "auto"),
     ("bf16", 1024, 512, 16, 4, 512, "2gbit", 1),
@@ -71,20 +74,8 @@ UNSEEN: list[Workload] = [
 
 
 def request(workload: Workload, repeats: int) -> BenchRequest:
-    weights, hidden, intermediate, num_experts, topk, tokens, link, waves = workload
-    return BenchRequest(
-        link=link,
-        tokens_per_rank=tokens,
-        hidden=hidden,
-        intermediate=intermediate,
-        num_experts=num_experts,
-        topk=topk,
-        weight_format=weights,
-        dispatch_format="auto",
-        waves=waves,
-        repeats=repeats,
-        check=False,
-    )
+    named = dict(zip(NAMES, workload, strict=True))
+    return BenchRequest(**named, dispatch_format="auto", repeats=repeats, check=False)  # type: ignore[arg-type]
 
 
 def busy_s() -> tuple[float, float]:

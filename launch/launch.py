@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,18 +106,11 @@ def run_launch(
 
 
 def _cluster(request: LaunchRequest, on_event: Callable[[Event], None]) -> MegaMoECluster:
-    return MegaMoECluster(
-        request.ranks,
-        launcher="spawn" if request.ray is None else "ray",
-        address=request.ray,
-        device=request.device,
-        deadline_s=request.deadline_s,
-        interface=request.interface,
-        run=request.run,
-        log_dir=request.log_dir,
-        policy=request.policy,
-        on_event=on_event,
-    )
+    asked: dict[str, Any] = {
+        name: getattr(request, name) for name in ("device", "deadline_s", "interface", "run", "log_dir", "policy")
+    }
+    launcher = "spawn" if request.ray is None else "ray"
+    return MegaMoECluster(request.ranks, launcher=launcher, address=request.ray, on_event=on_event, **asked)
 
 
 def _run(cluster: MegaMoECluster, jobs: list[Sequence[int]], progress: Progress) -> tuple[JobReport, Tensor]:

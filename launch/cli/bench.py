@@ -11,7 +11,7 @@ from megamoe.catalog.wording import plural
 from megamoe.launch.cli import rule
 from megamoe.launch.cli.flags import flag, takes
 from megamoe.launch.output import Output, check_folder, emit, note, say, show, write
-from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress, with_homes
+from megamoe.launch.terminal import Bar, Format, compile_kernels, exit_codes, parse_waves, with_homes
 
 if TYPE_CHECKING:
     from megamoe.launch.bench.bench import BenchReport
@@ -66,10 +66,9 @@ def bench(
         if context.invoked_subcommand is not None:
             _refuse_before(context)
             return
-        with progress() as bar:
-            task = bar.add_task("starting", total=None)
+        with Bar() as bar:
             from megamoe.launch.bench.bench import BenchRequest, run_traced, sweep_waves  # brings torch
-            from megamoe.launch.bench.presets import preset as shape_of
+            from megamoe.launch.bench.bench import preset as shape_of
 
             sizes = {name: getattr(shape_of(preset), name) for name in _SIZES} if preset else {}
             sizes |= {name: value for name, value in given.items() if value is not None}
@@ -79,12 +78,12 @@ def bench(
                 raise ValueError("a trace holds one workload: give --trace or --waves sweep")
             if trace:
                 check_folder(trace)
-            compile_kernels(bar)
+            compile_kernels()
             requests = sweep_waves(request) if waves == "sweep" else [request]
             reports = []
             for number, each in enumerate(requests):
-                bar.update(task, description=f"waves {each.waves}", completed=number, total=len(requests))
-                report, timeline = run_traced(each, lambda what: bar.update(task, description=what))
+                bar.follow(f"waves {each.waves}", number, len(requests))
+                report, timeline = run_traced(each, bar.follow)
                 reports.append(report)
         if trace and timeline:
             write(trace, timeline.text, ": open it in Perfetto, or with megamoe timeline")

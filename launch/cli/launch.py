@@ -9,8 +9,7 @@ import typer
 
 from megamoe.launch.cli.flags import flag, takes
 from megamoe.launch.output import Output, emit, note
-from megamoe.launch.report import print_report
-from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress
+from megamoe.launch.terminal import Bar, Format, exit_codes, parse_waves
 
 if TYPE_CHECKING:
     from megamoe.launch.cluster.cluster import Event
@@ -54,8 +53,8 @@ def launch(
 ) -> None:
     """Run a text through a checkpoint's expert layers, in batches, on ranks that are started for it."""
     with exit_codes():
-        with progress() as bar:
-            task = bar.add_task("starting", total=None)
+        with Bar() as bar:
+            from megamoe.launch.cluster.job import print_report
             from megamoe.launch.cluster.recovery import RestartPolicy, parse_elastic
             from megamoe.launch.devices import present_device
             from megamoe.launch.launch import LaunchRequest, run_launch  # brings torch, which --help does not need
@@ -63,12 +62,10 @@ def launch(
             parsed: Any = parse_waves(waves)
             policy = RestartPolicy(restarts, backoff_s, None if elastic is None else parse_elastic(elastic))
             request = LaunchRequest(**given, waves=parsed, device=device or present_device(), policy=policy)
-            report = run_launch(
-                request, _say, lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
-            )
+            report = run_launch(request, say_event, bar.follow)
         emit(output, report, lambda: print_report(report))
 
 
-def _say(event: Event) -> None:
+def say_event(event: Event) -> None:
     """What happens to the group, as it happens, beside the ranks' own lines."""
     note(f"{event.at_s:7.1f} s  {event.kind}: {event.what}")

@@ -11,7 +11,7 @@ import typer
 from megamoe.catalog.wording import plural
 from megamoe.launch.cli.flags import flag, takes
 from megamoe.launch.output import Output, check_folder, emit, say, show, write
-from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress
+from megamoe.launch.terminal import Bar, Format, exit_codes, parse_waves
 
 if TYPE_CHECKING:
     from megamoe.launch.bench.rule import Curve, RuleReport
@@ -54,8 +54,7 @@ def rule(
     """Sweep the link across the rule's balance point C/B = 2d and find where communication stops hiding; needs root."""
     with exit_codes():
         drawing = _drawing(figure) if figure else None
-        with progress() as bar:
-            task = bar.add_task("starting", total=None)
+        with Bar() as bar:
             from megamoe.launch.bench.rule import RuleRequest, run_rule  # brings torch
             from megamoe.launch.lab.namespaces import check_lab
 
@@ -67,10 +66,7 @@ def rule(
             request = RuleRequest(**given, waves=parsed)
             check_lab()
 
-            def show(what: str, done: int, of: int) -> None:
-                bar.update(task, description=what, completed=done, total=of)
-
-            report = run_rule(request, show)
+            report = run_rule(request, bar.follow)
         if figure and drawing:  # before anything is printed: whoever reads that may close the pipe
             write(figure, drawing.draw(report, figure.suffix[1:]))
         emit(output, report.as_dict(), lambda: _print_rule(report))

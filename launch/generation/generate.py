@@ -184,14 +184,8 @@ def _runner(request: GenerateRequest, on_event: Callable[[Event], None]) -> Iter
         yield UnderTorchrun(request.ranks, request.device, request.deadline_s)
         return
     preload(MODELS)
-    with MegaMoECluster(
-        request.ranks,
-        launcher=request.launcher,
-        device=request.device,
-        deadline_s=request.deadline_s,
-        threads=request.threads,
-        run=request.run,
-        policy=request.policy,
-        on_event=on_event,
-    ) as cluster:
+    asked: dict[str, Any] = {
+        name: getattr(request, name) for name in ("launcher", "device", "deadline_s", "threads", "run", "policy")
+    }
+    with MegaMoECluster(request.ranks, on_event=on_event, **asked) as cluster:
         yield OnCluster(cluster)

@@ -11,11 +11,11 @@ import typer
 from megamoe.catalog.wording import plural
 from megamoe.launch.cli.demo import Launcher
 from megamoe.launch.cli.flags import flag, takes
-from megamoe.launch.output import Output, emit, note, say
-from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress
+from megamoe.launch.cli.launch import say_event
+from megamoe.launch.output import Output, emit, say
+from megamoe.launch.terminal import Bar, Format, compile_kernels, exit_codes, parse_waves
 
 if TYPE_CHECKING:
-    from megamoe.launch.cluster.cluster import Event
     from megamoe.launch.generation.generate import GenerateReport
     from megamoe.launch.generation.prompts import Given
 
@@ -72,9 +72,8 @@ def generate(
             policy=RestartPolicy(restarts),
             **given,
         )
-        with progress() as bar:
-            task = bar.add_task("starting", total=None)
-            compile_kernels(bar)
+        with Bar() as bar:
+            compile_kernels()
             writer = _Writer(asked) if output is Format.table else None
 
             def on_text(prompt: str, more: str, done: bool) -> None:
@@ -82,7 +81,7 @@ def generate(
                 if writer is not None:
                     writer.write(prompt, more, done)
 
-            report = run_generate(request, on_text, _say, lambda what: bar.update(task, description=what))
+            report = run_generate(request, on_text, say_event, bar.follow)
         emit(output, report, lambda: _print_figures(report))
         if report.identical is False:
             raise typer.Exit(1)
@@ -127,7 +126,3 @@ def _print_figures(report: GenerateReport) -> None:
     if report.identical is not None:
         verdict = "identical" if report.identical else "different"
         say(f"one rank: {report.one_rank_tokens_per_s:.1f} tokens/s, every token: {verdict}")
-
-
-def _say(event: Event) -> None:
-    note(f"{event.at_s:7.1f} s  {event.kind}: {event.what}")

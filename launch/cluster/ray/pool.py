@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 from megamoe.launch.devices import device_type
 from megamoe.launch.forking.surroundings import unsearched_folder
 from megamoe.launch.process import uninterrupted
-from megamoe.launch.requests import check_count, check_seconds
-from megamoe.parallel.health.runs import check_name
+from megamoe.launch.requests import check_pool
 
 if TYPE_CHECKING:
     from megamoe.launch.cluster.ray.handle import RayHandle
@@ -74,12 +73,7 @@ class RayPool:
         run: str | None = None,
         log_dir: Path | None = None,
     ) -> None:
-        check_count("num_workers", num_workers)
-        check_seconds("deadline_s", deadline_s)
-        if threads is not None:
-            check_count("threads", threads)
-        if run is not None:
-            check_name(run)
+        check_pool("num_workers", num_workers, deadline_s, threads, run)
         self._resource = device_type(device).ray_resource
         _require_ray()
         self.num_workers, self.address, self.device, self.deadline_s = num_workers, address, device, deadline_s
