@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from benchmarks.command import new_file, positive
+from benchmarks.command import new_file, positive, run
 from benchmarks.peers.measure import WORKLOADS, run_workload
 from benchmarks.peers.peer import PEERS, choose
 from benchmarks.peers.report import Comparison, compare, document, machine, versions
@@ -82,3 +82,7 @@ def _json(command: str, comparisons: Sequence[Comparison]) -> dict[str, object]:
         "versions": versions(),
         "results": [finite(asdict(each)) for each in comparisons],
     }
+
+
+if __name__ == "__main__":
+    run(main)
