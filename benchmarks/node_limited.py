@@ -23,16 +23,15 @@ import torch.distributed as dist
 
 from benchmarks.command import natural, positive, run
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
+from megamoe.launch.bench.replay import together
 from megamoe.launch.lab.namespaces import INTERFACE, lab, parse_rate, sent_bytes
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.transport.pairs import Label
 from megamoe.reference import moe
 from megamoe.schedule.machine import Run
 from megamoe.shape import MoEShape
 
-_TOGETHER = Label("bench", "counts")
 FORMATS = (("mxfp8", "bf16"), ("mxfp8", "mxfp8"), ("bf16", "bf16"))  # there and back
 _SETTLING = 6
 _MOST_OFF = 0.06  # headers of TCP and IP are 4.5 % of full packets, and fewer are counted where the kernel joins them
@@ -97,8 +96,7 @@ def measure(group: EPGroup, request: Request) -> RankFound:
 
 def _together(group: EPGroup) -> int:
     """Waits for all ranks -> bytes that have left the host."""
-    assert group.transport is not None
-    group.transport.gather(torch.zeros(1, dtype=torch.uint8), _TOGETHER)
+    together(group)
     return sent_bytes(INTERFACE)
 
 
