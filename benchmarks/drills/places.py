@@ -51,10 +51,13 @@ class Place(Protocol):
 
 
 def _signals(pids: Sequence[int]) -> dict[str, Blow]:
-    def sends(number: signal.Signals) -> Blow:
-        return lambda: nullcontext([os.kill(pid, number) for pid in pids])
+    def send(number: signal.Signals) -> AbstractContextManager[object]:
+        for pid in pids:
+            os.kill(pid, number)
+        return nullcontext()
 
-    return {"kill": sends(signal.SIGKILL), "group": sends(signal.SIGKILL), "stop": sends(signal.SIGSTOP)}
+    kill = partial(send, signal.SIGKILL)
+    return {"kill": kill, "group": kill, "stop": partial(send, signal.SIGSTOP)}
 
 
 # ---- a lab ----

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import Store
 
@@ -15,7 +16,7 @@ from benchmarks.loading import resident
 from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.ranks import LocalRanks
 
-Place = tuple[int, int, Store]  # rank, number of ranks, store: a contender makes its own group of them
+Place = Any  # rank, number of ranks, store: a contender makes a group of its own, and LocalRanks none
 _kept: list[tuple[ExitStack, Writer, float]] = []  # of this rank: its group, its model, MB of the process without them
 
 

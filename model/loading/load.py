@@ -113,8 +113,9 @@ def regroup(
     """
     loaded: _Loading = model.megamoe_loading
     ranks = EPGroup.of(group, loaded.device)
-    model.megamoe_report = _read_together(ranks, loaded.device, lambda: loaded.again(ranks), progress).report
-    return model.megamoe_report
+    report = _read_together(ranks, loaded.device, lambda: loaded.again(ranks), progress).report
+    model.megamoe_report = report
+    return report
 
 
 def load_tokenizer(path: AnyPath) -> Any:
