@@ -33,9 +33,9 @@ def load_model(place: Place, contender: Contender, path: Path) -> None:
     import megamoe.model.generation.engine
     import megamoe.model.loading.load  # noqa: F401
 
-    before = resident("VmRSS") / 1e6
+    before, (rank, size, store) = resident("VmRSS") / 1e6, place
     with ExitStack() as stack:
-        writer = stack.enter_context(contender.on_rank(*place, path))
+        writer = stack.enter_context(contender.on_rank(rank, size, store, path))
         _kept.append((stack.pop_all(), writer, before))
 
 
