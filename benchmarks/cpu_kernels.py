@@ -14,7 +14,7 @@ import argparse
 import datetime
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path as FilePath
 from statistics import median
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.command import positive, run
+from benchmarks.turns import in_turn
 from megamoe.execution.products import multiply_dtype
 from megamoe.kernels.cpu import build as building
 from megamoe.kernels.cpu.layout import bf16_shape, mxfp4_shapes
@@ -64,21 +65,9 @@ def compile_s(path: Path) -> float:
         return time.perf_counter() - begun
 
 
-def in_turn(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, the runs taking turns after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(-1, repeats):
-        for name, work in runs.items():
-            begun = time.perf_counter()
-            work()
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - begun)
-    return seconds
-
-
-def rates(seconds: list[float], amount: float) -> str:
-    """amount / seconds as median (min to max).    [0.5, 1.0, 0.25], 1.0 -> "2.00 (1.00 to 4.00)" """
-    return f"{amount / median(seconds):.2f} ({amount / max(seconds):.2f} to {amount / min(seconds):.2f})"
+def rates(times: list[float], amount: float) -> str:
+    """amount / time as median (min to max).    [0.5, 1.0, 0.25], 1.0 -> "2.00 (1.00 to 4.00)" """
+    return f"{amount / median(times):.2f} ({amount / max(times):.2f} to {amount / min(times):.2f})"
 
 
 def few_rows(library: Library, repeats: int) -> None:
@@ -98,9 +87,9 @@ def few_rows(library: Library, repeats: int) -> None:
                 },
                 repeats,
             )
-            gflops = 2 * len(x) * SIZE * SIZE / median(found["product"]) / 1e9
+            gflops = 2 * len(x) * SIZE * SIZE / median(found["product"]) / 1e6
             share = median(read / product for read, product in zip(found["read"], found["product"], strict=True))
-            speed = rates(found["product"], num_bytes / 1e9)
+            speed = rates(found["product"], num_bytes / 1e6)
             print(f"  {rows:>14} | {name:<7} | {speed:<21} | {gflops:>7.1f} | {share:.2f}")
 
 
@@ -124,9 +113,9 @@ def many_rows(library: Library, repeats: int) -> None:
         runs[f"torch {str(dtype).removeprefix('torch.')}"] = partial(torch.mm, *operands)
     found = in_turn(runs, repeats)
     print(f"\n  {MANY} rows       | GFLOP/s                  | beside {list(runs)[-1]}")
-    for name, seconds in found.items():
-        beside = median(peer / own for peer, own in zip(found[list(runs)[-1]], seconds, strict=True))
-        print(f"  {name:<14} | {rates(seconds, flops / 1e9):<24} | {beside:.2f}")
+    for name, times in found.items():
+        beside = median(peer / own for peer, own in zip(found[list(runs)[-1]], times, strict=True))
+        print(f"  {name:<14} | {rates(times, flops / 1e6):<24} | {beside:.2f}")
 
 
 def random(rows: int) -> Tensor:

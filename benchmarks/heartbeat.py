@@ -8,27 +8,25 @@ Prints, for a small, a middling and a large call, the median of each and of thei
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from statistics import median
 from typing import Any
 
-import torch
-
 from benchmarks.command import positive, run
+from benchmarks.turns import in_turn
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
+from megamoe.launch.bench.replay import together
 from megamoe.launch.lab.namespaces import lab
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.health.status import OwnStatus
-from megamoe.parallel.transport.pairs import Label
 from megamoe.shape import MoEShape
 
 SHAPE = MoEShape(hidden=1024, intermediate=512, num_experts=16, topk=4)
 NEVER_S = 3600.0
-_TOGETHER = Label("bench", "counts")
 
 
 class Nowhere(OwnStatus):
@@ -52,22 +50,19 @@ def measure(group: EPGroup, tokens: int, pairs: int) -> tuple[list[float], list[
     batch = make_workload(SHAPE, group.rank, tokens)
     for _ in range(8):
         layer(*batch)
-    monitor, clock, transport = group.monitors[0], group.clock, group.transport
+    monitor, clock = group.monitors[0], group.clock
     assert clock is not None
-    assert transport is not None
     noted, beat_s = group.own_status, monitor._beat_s
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for pair in range(pairs):
-        for on in (True, False) if pair % 2 else (False, True):
-            monitor._beat_s = beat_s if on else NEVER_S
-            where: Any = noted if on else Nowhere()
-            clock.own_status = where
-            object.__setattr__(group, "own_status", where)
-            monitor._wake()  # so that the change is seen now, and not after a beat
-            transport.gather(torch.zeros(1, dtype=torch.uint8), _TOGETHER)
-            begun = time.perf_counter()
-            layer(*batch)
-            times[on].append((time.perf_counter() - begun) * 1e3)
+
+    def switch(on: bool) -> None:
+        monitor._beat_s = beat_s if on else NEVER_S
+        where: Any = noted if on else Nowhere()
+        clock.own_status = where
+        object.__setattr__(group, "own_status", where)
+        monitor._wake()  # so that the change is seen now, and not after a beat
+        together(group)
+
+    times = in_turn(dict.fromkeys((True, False), partial(layer, *batch)), pairs, 0, switch)
     object.__setattr__(group, "own_status", noted)
     return times[True], times[False]
 
@@ -87,10 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             on, off = ([max(each) for each in zip(*times, strict=True)] for times in zip(*found, strict=True))
             ratios = sorted(a / b for a, b in zip(on, off, strict=True))
             quartiles = f"{ratios[len(ratios) // 4]:.3f} to {ratios[3 * len(ratios) // 4]:.3f}"
-            print(
-                f"{tokens:6} {median(on):9.2f} {median(off):9.2f} {median(ratios):17.4f} {quartiles:>15}",
-                flush=True,
-            )
+            print(f"{tokens:6} {median(on):9.2f} {median(off):9.2f} {median(ratios):17.4f} {quartiles:>15}", flush=True)
     return 0
 
 

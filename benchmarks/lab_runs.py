@@ -11,6 +11,7 @@ import json
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 
@@ -26,7 +27,10 @@ Workload = tuple[str, int, int, int, int, int, str | None, Waves]
 TRIES = 3
 QUIET = 0.05  # of the cores; the kernel's own work for the network counts as somebody else's
 
-# weights, hidden, intermediate, experts, top-k, tokens of a rank, link, waves
+NAMES = (
+    *("weight_format", "hidden", "intermediate", "num_experts", "topk", "tokens_per_rank"),
+    *("link", "waves"),
+)
 FITTED: list[Workload] = [
     ("bf16", 1024, 512, 16, 4, 2048, "1gbit", "auto"),
     ("bf16", 1024, 512, 16, 4, 512, "2gbit", 1),
@@ -70,20 +74,8 @@ UNSEEN: list[Workload] = [
 
 
 def request(workload: Workload, repeats: int) -> BenchRequest:
-    weights, hidden, intermediate, num_experts, topk, tokens, link, waves = workload
-    return BenchRequest(
-        link=link,
-        tokens_per_rank=tokens,
-        hidden=hidden,
-        intermediate=intermediate,
-        num_experts=num_experts,
-        topk=topk,
-        weight_format=weights,
-        dispatch_format="auto",
-        waves=waves,
-        repeats=repeats,
-        check=False,
-    )
+    named = dict(zip(NAMES, workload, strict=True))
+    return BenchRequest(**named, dispatch_format="auto", repeats=repeats, check=False)  # type: ignore[arg-type]
 
 
 def busy_s() -> tuple[float, float]:
@@ -129,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{report.overlapped_ms:8.1f} ms  {words}  ({foreign:.0%} of the machine was somebody else's)",
                 flush=True,
             )
-            reports[name].append({key: value for key, value in report.as_dict().items() if key != "predicted_ms"})
+            reports[name].append({key: value for key, value in asdict(report).items() if key != "predicted_ms"})
     for name, found in reports.items():
         (asked.folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -9,6 +9,7 @@ import argparse
 import datetime
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
@@ -40,7 +41,7 @@ def links_of(report: BenchReport) -> list[str]:
 
 def row(name: str, report: BenchReport) -> str:
     link = f"{report.link_gb_s * 8000:.0f} Mbit/s" if report.link_gb_s else "loopback"
-    values = report.as_dict()
+    values = asdict(report)
     places = 1 if report.overlapped_ms > 10 else 2
     times = [
         "-"

@@ -10,20 +10,19 @@ Exit code 1 where a ratio is above --most.
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 
-import torch
-
 from benchmarks.command import above_zero, natural, positive, run
+from benchmarks.turns import in_turn
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
-from megamoe.launch.output import note, show
+from megamoe.launch.bench.replay import together
+from megamoe.launch.output import emit, note, show
 from megamoe.launch.ranks import LocalRanks
+from megamoe.launch.terminal import Format
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.transport.pairs import Label
 from megamoe.shape import MoEShape
 
 SHAPE = MoEShape(hidden=1024, intermediate=512, num_experts=16, topk=4)
@@ -47,16 +46,9 @@ def measure(group: EPGroup, tokens: int, weight_format: str, repeats: int) -> tu
     weights = make_expert_weights(SHAPE)
     for layer in layers.values():
         layer.load_experts(*weights)
-    batch, times = make_workload(SHAPE, group.rank, tokens), {name: list[float]() for name in layers}
-    together = Label("bench", "counts")
-    for repeat in range(-WARM_UP, repeats):
-        for name in list(layers)[:: 1 if repeat % 2 else -1]:
-            if group.transport is not None:
-                group.transport.gather(torch.zeros(1, dtype=torch.uint8), together)  # all begin together
-            begun = time.perf_counter()
-            layers[name](*batch)
-            if repeat >= 0:
-                times[name].append((time.perf_counter() - begun) * 1e3)
+    batch = make_workload(SHAPE, group.rank, tokens)
+    calls = {name: partial(layer, *batch) for name, layer in layers.items()}
+    times = in_turn(calls, repeats, WARM_UP, lambda _: together(group))
     call = layers["overlapped"].last_call
     return times, "small" if call.small else str(call.waves)
 
@@ -83,18 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 times = {f"{name} ms": median(each) for name, each in slowest.items()}
                 head = {"tokens": tokens, "weights": weight_format, "waves": found[0][1]}
                 rows.append({**head, **times, "ratio": median(ratios)})
-    if asked.format == "json":
-        print(json.dumps(rows, indent=2))
-    else:
-        columns = {
-            "tokens": ">",
-            "weights": "",
-            "waves": ">",
-            "overlapped ms": ".2f",
-            "serial ms": ".2f",
-            "ratio": ".2f",
-        }
-        show(columns, [[row[name] for name in columns] for row in rows])
+    columns = {"tokens": ">", "weights": "", "waves": ">"}
+    columns |= dict.fromkeys(("overlapped ms", "serial ms", "ratio"), ".2f")
+    emit(Format(asked.format), rows, lambda: show(columns, [[row[name] for name in columns] for row in rows]))
     return int(any(row["ratio"] > asked.most for row in rows))
 
 

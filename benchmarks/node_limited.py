@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from statistics import median
 from typing import Any
 
@@ -23,17 +23,15 @@ import torch.distributed as dist
 
 from benchmarks.command import natural, positive, run
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
-from megamoe.launch.lab.counters import sent_bytes
-from megamoe.launch.lab.namespaces import INTERFACE, lab, parse_rate
+from megamoe.launch.bench.replay import together
+from megamoe.launch.lab.namespaces import INTERFACE, lab, parse_rate, sent_bytes
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
-from megamoe.parallel.transport.pairs import Label
 from megamoe.reference import moe
 from megamoe.schedule.machine import Run
 from megamoe.shape import MoEShape
 
-_TOGETHER = Label("bench", "counts")
 FORMATS = (("mxfp8", "bf16"), ("mxfp8", "mxfp8"), ("bf16", "bf16"))  # there and back
 _SETTLING = 6
 _MOST_OFF = 0.06  # headers of TCP and IP are 4.5 % of full packets, and fewer are counted where the kernel joins them
@@ -98,8 +96,7 @@ def measure(group: EPGroup, request: Request) -> RankFound:
 
 def _together(group: EPGroup) -> int:
     """Waits for all ranks -> bytes that have left the host."""
-    assert group.transport is not None
-    group.transport.gather(torch.zeros(1, dtype=torch.uint8), _TOGETHER)
+    together(group)
     return sent_bytes(INTERFACE)
 
 
@@ -131,22 +128,14 @@ def _by_call(together: Callable[[Iterable[float]], float], found: Sequence[Seque
 
 def planned_bytes(request: Request, limited: bool) -> float:
     """What the planner says that a host sends over its link in a call."""
-    shape = request.shape
-    run = Run(
-        ranks=request.ranks,
-        link_gb_s=parse_rate(request.link) / 8e9,
-        tokens_per_rank=request.tokens_per_rank,
-        hidden=shape.hidden,
-        intermediate=shape.intermediate,
-        num_experts=shape.num_experts,
-        topk=shape.topk,
-        weight_format="mxfp4",
-        dispatch_format=request.dispatch_format,
-        combine_format=request.combine_format,
-        waves=0,
-        ranks_per_host=request.ranks_per_host,
-        node_limited=limited,
-    )
+    known = {
+        each.name: getattr(place, each.name)
+        for place in (request, request.shape)
+        for each in fields(Run)
+        if hasattr(place, each.name)
+    }
+    link_gb_s = parse_rate(request.link) / 8e9
+    run = Run(**known, link_gb_s=link_gb_s, weight_format="mxfp4", waves=0, node_limited=limited)
     return run.link_dispatch_bytes + run.link_combine_bytes
 
 

@@ -14,11 +14,9 @@ arithmetic, copies and Python are one figure.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +24,9 @@ import torch.distributed as dist
 
 from benchmarks.command import natural, positive, run
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
-from megamoe.launch.output import note, show
+from megamoe.launch.output import emit, note, show
 from megamoe.launch.ranks import LocalRanks
+from megamoe.launch.terminal import Format
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.host import HostTransport
@@ -141,15 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for weight_format in FORMATS:
                 for tokens in asked.tokens:
                     note(f"{size} ranks, {tokens} tokens, {weight_format} ...")
-                    found = ranks.run(partial(measure), tokens, weight_format, asked.calls, asked.sockets)
+                    found = ranks.run(measure, tokens, weight_format, asked.calls, asked.sockets)
                     head = {"ranks": size, "tokens": tokens, "weights": weight_format}
                     rows += [{**head, **summary(found, way)} for way in ("small", "one wave")]
-    if asked.format == "json":
-        print(json.dumps(rows, indent=2))
-    else:
-        words = {"ranks": ">", "tokens": ">", "weights": "", "way": ""}
-        columns = {**words, **dict.fromkeys(("call", *PARTS), ",.0f")}
-        show(columns, [[row[name] for name in columns] for row in rows], "microseconds a call, lower quartiles")
+    columns = {"ranks": ">", "tokens": ">", "weights": "", "way": "", **dict.fromkeys(("call", *PARTS), ",.0f")}
+    cells, title = [[row[name] for name in columns] for row in rows], "microseconds a call, lower quartiles"
+    emit(Format(asked.format), rows, lambda: show(columns, cells, title))
     return 0
 
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,9 +99,6 @@ class DemoReport:
     intermediate: int
     identical: bool
     answer: AnswerReport | None
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def run_demo(request: Request, progress: Progress = lambda *_: None) -> DemoReport:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,18 +107,11 @@ def run_launch(
 
 
 def _cluster(request: LaunchRequest, on_event: Callable[[Event], None]) -> MegaMoECluster:
-    return MegaMoECluster(
-        request.ranks,
-        launcher="spawn" if request.ray is None else "ray",
-        address=request.ray,
-        device=request.device,
-        deadline_s=request.deadline_s,
-        interface=request.interface,
-        run=request.run,
-        log_dir=request.log_dir,
-        policy=request.policy,
-        on_event=on_event,
-    )
+    asked: dict[str, Any] = {
+        name: getattr(request, name) for name in ("device", "deadline_s", "interface", "run", "log_dir", "policy")
+    }
+    launcher = "spawn" if request.ray is None else "ray"
+    return MegaMoECluster(request.ranks, launcher=launcher, address=request.ray, on_event=on_event, **asked)
 
 
 def _run(cluster: MegaMoECluster, jobs: list[Sequence[int]], progress: Progress) -> tuple[JobReport, Tensor]:
@@ -135,7 +129,7 @@ def _run(cluster: MegaMoECluster, jobs: list[Sequence[int]], progress: Progress)
             tokens[rank] += len(share(batch, rank, cluster.ranks))
     seconds = time.monotonic() - begun
     output = torch.cat(outputs)
-    starting = {**cluster.starting.as_dict(), "first_batch_s": first_s, "until_first_batch_s": until_first_s}
+    starting = {**asdict(cluster.starting), "first_batch_s": first_s, "until_first_batch_s": until_first_s}
     work = [
         RankWork(rank, tokens[rank], load.experts_kept + load.experts_read, load.bytes_read / 1e6)
         for rank, load in enumerate(cluster.loads)
@@ -151,7 +145,7 @@ def _run(cluster: MegaMoECluster, jobs: list[Sequence[int]], progress: Progress)
             waves=waves,
             per_rank=work,
             starting=starting,
-            events=[event.as_dict() for event in cluster.events],
+            events=[asdict(event) for event in cluster.events],
         ),
         output,
     )

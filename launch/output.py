@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
@@ -24,9 +25,9 @@ _ROOM = 30  # columns that words should have beside figures; with fewer they sta
 
 
 def emit(output: Format, report: object, tables: Callable[[], None]) -> None:
-    """Prints a result: as JSON, alone on stdout, or by what prints its tables."""
+    """Prints a result: as JSON, alone on stdout, dataclasses as objects; or by what prints its tables."""
     if output is Format.json:
-        sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(report, indent=2, allow_nan=False, default=asdict) + "\n")
     else:
         tables()
 

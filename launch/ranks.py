@@ -9,11 +9,11 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -48,6 +48,7 @@ class LocalRanks:
     deadline_s         bound on starting, on every wait of the group, and the default for a run as a whole
     hosts              where each rank lives, the machine's own loopback by default; lab() makes others
     shared_memory      whether ranks of a host share memory, as init_group() has it
+    group              what work gets, as a context manager: group(rank, size, store); init_group() by default
 
         with LocalRanks(4) as ranks:
             outputs = ranks.run(work, 7)     # work(group, 7) on every rank; results in order of rank
@@ -61,6 +62,7 @@ class LocalRanks:
         deadline_s: float = 60.0,
         hosts: Sequence[Host] | None = None,
         shared_memory: bool = True,
+        group: Callable[[int, int, Store], AbstractContextManager[Any]] | None = None,
     ) -> None:
         check_main()
         check_ranks_here("num_ranks", num_ranks)
@@ -68,6 +70,7 @@ class LocalRanks:
         if len(self._hosts) != num_ranks:
             raise ValueError(f"{num_ranks} ranks cannot live on {len(self._hosts)} hosts, one each is needed")
         self.num_ranks, self.deadline_s, self.shared_memory = num_ranks, deadline_s, shared_memory
+        self._group = group or partial(_group, deadline_s=deadline_s, shared_memory=shared_memory)
         self.threads_per_rank = threads_per_rank or share_of_cores(num_ranks)
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -76,7 +79,7 @@ class LocalRanks:
     def __enter__(self) -> LocalRanks:
         try:
             for rank, host in enumerate(self._hosts):
-                args = (rank, host.address, self.threads_per_rank, self.deadline_s, self.shared_memory)
+                args = (rank, host.address, self.threads_per_rank, self.deadline_s, self._group)
                 environment = {"GLOO_SOCKET_IFNAME": host.interface}
                 child = start(f"megamoe rank {rank}", _serve, *args, host=host, environment=environment, forked=True)
                 self._processes.append(child.process)
@@ -103,9 +106,7 @@ class LocalRanks:
         reap(process)
         return RankFailedError(rank, f"rank {rank} (process {process.pid}) died: {cause(process.exitcode)}")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -177,7 +178,13 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def _serve(pipe: Connection, rank: int, address: str, threads: int, deadline_s: float, shared_memory: bool) -> None:
+def _group(rank: int, size: int, store: Store, **how: Any) -> AbstractContextManager[EPGroup]:
+    return init_group("cpu", rank=rank, size=size, store=store, **how)
+
+
+def _serve(
+    pipe: Connection, rank: int, address: str, threads: int, deadline_s: float, group: Callable[..., Any]
+) -> None:
     """Life of a rank: runs what comes through the pipe, one piece of work at a time, each in a group of its own."""
     torch.set_num_threads(threads)
     timeout = timedelta(seconds=deadline_s)
@@ -192,21 +199,9 @@ def _serve(pipe: Connection, rank: int, address: str, threads: int, deadline_s: 
             work, args, size, prefix = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
-        pipe.send_bytes(_outcome(work, args, rank, size, PrefixStore(prefix, store), deadline_s, shared_memory))
-
-
-def _outcome(
-    work: Work[..., Any],
-    args: tuple[Any, ...],
-    rank: int,
-    size: int,
-    store: Store,
-    deadline_s: float,
-    shared_memory: bool,
-) -> bytes:
-    how: dict[str, Any] = {"deadline_s": deadline_s, "shared_memory": shared_memory}
-    try:
-        with init_group("cpu", rank=rank, size=size, store=store, **how) as group:
-            return pickle.dumps(work(group, *args))
-    except Exception as error:  # noqa: BLE001  handed to the parent, which raises it
-        return pickle.dumps(portable(error, f"rank {rank}", partial(RankFailedError, rank)))
+        try:
+            with group(rank, size, PrefixStore(prefix, store)) as joined:
+                outcome = pickle.dumps(work(joined, *args))
+        except Exception as error:  # noqa: BLE001  handed to the parent, which raises it
+            outcome = pickle.dumps(portable(error, f"rank {rank}", partial(RankFailedError, rank)))
+        pipe.send_bytes(outcome)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megamoe.catalog.wording import plural
 from megamoe.launch.devices import device_type, num_devices
+from megamoe.parallel.health.runs import check_name
 
 MOST_HERE = 256
 IMPORTABLE = "What runs on ranks is a function at the top of a module that a fresh process can import"
@@ -105,6 +106,16 @@ def check_seconds(name: str, value: object) -> None:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
         return
     raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def check_pool(name: str, num_workers: Any, deadline_s: object, threads: Any, run: Any) -> None:
+    """ValueError for what workers cannot be started with, wherever they are."""
+    check_count(name, num_workers)
+    check_seconds("deadline_s", deadline_s)
+    if threads is not None:
+        check_count("threads", threads)
+    if run is not None:
+        check_name(run)
 
 
 def check_devices(device: str, needed: int) -> None:

@@ -132,11 +132,17 @@ def _with_home(value: Any) -> Any:
     return path_of(value) if isinstance(value, Path) else value
 
 
-@contextmanager
-def progress() -> Iterator[Progress]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        yield bar
+class Bar(Progress):
+    """A line on stderr that says what is being done and how far that is; where stderr is a terminal."""
+
+    def __init__(self, what: str = "starting") -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        super().__init__(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+        self._only = self.add_task(what, total=None)
+
+    def follow(self, what: str, done: float | None = None, of: float | None = None) -> None:
+        """What is being done now, how many steps are done, of how many."""
+        self.update(self._only, description=what, completed=done, total=of)
 
 
 def parse_waves(text: str) -> int | str | tuple[int, ...]:
@@ -152,8 +158,8 @@ def parse_waves(text: str) -> int | str | tuple[int, ...]:
     return check_waves(sizes[0] if len(sizes) == 1 else sizes)
 
 
-def compile_kernels(bar: Progress) -> None:
+def compile_kernels() -> None:
     """Compiles the CPU's kernels before ranks start, with a line that says so, where this machine has none yet."""
     from megamoe.kernels.cpu.library import prepare  # brings torch, which --help does not need
 
-    prepare(lambda line: bar.console.print(line, highlight=False, soft_wrap=True))
+    prepare(lambda line: stderr.print(line, highlight=False, soft_wrap=True))

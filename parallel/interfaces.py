@@ -64,18 +64,24 @@ def interface_of(address: str) -> str:
     raise ValueError(f"no interface of this machine has the address {address}; there are {_listed(list_interfaces())}")
 
 
+def address_towards(host: str) -> str:
+    """IP address that the kernel would send from to reach host. No packet is sent. OSError where there is no way."""
+    family, kind, protocol, _, where = socket.getaddrinfo(host, _DISCARD_PORT, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as channel:
+        channel.connect(where)  # of a datagram socket: looks up the route, and that is all
+        return str(channel.getsockname()[0])
+
+
 def interface_towards(address: str) -> Interface:
     """The interface whose address the kernel would send from to reach an address. Nothing is sent.
 
     The result carries that address, which need not be the interface's first. ValueError where no route leads there.
     """
-    family = socket.AF_INET if _parsed(address).version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, _DISCARD_PORT))  # of a datagram socket: looks up the route, and that is all
-        except OSError as refusal:
-            raise ValueError(f"no route leads from this machine to {address}: {refusal.strerror}") from refusal
-        own = str(probe.getsockname()[0])
+    _parsed(address)
+    try:
+        own = address_towards(address)
+    except OSError as refusal:
+        raise ValueError(f"no route leads from this machine to {address}: {refusal.strerror}") from refusal
     name = interface_of(own)
     known = next(interface for interface in list_interfaces() if interface.name == name)
     return Interface(name, own, known.loopback, known.up, known.speed_mbit)

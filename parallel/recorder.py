@@ -6,14 +6,13 @@ close as their clocks. Nothing here knows what a lane means.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from megamoe.parallel.health.status import OwnStatus
+from megamoe.parallel.health.waiter import Wait, Waiter
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,38 +120,6 @@ class CallNotes(Notes):
         return flight
 
 
-class Arrival:
-    """What a watcher waits for, and what waits for the watcher in turn."""
-
-    def __init__(self, flight: Flight, wait: Callable[[], None]) -> None:
-        self._flight, self._wait = flight, wait
-        self._error: BaseException | None = None
-        self._pending = threading.Lock()  # a bare lock: the watcher holds Python's own for as short as can be
-        self._pending.acquire()
-
-    def watch(self) -> None:
-        """Waits for the rows and notes when they are there."""
-        try:
-            self._wait()
-            self._flight.arrived_ns = now_ns()
-        except BaseException as error:  # noqa: BLE001  raised by result(), where the call waits for this transfer
-            self._error = error
-        self._pending.release()
-
-    def within(self, seconds: float) -> bool:
-        """Whether the wait ends in time. To be called before result(), which then need not wait."""
-        ended = self._pending.acquire(timeout=max(0.0, seconds))
-        if ended:
-            self._pending.release()
-        return ended
-
-    def result(self) -> None:
-        """Returns when the rows are there, or raises what the wait raised. To be called once."""
-        self._pending.acquire()
-        if self._error is not None:
-            raise self._error
-
-
 class Recorder:
     """Takes notes until stop().
 
@@ -162,42 +129,26 @@ class Recorder:
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        self._watchers: dict[str, _Watcher] = {}
+        self._watchers: dict[str, Waiter] = {}
 
     def call(self, layer: str, call: int, own_status: OwnStatus) -> CallNotes:
         """Notes for one call of a layer."""
         return CallNotes(self, layer, call, own_status)
 
-    def watch(self, flight: Flight, wait: Callable[[], None]) -> Arrival:
+    def watch(self, flight: Flight, wait: Callable[[], None]) -> Wait:
         """Has a thread wait for the flight's rows and note when they are there."""
+
+        def arrive() -> None:
+            wait()
+            flight.arrived_ns = now_ns()
+
         if flight.lane not in self._watchers:
-            self._watchers[flight.lane] = _Watcher(flight.lane)
-        arrival = Arrival(flight, wait)
-        self._watchers[flight.lane].watch(arrival)
-        return arrival
+            self._watchers[flight.lane] = Waiter(f"megamoe {flight.lane} watcher")
+        return self._watchers[flight.lane].begin(arrive)
 
     def stop(self) -> None:
         """Lets the watchers go; they end when what they wait for has come or failed."""
-        for watcher in self._watchers.values():
-            watcher.stop()
         self._watchers.clear()
-
-
-class _Watcher:
-    def __init__(self, lane: str) -> None:
-        self._arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
-        # a daemon: an interrupted program need not wait for rows that will not come
-        threading.Thread(target=self._run, name=f"megamoe {lane} watcher", daemon=True).start()
-
-    def watch(self, arrival: Arrival) -> None:
-        self._arrivals.put(arrival)
-
-    def stop(self) -> None:
-        self._arrivals.put(None)
-
-    def _run(self) -> None:
-        while (arrival := self._arrivals.get()) is not None:
-            arrival.watch()
 
 
 _EPOCH_NS = time.time_ns() - time.perf_counter_ns()

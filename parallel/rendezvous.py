@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import tempfile
 from contextlib import suppress
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
 from megamoe.parallel.errors import difference
-from megamoe.parallel.interfaces import told
+from megamoe.parallel.interfaces import address_towards, told
 
 _MOMENT_S = 2.0
 
@@ -109,14 +108,6 @@ def local_address(store: Store) -> str:
     """IP address of the interface towards the store's host; loopback where the store has no host."""
     host = _host(store)
     return "127.0.0.1" if host is None else address_towards(host)
-
-
-def address_towards(host: str) -> str:
-    """IP address that the kernel would send from to reach host. No packet is sent. OSError where there is no way."""
-    family, kind, protocol, _, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as channel:
-        channel.connect(where)
-        return str(channel.getsockname()[0])
 
 
 def _is_loopback(address: str) -> bool:

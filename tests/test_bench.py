@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from megamoe.launch.bench.bench import BenchRequest, _may_be_small, sweep_waves
-from megamoe.launch.bench.presets import preset
+from megamoe.launch.bench.bench import BenchRequest, _may_be_small, preset, sweep_waves
 from megamoe.launch.lab.namespaces import burst_bytes
 from megamoe.shape import MoEShape
 from megamoe.trace.timeline import Timeline

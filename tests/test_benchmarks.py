@@ -122,8 +122,8 @@ def test_the_smallest_form_of_what_takes_longer_runs(
 
 def run_smallest(name: str, folder: Path) -> None:
     program = f"{name}.page" if name == "transformers_families" else name
-    program = f"{name}.run" if name in ("peers", "generation", "gpu_kernels") else program
-    program = f"{name}.__main__" if name == "drills" else program
+    program = f"{name}.run" if name == "gpu_kernels" else program
+    program = f"{name}.__main__" if name in ("peers", "generation", "drills") else program
     given = [each.format(folder) for each in SMALLEST[name]]
     try:
         code = import_module(f"benchmarks.{program}").main(given)

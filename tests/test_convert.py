@@ -19,7 +19,7 @@ from torch import Tensor
 from megamoe.model import load
 from megamoe.model.loading import convert as convert_module
 from megamoe.model.loading.convert import convert
-from megamoe.model.loading.skeleton import MANIFEST
+from megamoe.model.loading.files import MANIFEST
 from tests import checkpoints
 from tests.checkpoints import FAMILIES
 from tests.commands import files_no_larger_than, invoked, refused

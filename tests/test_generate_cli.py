@@ -20,9 +20,8 @@ from megamoe.launch.generation.prompts import Given, TextStream, encode, read_pr
 from megamoe.launch.generation.ranks import OnCluster, Texts
 from megamoe.model.generation.request import GenerationRequest, Prompt, Token
 from megamoe.model.making.files import new_folder
-from megamoe.model.making.smollm2 import INSTALL
-from megamoe.model.making.tiny import write_tiny
-from megamoe.model.making.tokenizer import byte_tokenizer
+from megamoe.model.making.tiny import byte_tokenizer, write_tiny
+from megamoe.model.making.upcycle import INSTALL
 from tests.commands import invoked, refused
 from tests.processes import ranks_of
 from tests.test_demo import COMMAND

@@ -22,8 +22,8 @@ pytest.importorskip("triton")
 from benchmarks.gpu_kernels.findings import Check
 from benchmarks.gpu_kernels.plan import Task
 from benchmarks.gpu_kernels.stages import one_rank, processes, ranks
-from benchmarks.gpu_kernels.stages.processes import ProcessTransfer, ProcessTransport
-from benchmarks.gpu_kernels.stages.ranks import ThreadTransfer, ThreadTransport, check_ranks, rank_checks
+from benchmarks.gpu_kernels.stages.processes import ProcessTransport
+from benchmarks.gpu_kernels.stages.ranks import BoxTransfer, ThreadTransport, check_ranks, rank_checks
 from benchmarks.gpu_kernels.stages.workers import run_side_by_side
 from megamoe.parallel.transport.all_to_all import AllToAllTransfer, AllToAllTransport
 from megamoe.parallel.transport.pairs import Label
@@ -46,14 +46,14 @@ def test_both_formats_are_checked() -> None:
 
 
 def test_other_bits_are_found_with_the_number_of_waves() -> None:
-    wait = ThreadTransfer.wait
+    wait = BoxTransfer.wait
 
-    def worse(self: ThreadTransfer) -> None:
+    def worse(self: BoxTransfer) -> None:
         wait(self)
         if self._label.phase == "combine" and self._label.wave == 2:
             self._receive[:1] += 1
 
-    with mock.patch.object(ThreadTransfer, "wait", worse):
+    with mock.patch.object(BoxTransfer, "wait", worse):
         found = check_ranks("mxfp4", CPU)
     assert (found.passed, found.said) == (False, "others in 3 waves")
 
@@ -127,14 +127,15 @@ def in_processes(until_s: float = 60.0) -> list[Check]:
 
 @interpreted
 def test_ranks_in_processes_whose_rows_are_changed_on_the_way_say_so() -> None:
-    wait = ProcessTransfer.wait
+    wait = BoxTransfer.wait
 
-    def worse(self: ProcessTransfer) -> None:
+    def worse(self: BoxTransfer) -> None:
         wait(self)
-        if self._key[0] == "combine" and self._key[1] == 2 and self._transport.rank == 1:
+        boxes, label = self._boxes, self._label
+        if label.phase == "combine" and label.wave == 2 and isinstance(boxes, ProcessTransport) and boxes.rank == 1:
             self._receive[:1] += 1
 
-    with mock.patch.object(ProcessTransfer, "wait", worse):
+    with mock.patch.object(BoxTransfer, "wait", worse):
         found = in_processes()
     assert [each.passed for each in found] == [False, False]
     assert found[0].name == "mxfp4 layer on two processes that share the device's memory, bits of one rank"

@@ -323,7 +323,7 @@ def test_a_wait_outside_of_a_call_is_told_from_one_within() -> None:
     where.wait("counts", None, 1)
     found = where.position()
     assert found.between
-    assert RankStatus.of(found.as_dict(), 2) == found
+    assert RankStatus.of(asdict(found), 2) == found
 
 
 def test_who_has_the_token_gets_the_picture_and_nobody_else_anything() -> None:
@@ -360,7 +360,7 @@ def test_an_ended_beacon_leaves_no_thread() -> None:
 
 BEAT: dict[str, Any] = {
     "at": 1.0,
-    "position": RankStatus(WAITING, "moe", 4, 1, "combine", 0).as_dict(),
+    "position": asdict(RankStatus(WAITING, "moe", 4, 1, "combine", 0)),
     "unheard": [],
     "answers": [],
 }
@@ -445,7 +445,7 @@ def test_a_rank_that_raised_before_its_connection_was_taken_ends_waits_all_the_s
             peer.line = None
             there.setblocking(False)
             stranger, caller = Line(there), Line(here)
-            raised = RankStatus(RAISED, "moe", 1, None, "counts", None, 9, 0.0, "KeyError", 1).as_dict()
+            raised = asdict(RankStatus(RAISED, "moe", 1, None, "counts", None, 9, 0.0, "KeyError", 1))
             caller.put({"token": lit[0].token, "rank": 1})
             caller.put({**BEAT, "position": raised})
             caller.flush()

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.launch.bench.bench import BenchRequest, bench_rank
-from megamoe.launch.lab.counters import sent_bytes
-from megamoe.launch.lab.namespaces import INTERFACE, lab
+from megamoe.launch.lab.namespaces import INTERFACE, lab, sent_bytes
 from megamoe.launch.ranks import LocalRanks
 from megamoe.parallel import symmetric
 from megamoe.parallel.errors import CallRefusedError, PeerError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.peers import run
+from benchmarks.peers import __main__ as run
 from benchmarks.peers.measure import RankOutcome, Workload, measure_rank
 from benchmarks.peers.peer import PEERS, Layer, Peer, choose
 from benchmarks.peers.report import Comparison, compare, document

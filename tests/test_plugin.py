@@ -20,8 +20,7 @@ from benchmarks.transformers_families.compare import compare
 from benchmarks.transformers_families.tiny import families
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import PackedExpertsConfig, RoutedExperts, packed_config
-from megamoe.model.making.tiny import write_tiny
-from megamoe.model.making.tokenizer import VOCABULARY
+from megamoe.model.making.tiny import VOCABULARY, write_tiny
 from megamoe.model.packed import PackedExperts
 from megamoe.parallel.group import EPGroup
 from megamoe.reference import relative_error

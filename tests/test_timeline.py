@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamoe.launch.cli.timeline_view import drawn
+from megamoe.launch.cli.timeline import drawn
 from megamoe.parallel.recorder import Flight, Recording, Span
 from megamoe.trace.timeline import CALL, FORWARD, LANES, Event, Share, Timeline, intersection, union
 from tests.commands import refused

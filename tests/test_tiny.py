@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from megamoe.catalog import load_model
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
 from megamoe.model.loading.load import load, load_tokenizer
-from megamoe.model.making.tiny import FAMILIES, write_tiny
-from megamoe.model.making.tokenizer import VOCABULARY, byte_tokenizer
+from megamoe.model.making.tiny import FAMILIES, VOCABULARY, byte_tokenizer, write_tiny
 from tests.commands import files_no_larger_than, invoked, refused
 
 

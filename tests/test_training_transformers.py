@@ -19,8 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import PackedExpertsConfig, packed_config
-from megamoe.model.making.tiny import write_tiny
-from megamoe.model.making.tokenizer import VOCABULARY
+from megamoe.model.making.tiny import VOCABULARY, write_tiny
 from megamoe.model.training.stock import TrainedExperts
 from megamoe.parallel.group import EPGroup
 from megamoe.reference import relative_error

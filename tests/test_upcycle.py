@@ -17,9 +17,8 @@ from megamoe.model import packed_config
 from megamoe.model.loading.load import load, load_tokenizer
 from megamoe.model.making import upcycle as module
 from megamoe.model.making.files import Shards
-from megamoe.model.making.smollm2 import INSTALL, find_smollm2
-from megamoe.model.making.tokenizer import VOCABULARY, write_tokenizer
-from megamoe.model.making.upcycle import find_source, key_of, upcycle
+from megamoe.model.making.tiny import VOCABULARY, write_tokenizer
+from megamoe.model.making.upcycle import INSTALL, find_smollm2, find_source, key_of, upcycle
 from tests.commands import invoked, refused
 
 SIZES = {

@@ -177,13 +177,14 @@ def _until(holds: Callable[[], object], seconds: float) -> bool:
     while not holds():
         if time.monotonic() > until:
             return False
-        _pause(0.002)
+        time.sleep(0.002)
     return True
 
 
-def _pause(seconds: float) -> None:
-    """Lets others run between two looks."""
-    wait([Future[None]()], timeout=seconds)
+def open_all(pool: SpawnPool, size: int) -> list[SpawnHandle]:
+    """The first workers of a pool, all at once."""
+    with ThreadPoolExecutor(size) as openers:
+        return list(openers.map(lambda number: pool.open(number, _START_S), range(size)))
 
 
 class Field:
@@ -191,14 +192,7 @@ class Field:
 
     def __init__(self, pool: SpawnPool, place: Place, size: int) -> None:
         self._pool, self.place, self._size = pool, place, size
-        self.handles = self._open_all()
-
-    def _open_all(self) -> list[SpawnHandle]:
-        with ThreadPoolExecutor(self._size) as openers:
-            return list(openers.map(self._open, range(self._size)))
-
-    def _open(self, number: int) -> SpawnHandle:
-        return self._pool.open(number, _START_S)
+        self.handles = open_all(pool, size)
 
     def drill(self, plan: Plan) -> Drill:
         """Of the first ranks; what is left is known only where all were killed, and once the pool is closed."""
@@ -208,10 +202,10 @@ class Field:
             for handle in self.handles:  # those too that had no part in it: what they hold is of earlier drills
                 handle.kill()  # returns when the process has been reaped
             left = left_of(self.place)
-            self.handles = self._open_all()
+            self.handles = open_all(self._pool, self._size)
         for rank in range(plan.ranks):
             if plan.fault == "kill" and rank == plan.victim:
-                self.handles[rank] = self._open(rank)
+                self.handles[rank] = self._pool.open(rank, _START_S)
             elif plan.fault == "stop" and rank == plan.victim:
                 os.kill(self.handles[rank].pid, signal.SIGCONT)
         return judge(plan, struck, endings, left)
@@ -221,7 +215,7 @@ def left_of(place: Place) -> str:
     """What is there still of processes that have been reaped: the kernel may take a moment to close what they had."""
     until = time.monotonic() + _GONE_S
     while (left := place.left()) and time.monotonic() < until:
-        _pause(0.02)
+        time.sleep(0.02)
     return left
 
 
@@ -240,13 +234,8 @@ def on_one_field(plans: Sequence[Plan]) -> Iterator[Drill]:
 def drill(plan: Plan) -> Drill:
     """Runs one in the place of the plan, on processes of its own, and takes everything down."""
     with PLACES[plan.place](plan.ranks) as place:
-        handles = SpawnPool(plan.ranks, deadline_s=60.0, threads=1, hosts=place.hosts)
-        try:
-            with ThreadPoolExecutor(plan.ranks) as openers:
-                opened = list(openers.map(lambda number: handles.open(number, _START_S), range(plan.ranks)))
-            struck, endings = play(plan, place, opened)
-        finally:
-            handles.close()
+        with SpawnPool(plan.ranks, deadline_s=60.0, threads=1, hosts=place.hosts) as pool:
+            struck, endings = play(plan, place, open_all(pool, plan.ranks))
         left = left_of(place)
     return judge(plan, struck, endings, left)
 
@@ -256,10 +245,8 @@ def play(plan: Plan, place: Place, opened: Sequence[SpawnHandle]) -> tuple[float
     with tempfile.TemporaryDirectory(prefix="megamoe-drill-") as temporary:
         folder = Path(temporary)
         address, port = opened[0].call("open_store").result(60.0)
-        rendezvous_points = [Rendezvous(address, port, 1, rank, plan.ranks) for rank in range(plan.ranks)]
-        for joined in [
-            handle.call("join", rendezvous) for handle, rendezvous in zip(opened, rendezvous_points, strict=True)
-        ]:
+        points = [Rendezvous(address, port, 1, rank, plan.ranks) for rank in range(plan.ranks)]
+        for joined in [handle.call("join", point) for handle, point in zip(opened, points, strict=True)]:
             joined.result(60.0)
         asked = [handle.call("run", call_until_it_ends, plan, folder) for handle in opened]
         if not _until(lambda: len(list(folder.glob("rank-*"))) == plan.ranks or any(f.done() for f in asked), 60):
@@ -281,7 +268,7 @@ def _strike(plan: Plan, place: Place, pids: Sequence[int], folder: Path, over: C
     blow = place.blows(plan.victim, pids).get(plan.fault)
     if blow is None:
         return
-    _pause(plan.delay_s)
+    time.sleep(plan.delay_s)
     with blow():
         _struck(folder)
         _until(over, plan.deadline_s + AFTER_S)

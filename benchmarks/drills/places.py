@@ -18,9 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 from megamoe.launch.lab import faults
 from megamoe.launch.lab.namespaces import Host, lab, processes, runs
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.health.waiter import Waiter
 from megamoe.parallel.transport.host import HostTransport
 
 LINK, SLOW_LINK = "1gbit", "10mbit"
@@ -48,15 +51,13 @@ class Place(Protocol):
 
 
 def _signals(pids: Sequence[int]) -> dict[str, Blow]:
-    return {fault: lambda: _signalled(pids, signal.SIGKILL) for fault in ("kill", "group")} | {
-        "stop": lambda: _signalled(pids, signal.SIGSTOP)
-    }
+    def send(number: signal.Signals) -> AbstractContextManager[object]:
+        for pid in pids:
+            os.kill(pid, number)
+        return nullcontext()
 
-
-def _signalled(pids: Sequence[int], number: signal.Signals) -> AbstractContextManager[object]:
-    for pid in pids:
-        os.kill(pid, number)
-    return nullcontext()
+    kill = partial(send, signal.SIGKILL)
+    return {"kill": kill, "group": kill, "stop": partial(send, signal.SIGSTOP)}
 
 
 # ---- a lab ----
@@ -73,15 +74,10 @@ class LabPlace:
 
     def blows(self, victim: int, pids: Sequence[int]) -> Mapping[str, Blow]:
         name = str(self.hosts[0].lab)
-
-        def on_link(act: Callable[[], object]) -> AbstractContextManager[object]:
-            act()
-            return nullcontext()
-
         return {
             **_signals(pids),
-            "cut": lambda: on_link(lambda: faults.cut(name, victim)),
-            "slow": lambda: on_link(lambda: faults.slow(name, victim, SLOW_LINK)),
+            "cut": lambda: nullcontext(faults.cut(name, victim)),
+            "slow": lambda: nullcontext(faults.slow(name, victim, SLOW_LINK)),
         }
 
     def left(self) -> str:
@@ -127,7 +123,7 @@ class HostPlace:
         self._pids.update(pids)
         for pid in pids:
             self._segments |= segments_of(pid)
-            self._sockets |= _sockets_of(pid)
+            self._sockets |= _held(pid, "socket:[")
         if not self._segments:
             raise RuntimeError("the ranks map no memory of each other")
 
@@ -139,7 +135,7 @@ class HostPlace:
         """Processes, segments that anyone still maps, sockets, and files in /dev/shm and for temporary use."""
         found = {
             "processes": sorted(filter(_runs, self._pids)),
-            "segments": sorted(self._segments & set().union(*map(segments_of, _all_processes()))),
+            "segments": sorted(self._segments & set().union(*map(segments_of, psutil.pids()))),
             "sockets": sorted(self._sockets & _open_sockets()),
             "files": sorted(name for name in _listed() - self._files if self._is_ours(name)),
         }
@@ -169,13 +165,12 @@ def starved(pid: int) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
                 over.wait(_RUNS_S)
 
-    thread = threading.Thread(target=starve)
-    thread.start()
+    starving = Waiter("starving a process").begin(starve)
     try:
         yield
     finally:
         over.set()
-        thread.join()
+        starving.result()
 
 
 def near(group: EPGroup) -> int:
@@ -196,10 +191,9 @@ def lose_signals(group: EPGroup) -> None:
 
 def _runs(pid: int) -> bool:
     """Whether a process is there that holds anything: one that has ended may wait for its parent to ask after it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
 
 
 def segments_of(pid: int) -> set[str]:
@@ -209,10 +203,6 @@ def segments_of(pid: int) -> set[str]:
     except OSError:
         return set()
     return {line.split()[4] for line in lines if "memfd:megamoe" in line} | _held(pid, "/memfd:megamoe")
-
-
-def _sockets_of(pid: int) -> set[str]:
-    return _held(pid, "socket:[")
 
 
 def _held(pid: int, kind: str) -> set[str]:
@@ -233,10 +223,6 @@ def _open_sockets() -> set[str]:
         lines = Path(f"/proc/net/{table}").read_text().splitlines()[1:]
         found |= {line.split()[column] for line in lines}
     return found - {"0"}
-
-
-def _all_processes() -> list[int]:
-    return [int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit()]
 
 
 def _listed() -> set[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import median
 
@@ -51,6 +52,14 @@ class Series:
     memory_mb: float = 0.0
     texts: dict[int, list[int]] = field(default_factory=dict)
     problem: str = ""
+
+    @contextmanager
+    def problems(self) -> Iterator[None]:
+        """What the block raises is this contender's problem."""
+        try:
+            yield
+        except Exception as failure:  # noqa: BLE001  the others go on
+            self.problem = f"{type(failure).__name__}: {failure}".partition("\n")[0]
 
     def add(self, workload: Workload, passages: Sequence[Passage]) -> None:
         """A repeat, which takes as long as its slowest rank."""

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch.nn.functional import linear, silu
 
 from benchmarks.peers.peer import ExpertWeights, Peer
 from benchmarks.peers.training import Step, reference_gradients, squared_errors
+from benchmarks.turns import in_turn
 from megamoe.launch.bench.bench import make_expert_weights, make_workload
 from megamoe.launch.bench.training import make_gradient
 from megamoe.launch.lab.namespaces import Host, lab
@@ -110,14 +110,13 @@ def measure_rank(
             if call is not None:
                 calls[peer.name] = call
         del weights, task
-        for repeat in range(-WARM_UP, repeats):
-            for name, call in calls.items():
-                calm_gloo_threads(name.startswith("megamoe"))  # peers run as they do without this package
-                dist.barrier()
-                begun = time.perf_counter()
-                call()
-                if repeat >= 0:
-                    outcomes[name].times_ms.append((time.perf_counter() - begun) * 1e3)
+
+        def begin(name: str) -> None:
+            calm_gloo_threads(name.startswith("megamoe"))  # peers run as they do without this package
+            dist.barrier()
+
+        for name, times_ms in in_turn(calls, repeats, WARM_UP, begin).items():
+            outcomes[name].times_ms += times_ms
     return outcomes
 
 

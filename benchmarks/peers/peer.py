@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,7 +52,7 @@ class Layer(Protocol):
 class MakeLayer(Protocol):
     """Builds a peer's layer on every rank of a group that is torch.distributed's default group too."""
 
-    def __call__(self, group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> Layer: ...
+    def __call__(self, group: EPGroup, shape: MoEShape, weights: ExpertWeights, *options: str) -> Layer: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class Peer:
     install   the command that installs it
     bound     what the relative error against FP32 must stay below
     ours      True for this project's layer
+    options   what make gets beside group, shape and weights
     """
 
     name: str
@@ -73,6 +74,7 @@ class Peer:
     install: str = INSTALL
     bound: float = PRECISE
     ours: bool = False
+    options: tuple[str, ...] = ()
 
     @property
     def missing(self) -> str | None:
@@ -85,7 +87,17 @@ class Peer:
         """Builds the layer; raises what the peer raises."""
         module, _, name = self.make.partition(":")
         make: MakeLayer = getattr(importlib.import_module(module), name)
-        return make(group, shape, weights)
+        return make(group, shape, weights, *self.options)
+
+
+OUR_FORMATS = (("bf16", "bf16"), ("bf16", "mxfp8"), ("mxfp4", "mxfp8"))  # of weights and of rows on the wire
+
+
+def ours(make: str, bounds: tuple[float, float, float]) -> Iterator[Peer]:
+    """This project's layer in its formats, of which the first has the bytes and the arithmetic of the peers."""
+    names = ("megamoe bf16, bf16 wire", "megamoe bf16, mxfp8 wire", "megamoe mxfp4")
+    for name, bound, formats in zip(names, bounds, OUR_FORMATS, strict=True):
+        yield Peer(name, make, bound=bound, ours=True, options=formats)
 
 
 PEERS = (
@@ -97,9 +109,7 @@ PEERS = (
     Peer("torchtitan", f"{HERE}.torchtitan_ep:TorchTitan", "torchtitan", INSTALL_TORCHTITAN),
     Peer("deepspeed.moe", f"{HERE}.deepspeed_ep:DeepSpeedMoE", "deepspeed"),
     Peer("deepspeed AutoEP", f"{HERE}.deepspeed_ep:DeepSpeedAutoEP", "deepspeed"),
-    Peer("megamoe bf16, bf16 wire", f"{HERE}.megamoe_ep:bf16_rows", ours=True),
-    Peer("megamoe bf16, mxfp8 wire", f"{HERE}.megamoe_ep:bf16", bound=FP8_TOKENS, ours=True),
-    Peer("megamoe mxfp4", f"{HERE}.megamoe_ep:mxfp4", bound=FP4_LAYER, ours=True),
+    *ours(f"{HERE}.megamoe_ep:make", (PRECISE, FP8_TOKENS, FP4_LAYER)),
 )
 
 

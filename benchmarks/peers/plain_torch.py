@@ -17,15 +17,14 @@ from megamoe.shape import MoEShape
 
 
 class PlainTorch:
-    """What a careful user writes with torch alone. Weights in the layout that grouped_mm takes without a copy."""
+    """What a careful user writes with torch alone. grouped_mm takes the weights transposed without a copy."""
 
     dtype = torch.bfloat16  # of weights and products; rows travel as BF16
 
     def __init__(self, group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> None:
         self.num_ranks, self.num_experts = group.size, shape.num_experts
         own = weights.part(Placement(shape.num_experts, group.size).experts(group.rank))
-        # [e, H, 2I], [e, I, H]
-        self.gate_up, self.down = (each.to(self.dtype).transpose(1, 2) for each in (own.gate_up, own.down))
+        self.gate_up, self.down = own.gate_up.to(self.dtype), own.down.to(self.dtype)
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         topk = ids.shape[1]
@@ -35,16 +34,19 @@ class PlainTorch:
         dist.all_to_all_single(arriving, sent)
         to, fro = sent.sum(1).tolist(), arriving.sum(1).tolist()
 
-        rows = hidden.index_select(0, order // topk)  # [N, H]
-        received = rows.new_empty(sum(fro), hidden.shape[1])  # [R, H] in order of rank, then of expert
-        dist.all_to_all_single(received, rows, fro, to)
-        done = self._experts(received, arriving)
-        returned = torch.empty_like(rows)
-        dist.all_to_all_single(returned, done, to, fro)
+        received = self._exchange(hidden.index_select(0, order // topk), to, fro)  # [R, H] by rank, then expert
+        returned = self._exchange(self._experts(received, arriving), fro, to)
+        return self._sum(returned, order.argsort().view(ids.shape), weights)
 
-        # returns every row to its slot and sums a token's K slots with their weights, in one pass over the rows
-        places = order.argsort().view(ids.shape)
-        return embedding_bag(places, returned, per_sample_weights=weights.to(hidden.dtype), mode="sum")
+    def _exchange(self, rows: Tensor, to: list[int], fro: list[int]) -> Tensor:
+        """So many of the rows to each rank, and so many from each."""
+        received = rows.new_empty(sum(fro), rows.shape[1])
+        dist.all_to_all_single(received, rows, fro, to)
+        return received
+
+    def _sum(self, rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        """Returns every row to its slot and sums a token's K slots with their weights, in one pass over the rows."""
+        return embedding_bag(places, rows, per_sample_weights=weights.to(rows.dtype), mode="sum")
 
     def _experts(self, received: Tensor, counts: Tensor) -> Tensor:
         """received [R, H] in order of rank, counts [P, e] -> [R, H] in the same order"""
@@ -52,8 +54,8 @@ class PlainTorch:
         order = experts.argsort(stable=True)
         ends = counts.sum(0).cumsum(0).to(torch.int32)
         x = received.index_select(0, order).to(self.dtype)
-        gate, up = grouped_mm(x, self.gate_up, offs=ends).chunk(2, dim=-1)
-        out = grouped_mm(silu(gate) * up, self.down, offs=ends)
+        gate, up = grouped_mm(x, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        out = grouped_mm(silu(gate) * up, self.down.transpose(1, 2), offs=ends)
         return out.to(received.dtype).index_select(0, order.argsort())
 
 

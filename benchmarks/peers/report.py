@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from statistics import median
 
@@ -51,9 +51,6 @@ class Comparison:
     @property
     def failed(self) -> bool:
         return any(row.failed for row in self.rows)
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
     def table(self) -> str:
         """Markdown whose columns line up, with a line on each of our layers below."""

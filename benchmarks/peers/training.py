@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import embedding, grouped_mm, linear, silu
+from torch.nn.functional import embedding, linear, silu
 
-from benchmarks.peers.peer import HERE, INSTALL_TORCHTITAN, ExpertWeights, Layer, Peer
+from benchmarks.peers import plain_torch
+from benchmarks.peers.peer import FP8_TOKENS, HERE, INSTALL_TORCHTITAN, PRECISE, ExpertWeights, Layer, Peer, ours
 from megamoe.launch.bench.bench import make_workload
 from megamoe.launch.bench.training import make_gradient
 from megamoe.parallel.group import EPGroup
@@ -26,7 +27,7 @@ from megamoe.parallel.placement import Placement
 from megamoe.shape import MoEShape
 from megamoe.training import TrainableMoE
 
-PRECISE, FP8_TOKENS, FP4_LAYER = 0.02, 0.05, 0.1  # bounds on the relative error of gradients against FP32
+FP4_GRADIENTS = 0.1  # bound on their relative error against FP32
 
 
 class TrainingLayer(Protocol):
@@ -36,20 +37,24 @@ class TrainingLayer(Protocol):
         """As peer.Layer, in autograd's graph."""
         ...
 
-    def masters(self) -> Sequence[nn.Parameter]:
+    def masters(self) -> Sequence[Tensor]:
         """This rank's experts: gate_up [e, 2I, H] and down [e, H, I], or gate [e, I, H], up and down."""
         ...
 
 
 TRAINING_PEERS = (
-    Peer("torch by hand", f"{HERE}.training:PlainTorch", bound=PRECISE),
-    Peer("transformers eager", f"{HERE}.training:transformers_eager", "transformers", bound=PRECISE),
-    Peer("transformers grouped_mm", f"{HERE}.training:transformers_grouped_mm", "transformers", bound=PRECISE),
-    Peer("torchtitan", f"{HERE}.training:torchtitan", "torchtitan", INSTALL_TORCHTITAN, bound=PRECISE),
-    Peer("deepspeed AutoEP", f"{HERE}.training:deepspeed_autoep", "deepspeed", bound=PRECISE),
-    Peer("megamoe bf16, bf16 wire", f"{HERE}.training:bf16_rows", bound=PRECISE, ours=True),
-    Peer("megamoe bf16, mxfp8 wire", f"{HERE}.training:bf16", bound=FP8_TOKENS, ours=True),
-    Peer("megamoe mxfp4", f"{HERE}.training:mxfp4", bound=FP4_LAYER, ours=True),
+    Peer("torch by hand", f"{HERE}.training:PlainTorch"),
+    Peer("transformers eager", f"{HERE}.training:transformers", "transformers", options=("Eager",)),
+    Peer(
+        "transformers grouped_mm",
+        f"{HERE}.training:transformers",
+        "transformers",
+        bound=PRECISE,
+        options=("GroupedMM",),
+    ),
+    Peer("torchtitan", f"{HERE}.training:torchtitan", "torchtitan", INSTALL_TORCHTITAN),
+    Peer("deepspeed AutoEP", f"{HERE}.training:deepspeed_autoep", "deepspeed"),
+    *ours(f"{HERE}.training:trained", (PRECISE, FP8_TOKENS, FP4_GRADIENTS)),
 )
 
 
@@ -70,131 +75,73 @@ class _Exchange(Function):
         return returned, None, None
 
 
-class PlainTorch:
-    """What a careful user writes with torch alone, and trains: BF16 parameters, autograd through both exchanges."""
+class PlainTorch(plain_torch.PlainTorch):
+    """As in the inference table, with BF16 parameters and autograd through both exchanges."""
 
     def __init__(self, group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> None:
-        self.num_ranks, self.num_experts = group.size, shape.num_experts
-        own = weights.part(Placement(shape.num_experts, group.size).experts(group.rank))
-        self.gate_up, self.down = nn.Parameter(own.gate_up), nn.Parameter(own.down)
+        super().__init__(group, shape, weights)
+        self.gate_up, self.down = nn.Parameter(self.gate_up), nn.Parameter(self.down)
 
-    def masters(self) -> Sequence[nn.Parameter]:
+    def masters(self) -> Sequence[Tensor]:
         return self.gate_up, self.down
 
-    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        topk = ids.shape[1]
-        order = ids.flatten().argsort(stable=True)  # [N] slots in order of expert, so of rank too
-        sent = torch.bincount(ids.flatten(), minlength=self.num_experts).view(self.num_ranks, -1)  # [P, e]
-        arriving = torch.empty_like(sent)
-        dist.all_to_all_single(arriving, sent)
-        to, fro = sent.sum(1).tolist(), arriving.sum(1).tolist()
-        received = _exchange(hidden.index_select(0, order // topk), to, fro)  # [R, H] by rank, then expert
-        returned = _exchange(self._experts(received, arriving), fro, to)
-        slots = embedding(order.argsort().view(ids.shape), returned)  # [T, K, H]
-        return (slots * weights.to(slots.dtype).unsqueeze(-1)).sum(1)
-
-    def _experts(self, received: Tensor, counts: Tensor) -> Tensor:
-        experts = torch.arange(counts.shape[1]).repeat(self.num_ranks).repeat_interleave(counts.flatten())  # [R]
-        order = experts.argsort(stable=True)
-        ends = counts.sum(0).cumsum(0).to(torch.int32)
-        x = received.index_select(0, order)
-        gate, up = grouped_mm(x, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        out = grouped_mm(silu(gate) * up, self.down.transpose(1, 2), offs=ends)
-        return out.index_select(0, order.argsort())
-
-
-def _exchange(rows: Tensor, to: list[int], fro: list[int]) -> Tensor:
-    found: Tensor = _Exchange.apply(rows, to, fro)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _Transformers:
-    """transformers' experts under their expert-parallel plan, which autograd goes through."""
-
-    def __init__(self, kind: str, group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> None:
-        self._peer = getattr(import_module(f"{HERE}.transformers_ep"), kind)(group, shape, weights)
-        for each in self.masters():
-            each.requires_grad_()
-
-    def masters(self) -> Sequence[nn.Parameter]:
-        return self._peer.experts.gate_up_proj, self._peer.experts.down_proj
-
-    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        found: Tensor = self._peer(hidden, ids, weights)
+    def _exchange(self, rows: Tensor, to: list[int], fro: list[int]) -> Tensor:
+        found: Tensor = _Exchange.apply(rows, to, fro)  # type: ignore[no-untyped-call]
         return found
 
-
-def transformers_eager(group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> TrainingLayer:
-    """The eager implementation: a loop over the experts that have rows."""
-    return _Transformers("Eager", group, shape, weights)
-
-
-def transformers_grouped_mm(group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> TrainingLayer:
-    """Its experts as two grouped products."""
-    return _Transformers("GroupedMM", group, shape, weights)
+    def _sum(self, rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        slots = embedding(places, rows)  # [T, K, H]
+        return (slots * weights.to(slots.dtype).unsqueeze(-1)).sum(1)
 
 
-class _OfModule:
-    """Another peer of the inference table, whose experts hold gate, up and down as parameters of their own."""
+class _WithMasters:
+    """A layer whose experts are parameters, whatever it calls them."""
 
-    def __init__(self, peer: Layer, masters: Sequence[nn.Parameter]) -> None:
-        self._peer, self._masters = peer, masters
+    def __init__(self, layer: Layer, masters: Sequence[Tensor]) -> None:
+        self._layer, self._masters = layer, masters
+        for each in masters:
+            each.requires_grad_()
 
-    def masters(self) -> Sequence[nn.Parameter]:
+    def masters(self) -> Sequence[Tensor]:
         return self._masters
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return self._peer(hidden, ids, weights)
+        return self._layer(hidden, ids, weights)
+
+
+def transformers(group: EPGroup, shape: MoEShape, weights: ExpertWeights, kind: str) -> TrainingLayer:
+    """transformers' experts of a kind under their expert-parallel plan, which autograd goes through."""
+    peer = getattr(import_module(f"{HERE}.transformers_ep"), kind)(group, shape, weights)
+    return _WithMasters(peer, (peer.experts.gate_up_proj, peer.experts.down_proj))
 
 
 def torchtitan(group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> TrainingLayer:
     """Its routed experts, which its trainer runs under autograd as they are."""
     peer = import_module(f"{HERE}.torchtitan_ep").TorchTitan(group, shape, weights)
     experts = peer.routed.inner_experts
-    return _OfModule(peer, (experts.w1_EFD, experts.w3_EFD, experts.w2_EDF))
+    return _WithMasters(peer, (experts.w1_EFD, experts.w3_EFD, experts.w2_EDF))
 
 
 def deepspeed_autoep(group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> TrainingLayer:
     """AutoEP's layer; DeepSpeed's engine would reduce the gradients of what is replicated, and here nothing is."""
     peer = import_module(f"{HERE}.deepspeed_ep").DeepSpeedAutoEP(group, shape, weights)
     experts = peer.layer.experts
-    return _OfModule(peer, (experts.w1, experts.w3, experts.w2))
+    return _WithMasters(peer, (experts.w1, experts.w3, experts.w2))
 
 
-class _Ours:
-    def __init__(self, group: EPGroup, shape: MoEShape, weights: ExpertWeights, formats: tuple[str, str]) -> None:
-        self._layer = TrainableMoE(
-            shape,
-            group,
-            weight_format=formats[0],
-            dispatch_format=formats[1],
-            master_dtype=torch.bfloat16,
-            saved="activations",  # as autograd keeps them for the peers
-            name=" ".join(formats),
-        )
-        self._layer.load_experts(weights.gate_up, weights.down)
-
-    def masters(self) -> Sequence[nn.Parameter]:
-        return self._layer.experts.masters
-
-    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        found: Tensor = self._layer(hidden, ids, weights)
-        return found
-
-
-def bf16_rows(group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> TrainingLayer:
-    """BF16 weights, rows, masters and gradients: the same bytes and the same arithmetic as the peers."""
-    return _Ours(group, shape, weights, ("bf16", "bf16"))
-
-
-def bf16(group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> TrainingLayer:
-    """BF16 weights, rows sent as MXFP8, gradients as BF16."""
-    return _Ours(group, shape, weights, ("bf16", "mxfp8"))
-
-
-def mxfp4(group: EPGroup, shape: MoEShape, weights: ExpertWeights) -> TrainingLayer:
-    """MXFP4 weights made from BF16 masters, rows sent as MXFP8, gradients as BF16."""
-    return _Ours(group, shape, weights, ("mxfp4", "mxfp8"))
+def trained(group: EPGroup, shape: MoEShape, weights: ExpertWeights, weight_format: str, wire: str) -> TrainingLayer:
+    """This project's layer: BF16 masters and gradients, weights and rows in these formats."""
+    layer = TrainableMoE(
+        shape,
+        group,
+        weight_format=weight_format,
+        dispatch_format=wire,
+        master_dtype=torch.bfloat16,
+        saved="activations",  # as autograd keeps them for the peers
+        name=f"{weight_format} {wire}",
+    )
+    layer.load_experts(weights.gate_up, weights.down)
+    return _WithMasters(layer, layer.experts.masters)
 
 
 class Step:

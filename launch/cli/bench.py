@@ -3,67 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megamoe.catalog.wording import plural
 from megamoe.launch.cli import rule
+from megamoe.launch.cli.flags import flag, takes
 from megamoe.launch.output import Output, check_folder, emit, note, say, show, write
-from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress, with_homes
+from megamoe.launch.terminal import Bar, Format, compile_kernels, exit_codes, parse_waves, with_homes
 
 if TYPE_CHECKING:
     from megamoe.launch.bench.bench import BenchReport
 
 app = typer.Typer(invoke_without_command=True)
 app.command("rule")(with_homes(rule.rule))
+_SIZES = ("hidden", "intermediate", "num_experts", "topk")
+FLAGS = {  # by the names of BenchRequest
+    "ranks": flag(int, "Processes, each a rank.", 2),
+    "link": flag(str | None, "Rate of every rank's link, such as 1gbit; needs root."),
+    "latency_ms": flag(float, "Delay of every link, one way.", 0.0),
+    "ranks_per_host": flag(int, "Ranks that share a link, and memory.", 1),
+    "node_limited": flag(bool, "Send a token once to each other host, where ranks share one.", True),
+    "shared_memory": flag(bool, "Ranks of a host exchange rows through memory; without, through sockets.", True),
+    "tokens_per_rank": flag(int, "Tokens that each rank brings.", 1024),
+    "hidden": flag(int | None, "Width of a token; 1024 without a preset."),
+    "intermediate": flag(int | None, "Width inside an expert; 512 without a preset."),
+    "num_experts": flag(int | None, "Experts over all ranks; 16 without a preset."),
+    "topk": flag(int | None, "Experts per token; 4 without a preset."),
+    "weight_format": flag(str, "mxfp4 or bf16.", "mxfp4"),
+    "dispatch_format": flag(str, "mxfp8, bf16, or auto.", "mxfp8"),
+    "combine_format": flag(str, "bf16 or mxfp8: how results travel home.", "bf16"),
+    "threads_per_rank": flag(int, "torch threads of a rank.", 1),
+    "repeats": flag(int, "Rounds that are measured, after one that is not.", 9),
+    "backward": flag(bool, "Measure forward and backward of a layer that trains.", False, "--backward"),
+    "machine": flag(str | None, "Profile to predict by, such as megamoe calibrate writes; without, this machine's."),
+    "predict": flag(bool, "Predict the run; a machine's constants are measured once, in seconds, and kept.", True),
+    "check": flag(bool, "Compare every bit with the oracle.", True),
+}
 
 
 @app.callback()
 @with_homes
+@takes(FLAGS)
 def bench(
     context: typer.Context,
-    ranks: Annotated[int, typer.Option(help="Processes, each a rank.")] = 2,
-    link: Annotated[str | None, typer.Option(help="Rate of every rank's link, such as 1gbit; needs root.")] = None,
-    latency_ms: Annotated[float, typer.Option(help="Delay of every link, one way.")] = 0.0,
-    ranks_per_host: Annotated[int, typer.Option(help="Ranks that share a link, and memory.")] = 1,
-    node_limited: Annotated[
-        bool, typer.Option(help="Send a token once to each other host, where ranks share one.")
-    ] = True,
-    shared_memory: Annotated[
-        bool, typer.Option(help="Ranks of a host exchange rows through memory; without, through sockets.")
-    ] = True,
+    given: dict[str, Any],
     preset: Annotated[
         str | None, typer.Option(help="A model's sizes, such as deepseek-v4-flash/16; sizes that are given too win.")
     ] = None,
-    tokens_per_rank: Annotated[int, typer.Option(help="Tokens that each rank brings.")] = 1024,
-    hidden: Annotated[int | None, typer.Option(help="Width of a token; 1024 without a preset.")] = None,
-    intermediate: Annotated[int | None, typer.Option(help="Width inside an expert; 512 without a preset.")] = None,
-    num_experts: Annotated[int | None, typer.Option(help="Experts over all ranks; 16 without a preset.")] = None,
-    topk: Annotated[int | None, typer.Option(help="Experts per token; 4 without a preset.")] = None,
-    weight_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "mxfp4",
-    dispatch_format: Annotated[str, typer.Option(help="mxfp8, bf16, or auto.")] = "mxfp8",
-    combine_format: Annotated[str, typer.Option(help="bf16 or mxfp8: how results travel home.")] = "bf16",
     waves: Annotated[
         str, typer.Option(help='"auto", a number, relative sizes such as 1,2,1, or "sweep" for a row of each.')
     ] = "auto",
-    threads_per_rank: Annotated[int, typer.Option(help="torch threads of a rank.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Rounds that are measured, after one that is not.")] = 9,
     trace: Annotated[
         Path | None,
         typer.Option(help="Record a serial and an overlapped call, for Perfetto and megamoe timeline."),
     ] = None,
-    backward: Annotated[
-        bool, typer.Option("--backward", help="Measure forward and backward of a layer that trains.")
-    ] = False,
-    machine: Annotated[
-        str | None,
-        typer.Option(help="Profile to predict by, such as megamoe calibrate writes; without, this machine's."),
-    ] = None,
-    predict: Annotated[
-        bool, typer.Option(help="Predict the run; a machine's constants are measured once, in seconds, and kept.")
-    ] = True,
-    check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
     output: Output = Format.table,
 ) -> None:
     """Time one layer serial, overlapped, computing alone and communicating alone, interleaved in one run."""
@@ -71,55 +66,33 @@ def bench(
         if context.invoked_subcommand is not None:
             _refuse_before(context)
             return
-        with progress() as bar:
-            task = bar.add_task("starting", total=None)
+        with Bar() as bar:
             from megamoe.launch.bench.bench import BenchRequest, run_traced, sweep_waves  # brings torch
-            from megamoe.launch.bench.presets import preset as shape_of
+            from megamoe.launch.bench.bench import preset as shape_of
 
-            base = shape_of(preset) if preset else None
-            given = {"hidden": hidden, "intermediate": intermediate, "num_experts": num_experts, "topk": topk}
-            sizes = {name: getattr(base, name) for name in given if base is not None}
-            sizes |= {name: size for name, size in given.items() if size is not None}
-            request = BenchRequest(
-                ranks=ranks,
-                link=link,
-                latency_ms=latency_ms,
-                ranks_per_host=ranks_per_host,
-                node_limited=node_limited,
-                shared_memory=shared_memory,
-                tokens_per_rank=tokens_per_rank,
-                weight_format=weight_format,
-                dispatch_format=dispatch_format,
-                combine_format=combine_format,
-                waves="auto" if waves == "sweep" else parse_waves(waves),
-                threads_per_rank=threads_per_rank,
-                repeats=repeats,
-                check=check,
-                trace=trace is not None,
-                backward=backward,
-                machine=machine,
-                predict=predict,
-                **sizes,
-            )
+            sizes = {name: getattr(shape_of(preset), name) for name in _SIZES} if preset else {}
+            sizes |= {name: value for name, value in given.items() if value is not None}
+            parsed: Any = "auto" if waves == "sweep" else parse_waves(waves)
+            request = BenchRequest(**sizes, waves=parsed, trace=trace is not None)
             if trace and waves == "sweep":
                 raise ValueError("a trace holds one workload: give --trace or --waves sweep")
             if trace:
                 check_folder(trace)
-            compile_kernels(bar)
+            compile_kernels()
             requests = sweep_waves(request) if waves == "sweep" else [request]
             reports = []
             for number, each in enumerate(requests):
-                bar.update(task, description=f"waves {each.waves}", completed=number, total=len(requests))
-                report, timeline = run_traced(each, lambda what: bar.update(task, description=what))
+                bar.follow(f"waves {each.waves}", number, len(requests))
+                report, timeline = run_traced(each, bar.follow)
                 reports.append(report)
         if trace and timeline:
             write(trace, timeline.text, ": open it in Perfetto, or with megamoe timeline")
-        if link is None:
+        if request.link is None:
             note("links are not shaped: ranks talk over loopback; --link 1gbit gives each a link of its own")
         if waves == "sweep":
-            emit(output, [report.as_dict() for report in reports], lambda: _print_sweep(reports))
+            emit(output, reports, lambda: _print_sweep(reports))
         else:
-            emit(output, reports[0].as_dict(), lambda: _print_bench(reports[0]))
+            emit(output, reports[0], lambda: _print_bench(reports[0]))
         if any(report.identical is False for report in reports):
             raise typer.Exit(1)
 
@@ -157,9 +130,8 @@ def _workload(report: BenchReport) -> str:
 
 def _print_bench(report: BenchReport) -> None:
     say(f"{_workload(report)}, {'no waves' if report.small else plural(report.waves, 'wave')}")
-    values = report.as_dict()
     names = ("serial", "overlapped", "compute", "communication", *(["traced"] if report.traced_ms else []))
-    rows = [(name, *(values[f"{name}_ms{suffix}"] for suffix in ("", "_min", "_max"))) for name in names]
+    rows = [(name, *(getattr(report, f"{name}_ms{suffix}") for suffix in ("", "_min", "_max"))) for name in names]
     digits = ".3f" if report.small else ".1f"
     show({"": "", **dict.fromkeys(("median ms", "min", "max"), digits)}, rows)
     verdict = {True: "identical to the oracle", False: "DIFFERENT from the oracle", None: "not checked"}[

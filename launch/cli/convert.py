@@ -10,7 +10,7 @@ import typer
 
 from megamoe.catalog.wording import plural, size
 from megamoe.launch.output import Output, emit, note, say
-from megamoe.launch.terminal import Format, Terminated, exit_codes, progress
+from megamoe.launch.terminal import Bar, Format, Terminated, exit_codes
 
 if TYPE_CHECKING:
     from megamoe.model.loading.convert import Conversion
@@ -43,14 +43,11 @@ def convert(
 ) -> None:
     """Write a checkpoint with its experts in MXFP4 or BF16, as megamoe.model.load() reads it."""
     with exit_codes():
-        with progress() as bar:
-            task = bar.add_task("looking through the checkpoint", total=None)
+        with Bar("looking through the checkpoint") as bar:
             from megamoe.model.loading.convert import convert as convert_checkpoint  # brings torch and transformers
 
             def show(done: int, total: int) -> None:
-                bar.update(
-                    task, description=f"read {done / 1e9:.2f} of {total / 1e9:.2f} GB", completed=done, total=total
-                )
+                bar.follow(f"read {done / 1e9:.2f} of {total / 1e9:.2f} GB", done, total)
 
             try:
                 done = convert_checkpoint(source, target, experts=experts.value, scales=scales.value, progress=show)
@@ -58,7 +55,7 @@ def convert(
                 if target.is_dir():
                     note(f"{target} keeps the shards that are whole: the same command goes on from there")
                 raise
-        emit(output, done.as_dict(), lambda: _print(done))
+        emit(output, done, lambda: _print(done))
 
 
 def _print(done: Conversion) -> None:

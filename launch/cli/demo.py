@@ -11,7 +11,7 @@ import typer
 
 from megamoe.catalog.wording import plural
 from megamoe.launch.output import Output, emit, note, say, show
-from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress
+from megamoe.launch.terminal import Bar, Format, compile_kernels, exit_codes, parse_waves
 
 if TYPE_CHECKING:
     from megamoe.launch.demo import DemoReport, RankReport
@@ -44,18 +44,13 @@ def demo(
 ) -> None:
     """Run real text through FP4 experts on several ranks, then on one, and compare every bit."""
     with exit_codes():
-        with progress() as bar:
-            task = bar.add_task("starting", total=None)
+        with Bar() as bar:
             from megamoe.launch.demo import Request, run_demo  # brings torch, which --help does not need
 
-            compile_kernels(bar)
+            compile_kernels()
             request = Request(ranks, text, parse_waves(waves), checkpoint, deadline_s, _chosen(launcher), question)
-
-            def follow(what: str, done: int, of: int) -> None:
-                bar.update(task, description=what, completed=done, total=of)
-
-            report = run_demo(request, follow)
-        emit(output, report.as_dict(), lambda: _print_demo(report))
+            report = run_demo(request, bar.follow)
+        emit(output, report, lambda: _print_demo(report))
         if not (report.identical and (report.answer is None or report.answer.identical)):
             raise typer.Exit(1)
 

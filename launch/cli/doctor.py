@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megamoe.launch.output import Output, emit, say, show
-from megamoe.launch.terminal import Format, exit_codes, progress
+from megamoe.launch.terminal import Bar, Format, exit_codes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +42,7 @@ def doctor(
             picture = look(run)
             emit(output, picture.as_dict(), lambda: _print_run(picture))
             return
-        with progress() as bar:
-            task = bar.add_task("looking", total=None)
+        with Bar("looking") as bar:
             try:
                 from megamoe.launch.doctor.doctor import examination, examine  # brings torch
             except (ImportError, OSError) as broken:  # a shared library that does not load is an OSError
@@ -54,7 +53,7 @@ def doctor(
             asked = examination(
                 ranks=ranks, device=device, interface=interface, deadline_s=deadline_s, exchange=exchange
             )
-            found = examine(asked, lambda name: bar.update(task, description=name))
+            found = examine(asked, bar.follow)
         emit(output, found.as_dict(), lambda: _print(found.checks, found.links, asked.ranks))
         if not found.ok:
             raise typer.Exit(1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megamoe.catalog.wording import plural
+from megamoe.launch.cli.flags import flag, takes
 from megamoe.launch.output import Output, check_folder, emit, say, show, write
-from megamoe.launch.terminal import Format, exit_codes, parse_waves, progress
+from megamoe.launch.terminal import Bar, Format, exit_codes, parse_waves
 
 if TYPE_CHECKING:
     from megamoe.launch.bench.rule import Curve, RuleReport
@@ -20,25 +21,31 @@ COLUMNS |= dict.fromkeys(("compute", "communic.", "overlapped"), ".1f")
 COLUMNS |= dict.fromkeys(("exposed", "min", "max", "theory"), ".2f")
 
 
+FLAGS = {  # by the names of RuleRequest
+    "ranks": flag(int, "Processes, each a rank.", 2),
+    "tokens_per_rank": flag(int, "Tokens that each rank brings.", 1024),
+    "hidden": flag(int, "Width of a token.", 1024),
+    "num_experts": flag(int, "Experts over all ranks.", 16),
+    "topk": flag(int, "Experts per token.", 4),
+    "weight_format": flag(str, "mxfp4 or bf16.", "bf16"),
+    "dispatch_format": flag(str, "mxfp8 or bf16.", "mxfp8"),
+    "combine_format": flag(str, "bf16 or mxfp8: how results travel home.", "bf16"),
+    "threads_per_rank": flag(int, "torch threads of a rank.", 1),
+    "repeats": flag(int, "Rounds that are measured on each link, after one that is not.", 7),
+    "check": flag(bool, "Compare every bit with the oracle.", True),
+}
+
+
+@takes(FLAGS)
 def rule(
-    ranks: Annotated[int, typer.Option(help="Processes, each a rank.")] = 2,
-    tokens_per_rank: Annotated[int, typer.Option(help="Tokens that each rank brings.")] = 1024,
-    hidden: Annotated[int, typer.Option(help="Width of a token.")] = 1024,
+    given: dict[str, Any],
     intermediate: Annotated[
         list[int] | None, typer.Option(help="Width inside an expert, once for every curve; 512 and 1024 by default.")
     ] = None,
-    num_experts: Annotated[int, typer.Option(help="Experts over all ranks.")] = 16,
-    topk: Annotated[int, typer.Option(help="Experts per token.")] = 4,
-    weight_format: Annotated[str, typer.Option(help="mxfp4 or bf16.")] = "bf16",
-    dispatch_format: Annotated[str, typer.Option(help="mxfp8 or bf16.")] = "mxfp8",
-    combine_format: Annotated[str, typer.Option(help="bf16 or mxfp8: how results travel home.")] = "bf16",
     waves: Annotated[str, typer.Option(help='"auto", a number, or relative sizes such as 1,2,1.')] = "auto",
-    threads_per_rank: Annotated[int, typer.Option(help="torch threads of a rank.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Rounds that are measured on each link, after one that is not.")] = 7,
     points: Annotated[
         str | None, typer.Option(help="The x to measure at, such as 0.5,1,2; nine from 0.25 to 4 by default.")
     ] = None,
-    check: Annotated[bool, typer.Option(help="Compare every bit with the oracle.")] = True,
     figure: Annotated[
         Path | None, typer.Option(help="Draw the curves into this .svg or .png; needs megamoe's extra figures.")
     ] = None,
@@ -47,33 +54,19 @@ def rule(
     """Sweep the link across the rule's balance point C/B = 2d and find where communication stops hiding; needs root."""
     with exit_codes():
         drawing = _drawing(figure) if figure else None
-        with progress() as bar:
-            task = bar.add_task("starting", total=None)
-            from megamoe.launch.bench.rule import POINTS, RuleRequest, run_rule  # brings torch
+        with Bar() as bar:
+            from megamoe.launch.bench.rule import RuleRequest, run_rule  # brings torch
             from megamoe.launch.lab.namespaces import check_lab
 
-            request = RuleRequest(
-                ranks=ranks,
-                tokens_per_rank=tokens_per_rank,
-                hidden=hidden,
-                intermediate=tuple(intermediate or RuleRequest().intermediate),
-                num_experts=num_experts,
-                topk=topk,
-                weight_format=weight_format,
-                dispatch_format=dispatch_format,
-                combine_format=combine_format,
-                waves=parse_waves(waves),
-                threads_per_rank=threads_per_rank,
-                repeats=repeats,
-                points=POINTS if points is None else _parse_points(points),
-                check=check,
-            )
+            if intermediate:
+                given["intermediate"] = tuple(intermediate)
+            if points is not None:
+                given["points"] = _parse_points(points)
+            parsed: Any = parse_waves(waves)
+            request = RuleRequest(**given, waves=parsed)
             check_lab()
 
-            def show(what: str, done: int, of: int) -> None:
-                bar.update(task, description=what, completed=done, total=of)
-
-            report = run_rule(request, show)
+            report = run_rule(request, bar.follow)
         if figure and drawing:  # before anything is printed: whoever reads that may close the pipe
             write(figure, drawing.draw(report, figure.suffix[1:]))
         emit(output, report.as_dict(), lambda: _print_rule(report))

@@ -11,9 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pickle import PicklingError
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -53,9 +52,6 @@ class Event:
     kind: str
     what: str
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class RankHealth:
@@ -77,9 +73,6 @@ class Starting:
     processes_s: float = 0.0
     group_s: float = 0.0
     load_s: float = 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 class MegaMoECluster:
@@ -136,23 +129,14 @@ class MegaMoECluster:
         self.launcher = launcher
         self.most, self._wanted, self._deadline_s = most, ranks, deadline_s
         self._batch_deadline_s = batch_deadline_s or 20 * deadline_s
+        workers: dict[str, Any] = {"device": device, "deadline_s": deadline_s, "threads": threads}
+        workers |= {"run": run, "log_dir": log_dir}
         if pool is not None:
             self._source = pool
         elif launcher == "ray":
-            self._source = RayPool(
-                most, address=address, device=device, deadline_s=deadline_s, threads=threads, run=run, log_dir=log_dir
-            )
+            self._source = RayPool(most, address=address, **workers)
         else:
-            self._source = SpawnPool(
-                most,
-                device=device,
-                deadline_s=deadline_s,
-                threads=threads,
-                interface=interface,
-                hosts=hosts,
-                run=run,
-                log_dir=log_dir,
-            )
+            self._source = SpawnPool(most, interface=interface, hosts=hosts, **workers)
         self._on_event = on_event
         self._start_s = max(_START_S, deadline_s)
         self._membership = Membership(
@@ -175,9 +159,7 @@ class MegaMoECluster:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -353,10 +335,8 @@ class MegaMoECluster:
             return
         if unreached:
             raise _unreached_error(unreached, address)
-        rendezvous_points = [
-            Rendezvous(address, port, self._generation, rank, len(members)) for rank in range(len(members))
-        ]
-        self._outcomes("join", [(rendezvous,) for rendezvous in rendezvous_points], members, bound_s)
+        points = [(Rendezvous(address, port, self._generation, rank, len(members)),) for rank in range(len(members))]
+        self._outcomes("join", points, members, bound_s)
         if self._load is not None:
             self.loads = self._all("load", [(self._load,)] * len(members))
         self._formed = True

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megamoe.catalog.wording import plural
+from megamoe.launch.output import say, show
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
 
 
@@ -52,9 +53,6 @@ class JobReport:
     per_rank: list[RankWork]
     starting: dict[str, float] = field(default_factory=dict)
     events: list[dict[str, object]] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
@@ -110,3 +108,17 @@ def share(batch: Sequence[int], rank: int, size: int) -> Sequence[int]:
 def digest(hidden: Tensor) -> str:
     """SHA-256 of a tensor's bits, in hexadecimal. Parts put together have the digest of the whole."""
     return hashlib.sha256(hidden.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def print_report(report: JobReport) -> None:
+    """Ranks and what they did, times, the digest of the output."""
+    batches = plural(report.batches, "batch", "batches")
+    say(f"{report.launcher}: {plural(report.tokens, 'token')} in {batches}, {report.seconds:.2f} s")
+    rows = [(each.rank, each.tokens, each.experts, each.read_mb) for each in report.per_rank]
+    show({"rank": ">", "tokens": ">", "experts": ">", "read MB": ".1f"}, rows)
+    if report.starting:
+        took = {name.removesuffix("_s").replace("_", " "): seconds for name, seconds in report.starting.items()}
+        until = took.pop("until first batch")
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in took.items())
+        say(f"first output after {until:.1f} s ({parts})")
+    say(f"output {report.output_sha256}")

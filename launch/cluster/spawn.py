@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any
 
 from megamoe.launch.cluster.worker import Worker, WorkerInfo, WorkerOptions
 from megamoe.launch.cluster.worker_handle import WorkerLostError
-from megamoe.launch.cluster.worker_output import WorkerOutput
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type
 from megamoe.launch.forking.server import reap
 from megamoe.launch.lab.namespaces import Host
 from megamoe.launch.process import Child, cause, loopback, portable, share_of_cores, start, uninterrupted
-from megamoe.launch.requests import (
-    IMPORTABLE,
-    check_count,
-    check_devices,
-    check_main,
-    check_ranks_here,
-    check_seconds,
-    make_folder,
-)
-from megamoe.parallel.health.runs import check_name
+from megamoe.launch.requests import IMPORTABLE, check_devices, check_main, check_pool, check_ranks_here, make_folder
 from megamoe.parallel.interfaces import choose
 
 _GONE_S = 10.0  # a killed process that is there for longer is stuck in the kernel
@@ -186,11 +176,7 @@ class SpawnPool:
     ) -> None:
         check_main()
         check_ranks_here("num_workers", num_workers)
-        check_seconds("deadline_s", deadline_s)
-        if threads is not None:
-            check_count("threads", threads)
-        if run is not None:
-            check_name(run)
+        check_pool("num_workers", num_workers, deadline_s, threads, run)
         check_devices(device, num_workers)
         if hosts is not None and len(hosts) != num_workers:
             raise ValueError(f"{num_workers} workers cannot be on {len(hosts)} hosts, one each is needed")
@@ -209,9 +195,7 @@ class SpawnPool:
     def __enter__(self) -> SpawnPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def open(self, number: int, deadline_s: float) -> SpawnHandle:
@@ -311,3 +295,40 @@ def _answered(worker: Worker, number: int, question: bytes) -> bytes:
         return pickle.dumps((True, getattr(worker, method)(*args)))
     except Exception as error:  # noqa: BLE001  handed to who asked
         return pickle.dumps((False, portable(error, f"worker {number}")))
+
+
+class WorkerOutput:
+    """Takes what was read of a worker's stdout and stderr and passes whole lines on.
+
+    label   asked before every line: "rank 2" makes "[rank 2] line"
+    log     file that everything is appended to as it came, None keeps nothing
+    """
+
+    def __init__(self, label: Callable[[], str], log: Path | None) -> None:
+        self._label, self._rest, self._shown = label, b"", True
+        self._log = None if log is None else log.open("ab", buffering=0)
+        self.last_line = ""
+
+    def take(self, data: bytes) -> None:
+        if self._log is not None:
+            self._log.write(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._show(line)
+
+    def close(self) -> None:
+        """Shows the line that was not ended."""
+        if self._rest:
+            self._show(self._rest)
+        self._rest = b""
+        if self._log is not None:
+            self._log.close()
+
+    def _show(self, line: bytes) -> None:
+        text = line.decode(errors="replace").rstrip()
+        self.last_line = text.strip() or self.last_line
+        try:
+            if self._shown:
+                sys.stderr.write(f"[{self._label()}] {text}\n")
+        except (OSError, ValueError):  # stderr is closed, or nobody reads it any more: the worker goes on
+            self._shown = False

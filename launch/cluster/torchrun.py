@@ -24,6 +24,7 @@ from megamoe.launch.cluster.job import (
     batches,
     check_vocabulary,
     digest,
+    print_report,
     read_text,
     share,
     tokenise,
@@ -32,7 +33,6 @@ from megamoe.launch.cluster.worker import Load, LoadReport, Worker, WorkerOption
 from megamoe.launch.devices import DEVICE_TYPES, device_of, device_type, num_devices, present_device
 from megamoe.launch.output import Output, check_folder, emit
 from megamoe.launch.process import share_of_cores
-from megamoe.launch.report import print_report
 from megamoe.launch.terminal import Format, exit_codes, parse_waves, with_homes
 from megamoe.model.deepseek_v4.config import DeepSeekV4Config
 from megamoe.model.loading.files import write_tensors
@@ -117,7 +117,7 @@ def worker(
             return
         if out is not None:
             write_tensors({"hidden": hidden}, out)
-        emit(output, report.as_dict(), lambda: print_report(report))
+        emit(output, report, lambda: print_report(report))
 
 
 def torchrun_options(device: str, place: Place, interface: str | None, deadline_s: float) -> WorkerOptions:

@@ -197,50 +197,33 @@ class Worker:
         such checkpoint; what was loaded before is then given up.
         """
         assert self._group is not None, "join() comes first"
-        model, self._model = self._model if load == self._loaded else None, None
+        model: Any = self._model if load == self._loaded else None
+        self._model = None
         self._loaded = self._checkpoint = None
         self._reading.close()
+        how: dict[str, Any] = {name: getattr(load, name) for name in ("waves", "dispatch_format", "combine_format")}
+        how["device"] = self.options.device
+        checkpoint = moved = None
         if load.whole:
-            report, self._model = self._load_whole(load, model)
-            self._loaded = load
-            return report
-        assert model is None or isinstance(model, ExpertStack)
-        checkpoint = self._reading.enter_context(Checkpoint.open(load.checkpoint))
-        if model is not None:
-            kept, read = model.regroup(checkpoint, self._group)
-            gc.collect()  # the model was the last that knew its old group
+            from megamoe.model.loading.prompts import PromptModel  # here because it brings transformers
+
+            if model is None:
+                model = PromptModel.load(load.checkpoint, self._group, **how)
+            else:
+                moved = model.regroup(self._group)
+            bytes_read, vocab_size = model.bytes_read, model.vocab_size
         else:
-            model = ExpertStack.load(
-                checkpoint,
-                self._group,
-                waves=load.waves,
-                dispatch_format=load.dispatch_format,
-                combine_format=load.combine_format,
-                device=self.options.device,
-            )
-            kept, read = 0, model.num_local_experts
+            checkpoint = self._reading.enter_context(Checkpoint.open(load.checkpoint))
+            if model is None:
+                model = ExpertStack.load(checkpoint, self._group, **how)
+            else:
+                moved = model.regroup(checkpoint, self._group)
+            bytes_read, vocab_size = checkpoint.bytes_read, checkpoint.config.vocab_size
+        if moved is not None:
+            gc.collect()  # the model was the last that knew its old group
+        kept, read = moved or (0, model.num_local_experts)
         self._model, self._loaded, self._checkpoint = model, load, checkpoint
-        return LoadReport(kept, read, checkpoint.bytes_read, checkpoint.config.vocab_size)
-
-    def _load_whole(self, load: Load, model: ExpertStack | PromptModel | None) -> tuple[LoadReport, PromptModel]:
-        """load() of a model with its attention."""
-        from megamoe.model.loading.prompts import PromptModel  # here because it brings transformers
-
-        assert self._group is not None
-        if isinstance(model, PromptModel):
-            kept, read = model.regroup(self._group)
-            gc.collect()  # the model was the last that knew its old group
-        else:
-            model = PromptModel.load(
-                load.checkpoint,
-                self._group,
-                waves=load.waves,
-                dispatch_format=load.dispatch_format,
-                combine_format=load.combine_format,
-                device=self.options.device,
-            )
-            kept, read = 0, model.num_local_experts
-        return LoadReport(kept, read, model.bytes_read, model.vocab_size), model
+        return LoadReport(kept, read, bytes_read, vocab_size)
 
     def hidden_states(self, prompts: Sequence[Sequence[int]], rounds: int) -> tuple[list[Tensor], CallRecord]:
         """This rank's prompts, each alone -> hidden [T, H] of each, what its layers did. As forward() otherwise.

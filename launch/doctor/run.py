@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,7 +58,7 @@ def _as_dict(status: PeerStatus) -> dict[str, Any]:
         "host": status.host,
         "condition": condition(status),
         "heard_s_ago": status.heard_s,
-        "position": None if position is None else position.as_dict(),
+        "position": None if position is None else asdict(position),
     }
 
 
@@ -72,19 +72,10 @@ def _in_network_of(pid: int, ask_there: Callable[[], T]) -> T:
     there = Path(f"/proc/{pid}/ns/net")
     if not there.exists() or os.readlink(there) == os.readlink("/proc/self/ns/net"):
         return ask_there()
-    found: list[T | OSError | EOFError] = []
 
-    def visit() -> None:
-        try:
-            enter_network(there)
-            found.append(ask_there())
-        except (OSError, EOFError) as silence:
-            found.append(silence)
+    def visit() -> T:
+        enter_network(there)
+        return ask_there()
 
-    visitor = threading.Thread(target=visit)
-    visitor.start()
-    visitor.join()
-    outcome = found[0]
-    if isinstance(outcome, OSError | EOFError):
-        raise outcome
-    return outcome
+    with ThreadPoolExecutor(1) as visitor:
+        return visitor.submit(visit).result()

@@ -16,9 +16,8 @@ from megamoe.launch.generation.prompts import Given
 from megamoe.launch.generation.ranks import OnCluster, Texts, UnderTorchrun
 from megamoe.model.loading.load import load_tokenizer
 from megamoe.model.making.files import one_maker
-from megamoe.model.making.smollm2 import INSTALL, can_write_english, find_smollm2
 from megamoe.model.making.tiny import write_tiny
-from megamoe.model.making.upcycle import key_of, upcycle
+from megamoe.model.making.upcycle import INSTALL, can_write_english, find_smollm2, key_of, upcycle
 from megamoe.schedule.kept import user_cache
 
 Progress = Callable[[str, int, int], None]

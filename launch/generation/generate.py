@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -104,10 +104,7 @@ class GenerateReport:
     identical: bool | None
     one_rank_tokens_per_s: float | None
     load_s: float
-    events: tuple[dict[str, object], ...]
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+    events: tuple[Event, ...]
 
 
 def run_generate(
@@ -162,7 +159,7 @@ def run_generate(
         identical=texts.tokens == again.tokens if request.check else None,
         one_rank_tokens_per_s=again.tokens_per_s if request.check else None,
         load_s=load_s,
-        events=tuple(event.as_dict() for event in run.events),
+        events=tuple(run.events),
     )
 
 
@@ -188,14 +185,8 @@ def _runner(request: GenerateRequest, on_event: Callable[[Event], None]) -> Iter
         yield UnderTorchrun(request.ranks, request.device, request.deadline_s)
         return
     preload(MODELS)
-    with MegaMoECluster(
-        request.ranks,
-        launcher=request.launcher,
-        device=request.device,
-        deadline_s=request.deadline_s,
-        threads=request.threads,
-        run=request.run,
-        policy=request.policy,
-        on_event=on_event,
-    ) as cluster:
+    asked: dict[str, Any] = {
+        name: getattr(request, name) for name in ("launcher", "device", "deadline_s", "threads", "run", "policy")
+    }
+    with MegaMoECluster(request.ranks, on_event=on_event, **asked) as cluster:
         yield OnCluster(cluster)

@@ -13,6 +13,7 @@ from megamoe.launch.cluster.cluster import Event, MegaMoECluster
 from megamoe.launch.cluster.generation import Advance, GenerationJob, TokenFiles, generate_in_full
 from megamoe.launch.cluster.torchrun_work import run_under_torchrun
 from megamoe.model.generation.request import STOP, GenerationRequest, Token
+from megamoe.parallel.health.waiter import Waiter
 
 _QUICK_S, _SLOW_S = 0.1, 0.4  # how long a request for steps may take: text comes evenly, and asking costs little
 
@@ -115,18 +116,13 @@ class UnderTorchrun:
     def generate(self, job: GenerationJob, texts: Texts) -> list[Advance]:
         with tempfile.TemporaryDirectory(prefix="megamoe-generate-") as place:
             files, ended = TokenFiles(Path(place), self._ranks, texts.begin, texts.take), threading.Event()
-            failed: list[BaseException] = []
 
             def follow() -> None:
                 """Takes tokens as they are written."""
-                try:
-                    while not ended.wait(0.05):
-                        files.poll()
-                except BaseException as error:  # noqa: BLE001  raised below
-                    failed.append(error)
+                while not ended.wait(0.05):
+                    files.poll()
 
-            follower = threading.Thread(target=follow, name="tokens of ranks", daemon=True)
-            follower.start()
+            following = Waiter("tokens of ranks").begin(follow)
             try:
                 arguments = (generate_in_full, job, self._device, Path(place))
                 bound_s = 20 * self._deadline_s
@@ -135,9 +131,8 @@ class UnderTorchrun:
                 )
             finally:
                 ended.set()
-                follower.join()
-            if failed:
-                raise failed[0]
+                following.within()
+            following.result()
             files.poll()
         return parts
 

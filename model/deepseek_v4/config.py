@@ -1,13 +1,33 @@
-"""What a DeepSeek-V4 config.json says that the expert layers need, checked by pydantic."""
+"""What a DeepSeek-V4 config.json says that the expert layers need, checked by pydantic, and DeepSeek's tensor names."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
+from megamoe.model.loading.files import config_file
 from megamoe.shape import MoEShape
+
+# of config.json, where experts are in FP4; what is dense and has a scale is in FP8
+FP4_EXPERTS: dict[str, Any] = {
+    "quantization_config": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
+    "expert_dtype": "fp4",
+}
+_NAMES = (
+    (r"^model\.", ""),
+    (r"^embed_tokens\.", "embed."),
+    (r"^hc_head\.hc_", "hc_head_"),
+    (r"\.attn\.norm\.", ".attn.kv_norm."),
+)
 
 
 class DeepSeekV4Config(BaseModel):
@@ -35,13 +55,7 @@ class DeepSeekV4Config(BaseModel):
     @classmethod
     def read(cls, path: Path) -> DeepSeekV4Config:
         """Reads path/config.json. ValueError names the file and every key that is missing or has another value."""
-        file = path / "config.json"
-        if not file.is_file():
-            if not path.exists():
-                raise ValueError(
-                    f"{path} holds no config.json: there is no such folder, and no checkpoint is downloaded"
-                )
-            raise ValueError(f"{path} holds no config.json, so it is no checkpoint")
+        file = config_file(path)
         try:
             return cls.model_validate_json(file.read_bytes())
         except ValidationError as wrong:
@@ -68,3 +82,10 @@ class DeepSeekV4Config(BaseModel):
     def is_hash_routed(self, layer: int) -> bool:
         """The first layers choose experts by token id."""
         return layer < self.num_hash_layers
+
+
+def native_name(name: str) -> str:
+    """DeepSeek's name of a tensor that transformers calls so.    model.embed_tokens.weight -> embed.weight"""
+    for pattern, own in _NAMES:
+        name = re.sub(pattern, own, name)
+    return name

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,6 @@ from megamoe.model.generation.forward import replaced_forwards
 from megamoe.model.generation.sequences import one_thread
 
 T = TypeVar("T")
-
-
-class Routed(Protocol):
-    """What is asked of a model's routed experts: model.experts.RoutedExperts, or what behaves as it does."""
-
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor: ...
-
-    def idle(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

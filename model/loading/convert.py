@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from megamoe.execution.experts import about
 from megamoe.formats import BLOCK, MXFP4, WEIGHT_FORMATS
 from megamoe.model.loading.expert_weights import expert_source, names_of_experts, parameter_names
-from megamoe.model.loading.files import DTYPES, INDEX, SINGLE, Entry, TensorFiles, writing
+from megamoe.model.loading.files import CONFIG, DTYPES, INDEX, MANIFEST, SINGLE, Entry, TensorFiles, writing
 from megamoe.model.loading.naming import dense_targets, made_by, name_tensors
 from megamoe.model.loading.quantization import RoundingError, check_scales, quantize
-from megamoe.model.loading.skeleton import CONFIG, MANIFEST, build, fp8_block, naming_format, read_config
+from megamoe.model.loading.skeleton import build, fp8_block, naming_format, read_config
 from megamoe.model.loading.stored import Encoding, Stored, check_values, stored_tensors
 from megamoe.paths import AnyPath, lasting_path_of
 
@@ -64,9 +64,6 @@ class Conversion:
     shards_kept: int = 0
     tensors_converted: int = 0
     quantization_error: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def convert(

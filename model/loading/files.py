@@ -24,6 +24,7 @@ from torch import Tensor
 from megamoe.paths import AnyPath, lasting_path_of, put_whole
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG, MANIFEST = "config.json", "megamoe_manifest.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -289,6 +290,18 @@ def _entry(file: Path, version: Version, name: str, described: Mapping[str, Any]
     if end - begin != size:
         raise ValueError(f"{name} is {dtype} {list(shape)}, which takes {size} bytes, and has {end - begin}")
     return Entry(name, file, dtype, shape, data + begin, size, version)
+
+
+def config_file(path: Path) -> Path:
+    """A checkpoint's config.json. ValueError that says why there is none."""
+    file = path / CONFIG
+    if file.is_file():
+        return file
+    if (path / MANIFEST).is_file():
+        raise ValueError(f"{path} holds no {CONFIG}: megamoe convert was cut off; run it again to go on")
+    if not path.exists():
+        raise ValueError(f"{path} holds no {CONFIG}: there is no such folder, and no checkpoint is downloaded")
+    raise ValueError(f"{path} holds no {CONFIG}, so it is no checkpoint")
 
 
 def draft_of(path: Path, mark: str) -> Path:

@@ -88,27 +88,16 @@ def load(
     """
     device = check_device(device)
     ranks = EPGroup.of(group, device)
-    loading: list[_Loading] = []
-
     gc.collect()  # ranks tell layers of one name apart by those that live: models that are gone must be
 
-    def look() -> str:
+    def look() -> _Loading:
         for name, value, known in (("experts", experts, EXPERTS), ("dense", dense, DENSE)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         check_scales(scales)
-        loading.append(_Loading.of(lasting_path_of(path), ranks, device, _Wish(experts, dense, scales), options))
-        return f"{experts} {dense} {scales} {len(loading[0].sources)} blocks"
+        return _Loading.of(lasting_path_of(path), ranks, device, _Wish(experts, dense, scales), options)
 
-    try:
-        checked = Checked.of(look)
-        with ranks.turn(_WHAT, device):
-            agree_on(ranks, _WHAT, checked)
-            _read_all(loading[0], ranks, progress)
-        return loading[0].finish()
-    finally:
-        for each in loading:
-            each.files.close()
+    return _read_together(ranks, device, look, progress).finish()
 
 
 def regroup(
@@ -124,23 +113,9 @@ def regroup(
     """
     loaded: _Loading = model.megamoe_loading
     ranks = EPGroup.of(group, loaded.device)
-    again: list[_Loading] = []
-
-    def look() -> str:
-        again.append(loaded.again(ranks))
-        wish = loaded.wish
-        return f"{wish.experts} {wish.dense} {wish.scales} {len(loaded.sources)} blocks"
-
-    try:
-        checked = Checked.of(look)
-        with ranks.turn(_WHAT, loaded.device):
-            agree_on(ranks, _WHAT, checked)
-            _read_all(again[0], ranks, progress)
-    finally:
-        for each in again:
-            each.files.close()
-    model.megamoe_report = again[0].report
-    return again[0].report
+    report = _read_together(ranks, loaded.device, lambda: loaded.again(ranks), progress).report
+    model.megamoe_report = report
+    return report
 
 
 def load_tokenizer(path: AnyPath) -> Any:
@@ -161,17 +136,29 @@ def load_tokenizer(path: AnyPath) -> Any:
     return tokenizer
 
 
-def _read_all(loading: _Loading, group: EPGroup, progress: Callable[[Progress], None] | None) -> None:
-    begun = time.monotonic()
-    with shown(progress, group.rank) as show:
-        run_together(
-            group,
-            _WHAT,
-            loading.read,
-            lambda: (loading.files.bytes_read, loading.planned_bytes),
-            show,
-        )
-    loading.note(time.monotonic() - begun)
+def _read_together(
+    group: EPGroup, device: torch.device, look: Callable[[], _Loading], progress: Callable[[Progress], None] | None
+) -> _Loading:
+    """What look() gives on every rank, once they agree on it and all is read."""
+    looked: list[_Loading] = []
+
+    def terms() -> str:
+        looked.append(look())
+        wish = looked[0].wish
+        return f"{wish.experts} {wish.dense} {wish.scales} {len(looked[0].sources)} blocks"
+
+    try:
+        checked = Checked.of(terms)
+        with group.turn(_WHAT, device):
+            agree_on(group, _WHAT, checked)
+            (loading,), begun = looked, time.monotonic()
+            with shown(progress, group.rank) as show:
+                run_together(group, _WHAT, loading.read, loading.so_far, show)
+            loading.note(time.monotonic() - begun)
+        return loading
+    finally:
+        for each in looked:
+            each.files.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,10 +222,11 @@ class _Loading:
         files = TensorFiles(self.files.path, self.files.entries)
         return _Loading(files, self.skeleton, self.sources, [], self.routed, self.device, self.wish)
 
-    @property
-    def planned_bytes(self) -> int:
-        dense = sum(each.size for target in self.dense for each in target.stored)
-        return dense + sum(len(missing) * self.sources[name].size_of_one for name, missing in self._missing.items())
+    def so_far(self) -> tuple[int, int]:
+        """Bytes that were read, of how many that are planned."""
+        planned = sum(each.size for target in self.dense for each in target.stored)
+        planned += sum(len(missing) * self.sources[name].size_of_one for name, missing in self._missing.items())
+        return self.files.bytes_read, planned
 
     # ---- reading, on a thread of its own ----
 
@@ -413,7 +401,7 @@ def _warn_of_unused(unused: tuple[str, ...], model: Any) -> None:
         warnings.warn(
             f"the checkpoint has {left[0]}{more}, for which the model that its config.json describes has no place: "
             "they are not read",
-            stacklevel=6,  # of load()'s caller
+            stacklevel=8,  # of load()'s caller
         )
 
 

@@ -17,12 +17,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from megamoe.model.loading.files import CONFIG, config_file
 from megamoe.model.private import dtype_plan, model_class
 from megamoe.model.structure import Structure, read_structure
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 QUANT_METHODS = ("fp8", "mxfp4")  # of transformers' configs
-CONFIG, MANIFEST = "config.json", "megamoe_manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,7 @@ class Skeleton:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json as it is. ValueError where there is none, or it cannot be read."""
-    file = path / CONFIG
-    if not file.is_file():
-        if (path / MANIFEST).is_file():
-            raise ValueError(f"{path} holds no {CONFIG}: megamoe convert was cut off; run it again to go on")
-        if not path.exists():
-            raise ValueError(f"{path} holds no {CONFIG}: there is no such folder, and no checkpoint is downloaded")
-        raise ValueError(f"{path} holds no {CONFIG}, so it is no checkpoint")
+    file = config_file(path)
     try:
         config = json.loads(file.read_bytes())
     except ValueError as broken:

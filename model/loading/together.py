@@ -11,6 +11,7 @@ import torch
 
 from megamoe.model.loading.report import Progress
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.health.waiter import Waiter
 from megamoe.parallel.transport.pairs import Label
 
 _PAGE = np.dtype([("state", "<i8"), ("read", "<i8"), ("total", "<i8"), ("terms", "S64"), ("complaint", "S1024")])
@@ -72,24 +73,13 @@ def run_together(
     long another takes. ValueError of any rank is raised on all; then and on an interruption stop is set, which work
     must look at. PeerError where a rank is lost.
     """
-    stop, ended = threading.Event(), threading.Event()
-    raised: list[BaseException] = []
-
-    def attempt() -> None:
-        try:
-            work(stop)
-        except BaseException as failure:  # noqa: BLE001 raised in the caller's thread
-            raised.append(failure)
-        finally:
-            ended.set()
-
-    thread = threading.Thread(target=attempt, name="megamoe loading", daemon=True)
-    thread.start()
+    stop = threading.Event()
+    reading = Waiter("megamoe loading").begin(lambda: work(stop))
     try:
         while True:
-            ended.wait(_TURN_S)
-            state = _WORKING if not ended.is_set() else _FAILED if raised else _DONE
-            complaint = raised[0] if state == _FAILED else None
+            ended = reading.within(_TURN_S)
+            state = _WORKING if not ended else _FAILED if reading.error else _DONE
+            complaint = reading.error if ended else None
             pages = _exchange(group, what, state, *progress(), "", complaint)
             show(Progress(tuple(pages["read"].tolist()), tuple(pages["total"].tolist())))
             _refuse(group, pages, complaint)
@@ -97,7 +87,7 @@ def run_together(
                 return
     finally:
         stop.set()
-        thread.join()
+        reading.within()
 
 
 def _exchange(

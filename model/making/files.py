@@ -15,9 +15,8 @@ from uuid import uuid4
 from torch import Tensor
 from transformers.utils import logging
 
-from megamoe.model.loading.files import draft_of, naming, settle, write_tensors
+from megamoe.model.loading.files import INDEX, draft_of, naming, settle, write_tensors
 
-INDEX = "model.safetensors.index.json"
 _WAIT_S = 600.0  # for another process that makes the same
 
 

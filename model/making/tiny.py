@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -20,17 +21,23 @@ from transformers import (
     GptOssConfig,
     MixtralConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
 )
 
 from megamoe.ambient import undisturbed
 from megamoe.formats import quantize_e4m3_blocks, quantize_mxfp4
-from megamoe.model.deepseek_v4.names import FP4_EXPERTS, native_name
+from megamoe.model.deepseek_v4.config import FP4_EXPERTS, native_name
 from megamoe.model.loading.files import write_tensors
 from megamoe.model.making.files import new_folder, no_bars
-from megamoe.model.making.tokenizer import VOCABULARY, byte_tokenizer, write_tokenizer
 from megamoe.paths import AnyPath, lasting_path_of
 
+BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+VOCABULARY = 256 + 3  # a token for each byte, and these
+_CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 _KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 _STD = 0.1  # of random weights: texts differ, and no activation leaves its range
 
@@ -230,3 +237,21 @@ def _store(folder: Path, native: Callable[[str, Tensor], Stored], entries: dict[
     write_tensors(tensors, file)
     written = {**json.loads(config.read_text(encoding="utf-8")), **entries}
     config.write_text(json.dumps(written, indent=1), encoding="utf-8")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that needs no training: any text in VOCABULARY tokens, and back; with a plain chat template."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # a printable letter for each byte
+    tokenizer = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(each, special=True) for each in (BEGIN, END, PAD)])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD)
+    made.chat_template = _CHAT
+    assert len(made) == VOCABULARY, len(made)
+    return made
+
+
+def write_tokenizer(path: Path) -> None:
+    """Into the folder of a checkpoint."""
+    byte_tokenizer().save_pretrained(path)

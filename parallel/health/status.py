@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 OUTSIDE, WORKING, WAITING, RAISED, LEFT = "outside", "working", "waiting", "raised", "left"
 _LAST = (RAISED, LEFT)
@@ -50,12 +49,9 @@ class RankStatus:
     between: bool = False
     looked_s: float = 0.0
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def of(cls, record: object, size: int) -> RankStatus | None:
-        """What as_dict() made, as it came over a connection: None for what is no position in a group of that size.
+        """What asdict() made, as it came over a connection: None for what is no position in a group of that size.
 
         A field that is missing or unknown is another version's, and no reason to doubt the rest.
         """

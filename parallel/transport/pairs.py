@@ -24,7 +24,7 @@ from torch import Tensor
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.health.heartbeat import HeartbeatMonitor
 from megamoe.parallel.health.status import OwnStatus
-from megamoe.parallel.transport.waiter import BrokenOffError, Waiter
+from megamoe.parallel.health.waiter import BrokenOffError, Waiter
 
 WHOLE_BYTES = 32 * 1024  # of the largest message that goes as one
 _LEAST_S = 0.001  # of a wait for what should be there: gloo has none of no time
@@ -296,7 +296,7 @@ class PairTransport:
         self.group, self.clock = group, clock
         self.aborted = False
         self.leaving: dict[PairTransfer, None] = {}  # that have sent what no buffer of a socket may hold, in order
-        self._waiter = Waiter()
+        self._waiter = Waiter("megamoe waiter")
         rank, size = group.rank(), group.size()
         # from the nearest neighbour on, so that no one is everybody's first
         self.receivers = [(rank + distance) % size for distance in range(1, size)]

@@ -9,7 +9,8 @@ from functools import partial
 from torch import Tensor
 
 from megamoe.parallel.errors import PeerError
-from megamoe.parallel.recorder import Arrival, CallNotes, Flight, now_ns
+from megamoe.parallel.health.waiter import Wait
+from megamoe.parallel.recorder import CallNotes, Flight, now_ns
 from megamoe.parallel.transport.host import HostTransfer, HostTransport
 from megamoe.parallel.transport.pairs import Label, PairTransfer, PairTransport, Transfer, Transport
 
@@ -52,7 +53,7 @@ class _WatchedTransfer:
     ) -> None:
         self._transport, self._label, self._transfer = transport, label, transfer
         self._notes, self._flight = notes, flight
-        self._arrival: Arrival | None = None
+        self._arrival: Wait | None = None
 
     def watch(self) -> None:
         transfer = self._transfer
@@ -74,7 +75,7 @@ class _WatchedTransfer:
             with self._notes.waiting(self._label.phase, self._label.wave):
                 self._take(arrival)
 
-    def _take(self, arrival: Arrival) -> None:
+    def _take(self, arrival: Wait) -> None:
         """Where the rows do not come in time the watcher's wait is broken off, which has it say whom it waited for."""
         begun, transport = time.monotonic(), self._transport
         late = isinstance(transport, PairTransport | HostTransport) and not arrival.within(transport.clock.left_s())

@@ -8,7 +8,7 @@ own stream: a wait that queued nothing would read rows that have not come.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -25,7 +25,6 @@ from benchmarks.gpu_kernels.stages.ranks import (
     DEADLINE_S,
     WAVES,
     Room,
-    ThreadTransfer,
     ThreadTransport,
     check_ranks,
     stream_of_its_own,
@@ -35,7 +34,7 @@ from benchmarks.gpu_kernels.stages.verify import run_all
 from megamoe import EPGroup, MegaMoE
 from megamoe.parallel.group import BACKENDS
 from megamoe.parallel.transport.all_to_all import AllToAllTransport
-from megamoe.parallel.transport.pairs import Label, Transfer
+from megamoe.parallel.transport.pairs import Label
 
 _CALLS = 3  # queued one after the other, in buffers that each uses again
 
@@ -103,25 +102,11 @@ class LoopTransport(ThreadTransport):
         super().__init__(room, rank)
         self.lone, self.lock = lone, lock
 
-    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
-        return LoopTransfer(self, receive, list(counts), label)
-
-
-class LoopTransfer(ThreadTransfer):
-    """One exchange: a piece is sent into a place of its own, from where whoever waits for it takes it."""
-
-    def __init__(self, transport: LoopTransport, receive: Tensor, counts: list[int], label: Label) -> None:
-        super().__init__(transport, receive, counts, label)
-        self._loop = transport
-
-    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
-        del starts
-        loop = self._loop
-        for peer, piece in enumerate(torch.split(rows, list(counts))):
-            if len(piece):
-                place = torch.empty_like(piece)
-                transfer = loop.lone.expect(place, [len(piece)], self._label)
-                with loop.lock:  # a communicator takes one collective at a time
-                    transfer.send(piece, [len(piece)])
-                loop.room.kept.append((piece, place))
-                loop.room.box(self._label, loop.rank, peer).put((place, transfer.wait))
+    def put(self, peer: int, label: Label, piece: Tensor) -> None:
+        """Sends the piece into a place of its own, from where whoever waits for it takes it."""
+        place = torch.empty_like(piece)
+        transfer = self.lone.expect(place, [len(piece)], label)
+        with self.lock:  # a communicator takes one collective at a time
+            transfer.send(piece, [len(piece)])
+        self.room.kept.append((piece, place))
+        self.room.box(label, self.rank, peer).put((place, transfer.wait))

@@ -24,7 +24,7 @@ from benchmarks.gpu_kernels.findings import Check, Finding
 from benchmarks.gpu_kernels.measure.layer import CHECKED, DISPATCH_FORMATS, layer
 from benchmarks.gpu_kernels.plan import Task
 from benchmarks.gpu_kernels.process import end_with, first_line
-from benchmarks.gpu_kernels.stages.ranks import DEADLINE_S, TOKENS, WAVES, split_inputs
+from benchmarks.gpu_kernels.stages.ranks import DEADLINE_S, TOKENS, WAVES, Boxes, split_inputs
 from benchmarks.gpu_kernels.stages.task import device_of
 from megamoe import EPGroup
 from megamoe.parallel.transport.pairs import Label
@@ -45,35 +45,40 @@ class Room:
         return cls([[context.Queue() for _ in range(SIZE)] for _ in range(SIZE)], context.Barrier(SIZE))
 
 
-class ProcessTransport:
-    """Moves rows between the processes of a room: a Transport."""
-
-    early = False
+class ProcessTransport(Boxes):
+    """Moves rows between the processes of a room: pieces lie in memory that the peer opens, and copies from."""
 
     def __init__(self, room: Room, rank: int, name: str) -> None:
         self.rank, self._room, self._name = rank, room, name
         self._come: dict[tuple[int, Key], list[Any]] = defaultdict(list)
         self._gathered = 0
 
-    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> ProcessTransfer:
-        return ProcessTransfer(self, receive, list(counts), (label.phase, label.wave, self._name))
-
     def gather(self, page: Tensor, label: Label) -> Tensor:
         self._gathered += 1
         key = (label.phase, self._gathered, self._name)
         for peer in range(SIZE):
-            self.put(peer, key, page.numpy().tobytes())
-        pages = [torch.frombuffer(bytearray(self.take(peer, key)), dtype=page.dtype) for peer in range(SIZE)]
+            self.tell(peer, key, page.numpy().tobytes())
+        pages = [torch.frombuffer(bytearray(self.hear(peer, key)), dtype=page.dtype) for peer in range(SIZE)]
         return torch.stack(pages).view(SIZE, *page.shape)
 
     def abort(self) -> None:
         self._room.rendezvous.abort()
 
-    def put(self, peer: int, key: Key, what: object) -> None:
+    def put(self, peer: int, label: Label, piece: Tensor) -> None:
+        own = piece.clone()  # not in memory that a call uses again
+        _wait_for(own.device)  # a queue's own thread knows no streams
+        self.tell(peer, (label.phase, label.wave, self._name), own)
+
+    def take(self, peer: int, label: Label, place: Tensor) -> None:
+        piece = self.hear(peer, (label.phase, label.wave, self._name))
+        place.copy_(piece)
+        _wait_for(place.device)  # the piece is the sender's memory, which it may have back now
+
+    def tell(self, peer: int, key: Key, what: object) -> None:
         self._room.queues[self.rank][peer].put((key, what))
 
-    def take(self, peer: int, key: Key) -> Any:
-        """What a peer put under a key. TimeoutError where that does not come."""
+    def hear(self, peer: int, key: Key) -> Any:
+        """What a peer told under a key. TimeoutError where that does not come."""
         until = time.monotonic() + DEADLINE_S
         while not self._come[peer, key]:
             try:
@@ -82,32 +87,6 @@ class ProcessTransport:
                 raise TimeoutError(f"rank {peer} sent no {key} within {DEADLINE_S:g} s") from None
             self._come[peer, other].append(what)
         return self._come[peer, key].pop(0)
-
-
-class ProcessTransfer:
-    """One exchange: pieces are put in memory that the peer opens, and copied from there when they are waited for."""
-
-    def __init__(self, transport: ProcessTransport, receive: Tensor, counts: list[int], key: Key) -> None:
-        self._transport, self._receive, self._counts, self._key = transport, receive, counts, key
-
-    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
-        del starts
-        pieces = [piece.clone() for piece in torch.split(rows, list(counts))]  # not in memory that a call uses again
-        _wait_for(rows.device)  # a queue's own thread knows no streams
-        for peer, piece in enumerate(pieces):
-            if len(piece):
-                self._transport.put(peer, self._key, piece)
-
-    def wait(self) -> None:
-        for peer, place in enumerate(torch.split(self._receive, self._counts)):
-            if len(place):
-                piece = self._transport.take(peer, self._key)
-                place.copy_(piece)
-                _wait_for(place.device)  # the piece is the sender's memory, which it may have back now
-                del piece
-
-    def finish(self) -> None:
-        """A piece belongs to no call."""
 
 
 def _wait_for(device: torch.device) -> None:

@@ -52,16 +52,61 @@ class Room:
             return self._boxes.setdefault((label, sender, receiver), queue.Queue())
 
 
-class ThreadTransport:
-    """Moves rows between the ranks of a room: a Transport."""
+class Boxes:
+    """A Transport whose pieces lie where whoever they are for takes them from."""
 
     early = False
+
+    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
+        return BoxTransfer(self, receive, list(counts), label)
+
+    def put(self, peer: int, label: Label, piece: Tensor) -> None:
+        raise NotImplementedError
+
+    def take(self, peer: int, label: Label, place: Tensor) -> None:
+        """Copies what a peer put there, once it has."""
+        raise NotImplementedError
+
+
+class BoxTransfer:
+    """One exchange: pieces are put when they are sent, and copied when they are waited for."""
+
+    def __init__(self, boxes: Boxes, receive: Tensor, counts: list[int], label: Label) -> None:
+        self._boxes, self._receive, self._counts, self._label = boxes, receive, counts, label
+
+    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
+        del starts
+        for peer, piece in enumerate(torch.split(rows, list(counts))):
+            if len(piece):
+                self._boxes.put(peer, self._label, piece)
+
+    def wait(self) -> None:
+        for peer, place in enumerate(torch.split(self._receive, self._counts)):
+            if len(place):
+                self._boxes.take(peer, self._label, place)
+
+    def finish(self) -> None:
+        """Whoever runs the ranks waits for the device before anything is used again."""
+
+
+class ThreadTransport(Boxes):
+    """Moves rows between the ranks of a room."""
 
     def __init__(self, room: Room, rank: int) -> None:
         self.room, self.rank = room, rank
 
-    def expect(self, receive: Tensor, counts: Sequence[int], label: Label) -> Transfer:
-        return ThreadTransfer(self, receive, list(counts), label)
+    def put(self, peer: int, label: Label, piece: Tensor) -> None:
+        wait: Callable[[], object] = _nothing
+        if piece.is_cuda:
+            queued = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            queued.record()
+            wait = queued.wait
+        self.room.box(label, self.rank, peer).put((piece, wait))
+
+    def take(self, peer: int, label: Label, place: Tensor) -> None:
+        piece, wait = self.room.box(label, peer, self.rank).get(timeout=DEADLINE_S)
+        wait()
+        place.copy_(piece)
 
     def gather(self, page: Tensor, label: Label) -> Tensor:
         del label
@@ -73,36 +118,6 @@ class ThreadTransport:
 
     def abort(self) -> None:
         self.room.leave()
-
-
-class ThreadTransfer:
-    """One exchange: pieces are left in boxes when they are sent, and copied when they are waited for."""
-
-    def __init__(self, transport: ThreadTransport, receive: Tensor, counts: list[int], label: Label) -> None:
-        self._transport, self._receive, self._counts, self._label = transport, receive, counts, label
-
-    def send(self, rows: Tensor, counts: Sequence[int], starts: Sequence[int] = ()) -> None:
-        del starts
-        wait: Callable[[], object] = _nothing
-        if rows.is_cuda:
-            queued = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            queued.record()
-            wait = queued.wait
-        mine, room = self._transport.rank, self._transport.room
-        for peer, piece in enumerate(torch.split(rows, list(counts))):
-            if len(piece):
-                room.box(self._label, mine, peer).put((piece, wait))
-
-    def wait(self) -> None:
-        mine, room = self._transport.rank, self._transport.room
-        for peer, place in enumerate(torch.split(self._receive, self._counts)):
-            if len(place):
-                piece, wait = room.box(self._label, peer, mine).get(timeout=DEADLINE_S)
-                wait()
-                place.copy_(piece)
-
-    def finish(self) -> None:
-        """Whoever runs the ranks waits for the device before anything is used again."""
 
 
 def _nothing() -> None:

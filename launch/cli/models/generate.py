@@ -4,84 +4,85 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megamoe.catalog.wording import plural
 from megamoe.launch.cli.demo import Launcher
-from megamoe.launch.output import Output, emit, note, say
-from megamoe.launch.terminal import Format, compile_kernels, exit_codes, parse_waves, progress
+from megamoe.launch.cli.flags import flag, takes
+from megamoe.launch.cli.launch import say_event
+from megamoe.launch.output import Output, emit, say
+from megamoe.launch.terminal import Bar, Format, compile_kernels, exit_codes, parse_waves
 
 if TYPE_CHECKING:
-    from megamoe.launch.cluster.cluster import Event
     from megamoe.launch.generation.generate import GenerateReport
     from megamoe.launch.generation.prompts import Given
 
 
+FLAGS = {  # by the names of GenerateRequest
+    "ranks": flag(int, "Processes that share the experts, and the prompts.", 2),
+    "max_new_tokens": flag(int, "Tokens of a text at most.", 128),
+    "raw": flag(bool, "Leave out the model's chat template.", False, "--raw"),
+    "experts": flag(str, "checkpoint, mxfp4 or bf16: how experts are held.", "checkpoint"),
+    "check": flag(bool, "Generate again on one rank, and compare the tokens.", False, "--check"),
+    "deadline_s": flag(float, "Seconds that a rank may be kept waiting in one call.", 60.0),
+    "run": flag(str | None, "Name of the run, for megamoe doctor --run."),
+}
+
+
+@takes(FLAGS)
 def generate(
     model: Annotated[
         Path, typer.Option(help="Checkpoint: config.json, safetensors and a tokenizer, as transformers has them.")
     ],
+    given: dict[str, Any],
     text: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='Prompts as lines of JSON: {"id": "a", "text": "..."}, or "messages".')
     ] = None,
-    ranks: Annotated[int, typer.Option(help="Processes that share the experts, and the prompts.")] = 2,
     launcher: Annotated[Launcher, typer.Option(help="What starts the ranks.")] = Launcher.spawn,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a text at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above it tokens are drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draws from the most likely tokens that make up this much.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draws from so many most likely tokens; 0 from all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the draws; they do not depend on the ranks.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Leave out the model's chat template.")] = False,
-    experts: Annotated[str, typer.Option(help="checkpoint, mxfp4 or bf16: how experts are held.")] = "checkpoint",
     waves: Annotated[str, typer.Option(help='A number, relative sizes such as 1,2,1, or "auto".')] = "auto",
-    check: Annotated[bool, typer.Option("--check", help="Generate again on one rank, and compare the tokens.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or npu; what there is by default.")] = None,
-    deadline_s: Annotated[float, typer.Option(help="Seconds that a rank may be kept waiting in one call.")] = 60.0,
     restarts: Annotated[int, typer.Option(help="How often the group comes back after a rank is lost.")] = 0,
-    run: Annotated[str | None, typer.Option(help="Name of the run, for megamoe doctor --run.")] = None,
     output: Output = Format.table,
 ) -> None:
     """Generate texts, prompts spread over ranks; no text depends on the others or on the number of ranks."""
     with exit_codes():
         if temperature == 0 and (top_p != 1 or top_k != 0):
             raise ValueError("--top-p and --top-k are of draws, and --temperature 0 draws nothing: give one above 0")
-        given = _given(text, prompts)
+        asked = _given(text, prompts)
         from megamoe.launch.cluster.recovery import RestartPolicy  # brings torch, which --help does not need
         from megamoe.launch.devices import present_device
         from megamoe.launch.generation.generate import GenerateRequest, run_generate
         from megamoe.model.generation.sampling import Sampling
 
+        parsed: Any = parse_waves(waves)
         request = GenerateRequest(
-            model=model,
-            prompts=tuple(given),
-            ranks=ranks,
+            model,
+            tuple(asked),
             launcher=launcher.value,
-            max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_p, top_k, seed),
-            experts=experts,
-            waves=parse_waves(waves),
-            raw=raw,
-            check=check,
+            waves=parsed,
             device=device or present_device(),
-            deadline_s=deadline_s,
-            run=run,
             policy=RestartPolicy(restarts),
+            **given,
         )
-        with progress() as bar:
-            task = bar.add_task("starting", total=None)
-            compile_kernels(bar)
-            writer = _Writer(given) if output is Format.table else None
+        with Bar() as bar:
+            compile_kernels()
+            writer = _Writer(asked) if output is Format.table else None
 
             def on_text(prompt: str, more: str, done: bool) -> None:
                 bar.stop()  # from here on the text shows how far it is
                 if writer is not None:
                     writer.write(prompt, more, done)
 
-            report = run_generate(request, on_text, _say, lambda what: bar.update(task, description=what))
-        emit(output, report.as_dict(), lambda: _print_figures(report))
+            report = run_generate(request, on_text, say_event, bar.follow)
+        emit(output, report, lambda: _print_figures(report))
         if report.identical is False:
             raise typer.Exit(1)
 
@@ -125,7 +126,3 @@ def _print_figures(report: GenerateReport) -> None:
     if report.identical is not None:
         verdict = "identical" if report.identical else "different"
         say(f"one rank: {report.one_rank_tokens_per_s:.1f} tokens/s, every token: {verdict}")
-
-
-def _say(event: Event) -> None:
-    note(f"{event.at_s:7.1f} s  {event.kind}: {event.what}")

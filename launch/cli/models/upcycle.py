@@ -9,7 +9,7 @@ import typer
 
 from megamoe.catalog.wording import plural
 from megamoe.launch.output import Output, emit, say
-from megamoe.launch.terminal import Format, exit_codes, progress
+from megamoe.launch.terminal import Bar, Format, exit_codes
 
 if TYPE_CHECKING:
     from megamoe.model.making.upcycle import UpcycleReport
@@ -28,8 +28,7 @@ def upcycle(
 ) -> None:
     """Make a mixture of experts of a dense model: the experts are copies of its MLPs, so it says what that one says."""
     with exit_codes():
-        with progress() as bar:
-            task = bar.add_task("reading the dense model", total=None)
+        with Bar("reading the dense model") as bar:
             from megamoe.model.making.upcycle import upcycle as make  # brings transformers, which --help does not need
 
             report = make(
@@ -39,9 +38,9 @@ def upcycle(
                 num_experts=num_experts,
                 topk=topk,
                 seed=seed,
-                progress=lambda what, done, of: bar.update(task, description=what, completed=done, total=of),
+                progress=bar.follow,
             )
-        emit(output, report.as_dict(), lambda: _print(report))
+        emit(output, report, lambda: _print(report))
 
 
 def _print(report: UpcycleReport) -> None:

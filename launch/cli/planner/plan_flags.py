@@ -1,17 +1,15 @@
 """The flags that the planner's commands share: each is a key of a plan file, and --config reads such a file.
 
 @asks
-def verb(question: Question, ...) -> None     takes --model, --hardware, ... and its own flags after them
+def verb(given: dict[str, Any], ...) -> None     takes --model, --hardware, ... beside its own flags
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from megamoe.launch.cli.flags import Flag, flag, takes
 
 if TYPE_CHECKING:
     from megamoe.planner.question import Question
@@ -20,11 +18,11 @@ _LAYER, _WORKLOAD, _TARGETS = "The layer", "A workload", "Targets"
 _TRAINING = "Training"
 
 
-def _flag(kind: Any, help_text: str, panel: str, *names: str) -> Any:
-    return Annotated[kind, typer.Option(*names, help=help_text, rich_help_panel=panel, show_default=False)]
+def _flag(kind: Any, help_text: str, panel: str, *names: str) -> Flag:
+    return flag(kind, help_text, None, *names, rich_help_panel=panel, show_default=False)
 
 
-FLAGS: dict[str, Any] = {
+FLAGS: dict[str, Flag] = {
     "model": _flag(str | None, "A name of the catalog, a .yaml file, or a config.json or the folder it is in.", _LAYER),
     "hardware": _flag(str | None, "A name of the catalog or a .yaml file.", _LAYER),
     "ep": _flag(int | None, "Ranks that share the experts; the best by default.", _LAYER),
@@ -92,42 +90,14 @@ FLAGS: dict[str, Any] = {
 }
 
 
-def asks(verb: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command all of the shared flags."""
-    return takes(*FLAGS)(verb)
-
-
-def takes(*flags: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command these flags; what was given reaches it as `given`, a dict without what was not.
-
-    A command that has a parameter of its own by the name of a flag keeps its own.
-    """
-
-    def with_flags(verb: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(verb, eval_str=True)
-        own = {name: each for name, each in signature.parameters.items() if name != "given"}
-        shared = [name for name in flags if name not in own]
-        named = inspect.Parameter.KEYWORD_ONLY
-        parameters = [each.replace(kind=named) for each in own.values()]
-        parameters += [inspect.Parameter(name, named, default=None, annotation=FLAGS[name]) for name in shared]
-
-        def command(**values: Any) -> None:
-            given = {name: values.pop(name) for name in shared}
-            verb(given={name: value for name, value in given.items() if value not in (None, [])}, **values)
-
-        command.__doc__, command.__name__ = verb.__doc__, verb.__name__
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return command
-
-    return with_flags
+asks = takes(FLAGS)
 
 
 def keys_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The keys of --config with those of the command line over them. ValueError names file and line."""
-    flags = {name: value for name, value in given.items() if name != "config"}
+    """The keys of --config with those that were given over them. ValueError names file and line."""
+    flags = {name: value for name, value in given.items() if name != "config" and value not in (None, [])}
     flags["set"] = tuple(flags.pop("settings", ()))
-    if "config" not in given:
+    if given.get("config") is None:
         return flags
     from megamoe.launch.cli.planner.plan_file import read_plan
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megamoe.catalog.wording import plural
-from megamoe.launch.cli.planner.plan_flags import keys_of, takes
+from megamoe.launch.cli.flags import takes
+from megamoe.launch.cli.planner.plan_flags import FLAGS, keys_of
 from megamoe.launch.output import Output, check_folder, emit, note, say, short, show
 from megamoe.launch.terminal import Format, exit_codes
 
@@ -24,7 +25,7 @@ _FLAGS = (
 )
 
 
-@takes(*_FLAGS)
+@takes({name: FLAGS[name] for name in _FLAGS})
 def recommend(
     given: dict[str, Any],
     requests_per_s: Annotated[float, typer.Option(help="Requests that come in a second.")],

@@ -14,14 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from megamoe.launch.devices import device_type
 from megamoe.launch.forking.surroundings import unsearched_folder
 from megamoe.launch.process import uninterrupted
-from megamoe.launch.requests import check_count, check_seconds, check_system
-from megamoe.parallel.health.runs import check_name
+from megamoe.launch.requests import check_pool, check_system
 
 if TYPE_CHECKING:
     from megamoe.launch.cluster.ray.handle import RayHandle
@@ -75,12 +73,7 @@ class RayPool:
         run: str | None = None,
         log_dir: Path | None = None,
     ) -> None:
-        check_count("num_workers", num_workers)
-        check_seconds("deadline_s", deadline_s)
-        if threads is not None:
-            check_count("threads", threads)
-        if run is not None:
-            check_name(run)
+        check_pool("num_workers", num_workers, deadline_s, threads, run)
         self._resource = device_type(device).ray_resource
         check_system()
         _require_ray()
@@ -98,9 +91,7 @@ class RayPool:
         self.place()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def place(self) -> Placement:
