@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -149,6 +150,40 @@ class _Turn:
                 self._turns._mark(self._device)
         finally:
             self._turns._leave(self._ticket)
+
+
+class Taker(Protocol):
+    """What takes turns: a layer, or its weights. group is its EPGroup, which can become another."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def group(self) -> Any: ...
+
+
+class TurnOf:
+    """The turn of the group that a taker is in once it has it, for a block."""
+
+    def __init__(self, taker: Taker) -> None:
+        self._taker = taker
+
+    def __enter__(self) -> None:
+        while True:
+            group = self._taker.group
+            turn = group.turn(self._taker.name, self._taker.device)
+            try:
+                turn.__enter__()
+                if group is self._taker.group:
+                    self._turn: AbstractContextManager[None] = turn
+                    return
+            except BaseException:  # Ctrl-C, which may come when the turn has been taken
+                turn.__exit__(None, None, None)
+                raise
+            turn.__exit__(None, None, None)
+
+    def __exit__(self, *raised: Any) -> None:
+        self._turn.__exit__(*raised)
 
 
 def queue_of(device: torch.device) -> Queue | None:
