@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pickle import PicklingError
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from megamoe.catalog.wording import plural
 from megamoe.execution.journeys import CallRecord
 from megamoe.launch.cluster.job import share
-from megamoe.launch.cluster.membership import Membership
+from megamoe.launch.cluster.membership import Membership, RankHealth
 from megamoe.launch.cluster.ray.pool import RayPool
 from megamoe.launch.cluster.recovery import Failure, RestartPolicy, collect, judge
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
@@ -37,6 +38,7 @@ from megamoe.routing.waves import Waves, check_waves
 if TYPE_CHECKING:
     from megamoe.launch.cluster.generation import Advance, GenerationJob
 
+P = ParamSpec("P")
 T = TypeVar("T")
 LAUNCHERS = ("ray", "spawn")
 _ANSWER_S = 15.0  # beyond the deadline: for a rank to say what it knows, for a process to be taken down
@@ -57,18 +59,6 @@ class Event:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class RankHealth:
-    """One rank: where its process is, whether it is there, and where it says that it is."""
-
-    rank: int
-    worker: int
-    host: str
-    pid: int
-    alive: bool
-    position: str
-
-
 @dataclass(slots=True)
 class Starting:
     """Seconds that starting took: the launcher's own part (a Ray cluster and room in it), processes, group, weights."""
@@ -82,8 +72,19 @@ class Starting:
         return asdict(self)
 
 
+def _in_turn(method: Callable[Concatenate[MegaMoECluster, P], T]) -> Callable[Concatenate[MegaMoECluster, P], T]:
+    """A method of a cluster that other threads' wait for: all ranks are asked the same in the same order."""
+
+    @wraps(method)
+    def inner(self: MegaMoECluster, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return inner
+
+
 class MegaMoECluster:
-    """ranks workers in one expert-parallel group; a context manager.
+    """ranks workers in one expert-parallel group; a context manager. Threads may share it: what they ask takes turns.
 
     launcher     "ray" or "spawn" (processes of this machine)
     address      of a running Ray cluster; None joins this machine's, or starts one
@@ -159,6 +160,7 @@ class MegaMoECluster:
             self._source, most, start_s=self._start_s, retry_s=self.policy.retry_s, tell=self._tell
         )
         self._rendezvous_place = ("", 0)  # address and port, of the latest generation
+        self._turn = threading.RLock()  # re-entrant, for on_event
         self._formed = False  # whether the members are a group that can be used
         self._generation = self._restarts = 0
         self._failures: list[Exception] = []  # since the last that was done
@@ -180,6 +182,7 @@ class MegaMoECluster:
     ) -> None:
         self.stop()
 
+    @_in_turn
     def start(self) -> None:
         """Starts the ranks and has them meet. RuntimeError, with the reason, where one cannot be had or does not."""
         self._begun = time.monotonic()
@@ -215,6 +218,7 @@ class MegaMoECluster:
 
     # ---- work ----
 
+    @_in_turn
     def load(
         self,
         checkpoint: AnyPath,
@@ -242,6 +246,7 @@ class MegaMoECluster:
         self.starting.load_s = time.monotonic() - begun
         return reports
 
+    @_in_turn
     def forward(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """A batch, spread over the ranks: token_ids [T] -> hidden [T, H] bfloat16.
 
@@ -264,6 +269,7 @@ class MegaMoECluster:
         self.last_calls = [record for _, record in done]
         return torch.cat([hidden for hidden, _ in done])
 
+    @_in_turn
     def hidden_states(self, prompts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
         """Prompts, spread over the ranks, each through the whole model alone -> hidden [T, H] of each.
 
@@ -286,6 +292,7 @@ class MegaMoECluster:
         self.last_calls = [record for _, record in done]
         return [hidden for found, _ in done for hidden in found]
 
+    @_in_turn
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         """work(group, *args) on every rank, results in order of rank. Runs again where the group had to come back.
 
@@ -294,6 +301,7 @@ class MegaMoECluster:
         check_work(work, args)
         return self._insist(lambda: self._all("run", [(work, *args)] * self.ranks))
 
+    @_in_turn
     def advance(self, job: GenerationJob, steps: int) -> list[Advance]:
         """The next steps of a generation on every rank, in order of rank; 0 steps only load the model.
 
@@ -303,13 +311,9 @@ class MegaMoECluster:
 
     def health(self, timeout_s: float = 2.0) -> list[RankHealth]:
         """Every rank between batches; one that does not answer in time says so."""
-        asked = [(handle, handle.call("position") if handle.alive else None) for handle in self.members]
-        wait([future for _, future in asked if future], timeout=timeout_s)
-        return [
-            RankHealth(rank, handle.number, handle.host, handle.pid, handle.alive, _position(future))
-            for rank, (handle, future) in enumerate(asked)
-        ]
+        return self._membership.health(timeout_s)
 
+    @_in_turn
     def resize(self, ranks: int) -> None:
         """Goes on with another number of ranks; experts are placed anew, and only those that move are read.
 
@@ -380,12 +384,17 @@ class MegaMoECluster:
         self, method: str, args: Sequence[tuple[Any, ...]], members: Sequence[WorkerHandle], within_s: float
     ) -> list[Any]:
         """Results in order of rank, or _GroupError with what is to be done."""
+        futures: list[Future[Any]] = []
         try:
-            futures = [handle.call(method, *arguments) for handle, arguments in zip(members, args, strict=True)]
+            for handle, arguments in zip(members, args, strict=True):
+                futures.append(handle.call(method, *arguments))
         except (PicklingError, AttributeError, TypeError) as refusal:
             raise ValueError(
                 f"what {method} is given cannot be sent to a process: {refusal}. {IMPORTABLE}"
             ) from refusal
+        except BaseException:  # Ctrl-C: some ranks were asked what others were not
+            self._formed = False
+            raise
         outcomes = collect(futures, method, within_s=within_s, patience_s=self._deadline_s + _ANSWER_S)
         failure = judge(outcomes, {rank: handle.alive for rank, handle in enumerate(members)})
         if failure is not None:
@@ -470,12 +479,3 @@ class _GroupError(Exception):
 def _unreached_error(numbers: list[int], address: str) -> _GroupError:
     said = f"workers {', '.join(map(str, numbers))} do not reach the others at {address}"
     return _GroupError(Failure((), RuntimeError(said), retry=True, summary=said), numbers)
-
-
-def _position(future: Future[Any] | None) -> str:
-    if future is None:
-        return "its process is gone"
-    if not future.done():
-        return "does not answer"
-    error = future.exception()
-    return str(future.result()) if error is None else str(error)
