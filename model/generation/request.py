@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from megamoe.catalog.wording import plural
-from megamoe.model.generation.sampling import Sampling
+from megamoe.model.generation.sampling import Sampling, check_integer
 
 STOP, LENGTH = "stop", "length"
 
@@ -36,11 +37,19 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_sequences", "max_step_tokens"):
+            check_integer(name, getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.prompts:
             raise ValueError("there are no prompts")
-        empty = [prompt.id for prompt in self.prompts if not prompt.token_ids]
+        if isinstance(self.stop_ids, str) or not isinstance(self.stop_ids, Iterable):
+            raise ValueError(f"stop_ids must be tokens, got {self.stop_ids!r}")
+        for token in self.stop_ids:
+            check_integer("a token of stop_ids", token)
+        for prompt in self.prompts:
+            for token in prompt.token_ids:
+                check_integer(f"a token of prompt {prompt.id}", token)
+        empty = [prompt.id for prompt in self.prompts if not len(prompt.token_ids)]
         if empty:
             raise ValueError(f"prompt {empty[0]} has no tokens")
         seen: set[str] = set()
