@@ -10,6 +10,7 @@ Streams. What a call queues on a device begins after what the group's previous c
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -42,18 +43,26 @@ class _Ticket:
     since: float = field(default_factory=time.monotonic)
 
 
+_living: weakref.WeakSet[Turns] = weakref.WeakSet()
+
+
 class Turns:
     """Who has a group's turn, who waits for it, and the layers that take turns.
 
-    A copy begins anew: nobody has its turn.
+    A copy begins anew: nobody has its turn. So does a process that is forked, which has none of the other threads.
     """
 
     def __init__(self) -> None:
+        self._ended: dict[torch.device, Event] = {}
+        self._layers: dict[str, list[weakref.ref[object]]] = {}
+        self.begin()
+        _living.add(self)
+
+    def begin(self) -> None:
+        """Nobody has the turn, and nobody waits for it."""
         self._changed = threading.Condition()
         self._waiting: deque[_Ticket] = deque()
         self._holder: _Ticket | None = None
-        self._ended: dict[torch.device, Event] = {}
-        self._layers: dict[str, list[weakref.ref[object]]] = {}
 
     def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
         return type(self), ()
@@ -128,6 +137,15 @@ class Turns:
                 living.append(weakref.ref(layer))
             self._layers[name] = living
             return next(number for number, ref in enumerate(living, 1) if ref() is layer)
+
+
+def _begin_in_child() -> None:
+    for turns in list(_living):
+        turns.begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 class _Turn:

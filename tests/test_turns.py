@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -141,6 +143,29 @@ def test_one_call_that_keeps_its_turn_is_named_within_the_deadline() -> None:
     thread.join(10)
     with taken.take("layer 'b'", CPU, 0.2):
         pass
+
+
+def test_a_process_that_is_forked_in_the_middle_of_another_threads_call_makes_calls_of_its_own() -> None:
+    layer, batch, entered, done = make_layer(SHAPE), make_batch(SHAPE, 5), threading.Event(), threading.Event()
+    out = call(layer, batch)
+
+    def keep() -> None:
+        with layer.group.turn("slow", CPU):
+            entered.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    assert entered.wait(10)
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(5)  # which ends it, where it waits for a thread that it does not have
+        os._exit(0 if torch.equal(call(layer, batch), out) else 1)
+    _, ended = os.waitpid(child, 0)
+    done.set()
+    thread.join(10)
+    assert ended == 0
 
 
 def test_weights_are_loaded_between_calls_and_not_during_one() -> None:

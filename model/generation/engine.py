@@ -9,7 +9,6 @@ nothing left takes part with no tokens until no rank has any.
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -38,7 +37,6 @@ from megamoe.parallel.turns import Turns
 
 _WHAT = "generation"
 _TURNS: WeakKeyDictionary[Any, Turns] = WeakKeyDictionary()  # of each model
-_MAKING = threading.Lock()
 
 
 @dataclass(slots=True, eq=False)
@@ -106,8 +104,7 @@ class Generation:
 
     def _own_turn(self) -> AbstractContextManager[None]:
         """The turn to use the model, whose modules a step changes for as long as it takes."""
-        with _MAKING:
-            turns = _TURNS.setdefault(self.model, Turns())
+        turns = _TURNS.setdefault(self.model, Turns())
         return turns.take(f"a generation of {type(self.model).__name__}", torch.device("cpu"), math.inf)
 
     def _step(self) -> list[Token]:
