@@ -100,3 +100,26 @@ def test_ctrl_c_between_two_ranks_leaves_none_with_a_request_of_its_own(
         cluster.forward(cases[0][0])
     assert right(cluster, cases[:3])
     assert (kinds(cluster, since), pids(cluster)) == (["formed"], before)
+
+
+def waits(group: EPGroup, seconds: float) -> int:
+    threading.Event().wait(seconds)
+    return group.rank
+
+
+def test_a_cluster_that_is_stopped_ends_what_threads_ask_and_says_so(
+    pair: tuple[WatchedPool, MegaMoECluster], cases: Cases
+) -> None:
+    handles, cluster = pair
+    asked, since = threading.Event(), len(cluster.events)
+    handles.before = lambda handle, method: asked.set() if (handle.number, method) == (1, "run") else None
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(cluster.run, waits, 60.0) for _ in range(3)]
+        assert asked.wait(20)
+        cluster.stop()
+        for each in asking:
+            with pytest.raises(RuntimeError, match="the cluster was stopped"):
+                each.result(20)
+    with pytest.raises(RuntimeError, match="the cluster was stopped"):
+        cluster.forward(cases[0][0])
+    assert kinds(cluster, since) == []

@@ -161,6 +161,7 @@ class MegaMoECluster:
         )
         self._rendezvous_place = ("", 0)  # address and port, of the latest generation
         self._turn = threading.RLock()  # re-entrant, for on_event
+        self._stopped = False
         self._formed = False  # whether the members are a group that can be used
         self._generation = self._restarts = 0
         self._failures: list[Exception] = []  # since the last that was done
@@ -202,7 +203,8 @@ class MegaMoECluster:
             raise
 
     def stop(self) -> None:
-        """Ends everything that was started."""
+        """Ends everything that was started, and what other threads are asking."""
+        self._stopped = True
         self._membership.close()
         sweep()  # ranks that are ended do not take themselves off the list of runs
 
@@ -405,17 +407,23 @@ class MegaMoECluster:
         """attempt() in a group, and again after every failure from which the group comes back."""
         while True:
             try:
+                self._refuse_stopped()
                 if not self._formed:
                     self._form()
                 result = attempt()
             except _GroupError as error:
                 self._formed = False
+                self._refuse_stopped(error.failure.error)
                 self._tell("failed", error.failure.summary)
                 failed = error
             else:
                 self._failures.clear()
                 return result
             self._recover(failed)
+
+    def _refuse_stopped(self, cause: Exception | None = None) -> None:
+        if self._stopped:
+            raise RuntimeError("the cluster was stopped, and starts nothing any more: make another one") from cause
 
     def _recover(self, failed: _GroupError) -> None:
         """Replaces the workers that failed, after a while; raises what there is to raise where that is over.
@@ -432,6 +440,7 @@ class MegaMoECluster:
             raise first from (error if error is not first else None)
         self._restarts += 1
         threading.Event().wait(self.policy.wait_s(len(self._failures)))
+        self._refuse_stopped(error)
         # elastic, the others need not wait for one that takes long: it is taken back when it is there
         within_s = self._deadline_s if self.policy.elastic else self._start_s + _ANSWER_S
         refusals = self._membership.open(failed.numbers, within_s)
