@@ -28,9 +28,10 @@ from megamoe.model.generation.forward import (
 )
 from megamoe.model.generation.meeting import Meeting
 from megamoe.model.generation.places import find_places
-from megamoe.model.generation.request import LENGTH, STOP, GenerationRequest, Token, check_fits
+from megamoe.model.generation.request import LENGTH, STOP, GenerationRequest, Token, check_fits, digest
 from megamoe.model.generation.sampling import choose
 from megamoe.model.generation.sequences import SequenceCache
+from megamoe.parallel.errors import CallRefusedError, listed
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
 from megamoe.parallel.turns import Turns
@@ -82,7 +83,7 @@ class Generation:
         mine = range(self.group.rank, len(request.prompts), self.group.size)
         self._queue, self._active = deque(mine), list[_Sequence]()
         self.steps, self.done = 0, False
-        self._interruption = ""
+        self._interruption, self._digest = "", digest(request) if self.group.size > 1 else 0
 
     def step(self) -> list[Token]:
         """The next token of each text that this rank works on. Empty, and done is set, once no rank has any left.
@@ -133,13 +134,23 @@ class Generation:
             self._active.append(_Sequence(self._queue.popleft(), prompt.id, list(prompt.token_ids), cache))
 
     def _any_active(self) -> bool:
-        """Whether some rank has a sequence: all ranks learn the same."""
+        """Whether some rank has a sequence: all ranks learn the same.
+
+        CallRefusedError, on every rank, where one steps another generation: prompts of either would be left out.
+        """
         if self.group.transport is None:
             return bool(self._active)
-        page = torch.tensor([len(self._active)], dtype=torch.int64).view(torch.uint8)
+        page = torch.tensor([len(self._active), self.steps, self._digest], dtype=torch.int64).view(torch.uint8)
         with self.group.turn(_WHAT, self.model.device), self.group.unbroken(_WHAT, self.steps + 1):
-            pages = self.group.transport.gather(page, Label(_WHAT, "counts"))
-        return bool(pages.view(torch.int64).sum())
+            pages = self.group.transport.gather(page, Label(_WHAT, "counts")).view(torch.int64).view(-1, 3)
+            others = [rank for rank, each in enumerate(pages) if not torch.equal(each[1:], pages[0, 1:])]
+            if others:
+                who = f"{self.group.named(0)} and {listed(others, self.group.named)}"
+                raise CallRefusedError(
+                    f"{who} step different generations: every rank must make the same requests, each of all ranks' "
+                    "prompts, and step them in the same order"
+                )
+        return bool(pages[:, 0].sum())
 
     def _together(self) -> Tensor:
         """One forward for all -> the logits of each sequence's last token, [sequences, V] float32"""
