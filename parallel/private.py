@@ -48,8 +48,9 @@ def arrived(tensor: torch.Tensor) -> torch.Tensor:
     """What a collective of torch.distributed.tensor or of functional collectives gave, once it is there: such a result
     is waited for when torch first computes with it, and in public nothing else waits."""
     functional = sys.modules.get("torch.distributed._functional_collectives")
-    pending = functional is not None and isinstance(tensor, functional.AsyncCollectiveTensor)
-    found: torch.Tensor = tensor.wait() if pending else tensor  # type: ignore[operator]
+    if functional is None or not isinstance(tensor, functional.AsyncCollectiveTensor):
+        return tensor
+    found: torch.Tensor = tensor.wait()
     return found
 
 

@@ -409,6 +409,7 @@ def test_sampling_that_cannot_be_is_refused(arguments: dict[str, Any], said: str
 
 
 def test_requests_that_cannot_be_met_are_refused_with_the_numbers() -> None:
+    of_floats: Any = (1, 2.0)
     for arguments, said in (
         (((),), "no prompts"),
         (((Prompt("a", ()),),), "prompt a has no tokens"),
@@ -417,7 +418,7 @@ def test_requests_that_cannot_be_met_are_refused_with_the_numbers() -> None:
         ((prompts(1), 2.5), "max_new_tokens must be an integer, got 2.5"),
         ((prompts(1), 2, Sampling(), {"</s>"}), "a token of stop_ids must be an integer, got '</s>'"),
         ((prompts(1), 2, Sampling(), 7), "stop_ids must be tokens, got 7"),
-        (((Prompt("a", (1, 2.0)),),), "a token of prompt a must be an integer, got 2.0"),
+        (((Prompt("a", of_floats),),), "a token of prompt a must be an integer, got 2.0"),
     ):
         with pytest.raises(ValueError, match=said):
             GenerationRequest(*arguments)

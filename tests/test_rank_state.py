@@ -72,7 +72,7 @@ def weights_elsewhere(group: EPGroup, weight_format: str) -> None:
         with pytest.raises(RuntimeError, match=f"experts.down must be .*{message}"):
             layer.load_state_dict(changed)
         assert torch.equal(output(layer), expected(weight_format))
-    gathered = [all_gather_tensor(each.clone(), 0, group=dist.group.WORLD) for each in make_weights(SHAPE)]
+    gathered = [all_gather_tensor(each.clone(), 0, group=[group.rank]) for each in make_weights(SHAPE)]
     layer.load_experts(gate_up, down)
     layer.load_experts(*gathered)  # which torch waits for when they are first used
     assert torch.equal(output(layer), expected(weight_format))

@@ -76,7 +76,7 @@ def _in_turn(method: Callable[Concatenate[MegaMoECluster, P], T]) -> Callable[Co
     """A method of a cluster that other threads' wait for: all ranks are asked the same in the same order."""
 
     @wraps(method)
-    def inner(self: MegaMoECluster, *args: P.args, **kwargs: P.kwargs) -> T:
+    def inner(self: MegaMoECluster, /, *args: P.args, **kwargs: P.kwargs) -> T:
         with self._turn:
             return method(self, *args, **kwargs)
 

@@ -45,9 +45,10 @@ class GenerationRequest:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.prompts:
             raise ValueError("there are no prompts")
-        if isinstance(self.stop_ids, str) or not isinstance(self.stop_ids, Iterable):
-            raise ValueError(f"stop_ids must be tokens, got {self.stop_ids!r}")
-        for token in self.stop_ids:
+        stop_ids: object = self.stop_ids
+        if not isinstance(stop_ids, Iterable):
+            raise ValueError(f"stop_ids must be tokens, got {stop_ids!r}")
+        for token in stop_ids:
             check_integer("a token of stop_ids", token)
         for prompt in self.prompts:
             for token in prompt.token_ids:
