@@ -129,6 +129,13 @@ def settled(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous() if tensor.is_neg() else tensor.contiguous()
 
 
+def not_plain(tensor: Tensor) -> str:
+    """What a tensor is whose values do not lie here as its strides say, "" for one whose values do."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
+        return f"{type(tensor).__name__} of layout {tensor.layout}"
+    return ""
+
+
 def can_tell_nobody() -> bool:
     """Whether tensors that are made here stand for others, or are fake: none of them can be sent to another rank."""
     return in_functional_transform() or type(torch.empty(0, device="cpu")) is not Tensor

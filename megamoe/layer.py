@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -29,17 +28,19 @@ from megamoe.execution.checks import (
     check_transport,
     check_values,
 )
-from megamoe.execution.experts import Experts, Weight
+from megamoe.execution.experts import Experts
 from megamoe.execution.journeys import CallRecord
 from megamoe.execution.pipeline import Call, Parts
 from megamoe.execution.small_call import Input, SmallCalls, library_of
 from megamoe.execution.stacks import load_stacks, shortened
+from megamoe.formats.given import Weight
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Notes, now_ns
 from megamoe.parallel.streams import Stopwatch, on_device
 from megamoe.parallel.symmetric import Place
 from megamoe.parallel.transport.host import HostTransport
+from megamoe.parallel.turns import TurnOf
 from megamoe.routing.agreement import Agreement, Page, Part, SmallAgreement, Terms, agree, exact
 from megamoe.routing.landing import land
 from megamoe.routing.messages import Messages, count_rows
@@ -155,6 +156,7 @@ class MegaMoE(nn.Module):
             overlap=self.overlap,
             machine=self.machine,
         )
+        self.experts.belongs_to(self.group, self.name)
         self._calls = _Calls()
         self._number = self.group.turns.number(self, self.name)  # layers of one name are told apart by their order
         self._page = Page(self._terms(self._number), self.group.host)
@@ -236,9 +238,9 @@ class MegaMoE(nn.Module):
         with self._turn(), undisturbed(self.device):
             load_stacks(self.experts, self.shape.num_experts, gate_up, down, gate_up_bias, down_bias)
 
-    def _turn(self) -> _Turn:
+    def _turn(self) -> TurnOf:
         """The group's turn, of the group that this layer is in once it has it."""
-        return _Turn(self)
+        return TurnOf(self)
 
     @eager
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -473,27 +475,3 @@ class MegaMoE(nn.Module):
             f"weights={self.weight_format}, dispatch={self.dispatch_format}, combine={self.combine_format}, "
             f"waves={self.waves}"
         )
-
-
-class _Turn:
-    """The turn of the group that a layer is in once it has it."""
-
-    def __init__(self, layer: MegaMoE) -> None:
-        self._layer = layer
-
-    def __enter__(self) -> None:
-        while True:
-            group = self._layer.group
-            turn = group.turn(self._layer.name, self._layer.device)
-            try:
-                turn.__enter__()
-                if group is self._layer.group:
-                    self._turn: AbstractContextManager[None] = turn
-                    return
-            except BaseException:  # Ctrl-C, which may come when the turn has been taken
-                turn.__exit__(None, None, None)
-                raise
-            turn.__exit__(None, None, None)
-
-    def __exit__(self, *raised: Any) -> None:
-        self._turn.__exit__(*raised)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from megamoe.ambient import eager, undisturbed
-from megamoe.execution.products import multiply_in_blocks
+from megamoe.execution.products import Known, multiply_in_blocks
 from megamoe.formats.blocks import spread_blocks
 from megamoe.formats.mxfp8 import e4m3_to_bf16
 from megamoe.kernels.cpu.layout import OUTPUTS, bf16_shape, pack_bf16, unpack_bf16
@@ -266,10 +266,23 @@ class FixedOrder(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._weights = {each.untyped_storage().data_ptr(): each for each in model.parameters()}
-        self._casts: dict[tuple[Any, ...], tuple[int, Tensor]] = {}
-        self._packed: dict[tuple[Any, ...], tuple[int, DenseWeight]] = {}
+        self._weights: dict[int, Tensor] = {_memory(each): each for each in model.parameters()}
+        self._matrices = [each for each in model.parameters() if each.dim() > 1]
+        self._casts: dict[tuple[Any, ...], tuple[Known, Tensor]] = {}
+        self._packed: dict[tuple[Any, ...], tuple[Known, DenseWeight]] = {}
         self._tables: dict[Any, Tensor] = {}
+
+    def __enter__(self) -> FixedOrder:
+        """Looks where weights are that have been given other memory since."""
+        for weight in self._matrices:
+            memory = _memory(weight)
+            there = self._weights.get(memory)
+            if there is None or _memory(there) != memory:
+                for former in [place for place, each in self._weights.items() if each is weight]:
+                    self._forget(former)
+                self._weights[memory] = weight
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -300,18 +313,18 @@ class FixedOrder(TorchFunctionMode):
     def _cast(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A cast of a weight is made once, and kept until the weight changes."""
         weight, key = args[0], (*_place(args[0]), func, *args[1:], *kwargs.items())
-        changes, made = self._casts.get(key, (-1, weight))
-        if changes != _changes(weight):
+        known, made = self._casts.get(key, (None, weight))
+        if known is None or not known.still(weight):
             if _memory(made) != _memory(weight):
                 self._forget(_memory(made))
             made = func(*args, **kwargs)
-            self._casts[key] = _changes(weight), made
+            self._casts[key] = Known(weight), made
             if not self._known(made):
                 self._weights[_memory(made)] = made
         return made
 
     def _forget(self, memory: int) -> None:
-        """Drops a cast of what a weight was, and what was packed of it."""
+        """Drops what a weight was, or a cast of that, and what was packed of it."""
         self._weights.pop(memory, None)
         self._packed = {key: each for key, each in self._packed.items() if key[0] != memory}
 
@@ -332,9 +345,10 @@ class FixedOrder(TorchFunctionMode):
         if not self._known(weight):
             return DenseWeight.of(weight)
         key = _place(weight)
-        if key not in self._packed or self._packed[key][0] != _changes(weight):
-            self._packed[key] = _changes(weight), DenseWeight.of(weight)
-        return self._packed[key][1]
+        known, packed = self._packed.get(key, (None, None))
+        if packed is None or known is None or not known.still(weight):
+            known, packed = self._packed[key] = Known(weight), DenseWeight.of(weight)
+        return packed
 
     def _unary(self, func: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         with undisturbed(torch.device("cpu")):
@@ -356,11 +370,6 @@ def _memory(tensor: Tensor) -> int:
 def _place(weight: Tensor) -> tuple[Any, ...]:
     """What tells a weight, or a part of one, from others: first its memory."""
     return _memory(weight), weight.data_ptr(), weight.dtype, *weight.shape, *weight.stride()
-
-
-def _changes(weight: Tensor) -> int:
-    """How often it was changed in place, as torch counts it: not in inference mode."""
-    return 0 if weight.is_inference() else weight._version
 
 
 def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamoe.ambient import undisturbed
-from megamoe.execution.experts import Weight
 from megamoe.formats import MXFP4
+from megamoe.formats.given import Weight
 from megamoe.layer import MegaMoE
 from megamoe.model.structure import Structure
 from megamoe.parallel.group import EPGroup

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megamoe.ambient import eager
 from megamoe.execution.checks import check_gradient
-from megamoe.execution.experts import Weight
+from megamoe.formats.given import Weight
 from megamoe.model.experts import RoutedExperts
 from megamoe.model.packed import PackedExperts
 from megamoe.model.private import before_state_dicts, empty

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from megamoe.execution.experts import Weight
 from megamoe.formats import BLOCK
+from megamoe.formats.given import Weight
 from megamoe.model.loading.stored import dequantize_fp8
 from megamoe.model.structure import Structure
 

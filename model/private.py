@@ -23,6 +23,12 @@ def empty(module: nn.Module) -> None:
         module._parameters[name] = None
 
 
+def attention_of(model: Any) -> str:
+    """Which implementation of attention a model of transformers runs: what sets it is public, nothing that tells is."""
+    found: str = model.config._attn_implementation
+    return found
+
+
 def sharded_parameters(module: nn.Module) -> list[Tensor]:
     """The parameters that FSDP shards for the module, as optimisers know them; none where FSDP does not manage it.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.ambient import undisturbed
-from megamoe.execution.products import Prepared
+from megamoe.execution.products import Known, Prepared
 
 _TILE, _DEVICE_TILE = 32, 1024
 
@@ -35,7 +35,7 @@ class Router(nn.Module):
             raise ValueError("a router takes either a bias (scored) or a table (hash-routed)")
         self.topk, self.scale, self.num_experts = topk, scale, len(weight)
         self.register_buffer("weight", weight)
-        self._prepared: tuple[Tensor, tuple[int, int], Prepared] | None = None
+        self._prepared: tuple[Known, Prepared] | None = None
         self.register_buffer("bias", bias)
         self.register_buffer("table", table)
 
@@ -76,8 +76,8 @@ class Router(nn.Module):
         return scores
 
     def _weight_prepared(self) -> Prepared:
-        """The weight as products read it, made anew where a state dict or a move has changed it."""
-        weight, state = self.weight, (self.weight.data_ptr(), self.weight._version)
-        if self._prepared is None or self._prepared[0] is not weight or self._prepared[1] != state:
-            self._prepared = weight, state, Prepared(weight)
-        return self._prepared[2]
+        """The weight as products read it, made anew where whatever it was has changed it."""
+        known, prepared = self._prepared or (None, None)
+        if prepared is None or known is None or not known.still(self.weight):
+            known, prepared = self._prepared = Known(self.weight), Prepared(self.weight)
+        return prepared

@@ -6,6 +6,7 @@ and nn.Module._save_to_state_dict, which torch's documentation names for weights
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -41,6 +42,16 @@ def is_batched(tensor: torch.Tensor) -> bool:
     backward for all of them and shows it by nothing public."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
+
+
+def arrived(tensor: torch.Tensor) -> torch.Tensor:
+    """What a collective of torch.distributed.tensor or of functional collectives gave, once it is there: such a result
+    is waited for when torch first computes with it, and in public nothing else waits."""
+    functional = sys.modules.get("torch.distributed._functional_collectives")
+    if functional is None or not isinstance(tensor, functional.AsyncCollectiveTensor):
+        return tensor
+    found: torch.Tensor = tensor.wait()
+    return found
 
 
 def abort_group(world: dist.ProcessGroup) -> None:

@@ -10,10 +10,12 @@ Streams. What a call queues on a device begins after what the group's previous c
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -41,18 +43,26 @@ class _Ticket:
     since: float = field(default_factory=time.monotonic)
 
 
+_living: weakref.WeakSet[Turns] = weakref.WeakSet()
+
+
 class Turns:
     """Who has a group's turn, who waits for it, and the layers that take turns.
 
-    A copy begins anew: nobody has its turn.
+    A copy begins anew: nobody has its turn. So does a process that is forked, which has none of the other threads.
     """
 
     def __init__(self) -> None:
+        self._ended: dict[torch.device, Event] = {}
+        self._layers: dict[str, list[weakref.ref[object]]] = {}
+        self.begin()
+        _living.add(self)
+
+    def begin(self) -> None:
+        """Nobody has the turn, and nobody waits for it."""
         self._changed = threading.Condition()
         self._waiting: deque[_Ticket] = deque()
         self._holder: _Ticket | None = None
-        self._ended: dict[torch.device, Event] = {}
-        self._layers: dict[str, list[weakref.ref[object]]] = {}
 
     def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
         return type(self), ()
@@ -129,6 +139,15 @@ class Turns:
             return next(number for number, ref in enumerate(living, 1) if ref() is layer)
 
 
+def _begin_in_child() -> None:
+    for turns in list(_living):
+        turns.begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
+
+
 class _Turn:
     """A turn for a block. A class, since a generator costs a call of few tokens several times as much."""
 
@@ -149,6 +168,40 @@ class _Turn:
                 self._turns._mark(self._device)
         finally:
             self._turns._leave(self._ticket)
+
+
+class Taker(Protocol):
+    """What takes turns: a layer, or its weights. group is its EPGroup, which can become another."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def group(self) -> Any: ...
+
+
+class TurnOf:
+    """The turn of the group that a taker is in once it has it, for a block."""
+
+    def __init__(self, taker: Taker) -> None:
+        self._taker = taker
+
+    def __enter__(self) -> None:
+        while True:
+            group = self._taker.group
+            turn = group.turn(self._taker.name, self._taker.device)
+            try:
+                turn.__enter__()
+                if group is self._taker.group:
+                    self._turn: AbstractContextManager[None] = turn
+                    return
+            except BaseException:  # Ctrl-C, which may come when the turn has been taken
+                turn.__exit__(None, None, None)
+                raise
+            turn.__exit__(None, None, None)
+
+    def __exit__(self, *raised: Any) -> None:
+        self._turn.__exit__(*raised)
 
 
 def queue_of(device: torch.device) -> Queue | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megamoe.model.generation.engine import Generation
 from megamoe.model.generation.forward import (
     fits_together,
     forward_alone,
     forward_together,
     new_cache,
+    replaced_forwards,
     silenced,
     use_own_attention,
 )
@@ -27,7 +30,7 @@ from megamoe.model.generation.sampling import Sampling, choose, draw
 from megamoe.model.generation.sequences import ARGUMENT, OtherAttentionError, SequenceBatch, SequenceCache, attend
 from megamoe.model.loading.load import load, load_tokenizer
 from megamoe.model.making.tiny import FAMILIES, write_tiny
-from tests.generation_cases import Experts, on_one_rank, prompts
+from tests.generation_cases import Experts, on_one_rank, prompts, texts
 
 TOGETHER = ("deepseek-v3", "mixtral", "qwen3-moe", "gpt-oss")
 
@@ -121,6 +124,68 @@ def test_stop_tokens_and_limits_end_texts(models: Callable[[str], Any]) -> None:
         until = until[: until.index(stop) + 1] if stops else until
         assert [token.token for token in text] == until
         assert [token.finish for token in text] == [""] * (len(until) - 1) + ["stop" if stops else "length"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek-v4-flash"])
+def test_threads_that_generate_with_one_model_get_the_texts_of_one_thread(
+    models: Callable[[str], Any], family: str
+) -> None:
+    model, request = models(family), GenerationRequest(prompts(3), max_new_tokens=8)
+    alone = on_one_rank(model, request)
+    with ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(on_one_rank, model, request) for _ in range(6)]
+        assert all(each.result(60) == alone for each in found)
+    assert on_one_rank(model, request) == alone
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek-v4-flash"])
+def test_a_model_is_as_it_was_between_the_steps_of_generations(models: Callable[[str], Any], family: str) -> None:
+    model, request = models(family), GenerationRequest(prompts(3), max_new_tokens=6)
+    ids = torch.tensor([[3, 1, 2]])
+    before, alone = model(ids).logits, on_one_rank(model, request)
+    first = Generation(model, None, request)
+    tokens = first.step()
+    second = Generation(model, None, GenerationRequest(prompts(2, seed=5), max_new_tokens=3))
+    while not first.done:
+        assert torch.equal(model(ids).logits, before)
+        tokens += first.step()
+        second.step()
+    assert texts(request, tokens) == alone
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek-v4-flash"])
+def test_a_generation_whose_step_was_interrupted_is_not_gone_on_with(models: Callable[[str], Any], family: str) -> None:
+    model, request = models(family), GenerationRequest(prompts(3), max_new_tokens=6)
+    alone, generation = on_one_rank(model, request), Generation(model, None, request)
+    generation.step()
+    with replaced_forwards([(generation.experts[-1], interrupted)]), pytest.raises(KeyboardInterrupt):
+        generation.step()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot go on, a step ended in KeyboardInterrupt: make a new one"):
+            generation.step()
+    assert on_one_rank(model, request) == alone
+
+
+def interrupted(*_: Any) -> Tensor:
+    raise KeyboardInterrupt
+
+
+def test_experts_that_one_thread_has_silenced_answer_the_others() -> None:
+    experts, hidden = Experts(), torch.ones(2, 3)
+    with silenced([experts]), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(experts(hidden, hidden, hidden), 0 * hidden)
+        assert torch.equal(pool.submit(experts, hidden, hidden, hidden).result(10), 2 * hidden)
+    assert torch.equal(experts(hidden, hidden, hidden), 2 * hidden)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_choose_no_token(bad: float, temperature: float) -> None:
+    logits = torch.tensor([1.0, bad, 3.0, -math.inf])
+    for wrong in (logits, torch.full((4,), -math.inf)):
+        with pytest.raises(ValueError, match=r"prompt p7: the model gives .* as the largest logit of token 5"):
+            choose(wrong, Sampling(temperature), "p7", 5)
+    assert choose(torch.tensor([1.0, 3.0, -math.inf]), Sampling(1e-310), "p7", 5) == 1
 
 
 def test_draws_depend_on_seed_and_prompt_and_not_on_company(models: Callable[[str], Any]) -> None:
@@ -330,6 +395,9 @@ def test_draws_have_the_frequencies_of_the_distribution() -> None:
         ({"temperature": math.inf}, "got inf"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_k": -2}, "top_k must be at least 1.* got -2"),
+        ({"top_k": 1.5}, "top_k must be an integer, got 1.5"),
+        ({"seed": 1.0}, "seed must be an integer, got 1.0"),
+        ({"temperature": "1"}, "temperature must be a number, got '1'"),
     ],
 )
 def test_sampling_that_cannot_be_is_refused(arguments: dict[str, Any], said: str) -> None:
@@ -341,11 +409,16 @@ def test_sampling_that_cannot_be_is_refused(arguments: dict[str, Any], said: str
 
 
 def test_requests_that_cannot_be_met_are_refused_with_the_numbers() -> None:
+    of_floats: Any = (1, 2.0)
     for arguments, said in (
         (((),), "no prompts"),
         (((Prompt("a", ()),),), "prompt a has no tokens"),
         (((Prompt("a", (1,)), Prompt("a", (2,))),), "two prompts have the id a"),
         ((prompts(1), 0), "max_new_tokens must be at least 1, got 0"),
+        ((prompts(1), 2.5), "max_new_tokens must be an integer, got 2.5"),
+        ((prompts(1), 2, Sampling(), {"</s>"}), "a token of stop_ids must be an integer, got '</s>'"),
+        ((prompts(1), 2, Sampling(), 7), "stop_ids must be tokens, got 7"),
+        (((Prompt("a", of_floats),),), "a token of prompt a must be an integer, got 2.0"),
     ):
         with pytest.raises(ValueError, match=said):
             GenerationRequest(*arguments)

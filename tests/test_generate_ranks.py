@@ -15,12 +15,12 @@ from megamoe.launch.cluster.generation import Advance, GenerationJob, TokenFiles
 from megamoe.launch.cluster.recovery import RestartPolicy
 from megamoe.launch.generation.ranks import OnCluster, Texts
 from megamoe.launch.ranks import LocalRanks
-from megamoe.model.generation.engine import Generation
+from megamoe.model.generation.engine import Generation, generate
 from megamoe.model.generation.request import GenerationRequest, Token
 from megamoe.model.generation.sampling import Sampling
 from megamoe.model.loading.load import load
 from megamoe.model.making.tiny import write_tiny
-from megamoe.parallel.errors import PeerError
+from megamoe.parallel.errors import CallRefusedError, PeerError
 from megamoe.parallel.group import EPGroup
 from tests.generation_cases import on_one_rank, prompts
 
@@ -111,15 +111,41 @@ def test_a_request_that_does_not_fit_is_refused_and_the_ranks_stay(cluster: Mega
         assert [len(text) for text in texts] == [new_tokens] * 2
 
 
+def asks_otherwise(group: EPGroup, path: Path) -> list[str]:
+    """What a rank is told whose peer has other prompts, another seed, or is a step ahead; then both ask alike."""
+    model, said = load(path, group=group), []
+    alike = GenerationRequest(prompts(4), 3)
+    own = replace(alike, prompts=prompts(4, seed=group.rank)), replace(alike, sampling=Sampling(0.5, seed=group.rank))
+    for request in own:
+        with pytest.raises(CallRefusedError) as refused:
+            Generation(model, group, request).step()
+        said.append(str(refused.value))
+    first, second = Generation(model, group, alike), Generation(model, group, alike)
+    first.step()
+    with pytest.raises(CallRefusedError) as refused:
+        (first, second)[group.rank].step()
+    said.append(str(refused.value))
+    assert sum(map(len, generate(model, alike, group))) == 2 * 3
+    return said
+
+
+def test_ranks_that_ask_for_different_texts_are_all_told_and_their_group_goes_on(
+    ranks: LocalRanks, folder: Path
+) -> None:
+    for said in ranks.run(asks_otherwise, folder / "mixtral", size=2):
+        assert len(said) == 3
+        assert all("rank 0 and rank 1 step different generations" in each for each in said)
+
+
 def goes_on_alone(group: EPGroup, path: Path) -> list[str]:
     """Rank 1 makes no step. Rank 0's errors: in the step that waits for it, and in what it calls after that."""
     model = load(path, group=group)
     if group.rank == 1:
         return []
     impatient = EPGroup.of(dist.group.WORLD, deadline_s=0.5)
-    generation = Generation(model, impatient, GenerationRequest(prompts(1), 4))
     said = []
     for error in (PeerError, RuntimeError):
+        generation = Generation(model, impatient, GenerationRequest(prompts(1), 4))
         with pytest.raises(error) as raised:
             generation.step()
         said.append(str(raised.value))

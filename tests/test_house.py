@@ -157,9 +157,8 @@ PRIVATE = {"parallel/private.py", "launch/cluster/ray/private.py", "model/privat
 # as they are read where they are needed: torch tells neither in public
 LEFT = {
     "megamoe/execution/checks.py": {"_current_level"},
+    "megamoe/execution/products.py": {"_version"},
     "megamoe/training/steps.py": {"_version"},
-    "model/dense.py": {"_version"},
-    "model/router.py": {"_version"},
 }
 
 

@@ -795,6 +795,42 @@ def test_a_weight_that_was_changed_is_packed_anew_and_its_former_memory_is_no_we
     assert torch.equal(router(x), 2 * doubled)
 
 
+def _by_numpy(weight: Tensor, new: Tensor) -> None:
+    weight.detach().numpy()[...] = new.numpy()
+
+
+def _in_inference_mode(weight: Tensor, new: Tensor) -> None:
+    with torch.inference_mode():
+        weight.copy_(new)
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "data": lambda weight, new: weight.data.copy_(new),
+    "detached": lambda weight, new: weight.detach().copy_(new),
+    "data_of_another": lambda weight, new: setattr(weight, "data", new),
+    "numpy": _by_numpy,
+    "inference_mode": _in_inference_mode,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("product", [PRODUCTS["linear"], PRODUCTS["cast_first"]], ids=["linear", "cast_first"])
+def test_weights_that_come_while_a_model_serves_count_however_they_are_written(
+    product: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor], object]
+) -> None:
+    serving, fresh = Router(product), Router(product)
+    x = torch.randn(5, 7168, generator=torch.Generator().manual_seed(1))
+    new = torch.randn(serving.table.shape, generator=torch.Generator().manual_seed(2))
+    fresh.table.data.copy_(new)
+    for each in (serving, fresh):
+        compute_in_fixed_order(each)
+    with torch.no_grad():
+        before = serving(x)
+        change(serving.table, new)
+        assert not torch.equal(before, fresh(x))
+        assert torch.equal(serving(x), fresh(x))
+
+
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_the_weight_of_a_linear_module_is_to_be_read_only(fp8: bool) -> None:
     values = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))

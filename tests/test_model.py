@@ -255,6 +255,13 @@ def test_a_router_multiplies_by_the_weight_that_it_has_now() -> None:
     router.scores(hidden)
     router.weight.data = router.weight.flip(0)
     assert torch.equal(router.scores(hidden), Router(router.weight, 4, 2.5, bias=torch.zeros(9)).scores(hidden))
+    router.weight.data.copy_(router.weight.flip(0))
+    assert torch.equal(router.scores(hidden), Router(router.weight, 4, 2.5, bias=torch.zeros(9)).scores(hidden))
+    with torch.inference_mode():
+        router = Router(router.weight.clone(), 4, 2.5, bias=torch.zeros(9))
+        router.scores(hidden)
+        router.weight.neg_()
+        assert torch.equal(router.scores(hidden), Router(router.weight, 4, 2.5, bias=torch.zeros(9)).scores(hidden))
 
 
 def test_hash_router_chooses_by_token_id() -> None:

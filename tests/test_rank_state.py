@@ -6,22 +6,29 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from megamoe.execution import products
+from megamoe.execution.experts import Experts
 from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.reference import moe
 from megamoe.shape import MoEShape
-from tests.cases import make_batch, make_layer, make_weights
+from tests.cases import make_batch, make_biases, make_layer, make_weights
 
 SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2)
 
@@ -34,6 +41,46 @@ def output(layer: MegaMoE) -> Tensor:
 def expected(weight_format: str = "mxfp4") -> Tensor:
     batch = make_batch(SHAPE, 20)
     return moe(SHAPE, batch.hidden, batch.ids, batch.weights, *make_weights(SHAPE), weight_format=weight_format)
+
+
+# ---- weights that do not lie here as plain values ----
+
+
+def distributed(weight: Tensor) -> Tensor:
+    return distribute_tensor(weight, DeviceMesh("cpu", [0]), [Replicate()])
+
+
+ELSEWHERE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "distributed": (distributed, r"DTensor.*full_tensor\(\) or to_local\(\)"),
+    "sparse": (Tensor.to_sparse, "layout torch.sparse_coo"),
+    "meta": (lambda weight: weight.to("meta"), "meta, which holds no values"),
+}
+
+
+def weights_elsewhere(group: EPGroup, weight_format: str) -> None:
+    layer = make_layer(SHAPE, group, weight_format=weight_format)
+    gate_up, down = make_weights(SHAPE, seed=9)
+    state = MegaMoE(SHAPE, group, weight_format=weight_format)
+    state.load_experts(gate_up, down)
+    for elsewhere, message in ELSEWHERE.values():
+        with pytest.raises(ValueError, match=f"down must be .*{message}"):
+            layer.load_experts(gate_up, elsewhere(down))
+        with pytest.raises(ValueError, match=f"gate_up of expert 1 must be .*{message}"):
+            layer.load_expert(1, elsewhere(gate_up[1]), down[1])
+        changed = {**state.state_dict()}
+        changed["experts.down"] = elsewhere(changed["experts.down"])
+        with pytest.raises(RuntimeError, match=f"experts.down must be .*{message}"):
+            layer.load_state_dict(changed)
+        assert torch.equal(output(layer), expected(weight_format))
+    gathered = [all_gather_tensor(each.clone(), 0, group=[group.rank]) for each in make_weights(SHAPE)]
+    layer.load_experts(gate_up, down)
+    layer.load_experts(*gathered)  # which torch waits for when they are first used
+    assert torch.equal(output(layer), expected(weight_format))
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
+def test_weights_that_do_not_lie_here_are_refused_before_any_is_taken(ranks: LocalRanks, weight_format: str) -> None:
+    ranks.run(weights_elsewhere, weight_format, size=1)
 
 
 # ---- another rank's weights ----
@@ -205,6 +252,66 @@ def test_a_state_dict_that_is_refused_leaves_the_layer_as_it_was(
         assert fresh.experts.missing == list(range(6))
         with pytest.raises(ValueError, match="no weights for experts 0, 1, 2, 3"):
             output(fresh)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
+def test_a_state_dict_keeps_its_values_when_others_are_loaded(
+    weight_format: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(products, "chosen", lambda: None)
+    shape = replace(SHAPE, bias=True)
+    layer, batch = make_layer(shape, weight_format=weight_format), make_batch(shape, 20)
+    out = layer(batch.hidden, batch.ids, batch.weights)
+    state = layer.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    layer.load_experts(*make_weights(shape, seed=9), **make_biases(shape, seed=8))
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+    layer.load_state_dict(state)
+    assert torch.equal(layer(batch.hidden, batch.ids, batch.weights), out)
+
+
+@pytest.mark.parametrize("around", [lambda: torch.autocast("cpu", torch.float16), torch.inference_mode])
+@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
+def test_a_state_dict_is_taken_whatever_is_set_around_it(
+    weight_format: str, around: Callable[[], AbstractContextManager[None]]
+) -> None:
+    layer = MegaMoE(SHAPE, weight_format=weight_format)
+    with around():
+        layer.load_state_dict(make_layer(SHAPE, weight_format=weight_format).state_dict())
+    assert torch.equal(output(layer), expected(weight_format))
+
+
+def test_a_negation_that_torch_has_put_off_counts_in_a_state_dict() -> None:
+    layer = make_layer(SHAPE, weight_format="bf16")
+    state = layer.state_dict()
+    layer.load_experts(*make_weights(SHAPE, seed=9))
+    layer.load_state_dict(
+        {key: torch._neg_view(-value) if key != "experts.held" else value for key, value in state.items()}
+    )
+    assert torch.equal(output(layer), expected("bf16"))
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "bf16"])
+def test_a_state_dict_whose_taking_was_interrupted_leaves_no_mixture(
+    weight_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, other = make_layer(SHAPE, weight_format=weight_format), MegaMoE(SHAPE, weight_format=weight_format)
+    other.load_experts(*make_weights(SHAPE, seed=9))
+    put = Experts._put
+
+    def interrupted(self: Experts, expert: int, *rest: object) -> None:
+        if expert == 2:
+            raise KeyboardInterrupt
+        put(self, expert, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Experts, "_put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        layer.load_state_dict(other.state_dict())
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="no weights for experts 2, 3, 4, 5"):
+        output(layer)
 
 
 def test_a_layer_without_all_its_weights_has_no_weights_in_its_state() -> None:

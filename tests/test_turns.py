@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from contextlib import nullcontext
 from typing import Any
 
@@ -142,6 +145,29 @@ def test_one_call_that_keeps_its_turn_is_named_within_the_deadline() -> None:
         pass
 
 
+def test_a_process_that_is_forked_in_the_middle_of_another_threads_call_makes_calls_of_its_own() -> None:
+    layer, batch, entered, done = make_layer(SHAPE), make_batch(SHAPE, 5), threading.Event(), threading.Event()
+    out = call(layer, batch)
+
+    def keep() -> None:
+        with layer.group.turn("slow", CPU):
+            entered.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    assert entered.wait(10)
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(5)  # which ends it, where it waits for a thread that it does not have
+        os._exit(0 if torch.equal(call(layer, batch), out) else 1)
+    _, ended = os.waitpid(child, 0)
+    done.set()
+    thread.join(10)
+    assert ended == 0
+
+
 def test_weights_are_loaded_between_calls_and_not_during_one() -> None:
     layer, batch = make_layer(SHAPE), make_batch(SHAPE, 30)
     outputs = []
@@ -154,6 +180,41 @@ def test_weights_are_loaded_between_calls_and_not_during_one() -> None:
         for load in loads:
             load.result(20)
     assert all(any(torch.equal(each, whole) for whole in outputs) for each in found)
+
+
+def test_a_state_dict_is_taken_and_given_between_calls_and_not_during_one_or_a_load() -> None:
+    layer, batch = make_layer(SHAPE), make_batch(SHAPE, 30)
+    states, outputs = [], []
+    for seed in (0, 3):
+        layer.load_experts(*make_weights(SHAPE, seed=seed))
+        outputs.append(call(layer, batch))
+        states.append(layer.state_dict())
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(layer.load_state_dict, states[number % 2]) for number in range(16)]
+        loads += [pool.submit(layer.load_experts, *make_weights(SHAPE, seed=seed)) for seed in (0, 3) * 8]
+        found, given = [], []
+        while not all(load.done() for load in loads):
+            found.append(call(layer, batch))
+            given.append(layer.state_dict())
+        for load in loads:
+            load.result(20)
+    assert all(any(torch.equal(each, whole) for whole in outputs) for each in found)
+    for state in given:
+        assert state.keys() == states[0].keys()
+        assert any(all(torch.equal(state[key], whole[key]) for key in whole) for whole in states)
+
+
+def test_a_state_dict_waits_for_the_groups_turn() -> None:
+    layer = make_layer(SHAPE)
+    state = layer.state_dict()
+    uses: list[Callable[[], Any]] = [layer.state_dict, lambda: layer.load_state_dict(state)]
+    with ThreadPoolExecutor(1) as pool:
+        for use in uses:
+            with layer.group.turn("a", CPU):
+                waiting = pool.submit(use)
+                with pytest.raises(TimeoutError):
+                    waiting.result(0.1)
+            waiting.result(10)
 
 
 def test_a_copy_of_a_layer_has_turns_of_its_own() -> None:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import wraps
 from pickle import PicklingError
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from megamoe.catalog.wording import plural
 from megamoe.execution.journeys import CallRecord
 from megamoe.launch.cluster.job import share
-from megamoe.launch.cluster.membership import Membership
+from megamoe.launch.cluster.membership import Membership, RankHealth
 from megamoe.launch.cluster.ray.pool import RayPool
 from megamoe.launch.cluster.recovery import Failure, RestartPolicy, collect, judge
 from megamoe.launch.cluster.spawn import SpawnHandle, SpawnPool
@@ -36,6 +37,7 @@ from megamoe.routing.waves import Waves, check_waves
 if TYPE_CHECKING:
     from megamoe.launch.cluster.generation import Advance, GenerationJob
 
+P = ParamSpec("P")
 T = TypeVar("T")
 LAUNCHERS = ("ray", "spawn")
 _ANSWER_S = 15.0  # beyond the deadline: for a rank to say what it knows, for a process to be taken down
@@ -53,18 +55,6 @@ class Event:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class RankHealth:
-    """One rank: where its process is, whether it is there, and where it says that it is."""
-
-    rank: int
-    worker: int
-    host: str
-    pid: int
-    alive: bool
-    position: str
-
-
 @dataclass(slots=True)
 class Starting:
     """Seconds that starting took: the launcher's own part (a Ray cluster and room in it), processes, group, weights."""
@@ -75,8 +65,19 @@ class Starting:
     load_s: float = 0.0
 
 
+def _in_turn(method: Callable[Concatenate[MegaMoECluster, P], T]) -> Callable[Concatenate[MegaMoECluster, P], T]:
+    """A method of a cluster that other threads' wait for: all ranks are asked the same in the same order."""
+
+    @wraps(method)
+    def inner(self: MegaMoECluster, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return inner
+
+
 class MegaMoECluster:
-    """ranks workers in one expert-parallel group; a context manager.
+    """ranks workers in one expert-parallel group; a context manager. Threads may share it: what they ask takes turns.
 
     launcher     "ray" or "spawn" (processes of this machine)
     address      of a running Ray cluster; None joins this machine's, or starts one
@@ -143,6 +144,8 @@ class MegaMoECluster:
             self._source, most, start_s=self._start_s, retry_s=self.policy.retry_s, tell=self._tell
         )
         self._rendezvous_place = ("", 0)  # address and port, of the latest generation
+        self._turn = threading.RLock()  # re-entrant, for on_event
+        self._stopped = False
         self._formed = False  # whether the members are a group that can be used
         self._generation = self._restarts = 0
         self._failures: list[Exception] = []  # since the last that was done
@@ -162,6 +165,7 @@ class MegaMoECluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @_in_turn
     def start(self) -> None:
         """Starts the ranks and has them meet. RuntimeError, with the reason, where one cannot be had or does not."""
         self._begun = time.monotonic()
@@ -181,7 +185,8 @@ class MegaMoECluster:
             raise
 
     def stop(self) -> None:
-        """Ends everything that was started."""
+        """Ends everything that was started, and what other threads are asking."""
+        self._stopped = True
         self._membership.close()
         sweep()  # ranks that are ended do not take themselves off the list of runs
 
@@ -197,6 +202,7 @@ class MegaMoECluster:
 
     # ---- work ----
 
+    @_in_turn
     def load(
         self,
         checkpoint: AnyPath,
@@ -224,6 +230,7 @@ class MegaMoECluster:
         self.starting.load_s = time.monotonic() - begun
         return reports
 
+    @_in_turn
     def forward(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """A batch, spread over the ranks: token_ids [T] -> hidden [T, H] bfloat16.
 
@@ -246,6 +253,7 @@ class MegaMoECluster:
         self.last_calls = [record for _, record in done]
         return torch.cat([hidden for hidden, _ in done])
 
+    @_in_turn
     def hidden_states(self, prompts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
         """Prompts, spread over the ranks, each through the whole model alone -> hidden [T, H] of each.
 
@@ -268,6 +276,7 @@ class MegaMoECluster:
         self.last_calls = [record for _, record in done]
         return [hidden for found, _ in done for hidden in found]
 
+    @_in_turn
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         """work(group, *args) on every rank, results in order of rank. Runs again where the group had to come back.
 
@@ -276,6 +285,7 @@ class MegaMoECluster:
         check_work(work, args)
         return self._insist(lambda: self._all("run", [(work, *args)] * self.ranks))
 
+    @_in_turn
     def advance(self, job: GenerationJob, steps: int) -> list[Advance]:
         """The next steps of a generation on every rank, in order of rank; 0 steps only load the model.
 
@@ -285,13 +295,9 @@ class MegaMoECluster:
 
     def health(self, timeout_s: float = 2.0) -> list[RankHealth]:
         """Every rank between batches; one that does not answer in time says so."""
-        asked = [(handle, handle.call("position") if handle.alive else None) for handle in self.members]
-        wait([future for _, future in asked if future], timeout=timeout_s)
-        return [
-            RankHealth(rank, handle.number, handle.host, handle.pid, handle.alive, _position(future))
-            for rank, (handle, future) in enumerate(asked)
-        ]
+        return self._membership.health(timeout_s)
 
+    @_in_turn
     def resize(self, ranks: int) -> None:
         """Goes on with another number of ranks; experts are placed anew, and only those that move are read.
 
@@ -360,12 +366,17 @@ class MegaMoECluster:
         self, method: str, args: Sequence[tuple[Any, ...]], members: Sequence[WorkerHandle], within_s: float
     ) -> list[Any]:
         """Results in order of rank, or _GroupError with what is to be done."""
+        futures: list[Future[Any]] = []
         try:
-            futures = [handle.call(method, *arguments) for handle, arguments in zip(members, args, strict=True)]
+            for handle, arguments in zip(members, args, strict=True):
+                futures.append(handle.call(method, *arguments))
         except (PicklingError, AttributeError, TypeError) as refusal:
             raise ValueError(
                 f"what {method} is given cannot be sent to a process: {refusal}. {IMPORTABLE}"
             ) from refusal
+        except BaseException:  # Ctrl-C: some ranks were asked what others were not
+            self._formed = False
+            raise
         outcomes = collect(futures, method, within_s=within_s, patience_s=self._deadline_s + _ANSWER_S)
         failure = judge(outcomes, {rank: handle.alive for rank, handle in enumerate(members)})
         if failure is not None:
@@ -376,17 +387,23 @@ class MegaMoECluster:
         """attempt() in a group, and again after every failure from which the group comes back."""
         while True:
             try:
+                self._refuse_stopped()
                 if not self._formed:
                     self._form()
                 result = attempt()
             except _GroupError as error:
                 self._formed = False
+                self._refuse_stopped(error.failure.error)
                 self._tell("failed", error.failure.summary)
                 failed = error
             else:
                 self._failures.clear()
                 return result
             self._recover(failed)
+
+    def _refuse_stopped(self, cause: Exception | None = None) -> None:
+        if self._stopped:
+            raise RuntimeError("the cluster was stopped, and starts nothing any more: make another one") from cause
 
     def _recover(self, failed: _GroupError) -> None:
         """Replaces the workers that failed, after a while; raises what there is to raise where that is over.
@@ -403,6 +420,7 @@ class MegaMoECluster:
             raise first from (error if error is not first else None)
         self._restarts += 1
         threading.Event().wait(self.policy.wait_s(len(self._failures)))
+        self._refuse_stopped(error)
         # elastic, the others need not wait for one that takes long: it is taken back when it is there
         within_s = self._deadline_s if self.policy.elastic else self._start_s + _ANSWER_S
         refusals = self._membership.open(failed.numbers, within_s)
@@ -450,12 +468,3 @@ class _GroupError(Exception):
 def _unreached_error(numbers: list[int], address: str) -> _GroupError:
     said = f"workers {', '.join(map(str, numbers))} do not reach the others at {address}"
     return _GroupError(Failure((), RuntimeError(said), retry=True, summary=said), numbers)
-
-
-def _position(future: Future[Any] | None) -> str:
-    if future is None:
-        return "its process is gone"
-    if not future.done():
-        return "does not answer"
-    error = future.exception()
-    return str(future.result()) if error is None else str(error)

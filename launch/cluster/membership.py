@@ -5,8 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
 
 from megamoe.launch.cluster.worker_handle import WorkerHandle, WorkerPool
+
+
+@dataclass(frozen=True, slots=True)
+class RankHealth:
+    """One rank: where its process is, whether it is there, and where it says that it is."""
+
+    rank: int
+    worker: int
+    host: str
+    pid: int
+    alive: bool
+    position: str
 
 
 class Membership:
@@ -38,6 +52,15 @@ class Membership:
     def vacant(self) -> list[int]:
         """Numbers of the workers that have none."""
         return [number for number in range(self._num_workers) if number not in self._members]
+
+    def health(self, timeout_s: float) -> list[RankHealth]:
+        """Every rank; one that does not answer within timeout_s says so."""
+        asked = [(handle, handle.call("position") if handle.alive else None) for handle in self.members]
+        wait([future for _, future in asked if future], timeout=timeout_s)
+        return [
+            RankHealth(rank, handle.number, handle.host, handle.pid, handle.alive, _position(future))
+            for rank, (handle, future) in enumerate(asked)
+        ]
 
     def open(self, numbers: Iterable[int], within_s: float) -> dict[int, RuntimeError]:
         """Starts processes of workers, in place of those that they have; the workers that are out now, and why.
@@ -111,3 +134,12 @@ class Membership:
             raise refusal
         self._due[number] = time.monotonic() + self._retry_s
         return refusal
+
+
+def _position(future: Future[Any] | None) -> str:
+    if future is None:
+        return "its process is gone"
+    if not future.done():
+        return "does not answer"
+    error = future.exception()
+    return str(future.result()) if error is None else str(error)

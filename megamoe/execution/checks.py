@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from megamoe.ambient import in_a_transform, loses_denormals
+from megamoe.ambient import in_a_transform, loses_denormals, not_plain
 from megamoe.formats import BLOCK, WEIGHT_FORMATS
 from megamoe.routing.wire import COMBINE_FORMATS, DISPATCH_FORMATS
 from megamoe.shape import MoEShape
@@ -29,7 +29,8 @@ def check_input(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids:
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        _check_plain(name, tensor)
+        if found := not_plain(tensor):
+            raise ValueError(f"{name} must be a plain dense tensor that lies on this rank, got {found}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the layer is on {device}")
     _check_shape("hidden", hidden, ("T", shape.hidden))
@@ -60,12 +61,6 @@ def _is_right(shape: MoEShape, device: torch.device, hidden: Tensor, topk_ids: T
         and topk_ids.dtype == torch.int64
         and topk_weights.dtype == torch.float32
     )
-
-
-def _check_plain(name: str, tensor: Tensor) -> None:
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
-        found = f"{type(tensor).__name__} of layout {tensor.layout}"
-        raise ValueError(f"{name} must be a plain dense tensor that lies on this rank, got {found}")
 
 
 def check_gradient(name: str, tensor: Tensor, instead: str = "make it a TrainableMoE") -> None:

@@ -5,20 +5,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from megamoe.ambient import undisturbed
 from megamoe.execution.ops import activate, add_bias, has_kernels
 from megamoe.execution.products import DEQUANTIZED, Held, KernelProducts, products_of
 from megamoe.execution.weights import InTurns, Matrix, Panels
-from megamoe.formats import MXFP4, MXFP4_MAX_SCALE, SCALES, VALUES, WEIGHT_FORMATS
+from megamoe.formats import MXFP4, SCALES, VALUES, WEIGHT_FORMATS
+from megamoe.formats.given import Weight, about, as_bias, as_weight, bias_fault, elsewhere, scale_fault
 from megamoe.kernels.chips.targets import reads_wide
 from megamoe.kernels.cpu.library import Rows
 from megamoe.kernels.gating import tables_of
 from megamoe.kernels.layout import LARGEST_SMALL_SCALE, Prepacked
+from megamoe.parallel.group import EPGroup
+from megamoe.parallel.private import arrived
+from megamoe.parallel.turns import TurnOf
 from megamoe.parallel.workspace import Workspace
 from megamoe.shape import MoEShape
 
@@ -27,8 +32,6 @@ from megamoe.shape import MoEShape
 _READ_ROWS = 30.0
 HELD, _BIAS = "held", "_bias"  # keys of a state dict, the second behind a matrix's name
 _BIASES = "biases"  # where biases are among what is held
-_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes whose values are the weights
-Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
 
 
 class Experts(nn.Module):
@@ -93,6 +96,8 @@ class Experts(nn.Module):
                 for name, matrix in self.matrices.items()
             }
         self.tables = tables_of(shape.activation, device)
+        self.group: EPGroup | None = None
+        self.name = ""
 
     def _held_sizes(self, matrix: Matrix) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         buffers = self.layout.buffers(matrix)
@@ -130,16 +135,34 @@ class Experts(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def belongs_to(self, group: EPGroup, name: str) -> None:
+        """The group whose calls compute with these weights, and the layer's name: what changes them takes its turn."""
+        self.group, self.name = group, name
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The turn of the layer's group, if there is one, with all that torch may have set put aside."""
+        with nullcontext() if self.group is None else TurnOf(self), undisturbed(self.device):
+            yield
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + HELD] = self._whose
+        with self._changing():
+            destination |= self._state(prefix)
+
+    def _state(self, prefix: str) -> dict[str, Tensor]:
+        """Copies of what is held, which stay as they are when other weights are loaded."""
+        state = {prefix + HELD: self._whose}
         if self.missing:
-            return
+            return state
         for name, matrix in self.matrices.items():
+            held = {stack.untyped_storage().data_ptr() for stack in self._stacks[name].values()}
             for key, stack in self.layout.unpack(matrix, self._stacks[name]).items():
-                destination[f"{prefix}{name}{key}"] = stack
+                is_view = stack.untyped_storage().data_ptr() in held
+                state[f"{prefix}{name}{key}"] = stack.clone() if is_view else stack
         for name, bias in self._stacks.get(_BIASES, {}).items():
-            destination[f"{prefix}{name}{_BIAS}"] = self.layout.unpack_bias(self.matrices[name], bias)
+            state[f"{prefix}{name}{_BIAS}"] = self.layout.unpack_bias(self.matrices[name], bias).clone()
+        return state
 
     @property
     def _whose(self) -> Tensor:
@@ -155,9 +178,22 @@ class Experts(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes all of this rank's experts, or none where anything is amiss."""
+        """Takes all of this rank's experts, or none where anything is amiss. What is interrupted is missing."""
+        with self._changing():
+            self._take_state(state_dict, prefix, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _take_state(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         expected = self._expected(prefix)
         absent = [key for key in (prefix + HELD, *expected) if key not in state_dict]
+        state_dict = {key: arrived(value) for key, value in state_dict.items()}
         faults = [] if absent else self._faults(state_dict, prefix, expected)
         missing_keys.extend(absent)
         error_msgs.extend(faults)
@@ -166,11 +202,12 @@ class Experts(nn.Module):
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
         if absent or faults:
             return
+        self.forget(self.ids)
         for index, expert in enumerate(self.ids):
             weights = {}
             for name in self.matrices:
-                parts = {key: state_dict[f"{prefix}{name}{key}"][index] for key in self.matrices[name].plain()}
-                weights[name] = self.format.join(parts)
+                stacks = {key: state_dict[f"{prefix}{name}{key}"] for key in self.matrices[name].plain()}
+                weights[name] = self.format.join({key: stack[index].resolve_neg() for key, stack in stacks.items()})
             biases = {name: state_dict[f"{prefix}{name}{_BIAS}"][index] for name in self._stacks.get(_BIASES, {})}
             self._put(expert, weights, biases)
 
@@ -191,7 +228,9 @@ class Experts(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     ) -> list[str]:
         """What speaks against taking a state dict's weights."""
-        whose = state_dict[prefix + HELD]
+        whose, keys = state_dict[prefix + HELD], (prefix + HELD, *expected)
+        if lost := [fault for key in keys if (fault := elsewhere(state_dict[key], key))]:
+            return lost
         if whose.tolist() != self._whose.tolist():
             return [self._strangers(prefix, whose)]
         wrong = [
@@ -204,8 +243,8 @@ class Experts(nn.Module):
         values = [] if self.packed or wrong else [key for key in expected if key not in biases]
         faults = [
             *(self._value_fault(state_dict[key], key) for key in values),
-            *(_scale_fault(state_dict[key], key) for key in scales),
-            *(_bias_fault(state_dict[key], key) for key in biases),
+            *(scale_fault(state_dict[key], key) for key in scales),
+            *(bias_fault(state_dict[key], key) for key in biases),
         ]
         return wrong or [fault for fault in faults if fault]
 
@@ -330,7 +369,7 @@ class Experts(nn.Module):
             if self.shape.bias and name not in given:
                 raise ValueError(f"{what} is missing: the layer's shape has bias=True, so both biases are needed")
             if name in given:
-                _check_bias(given[name], matrix.outputs, what)
+                given[name] = as_bias(given[name], matrix.outputs, what)
         return given
 
     def forget(self, experts: range) -> None:
@@ -428,57 +467,3 @@ class Experts(nn.Module):
 def describe(ids: range) -> str:
     """range(4, 8) -> 'experts 4 to 7'"""
     return f"experts {ids.start} to {ids.stop - 1}" if ids else "no experts"
-
-
-@contextmanager
-def about(what: str) -> Iterator[None]:
-    """Has a ValueError of the block begin with what it is about."""
-    try:
-        yield
-    except ValueError as refusal:
-        raise ValueError(f"{what}: {refusal}") from refusal
-
-
-def as_weight(weight: Weight, size: tuple[int, int], what: str) -> Tensor | MXFP4:
-    """A weight matrix of the given size, checked: float tensor or MXFP4. ValueError names what was found."""
-    if isinstance(weight, tuple):
-        if len(weight) != 2:
-            raise ValueError(f"{what} must be a tensor, MXFP4 or (packed, scales), got {len(weight)} items")
-        weight = MXFP4.from_bytes(*weight)
-    if not isinstance(weight, Tensor | MXFP4):
-        raise ValueError(f"{what} must be a tensor, MXFP4 or (packed, scales), got {type(weight).__name__}")
-    if tuple(weight.shape) != size:
-        raise ValueError(f"{what} must have shape {list(size)}, got {list(weight.shape)}")
-    if isinstance(weight, MXFP4):
-        fault = _scale_fault(weight.scales, what)
-        if fault:
-            raise ValueError(fault)
-    elif weight.dtype not in _PLAIN:
-        scaled = weight.dtype.itemsize == 1
-        hint = ", which means nothing without its scales: give a pair (packed, scales) or floats" if scaled else ""
-        raise ValueError(f"{what} must be a float tensor or MXFP4, got {weight.dtype}{hint}")
-    return weight
-
-
-def _check_bias(bias: Tensor, size: int, what: str) -> None:
-    if not isinstance(bias, Tensor):
-        raise ValueError(f"{what} must be a tensor, got {type(bias).__name__}")
-    if tuple(bias.shape) != (size,):
-        raise ValueError(f"{what} must have shape [{size}], got {list(bias.shape)}")
-    if bias.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{what} must be torch.float32 or torch.bfloat16, got {bias.dtype}")
-    fault = _bias_fault(bias, what)
-    if fault:
-        raise ValueError(fault)
-
-
-def _bias_fault(bias: Tensor, what: str) -> str:
-    wrong = int((~bias.isfinite()).sum())
-    return f"{what}: {wrong} of {bias.numel()} values are NaN or infinite" if wrong else ""
-
-
-def _scale_fault(scales: Tensor, what: str) -> str:
-    largest = int(scales.max())
-    if largest <= MXFP4_MAX_SCALE:
-        return ""
-    return f"{what} has a scale byte of {largest}; above {MXFP4_MAX_SCALE} (2^125) BF16 cannot hold the weights"

@@ -36,6 +36,7 @@ _TORCH_DECODE_ROWS = 55.0
 # Tiles compute a row while memory brings a hundredth of a matrix: on one Sapphire Rapids core, 2026-11-29, one row by
 # 2048 x 2048 takes 0.24 ms from MXFP4 and 0.64 ms from BF16, and each of 512 rows 8.5 us: `benchmarks.cpu_kernels`.
 _VECTOR_ROWS, _TILE_ROWS = (1.0, 0.0), (27.0, 74.0)
+_LOOKED_AT = 16  # values along each dimension of a weight that may have changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,33 @@ class Prepared:
         counts = torch.tensor([len(x)], dtype=torch.int64, device="cpu")
         self._library.products(Rows(x.contiguous(), counts), self._held, self._outputs, out)
         return out
+
+
+class Known:
+    """A weight as it was when something was made of it: changes as torch counts them, and some of its values.
+
+    The values, on a CPU, show what torch does not count: a change through `.data`, by NumPy, by a collective, and any
+    of a tensor that was made in inference mode. 16 along each dimension are looked at.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._at, self._values = _counted(weight), _some(weight).clone()
+
+    def still(self, weight: Tensor) -> bool:
+        """Whether it shows no change. A weight with NaN among its values always does."""
+        return self._at == _counted(weight) and torch.equal(self._values, _some(weight))
+
+
+def _counted(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def _some(weight: Tensor) -> Tensor:
+    """A view; of no values elsewhere than on a CPU, since a device would have to be waited for."""
+    if weight.device.type != "cpu":
+        return weight.new_empty(0, device="cpu")
+    step = [-(-size // _LOOKED_AT) or 1 for size in weight.shape]
+    return weight.detach()[tuple(slice(None, None, each) for each in step)]
 
 
 # ---- torch's products ----

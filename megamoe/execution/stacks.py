@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megamoe.execution.experts import Experts, Weight
+from megamoe.execution.experts import Experts
 from megamoe.formats import MXFP4
+from megamoe.formats.given import Weight, here, lying_here
 
 Stack = Tensor | MXFP4
 
@@ -51,20 +52,16 @@ def load_stacks(
 
 def as_stack(weight: Weight, name: str) -> Stack:
     """A stack of experts' weights with three dimensions, MXFP4 pairs made one record."""
-    if isinstance(weight, tuple):
-        if len(weight) != 2:
-            raise ValueError(f"{name} must be a tensor, MXFP4 or (packed, scales), got {len(weight)} items")
-        weight = MXFP4.from_bytes(*weight)
-    if not isinstance(weight, Tensor | MXFP4) or len(weight.shape) != 3:
-        found = list(weight.shape) if isinstance(weight, Tensor | MXFP4) else type(weight).__name__
-        raise ValueError(f"{name} must be [experts, rows, columns], got {found}")
-    return weight
+    stack = lying_here(weight, name)
+    if len(stack.shape) != 3:
+        raise ValueError(f"{name} must be [experts, rows, columns], got {list(stack.shape)}")
+    return stack
 
 
 def _as_biases(bias: Tensor, name: str) -> Tensor:
-    if not isinstance(bias, Tensor) or bias.dim() != 2:
-        found = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
-        raise ValueError(f"{name} must be [experts, columns], got {found}")
+    bias = here(bias, name)
+    if bias.dim() != 2:
+        raise ValueError(f"{name} must be [experts, columns], got {list(bias.shape)}")
     return bias
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from megamoe.execution.experts import HELD, Experts, Weight, describe
+from megamoe.execution.experts import HELD, Experts, describe
 from megamoe.execution.products import Held, KernelProducts
 from megamoe.execution.weights import Matrix
 from megamoe.formats import BLOCK, MXFP4, VALUES, WEIGHT_FORMATS, dequantize_mxfp4
+from megamoe.formats.given import Weight
 from megamoe.kernels.cpu.library import Rows
 from megamoe.parallel.workspace import Workspace
 from megamoe.training.rounding import Place, round_stochastically
@@ -213,9 +214,7 @@ class TrainableExperts(Experts):
     def inference_state_dict(self) -> dict[str, Tensor]:
         """A state dict of Experts in place of one of master weights: what the forward multiplies by."""
         self.quantize_what_changed()
-        found: dict[str, Tensor] = {}
-        super()._save_to_state_dict(found, "", keep_vars=False)
-        return found
+        return self._state("")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
@@ -234,22 +233,23 @@ class TrainableExperts(Experts):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = [prefix + HELD] * (not self.distributed) + [prefix + STEP] * (self.rounding == "stochastic")
-        held = {key: state_dict[key] for key in own if key in state_dict}
-        whose = held.get(prefix + HELD, self._whose)
-        if whose.tolist() != self._whose.tolist():
-            error_msgs.append(self._strangers(prefix, whose))
-            return
-        missing_keys.extend(key for key in own if key not in held)
-        if prefix + STEP in held:
-            self.rounding_step = int(held[prefix + STEP])
-            self.has_stepped()
-        rest = {key: value for key, value in state_dict.items() if key not in held}
-        if self.distributed:
-            rest |= import_module(_SHARDS).own_shards(rest, prefix, dict(self.named_parameters()))
-        nn.Module._load_from_state_dict(
-            self, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        with self._changing():
+            own = [prefix + HELD] * (not self.distributed) + [prefix + STEP] * (self.rounding == "stochastic")
+            held = {key: state_dict[key] for key in own if key in state_dict}
+            whose = held.get(prefix + HELD, self._whose)
+            if whose.tolist() != self._whose.tolist():
+                error_msgs.append(self._strangers(prefix, whose))
+                return
+            missing_keys.extend(key for key in own if key not in held)
+            if prefix + STEP in held:
+                self.rounding_step = int(held[prefix + STEP])
+                self.has_stepped()
+            rest = {key: value for key, value in state_dict.items() if key not in held}
+            if self.distributed:
+                rest |= import_module(_SHARDS).own_shards(rest, prefix, dict(self.named_parameters()))
+            nn.Module._load_from_state_dict(
+                self, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
 
     # ---- rows sorted by expert ----
 

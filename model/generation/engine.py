@@ -8,30 +8,36 @@ nothing left takes part with no tokens until no rank has any.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from megamoe.model.generation.forward import (
+    attending,
     fits_together,
     forward_alone,
     forward_together,
     new_cache,
-    use_own_attention,
 )
 from megamoe.model.generation.meeting import Meeting
 from megamoe.model.generation.places import find_places
-from megamoe.model.generation.request import LENGTH, STOP, GenerationRequest, Token, check_fits
+from megamoe.model.generation.request import LENGTH, STOP, GenerationRequest, Token, check_fits, digest
 from megamoe.model.generation.sampling import choose
 from megamoe.model.generation.sequences import SequenceCache
+from megamoe.parallel.errors import CallRefusedError, listed
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
+from megamoe.parallel.turns import Turns
 
 _WHAT = "generation"
+_TURNS: WeakKeyDictionary[Any, Turns] = WeakKeyDictionary()  # of each model
 
 
 @dataclass(slots=True, eq=False)
@@ -70,18 +76,39 @@ class Generation:
         self.experts: list[nn.Module] = [each for each in model.modules() if callable(getattr(each, "idle", None))]
         if not self.experts:
             raise ValueError(f"{type(model).__name__} has no experts that ranks share")
-        self.together = fits_together(model, self.experts) if together is None else together
-        use_own_attention(model, self.together)
-        self._meeting = Meeting([] if self.together else find_places(model, self.experts))
+        with self._own_turn():
+            self.together = fits_together(model, self.experts) if together is None else together
+            with attending(model, own=False):
+                self._meeting = Meeting([] if self.together else find_places(model, self.experts))
         mine = range(self.group.rank, len(request.prompts), self.group.size)
         self._queue, self._active = deque(mine), list[_Sequence]()
         self.steps, self.done = 0, False
+        self._interruption, self._digest = "", digest(request) if self.group.size > 1 else 0
 
     def step(self) -> list[Token]:
         """The next token of each text that this rank works on. Empty, and done is set, once no rank has any left.
 
-        Errors as the layers raise them: PeerError where a rank is lost.
+        Generations of one model take turns, step by step, from whatever thread. Errors as the layers raise them:
+        PeerError where a rank is lost; ValueError for logits that are no numbers. RuntimeError after any of them, and
+        after Ctrl-C: texts would go on from what half a step has cached.
         """
+        with self._own_turn():
+            if self._interruption:
+                raise RuntimeError(f"the generation cannot go on, a step ended in {self._interruption}: make a new one")
+            try:
+                with attending(self.model, self.together):
+                    return self._step()
+            except BaseException as interruption:
+                said = str(interruption).partition("\n")[0]
+                self._interruption = f"{type(interruption).__name__}{': ' * bool(said)}{said}"
+                raise
+
+    def _own_turn(self) -> AbstractContextManager[None]:
+        """The turn to use the model, whose modules a step changes for as long as it takes."""
+        turns = _TURNS.setdefault(self.model, Turns())
+        return turns.take(f"a generation of {type(self.model).__name__}", torch.device("cpu"), math.inf)
+
+    def _step(self) -> list[Token]:
         self._admit()
         if not self._any_active():
             self.done = True
@@ -107,13 +134,23 @@ class Generation:
             self._active.append(_Sequence(self._queue.popleft(), prompt.id, list(prompt.token_ids), cache))
 
     def _any_active(self) -> bool:
-        """Whether some rank has a sequence: all ranks learn the same."""
+        """Whether some rank has a sequence: all ranks learn the same.
+
+        CallRefusedError, on every rank, where one steps another generation: prompts of either would be left out.
+        """
         if self.group.transport is None:
             return bool(self._active)
-        page = torch.tensor([len(self._active)], dtype=torch.int64).view(torch.uint8)
+        page = torch.tensor([len(self._active), self.steps, self._digest], dtype=torch.int64).view(torch.uint8)
         with self.group.turn(_WHAT, self.model.device), self.group.unbroken(_WHAT, self.steps + 1):
-            pages = self.group.transport.gather(page, Label(_WHAT, "counts"))
-        return bool(pages.view(torch.int64).sum())
+            pages = self.group.transport.gather(page, Label(_WHAT, "counts")).view(torch.int64).view(-1, 3)
+            others = [rank for rank, each in enumerate(pages) if not torch.equal(each[1:], pages[0, 1:])]
+            if others:
+                who = f"{self.group.named(0)} and {listed(others, self.group.named)}"
+                raise CallRefusedError(
+                    f"{who} step different generations: every rank must make the same requests, each of all ranks' "
+                    "prompts, and step them in the same order"
+                )
+        return bool(pages[:, 0].sum())
 
     def _together(self) -> Tensor:
         """One forward for all -> the logits of each sequence's last token, [sequences, V] float32"""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from megamoe.model.generation.sequences import (
     SequenceBatch,
     SequenceCache,
 )
+from megamoe.model.private import attention_of
 
 _log = logging.getLogger(__name__)
 _PLAIN = {"full_attention", "sliding_attention"}  # layers whose only state is keys and values
@@ -64,6 +66,17 @@ def _forward(
 def use_own_attention(model: Any, own: bool) -> None:
     """Attention per sequence of a SequenceBatch, or the model's, written out."""
     model.set_attn_implementation(IMPLEMENTATION if own else "eager")
+
+
+@contextmanager
+def attending(model: Any, own: bool) -> Iterator[None]:
+    """use_own_attention() for the block; then the model has what it had, for whoever calls it otherwise."""
+    before = attention_of(model)
+    use_own_attention(model, own)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def new_cache(model: Any) -> DynamicCache:
@@ -118,8 +131,13 @@ def zeros(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> 
 
 @contextmanager
 def silenced(experts: Sequence[nn.Module], instead: Callable[..., Tensor] = zeros) -> Iterator[None]:
-    """For the block, another function in the place of experts, which no other rank calls."""
-    with replaced_forwards((each, instead) for each in experts):
+    """For the block and this thread, another function in the place of experts, which no other rank calls."""
+    here = get_ident()
+
+    def for_this_thread(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (instead if get_ident() == here else forward)(*args, **kwargs)
+
+    with replaced_forwards((each, for_this_thread(each.forward)) for each in experts):
         yield
 
 

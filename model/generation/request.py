@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from megamoe.catalog.wording import plural
-from megamoe.model.generation.sampling import Sampling
+from megamoe.model.generation.sampling import Sampling, check_integer
 
 STOP, LENGTH = "stop", "length"
 
@@ -36,11 +40,21 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_sequences", "max_step_tokens"):
+            check_integer(name, getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.prompts:
             raise ValueError("there are no prompts")
-        empty = [prompt.id for prompt in self.prompts if not prompt.token_ids]
+        stop_ids: object = self.stop_ids
+        if not isinstance(stop_ids, Iterable):
+            raise ValueError(f"stop_ids must be tokens, got {stop_ids!r}")
+        for token in stop_ids:
+            check_integer("a token of stop_ids", token)
+        for prompt in self.prompts:
+            for token in prompt.token_ids:
+                if type(token) is not int:  # which is quick, and there are many
+                    check_integer(f"a token of prompt {prompt.id}", token)
+        empty = [prompt.id for prompt in self.prompts if not len(prompt.token_ids)]
         if empty:
             raise ValueError(f"prompt {empty[0]} has no tokens")
         seen: set[str] = set()
@@ -63,6 +77,17 @@ class Token:
     index: int
     token: int
     finish: str = ""
+
+
+def digest(request: GenerationRequest) -> int:
+    """64 bits by which ranks tell whether they were asked the same."""
+    hashed = hashlib.sha256()
+    for prompt in request.prompts:
+        hashed.update(f"{prompt.id!r} {len(prompt.token_ids)} ".encode(errors="backslashreplace"))
+        hashed.update(np.array(prompt.token_ids, np.int64).tobytes())
+    limits = request.max_new_tokens, request.max_sequences, request.max_step_tokens
+    hashed.update(repr((request.sampling, sorted(map(int, request.stop_ids)), [int(each) for each in limits])).encode())
+    return int.from_bytes(hashed.digest()[:8], "little", signed=True)
 
 
 def check_fits(request: GenerationRequest, vocab_size: int, max_positions: int | None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+        for name in ("top_k", "seed"):
+            check_integer(name, getattr(self, name))
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (the most likely token) or positive, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -34,11 +40,17 @@ class Sampling:
 
 
 def choose(logits: Tensor, sampling: Sampling, prompt: str, index: int) -> int:
-    """The index-th token of a prompt's text, of logits [V]. Equal logits go to the smaller token id."""
+    """The index-th token of a prompt's text, of logits [V]. Equal logits go to the smaller token id.
+
+    ValueError for logits that no token can be chosen by: NaN, infinite, or -inf for all.
+    """
     if not sampling.temperature:
-        return int(logits.numpy(force=True).argmax())  # NumPy promises the first of equal ones
+        token = int(logits.numpy(force=True).argmax())  # NumPy promises the first of equal ones, or of NaN
+        _check(float(logits[token]), prompt, index)
+        return token
     order = torch.sort(logits.to(torch.float64), descending=True, stable=True)
-    probabilities = torch.softmax(order.values / sampling.temperature, 0)
+    _check(float(order.values[0]), prompt, index)
+    probabilities = torch.softmax((order.values - order.values[0]) / sampling.temperature, 0)
     if sampling.top_k:
         probabilities = probabilities[: sampling.top_k]
     sums = probabilities.cumsum(0)
@@ -47,6 +59,17 @@ def choose(logits: Tensor, sampling: Sampling, prompt: str, index: int) -> int:
     sums = sums[:kept]
     drawn = draw(sampling.seed, prompt, index) * float(sums[-1])
     return int(order.indices[min(int((sums <= drawn).sum()), kept - 1)])
+
+
+def _check(most_likely: float, prompt: str, index: int) -> None:
+    if not math.isfinite(most_likely):
+        raise ValueError(f"prompt {prompt}: the model gives {most_likely} as the largest logit of token {index}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """ValueError for what is no integer, NumPy's among them; True is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
 def draw(seed: int, prompt: str, index: int) -> float:

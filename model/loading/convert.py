@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamoe.execution.experts import about
 from megamoe.formats import BLOCK, MXFP4, WEIGHT_FORMATS
+from megamoe.formats.given import about
 from megamoe.model.loading.expert_weights import expert_source, names_of_experts, parameter_names
 from megamoe.model.loading.files import CONFIG, DTYPES, INDEX, MANIFEST, SINGLE, Entry, TensorFiles, writing
 from megamoe.model.loading.naming import dense_targets, made_by, name_tensors
