@@ -372,6 +372,12 @@ def test_nonsense_is_refused_with_the_numbers(wrong: dict[str, int], message: st
         layer_time(PRO, GB200, **{"ep": 8, "tokens_per_rank": 64, **wrong})  # type: ignore[arg-type]
 
 
+def test_copies_of_experts_are_shared_by_as_many_ranks_more() -> None:
+    assert layer_time(PRO, GB200, ep=416, tokens_per_rank=64, redundant=32).layer_us > 0
+    with pytest.raises(ValueError, match="EP417 is larger than the 416 experts"):
+        layer_time(PRO, GB200, ep=417, tokens_per_rank=64, redundant=32)
+
+
 def test_which_peak_counts() -> None:
     gb200, h100 = load_hardware("gb200"), load_hardware("h100")
     assert compute_format(gb200, "mxfp4", "mxfp8") == "fp8"

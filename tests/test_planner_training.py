@@ -11,6 +11,7 @@ import pytest
 from megamoe.catalog import find_profile, load_hardware, load_model
 from megamoe.planner.answer import answer
 from megamoe.planner.explain import explain
+from megamoe.planner.layer.cost import row_us
 from megamoe.planner.layer.plan import PlanRequest
 from megamoe.planner.layer.rule import found_among
 from megamoe.planner.layer.stacks import sent_once
@@ -19,7 +20,7 @@ from megamoe.planner.page import page
 from megamoe.planner.question import ask
 from megamoe.planner.training.memory import kept_bytes
 from megamoe.planner.training.plan import TrainingPlan, backward_flops, plan_training
-from megamoe.schedule.backward import SAVED, Saved
+from megamoe.schedule.backward import HOME_BYTES, SAVED, Saved
 
 ABOUT = {"model": "deepseek-v4-pro", "hardware": "gb200", "ep": 64, "phase": "train"}
 
@@ -86,6 +87,31 @@ def test_products_of_a_backward_take_their_flops() -> None:
     flops = 6 * rows * 16 * 7168 * 3072
     assert flops / (device.tflops * 1e6) < found.recompute_us + found.data_us + found.weights_us
     assert matrix_us(device, 192, 256, 64) == pytest.approx(2 * tile_us(device, 192, 64) / device.sms)
+
+
+def test_the_first_product_of_few_tokens_takes_as_long_as_its_weights_take_to_read() -> None:
+    """6 experts of V4-Pro: 2 x 3072 x 7168 values of 17/32 bytes each."""
+    found, device = step(tokens_per_rank=16).backward, request().device
+    weights_us = 6 * device.memory_us(2 * 3072 * 7168 * 17 / 32)
+    assert weights_us < found.recompute_us < 1.2 * weights_us
+
+
+@pytest.mark.parametrize("routing", ["balanced", "zipf_1.1"])
+@pytest.mark.parametrize("saved", SAVED)
+def test_links_of_a_backward_carry_gradients_and_tokens_that_are_sent_again(saved: Saved, routing: str) -> None:
+    asked = request(routing=routing)
+    found, expert, device = step(saved, routing=routing).backward, asked.expert, asked.device
+    again = expert.dispatch_bytes if saved == "dispatch-again" else 0
+    there, home = (2 * 7168 + again) * sent_once(expert, 64), 2 * 7168 + HOME_BYTES
+    of_row = row_us(device, 64, found.rows, asked.tokens_per_rank * 6, there, home)
+    assert (found.dispatch_us, found.combine_us) == pytest.approx([found.rows * us for us in of_row], rel=1e-3)
+
+
+def test_two_exchanges_between_hosts_begin_late() -> None:
+    device = request(hardware="h100").device
+    near, far = (step(hardware="h100", ep=ep).backward for ep in (8, 16))
+    assert (near.latency_us, far.latency_us) == (0, 2 * device.exchange_us)
+    assert far.core_us == pytest.approx(far.played.total + far.latency_us)
 
 
 def test_weight_gradients_hide_what_a_forward_cannot() -> None:

@@ -72,9 +72,9 @@ def chunks(num_rows: int, width: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, num_rows, step))
 
 
-def spread_blocks(scales: Tensor, block: int, rows: int, columns: int) -> Tensor:
-    """One scale per block -> one per value, [rows, columns]"""
-    return scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+def spread_blocks(scales: Tensor, block: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """One scale per block of (rows, columns) -> one per value, [rows, columns]"""
+    return scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
 
 
 # ---- decoding: two bytes at a time look up a word that holds their BF16 values ----

@@ -62,14 +62,14 @@ def quantize_e4m3_blocks(weight: Tensor, block: int = 128) -> tuple[Tensor, Tens
     padded[:rows, :columns] = weight
     amax = padded.view(tall, block, wide, block).abs().amax((1, 3)).clamp_min(MXFP8_MIN_AMAX)
     scales = ceil_log2_ratio(amax, 0x600000, 8).to(torch.uint8)
-    spread = spread_blocks(e8m0_to_float(scales), block, rows, columns)
+    spread = spread_blocks(e8m0_to_float(scales), (block, block), rows, columns)
     return (weight.to(torch.float32) / spread).to(torch.float8_e4m3fn), scales
 
 
 def dequantize_e4m3_blocks(values: Tensor, scales: Tensor, block: int = 128) -> Tensor:
     """values [N, K] float8_e4m3fn, K even, scales [ceil(N/block), ceil(K/block)] uint8 -> [N, K] bfloat16, exact"""
     check_dtype(values, torch.float8_e4m3fn, "E4M3 values")
-    spread = spread_blocks(e8m0_to_float(scales, torch.bfloat16), block, *values.shape)
+    spread = spread_blocks(e8m0_to_float(scales, torch.bfloat16), (block, block), *values.shape)
     return e4m3_to_bf16(values).mul_(spread)
 
 
