@@ -111,8 +111,10 @@ def evaluate(numbers: str) -> float:
         {"routing": "zipf_1.1"},
         {"routing": "power_law_1.2", "redundant": 16, "ep": 8, "hardware": "h100"},
         {"combine_format": "nvfp4", "waves": 5, "set": ("model.gated=false",)},
+        {"ep": 48, "hardware": "h100", "routing": "zipf_1.1", "set": ("hardware.scaleup_gb_s=7",)},
+        {"stack": "megamoe", "ep": 16, "hardware": "h100"},
     ],
-    ids=["balanced", "one_token", "one_rank", "two_tiers", "bf16", "zipf", "redundant", "formats"],
+    ids="balanced one_token one_rank two_tiers bf16 zipf redundant formats slow_scaleup this_layer".split(),
 )
 def test_every_term_multiplies_out_to_the_plan(more: dict[str, Any]) -> None:
     planned = answer(question(HIDDEN, **more)).plan
