@@ -111,6 +111,7 @@ def test_hardware_against_the_v4_pro_threshold(hardware: str, ratio: int, hidden
 def test_required_bandwidth_is_where_the_ratio_meets_the_threshold() -> None:
     rule = Rule("scale-up", 5000, 900, 1.0, 6144)
     assert replace(rule, gb_s=rule.required_gb_s).margin == pytest.approx(1.0)
+    assert [replace(rule, tflops=each, gb_s=1000).hidden for each in (6144, 6145)] == [True, False]
 
 
 def test_tiers() -> None:
