@@ -114,7 +114,18 @@ def evaluate(numbers: str) -> float:
         {"ep": 48, "hardware": "h100", "routing": "zipf_1.1", "set": ("hardware.scaleup_gb_s=7",)},
         {"stack": "megamoe", "ep": 16, "hardware": "h100"},
     ],
-    ids="balanced one_token one_rank two_tiers bf16 zipf redundant formats slow_scaleup this_layer".split(),
+    ids=[
+        "balanced",
+        "one_token",
+        "one_rank",
+        "two_tiers",
+        "bf16",
+        "zipf",
+        "redundant",
+        "formats",
+        "slow_scaleup",
+        "this_layer",
+    ],
 )
 def test_every_term_multiplies_out_to_the_plan(more: dict[str, Any]) -> None:
     planned = answer(question(HIDDEN, **more)).plan
