@@ -243,7 +243,7 @@ def test_a_segment_is_mapped_by_its_token_its_size_and_its_host_alone() -> None:
     wrong = {
         "host": ("other", process, file, total, token),
         "process": (host_of, str(2**22 + 1), file, total, token),
-        "file": (host_of, process, str(os.open("/dev/null", os.O_RDWR)), total, token),
+        "file": (host_of, process, str(os.memfd_create("other")), total, token),
         "size": (host_of, process, file, "4096", token),
         "token": (host_of, process, file, total, "00" * 16),
     }
