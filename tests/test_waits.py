@@ -240,6 +240,9 @@ def test_a_wait_goes_on_where_one_of_two_others_gave_up_and_ends_in_peace(make: 
             send_page(ranks[2])
         come(ranks[1])
         assert ended.exception(SOON_S) is None
+        own = ranks[0].clock.own_status
+        assert own.waited_s >= 0.1, "which the next wait of the call lacks"
+        assert own.position().state == WORKING
 
 
 @ALL_KINDS
