@@ -43,7 +43,7 @@ def mxfp4_to_e4m3(q: MXFP4, block: int = 128) -> tuple[Tensor, Tensor]:
             f"mxfp4_to_e4m3: scales of block [{row}, {column}] span 2^{int(span[row, column])}, at most 2^14 is exact"
         )
     scales = torch.where(high >= 0, (high - 6).clamp_min(0), 127)
-    spread = scales.repeat_interleave(block, 0)[:num_rows].repeat_interleave(block // BLOCK, 1)[:, :num_groups]
+    spread = spread_blocks(scales, (block, block // BLOCK), num_rows, num_groups)
     shift = torch.where(used, exponents - spread, 0).to(torch.float32)
     values = in_blocks(e2m1_to_bf16(q.packed).to(torch.float32)) * shift.exp2().unsqueeze(-1)
     return values.flatten(-2).to(torch.float8_e4m3fn), scales.to(torch.uint8)
