@@ -354,7 +354,7 @@ def test_a_recording_has_the_lanes_and_the_record_of_a_call_by_waves(ranks: Loca
         rows = {lane: sum(event.rows for event in events if event.lane == lane) for lane in LANES}
         assert rows["combine"] == noted.rows_sent
         assert rows["linear-1"] == rows["activation"] == rows["linear-2"] == noted.rows_received + noted.rows_local
-        assert 0 < min(noted.compute_s, noted.waiting_s)
+        assert min(noted.compute_s, noted.waiting_s) > 0
         assert noted.compute_s + noted.waiting_s <= noted.total_s
     arrived = sum(event.bytes for event in run.events if event.lane == "dispatch")
     assert arrived == sum(records[1].dispatch_bytes for records, _, _ in found) > 0

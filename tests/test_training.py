@@ -67,7 +67,7 @@ def test_a_backward_counts_the_rows_and_bytes_of_its_forward_and_its_own_time(ra
             assert getattr(found, name) == getattr(forward, name) > 0, name
         assert found.combine_bytes == found.rows_received * (2 * SHAPE.hidden + 16)
         assert not found.small
-        assert 0 < min(found.counts_s, found.compute_s, found.waiting_s)
+        assert min(found.counts_s, found.compute_s, found.waiting_s) > 0
         assert found.counts_s + found.compute_s + found.waiting_s <= found.total_s
 
 
