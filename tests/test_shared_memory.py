@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -198,6 +199,14 @@ def test_where_a_system_grants_no_memory_rows_go_through_sockets(ranks: LocalRan
     found = ranks.run(nothing_is_granted, size=3)
     assert [peers for peers, _ in found] == [[2], [], [0]]
     assert is_right([out for _, out in found])
+
+
+def test_a_rank_that_is_granted_no_memory_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(host, "SymmetricMemory", mock.Mock(side_effect=OSError("no file")))
+    assert host._own_memory(3, 4) is None
+    assert "rank 3 shares no memory with others of its host, rows go through sockets: no file" in caplog.text
 
 
 def addresses(group: EPGroup) -> tuple[list[int], list[Tensor]]:
