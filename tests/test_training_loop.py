@@ -248,6 +248,16 @@ def test_a_state_dict_has_the_master_weights_and_is_refused_by_other_ranks() -> 
         other.load_state_dict(saved)
 
 
+def test_experts_that_train_stay_where_they_are() -> None:
+    layer = make_trainable(SHAPE)
+    given = BATCH.hidden, BATCH.ids, BATCH.weights
+    before = layer(*given)
+    layer.experts.regroup(range(6))
+    assert torch.equal(layer(*given), before)
+    with pytest.raises(ValueError, match="cannot regroup: save it, and load what was saved in the new group"):
+        layer.experts.regroup(range(3))
+
+
 # ---- ranks that are lost ----
 
 FAULTS = {
