@@ -229,7 +229,7 @@ def test_first_values_are_each_experts_own_on_any_number_of_ranks(ranks: LocalRa
     for stack in alone:
         bound = stack.shape[2] ** -0.5
         assert 0.99 * bound < float(stack.abs().max()) <= bound
-        assert len(stack.flatten(1)[:, :8].unique(dim=0)) == SHAPE.num_experts
+        assert len(set(map(tuple, stack.flatten(1)[:, :8].tolist()))) == SHAPE.num_experts
     assert not torch.equal(alone[0], other)
     for whole, *parts in zip(alone, *ranks.run(first_values, size=3), strict=True):
         assert torch.equal(torch.cat(parts), whole)
