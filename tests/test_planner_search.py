@@ -184,6 +184,15 @@ def test_what_a_question_says_of_serving_is_what_is_deployed() -> None:
     assert deployment_of(prompts.but(ep=6, attention_tp=4), of).devices == 12
 
 
+@pytest.mark.parametrize(("share", "groups"), [(0.3, 1), (1.0, 1), (2.5, 3)])
+def test_a_rate_that_is_asked_for_takes_whole_groups(share: float, groups: int) -> None:
+    keys = {"model": "deepseek-v4-pro", "hardware": "gb300", "context": 8192, "ep": 8, "batch": 64}
+    of_group = answer(ask({**keys, "devices": 8})).serving
+    assert of_group is not None
+    rate = share * 8 * of_group.tokens_per_s_per_device * (1 - 1e-9)
+    assert answer(ask({**keys, "target_tps": rate})).choice.question.devices == groups * 8
+
+
 def test_no_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="devices is 0"):
         search(*subject(), context=8192, devices=0)
