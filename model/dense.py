@@ -188,8 +188,7 @@ class FP8Linear(nn.Module):
         """[N, K] bfloat16 where that is exact, else float32."""
         values, scales = self.get_buffer("values"), self.get_buffer("scales")
         with torch.inference_mode():  # in which it is made, so that torch refuses to change it in place
-            rows = scales.repeat_interleave(self.block[0], 0)[: self.out_features]
-            spread = rows.repeat_interleave(self.block[1], 1)[:, : self.in_features]
+            spread = spread_blocks(scales, self.block, self.out_features, self.in_features)
             return (values.to(torch.float32) * spread).to(torch.bfloat16 if self.exact else torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,8 +214,8 @@ class FP8Linear(nn.Module):
         tall, wide = self.block
         scales = self.get_buffer("scales")[first // tall : -(-(first + step) // tall)]
         decoded = e4m3_to_bf16(values) if values.shape[1] % 2 == 0 else values.to(torch.bfloat16)
-        if self.exact and tall == wide:
-            yield decoded.mul_(spread_blocks(scales.to(torch.bfloat16), tall, *values.shape)), None, slice(None)
+        if self.exact:
+            yield decoded.mul_(spread_blocks(scales.to(torch.bfloat16), self.block, *values.shape)), None, slice(None)
             return
         of_rows = scales.repeat_interleave(tall, 0)[: len(values)]
         for number in range(scales.shape[1]):

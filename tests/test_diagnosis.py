@@ -120,6 +120,26 @@ CASES = {
         2,
         "slow",
     ),
+    "all wait in a ring, the one of another host answers late": (
+        [
+            far(near(waits(0, 1), 1), (2, 0.06), (1, 0.001)),
+            far(near(waits(1, 2), 0), (2, 0.05)),
+            waits(2, 0),
+        ],
+        1,
+        2,
+        "slow",
+    ),
+    "all wait in a ring on one host, which is busy": (
+        [
+            far(near(waits(0, 1), 1, 2), (2, 0.06), (1, 0.001)),
+            far(near(waits(1, 2), 0, 2), (2, 0.05)),
+            near(waits(2, 0), 0, 1),
+        ],
+        1,
+        1,
+        "slow",
+    ),
     "a silent rank that another hears is behind a bad link": (
         [
             replace(waits(0, 1), unheard=(1,)),
@@ -229,7 +249,7 @@ CASES |= {
         "slow",
     ),
     "of two, this one has only just gone ahead": (
-        [stuck(0, 1, 9, "counts", age_s=0.3), stuck(1, 0, 8, "combine", 0)],
+        [stuck(0, 1, 9, "counts", age_s=0.5), stuck(1, 0, 8, "combine", 0)],  # heard of 0.1 s ago
         1,
         1,
         "slow",
@@ -289,6 +309,20 @@ def test_the_rank_to_blame_is_named(statuses: list[PeerStatus], awaited: int, ra
     verdict = diagnose(0, awaited, statuses)
     assert (verdict.rank, verdict.condition) == (rank, condition)
     assert verdict.meaning
+
+
+@pytest.mark.parametrize(
+    ("case", "certain"),
+    [
+        ("all wait in a ring, one's answers are late", True),
+        ("all wait, one is in every wait", False),
+        ("two wait for each other", True),
+        ("of two that share memory, on a machine that is busy, this one is ahead", False),
+    ],
+)
+def test_of_ranks_that_wait_for_each_other_answers_say_for_certain_who_is_slow(case: str, certain: bool) -> None:
+    statuses, awaited, *_ = CASES[case]
+    assert diagnose(0, awaited, statuses).certain is certain
 
 
 def test_a_rank_that_left_is_named_by_those_that_wait_for_it() -> None:

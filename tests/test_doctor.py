@@ -232,6 +232,17 @@ def test_threads_are_as_many_as_the_control_group_and_affinity_leave_cores(
     assert share_of_cores(2) == max(1, threads // 2)
 
 
+@pytest.mark.parametrize(
+    ("quota", "period", "expected"), [("150000", "100000", 1.5), ("-1", "100000", None), ("100000", "0", None)]
+)
+def test_control_groups_of_version_1_bound_what_they_say(
+    quota: str, period: str, expected: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"cpu/a/cpu.cfs_quota_us": quota, "cpu/a/cpu.cfs_period_us": period}
+    groups(tmp_path, "4:memory:/a\n3:cpu:/a\n", files, monkeypatch)
+    assert limits.cpu_quota() == expected
+
+
 def test_control_groups_that_may_not_be_read_bound_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups(tmp_path, "0::/a\n", {"a/cpu.max": "100000 100000"}, monkeypatch)
     assert limits.cpu_quota() == 1.0

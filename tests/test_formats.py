@@ -16,6 +16,7 @@ from megamoe.formats import (
     MXFP4,
     MXFP4_MAX_SCALE,
     MXFP8,
+    chunks,
     dequantize_e4m3_blocks,
     dequantize_mxfp4,
     dequantize_mxfp8,
@@ -595,3 +596,13 @@ def test_no_rows_are_quantised_to_no_rows(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape)
     assert dequantize_mxfp8(quantize_mxfp8(x)).shape == shape
     assert dequantize_mxfp4(quantize_mxfp4(x)).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "starts"),
+    [(5, 200_000, [0, 2, 4]), (3, 1_000_000, [0, 1, 2]), (4096, 128, [0]), (4097, 128, [0, 4096]), (0, 8, [])],
+)
+def test_chunks_have_half_a_million_values_or_one_row(rows: int, width: int, starts: list[int]) -> None:
+    found = list(chunks(rows, width))
+    assert [each.start for each in found] == starts
+    assert [each for part in found for each in range(rows)[part]] == list(range(rows))

@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from megamoe.launch.ranks import LocalRanks
 from megamoe.model import load, load_tokenizer, regroup
 from megamoe.model.dense import DenseLinear, DenseWeight, FP8Linear, compute_in_fixed_order
+from megamoe.model.loading.files import TensorFiles
 from megamoe.model.loading.report import Progress
 from megamoe.model.loading.skeleton import build
+from megamoe.model.loading.stored import stored_tensors
 from megamoe.parallel.group import EPGroup
 from tests import checkpoints
 from tests.checkpoints import FAMILIES, VOCABULARY
@@ -177,6 +179,28 @@ def test_dense_fp8_stays_packed_and_computes_its_exact_values(folder: Path) -> N
     assert torch.equal(linear(x[3:4]), linear(x)[3:4])
     a, b = logits_of(packed, batch()), logits_of(decoded, batch())
     assert float((a - b).norm() / b.norm()) < 0.1
+
+
+@pytest.mark.parametrize("block", [(128, 128), (16, 48), (48, 16)], ids=str)
+@pytest.mark.parametrize("exact", [True, False], ids=["powers_of_two", "any_scale"])
+@pytest.mark.parametrize("columns", [130, 131])
+def test_fp8_values_have_the_scale_of_their_block(
+    tmp_path: Path, block: tuple[int, int], exact: bool, columns: int
+) -> None:
+    (tall, wide), rows, dice = block, 131, torch.Generator().manual_seed(3)
+    values = torch.randn(rows, columns, generator=dice).to(torch.float8_e4m3fn)
+    scales = torch.randint(-3, 4, (-(-rows // tall), -(-columns // wide)), generator=dice).double().exp2().float()
+    scales *= 1.0 if exact else 1.25
+    oracle = torch.tensor(
+        [[float(values[r, c]) * float(scales[r // tall, c // wide]) for c in range(columns)] for r in range(rows)]
+    )
+    save_file({"a.weight": values, "a.weight_scale_inv": scales}, tmp_path / "model.safetensors")
+    with TensorFiles.open(tmp_path) as files:
+        assert torch.equal(stored_tensors(files, block)["a.weight"].read_dense(files), oracle)
+    linear = FP8Linear(values, scales, block)
+    assert torch.equal(linear.weight.float(), oracle)
+    x = torch.randn(3, columns, generator=dice).to(torch.bfloat16)
+    torch.testing.assert_close(linear(x).double(), x.double() @ oracle.double().T, rtol=1e-2, atol=0.1)
 
 
 # ---- rounding on the way ----

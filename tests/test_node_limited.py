@@ -75,6 +75,8 @@ def test_tokens_of_the_docstring() -> None:
     found = land(torch.tensor([[0, 1], [3, 2]]), Placement(4, 4), (0, 0, 2, 2), 0)
     assert found.ranks.tolist() == [[0, 1, -1, -1], [-1, -1, 2, -1]]
     assert found.counts.tolist() == [1, 1, 1, 0]
+    wild = land(torch.tensor([[0, 1], [5, 2], [-9, 10**9]]), Placement(4, 4), (0, 0, 2, 2), 0)
+    assert wild.ranks.tolist() == [*found.ranks.tolist(), [-1, -1, 3, -1]], "ids that there are not are refused later"
 
 
 @pytest.mark.parametrize("waves", [1, 2, 4, (1, 3, 2)], ids=str)

@@ -72,6 +72,8 @@ def test_json_has_the_keys_that_programs_read() -> None:
     found = as_json("plan", *PRO, "--ep", 16)
     assert found["verdict"] == "hidden"
     assert found["threshold_flops_per_byte"] == 6144
+    assert (found["weight_format"], found["dispatch_format"]) == ("mxfp4", "mxfp8")
+    assert as_json("plan", *PRO, "--ep", 16, "--weight-format", "fp8")["weight_format"] == "fp8"
     assert found["hardware_flops_per_byte"] == pytest.approx(5000e3 / 900)
     assert found["margin"] == pytest.approx(1.10592)
     assert found["required_link_gb_s"] == pytest.approx(5000e3 / 6144)

@@ -111,6 +111,7 @@ def test_hardware_against_the_v4_pro_threshold(hardware: str, ratio: int, hidden
 def test_required_bandwidth_is_where_the_ratio_meets_the_threshold() -> None:
     rule = Rule("scale-up", 5000, 900, 1.0, 6144)
     assert replace(rule, gb_s=rule.required_gb_s).margin == pytest.approx(1.0)
+    assert [replace(rule, tflops=each, gb_s=1000).hidden for each in (6144, 6145)] == [True, False]
 
 
 def test_tiers() -> None:
@@ -392,6 +393,12 @@ def test_more_tokens_are_never_faster(tokens: int, ep: int) -> None:
 def test_nonsense_is_refused_with_the_numbers(wrong: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer_time(PRO, GB200, **{"ep": 8, "tokens_per_rank": 64, **wrong})  # type: ignore[arg-type]
+
+
+def test_copies_of_experts_are_shared_by_as_many_ranks_more() -> None:
+    assert layer_time(PRO, GB200, ep=416, tokens_per_rank=64, redundant=32).layer_us > 0
+    with pytest.raises(ValueError, match="EP417 is larger than the 416 experts"):
+        layer_time(PRO, GB200, ep=417, tokens_per_rank=64, redundant=32)
 
 
 def test_which_peak_counts() -> None:

@@ -146,6 +146,11 @@ def test_serving_terms_end_in_the_rate() -> None:
     assert not [name for name in terms if name.startswith("routed: ")]  # the layer's own terms stand for them
 
 
+def test_terms_multiply_out_where_the_inner_tier_is_the_slower_one() -> None:
+    slow = ("hardware.scaleup_gb_s=7",)
+    test_every_term_multiplies_out_to_the_plan({"ep": 48, "hardware": "h100", "routing": "zipf_1.1", "set": slow})
+
+
 # ---- traffic ----
 
 

@@ -16,6 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.catalog import Hardware, Model, Profile, find_profile, load_hardware, load_model
+from megamoe.planner.answer import answer
+from megamoe.planner.question import Subject, ask
+from megamoe.planner.search.choose import deployment_of
 from megamoe.planner.search.recommend import QUEUE, UTILIZATION, Load, Recommendation, recommend
 from megamoe.planner.search.search import SearchResult, Space, Targets, search
 from megamoe.planner.serving.deployment import Deployment
@@ -143,6 +146,51 @@ def test_prefill_is_searched_by_time_to_first_token() -> None:
 def test_targets_that_make_no_sense_are_refused(targets: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="a target is above 0"):
         Targets(**targets)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"ep": 16, "devices": 24}, "^24 devices cannot be divided into groups of EP16$"),
+        ({"devices": 8, "attention_tp": 3}, "no EP size of deepseek-v4-pro divides 8 devices in attention groups of 3"),
+        ({"ep": 8, "hardware": "gb300", "devices": 64, "tpot_ms": 0.001}, r"none of \d+ deployments reaches tpot_ms"),
+    ],
+    ids=["ep", "attention_tp", "target"],
+)
+def test_a_question_that_no_deployment_answers_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        answer(ask({"model": "deepseek-v4-pro", "hardware": "h100", "context": 8192, **keys}))
+
+
+def test_where_nothing_fits_a_target_does_not_matter() -> None:
+    found = answer(ask({"model": "deepseek-v4-pro", "hardware": "h100", "context": 8192, "ep": 1, "tpot_ms": 0.001}))
+    assert found.choice.why.startswith("none of ")
+    assert not found.memory.fits
+
+
+def test_what_a_question_says_of_serving_is_what_is_deployed() -> None:
+    """All as they are asked for, and each as if it were not asked for where it is left out."""
+    keys = {"ep": 16, "batch": 8, "context": 4096, "devices": 32, "attention_tp": 2, "microbatches": 2, "cached": 0}
+    drafts = {"mtp": 2, "accept": 1.5, "head_split": 4, "dense_format": "bf16", "kv_format": "fp8"}
+    asked = ask({"model": "deepseek-v4-pro", "hardware": "gb300", "phase": "decode", **keys, **drafts})
+    of = Subject.of(asked)
+    made = deployment_of(asked, of)
+    for key, value in (keys | drafts).items():
+        assert getattr(made, {"batch": "batch_per_device"}.get(key, key)) == value, key
+    prompts = asked.but(phase="prefill", cached=1024, chunk=512, mtp=None, accept=None, microbatches=None, devices=None)
+    made = deployment_of(prompts.but(attention_tp=None), of)
+    assert (made.phase, made.cached, made.chunk, made.mtp) == ("prefill", 1024, 512, 0)
+    assert (made.attention_tp, made.microbatches, made.devices) == (1, 1, 16)
+    assert deployment_of(prompts.but(ep=6, attention_tp=4), of).devices == 12
+
+
+@pytest.mark.parametrize(("share", "groups"), [(0.3, 1), (1.0, 1), (2.5, 3)])
+def test_a_rate_that_is_asked_for_takes_whole_groups(share: float, groups: int) -> None:
+    keys = {"model": "deepseek-v4-pro", "hardware": "gb300", "context": 8192, "ep": 8, "batch": 64}
+    of_group = answer(ask({**keys, "devices": 8})).serving
+    assert of_group is not None
+    rate = share * 8 * of_group.tokens_per_s_per_device * (1 - 1e-9)
+    assert answer(ask({**keys, "target_tps": rate})).choice.question.devices == groups * 8
 
 
 def test_no_devices_are_refused() -> None:

@@ -104,6 +104,19 @@ def test_mla_attends_absorbed_in_decode_and_unfolded_in_prefill() -> None:
     assert mla.prefill_core_flops(0, 10) == 55 * 2 * 128 * (192 + 128)
 
 
+@pytest.mark.parametrize(
+    ("name", "together"),
+    [("deepseek-v3.2", [1]), ("deepseek-v4-pro", [128, 1]), ("gpt-oss-120b", [128, 128])],
+    ids=["chosen", "all_and_chosen", "window_and_all"],
+)
+def test_a_prefill_reads_entries_once_for_128_queries_where_none_are_chosen(name: str, together: list[int]) -> None:
+    """The last 2000 of 3000 tokens: chosen entries are read by every query for itself."""
+    for cost, queries in zip(costs(name), together, strict=True):
+        entries = sum(cost.entries(context) for context in range(1001, 3001))
+        read = cost.prefill_read_bytes(1000, 3000, "fp8")
+        assert read == pytest.approx(entries * cost.entry_bytes("fp8") / queries)
+
+
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3.2", "kimi-k2"])
 def test_the_products_of_a_latent_are_all_its_weights(name: str) -> None:
     cost = costs(name)[0]

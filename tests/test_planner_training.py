@@ -19,7 +19,7 @@ from megamoe.planner.page import page
 from megamoe.planner.question import ask
 from megamoe.planner.training.memory import kept_bytes
 from megamoe.planner.training.plan import TrainingPlan, backward_flops, plan_training
-from megamoe.schedule.backward import SAVED, Saved
+from megamoe.schedule.backward import HOME_BYTES, SAVED, Saved
 
 ABOUT = {"model": "deepseek-v4-pro", "hardware": "gb200", "ep": 64, "phase": "train"}
 
@@ -86,6 +86,22 @@ def test_products_of_a_backward_take_their_flops() -> None:
     flops = 6 * rows * 16 * 7168 * 3072
     assert flops / (device.tflops * 1e6) < found.recompute_us + found.data_us + found.weights_us
     assert matrix_us(device, 192, 256, 64) == pytest.approx(2 * tile_us(device, 192, 64) / device.sms)
+
+
+@pytest.mark.parametrize("routing", ["balanced", "zipf_1.1"])
+@pytest.mark.parametrize("saved", SAVED)
+def test_links_of_a_backward_carry_gradients_and_tokens_that_are_sent_again(saved: Saved, routing: str) -> None:
+    found, expert = step(saved, routing=routing).backward, request().expert
+    again = expert.dispatch_bytes if saved == "dispatch-again" else 0
+    there, home = (2 * 7168 + again) * sent_once(expert, 64), 2 * 7168 + HOME_BYTES
+    assert found.dispatch_us / found.combine_us == pytest.approx(there / home)
+
+
+def test_two_exchanges_between_hosts_begin_late() -> None:
+    device = request(hardware="h100").device
+    near, far = (step(hardware="h100", ep=ep).backward for ep in (8, 16))
+    assert (near.latency_us, far.latency_us) == (0, 2 * device.exchange_us)
+    assert far.core_us == pytest.approx(far.played.total + far.latency_us)
 
 
 def test_weight_gradients_hide_what_a_forward_cannot() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+import threading
 import time
 from concurrent.futures import Future
 from typing import Any
@@ -148,6 +150,17 @@ def test_after_a_failure_a_rank_that_is_named_is_not_waited_for(
     assert isinstance(found[1], StuckError)
 
 
+def test_after_a_failure_a_rank_that_is_not_named_has_time_to_say_what_it_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recovery, "NAMED_S", 0.01)
+    late: Future[Any] = Future()
+    timer = threading.Timer(0.1, late.set_result, [OK])
+    timer.start()
+    assert collect([ended(BOOM), late], "forward", within_s=60.0, patience_s=60.0) == [BOOM, OK]
+    timer.join()
+
+
 # ---- policy ----
 
 
@@ -170,11 +183,16 @@ def test_each_further_restart_in_a_row_waits_twice_as_long_and_thirty_seconds_at
         ({"retry_s": 0.0}, "^retry_s must be positive and finite, got 0.0$"),
         ({"elastic": (0, 4)}, r"1 <= least <= most, got \(0, 4\)"),
         ({"elastic": (3, 2)}, r"1 <= least <= most, got \(3, 2\)"),
+        ({"elastic": (1, 2, 3)}, r"1 <= least <= most, got \(1, 2, 3\)"),
+        ({"elastic": (1, 2.5)}, r"1 <= least <= most, got \(1, 2.5\)"),
+        ({"backoff_s": math.inf}, "^backoff_s must be 0 or more and finite, got inf$"),
+        ({"retry_s": math.inf}, "^retry_s must be positive and finite, got inf$"),
     ],
 )
 def test_a_wrong_policy_is_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         RestartPolicy(**arguments)
+    assert RestartPolicy(restarts=0, elastic=(2, 2)).elastic == (2, 2)
 
 
 def test_elastic_is_written_min_colon_max() -> None:

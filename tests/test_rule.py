@@ -99,14 +99,25 @@ def test_the_fit_finds_a_turn_that_was_put_there(turn: float, floor: float, slop
     assert asdict(found) == pytest.approx({"x": turn, "floor": floor, "slope": slope}, abs=0.01)
 
 
+def test_four_points_are_enough_and_one_that_is_off_counts_less_the_longer_it_took() -> None:
+    points = [(0.5, 1.0), (1.0, 1.0), (2.0, 2.0), (3.0, 3.0)]
+    found = fit_turn(points)
+    assert found is not None
+    assert (found.x, found.slope) == pytest.approx((1, 1), abs=0.01)
+    off = fit_turn([*points, (4.0, 4.0), (8.0, 9.6)])
+    assert off is not None
+    assert off.slope < 1.25, "1.29 where all count alike"
+
+
 @pytest.mark.parametrize(
     "points",
     [
         [(0.5, 1.0), (1.0, 1.0), (2.0, 2.0)],
         [(0.25, 1.1), (0.5, 1.1), (0.7, 1.12), (0.85, 1.12)],
         [(1.0, 1.0)] * 9,
+        [],
     ],
-    ids=["three-points", "all-before-it", "one-x"],
+    ids=["three-points", "all-before-it", "one-x", "none"],
 )
 def test_no_turn_is_made_up(points: list[tuple[float, float]]) -> None:
     assert fit_turn(points) is None

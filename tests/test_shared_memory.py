@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -199,6 +201,14 @@ def test_where_a_system_grants_no_memory_rows_go_through_sockets(ranks: LocalRan
     assert is_right([out for _, out in found])
 
 
+def test_a_rank_that_is_granted_no_memory_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(host, "SymmetricMemory", mock.Mock(side_effect=OSError("no file")))
+    assert host._own_memory(3, 4) is None
+    assert "rank 3 shares no memory with others of its host, rows go through sockets: no file" in caplog.text
+
+
 def addresses(group: EPGroup) -> tuple[list[int], list[Tensor]]:
     """A process that may have a few GB of addresses."""
     kept = resource.getrlimit(resource.RLIMIT_AS)
@@ -221,6 +231,41 @@ def test_where_addresses_are_limited_rows_go_through_sockets(ranks: LocalRanks) 
 def test_regions_of_many_ranks_fit_into_the_addresses_of_a_process() -> None:
     for size in (2, 8, 1024):
         assert size * len(symmetric.REGIONS) * symmetric.region_bytes(size) <= 2**46 + 2**30
+
+
+def test_every_word_page_and_region_has_a_place_of_its_own_in_a_segment() -> None:
+    words, layout = symmetric.Words(3), symmetric.Layout(3, symmetric.region_bytes(3))
+    pages = [words.page(exchange, sender) for exchange in (6, 7) for sender in range(3)]
+    rows = [words.rows(r, wave, sender) for r in range(2) for wave in range(symmetric.MAX_WAVES) for sender in range(3)]
+    assert sorted(pages + rows) == list(range(words.count))
+    sizes = [(0, 16), (layout.words, 8 * words.count)]  # the token, and words of 8 bytes
+    sizes += [(layout.place(each), symmetric.PLACE_BYTES) for each in range(2)]
+    sizes += [(layout.region(each), layout.region_bytes) for each in range(len(symmetric.REGIONS))]
+    ends = [begin + size for begin, size in sizes]
+    assert all(end <= begin for end, (begin, _) in zip(ends, [*sizes[1:], (layout.total, 0)], strict=True))
+    assert layout.place(0) % mmap.PAGESIZE == layout.region(0) % mmap.PAGESIZE == layout.total % mmap.PAGESIZE == 0
+
+
+def test_a_segment_is_mapped_by_its_token_its_size_and_its_host_alone() -> None:
+    other = symmetric.SymmetricMemory(1, 2)
+    host_of, process, file, total, token = other.card().decode().split()
+    wrong = {
+        "host": ("other", process, file, total, token),
+        "process": (host_of, str(2**22 + 1), file, total, token),
+        "file": (host_of, process, str(os.memfd_create("other")), total, token),
+        "size": (host_of, process, file, "4096", token),
+        "token": (host_of, process, file, total, "00" * 16),
+    }
+    for what, card in wrong.items():
+        with closing(symmetric.SymmetricMemory(0, 2)) as memory:
+            assert not memory.attach(1, " ".join(card).encode()), what
+            assert list(memory.peers) == [0], what
+    os.close(int(wrong["file"][2]))
+    with closing(symmetric.SymmetricMemory(0, 2)) as memory, closing(other):
+        assert memory.attach(1, other.card())
+        memory.peers[1].set(5, 2**40)
+        assert other.wait(5, 2**40, 0.0, spin=False)
+        assert not other.wait(5, 2**40 + 1, 0.01, spin=True)
 
 
 def by_messages(group: EPGroup) -> tuple[list[int], list[Tensor]]:

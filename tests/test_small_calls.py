@@ -23,6 +23,7 @@ from megamoe.launch.ranks import LocalRanks
 from megamoe.layer import MegaMoE
 from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
+from megamoe.parallel.placement import Placement
 from megamoe.parallel.symmetric import PLACE_BYTES, available
 from megamoe.parallel.transport.heads import MESSAGE_BYTES
 from megamoe.shape import MoEShape
@@ -38,6 +39,7 @@ pytestmark = [
 SHAPE = MoEShape(hidden=128, intermediate=96, num_experts=10, topk=4, swiglu_limit=3.0)
 FORMATS = [(weights, wire) for weights in ("mxfp4", "bf16") for wire in ("mxfp8", "bf16")]
 MANY = small_call.MAX_TOKENS + 40
+ROW_BYTES = {"mxfp8": 144, "bf16": 256}  # 128 + 128 / 32, filled up to sixteens
 
 
 def one_expert(num_tokens: int) -> Batch:
@@ -86,8 +88,7 @@ def in_a_row(group: EPGroup, sizes: tuple[int, ...]) -> Outputs:
 def most_tokens(wire: str, sizes: tuple[int, ...]) -> int:
     """Of a rank in a small call: a row of the wire and its slots, behind a page."""
     room = PLACE_BYTES if len(sizes) == 1 else MESSAGE_BYTES
-    row_bytes = {"mxfp8": SHAPE.hidden + SHAPE.hidden // 32, "bf16": 2 * SHAPE.hidden}[wire]
-    return min(small_call.MAX_TOKENS, (room - small_call._BEHIND - 64) // (row_bytes + 8 * SHAPE.topk))
+    return min(small_call.MAX_TOKENS, (room - small_call._BEHIND - 64) // (ROW_BYTES[wire] + 8 * SHAPE.topk))
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (3,), (4,), (1, 1), (2, 1), (2, 2), (1, 1, 1, 1)], ids=str)
@@ -354,11 +355,31 @@ def test_a_recording_has_the_lanes_and_the_record_of_a_call_by_waves(ranks: Loca
         rows = {lane: sum(event.rows for event in events if event.lane == lane) for lane in LANES}
         assert rows["combine"] == noted.rows_sent
         assert rows["linear-1"] == rows["activation"] == rows["linear-2"] == noted.rows_received + noted.rows_local
-        assert noted.total_s >= noted.compute_s
+        assert min(noted.compute_s, noted.waiting_s) > 0
+        assert noted.compute_s + noted.waiting_s <= noted.total_s
     arrived = sum(event.bytes for event in run.events if event.lane == "dispatch")
     assert arrived == sum(records[1].dispatch_bytes for records, _, _ in found) > 0
     expected = oracle(SHAPE, make_batch(SHAPE, 13), "mxfp4", "mxfp8")
     assert all(torch.equal(torch.cat([outputs[n] for _, _, outputs in found]), expected) for n in range(2))
+
+
+def on_two_hosts(group: EPGroup) -> CallRecord:
+    with hosts(group, (2, 1)):
+        layer, mine = make_layer(SHAPE, group), make_batch(SHAPE, 13).part(split(13, group.size)[group.rank])
+        call(layer, mine)
+        return layer.last_call
+
+
+def test_what_leaves_a_host_is_tokens_for_each_far_rank_and_results_of_their_slots(ranks: LocalRanks) -> None:
+    batch, parts, placement = make_batch(SHAPE, 13), split(13, 3), Placement(SHAPE.num_experts, 3)
+    token_bytes = ROW_BYTES["mxfp8"] + 8 * SHAPE.topk
+    for rank, (noted, far) in enumerate(zip(ranks.run(on_two_hosts, size=3), ([2], [2], [0, 1]), strict=True)):
+        own, num_tokens = placement.experts(rank), parts[rank].stop - parts[rank].start
+        ids = torch.cat([batch.ids[parts[peer]] for peer in far])
+        results = int(((ids >= own.start) & (ids < own.stop)).sum())
+        assert noted.small
+        assert noted.dispatch_bytes == 2 * num_tokens * token_bytes
+        assert noted.far_bytes == len(far) * num_tokens * token_bytes + results * 2 * SHAPE.hidden
 
 
 def by_waves_of(group: EPGroup) -> CallRecord:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamoe.execution.journeys import CallRecord
 from megamoe.launch.ranks import LocalRanks
+from megamoe.parallel.group import EPGroup
 from megamoe.reference import relative_error
 from megamoe.routing.waves import Waves
 from megamoe.shape import MoEShape
 from megamoe.training.reference import Problem, moe_backward, moe_backward_fp64
-from tests.cases import ACTIVATIONS, Batch, make_batch
+from tests.cases import ACTIVATIONS, Batch, make_batch, split
 from tests.training_cases import (
     backward,
     backward_on_ranks,
@@ -49,6 +51,24 @@ def test_gradients_are_the_same_for_any_ep_size(ranks: LocalRanks, ep_size: int,
     for index, each in enumerate(sweep):
         formats = each["weight_format"], each["dispatch_format"], each["gradient_format"]
         assert not differences(joined([output[index] for output in outputs]), expected[formats]), each
+
+
+def records_of_both(group: EPGroup, batch: Batch) -> tuple[CallRecord, CallRecord]:
+    layer = make_trainable(SHAPE, group, waves=3, dispatch_format="bf16", gradient_format="bf16")
+    mine = batch.part(split(len(batch.ids), group.size)[group.rank])
+    backward(layer, mine, make_gradient(mine))
+    return layer.last_call, layer.last_backward
+
+
+def test_a_backward_counts_the_rows_and_bytes_of_its_forward_and_its_own_time(ranks: LocalRanks) -> None:
+    """Gradients of outputs travel as BF16 tokens do, those of tokens home with 16 bytes more for their weight's."""
+    for forward, found in ranks.run(records_of_both, make_batch(SHAPE, 300), size=3):
+        for name in ("tokens", "waves", "rows_local", "rows_sent", "rows_received", "dispatch_bytes"):
+            assert getattr(found, name) == getattr(forward, name) > 0, name
+        assert found.combine_bytes == found.rows_received * (2 * SHAPE.hidden + 16)
+        assert not found.small
+        assert min(found.counts_s, found.compute_s, found.waiting_s) > 0
+        assert found.counts_s + found.compute_s + found.waiting_s <= found.total_s
 
 
 def routed(ids: torch.Tensor) -> Batch:

@@ -219,6 +219,22 @@ def test_master_weights_that_have_no_code_are_refused_on_all_ranks(ranks: LocalR
         assert "NaN" in said
 
 
+def first_values(group: EPGroup | None) -> list[Tensor]:
+    layer = TrainableMoE(SHAPE, group, seed=3)
+    return [layer.experts.gate_up.detach(), layer.experts.down.detach()]
+
+
+def test_first_values_are_each_experts_own_on_any_number_of_ranks(ranks: LocalRanks) -> None:
+    alone, other = first_values(None), TrainableMoE(SHAPE, seed=4).experts.gate_up
+    for stack in alone:
+        bound = stack.shape[2] ** -0.5
+        assert 0.99 * bound < float(stack.abs().max()) <= bound
+        assert len(set(map(tuple, stack.flatten(1)[:, :8].tolist()))) == SHAPE.num_experts
+    assert not torch.equal(alone[0], other)
+    for whole, *parts in zip(alone, *ranks.run(first_values, size=3), strict=True):
+        assert torch.equal(torch.cat(parts), whole)
+
+
 def test_a_state_dict_has_the_master_weights_and_is_refused_by_other_ranks() -> None:
     layer, other = make_trainable(SHAPE), TrainableMoE(SHAPE, seed=3)
     saved = layer.state_dict()
@@ -230,6 +246,16 @@ def test_a_state_dict_has_the_master_weights_and_is_refused_by_other_ranks() -> 
     saved["experts.held"] = torch.tensor([6, 12, 12])
     with pytest.raises(RuntimeError, match="experts 6 to 11 of 12"):
         other.load_state_dict(saved)
+
+
+def test_experts_that_train_stay_where_they_are() -> None:
+    layer = make_trainable(SHAPE)
+    given = BATCH.hidden, BATCH.ids, BATCH.weights
+    before = layer(*given)
+    layer.experts.regroup(range(6))
+    assert torch.equal(layer(*given), before)
+    with pytest.raises(ValueError, match="cannot regroup: save it, and load what was saved in the new group"):
+        layer.experts.regroup(range(3))
 
 
 # ---- ranks that are lost ----

@@ -23,7 +23,7 @@ from megamoe.parallel.errors import PeerError
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.health import heartbeat
 from megamoe.parallel.health.heartbeat import HeartbeatMonitor
-from megamoe.parallel.health.status import RAISED, WAITING, OwnStatus
+from megamoe.parallel.health.status import RAISED, WAITING, WORKING, OwnStatus
 from megamoe.parallel.recorder import CallNotes, Recorder, Recording
 from megamoe.parallel.symmetric import available
 from megamoe.parallel.transport.all_to_all import AllToAllTransport
@@ -240,6 +240,9 @@ def test_a_wait_goes_on_where_one_of_two_others_gave_up_and_ends_in_peace(make: 
             send_page(ranks[2])
         come(ranks[1])
         assert ended.exception(SOON_S) is None
+        own = ranks[0].clock.own_status
+        assert own.waited_s >= 0.1, "which the next wait of the call lacks"
+        assert own.position().state == WORKING
 
 
 @ALL_KINDS
@@ -419,15 +422,21 @@ def test_the_core_is_given_up_before_large_messages_are_posted_and_no_others(mon
     assert order == ["post", "yield", "post", "post"], "body and tail"
 
 
-def test_all_that_has_been_sent_is_waited_for_at_once() -> None:
+def test_all_that_has_been_sent_is_waited_for_at_once_and_the_time_counts() -> None:
     group = Stuck()
-    group.let_go.set()
     transport = stuck_transport(group)
+    where = transport.clock.own_status
+    where.enter("moe", 1)
     transfers = [sent(transport) for _ in range(3)]
+    timer = threading.Timer(0.1, group.let_go.set)
+    timer.start()
     with mock.patch.object(transport._waiter, "wait", wraps=transport._waiter.wait) as waits:
         for each in transfers:
             each.finish()
+            assert where.position().state == WORKING
+    timer.join()
     assert waits.call_count == 1
+    assert transport.clock.left_s() < DEADLINE_S - 0.05
 
 
 def test_the_thread_that_waits_for_what_leaves_ends_with_its_transport() -> None:

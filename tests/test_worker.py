@@ -29,6 +29,7 @@ from megamoe.model.deepseek_v4.blocks import ExpertStack
 from megamoe.model.deepseek_v4.checkpoint import Checkpoint
 from megamoe.model.deepseek_v4.synthetic import SMALL, write_checkpoint
 from megamoe.parallel import interfaces
+from megamoe.parallel.health.status import RankStatus
 from megamoe.parallel.interfaces import INTERFACE_VARIABLES, Interface
 
 CONFIG = SMALL.model_copy(
@@ -231,6 +232,7 @@ def test_the_checkpoint_is_open_while_it_is_used_and_closed_when_the_group_is_le
     assert held()
     worker.leave()
     assert not held()
+    assert worker.position() == RankStatus()
 
 
 # ---- under torchrun ----

@@ -206,9 +206,9 @@ def fit_turn(points: Sequence[tuple[float, float]]) -> Turn | None:
     grows with it. Floor and slope are linear; the turn is tried at 1001 places, so that one point at least lies before
     it and two behind.
     """
-    xs, times = np.array(sorted(points)).T if len(points) > 3 else (np.zeros(0), np.zeros(0))
-    if len(set(xs)) < 4:
+    if len({x for x, _ in points}) < 4:
         return None
+    xs, times = np.array(sorted(points)).T
     weights = 1 / np.maximum(1, xs)
     places = np.geomspace(xs[0], xs[-2], 1001)
     best: tuple[float, Turn] | None = None

@@ -66,15 +66,15 @@ def e8m0_to_float(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def chunks(num_rows: int, width: int) -> Iterator[slice]:
     """Rows of the given width in chunks whose FP32 temporaries stay in a core's cache.
 
-    5 rows of 100,000 values -> 0:2, 2:4, 4:6
+    5 rows of 200,000 values -> 0:2, 2:4, 4:6
     """
     step = max(1, _VALUES_AT_ONCE // width)
     return (slice(start, start + step) for start in range(0, num_rows, step))
 
 
-def spread_blocks(scales: Tensor, block: int, rows: int, columns: int) -> Tensor:
-    """One scale per block -> one per value, [rows, columns]"""
-    return scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+def spread_blocks(scales: Tensor, block: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """One scale per block of (rows, columns) -> one per value, [rows, columns]"""
+    return scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
 
 
 # ---- decoding: two bytes at a time look up a word that holds their BF16 values ----

@@ -43,7 +43,7 @@ def mxfp4_to_e4m3(q: MXFP4, block: int = 128) -> tuple[Tensor, Tensor]:
             f"mxfp4_to_e4m3: scales of block [{row}, {column}] span 2^{int(span[row, column])}, at most 2^14 is exact"
         )
     scales = torch.where(high >= 0, (high - 6).clamp_min(0), 127)
-    spread = scales.repeat_interleave(block, 0)[:num_rows].repeat_interleave(block // BLOCK, 1)[:, :num_groups]
+    spread = spread_blocks(scales, (block, block // BLOCK), num_rows, num_groups)
     shift = torch.where(used, exponents - spread, 0).to(torch.float32)
     values = in_blocks(e2m1_to_bf16(q.packed).to(torch.float32)) * shift.exp2().unsqueeze(-1)
     return values.flatten(-2).to(torch.float8_e4m3fn), scales.to(torch.uint8)
@@ -62,14 +62,14 @@ def quantize_e4m3_blocks(weight: Tensor, block: int = 128) -> tuple[Tensor, Tens
     padded[:rows, :columns] = weight
     amax = padded.view(tall, block, wide, block).abs().amax((1, 3)).clamp_min(MXFP8_MIN_AMAX)
     scales = ceil_log2_ratio(amax, 0x600000, 8).to(torch.uint8)
-    spread = spread_blocks(e8m0_to_float(scales), block, rows, columns)
+    spread = spread_blocks(e8m0_to_float(scales), (block, block), rows, columns)
     return (weight.to(torch.float32) / spread).to(torch.float8_e4m3fn), scales
 
 
 def dequantize_e4m3_blocks(values: Tensor, scales: Tensor, block: int = 128) -> Tensor:
     """values [N, K] float8_e4m3fn, K even, scales [ceil(N/block), ceil(K/block)] uint8 -> [N, K] bfloat16, exact"""
     check_dtype(values, torch.float8_e4m3fn, "E4M3 values")
-    spread = spread_blocks(e8m0_to_float(scales, torch.bfloat16), block, *values.shape)
+    spread = spread_blocks(e8m0_to_float(scales, torch.bfloat16), (block, block), *values.shape)
     return e4m3_to_bf16(values).mul_(spread)
 
 

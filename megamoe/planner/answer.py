@@ -230,7 +230,6 @@ def answer(question: Question, subject: Subject | None = None) -> Answer:
         found = _answer(choose(question, subject), subject)
         results = [found.plan.layer.layer_us, *(rule.margin for _, rule in counts(found.plan))]
         results += [found.serving.tokens_per_s_per_device] if found.serving else []
-        results += [found.training.step_us] if found.training else []
     except (OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"these figures cannot be calculated with: {error.args[-1]}") from error
     if not all(map(math.isfinite, results)):

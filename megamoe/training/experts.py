@@ -78,7 +78,6 @@ class TrainableExperts(Experts):
         """ValueError where experts would move: optimisers hold the parameters."""
         if ids != self.ids:
             raise ValueError("a layer that trains cannot regroup: save it, and load what was saved in the new group")
-        super().regroup(ids)
 
     # ---- master weights ----
 

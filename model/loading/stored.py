@@ -116,10 +116,7 @@ def dequantize_fp8(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Te
         return torch.stack([dequantize_fp8(*each, block) for each in zip(values, scales, strict=True)])
     wide, rows, columns = scales_to_float(scales), *values.shape
     decoded = e4m3_to_bf16(values) if columns % 2 == 0 else values
-    if block[0] == block[1]:
-        return decoded.to(torch.float32).mul_(spread_blocks(wide, block[0], rows, columns))
-    spread = wide.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return decoded.to(torch.float32).mul_(spread)
+    return decoded.to(torch.float32).mul_(spread_blocks(wide, block, rows, columns))
 
 
 def stored_tensors(files: TensorFiles, block: tuple[int, int] = (128, 128)) -> dict[str, Stored]:

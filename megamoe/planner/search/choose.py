@@ -109,7 +109,7 @@ def deployment_of(question: Question, subject: Subject) -> Deployment:
         subject.model,
         subject.hardware,
         subject.profile,
-        devices=math.lcm(max(1, question.ep), max(1, tp)) if question.devices is None else question.devices,
+        devices=math.lcm(question.ep, tp) if question.devices is None else question.devices,
         ep=question.ep,
         batch_per_device=question.batch,
         context=question.context,
