@@ -46,7 +46,7 @@ def cache_bytes() -> int:
         for cache in _CORES.glob(f"cpu{core}/cache/index*"):
             try:
                 level, size, shared = (
-                    (cache / name).read_text().strip() for name in ("level", "size", "shared_cpu_list")
+                    (cache / name).read_text(encoding="utf-8").strip() for name in ("level", "size", "shared_cpu_list")
                 )
                 found[int(level), shared] = int(size[:-1]) * sizes[size[-1]]
             except (OSError, ValueError, KeyError, IndexError):
