@@ -257,6 +257,25 @@ def test_control_groups_that_may_not_be_read_bound_nothing(tmp_path: Path, monke
     assert limits.cpu_quota() is None
 
 
+def test_caches_that_cores_share_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four cores, two of which have a last level of cache together: 2 x 32 MiB of it for three of them."""
+    for core in range(4):
+        both = "0-1" if core < 2 else "2-3"
+        levels = (("1", "48K", str(core)), ("2", "1M", str(core)), ("3", "32768K", both))
+        for number, (level, size, shared) in enumerate(levels):
+            cache = tmp_path / f"cpu{core}" / "cache" / f"index{number}"
+            cache.mkdir(parents=True)
+            for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+                (cache / name).write_text(f"{text}\n")
+    monkeypatch.setattr(limits, "_CORES", tmp_path)
+    for cores, expected in (({0, 1, 2}, 2 * 32 << 20), ({3}, 32 << 20), ({7}, 0)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores, raising=False)
+        assert limits.cache_bytes() == expected
+    (tmp_path / "cpu3" / "cache" / "index2" / "size").write_text("0\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert limits.cache_bytes() == 1 << 20, "what cannot be read counts as none"
+
+
 def test_a_machine_whose_loopback_is_down_is_told_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise OSError(errno.ENETUNREACH, "Network is unreachable")

@@ -26,7 +26,14 @@ from megamoe.parallel.symmetric import available
 from megamoe.planner.validation.calibrate import check, with_measured
 from megamoe.routing.agreement import PAGE_BYTES
 from megamoe.schedule.machine import Run
-from megamoe.schedule.small import SMALL_PAGE_BYTES, SmallAmounts, predict_small, small_bytes
+from megamoe.schedule.small import (
+    SMALL_PAGE_BYTES,
+    SmallAmounts,
+    missed_bytes,
+    predict_small,
+    small_bytes,
+    small_compute_us,
+)
 from megamoe.schedule.training import predict_step
 from megamoe.shape import MoEShape
 from tests.cases import make_batch, make_layer, oracle, split
@@ -45,6 +52,10 @@ def machine(**values: float) -> Machine:
     known = {"call_us": 100, "gflops": 500, "packed_gflops": 400, "weight_ns": 0.05, "decode_ns": 0.01}
     known |= {"exchange_us": 30, "byte_ns": 2.0} | values
     return with_measured(CPU, "made up", **{f"small_{key}": value for key, value in known.items()})
+
+
+def with_cache(cache_mb: float, **values: float) -> Machine:
+    return with_measured(machine(**values), "made up", cache_mb=cache_mb)
 
 
 # ---- what a call takes ----
@@ -73,6 +84,33 @@ def test_a_call_without_waves_by_hand() -> None:
     assert bf16.compute_ms == pytest.approx(
         (100 + 2 * matrices * amounts.rows / 500e3 + matrices * amounts.experts * 0.05e-3) / 1e3
     )
+
+
+def test_weights_that_no_cache_holds_come_from_memory() -> None:
+    """Ranks share the cache; what is asked ahead hides behind computing, or computing behind it."""
+    run = replace(RUN, weight_format="bf16")
+    amounts = SmallAmounts.of(run)
+    size = 3 * 1024 * 512 * amounts.experts * 2
+    mb = 2 * size / 1e6
+    for cache_mb, share in ((mb * 1.01, 0.0), (mb / 1.125, 0.5), (mb / 1.25, 1.0), (mb / 4, 1.0), (0.0, 1.0)):
+        assert missed_bytes(run, with_cache(cache_mb), amounts) == pytest.approx(size * share, rel=1e-3)
+    computed = small_compute_us(run, machine(), amounts)
+    cached, slow, fast = (with_cache(*each, memory_ns=ns) for each, ns in (((mb,), 1.0), ((1.0,), 0.1), ((1.0,), 1e-3)))
+    assert small_compute_us(run, cached, amounts) == computed
+    assert small_compute_us(run, fast, amounts) == pytest.approx(computed, rel=1e-4)
+    assert small_compute_us(run, slow, amounts) == pytest.approx(
+        100 + ((computed - 100) ** 3 + (size * 0.1e-3) ** 3) ** (1 / 3)
+    )
+    packed = replace(run, weight_format="mxfp4")
+    assert missed_bytes(packed, with_cache(1.0), amounts) == pytest.approx(size / 2 * (1 / 2 + 1 / 32))
+
+
+def test_a_layer_that_computes_for_longer_says_nothing_of_memory() -> None:
+    """And the one of the probe is larger than a cache of 32 MB by far."""
+    run, amounts = FEW[3].run(2, None, 1), FEW[3].amounts
+    assert 2 * missed_bytes(run, with_cache(32), amounts) > 3 * 32e6
+    found = as_measured(machine(gflops=1.0), 2)
+    assert small_constants([found] * 2, [few.run(2, None, 1) for few in FEW], CPU)["small_memory_ns"] < 1e-3
 
 
 def test_a_rank_alone_waits_for_nobody() -> None:
@@ -183,20 +221,7 @@ def as_measured(behind: Machine, ranks: int) -> list[dict[str, float]]:
     found = []
     for few in FEW:
         run, amounts = few.run(ranks, None, 1), few.amounts
-        packed = run.packed
-        gflops, weight = (
-            (behind.small_packed_gflops, behind.small_decode_ns)
-            if packed
-            else (behind.small_gflops, behind.small_weight_ns)
-        )
-        assert gflops is not None
-        assert weight is not None
-        assert behind.small_call_us is not None
-        matrices = 3 * few.hidden * few.intermediate
-        us = behind.small_call_us.value + matrices * (
-            2 * amounts.rows / gflops.value / 1e3 + amounts.experts * weight.value / 1e3
-        )
-        us *= max(1.0, ranks / behind.cores)
+        us = small_compute_us(run, behind, amounts)
         alone = predict_small(run, behind).communication_ms
         found.append({"compute_ms": us / 1e3, "overlapped_ms": us / 1e3 + alone})
     return found
@@ -204,9 +229,17 @@ def as_measured(behind: Machine, ranks: int) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(
-    "behind", [machine(), machine(call_us=300, gflops=50, packed_gflops=90, weight_ns=0.2, byte_ns=0.0)]
+    "behind",
+    [
+        machine(),
+        machine(call_us=300, gflops=50, packed_gflops=90, weight_ns=0.2, byte_ns=0.0),
+        with_cache(32, memory_ns=0.04),
+    ],
 )
-def test_the_fit_predicts_layers_that_it_did_not_see(behind: Machine, ranks: int) -> None:
+def test_the_fit_predicts_layers_that_it_did_not_see(
+    behind: Machine, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_probe, "cache_bytes", lambda: 32_000_000)
     found = as_measured(behind, ranks)
     runs = [few.run(ranks, None, 1) for few in FEW]
     here = with_measured(CPU, "fitted", **small_constants([found] * ranks, runs, CPU))
@@ -223,7 +256,9 @@ def test_the_slowest_rank_counts_and_too_little_makes_no_constants() -> None:
     assert small_constants([[{}] * len(FEW)] * 2, runs, CPU) == {}, "all went by waves"
     in_bf16 = [times if few.weight_format == "bf16" else {} for few, times in zip(FEW, found, strict=True)]
     assert small_constants([in_bf16, in_bf16], runs, CPU) == {}
-    without_most = [times if few.tokens < 24 else {} for few, times in zip(FEW, found, strict=True)]
+    without_most = [
+        times if (few.tokens, few.weight_format) != (24, "mxfp4") else {} for few, times in zip(FEW, found, strict=True)
+    ]
     assert set(small_constants([without_most] * 2, runs, CPU)) == set(small_constants([found] * 2, runs, CPU))
 
 

@@ -1,6 +1,7 @@
 """What calls without waves take on a machine, measured on the spot by layers that few tokens come to.
 
-Seven workloads, of one token and of several, with both formats of weights, one with experts that take next to nothing.
+Seven workloads, of one token and of several, with both formats of weights, one with experts that take next to nothing,
+and one with more weights than caches hold.
 Their tokens are spread so that all ranks have as many rows, on as many experts. The lower quarter of the rounds' times
 counts: other work on a machine only adds, but what waking another rank takes varies, and the least of it is too little.
 """
@@ -24,9 +25,10 @@ from megamoe.launch.bench.workloads import EXPERTS_PER_RANK, TOPK, make_weights
 from megamoe.layer import MegaMoE
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.transport.pairs import Label
-from megamoe.planner.validation.calibrate import nonnegative
+from megamoe.planner.validation.calibrate import nonnegative, with_measured
+from megamoe.schedule.limits import cache_bytes
 from megamoe.schedule.machine import Run, crowd_of
-from megamoe.schedule.small import SmallAmounts, small_bytes
+from megamoe.schedule.small import MEMORY_OVERLAP, SmallAmounts, missed_bytes, small_bytes, small_compute_us
 from megamoe.shape import MoEShape
 
 ROUNDS, MOST_ROUNDS = 12, 48
@@ -59,8 +61,12 @@ class Few:
 
 FEW: tuple[Few, ...] = (
     Few("bf16", 1, 256, 64),
-    *(Few(weights, tokens) for weights in ("bf16", "mxfp4") for tokens in (1, 6, 24)),
+    Few("bf16", 1, 1024, 512),
+    Few("bf16", 24, 1024, 512),
+    Few("bf16", 6, 1024, 2048),  # two ranks read 100 MB of weights
+    *(Few("mxfp4", tokens) for tokens in (1, 6, 24)),
 )
+_FROM_MEMORY = 3
 
 
 def measure_small(group: EPGroup) -> list[dict[str, float]]:
@@ -93,7 +99,8 @@ def small_constants(
 ) -> dict[str, float]:
     """The constants behind what each rank measured of FEW; none where too little went without waves."""
     slowest = [{name: max(each[name] for each in times) for name in times[0]} for times in zip(*found, strict=True)]
-    there = [(few, run, times) for few, run, times in zip(FEW, runs, slowest, strict=True) if times]
+    cached = [each for number, each in enumerate(zip(FEW, runs, slowest, strict=True)) if number != _FROM_MEMORY]
+    there = [each for each in cached if each[-1]]
     if len(there) < len(_CONSTANTS) or len({few.weight_format for few, _, times in there if few.tokens > 1}) < 2:
         return {}
     rows = []
@@ -109,7 +116,20 @@ def small_constants(
     if runs[0].ranks > 1:
         beyond = [1e3 * max(0.0, times["overlapped_ms"] - times["compute_ms"]) for *_, times in there]
         constants |= _exchanges([few.tokens for few, *_ in there], [small_bytes(run) for _, run, _ in there], beyond)
-    return constants
+    machine = with_measured(machine, machine.fitted, **constants, cache_mb=cache_bytes() / 1e6)
+    memory_ns = _memory_ns(runs[_FROM_MEMORY], slowest[_FROM_MEMORY], machine)
+    return constants | {"small_memory_ns": memory_ns, "cache_mb": cache_bytes() / 1e6}
+
+
+def _memory_ns(run: Run, times: dict[str, float], machine: Machine) -> float:
+    """What the layer whose weights no cache holds takes beyond computing, by their norm."""
+    amounts = FEW[_FROM_MEMORY].amounts
+    missed = missed_bytes(run, machine, amounts)
+    if not times or not missed:
+        return 0.0
+    call_us = small_compute_us(run, machine, SmallAmounts(0.0, 0.0))
+    both, computing = times["compute_ms"] * 1e3 - call_us, small_compute_us(run, machine, amounts) - call_us
+    return float(max(0.0, both**MEMORY_OVERLAP - computing**MEMORY_OVERLAP) ** (1 / MEMORY_OVERLAP)) * 1e3 / missed
 
 
 def _exchanges(tokens: Sequence[int], num_bytes: Sequence[float], beyond_us: Sequence[float]) -> dict[str, float]:

@@ -453,7 +453,8 @@ class Machine(Entry):
     Of calls of few tokens, which go without waves; None where nobody has measured it (schedule/small.py):
     small_call_us         a call, whatever it does
     small_gflops, small_packed_gflops  of one rank's products of few rows, with BF16 and with MXFP4 weights
-    small_weight_ns, small_decode_ns   reading a weight of either format
+    small_weight_ns, small_decode_ns   a weight of either format that lies in a cache
+    small_memory_ns       a byte of weights that comes from memory, where a cache of cache_mb does not hold all ranks'
     small_exchange_us     an exchange of pages or of results        small_byte_ns   a byte that a rank sends
     """
 
@@ -482,6 +483,8 @@ class Machine(Entry):
     small_packed_gflops: Figure | None = None
     small_weight_ns: Figure | None = None
     small_decode_ns: Figure | None = None
+    small_memory_ns: Figure | None = None
+    cache_mb: Figure | None = None
     small_exchange_us: Figure | None = None
     small_byte_ns: Figure | None = None
 
