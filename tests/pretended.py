@@ -125,7 +125,9 @@ def pretended(*, streams: bool = True) -> Iterator[None]:
         _Mode(),  # type: ignore[no-untyped-call]
         mock.patch("torch.tensor", filled),
         mock.patch("torch.get_device_module", return_value=_module(streams)),
-        mock.patch("megamoe.execution.checks._check_plain"),  # which refuses subclasses of tensors
+        # which refuse subclasses of tensors
+        mock.patch("megamoe.execution.checks.not_plain", return_value=""),
+        mock.patch("megamoe.formats.given.not_plain", return_value=""),
         mock.patch("megamoe.parallel.group.backend_for", return_value="pretended"),
     ):
         yield

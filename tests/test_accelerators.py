@@ -284,7 +284,7 @@ SHAPE = MoEShape(hidden=64, intermediate=32, num_experts=6, topk=2)
 def test_a_tensor_on_another_device_of_the_same_type_is_refused(
     devices: tuple[str, str, str], said: str | None
 ) -> None:
-    with FakeTensorMode(), mock.patch("megamoe.execution.checks._check_plain"):  # which refuses tensors that are fake
+    with FakeTensorMode(), mock.patch("megamoe.execution.checks.not_plain", return_value=""):  # fake ones are not
         layer = check_device("cuda")
         hidden = torch.empty(3, 64, device=devices[0])
         ids, weights = torch.zeros(3, 2, dtype=torch.int64, device=devices[1]), torch.empty(3, 2, device=devices[2])

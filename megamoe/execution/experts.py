@@ -156,9 +156,9 @@ class Experts(nn.Module):
         if self.missing:
             return state
         for name, matrix in self.matrices.items():
-            held = {stack.untyped_storage().data_ptr() for stack in self._stacks[name].values()}
+            held = [stack.untyped_storage() for stack in self._stacks[name].values()]
             for key, stack in self.layout.unpack(matrix, self._stacks[name]).items():
-                is_view = stack.untyped_storage().data_ptr() in held
+                is_view = any(stack.untyped_storage() is each for each in held)
                 state[f"{prefix}{name}{key}"] = stack.clone() if is_view else stack
         for name, bias in self._stacks.get(_BIASES, {}).items():
             state[f"{prefix}{name}{_BIAS}"] = self.layout.unpack_bias(self.matrices[name], bias).clone()
