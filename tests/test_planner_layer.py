@@ -575,17 +575,34 @@ def test_a_host_of_its_own_launches_prefills_kernels_faster() -> None:
     rows, sooner = RankLoad(((16384.0, 8),), 8), replace(GB200, host_us=310.0)
     saved = contiguous_us(V3, GB200, BLACKWELL, rows, 1)[0] - contiguous_us(V3, sooner, BLACKWELL, rows, 1)[0]
     assert saved == pytest.approx(BLACKWELL.contiguous_us.value * (1 - 310 / BLACKWELL.host_us.value))
+    none = BLACKWELL.model_copy(update={"host_us": BLACKWELL.host_us.model_copy(update={"value": 0.0})})
+    idle = contiguous_us(V3, replace(GB200, host_us=0.0), none, load, 1)[0]
+    assert BLACKWELL.contiguous_us.value < idle < BLACKWELL.host_us.value, "a host that takes no time of its own"
 
 
 def test_the_fused_kernels_products_follow_what_large_products_reach() -> None:
     """GB300 has GB200's SMs and clock and more power: busy_rate, of products and of rows, which SMs move."""
-    rate = load_hardware("gb300").busy_rate
+    gb200, rate = load_hardware("gb200"), load_hardware("gb300").busy_rate
     assert rate is not None
-    fast = replace(GB200, busy_rate=rate.value)
+    fast = Device.of(gb200.model_copy(update={"busy_rate": rate}), BLACKWELL)
     slow, quick = (layer_time(PRO, each, ep=8, tokens_per_rank=8192) for each in (GB200, fast))
     assert slow.compute_us == pytest.approx(rate.value * quick.compute_us)
     assert slow.memory_us == quick.memory_us
     assert slow.dispatch_us == pytest.approx(rate.value * quick.dispatch_us)
+    launched = [own_time(PRO, each, BLACKWELL, ep=8, tokens_per_rank=8192) for each in (GB200, fast)]
+    assert launched[0].dispatch_us == launched[1].dispatch_us, "exchanges of their own, whose link is the limit"
+
+
+def test_no_busy_rate_exceeds_the_peak_or_the_link() -> None:
+    """A user's device of which large products are said to reach nine times what its SMs and clock say."""
+    rate = load_hardware("gb300").busy_rate
+    assert rate is not None
+    beyond = load_hardware("gb200").model_copy(update={"busy_rate": rate.model_copy(update={"value": 9.0})})
+    fast = Device.of(beyond, BLACKWELL)
+    assert fast.fused_link_efficiency == 1
+    time = layer_time(PRO, fast, ep=8, tokens_per_rank=8192)
+    assert time.compute_us == pytest.approx(8192 * 6 * PRO.flops / 5000e6)
+    assert reached_tflops(PRO, fast) == pytest.approx(5000)
 
 
 def test_grouped_products_of_a_step_that_goes_on_are_slower_where_power_limits() -> None:

@@ -302,7 +302,7 @@ class Staged(Entry):
     normal_efficiency    DeepEP's normal kernels, of the scale-up link; their calls hide behind the host's launches
     masked_us, contiguous_us     launches and the kernels between grouped products, in a graph and without one
     masked_expert_us             for every expert of the rank, with rows or without
-    host_us    the least that a host takes to launch the latter; a device's own where it is known
+    host_us    the least that a host takes to launch the latter; where a device has its own, contiguous_us goes by it too
     """
 
     ll_dispatch_us: Figure

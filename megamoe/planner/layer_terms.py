@@ -95,6 +95,10 @@ def _tile_terms(planned: Plan) -> list[Term]:
     formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs" + " / busy rate" * bool(
         faster
     )
+    least = layer.rows * expert.flops / device.tflops * 1e-6
+    if faster and request.routing == "balanced" and layer.compute_us <= least * (1 + 1e-9):
+        formula, shown = "rows x FLOPs of each / peak, which no busy rate exceeds", True
+        spread = f"{g(layer.rows)} x {g(expert.flops)} / ({g(device.tflops)} x 10^6)"
     compute = Term("compute", formula, spread if shown else g(layer.compute_us), layer.compute_us, "us")
     return [*(terms if shown else []), compute, rate]
 
@@ -122,16 +126,20 @@ def _link_terms(planned: Plan) -> list[Term]:
     slowest = row.tier
     if slowest is None:
         return []
+    reached = g(device.fused_link_efficiency)
+    if request.stack == "fused" and device.busy_rate != 1:
+        reached = f"{g(device.fused_link_efficiency / device.busy_rate)} x {g(device.busy_rate)}"
     if slowest.name == "nic":
         rate = f"{g(device.nic_gb_s or 0)} x {g(device.nic_efficiency)}"
     else:
         crowd = min(1.0, (8 / min(request.ep, device.scaleup_domain)) ** device.link_congestion)
-        faster = f" x {g(device.busy_rate)}" if device.busy_rate != 1 else ""
-        rate = f"{g(device.scaleup_gb_s)} x {g(device.fused_link_efficiency)} x {g(crowd)}{faster}"
+        rate = f"{g(device.scaleup_gb_s)} x {reached} x {g(crowd)}"
         incast = layer.dispatch_us / (layer.rows * row.there_us) * device.incast(layer.rows, own)  # a mean over draws
         rate += f" / {g(incast)}" if incast > 1 + 1e-9 else ""
     rest = f"{g(row.fuller)} / ({rate} x 1000)"
     formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion / incast)"
+    if " x " in reached and slowest.name != "nic":
+        formula = formula.replace("efficiency", "efficiency x busy rate")
     terms = [
         Term(
             f"link, {request.hardware.tier_names[slowest.name]}: {name}",
@@ -224,7 +232,13 @@ def _staged_terms(planned: Plan) -> list[Term]:
     return [
         Term("compute", "grouped products, tiles in whole waves over SMs", g(layer.compute_us), layer.compute_us, "us"),
         Term("memory", "weights and rows", g(layer.memory_us), layer.memory_us, "us"),
-        Term("products", "launches + 2-norm of both, expert by expert", g(layer.alone_us), layer.alone_us, "us"),
+        Term(
+            "products",
+            "launches + p-norm of both, p = memory_overlap, expert by expert; at least the host's launches",
+            g(layer.alone_us),
+            layer.alone_us,
+            "us",
+        ),
         Term("dispatch", drawn, g(layer.dispatch_us), layer.dispatch_us, "us"),
         Term("combine", drawn, g(layer.combine_us), layer.combine_us, "us"),
         Term("communication", "dispatch + combine", links, layer.communication_us, "us"),

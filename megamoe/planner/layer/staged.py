@@ -123,7 +123,8 @@ def contiguous_us(
     rows_us = device.memory_us(load.rows * (_row_bytes(expert) + moved) + tokens * moved)
     products = sum(device.with_memory(each, weights) * count for each, count in zip(compute, number, strict=True))
     alone = sum(each * count for each, count in zip(compute, number, strict=True))
-    between = profile.contiguous_us.value * device.host_us / profile.host_us.value  # launches wait for the host
+    slower = device.host_us / profile.host_us.value if profile.host_us.value else 1.0  # launches wait for the host
+    between = profile.contiguous_us.value * slower
     total = between + products + rows_us
     return max(device.host_us, total), alone, weights * load.touched + rows_us
 

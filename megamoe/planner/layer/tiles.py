@@ -158,4 +158,5 @@ def reached_tflops(expert: Expert, device: Device) -> float:
     """Of an expert that has many rows: what its products reach, without memory and links."""
     block = max(device.blocks)
     tiles = sum(-(-n // COLUMNS) * tile_us(device, block, k, expert.weight_element_bytes) for k, n in expert.products)
-    return expert.flops * block / tiles * device.sms / 1e6 * device.busy_rate
+    flops = expert.flops * block
+    return flops / device.busy_us(tiles / device.sms, flops) * 1e-6
