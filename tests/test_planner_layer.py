@@ -23,7 +23,15 @@ from megamoe.planner.layer.routing import KINDS, RankLoad, Routing, _dealt, _exp
 from megamoe.planner.layer.rule import Rule, hides_tflops, threshold, tiers, transfer_us
 from megamoe.planner.layer.stacks import STACKS, own_time, stack_time
 from megamoe.planner.layer.staged import contiguous_us, low_latency, masked_us, normal, reached_by, staged_time
-from megamoe.planner.layer.tiles import Tiling, grouped_us, products_us, reached_tflops, tile_us, tiling_of
+from megamoe.planner.layer.tiles import (
+    Tiling,
+    expert_tile_us,
+    grouped_us,
+    products_us,
+    reached_tflops,
+    tile_us,
+    tiling_of,
+)
 from megamoe.schedule.formats import VALUE_BYTES, value_bytes
 from megamoe.schedule.schedule import Work, play
 
@@ -591,6 +599,21 @@ def test_the_fused_kernels_products_follow_what_large_products_reach() -> None:
     assert slow.dispatch_us == pytest.approx(rate.value * quick.dispatch_us)
     launched = [own_time(PRO, each, BLACKWELL, ep=8, tokens_per_rank=8192) for each in (GB200, fast)]
     assert launched[0].dispatch_us == launched[1].dispatch_us, "exchanges of their own, whose link is the limit"
+
+
+def test_an_epilogue_of_situ_is_longer_where_products_are_the_limit() -> None:
+    """Kimi K3's activation costs nothing while weights are read, and the first product's tiles alone."""
+    k3 = Expert.of(load_model("kimi-k3"))
+    plain, b200 = replace(k3, situ=False), device("b200")
+    few, many = (
+        layer_time(k3, b200, ep=8, tokens_per_rank=tokens).layer_us
+        / layer_time(plain, b200, ep=8, tokens_per_rank=tokens).layer_us
+        for tokens in (4, 8192)
+    )
+    assert few == pytest.approx(1, abs=0.001)
+    assert 1.03 < many < 1.08
+    assert expert_tile_us(k3, b200, 128, 0) > expert_tile_us(plain, b200, 128, 0)
+    assert expert_tile_us(k3, b200, 128, 1) == expert_tile_us(plain, b200, 128, 1)
 
 
 def test_no_busy_rate_exceeds_the_peak_or_the_link() -> None:

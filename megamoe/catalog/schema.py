@@ -209,7 +209,8 @@ class Model(Entry):
 
     The first `dense_layers` layers have a plain MLP of `dense_intermediate`; of the others every `moe_every`-th has
     experts, the rest a plain MLP. `num_moe_layers` says it outright where blocks are attention or experts, not both.
-    `routed_hidden` is the width that the routed experts see and that travels, where it is not `hidden`.
+    `routed_hidden` is the width that the routed experts see and that travels, where it is not `hidden`. `situ`: experts
+    activate by SiTU, b tanh(gate / b) sigmoid(gate) c tanh(up / c), which takes longer than SwiGLU.
     """
 
     name: str
@@ -231,6 +232,7 @@ class Model(Entry):
     shared_intermediate: PositiveInt | None = None
     routed_hidden: PositiveInt | None = None
     gated: bool = True
+    situ: bool = False
     vocab: PositiveInt
     tied_embeddings: bool = False
     mtp_layers: NonNegativeInt = 0
@@ -302,7 +304,7 @@ class Staged(Entry):
     normal_efficiency    DeepEP's normal kernels, of the scale-up link; their calls hide behind the host's launches
     masked_us, contiguous_us     launches and the kernels between grouped products, in a graph and without one
     masked_expert_us             for every expert of the rank, with rows or without
-    host_us    the least that a host takes to launch the latter; where a device has its own, contiguous_us goes by it too
+    host_us    the least that a host takes to launch the latter; a device may have its own, which contiguous_us follows
     """
 
     ll_dispatch_us: Figure

@@ -11,7 +11,7 @@ from megamoe.planner.layer.cost import row_us
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan
 from megamoe.planner.layer.stacks import launched, sent_once
-from megamoe.planner.layer.tiles import COLUMNS, reached_tflops, tile_us, tiling_of
+from megamoe.planner.layer.tiles import COLUMNS, SITU_EPILOGUE, expert_tile_us, reached_tflops, tiling_of
 from megamoe.planner.serving.flops import Term
 from megamoe.schedule.formats import value_bytes
 
@@ -84,13 +84,14 @@ def _tile_terms(planned: Plan) -> list[Term]:
     terms, parts = [], []
     for count, size, which in ((whole, block, "a tile"), (1, last, "the last tile" if whole else "a tile")):
         if count and size:
-            cost = " + ".join(f"{-(-n // COLUMNS)} x {g(_tile(planned, size, k).value)}" for k, n in expert.products)
+            across = (-(-n // COLUMNS) for _, n in expert.products)
+            cost = " + ".join(f"{many} x {g(_tile(planned, size, k).value)}" for k, many in enumerate(across))
             parts.append(f"{count} x ({cost})")
-            for name, (k, _) in zip(("Linear-1", "Linear-2"), expert.products, strict=True):
+            for k, name in enumerate(("Linear-1", "Linear-2")):
                 terms.append(replace(_tile(planned, size, k), name=f"{which} of {name}, {size} rows"))
     faster = f" / {g(device.busy_rate)}" if device.busy_rate != 1 else ""
     spread = f"{g(layer.experts_touched)} x ({' + '.join(parts)}) / {g(device.sms)}{faster}"
-    longest = sum(_tile(planned, step, k).value for k, _ in expert.products) / device.busy_rate
+    longest = sum(_tile(planned, step, k).value for k in range(len(expert.products))) / device.busy_rate
     shown = request.routing == "balanced" and layer.compute_us > longest * (1 + 1e-9)
     formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs" + " / busy rate" * bool(
         faster
@@ -103,16 +104,19 @@ def _tile_terms(planned: Plan) -> list[Term]:
     return [*(terms if shown else []), compute, rate]
 
 
-def _tile(planned: Plan, rows: int, k: int) -> Term:
-    """One tile of rows x 128 over K."""
+def _tile(planned: Plan, rows: int, product: int) -> Term:
+    """One tile of rows x 128 over K, of the first product (0) or the second (1)."""
     expert, device = planned.request.expert, _device(planned)
+    k = expert.products[product][0]
     size = f"{rows} x {COLUMNS}"
     tensor = f"2 x {size} x {k} / ({g(device.tflops)} x 10^6 / {g(device.sms)})"
     moved = f"({rows} x {g(device.operand_bytes)} + {COLUMNS} x {g(expert.weight_element_bytes)})"
     feed = f"{g(device.feed_ps)} x {moved} x {k} / 10^6"
-    numbers = f"(max({tensor}, {feed})^3 + ({g(device.epilogue_ps)} x {size} / 10^6)^3)^(1 / 3)"
+    situ = f" x {g(SITU_EPILOGUE)}" if expert.situ and product == 0 else ""
+    numbers = f"(max({tensor}, {feed})^3 + ({g(device.epilogue_ps)}{situ} x {size} / 10^6)^3)^(1 / 3)"
     formula = "3-norm of max(2 rows columns K / peak of an SM, feed (rows + columns in bytes) K), epilogue rows columns"
-    return Term("tile", formula, numbers, tile_us(device, rows, k, expert.weight_element_bytes), "us")
+    formula += ", SiTU's longer" * bool(situ)
+    return Term("tile", formula, numbers, expert_tile_us(expert, device, rows, product), "us")
 
 
 def _link_terms(planned: Plan) -> list[Term]:

@@ -23,8 +23,8 @@ class Device:
     host_bridge     whether devices meet over PCIe, which then carries what goes to the NIC too
     sms             SMs or compute units; where nobody counted them, as many of GB200's as the peak is worth
     feed_ps, epilogue_ps, scale_ps    at this device's clock, where it and the profile's are known
-    busy_rate       of the SMs in a step that goes on, against what their number and clock say. A fused kernel's products
-                    and rows go by it (rows in fused_link_efficiency), within the peak and the link
+    busy_rate       of the SMs in a step that goes on, against what their number and clock say; a fused kernel's
+                    products and rows go by it (rows in fused_link_efficiency), within the peak and the link
     """
 
     name: str
