@@ -646,6 +646,21 @@ def test_low_latency_exchanges_of_many_ranks_share_switches_and_boards_of_eight_
     assert later.dispatch_us - few.dispatch_us == pytest.approx(4.5)
 
 
+def test_normal_kernels_take_their_time_for_a_token_however_narrow() -> None:
+    """20 SMs of GB200, top-8 of 8 ranks: 0.083 us a token of 2048 values, where the link would take 0.025."""
+    wanted = reached_by(8, 8) / 8
+    sent = [
+        normal(replace(V3, hidden=h), GB200, BLACKWELL, ep=8, tokens=4096, rows=4096 * 8) for h in (1024, 2048, 7168)
+    ]
+    least = BLACKWELL.normal_dispatch_token_us.value + BLACKWELL.normal_dispatch_sent_us.value * wanted
+    assert sent[0].dispatch_us == sent[1].dispatch_us == pytest.approx(4096 * least)
+    assert sent[2].dispatch_us == pytest.approx(
+        4096 * reached_by(8, 8) * 7 / 8 * V3.dispatch_bytes / (900e3 * BLACKWELL.normal_efficiency.value)
+    )
+    fewer = normal(replace(V3, hidden=1024), GB200, BLACKWELL, ep=2, tokens=4096, rows=4096 * 8)
+    assert fewer.dispatch_us < 0.4 * sent[0].dispatch_us, "two ranks share the warps that eight do"
+
+
 def test_a_small_tensor_peak_is_nearly_reached_and_a_large_one_is_not() -> None:
     shares = {name: reached_tflops(V3, device(name)) / device(name).tflops for name in ("h20", "h100", "b200", "gb200")}
     assert list(shares.values()) == sorted(shares.values(), reverse=True)

@@ -296,12 +296,16 @@ class Model(Entry):
         return self.routed_hidden or self.hidden
 
 
+_NO_LESS = Figure(value=0.0, tag="assumed", source="links are the limit, as far as is known")
+
+
 class Staged(Entry):
     """What separate kernels take, the same on every device that was measured; see planner/layer/staged.py.
 
     ll_*       DeepEP's low-latency dispatch and combine: a call, for every token of an SM, and for a journey between
                nodes (once, and once more for every doubling of them)
     normal_efficiency    DeepEP's normal kernels, of the scale-up link; their calls hide behind the host's launches
+    normal_*_token_us, normal_*_sent_us    the least that their 20 SMs take for a token, and for one that a rank wants
     masked_us, contiguous_us     launches and the kernels between grouped products, in a graph and without one
     masked_expert_us             for every expert of the rank, with rows or without
     host_us    the least that a host takes to launch the latter; a device may have its own, which contiguous_us follows
@@ -313,6 +317,10 @@ class Staged(Entry):
     ll_combine_token_us: Figure
     ll_node_us: Figure
     normal_efficiency: Figure
+    normal_dispatch_token_us: Figure = _NO_LESS
+    normal_dispatch_sent_us: Figure = _NO_LESS
+    normal_combine_token_us: Figure = _NO_LESS
+    normal_combine_sent_us: Figure = _NO_LESS
     masked_us: Figure
     masked_expert_us: Figure
     contiguous_us: Figure
