@@ -163,10 +163,10 @@ What is left:
   two tanhf and a division for a pair of values beside SwiGLU, by SGLang's patch of the kernel that ran; some 50
   instructions, which lengthen the first product's epilogue 1.37 times if an SM issues four in every cycle. That is
   counted, and the least: 9 to 21 % too short without it, and twice the epilogue would meet the rows, which was not
-  taken from them. The collection's own rerun without SiTU took nothing less with one token and 3.5 % less with 64, where
-  weights are the limit and 0.1 % is planned. With few tokens 16 experts more take 41 us, 86 % of the memory bandwidth
-  where 78 % are planned, and the rest of a call 66 us where 87 are planned: a kernel three months younger than
-  V4-Pro's, of which no other table has a row.
+  taken from them. The collection's own rerun without SiTU took nothing less with one token and 3.5 % less with 64,
+  where weights are the limit and 0.1 % is planned. With few tokens 16 experts more take 41 us, 86 % of the memory
+  bandwidth where 78 % are planned, and the rest of a call 66 us where 87 are planned: a kernel three months younger
+  than V4-Pro's, of which no other table has a row.
 - EP128 and EP256 of prefill, uniform, 10 to 34 % too short: the harness passes all tokens of all ranks through the
   kernels that scatter and gather, of which a rank's experts have 1 in 16 and 1 in 32. A rank in use receives no
   others.
@@ -181,25 +181,26 @@ out (by 2 to 4 points). All of it is the five draws', which the procedure has.
 The same package's other tables of experts, looked at on 2026-12-01:
 
 - DeepEP's normal kernels (wideep_deepep_normal, SGLang 0.5.12, one node, 20 SMs, 19 layers of 2048 to 7168 values,
-  4096 tokens and more; 1320 dispatches and combines): planned by the link alone they were right for 7168 values and top-8, and two to
-  four times too short for 2048 or top-1 on Blackwell. What takes so long is its SMs: their warps are shared out among
-  the ranks, and look at every token and send on those that a rank wants, however narrow. Two figures a way
-  (normal_*_token_us, normal_*_sent_us) of GB200 and H200, every other row; the others had nothing fitted to them. Median
-  error of dispatch and combine: GB200 43 and 26 %, now 7 and 5; H200 15 and 23, now 9 and 17; B200 44 and 27, now 13
-  and 12; B300 44 and 27, now 14 and 12; GB300 42 and 25, now 6 and 7; H100 14 and 23, now 8 and 17. What is left:
-  B200 and B300 with top-8 and 6144 values or more, which take 1.2 to 1.3 times GB200's time, and combine on Hopper,
-  which reaches 0.7 of the link where 0.54 are planned. With 24 SMs all are a fifth faster than that.
+  4096 tokens and more; 1320 dispatches and combines): planned by the link alone they were right for 7168 values and
+  top-8, and two to four times too short for 2048 or top-1 on Blackwell. What takes so long is its SMs: their warps
+  are shared out among the ranks, look at every token and send on those that a rank wants, however narrow. Two figures
+  a way (normal_*_token_us, normal_*_sent_us) of GB200 and H200, every other row; nothing was fitted to the others.
+  Median error of dispatch and combine: GB200 43 and 26 %, now 7 and 5; H200 15 and 23, now 9 and 17; B200 44 and 27,
+  now 13 and 12; B300 44 and 27, now 14 and 12; GB300 42 and 25, now 6 and 7; H100 14 and 23, now 8 and 17. What is
+  left: B200 and B300 with top-8 and 6144 values or more, which take 1.2 to 1.3 times GB200's time, and combine on
+  Hopper, which reaches 0.7 of the link where 0.54 are planned. With 24 SMs all take a tenth to a sixth less.
 - A rank's experts in FP8 in TensorRT-LLM 1.3.0rc20 (DeepGEMM between its own kernels that sort and gather), d 512 to
-  3072, EP1 to EP256, against masked products, which have neither: of 7168 wide and narrow alike 0.9 of the time up to
-  1024 tokens (0.7 to 1.2) on B200, GB200 and GB300, 0.65 from 4096 on, where all ranks' tokens are sorted. Those of
-  vLLM 0.24 and SGLang 0.5.14 (FlashInfer's, CUTLASS's and Triton's) 0.7 to 1.5 up to 64 tokens, at the median 0.7 to
-  1.3. Other kernels: nothing was taken from them.
-- DeepEP by TensorRT-LLM's and vLLM's harness (moe_a2a): 36 to 180 us for the least low-latency journey, where SGLang's
-  takes 11 to 17. Launches from a host are in it; not used.
-- TensorRT-LLM's exchanges over NVLink on GB200 (trtllm_alltoall, EP2 to EP64, 65536 tokens): where a token goes once to a
-  rank, results come home at 337, 420, 450 and 420 GB/s of 900 on EP8, 16, 32 and 64, tokens in BF16 at 390 to 513.
-  DeepEP's 0.44 for its normal kernels is in the middle; that it falls from 8 ranks on, as link_congestion has it, is not
-  seen there. No stack here has these kernels.
+  3072, EP1 to EP256, balanced, on B200, GB200 and GB300: masked products, which have no such kernels, are planned at
+  0.9 of the time up to 1024 tokens (0.7 to 1.2), narrow experts and wide ones alike, and at 0.65 from 4096 on, where
+  all ranks' tokens are sorted. Against FlashInfer's, CUTLASS's and Triton's kernels in vLLM 0.24 and SGLang 0.5.14 on
+  B200, GB300 and H200 they are planned at 0.7 to 1.5 of the time up to 64 tokens (medians of a kernel), and at a
+  quarter to a half from 4096 on. Other kernels: nothing was taken from them.
+- DeepEP by TensorRT-LLM's and vLLM's harness (moe_a2a): 25 to 180 us for the least low-latency journey, where
+  SGLang's takes 11 to 17. A host's launches are in it; not used.
+- TensorRT-LLM's two-sided exchanges over NVLink on GB200 (trtllm_alltoall, EP2 to EP64, 65536 tokens): where a token
+  goes once to a rank, results come home at 337, 420, 450 and 420 GB/s of 900 on EP8, 16, 32 and 64, tokens in BF16 go
+  there at 390 to 513. What DeepEP's normal kernels are planned at, 396, lies between; that it falls from 8 ranks on,
+  as link_congestion has it, is not seen there. No stack here has these kernels.
 - Of H20, MI300X and MI355X the package has no table.
 
 Not added, since what ran is not known in full; the planner's range against it:

@@ -230,7 +230,10 @@ def _staged_terms(planned: Plan) -> list[Term]:
     """Stages, and what is left of them where two halves overlap."""
     layer, request = planned.layer, planned.request
     links = f"{g(layer.dispatch_us)} + {g(layer.combine_us)}"
-    drawn = "DeepEP: a call + experts + tokens of an SM + bytes / (GB/s x efficiency)"
+    drawn = (
+        "DeepEP, low latency: a call + experts + tokens of an SM + bytes / (GB/s x efficiency); normal: the longer of "
+    )
+    drawn += "bytes / (GB/s x efficiency) and its SMs' time for the tokens"
     shown = "products + links that show" if request.two_batch else "dispatch + products + combine"
     parts = f"{g(layer.alone_us)} + {g(layer.exposed_us)}"
     return [

@@ -232,7 +232,8 @@ def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
     formats = _formats(reader, row, model)
     hidden, width, experts, topk = (_size(reader, row, key, model) for key in SIZES)
     gated, situ = (model.gated, model.situ) if model else (True, False)
-    expert = Expert(hidden, width, experts, topk, gated, *formats, situ=situ)
+    weights, there, back = formats
+    expert = Expert(hidden, width, experts, topk, gated, weights, there, back, situ)
     stack = _stack(reader, row)
     routing, drawn = reader.text(row, "routing"), None
     if not routing:
