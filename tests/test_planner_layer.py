@@ -23,7 +23,15 @@ from megamoe.planner.layer.routing import KINDS, RankLoad, Routing, _dealt, _exp
 from megamoe.planner.layer.rule import Rule, hides_tflops, threshold, tiers, transfer_us
 from megamoe.planner.layer.stacks import STACKS, own_time, stack_time
 from megamoe.planner.layer.staged import contiguous_us, low_latency, masked_us, normal, reached_by, staged_time
-from megamoe.planner.layer.tiles import Tiling, grouped_us, products_us, reached_tflops, tile_us, tiling_of
+from megamoe.planner.layer.tiles import (
+    Tiling,
+    expert_tile_us,
+    grouped_us,
+    products_us,
+    reached_tflops,
+    tile_us,
+    tiling_of,
+)
 from megamoe.schedule.formats import VALUE_BYTES, value_bytes
 from megamoe.schedule.schedule import Work, play
 
@@ -575,17 +583,49 @@ def test_a_host_of_its_own_launches_prefills_kernels_faster() -> None:
     rows, sooner = RankLoad(((16384.0, 8),), 8), replace(GB200, host_us=310.0)
     saved = contiguous_us(V3, GB200, BLACKWELL, rows, 1)[0] - contiguous_us(V3, sooner, BLACKWELL, rows, 1)[0]
     assert saved == pytest.approx(BLACKWELL.contiguous_us.value * (1 - 310 / BLACKWELL.host_us.value))
+    none = BLACKWELL.model_copy(update={"host_us": BLACKWELL.host_us.model_copy(update={"value": 0.0})})
+    idle = contiguous_us(V3, replace(GB200, host_us=0.0), none, load, 1)[0]
+    assert BLACKWELL.contiguous_us.value < idle < BLACKWELL.host_us.value, "a host that takes no time of its own"
 
 
 def test_the_fused_kernels_products_follow_what_large_products_reach() -> None:
     """GB300 has GB200's SMs and clock and more power: busy_rate, of products and of rows, which SMs move."""
-    rate = load_hardware("gb300").busy_rate
+    gb200, rate = load_hardware("gb200"), load_hardware("gb300").busy_rate
     assert rate is not None
-    fast = replace(GB200, busy_rate=rate.value)
+    fast = Device.of(gb200.model_copy(update={"busy_rate": rate}), BLACKWELL)
     slow, quick = (layer_time(PRO, each, ep=8, tokens_per_rank=8192) for each in (GB200, fast))
     assert slow.compute_us == pytest.approx(rate.value * quick.compute_us)
     assert slow.memory_us == quick.memory_us
     assert slow.dispatch_us == pytest.approx(rate.value * quick.dispatch_us)
+    launched = [own_time(PRO, each, BLACKWELL, ep=8, tokens_per_rank=8192) for each in (GB200, fast)]
+    assert launched[0].dispatch_us == launched[1].dispatch_us, "exchanges of their own, whose link is the limit"
+
+
+def test_an_epilogue_of_situ_is_longer_where_products_are_the_limit() -> None:
+    """Kimi K3's activation costs nothing while weights are read, and the first product's tiles alone."""
+    k3 = Expert.of(load_model("kimi-k3"))
+    plain, b200 = replace(k3, situ=False), device("b200")
+    few, many = (
+        layer_time(k3, b200, ep=8, tokens_per_rank=tokens).layer_us
+        / layer_time(plain, b200, ep=8, tokens_per_rank=tokens).layer_us
+        for tokens in (4, 8192)
+    )
+    assert few == pytest.approx(1, abs=0.001)
+    assert 1.03 < many < 1.08
+    assert expert_tile_us(k3, b200, 128, 0) > expert_tile_us(plain, b200, 128, 0)
+    assert expert_tile_us(k3, b200, 128, 1) == expert_tile_us(plain, b200, 128, 1)
+
+
+def test_no_busy_rate_exceeds_the_peak_or_the_link() -> None:
+    """A user's device of which large products are said to reach nine times what its SMs and clock say."""
+    rate = load_hardware("gb300").busy_rate
+    assert rate is not None
+    beyond = load_hardware("gb200").model_copy(update={"busy_rate": rate.model_copy(update={"value": 9.0})})
+    fast = Device.of(beyond, BLACKWELL)
+    assert fast.fused_link_efficiency == 1
+    time = layer_time(PRO, fast, ep=8, tokens_per_rank=8192)
+    assert time.compute_us == pytest.approx(8192 * 6 * PRO.flops / 5000e6)
+    assert reached_tflops(PRO, fast) == pytest.approx(5000)
 
 
 def test_grouped_products_of_a_step_that_goes_on_are_slower_where_power_limits() -> None:
@@ -604,6 +644,21 @@ def test_low_latency_exchanges_of_many_ranks_share_switches_and_boards_of_eight_
     )
     later = low_latency(V3, replace(GB200, ll_us=4.5), BLACKWELL, ep=8, tokens=512)
     assert later.dispatch_us - few.dispatch_us == pytest.approx(4.5)
+
+
+def test_normal_kernels_take_their_time_for_a_token_however_narrow() -> None:
+    """20 SMs of GB200, top-8 of 8 ranks: 0.083 us a token of 2048 values, where the link would take 0.025."""
+    wanted = reached_by(8, 8) / 8
+    sent = [
+        normal(replace(V3, hidden=h), GB200, BLACKWELL, ep=8, tokens=4096, rows=4096 * 8) for h in (1024, 2048, 7168)
+    ]
+    least = BLACKWELL.normal_dispatch_token_us.value + BLACKWELL.normal_dispatch_sent_us.value * wanted
+    assert sent[0].dispatch_us == sent[1].dispatch_us == pytest.approx(4096 * least)
+    assert sent[2].dispatch_us == pytest.approx(
+        4096 * reached_by(8, 8) * 7 / 8 * V3.dispatch_bytes / (900e3 * BLACKWELL.normal_efficiency.value)
+    )
+    fewer = normal(replace(V3, hidden=1024), GB200, BLACKWELL, ep=2, tokens=4096, rows=4096 * 8)
+    assert fewer.dispatch_us < 0.4 * sent[0].dispatch_us, "two ranks share the warps that eight do"
 
 
 def test_a_small_tensor_peak_is_nearly_reached_and_a_large_one_is_not() -> None:

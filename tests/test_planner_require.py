@@ -115,10 +115,13 @@ def evaluate(numbers: str) -> float:
         {"ep": 32, "hardware": "h100", "node_limited": True, "stack": "megamoe", "routing": "zipf_0.5"},
         {"ep": 16, "hardware": "h100-pcie", "node_limited": True, "set": ("hardware.nic_gb_s=400",)},
         {"hardware": "gb300"},
+        {"hardware": "gb300", "stack": "megamoe"},
+        {"model": "kimi-k3", "ep": 8, "hardware": "b200"},
+        {"hardware": "gb300", "tokens_per_rank": 16384, "set": ("hardware.busy_rate=9",)},
     ],
     ids=[
         *("balanced", "one_token", "one_rank", "two_tiers", "bf16", "zipf", "redundant", "formats", "node_limited"),
-        *("node_limited_own", "node_limited_pcie", "busy_rate"),
+        *("node_limited_own", "node_limited_pcie", "busy_rate", "busy_rate_own", "situ", "busy_rate_beyond"),
     ],
 )
 def test_every_term_multiplies_out_to_the_plan(more: dict[str, Any]) -> None:

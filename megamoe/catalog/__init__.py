@@ -11,9 +11,10 @@ from megamoe.catalog.load import (
     load_profile,
     names,
 )
+from megamoe.catalog.machine import Machine
 from megamoe.catalog.overrides import override, split_overrides
 from megamoe.catalog.parameters import Parameters, parameters
-from megamoe.catalog.schema import Attention, Figure, Hardware, Machine, Model, Profile, figures
+from megamoe.catalog.schema import Attention, Figure, Hardware, Model, Profile, figures
 
 __all__ = [
     "Attention",

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from megamoe.catalog.schema import Hardware, Machine, Model, Profile
+from megamoe.catalog.machine import Machine
+from megamoe.catalog.schema import Hardware, Model, Profile
 from megamoe.catalog.wording import nearest, plain
 from megamoe.paths import AnyPath, path_of
 

@@ -209,7 +209,8 @@ class Model(Entry):
 
     The first `dense_layers` layers have a plain MLP of `dense_intermediate`; of the others every `moe_every`-th has
     experts, the rest a plain MLP. `num_moe_layers` says it outright where blocks are attention or experts, not both.
-    `routed_hidden` is the width that the routed experts see and that travels, where it is not `hidden`.
+    `routed_hidden` is the width that the routed experts see and that travels, where it is not `hidden`. `situ`: experts
+    activate by SiTU, b tanh(gate / b) sigmoid(gate) c tanh(up / c), which takes longer than SwiGLU.
     """
 
     name: str
@@ -231,6 +232,7 @@ class Model(Entry):
     shared_intermediate: PositiveInt | None = None
     routed_hidden: PositiveInt | None = None
     gated: bool = True
+    situ: bool = False
     vocab: PositiveInt
     tied_embeddings: bool = False
     mtp_layers: NonNegativeInt = 0
@@ -294,15 +296,19 @@ class Model(Entry):
         return self.routed_hidden or self.hidden
 
 
+_NO_LESS = Figure(value=0.0, tag="assumed", source="links are the limit, as far as is known")
+
+
 class Staged(Entry):
     """What separate kernels take, the same on every device that was measured; see planner/layer/staged.py.
 
     ll_*       DeepEP's low-latency dispatch and combine: a call, for every token of an SM, and for a journey between
                nodes (once, and once more for every doubling of them)
     normal_efficiency    DeepEP's normal kernels, of the scale-up link; their calls hide behind the host's launches
+    normal_*_token_us, normal_*_sent_us    the least that their 20 SMs take for a token, and for one that a rank wants
     masked_us, contiguous_us     launches and the kernels between grouped products, in a graph and without one
     masked_expert_us             for every expert of the rank, with rows or without
-    host_us    the least that a host takes to launch the latter; a device's own where it is known
+    host_us    the least that a host takes to launch the latter; a device may have its own, which contiguous_us follows
     """
 
     ll_dispatch_us: Figure
@@ -311,6 +317,10 @@ class Staged(Entry):
     ll_combine_token_us: Figure
     ll_node_us: Figure
     normal_efficiency: Figure
+    normal_dispatch_token_us: Figure = _NO_LESS
+    normal_dispatch_sent_us: Figure = _NO_LESS
+    normal_combine_token_us: Figure = _NO_LESS
+    normal_combine_sent_us: Figure = _NO_LESS
     masked_us: Figure
     masked_expert_us: Figure
     contiguous_us: Figure
@@ -433,67 +443,6 @@ class Profile(Staged):
         for key in ("memory_overlap", "overlap", "dense_overlap"):
             if getattr(self, key).value < 1:
                 raise ValueError(f"{key} is 1 (nothing overlaps) or more, not {getattr(self, key).value:g}")
-        return self
-
-
-class Machine(Entry):
-    """One machine that runs this package's layer, rank by rank, over a process group; see planner/machine.py.
-
-    cores                 of the machine, which all ranks share         threads_per_rank   that each rank computes with
-    product_gflops        of one rank's expert products                 value_ns           moving a value of a row
-    weight_ns             reading a BF16 weight, once a product         decode_ns          making an MXFP4 weight BF16
-    round_ns              rounding a value to MXFP8 and back
-    call_us               a call, whatever it does                      wave_us            a stretch of work more
-    link_efficiency       of a link's nominal rate                      burst_us           that a link takes at once
-    loopback_gb_s         where ranks are joined by no link             exchange_us        a message more
-    byte_ns               of a core's time, for every byte that a rank sends or receives
-    link_share            of a core, taken by the threads that move bytes while a shaped link carries any
-    gradient_ns           writing a weight's gradient, in a backward, and what turning rows into columns costs for it
-
-    Of calls of few tokens, which go without waves; None where nobody has measured it (schedule/small.py):
-    small_call_us         a call, whatever it does
-    small_gflops, small_packed_gflops  of one rank's products of few rows, with BF16 and with MXFP4 weights
-    small_weight_ns, small_decode_ns   a weight of either format that lies in a cache
-    small_memory_ns       a byte of weights that comes from memory, where a cache of cache_mb does not hold all ranks'
-    small_exchange_us     an exchange of pages or of results        small_byte_ns   a byte that a rank sends
-    """
-
-    name: str
-    title: str
-    fitted: str
-    device: str = "cpu"
-    cores: PositiveInt
-    threads_per_rank: PositiveInt
-    product_gflops: Figure
-    weight_ns: Figure
-    decode_ns: Figure
-    value_ns: Figure
-    round_ns: Figure
-    call_us: Figure
-    wave_us: Figure
-    link_efficiency: Figure
-    burst_us: Figure
-    loopback_gb_s: Figure
-    exchange_us: Figure
-    byte_ns: Figure
-    link_share: Figure
-    gradient_ns: Figure
-    small_call_us: Figure | None = None
-    small_gflops: Figure | None = None
-    small_packed_gflops: Figure | None = None
-    small_weight_ns: Figure | None = None
-    small_decode_ns: Figure | None = None
-    small_memory_ns: Figure | None = None
-    cache_mb: Figure | None = None
-    small_exchange_us: Figure | None = None
-    small_byte_ns: Figure | None = None
-
-    @model_validator(mode="after")
-    def _checked(self) -> Self:
-        for key in ("product_gflops", "link_efficiency", "loopback_gb_s", "small_gflops", "small_packed_gflops"):
-            figure = getattr(self, key)
-            if figure is not None and figure.value == 0:
-                raise ValueError(f"{key} is divided by and cannot be 0")
         return self
 
 

@@ -11,7 +11,7 @@ from megamoe.planner.layer.cost import row_us
 from megamoe.planner.layer.device import Device
 from megamoe.planner.layer.plan import Plan
 from megamoe.planner.layer.stacks import launched, sent_once
-from megamoe.planner.layer.tiles import COLUMNS, reached_tflops, tile_us, tiling_of
+from megamoe.planner.layer.tiles import COLUMNS, SITU_EPILOGUE, expert_tile_us, reached_tflops, tiling_of
 from megamoe.planner.serving.flops import Term
 from megamoe.schedule.formats import value_bytes
 
@@ -84,31 +84,39 @@ def _tile_terms(planned: Plan) -> list[Term]:
     terms, parts = [], []
     for count, size, which in ((whole, block, "a tile"), (1, last, "the last tile" if whole else "a tile")):
         if count and size:
-            cost = " + ".join(f"{-(-n // COLUMNS)} x {g(_tile(planned, size, k).value)}" for k, n in expert.products)
+            across = (-(-n // COLUMNS) for _, n in expert.products)
+            cost = " + ".join(f"{many} x {g(_tile(planned, size, k).value)}" for k, many in enumerate(across))
             parts.append(f"{count} x ({cost})")
-            for name, (k, _) in zip(("Linear-1", "Linear-2"), expert.products, strict=True):
+            for k, name in enumerate(("Linear-1", "Linear-2")):
                 terms.append(replace(_tile(planned, size, k), name=f"{which} of {name}, {size} rows"))
     faster = f" / {g(device.busy_rate)}" if device.busy_rate != 1 else ""
     spread = f"{g(layer.experts_touched)} x ({' + '.join(parts)}) / {g(device.sms)}{faster}"
-    longest = sum(_tile(planned, step, k).value for k, _ in expert.products) / device.busy_rate
+    longest = sum(_tile(planned, step, k).value for k in range(len(expert.products))) / device.busy_rate
     shown = request.routing == "balanced" and layer.compute_us > longest * (1 + 1e-9)
     formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs" + " / busy rate" * bool(
         faster
     )
+    least = layer.rows * expert.flops / device.tflops * 1e-6
+    if faster and request.routing == "balanced" and layer.compute_us <= least * (1 + 1e-9):
+        formula, shown = "rows x FLOPs of each / peak, which no busy rate exceeds", True
+        spread = f"{g(layer.rows)} x {g(expert.flops)} / ({g(device.tflops)} x 10^6)"
     compute = Term("compute", formula, spread if shown else g(layer.compute_us), layer.compute_us, "us")
     return [*(terms if shown else []), compute, rate]
 
 
-def _tile(planned: Plan, rows: int, k: int) -> Term:
-    """One tile of rows x 128 over K."""
+def _tile(planned: Plan, rows: int, product: int) -> Term:
+    """One tile of rows x 128 over K, of the first product (0) or the second (1)."""
     expert, device = planned.request.expert, _device(planned)
+    k = expert.products[product][0]
     size = f"{rows} x {COLUMNS}"
     tensor = f"2 x {size} x {k} / ({g(device.tflops)} x 10^6 / {g(device.sms)})"
     moved = f"({rows} x {g(device.operand_bytes)} + {COLUMNS} x {g(expert.weight_element_bytes)})"
     feed = f"{g(device.feed_ps)} x {moved} x {k} / 10^6"
-    numbers = f"(max({tensor}, {feed})^3 + ({g(device.epilogue_ps)} x {size} / 10^6)^3)^(1 / 3)"
+    situ = f" x {g(SITU_EPILOGUE)}" if expert.situ and product == 0 else ""
+    numbers = f"(max({tensor}, {feed})^3 + ({g(device.epilogue_ps)}{situ} x {size} / 10^6)^3)^(1 / 3)"
     formula = "3-norm of max(2 rows columns K / peak of an SM, feed (rows + columns in bytes) K), epilogue rows columns"
-    return Term("tile", formula, numbers, tile_us(device, rows, k, expert.weight_element_bytes), "us")
+    formula += ", SiTU's longer" * bool(situ)
+    return Term("tile", formula, numbers, expert_tile_us(expert, device, rows, product), "us")
 
 
 def _link_terms(planned: Plan) -> list[Term]:
@@ -122,16 +130,20 @@ def _link_terms(planned: Plan) -> list[Term]:
     slowest = row.tier
     if slowest is None:
         return []
+    reached = g(device.fused_link_efficiency)
+    if request.stack == "fused" and device.busy_rate != 1:
+        reached = f"{g(device.fused_link_efficiency / device.busy_rate)} x {g(device.busy_rate)}"
     if slowest.name == "nic":
         rate = f"{g(device.nic_gb_s or 0)} x {g(device.nic_efficiency)}"
     else:
         crowd = min(1.0, (8 / min(request.ep, device.scaleup_domain)) ** device.link_congestion)
-        faster = f" x {g(device.busy_rate)}" if device.busy_rate != 1 else ""
-        rate = f"{g(device.scaleup_gb_s)} x {g(device.fused_link_efficiency)} x {g(crowd)}{faster}"
+        rate = f"{g(device.scaleup_gb_s)} x {reached} x {g(crowd)}"
         incast = layer.dispatch_us / (layer.rows * row.there_us) * device.incast(layer.rows, own)  # a mean over draws
         rate += f" / {g(incast)}" if incast > 1 + 1e-9 else ""
     rest = f"{g(row.fuller)} / ({rate} x 1000)"
     formula = "rows x bytes x f_remote x fuller way / (GB/s x efficiency x congestion / incast)"
+    if " x " in reached and slowest.name != "nic":
+        formula = formula.replace("efficiency", "efficiency x busy rate")
     terms = [
         Term(
             f"link, {request.hardware.tier_names[slowest.name]}: {name}",
@@ -218,13 +230,22 @@ def _staged_terms(planned: Plan) -> list[Term]:
     """Stages, and what is left of them where two halves overlap."""
     layer, request = planned.layer, planned.request
     links = f"{g(layer.dispatch_us)} + {g(layer.combine_us)}"
-    drawn = "DeepEP: a call + experts + tokens of an SM + bytes / (GB/s x efficiency)"
+    drawn = (
+        "DeepEP, low latency: a call + experts + tokens of an SM + bytes / (GB/s x efficiency); normal: the longer of "
+    )
+    drawn += "bytes / (GB/s x efficiency) and its SMs' time for the tokens"
     shown = "products + links that show" if request.two_batch else "dispatch + products + combine"
     parts = f"{g(layer.alone_us)} + {g(layer.exposed_us)}"
     return [
         Term("compute", "grouped products, tiles in whole waves over SMs", g(layer.compute_us), layer.compute_us, "us"),
         Term("memory", "weights and rows", g(layer.memory_us), layer.memory_us, "us"),
-        Term("products", "launches + 2-norm of both, expert by expert", g(layer.alone_us), layer.alone_us, "us"),
+        Term(
+            "products",
+            "launches + p-norm of both, p = memory_overlap, expert by expert; at least the host's launches",
+            g(layer.alone_us),
+            layer.alone_us,
+            "us",
+        ),
         Term("dispatch", drawn, g(layer.dispatch_us), layer.dispatch_us, "us"),
         Term("combine", drawn, g(layer.combine_us), layer.combine_us, "us"),
         Term("communication", "dispatch + combine", links, layer.communication_us, "us"),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from megamoe.schedule.limits import cores
 
 if TYPE_CHECKING:
-    from megamoe.catalog.schema import Machine
+    from megamoe.catalog.machine import Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def find(setting: Setting) -> Machine | None:
         return None
     from pydantic import ValidationError
 
-    from megamoe.catalog.schema import Machine
+    from megamoe.catalog.machine import Machine
 
     try:
         return Machine.model_validate(found.get("machine"))

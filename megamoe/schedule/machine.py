@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from math import comb
 from typing import Any
 
-from megamoe.catalog.schema import Machine
+from megamoe.catalog.machine import Machine
 from megamoe.paths import AnyPath, path_of
 from megamoe.schedule.cost_model import CostModel, Spread, best_waves
 from megamoe.schedule.formats import value_bytes

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
 
-from megamoe.catalog.schema import Figure, Machine
+from megamoe.catalog.machine import Machine
+from megamoe.catalog.schema import Figure
 from megamoe.schedule.formats import value_bytes
 from megamoe.schedule.machine import PAIR_BYTES, Predicted, Run, crowd_of, link_bytes_us
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamoe.catalog.schema import Machine
+from megamoe.catalog.machine import Machine
 from megamoe.schedule.backward import HOME_BYTES, BackwardLoad, play_backward
 from megamoe.schedule.machine import (
     PAIR_BYTES,

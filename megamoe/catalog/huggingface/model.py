@@ -66,6 +66,7 @@ def model_from_config(config: Mapping[str, Any], *, name: str, source: str) -> M
     mixed = not all(has_experts[leading:])
     attention, formats = attention_of(text), formats_of(text)
     shared, shared_width = _shared(text)
+    activation = text_of(text, "mlp_hidden_act", "hidden_act")
     sizes: dict[str, Any] = {
         "hidden": count(text, "hidden_size"),
         "intermediate": count(text, *WIDTH),
@@ -78,7 +79,8 @@ def model_from_config(config: Mapping[str, Any], *, name: str, source: str) -> M
         "shared_experts": shared,
         "shared_intermediate": shared_width,
         "routed_hidden": optional_count(text, *LATENT),
-        "gated": text_of(text, "mlp_hidden_act", "hidden_act") not in ("relu", "relu2"),
+        "gated": activation not in ("relu", "relu2"),
+        "situ": activation == "situ",
         "vocab": count(text, "vocab_size"),
         "tied_embeddings": flag(text, "tie_word_embeddings"),
         "mtp_layers": text.mtp_layers,

@@ -213,7 +213,7 @@ def _core(
     there, back = rows * row.there_us, rows * row.back_us
     counts, numbers = zip(*load.groups, strict=True)
     products = products_us(expert, device, counts, numbers, tiling)
-    compute = sum(map(mul, products, numbers)) / device.busy_rate
+    compute = device.busy_us(sum(map(mul, products, numbers)), rows * expert.flops)
     memory = device.memory_us(load.touched * expert.weight_bytes + rows * expert.row_bytes)
     alone = device.with_memory(compute, memory)
     played, best = _play(alone, load.touched, there, back, device, waves)

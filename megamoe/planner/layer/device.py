@@ -23,7 +23,8 @@ class Device:
     host_bridge     whether devices meet over PCIe, which then carries what goes to the NIC too
     sms             SMs or compute units; where nobody counted them, as many of GB200's as the peak is worth
     feed_ps, epilogue_ps, scale_ps    at this device's clock, where it and the profile's are known
-    busy_rate       of the fused kernel's SMs, which multiply and move rows, against what their number and clock say
+    busy_rate       of the SMs in a step that goes on, against what their number and clock say; a fused kernel's
+                    products and rows go by it (rows in fused_link_efficiency), within the peak and the link
     """
 
     name: str
@@ -74,6 +75,7 @@ class Device:
         """ValueError where the hardware has no peak for the format."""
         nic = hardware.nic_gb_s
         tflops = hardware.tflops(compute_format)
+        busy_rate = hardware.busy_rate.value if hardware.busy_rate else 1.0
         slower = profile.sm_ghz.value / hardware.sm_ghz.value if profile.sm_ghz and hardware.sm_ghz else 1.0
         return cls(
             name=hardware.name,
@@ -89,7 +91,7 @@ class Device:
             feed_ps=profile.feed_ps.value * slower,
             epilogue_ps=profile.epilogue_ps.value * slower,
             scale_ps=profile.scale_ps.value * slower,
-            busy_rate=hardware.busy_rate.value if hardware.busy_rate else 1.0,
+            busy_rate=busy_rate,
             sustained_rate=profile.sustained_rate.value,
             pair_sms=max(1, round(profile.pair_sms.value)),
             tile_rows=max(1, round(profile.tile_rows.value)),
@@ -99,7 +101,7 @@ class Device:
             swap_rows=profile.swap_rows.value,
             memory_efficiency=profile.memory_efficiency.value,
             link_efficiency=profile.link_efficiency.value,
-            fused_link_efficiency=profile.fused_link_efficiency.value,
+            fused_link_efficiency=min(1.0, profile.fused_link_efficiency.value * busy_rate),
             link_congestion=profile.link_congestion.value,
             link_incast=profile.link_incast.value,
             nic_efficiency=profile.nic_efficiency.value,
@@ -136,7 +138,7 @@ class Device:
 
         fused: where a fused kernel carries the rows.
         """
-        reached = self.fused_link_efficiency * self.busy_rate if fused else self.link_efficiency
+        reached = self.fused_link_efficiency if fused else self.link_efficiency
         return self.scaleup_gb_s * 1e9 * reached * self.congestion(ep)
 
     def congestion(self, ep: int) -> float:
@@ -153,6 +155,10 @@ class Device:
             epilogue_ps=self.epilogue_ps / rate,
             scale_ps=self.scale_ps / rate,
         )
+
+    def busy_us(self, products: float, flops: float) -> float:
+        """What products of so many FLOPs take at busy_rate, no less than the peak allows."""
+        return max(products / self.busy_rate, flops / self.tflops * 1e-6)
 
     def incast(self, rows: float, own: float) -> float:
         """How much longer the scale-up link of a rank takes for a row, to which others send more than it sends itself.

@@ -11,7 +11,7 @@ from megamoe.schedule.formats import element_bytes, value_bytes
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """The routed experts of a layer. hidden is the width that they see and that travels."""
+    """The routed experts of a layer. hidden is the width that they see and that travels; situ as in catalog.Model."""
 
     hidden: int
     intermediate: int
@@ -21,6 +21,7 @@ class Expert:
     weight_format: str = "mxfp4"
     dispatch_format: str = "mxfp8"
     combine_format: str = "bf16"
+    situ: bool = False
 
     @classmethod
     def of(
@@ -41,6 +42,7 @@ class Expert:
             weight_format or model.weight_format,
             dispatch_format,
             combine_format,
+            model.situ,
         )
 
     @property

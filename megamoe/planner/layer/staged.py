@@ -37,6 +37,7 @@ from megamoe.schedule.schedule import Work, play
 Kernels = Literal["low latency", "normal"]
 LOW_LATENCY_TOKENS = 2048  # of a rank, the most that its buffers were made for: SGLang's runs on GB200, 1408 in use
 CONTIGUOUS_ROWS = 128  # an expert's rows, padded to whole blocks
+_RANKS_OF_WARPS = 8  # at most, in one domain of DeepEP's normal kernels
 _HEADER_BYTES = 16  # of a row in DeepEP's low-latency message
 
 
@@ -76,7 +77,11 @@ def low_latency(
 
 
 def normal(expert: Expert, device: Device, profile: Profile, *, ep: int, tokens: float, rows: float) -> Exchange:
-    """Both journeys where a token goes once to every rank that wants it, and once to every node."""
+    """Both journeys where a token goes once to every rank that wants it, and once to every node.
+
+    Its SMs take their time for a token, however narrow: their warps are shared out among 8 ranks, of which each has to
+    look at every token and sends on those that its own rank wants. Fewer ranks have more warps each.
+    """
     skew = max(1.0, rows / (tokens * expert.topk)) if tokens else 1.0
     slowest = 0.0
     for tier in device.tiers(ep):
@@ -86,7 +91,14 @@ def normal(expert: Expert, device: Device, profile: Profile, *, ep: int, tokens:
             copies, rate = reached_by(-(-ep // device.scaleup_domain), expert.topk), tier.gb_s * device.nic_efficiency
         slowest = max(slowest, copies * tier.f_remote / rate)
     moved = tokens * skew * slowest * 1e-3
-    return Exchange(moved * expert.dispatch_bytes, moved * expert.combine_bytes)
+    inside = min(ep, device.scaleup_domain)
+    wanted, warps = reached_by(inside, expert.topk) / inside, tokens * min(1.0, inside / _RANKS_OF_WARPS)
+
+    def way(name: str, row_bytes: float) -> float:
+        looked, sent = (getattr(profile, f"normal_{name}_{each}_us").value for each in ("token", "sent"))
+        return float(max(moved * row_bytes, warps * (looked + sent * wanted)))
+
+    return Exchange(way("dispatch", expert.dispatch_bytes), way("combine", expert.combine_bytes))
 
 
 def reached_by(places: int, topk: int) -> float:
@@ -123,7 +135,8 @@ def contiguous_us(
     rows_us = device.memory_us(load.rows * (_row_bytes(expert) + moved) + tokens * moved)
     products = sum(device.with_memory(each, weights) * count for each, count in zip(compute, number, strict=True))
     alone = sum(each * count for each, count in zip(compute, number, strict=True))
-    between = profile.contiguous_us.value * device.host_us / profile.host_us.value  # launches wait for the host
+    slower = device.host_us / profile.host_us.value if profile.host_us.value else 1.0  # launches wait for the host
+    between = profile.contiguous_us.value * slower
     total = between + products + rows_us
     return max(device.host_us, total), alone, weights * load.touched + rows_us
 

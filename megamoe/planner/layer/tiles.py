@@ -11,8 +11,8 @@ and once a tile
 The slower of tensor core and feed counts: a chip whose tensor peak is small against the rest of its SMs reaches nearly
 all of it, and one whose peak is large does not. The epilogue belongs to other warps, which work on one tile while the
 next is multiplied: the 3-norm of both. A narrow expert has fewer steps of K in the second product, which hide less of
-it. The fused kernel keeps the tiles of all experts and of both products in one queue, and has one size of
-tiles for a call; grouped products are two launches, of which each ends in a wave that is not full.
+it; one of SiTU is longer. The fused kernel keeps the tiles of all experts and of both products in one queue, and has
+one size of tiles for a call; grouped products are two launches, of which each ends in a wave that is not full.
 
 Grouped products of Hopper give every 64 rows of a tile to a warp group, which multiplies a block of K and then scales
 its sums by itself: scale_ps for each byte. In a tile of 128 rows one group multiplies while the other scales; in a tile
@@ -41,6 +41,10 @@ PAIRED_COLUMNS = 256  # of a tile of two SMs, as well as COLUMNS: M 256, N 256 (
 SWAPPED_STEP = 8  # WGMMA: 64 rows, columns in steps of 8
 _SWAPPED_AT_MOST = 1.5  # times swap_rows: DeepGEMM's 16 rows of an expert, 24 in some shapes
 _EPILOGUE_NORM = 3.0
+# The first product's epilogue with SiTU, of one with SwiGLU. SGLang's patch of DeepGEMM's kernel (docker/kimi_k3) has
+# two tanhf, each of both its forms, and a division more for a pair of values: some 50 instructions, of which an SM
+# issues 128 a cycle at most. That is 95 ps a value at 2.06 GHz, beside 255 (epilogue_ps).
+SITU_EPILOGUE = 1.37
 
 
 def tile_us(
@@ -51,16 +55,29 @@ def tile_us(
     *,
     columns: int = COLUMNS,
     scale_ps: float = 0.0,
+    epilogue: float = 1.0,
 ) -> float:
     """One tile of rows x columns over K. weight_bytes: of a weight's value, None for that of the device's format.
 
-    scale_ps: for each byte of the operands, what the tensor core waits for.
+    scale_ps: for each byte of the operands, what the tensor core waits for. epilogue: times the device's own.
     """
     size = rows * columns
     weights = columns * (device.operand_bytes if weight_bytes is None else weight_bytes)
     moved = 1e-6 * (rows * device.operand_bytes + weights) * k
     tensor = 2e-6 * size * k / (device.tflops / device.sms) + scale_ps * moved
-    return norm(max(tensor, device.feed_ps * moved), 1e-6 * device.epilogue_ps * size, _EPILOGUE_NORM)
+    return norm(max(tensor, device.feed_ps * moved), 1e-6 * device.epilogue_ps * epilogue * size, _EPILOGUE_NORM)
+
+
+def expert_tile_us(expert: Expert, device: Device, rows: int, product: int) -> float:
+    """One tile of the fused kernel, of an expert's first product (0) or its second (1)."""
+    longer = SITU_EPILOGUE if expert.situ and product == 0 else 1.0
+    return tile_us(device, rows, expert.products[product][0], expert.weight_element_bytes, epilogue=longer)
+
+
+def _row_of_tiles_us(expert: Expert, device: Device, rows: int) -> float:
+    """So many rows through both products, their tiles spread over all SMs."""
+    across = (-(-n // COLUMNS) for _, n in expert.products)
+    return sum(many * expert_tile_us(expert, device, rows, which) for which, many in enumerate(across)) / device.sms
 
 
 def products_us(
@@ -71,14 +88,11 @@ def products_us(
     An expert's rows are cut into blocks; the last tile has the rows that are left, in whole steps.
     However few tiles there are, a rank waits for one of each product.
     """
-    across, block, step = [(-(-n // COLUMNS), k) for k, n in expert.products], tiling.block, tiling.step
-
-    def cost(size: int) -> float:
-        return sum(many * tile_us(device, size, k, expert.weight_element_bytes) for many, k in across) / device.sms
-
-    costs = [0.0, *(cost(min(size, block)) for size in range(step, block + step, step))]
+    block, step = tiling.block, tiling.step
+    sizes = (min(size, block) for size in range(step, block + step, step))
+    costs = [0.0, *(_row_of_tiles_us(expert, device, size) for size in sizes)]
     found = [each // block * costs[-1] + costs[math.ceil(each % block / step)] for each in rows]
-    least = sum(tile_us(device, step, k, expert.weight_element_bytes) for k, _ in expert.products)
+    least = sum(expert_tile_us(expert, device, step, which) for which in range(len(expert.products)))
     total = sum(map(mul, found, number))
     return found if total >= least else [each * least / total for each in found]
 
@@ -157,5 +171,5 @@ def _whole_waves(tiles: float, sms: float) -> float:
 def reached_tflops(expert: Expert, device: Device) -> float:
     """Of an expert that has many rows: what its products reach, without memory and links."""
     block = max(device.blocks)
-    tiles = sum(-(-n // COLUMNS) * tile_us(device, block, k, expert.weight_element_bytes) for k, n in expert.products)
-    return expert.flops * block / tiles * device.sms / 1e6 * device.busy_rate
+    flops = expert.flops * block
+    return flops / device.busy_us(_row_of_tiles_us(expert, device, block), flops) * 1e-6

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megamoe.catalog.schema import Figure, Machine
+from megamoe.catalog.machine import Machine
+from megamoe.catalog.schema import Figure
 from megamoe.schedule.machine import Amounts, Predicted, Run, intervals
 from megamoe.schedule.training import predict_step
 

@@ -231,7 +231,9 @@ def _layer(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
     model = _known_model(name)
     formats = _formats(reader, row, model)
     hidden, width, experts, topk = (_size(reader, row, key, model) for key in SIZES)
-    expert = Expert(hidden, width, experts, topk, model.gated if model else True, *formats)
+    gated, situ = (model.gated, model.situ) if model else (True, False)
+    weights, there, back = formats
+    expert = Expert(hidden, width, experts, topk, gated, weights, there, back, situ)
     stack = _stack(reader, row)
     routing, drawn = reader.text(row, "routing"), None
     if not routing:
