@@ -29,9 +29,9 @@ try:
         ATTENTION,
         HEAD,
         HELD_OUT,
-        KERNELS_OF_THEIR_OWN,
-        NORMAL_KERNELS,
+        NORMAL,
         OTHER_DEVICES,
+        OWN_KERNELS,
         PAIRS,
         SERVING,
         WORST,
@@ -48,17 +48,7 @@ try:
         table,
     )
 except ModuleNotFoundError:  # run as a file, which has its own folder on the path
-    from accuracy_words import (
-        ATTENTION,
-        HEAD,
-        HELD_OUT,
-        KERNELS_OF_THEIR_OWN,
-        NORMAL_KERNELS,
-        OTHER_DEVICES,
-        PAIRS,
-        SERVING,
-        WORST,
-    )  # type: ignore[import-not-found, no-redef]
+    from accuracy_words import ATTENTION, HEAD, HELD_OUT, NORMAL, OTHER_DEVICES, OWN_KERNELS, PAIRS, SERVING, WORST  # type: ignore[import-not-found, no-redef]
     from fit_kernels import KERNELS, rows_of  # type: ignore[import-not-found, no-redef]
     from fit_layer import EXCHANGES, FUSED, NORMAL_EXCHANGES, PRODUCTS, PRODUCTS_ON_GB200, halves, staged_h200, table  # type: ignore[import-not-found, no-redef]
 
@@ -189,7 +179,7 @@ def _halves() -> Iterator[str]:
         yield _errors("**kept**: the second, the fourth, ...", kept)
         yield _errors("all", [*fitted, *kept])
         yield from _parts(name, [*fitted, *kept])
-        yield {PRODUCTS_ON_GB200[1]: PAIRS, NORMAL_EXCHANGES[1]: NORMAL_KERNELS}.get(name, "")
+        yield {PRODUCTS_ON_GB200[1]: PAIRS, NORMAL_EXCHANGES[1]: NORMAL}.get(name, "")
 
 
 def _parts(name: str, compared: list[Compared]) -> Iterator[str]:
@@ -307,7 +297,7 @@ def _kernels() -> Iterator[str]:
             number = [] if own else [str(len(rows))]
             cells += [*number, *_median_and_largest(errors)]
         yield f"| {' | '.join(cells)} |"
-    yield KERNELS_OF_THEIR_OWN
+    yield OWN_KERNELS
 
 
 def _median_and_largest(errors: Errors | None) -> tuple[str, str]:

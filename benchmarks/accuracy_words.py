@@ -17,12 +17,12 @@ expert is spread over the waves was decided with the skewed rows in sight, as wa
 collector's history has for the shares of power_law_sampled its runs had, and the terms of the model with all tables in
 sight. Two figures of B200, its host and a low-latency journey, to every other row of two of its tables. What grouped
 products and DeepEP's kernels add, to every other row of their tables; what of its link Blackwell's normal kernels reach
-is GB200's at 7168 values, all rows of these in sight; that Blackwell's grouped products are of two SMs
-was decided with all rows in sight. Links are DeepEP's own figures, the NIC was fitted to its dispatch on H800. Five
-constants of the `ascend` profile were fitted to 11 of the 13 rows of one guide, in the knowledge of all 13 and of the
-other rows on Ascend. Kernels with a profile of their own to every other of their rows, and what attention reaches of a
-device's memory to the kernels' own rows, both further down. Nothing else was fitted. Skewed rows are drawn and rounded
-as the table's own workloads are; the tiles of a call have the size that DeepGEMM gives them.
+is GB200's at 7168 values, all rows of these in sight; that Blackwell's grouped products are of two SMs was decided with
+all rows in sight. Links are DeepEP's own figures, the NIC was fitted to its dispatch on H800. Five constants of the
+`ascend` profile were fitted to 11 of the 13 rows of one guide, in the knowledge of all 13 and of the other rows on
+Ascend. Kernels with a profile of their own to every other of their rows, and what attention reaches of a device's
+memory to the kernels' own rows, both further down. Nothing else was fitted. Skewed rows are drawn and rounded as the
+table's own workloads are; the tiles of a call have the size that DeepGEMM gives them.
 """
 
 WORST = """
@@ -128,7 +128,7 @@ Where it errs by more than 20 %:
 - DeepEP's combine on H800 within a host, whose link was cut to 200 GB/s and of which its kernels reach a larger share.
 """
 
-NORMAL_KERNELS = """
+NORMAL = """
 Planned by the link alone they were right for 7168 values and top-8, and two to four times too short for 2048 or top-1
 on Blackwell: the median error of a dispatch was 42.9 % on GB200 and 15.4 on H200, of a combine 26.3 and 23.1. What
 takes so long is their SMs: warps are shared out among the ranks, look at every token and send on those that a rank
@@ -229,7 +229,7 @@ Not added, since what ran is not known in full; the planner's range against it:
   together.
 """
 
-KERNELS_OF_THEIR_OWN = """
+OWN_KERNELS = """
 What a kernel differs in by its source is no constant that was fitted: FlashInfer's kernels swap operands, so that rows
 lie where a product takes its columns, 64 or 128 on Blackwell and 8 to 128 on Hopper, of which a tile is multiplied
 whole. The kernel before DeepGEMM's pull request 383 swaps none, and multiplies tiles whole, of 64 rows where an expert
@@ -282,7 +282,7 @@ that what was met was met by accident:
   in FP8; masked products, which are those of DeepEP's low-latency kernels, the only ones that ran there (DeepEP issue
   392), and for which 1408 tokens were taken for too many. From -18.7 to +18.3 %, now +10.6 %.
 - GB200, NVFP4 prefill: tokens and products likewise. From -10.1 to +5.0 %, now +0.7 %, of which 2.9 points are what
-  SMs of DeepEP's normal kernels take for a token.
+  SMs of DeepEP's normal kernels take for a token, of two ranks as is assumed above.
 - H20: four cards of 400 Gb/s for eight devices, where one for each was planned; a load balance above 70 %, where all
   ranks were alike; attention in FP8, where 60 % of the BF16 peak was planned. With grouped products as they are
   planned now, from -16.0, -19.1 and -4.7 % to +0.6, -4.8 and +9.3 %.
