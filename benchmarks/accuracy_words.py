@@ -202,9 +202,9 @@ out (by 2 to 4 points). All of it is the five draws', which the procedure has.
 
 The same package's other tables of experts, looked at on 2026-12-01:
 
-- DeepEP's normal kernels between nodes (SGLang 0.5.6.post2, H100, DeepSeek-V3, 20 SMs, 4096 tokens and more): within 5 %
-  on four nodes; on two 19 to 25 % too short there and 32 to 41 back; on eight 47 to 53 % too short there, and back from
-  29 % too long to 54 too short, in no order of nodes. Nothing was fitted to them, and they are not in `docs/data`.
+- DeepEP's normal kernels between nodes (SGLang 0.5.6.post2, H100, DeepSeek-V3, 20 SMs, 4096 tokens and more): within
+  5 % on four nodes; on two 19 to 25 % too short there and 32 to 41 back; on eight 47 to 53 % too short there, and back
+  from 29 % too long to 54 too short. Nothing was fitted to them, and they are not in `docs/data`.
 - A rank's experts in FP8 in TensorRT-LLM 1.3.0rc20 (DeepGEMM between its own kernels that sort and gather), d 512 to
   3072, EP1 to EP256, balanced, on B200, GB200 and GB300: masked products, which have no such kernels, are planned at
   0.9 of the time up to 1024 tokens (0.7 to 1.2), narrow experts and wide ones alike, and at 0.65 from 4096 on, where
