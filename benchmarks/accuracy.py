@@ -29,18 +29,28 @@ try:
         ATTENTION,
         HEAD,
         HELD_OUT,
-        KERNELS_OF_THEIR_OWN,
+        NORMAL,
         OTHER_DEVICES,
+        OWN_KERNELS,
         PAIRS,
         SERVING,
         WORST,
     )
     from benchmarks.fit_kernels import KERNELS, rows_of
-    from benchmarks.fit_layer import EXCHANGES, FUSED, PRODUCTS, PRODUCTS_ON_GB200, halves, staged_h200, table
+    from benchmarks.fit_layer import (
+        EXCHANGES,
+        FUSED,
+        NORMAL_EXCHANGES,
+        PRODUCTS,
+        PRODUCTS_ON_GB200,
+        halves,
+        staged_h200,
+        table,
+    )
 except ModuleNotFoundError:  # run as a file, which has its own folder on the path
-    from accuracy_words import ATTENTION, HEAD, HELD_OUT, KERNELS_OF_THEIR_OWN, OTHER_DEVICES, PAIRS, SERVING, WORST  # type: ignore[import-not-found, no-redef]
+    from accuracy_words import ATTENTION, HEAD, HELD_OUT, NORMAL, OTHER_DEVICES, OWN_KERNELS, PAIRS, SERVING, WORST  # type: ignore[import-not-found, no-redef]
     from fit_kernels import KERNELS, rows_of  # type: ignore[import-not-found, no-redef]
-    from fit_layer import EXCHANGES, FUSED, PRODUCTS, PRODUCTS_ON_GB200, halves, staged_h200, table  # type: ignore[import-not-found, no-redef]
+    from fit_layer import EXCHANGES, FUSED, NORMAL_EXCHANGES, PRODUCTS, PRODUCTS_ON_GB200, halves, staged_h200, table  # type: ignore[import-not-found, no-redef]
 
 DATA = Path(__file__).parents[1] / "docs" / "data"
 V4_EFFICIENCY = {"deepseek-v4-pro": (27, 10), "deepseek-v4-flash": (10, 7)}
@@ -149,6 +159,12 @@ TABLES = {
         "DeepEP's low-latency kernels on H100, one to eight nodes",
         "ai-dynamo/aiconfigurator, SGLang 0.5.6.post2: DeepSeek-V3",
     ),
+    NORMAL_EXCHANGES[0]: (
+        "DeepEP's normal kernels on GB200, 8 ranks",
+        "ai-dynamo/aiconfigurator 0.12 (Apache-2.0), SGLang 0.5.12: 19 layers of 2048 to 7168 values, top-1 to top-22; "
+        "of its rows those with 20 SMs and 4096 to 131072 tokens, as they are",
+    ),
+    NORMAL_EXCHANGES[1]: ("DeepEP's normal kernels on H200, one node", "the same, 18 layers"),
 }
 
 
@@ -163,7 +179,7 @@ def _halves() -> Iterator[str]:
         yield _errors("**kept**: the second, the fourth, ...", kept)
         yield _errors("all", [*fitted, *kept])
         yield from _parts(name, [*fitted, *kept])
-        yield PAIRS if name == PRODUCTS_ON_GB200[1] else ""
+        yield {PRODUCTS_ON_GB200[1]: PAIRS, NORMAL_EXCHANGES[1]: NORMAL}.get(name, "")
 
 
 def _parts(name: str, compared: list[Compared]) -> Iterator[str]:
@@ -239,15 +255,19 @@ FIRST = {
     "deepep_ll_b200_1node": (20.0, 33.3),
     "deepep_ll_b300_1node": (21.5, 35.7),
     "deepep_ll_gb300_1node": (3.8, 16.5),
+    "deepep_normal_b200_1node": (38.8, 72.1),
+    "deepep_normal_b300_1node": (37.9, 71.5),
+    "deepep_normal_gb300_1node": (36.6, 69.0),
+    "deepep_normal_h100_1node": (16.7, 55.9),
 }
 ONE_FIGURE = {"sglang_grouped_gemm_b200_fp8_prefill": "host_us", "deepep_ll_b200_1node": "ll_us"}
 
 
 def _other_devices() -> Iterator[str]:
     """Tables of devices that no constant was fitted to: as they were first met, and now."""
-    yield "## Other devices: tables found on 2026-11-30 and first read as the planner stood\n"
+    yield "## Other devices: tables found on 2026-11-30 and 2026-12-01, first read as the planner stood\n"
     yield "ai-dynamo/aiconfigurator 0.12 (Apache-2.0): the fused module in SGLang 0.5.11 on GB300 (EP4 to EP32) and in"
-    yield "0.5.16 on B200 (Kimi K3, EP8), grouped products in SGLang 0.5.10, DeepEP's low-latency kernels in 0.5.12."
+    yield "0.5.16 on B200 (Kimi K3, EP8), grouped products in SGLang 0.5.10, DeepEP's kernels in 0.5.12."
     yield "Median and 95th percentile before anything was changed; then those of today and the largest.\n"
     yield "| table, `docs/data/*.csv` | rows | first | | now | | | fitted to it |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -277,7 +297,7 @@ def _kernels() -> Iterator[str]:
             number = [] if own else [str(len(rows))]
             cells += [*number, *_median_and_largest(errors)]
         yield f"| {' | '.join(cells)} |"
-    yield KERNELS_OF_THEIR_OWN
+    yield OWN_KERNELS
 
 
 def _median_and_largest(errors: Errors | None) -> tuple[str, str]:

@@ -15,14 +15,14 @@ table; to every other skewed row of the first table one constant alone, link_inc
 what is longer, products or links, is what the fit goes to without end, and a constant that is not fitted. How a hot
 expert is spread over the waves was decided with the skewed rows in sight, as was which of two upper bounds that the
 collector's history has for the shares of power_law_sampled its runs had, and the terms of the model with all tables in
-sight. Two figures of B200, its host and a low-latency journey, to every other row of two of its tables; what SMs of
-DeepEP's normal kernels take for a token, to every other row of its tables on GB200 and H200. What grouped
-products and DeepEP's kernels add, to every other row of their tables; that Blackwell's grouped products are of two SMs
-was decided with all rows in sight. Links are DeepEP's own figures, the NIC was fitted to its dispatch on H800. Five
-constants of the `ascend` profile were fitted to 11 of the 13 rows of one guide, in the knowledge of all 13 and of the
-other rows on Ascend. Kernels with a profile of their own to every other of their rows, and what attention reaches of a
-device's memory to the kernels' own rows, both further down. Nothing else was fitted. Skewed rows are drawn and rounded
-as the table's own workloads are; the tiles of a call have the size that DeepGEMM gives them.
+sight. Two figures of B200, its host and a low-latency journey, to every other row of two of its tables. What grouped
+products and DeepEP's kernels add, to every other row of their tables; what of its link Blackwell's normal kernels reach
+is GB200's at 7168 values, all rows of these in sight; that Blackwell's grouped products are of two SMs was decided with
+all rows in sight. Links are DeepEP's own figures, the NIC was fitted to its dispatch on H800. Five constants of the
+`ascend` profile were fitted to 11 of the 13 rows of one guide, in the knowledge of all 13 and of the other rows on
+Ascend. Kernels with a profile of their own to every other of their rows, and what attention reaches of a device's
+memory to the kernels' own rows, both further down. Nothing else was fitted. Skewed rows are drawn and rounded as the
+table's own workloads are; the tiles of a call have the size that DeepGEMM gives them.
 """
 
 WORST = """
@@ -128,6 +128,26 @@ Where it errs by more than 20 %:
 - DeepEP's combine on H800 within a host, whose link was cut to 200 GB/s and of which its kernels reach a larger share.
 """
 
+NORMAL = """
+Planned by the link alone they were right for 7168 values and top-8, and two to four times too short for 2048 or top-1
+on Blackwell: the median error of a dispatch was 42.9 % on GB200 and 15.4 on H200, of a combine 26.3 and 23.1. What
+takes so long is their SMs: warps are shared out among the ranks, look at every token and send on those that a rank
+wants, however narrow. A way has two figures for that (normal_*_token_us, normal_*_sent_us), fitted to every other row
+of these two tables; B200, B300, GB300 and H100, to which nothing was fitted, stand under Other devices.
+
+Hopper's combine has the first alone. With both, the fit shrinks the second to nothing: a row that sends much is planned
+by its link, at the 0.54 that the staged stack below gives, and too long already. Every row is of 8 ranks, so that none
+says what fewer take; that they have more warps each, and take less in proportion, is assumed.
+
+Left out of the package's tables: rows with other numbers of SMs, of which the planner knows none (with 24 all take a
+tenth to a sixth less), and those with fewer than 4096 tokens, whose calls hide behind the host's launches in a layer
+and are planned as nothing.
+
+Where it is worst: combine on H200 with top-6 and more, up to 33 % too long, since it reaches 0.7 of the link, and with
+6144 values and top-2, 26 to 32 % too short; combine on GB200 with 2048 values and top-8, 26 to 40 % too long: it takes
+87 ns a token there, and 111 with 3072 values, by no rule that another row has.
+"""
+
 OTHER_DEVICES = """
 What had been wrong, each with its cause. No constant of a kernel was fitted to these rows; what the terms are was
 decided with all of them in sight.
@@ -173,6 +193,8 @@ What is left:
 - GB300's prefill with up to 512 tokens: 500 to 940 us that are the host's, in no order of tokens.
 - H200 and B200 with EP4 and EP8, power laws, 1 to 4 tokens: 1.5 to 2.5 times as long as GB200 or H100 take, which no
   term here makes.
+- DeepEP's normal kernels on B200 and B300 with top-8 and 6144 values or more, which take 1.2 to 1.3 times GB200's time,
+  and combine on H100 as on H200.
 
 What became worse by more than two points on this page: the largest error of H100's decode with power_law_1.02 (16.9 to
 22.1 %), the 95th percentile of GB200's decode at EP32 (9.8 to 14.1 %), and the largest errors with GB200 or H200 left
@@ -180,15 +202,9 @@ out (by 2 to 4 points). All of it is the five draws', which the procedure has.
 
 The same package's other tables of experts, looked at on 2026-12-01:
 
-- DeepEP's normal kernels (wideep_deepep_normal, SGLang 0.5.12, one node, 20 SMs, 19 layers of 2048 to 7168 values,
-  4096 tokens and more; 1320 dispatches and combines): planned by the link alone they were right for 7168 values and
-  top-8, and two to four times too short for 2048 or top-1 on Blackwell. What takes so long is its SMs: their warps
-  are shared out among the ranks, look at every token and send on those that a rank wants, however narrow. Two figures
-  a way (normal_*_token_us, normal_*_sent_us) of GB200 and H200, every other row; nothing was fitted to the others.
-  Median error of dispatch and combine: GB200 43 and 26 %, now 7 and 5; H200 15 and 23, now 9 and 17; B200 44 and 27,
-  now 13 and 12; B300 44 and 27, now 14 and 12; GB300 42 and 25, now 6 and 7; H100 14 and 23, now 8 and 17. What is
-  left: B200 and B300 with top-8 and 6144 values or more, which take 1.2 to 1.3 times GB200's time, and combine on
-  Hopper, which reaches 0.7 of the link where 0.54 are planned. With 24 SMs all take a tenth to a sixth less.
+- DeepEP's normal kernels between nodes (SGLang 0.5.6.post2, H100, DeepSeek-V3, 20 SMs, 4096 tokens and more): within
+  5 % on four nodes; on two 19 to 25 % too short there and 32 to 41 back; on eight 47 to 53 % too short there, and back
+  from 29 % too long to 54 too short. Nothing was fitted to them, and they are not in `docs/data`.
 - A rank's experts in FP8 in TensorRT-LLM 1.3.0rc20 (DeepGEMM between its own kernels that sort and gather), d 512 to
   3072, EP1 to EP256, balanced, on B200, GB200 and GB300: masked products, which have no such kernels, are planned at
   0.9 of the time up to 1024 tokens (0.7 to 1.2), narrow experts and wide ones alike, and at 0.65 from 4096 on, where
@@ -216,7 +232,7 @@ Not added, since what ran is not known in full; the planner's range against it:
   together.
 """
 
-KERNELS_OF_THEIR_OWN = """
+OWN_KERNELS = """
 What a kernel differs in by its source is no constant that was fitted: FlashInfer's kernels swap operands, so that rows
 lie where a product takes its columns, 64 or 128 on Blackwell and 8 to 128 on Hopper, of which a tile is multiplied
 whole. The kernel before DeepGEMM's pull request 383 swaps none, and multiplies tiles whole, of 64 rows where an expert
@@ -269,7 +285,7 @@ that what was met was met by accident:
   in FP8; masked products, which are those of DeepEP's low-latency kernels, the only ones that ran there (DeepEP issue
   392), and for which 1408 tokens were taken for too many. From -18.7 to +18.3 %, now +10.6 %.
 - GB200, NVFP4 prefill: tokens and products likewise. From -10.1 to +5.0 %, now +0.7 %, of which 2.9 points are what
-  SMs of DeepEP's normal kernels take for a token.
+  SMs of DeepEP's normal kernels take for a token, of two ranks as is assumed above.
 - H20: four cards of 400 Gb/s for eight devices, where one for each was planned; a load balance above 70 %, where all
   ranks were alike; attention in FP8, where 60 % of the BF16 peak was planned. With grouped products as they are
   planned now, from -16.0, -19.1 and -4.7 % to +0.6, -4.8 and +9.3 %.

@@ -34,6 +34,7 @@ FUSED = "mega_moe_gb200_deepseek_v4_pro", "flashinfer_fused_gb200_ep4", "deepgem
 PRODUCTS = "sglang_grouped_gemm_h100_fp8_decode", "sglang_grouped_gemm_h100_fp8_prefill"
 PRODUCTS_ON_GB200 = "sglang_grouped_gemm_gb200_fp8_decode", "sglang_grouped_gemm_gb200_fp8_prefill"
 EXCHANGES = "deepep_ll_h100_1node", "deepep_ll_gb200_1node", "deepep_ll_h100_nodes"
+NORMAL_EXCHANGES = "deepep_normal_gb200_1node", "deepep_normal_h200_1node"
 # what a table weighs in all, in rows: few rows of another device say as much as many of one
 WEIGHTS = {"pull request 316": 26.0, FUSED[0]: 80.0, FUSED[1]: 40.0, FUSED[2]: 20.0}
 SHARED = ("feed_ps", "epilogue_ps", "memory_efficiency", "memory_overlap", "fixed_us", "staging_us", "staging_bytes")
@@ -47,6 +48,11 @@ LOW_LATENCY = (
     *(f"{name}.ll_{way}_efficiency" for name in ("hopper", "blackwell") for way in ("dispatch", "combine")),
 )
 NORMAL = ("hopper.normal_efficiency",)  # Blackwell's was measured
+# Hopper's combine takes nothing for a row that it sends: fitted, that shrinks without end
+NORMAL_SMS = (
+    *(f"blackwell.normal_{way}_{each}_us" for way in ("dispatch", "combine") for each in ("token", "sent")),
+    *("hopper.normal_dispatch_token_us", "hopper.normal_dispatch_sent_us", "hopper.normal_combine_token_us"),
+)
 INCAST = ("*.link_incast",)
 # GB200 alone tells of modules and of skewed rows: no kernels around the layer's, bytes that can be counted, no incast
 UNTOLD_WITHOUT_GB200 = {"*.link_incast": 0.0, "*.staging_us": 0.0, "*.staging_bytes": 13.0}
@@ -76,7 +82,7 @@ def halves(name: str) -> tuple[list[Measured], list[Measured]]:
         return [row for row in rows if row.routing == "balanced"], [row for row in rows if row.routing != "balanced"]
     if name == "pull request 316":
         return list(rows), []
-    lines = 2 if name in EXCHANGES else 1
+    lines = 2 if name in (*EXCHANGES, *NORMAL_EXCHANGES) else 1
     chosen = [number // lines % 2 == 0 for number in range(len(rows))]
     kept = [row for row, fitted in zip(rows, chosen, strict=True) if not fitted]
     return [row for row, fitted in zip(rows, chosen, strict=True) if fitted], kept
@@ -158,7 +164,8 @@ def fit_all() -> Constants:
     staged = (*STAGED, *STAGED_OF["hopper"], *STAGED_OF["blackwell"])
     found |= fit(staged, samples((*PRODUCTS, *PRODUCTS_ON_GB200)), found)
     found |= fit(LOW_LATENCY, samples(EXCHANGES), found)
-    return found | fit(NORMAL, [Sample(row, 1.0) for row in staged_h200()[::2]], found)
+    found |= fit(NORMAL, [Sample(row, 1.0) for row in staged_h200()[::2]], found)
+    return found | fit(NORMAL_SMS, samples(NORMAL_EXCHANGES), found)
 
 
 def staged_h200() -> list[Measured]:

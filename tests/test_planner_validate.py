@@ -12,7 +12,10 @@ from statistics import median
 
 import pytest
 
-from megamoe.catalog import load_profile
+from benchmarks.fit_layer import NORMAL_EXCHANGES, NORMAL_SMS, fit, samples
+from megamoe.catalog import load_hardware, load_profile
+from megamoe.planner.layer.device import Device
+from megamoe.planner.layer.staged import normal
 from megamoe.planner.validation.ascend_guides import AUGUST, guides, median_of
 from megamoe.planner.validation.attention_kernels import Timed, attention_kernels
 from megamoe.planner.validation.published import RESULTS
@@ -228,6 +231,12 @@ BARS = {  # median and 95th percentile, in percent
     "deepep_ll_b200_1node": (6, 17),
     "deepep_ll_b300_1node": (6, 16),
     "deepep_ll_gb300_1node": (5, 19),
+    "deepep_normal_gb200_1node": (7, 26),
+    "deepep_normal_h200_1node": (13, 30),
+    "deepep_normal_b200_1node": (14, 33),
+    "deepep_normal_b300_1node": (14, 32),
+    "deepep_normal_gb300_1node": (8, 27),
+    "deepep_normal_h100_1node": (12, 31),
 }
 
 
@@ -284,6 +293,49 @@ def test_products_of_kernels_that_the_planner_has_not_are_refused_by_name(tmp_pa
     path = tmp_path / "table.csv"
     path.write_text("\n".join(lines).replace("moe_context", "wideep_moe"))
     with pytest.raises(ValueError, match="line 2: op_name 'wideep_moe' is of products that the planner has not"):
+        read_table(path)
+
+
+NORMAL = "device,node_num,hidden_size,num_token,num_topk,num_experts,dispatch_transmit_us,combine_transmit_us"
+NORMAL_ROW = "NVIDIA GB200,1,7168,4096,8,256,407.5,701.2"
+
+
+def test_a_line_of_normal_kernels_is_a_dispatch_and_a_combine_of_eight_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f"{NORMAL}\n{NORMAL_ROW}\n")
+    found = read(path)
+    assert [(row.stack, row.latency_us) for row in found.rows] == [
+        ("normal dispatch", 407.5),
+        ("normal combine", 701.2),
+    ]
+    assert {(row.hardware, row.ep_size, row.nodes, row.tokens_per_rank) for row in found.rows} == {
+        ("gb200", 8, 1, 4096)
+    }
+    expert = found.rows[0].expert
+    assert (expert.hidden, expert.topk, expert.dispatch_format, expert.combine_format) == (7168, 8, "mxfp8", "bf16")
+    said = ("20 SMs, where none are said", "hide behind the host's launches", "8 ranks a node, FP8 there and BF16 back")
+    assert all(any(each in assumed for assumed in found.assumed) for each in said)
+    device = Device.of(load_hardware("gb200"), load_profile("blackwell"), "fp8")
+    sent = normal(expert, device, load_profile("blackwell"), ep=8, tokens=4096, rows=4096 * 8)
+    assert [each.planned_us for each in compare(found.rows)] == [sent.dispatch_us, sent.combine_us]
+    path.write_text(f"op_name,dispatch_sms,combine_sms,{NORMAL}\nnormal,20,20,{NORMAL_ROW}\n")
+    assert [replace(row, line=2) for row in found.rows] == read_table(path)
+    assert not any("20 SMs" in assumed for assumed in read(path).assumed)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ("normal,24,20", "line 2: dispatch_sms 24: the planner knows DeepEP's normal kernels with 20 SMs alone"),
+        ("normal,20,4", "line 2: combine_sms 4: the planner knows DeepEP's normal kernels with 20 SMs alone"),
+        ("normal,20,many", "line 2: combine_sms 'many' is no positive whole number"),
+        ("ll,20,20", "line 2: op_name 'll' is not known; there is normal, DeepEP's normal kernels"),
+    ],
+)
+def test_normal_kernels_that_the_planner_has_not_are_refused(tmp_path: Path, cells: str, message: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f"op_name,dispatch_sms,combine_sms,{NORMAL}\n{cells},{NORMAL_ROW}\n")
+    with pytest.raises(ValueError, match=message):
         read_table(path)
 
 
@@ -400,3 +452,4 @@ def test_the_constants_that_ship_are_those_that_were_fitted() -> None:
         where, figure = key.split(".")
         for name in ("blackwell", "hopper") if where == "*" else (where,):
             assert getattr(load_profile(name), figure).value == value, key
+    assert {key: fitted[key] for key in NORMAL_SMS} == fit(NORMAL_SMS, samples(NORMAL_EXCHANGES)), "a second's work"

@@ -80,7 +80,8 @@ def normal(expert: Expert, device: Device, profile: Profile, *, ep: int, tokens:
     """Both journeys where a token goes once to every rank that wants it, and once to every node.
 
     Its SMs take their time for a token, however narrow: their warps are shared out among 8 ranks, of which each has to
-    look at every token and sends on those that its own rank wants. Fewer ranks have more warps each.
+    look at every token and sends on those that its own rank wants. That fewer ranks have more warps each, and take less
+    in proportion, is assumed: every row that was measured is of 8.
     """
     skew = max(1.0, rows / (tokens * expert.topk)) if tokens else 1.0
     slowest = 0.0

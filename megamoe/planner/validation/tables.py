@@ -6,8 +6,9 @@ Three kinds of rows, told apart by their columns (other columns are ignored):
                sizes that are missing are the catalog's, of a model that it has; routing is balanced where none is said;
                weight_format, dispatch_format and combine_format, or a `variant` that names them (nvfp4_bf16wire)
     products   op_name moe_generation or moe_context: grouped products of one rank (ai-dynamo/aiconfigurator)
-    exchange   op_name ll, dispatch_avg_t_us and combine_avg_t_us: DeepEP's low-latency kernels (aiconfigurator), of
-               which a line gives two rows
+    exchange   op_name ll, dispatch_avg_t_us and combine_avg_t_us: DeepEP's low-latency kernels; op_name normal,
+               dispatch_transmit_us and combine_transmit_us: its normal ones, with 20 SMs (aiconfigurator); a line
+               gives two rows
 
 `stack` says what was timed, `profile` by whose constants it is planned where not by its device's own, `nodes` how many
 hosts of equal size the ranks lie on; a `phase` (generation, context) tells a serving framework's table. A time ends its
@@ -51,9 +52,10 @@ _OTHER_NAMES = {
 _UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6}
 STACKS = (
     *("fused", "kernel", "staged", "staged two-batch", "staged low latency", "staged normal", "megamoe"),
-    *("masked", "contiguous", "dispatch", "combine"),
+    *("masked", "contiguous", "dispatch", "combine", "normal dispatch", "normal combine"),
 )
 RANKS_OF_A_NODE = 8
+NORMAL_SMS = 20  # of DeepEP's normal kernels, by default, and of those that the planner knows
 SHARE_MAX = 1024  # of power_law_sampled, in aiconfigurator's collector after its runs on GB200
 PRODUCT_DRAWS = 5  # of a power law, of which a row of aiconfigurator's products is the mean
 _MOST = 10**12  # beyond it a size is a slip of the pen
@@ -67,6 +69,7 @@ class Measured:
     staged       DeepEP with grouped products, also two-batch, or by the one kind of kernels that is named
     megamoe      this package's own layer
     masked, contiguous    grouped products of one rank alone           dispatch, combine    DeepEP low latency alone
+    normal dispatch, normal combine    DeepEP's normal kernels alone
     Of products alone, tokens_per_rank is a mean and may be a fraction. drawn: the routing as the planner knows it;
     draws: of how many draws it is the mean, 0 for as many as that kind of routing has.
     profile: None for the device's own.
@@ -192,7 +195,9 @@ def _kind(path: Path, reader: _Reader) -> Reads:
     """What the columns are those of. ValueError names the columns that a table of layers would lack."""
     columns = reader.columns
     if "dispatch_avg_t_us" in columns and "combine_avg_t_us" in columns:
-        return _exchange
+        return _low_latency
+    if "dispatch_transmit_us" in columns and "combine_transmit_us" in columns:
+        return _normal
     if "op_name" in columns and reader.has("intermediate") and "moe_ep_size" in columns:
         return _products
     timed = any(f"latency_{unit}" in columns for unit in _UNITS)
@@ -413,21 +418,42 @@ def _products(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
     )
 
 
-def _exchange(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
-    """aiconfigurator's table of DeepEP: tokens of a rank, eight ranks a node; the time of an expert is left out."""
+def _low_latency(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
+    """aiconfigurator's table of DeepEP's low-latency kernels; the time of an expert is left out."""
     op = row.get("op_name", "ll").lower()
     if op not in ("ll", "low_latency"):
         raise ValueError(f"op_name {op!r} is not known; there is ll, DeepEP's low-latency kernels")
+    return _exchange(reader, row, {"dispatch": "dispatch_avg_t", "combine": "combine_avg_t"})
+
+
+def _normal(reader: _Reader, row: dict[str, str]) -> Iterator[Measured]:
+    """aiconfigurator's table of DeepEP's normal kernels; the notification before a dispatch is left out."""
+    op = row.get("op_name", "normal").lower()
+    if op != "normal":
+        raise ValueError(f"op_name {op!r} is not known; there is normal, DeepEP's normal kernels")
+    for key in ("dispatch_sms", "combine_sms"):
+        if not reader.text(row, key):
+            reader.assume(f"{NORMAL_SMS} SMs, where none are said")
+        elif reader.whole(row, key) != NORMAL_SMS:
+            raise ValueError(f"{key} {row[key]}: the planner knows DeepEP's normal kernels with {NORMAL_SMS} SMs alone")
+    reader.assume(
+        "of normal kernels what tokens take: a call, and the counts before it, hide behind the host's launches"
+    )
+    return _exchange(reader, row, {"normal dispatch": "dispatch_transmit", "normal combine": "combine_transmit"})
+
+
+def _exchange(reader: _Reader, row: dict[str, str], ways: dict[str, str]) -> Iterator[Measured]:
+    """Both ways of a line of DeepEP, stack -> column: tokens of a rank, eight ranks a node."""
     nodes = reader.whole(row, "nodes") if reader.has("nodes") else 1
     reader.assume(f"{RANKS_OF_A_NODE} ranks a node, FP8 there and BF16 back, evenly spread tokens")
     expert = Expert(
         reader.whole(row, "hidden"), 1, reader.whole(row, "num_experts"), reader.whole(row, "topk"), weight_format="fp8"
     )
     hardware = _hardware(reader.text(row, "hardware"))
-    for way in ("dispatch", "combine"):
+    for stack, key in ways.items():
         yield Measured(
             hardware, f"{expert.num_experts} x {expert.hidden}", expert, RANKS_OF_A_NODE * nodes,
-            reader.whole(row, "tokens_per_rank"), "balanced", reader.time_us(row, f"{way}_avg_t"), way, nodes,
+            reader.whole(row, "tokens_per_rank"), "balanced", reader.time_us(row, key), stack, nodes,
         )  # fmt: skip
 
 

@@ -12,7 +12,15 @@ from megamoe.planner.layer.cost import layer_time
 from megamoe.planner.layer.device import Device, compute_format
 from megamoe.planner.layer.routing import RankLoad, busiest
 from megamoe.planner.layer.stacks import stack_time
-from megamoe.planner.layer.staged import CONTIGUOUS_ROWS, Kernels, contiguous_us, low_latency, masked_us, staged_time
+from megamoe.planner.layer.staged import (
+    CONTIGUOUS_ROWS,
+    Kernels,
+    contiguous_us,
+    low_latency,
+    masked_us,
+    normal,
+    staged_time,
+)
 from megamoe.planner.validation.tables import Measured, hardware_of
 
 Fitted = Callable[[Hardware], Profile]
@@ -77,9 +85,13 @@ def planned_us(row: Measured, profile: Profile) -> float:
         hardware = _over_nodes(hardware, -(-row.ep_size // row.nodes))
     expert = row.expert
     device = Device.of(hardware, profile, compute_format(hardware, expert.weight_format, expert.dispatch_format))
-    if row.stack in ("dispatch", "combine"):
-        sent = low_latency(expert, device, profile, ep=row.ep_size, tokens=row.tokens_per_rank)
-        return sent.dispatch_us if row.stack == "dispatch" else sent.combine_us
+    if row.stack.endswith(("dispatch", "combine")):
+        tokens = row.tokens_per_rank
+        if row.stack.startswith("normal"):
+            sent = normal(expert, device, profile, ep=row.ep_size, tokens=tokens, rows=tokens * expert.topk)
+        else:
+            sent = low_latency(expert, device, profile, ep=row.ep_size, tokens=tokens)
+        return sent.dispatch_us if row.stack.endswith("dispatch") else sent.combine_us
     if row.stack in ("masked", "contiguous"):
         return fmean(_products_us(row, device, profile, load) for load in _loads(row))
     given = {"ep": row.ep_size, "tokens_per_rank": row.tokens_per_rank, "routing": row.drawn or row.routing}
