@@ -29,7 +29,8 @@ from megamoe.schedule.machine import PAIR_BYTES, Predicted, Run, crowd_of, link_
 
 SMALL_PAGE_BYTES = 2240  # of a page with what fills it up to where slots begin
 MEMORY_OVERLAP = 3.0
-_ALL_MISSED = 1.25  # of the cache: what is read in the same order each time is then all gone when its turn comes
+# of the cache: weights of all ranks from which some, and all, are gone when their turn comes again (2 cores of a Zen 5)
+_FIRST_MISSED, _ALL_MISSED = 0.6, 1.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +89,13 @@ def norm(computing: float, memory: float) -> float:
 def missed_bytes(run: Run, machine: Machine, amounts: SmallAmounts) -> float:
     """Of the weights that a rank reads in a call, those that do not lie in a cache, which all ranks share.
 
-    cache_mb 32, two ranks: 50 MB each -> 50 MB      16 MB each -> 0      18 MB each, 36 of 32 -> half of 18 MB
+    cache_mb 32, two ranks: 50 MB each -> 50 MB      8 MB each -> 0      18.4 MB each, 36.8 of 32 -> half of 18.4 MB
     """
     size = 3 * run.hidden * run.intermediate * amounts.experts * value_bytes(run.weight_format)
     if not size or machine.cache_mb is None or not machine.cache_mb.value:
         return size
-    beyond = run.ranks * size / (machine.cache_mb.value * 1e6) - 1
-    return size * min(1.0, max(0.0, beyond / (_ALL_MISSED - 1)))
+    filled = run.ranks * size / (machine.cache_mb.value * 1e6)
+    return size * min(1.0, max(0.0, (filled - _FIRST_MISSED) / (_ALL_MISSED - _FIRST_MISSED)))
 
 
 def small_communication_us(run: Run, machine: Machine) -> float:
