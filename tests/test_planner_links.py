@@ -144,7 +144,10 @@ def test_node_limited_dispatch_relieves_the_nic(stack: str) -> None:
         share = sent.node_limited_bytes / sent.across_domains_bytes
         assert limited.plan.layer.communication_us == pytest.approx(plain.plan.layer.communication_us * share)
     assert "node-limited: " in limited.verdict
-    assert limited.as_dict()["node_limited"]
+    found = limited.as_dict()
+    assert found["node_limited"]
+    assert found["token_bytes_across_domains"] == found["token_bytes_node_limited"]
+    assert found["token_bytes_across_domains"] < plain.as_dict()["token_bytes_across_domains"]
 
 
 def test_node_limited_dispatch_is_nothing_within_one_domain() -> None:

@@ -177,7 +177,7 @@ class Answer:
         return {
             "domains": sent.domains,
             "token_bytes_across_devices": sent.across_devices_bytes,
-            "token_bytes_across_domains": sent.across_domains_bytes,
+            "token_bytes_across_domains": sent.leaves_domain_bytes,
             "token_bytes_node_limited": sent.node_limited_bytes,
         }
 

@@ -92,7 +92,7 @@ def _sent(found: Answer) -> tuple[Any, ...]:
     from megamoe.planner.layer.traffic import traffic
 
     sent, layer, rule = traffic(found.plan.request), found.plan.layer, found.binding
-    kilobytes = (sent.across_devices_bytes / 1e3, sent.across_domains_bytes / 1e3)
+    kilobytes = (sent.across_devices_bytes / 1e3, sent.leaves_domain_bytes / 1e3)
     times = (layer.communication_us, layer.layer_us)
     if found.training is not None:
         back = found.training.backward

@@ -26,6 +26,12 @@ class Traffic:
     across_domains_bytes: float
     node_limited_bytes: float
     found_in_domain: float
+    node_limited: bool = False
+
+    @property
+    def leaves_domain_bytes(self) -> float:
+        """Across domains, as the plan dispatches."""
+        return self.node_limited_bytes if self.node_limited else self.across_domains_bytes
 
     @property
     def domains(self) -> int:
@@ -53,4 +59,4 @@ def traffic(request: PlanRequest) -> Traffic:
     leaving, found = 1 - fewest / ep, found_among(request.model.num_experts, expert.topk, fewest / ep)
     copies = landed(request.model.num_experts, expert.topk, ep, domain) or 0.0
     once = expert.topk * (copies * expert.dispatch_bytes + leaving * expert.combine_bytes)
-    return Traffic(ep, domain, whole * (1 - 1 / ep), whole * leaving, once, found)
+    return Traffic(ep, domain, whole * (1 - 1 / ep), whole * leaving, once, found, request.node_limited)
