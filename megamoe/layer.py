@@ -33,7 +33,7 @@ from megamoe.execution.journeys import CallRecord
 from megamoe.execution.pipeline import Call, Parts
 from megamoe.execution.small_call import Input, SmallCalls, library_of
 from megamoe.execution.stacks import load_stacks, shortened
-from megamoe.formats.given import Weight
+from megamoe.formats.given import GivenWeight
 from megamoe.parallel.group import EPGroup
 from megamoe.parallel.placement import Placement
 from megamoe.parallel.recorder import Notes, now_ns
@@ -213,8 +213,8 @@ class MegaMoE(nn.Module):
     def load_expert(
         self,
         expert: int,
-        gate_up: Weight,
-        down: Weight,
+        gate_up: GivenWeight,
+        down: GivenWeight,
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> None:
@@ -226,7 +226,11 @@ class MegaMoE(nn.Module):
             self.experts.load(expert, gate_up, down, gate_up_bias, down_bias)
 
     def load_experts(
-        self, gate_up: Weight, down: Weight, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None
+        self,
+        gate_up: GivenWeight,
+        down: GivenWeight,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
     ) -> None:
         """Takes gate_up [E, 2I, H] (gate rows first) and down [E, H, I], of all experts or of this rank's only.
 

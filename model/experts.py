@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megamoe.ambient import undisturbed
 from megamoe.formats import MXFP4
-from megamoe.formats.given import Weight
+from megamoe.formats.given import GivenWeight
 from megamoe.layer import MegaMoE
 from megamoe.model.structure import Structure
 from megamoe.parallel.group import EPGroup
@@ -63,8 +63,8 @@ class RoutedExperts(nn.Module):
     def load(
         self,
         expert: int,
-        first: Weight,
-        down: Weight,
+        first: GivenWeight,
+        down: GivenWeight,
         first_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> None:
@@ -82,8 +82,8 @@ class RoutedExperts(nn.Module):
     def put(
         self,
         expert: int,
-        first: Weight,
-        down: Weight,
+        first: GivenWeight,
+        down: GivenWeight,
         first_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> None:
@@ -91,14 +91,16 @@ class RoutedExperts(nn.Module):
         with undisturbed(self.layer.device):
             self.layer.experts.load(expert, *self._arranged(first, down, first_bias), down_bias)
 
-    def _arranged(self, first: Weight, down: Weight, first_bias: Tensor | None) -> tuple[Matrix, Matrix, Tensor | None]:
+    def _arranged(
+        self, first: GivenWeight, down: GivenWeight, first_bias: Tensor | None
+    ) -> tuple[Matrix, Matrix, Tensor | None]:
         """Outputs first, gates before ups."""
         first, down = (self._outputs_first(weight) for weight in (first, down))
         if not self.structure.is_interleaved:
             return first, down, first_bias
         return _of_rows(first, _gates_first), down, None if first_bias is None else _gates_first(first_bias)
 
-    def _outputs_first(self, weight: Weight) -> Matrix:
+    def _outputs_first(self, weight: GivenWeight) -> Matrix:
         if isinstance(weight, tuple):
             weight = MXFP4.from_bytes(*weight)
         if isinstance(weight, MXFP4) or not self.structure.is_transposed:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megamoe.ambient import eager
 from megamoe.execution.checks import check_gradient
-from megamoe.formats.given import Weight
+from megamoe.formats.given import GivenWeight
 from megamoe.model.experts import RoutedExperts
 from megamoe.model.packed import PackedExperts
 from megamoe.model.private import before_state_dicts, empty
@@ -57,7 +57,7 @@ def hand_over(experts: nn.Module, structure: Structure, group: EPGroup | None, t
     return routed
 
 
-def _matrices(experts: nn.Module, structure: Structure, index: int) -> tuple[Weight, Weight]:
+def _matrices(experts: nn.Module, structure: Structure, index: int) -> tuple[GivenWeight, GivenWeight]:
     if isinstance(experts, PackedExperts):
         return experts.matrix(structure.first, index), experts.matrix("down_proj", index)
     return experts.get_parameter(structure.first)[index].detach(), experts.get_parameter("down_proj")[index].detach()

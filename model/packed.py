@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megamoe.formats import BLOCK
-from megamoe.formats.given import Weight
+from megamoe.formats.given import GivenWeight
 from megamoe.model.loading.stored import dequantize_fp8
 from megamoe.model.structure import Structure
 
@@ -100,7 +100,7 @@ class PackedExperts(nn.Module):
         empty = torch.empty(self.num_experts, *shape, dtype=dtype, device="meta")
         self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
-    def matrix(self, name: str, index: int) -> Weight:
+    def matrix(self, name: str, index: int) -> GivenWeight:
         """The expert at an index of what is held: packed bytes [N, K/2] and scale bytes [N, K/32], or BF16 of FP8."""
         values = self.get_parameter(name + self.packing.values)[index].detach()
         scales = self.get_parameter(name + self.packing.scales)[index].detach()

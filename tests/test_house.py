@@ -241,6 +241,25 @@ def test_files_that_the_docs_name_are_there() -> None:
     assert lacking == []
 
 
+def test_files_that_the_code_names_by_their_folder_are_there() -> None:
+    """In docstrings, comments and messages: `schedule/machine.py`, `docs/lab.md`."""
+    ours = [
+        path.relative_to(ROOT).as_posix()
+        for room in (*TREE_ROOMS, "benchmarks", "examples", "tests", "docs")
+        for path in files_below(ROOT / room)
+    ]
+    written = {"docs/gpu_kernels.md"}  # by a command, once there is a GPU
+    named = re.compile(r"(?<![\w./-])(?:[a-z_]+/)+[a-z_0-9]+\.(?:py|cpp|yaml|md)\b")
+    lacking = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in FILES
+        if path.relative_to(ROOT).parts[0] != "tests"
+        for name in set(named.findall(path.read_text(encoding="utf-8"))) - written
+        if not any(_is_called(each, name) for each in ours)
+    }
+    assert lacking == set()
+
+
 def _is_called(path: str, name: str) -> bool:
     short = name.removeprefix("../").removeprefix("megamoe/")
     return f"/{short}" in f"/{path}" if name.endswith("/") else f"/{path}".endswith(f"/{short}")

@@ -9,7 +9,7 @@ from megamoe.catalog.schema import Entry, Figure
 
 
 class Machine(Entry):
-    """One machine that runs this package's layer, rank by rank, over a process group; see planner/machine.py.
+    """One machine that runs this package's layer, rank by rank, over a process group; see schedule/machine.py.
 
     cores                 of the machine, which all ranks share         threads_per_rank   that each rank computes with
     product_gflops        of one rank's expert products                 value_ns           moving a value of a row

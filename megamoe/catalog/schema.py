@@ -328,7 +328,7 @@ class Staged(Entry):
 
 
 class Profile(Staged):
-    """What a kind of device reaches of its peaks and pays on top; `fitted` says from which data. See planner/layer.py.
+    """What a kind of device reaches of its peaks and pays on top: planner/layer/cost.py. `fitted` names the data.
 
     feed_ps             an SM, bringing a byte of an operand to its tensor core
     scale_ps            the same of grouped products in a tile of one warp group, which scales sums between products
@@ -360,7 +360,7 @@ class Profile(Staged):
     extends             another profile, whose figures it has where it names none of its own
     weight_formats, dispatch_formats    of a fused kernel that runs no other weights and tokens; empty for all
 
-    Of the parts of a model beside the experts (planner/serving.py):
+    Of the parts of a model beside the experts (planner/serving/):
     dense_efficiency    of the peak, in projections and MLPs
     attention_efficiency  of the BF16 peak, in attention cores
     dense_overlap       p of the norm in which compute and memory of a kernel add up

@@ -16,7 +16,7 @@ from megamoe.execution.ops import activate, add_bias, has_kernels
 from megamoe.execution.products import DEQUANTIZED, Held, KernelProducts, products_of
 from megamoe.execution.weights import InTurns, Matrix, Panels
 from megamoe.formats import MXFP4, SCALES, VALUES, WEIGHT_FORMATS
-from megamoe.formats.given import Weight, about, as_bias, as_weight, bias_fault, elsewhere, scale_fault
+from megamoe.formats.given import GivenWeight, about, as_bias, as_weight, bias_fault, elsewhere, scale_fault
 from megamoe.kernels.chips.targets import reads_wide
 from megamoe.kernels.cpu.library import Rows
 from megamoe.kernels.gating import tables_of
@@ -297,8 +297,8 @@ class Experts(nn.Module):
     def load(
         self,
         expert: int,
-        gate_up: Weight,
-        down: Weight,
+        gate_up: GivenWeight,
+        down: GivenWeight,
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> None:
@@ -344,8 +344,8 @@ class Experts(nn.Module):
     def check(
         self,
         expert: int,
-        gate_up: Weight,
-        down: Weight,
+        gate_up: GivenWeight,
+        down: GivenWeight,
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> None:
@@ -383,7 +383,7 @@ class Experts(nn.Module):
         if expert not in self.ids:
             raise ValueError(f"expert {expert} is not of this rank, which holds {describe(self.ids)}")
 
-    def _taken(self, matrix: Matrix, weight: Weight, expert: int) -> Tensor | MXFP4:
+    def _taken(self, matrix: Matrix, weight: GivenWeight, expert: int) -> Tensor | MXFP4:
         """A weight in the layer's format. ValueError names what is wrong with it."""
         what = f"{matrix.name} of expert {expert}"
         weight = as_weight(weight, (matrix.outputs, matrix.inputs), what)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megamoe.execution.experts import Experts
 from megamoe.formats import MXFP4
-from megamoe.formats.given import Weight, here, lying_here
+from megamoe.formats.given import GivenWeight, here, lying_here
 
 Stack = Tensor | MXFP4
 
@@ -16,8 +16,8 @@ Stack = Tensor | MXFP4
 def load_stacks(
     experts: Experts,
     num_experts: int,
-    gate_up: Weight,
-    down: Weight,
+    gate_up: GivenWeight,
+    down: GivenWeight,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> None:
@@ -50,7 +50,7 @@ def load_stacks(
         experts.load(expert, *one(expert))
 
 
-def as_stack(weight: Weight, name: str) -> Stack:
+def as_stack(weight: GivenWeight, name: str) -> Stack:
     """A stack of experts' weights with three dimensions, MXFP4 pairs made one record."""
     stack = lying_here(weight, name)
     if len(stack.shape) != 3:

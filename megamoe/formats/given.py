@@ -13,7 +13,7 @@ from megamoe.formats.mxfp4 import MXFP4, MXFP4_MAX_SCALE
 from megamoe.parallel.private import arrived
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes whose values are the weights
-Weight = Tensor | MXFP4 | tuple[Tensor, Tensor]
+GivenWeight = Tensor | MXFP4 | tuple[Tensor, Tensor]
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def elsewhere(tensor: object, what: str) -> str:
     return f"{what} must be a plain dense tensor that lies on this rank, got {found}{instead}"
 
 
-def lying_here(weight: Weight, what: str) -> Tensor | MXFP4:
+def lying_here(weight: GivenWeight, what: str) -> Tensor | MXFP4:
     """A weight, or a stack of some, whose values lie on this rank. ValueError for anything else."""
     if isinstance(weight, tuple):
         if len(weight) != 2:
@@ -57,7 +57,7 @@ def here(tensor: Tensor, what: str) -> Tensor:
     return tensor.resolve_neg()
 
 
-def as_weight(weight: Weight, size: tuple[int, int], what: str) -> Tensor | MXFP4:
+def as_weight(weight: GivenWeight, size: tuple[int, int], what: str) -> Tensor | MXFP4:
     """A weight matrix of the given size, checked: float tensor or MXFP4. ValueError names what was found."""
     weight = lying_here(weight, what)
     if tuple(weight.shape) != size:

@@ -93,9 +93,8 @@ def _tile_terms(planned: Plan) -> list[Term]:
     spread = f"{g(layer.experts_touched)} x ({' + '.join(parts)}) / {g(device.sms)}{faster}"
     longest = sum(_tile(planned, step, k).value for k in range(len(expert.products))) / device.busy_rate
     shown = request.routing == "balanced" and layer.compute_us > longest * (1 + 1e-9)
-    formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs" + " / busy rate" * bool(
-        faster
-    )
+    formula = "experts x tiles of its rows x (tiles of its columns x time of each) / SMs"
+    formula += " / busy rate" if faster else ""
     least = layer.rows * expert.flops / device.tflops * 1e-6
     if faster and request.routing == "balanced" and layer.compute_us <= least * (1 + 1e-9):
         formula, shown = "rows x FLOPs of each / peak, which no busy rate exceeds", True
@@ -230,10 +229,8 @@ def _staged_terms(planned: Plan) -> list[Term]:
     """Stages, and what is left of them where two halves overlap."""
     layer, request = planned.layer, planned.request
     links = f"{g(layer.dispatch_us)} + {g(layer.combine_us)}"
-    drawn = (
-        "DeepEP, low latency: a call + experts + tokens of an SM + bytes / (GB/s x efficiency); normal: the longer of "
-    )
-    drawn += "bytes / (GB/s x efficiency) and its SMs' time for the tokens"
+    drawn = "DeepEP, low latency: a call + experts + tokens of an SM + bytes / (GB/s x efficiency); normal: "
+    drawn += "the longer of bytes / (GB/s x efficiency) and its SMs' time for the tokens"
     shown = "products + links that show" if request.two_batch else "dispatch + products + combine"
     parts = f"{g(layer.alone_us)} + {g(layer.exposed_us)}"
     return [

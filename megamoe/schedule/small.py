@@ -1,6 +1,6 @@
 """How long a call of few tokens takes, which goes without waves: execution/small_call.py.
 
-Of the rank that has most rows, whose experts e* are those with rows (machine.py and catalog/schema.py have the units):
+Of the rank that has most rows, whose experts e* are those with rows (units: schedule/machine.py, catalog/machine.py):
 
     a call       small_call_us
     products     6HI flops a row              / small_gflops, or small_packed_gflops with mxfp4: few rows an expert

@@ -15,7 +15,7 @@ from megamoe.execution.experts import HELD, Experts, describe
 from megamoe.execution.products import Held, KernelProducts
 from megamoe.execution.weights import Matrix
 from megamoe.formats import BLOCK, MXFP4, VALUES, WEIGHT_FORMATS, dequantize_mxfp4
-from megamoe.formats.given import Weight
+from megamoe.formats.given import GivenWeight
 from megamoe.kernels.cpu.library import Rows
 from megamoe.parallel.workspace import Workspace
 from megamoe.training.rounding import Place, round_stochastically
@@ -158,8 +158,8 @@ class TrainableExperts(Experts):
     def load(
         self,
         expert: int,
-        gate_up: Weight,
-        down: Weight,
+        gate_up: GivenWeight,
+        down: GivenWeight,
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> None:

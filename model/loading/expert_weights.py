@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megamoe.formats import BLOCK, MXFP4
+from megamoe.formats.weight import Weight
 from megamoe.model.experts import RoutedExperts
 from megamoe.model.loading.files import FLOATS, Entry, TensorFiles
 from megamoe.model.loading.naming import Target
@@ -21,7 +22,6 @@ from megamoe.model.loading.skeleton import Block
 from megamoe.model.loading.stored import Encoding, Stored
 from megamoe.model.structure import Structure
 
-Weight = Tensor | MXFP4
 _NUMBER = re.compile(r"\bexperts\.(\d+)\.")  # of an expert, in the name of a tensor of its own
 
 

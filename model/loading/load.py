@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from megamoe.execution.checks import check_device
 from megamoe.formats import WEIGHT_FORMATS
+from megamoe.formats.weight import Weight
 from megamoe.kernels.cpu.layout import OUTPUTS
 from megamoe.kernels.cpu.library import KernelWarning
 from megamoe.model.dense import DenseLinear, DenseWeight, FP8Linear, compute_in_fixed_order
 from megamoe.model.experts import RoutedExperts
-from megamoe.model.loading.expert_weights import Buffers, ExpertSource, Weight, expert_source, names_of_experts
+from megamoe.model.loading.expert_weights import Buffers, ExpertSource, expert_source, names_of_experts
 from megamoe.model.loading.files import FLOATS, TensorFiles
 from megamoe.model.loading.naming import Target, dense_targets, made_by, name_tensors
 from megamoe.model.loading.quantization import RoundingError, check_scales
